@@ -1,0 +1,1 @@
+"""Configuration, decoder, the FFN kinds and checkpoints of DSC language models."""

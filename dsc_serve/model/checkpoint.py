@@ -1,0 +1,108 @@
+"""Checkpoint folders: `config.json` and `model.safetensors`, whole or sharded with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json, save_config
+from dsc_serve.model.decoder import Decoder, tensor_shapes
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises CheckpointError when there are none or one of a set is missing."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = [folder / "model.safetensors"]
+    else:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+        files = [folder / name for name in sorted(set(shards.values()))]
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{index}: weight_map names {file.name!r} outside the checkpoint's folder")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+    return files
+
+
+def load_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files. Raises CheckpointError for a file that cannot be read."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as source:
+                for name in source.keys():  # noqa: SIM118  not a mapping
+                    if name in tensors:
+                        raise CheckpointError(f"{file}: tensor {name} is stored twice")
+                    tensors[name] = source.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Every expected tensor is there with its shape, floating and finite, and no other. Raises CheckpointError."""
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    for names, what in ((missing, "is missing"), (unknown, "does not belong to this architecture")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{source}: tensor {names[0]} {what}{more}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
+            )
+        if tensor.dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{source}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected float32, bfloat16 or float16"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{source}: tensor {name} holds {bad} values that are not finite")
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); without it float32 is faster."""
+    supported = torch.cpu.get_capabilities()
+    return bool(supported.get("avx512_bf16") or supported.get("amx_bf16") or supported.get("bf16"))
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as named, or under "auto" the stored one where the device is fast in it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if stored == torch.float32:
+        return torch.float32
+    return torch.bfloat16 if device.type != "cpu" or has_native_bfloat16() else torch.float32
+
+
+def load_model(folder: Path, dtype: str, device: torch.device) -> Decoder:
+    """Read, check and prepare a checkpoint. dtype: "auto", "float32" or "bfloat16". Raises CheckpointError."""
+    config = load_config(folder)
+    tensors = load_tensors(weight_files(folder))
+    check_tensors(tensors, tensor_shapes(config), folder)
+    stored = tensors["model.embed_tokens.weight"].dtype
+    try:
+        return Decoder(config, tensors, choose_dtype(dtype, stored, device), device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def save_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would."""
+    check_tensors(tensors, tensor_shapes(config), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_config(config, folder, str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch."))

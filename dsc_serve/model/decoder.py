@@ -1,0 +1,127 @@
+"""The decoder: embeddings, pre-norm blocks of attention and a configured FFN kind, final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsc_kernels import ops
+from dsc_serve.model.attention import Attention, rope_table
+from dsc_serve.model.batch import StepBatch
+from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.ffn import KINDS, Ffn, Shapes
+
+
+def tensor_shapes(config: ModelConfig) -> Shapes:
+    """Name and shape of every tensor that a checkpoint of this configuration stores."""
+    d = config.hidden_size
+
+    def norm(name: str) -> Shapes:
+        parts = ("weight", "bias") if config.norm_type == "layernorm" else ("weight",)
+        return {f"{name}.{part}": (d,) for part in parts}
+
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, d)}
+    if config.position_embedding_type == "learned":
+        shapes["model.embed_positions.weight"] = (config.max_position_embeddings, d)
+    ffn = KINDS[config.ffn.kind].shapes(config)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes |= norm(f"{layer}.input_layernorm")
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (config.query_size, d)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = (config.kv_size, d)
+        shapes[f"{layer}.self_attn.v_proj.weight"] = (config.kv_size, d)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, config.query_size)
+        shapes |= norm(f"{layer}.post_attention_layernorm")
+        shapes |= {f"{layer}.mlp.{name}": shape for name, shape in ffn.items()}
+    shapes |= norm("model.norm")
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Total parameters, and those that one token uses."""
+    total = sum(torch.Size(shape).numel() for shape in tensor_shapes(config).values())
+    return total, total - config.num_hidden_layers * KINDS[config.ffn.kind].idle_parameters(config)
+
+
+class Norm:
+    """LayerNorm or RMSNorm over the last dimension; statistics in float32."""
+
+    def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias, self.eps = weight, bias, config.norm_eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class Block:
+    def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
+        self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
+
+
+class Decoder:
+    """A decoder whose weights lie ready on one device, in the dtype it computes in.
+
+    tensors: as `tensor_shapes` names them, already checked.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+
+        def put(name: str) -> Tensor:
+            return tensors[name].to(device=device, dtype=dtype)
+
+        def norm(name: str) -> Norm:
+            return Norm(config, put(f"{name}.weight"), put(f"{name}.bias") if config.norm_type == "layernorm" else None)
+
+        self.embedding = put("model.embed_tokens.weight")
+        learned = config.position_embedding_type == "learned"
+        self.positions = put("model.embed_positions.weight") if learned else None
+        self.rope = None if learned else rope_table(config).to(device)
+        self.blocks = []
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            qkv = torch.cat([put(f"{layer}.self_attn.{p}_proj.weight") for p in "qkv"])
+            attention = Attention(config, qkv, put(f"{layer}.self_attn.o_proj.weight"))
+            prefix = f"{layer}.mlp."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            try:
+                ffn = KINDS[config.ffn.kind](config, own, dtype, device)
+            except CheckpointError as error:
+                raise CheckpointError(f"{prefix}{error}") from None
+            norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
+            self.blocks.append(Block(norms[0], attention, norms[1], ffn))
+        self.norm = norm("model.norm")
+        self.head = self.embedding if config.tie_word_embeddings else put("lm_head.weight")
+
+    def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
+        shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
+
+        def pool() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(pool(), pool()) for _ in self.blocks]
+
+    def hidden(self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools."""
+        x = F.embedding(batch.token_ids, self.embedding)
+        if self.positions is not None:
+            x = x + F.embedding(batch.positions, self.positions)
+        angles = None if self.rope is None else self.rope[batch.positions]
+        for block, (keys, values) in zip(self.blocks, pools, strict=True):
+            x = x + block.attention(block.norm1(x), batch, angles, keys, values)
+            x = x + block.ffn(block.norm2(x))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
+        return ops.linear(self.norm(hidden), self.head).float()

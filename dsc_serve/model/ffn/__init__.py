@@ -1,0 +1,38 @@
+"""The FFN kinds: a registry with one file per member. Each is built from the tensors of one block's `mlp`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.ffn.dense import DenseFfn
+from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.model.ffn.moe import MoeFfn
+from dsc_serve.model.ffn.molora import MoloraFfn
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Ffn(Protocol):
+    """A block's feed-forward layer: x [T, d] → [T, d], each token on its own."""
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """Names, below `mlp.`, and shapes of the tensors one block stores."""
+
+    @staticmethod
+    def idle_parameters(config: ModelConfig) -> int:
+        """Parameters of one block that a single token does not use."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+KINDS: dict[str, type[Ffn]] = {"dsc": DscFfn, "moe": MoeFfn, "molora": MoloraFfn, "dense": DenseFfn}

@@ -1,0 +1,87 @@
+"""The DSC layer: router, static MLP and the composition of the picked rank-1 atoms (the paper's Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsc_kernels import ops, reference
+from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
+from dsc_serve.model.ffn.mlp import Mlp, mlp_shapes
+
+
+class DscFfn:
+    """The bank is projected once, here, and the router's norm folded into its weight; both then stay where they are.
+
+    u, v: the projected bank [M, d]; router [M, d] and bias [M] in float32, since selection needs float32 logits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        c = config.ffn
+        assert isinstance(c, DscConfig)
+        self.config = c
+        self.norm_eps = config.norm_eps if c.router_norm else None
+        self.static = Mlp(config, tensors, dtype, device, "static.")
+        self.u, self.v = (self._bank(name, tensors[name], dtype).to(device) for name in ("atoms_u", "atoms_v"))
+        self.gamma = tensors["gamma"].float().to(device)
+        router, bias = self._router(tensors)
+        self.router = router.float().to(device)
+        self.router_bias = None if bias is None else bias.float().to(device)
+
+    def _bank(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = rows.double()
+        if self.config.atoms == "raw":
+            wide = reference.project(wide, self.config.eps)
+        norms = torch.linalg.vector_norm(wide, dim=1)
+        rounding = torch.finfo(rows.dtype).eps  # rows projected and then stored may exceed 1 by their rounding
+        if not bool((norms <= 1 + rounding).all()):
+            worst = int(norms.nan_to_num(torch.inf).argmax())
+            raise CheckpointError(
+                f"{name}: row {worst} has norm {norms[worst]:.4g} after projection, expected at most 1"
+            )
+        return wide.to(dtype)
+
+    def _router(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        weight = tensors["router.weight"].double()
+        bias = tensors["router.bias"].double() if self.config.router_bias else None
+        if not self.config.router_norm:
+            return weight, bias
+        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
+        return reference.fold_router_norm(weight, bias, norm_weight, norm_bias)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Atoms int64 [T, K], coefficients float32 [T, K] and signal float32 [T] for x [T, d]."""
+        c = self.config
+        return ops.route(x, self.router, self.router_bias, self.norm_eps, c.atoms_per_token, c.tau, c.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        atoms, weights, _ = self.route(x)
+        return ops.compose_add(self.static(x), x, atoms, weights, self.u, self.v, self.gamma)
+
+    @property
+    def certificate(self) -> float:
+        """max |γ|: no token's dynamic part can have a larger operator norm."""
+        return float(self.gamma.abs().max())
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        c, d = config.ffn, config.hidden_size
+        assert isinstance(c, DscConfig)
+        shapes = mlp_shapes(config, c.static_size, "static.")
+        shapes |= {"router.weight": (c.num_atoms, d), "atoms_u": (c.num_atoms, d), "atoms_v": (c.num_atoms, d)}
+        shapes["gamma"] = (d,) if c.gamma == "vector" else (1,)
+        if c.router_bias:
+            shapes["router.bias"] = (c.num_atoms,)
+        if c.router_norm:
+            shapes |= {"router_norm.weight": (d,), "router_norm.bias": (d,)}
+        return shapes
+
+    @staticmethod
+    def idle_parameters(config: ModelConfig) -> int:
+        c = config.ffn
+        assert isinstance(c, DscConfig)
+        return 2 * config.hidden_size * (c.num_atoms - c.atoms_per_token)

@@ -1,0 +1,98 @@
+"""Random weights by the paper's initialisation, and the presets of `dsc-serve init`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dsc_serve.model.budget import Budget
+from dsc_serve.model.config import CheckpointError, ModelConfig, one_line
+from dsc_serve.model.decoder import tensor_shapes
+
+STD = 0.02
+GAMMA = 0.1
+
+
+@dataclass(frozen=True)
+class Preset:
+    budget: Budget
+    heads: int
+    about: str
+
+
+PRESETS = {
+    "paper": Preset(Budget(35e6, 28e6, 50304, 256, 6, 384), 6, "the paper's headline table: 35 M total, 28 M active"),
+    "large": Preset(Budget(400e6, 250e6, 50304, 256, 24, 1024), 16, "24 layers, d 1024: 400 M total, 250 M active"),
+}
+
+
+def preset_config(name: str, kind: str, context: int | None = None) -> ModelConfig:
+    """The configuration of a preset with an FFN of the kind; `context` changes the number of learned positions."""
+    preset = PRESETS[name]
+    budget = preset.budget
+    return ModelConfig(
+        vocab_size=budget.vocab_size,
+        hidden_size=budget.width,
+        num_hidden_layers=budget.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.heads,
+        head_dim=budget.width // preset.heads,
+        max_position_embeddings=context or budget.context,
+        position_embedding_type="learned",
+        tie_word_embeddings=budget.tied,
+        ffn=getattr(budget, kind)(),
+    )
+
+
+def initial_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a fresh model: norms 1 and 0, γ 0.1, atoms orthogonal × 0.02, the rest normal.
+
+    Residual projections (attention's output, an expert's or a dense FFN's second matrix, not DSC's static one) are
+    narrower by √(2L). Source: the paper's section on training and its reference script.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in tensor_shapes(config).items():
+        tensor = torch.empty(shape)
+        if name.endswith("gamma"):
+            tensor.fill_(GAMMA)
+        elif name.endswith("bias"):
+            tensor.zero_()
+        elif len(shape) == 1:
+            tensor.fill_(1.0)
+        elif name.endswith(("atoms_u", "atoms_v")):
+            nn.init.orthogonal_(tensor, generator=generator)
+            tensor.mul_(STD)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight")) and ".static." not in name
+            std = STD / math.sqrt(2 * config.num_hidden_layers) if residual else STD
+            tensor.normal_(0.0, std, generator=generator)
+        yield name, tensor.to(dtype)
+
+
+def changed_config(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
+    """The configuration with fields replaced, each as "field=value" or "ffn.field=value", values as JSON or a word.
+
+    Raises CheckpointError naming the field that is unknown or has a value that is not allowed.
+    """
+    content = config.model_dump()
+    for change in changes:
+        name, equals, text = change.partition("=")
+        target = content["ffn"] if name.startswith("ffn.") else content
+        field = name.removeprefix("ffn.")
+        if not equals or field not in target or field in ("kind", "ffn"):
+            allowed = [k for k in content if k != "ffn"] + [f"ffn.{k}" for k in content["ffn"] if k != "kind"]
+            raise CheckpointError(f"--set {change}: expected FIELD=VALUE with one of {', '.join(allowed)}")
+        try:
+            target[field] = json.loads(text)
+        except ValueError:
+            target[field] = text
+    try:
+        return ModelConfig.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"--set: {one_line(error)}") from None

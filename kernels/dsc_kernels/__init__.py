@@ -1,0 +1,1 @@
+"""Operators of DSC layers and their baselines: knows nothing of serving."""

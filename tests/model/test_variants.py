@@ -1,0 +1,53 @@
+"""Every architecture option against the decoder of `naive.py`, through the engine's paged path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import naive
+import pytest
+import torch
+from conftest import small_config, wide_tensors
+
+from dsc_serve import LLM
+
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("dsc", {}, {}),
+    ("dsc", {"position_embedding_type": "learned", "tie_word_embeddings": False}, {}),
+    ("dsc", {"norm_type": "rmsnorm", "hidden_act": "silu", "mlp_gated": True}, {}),
+    ("dsc", {}, {"router_norm": False, "router_bias": False, "gamma": "scalar"}),
+    ("dsc", {}, {"router_bias": False, "tau": 0.05}),
+    ("dsc", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}, {"atoms_per_token": 37}),
+    ("dsc", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20, "rope_theta": 500.0}, {}),
+    ("moe", {}, {}),
+    ("moe", {"mlp_gated": True, "hidden_act": "silu"}, {"normalize_weights": True, "router_norm": False}),
+    ("molora", {}, {}),
+    ("molora", {"mlp_gated": True, "norm_type": "rmsnorm"}, {"rank": 1}),
+    ("dense", {"norm_type": "rmsnorm", "mlp_gated": True, "hidden_act": "silu", "num_key_value_heads": 1}, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "ffn"), VARIANTS)
+def test_variant_equals_the_naive_decoder(
+    kind: str, changes: dict[str, Any], ffn: dict[str, Any], small_model: Callable[..., Path]
+) -> None:
+    config = small_config(kind, ffn, **changes)
+    tensors = wide_tensors(config)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (1, 17, 29)]
+    folder = small_model(kind, ffn, **changes)
+    with LLM(str(folder), dtype="float32", step_tokens=10, max_running=4, block_size=8) as llm:
+        for ids, got in zip(prompts, llm.logits(prompts), strict=True):
+            torch.testing.assert_close(got.double(), naive.logits(config, tensors, ids), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_bfloat16_is_near_float32(kind: str, small_model: Callable[..., Path]) -> None:
+    folder = small_model(kind)
+    ids = [[5, 9, 33, 2, 60, 14, 7]]
+    with LLM(str(folder), dtype="float32") as exact, LLM(str(folder), dtype="bfloat16") as rounded:
+        (want,), (got,) = exact.logits(ids), rounded.logits(ids)
+    assert got.dtype == torch.float32
+    assert (got - want).norm() < 0.05 * want.norm()

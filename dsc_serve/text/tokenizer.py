@@ -1,0 +1,161 @@
+"""A model's tokenizer: text to token ids and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import tokenizers
+
+from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, one_line
+from dsc_serve.text.pieces import Pieces
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used or a text that cannot be encoded; one line."""
+
+
+class Tokenizer:
+    """Encodes and decodes for one model.
+
+    Decoding joins the tokens' bytes and reads them as UTF-8; each longest ill-formed run becomes one U+FFFD. Ids that
+    the tokenizer does not have, as in a padded vocabulary, decode to nothing.
+
+    vocab_size: one more than the highest token id. eos_token_id, bos_token_id: None where the model names none.
+    chat_template: None where the model has none.
+    Raises ValueError when the tokenizer's decoder is of an unsupported kind.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        add_bos_token: bool = False,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        # A tokenizer saved after training may still cut or fill its texts; a prompt must arrive whole.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.chat_template = chat_template
+        self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._pieces = Pieces(backend, self.vocab_size)
+        own_prefix = backend.encode("", add_special_tokens=True).ids[:1]
+        self._prefix: list[int] = []
+        if add_bos_token and bos_token_id is not None and bos_token_id not in own_prefix:
+            self._prefix = [bos_token_id]
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer of a model folder, or None when it has no tokenizer.json. Raises TokenizerError."""
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
+        config = read_config(folder / CONFIG_FILE)
+        named = special_tokens(config)
+        ids: dict[str, int | None] = {}
+        for name in ("eos_token", "bos_token"):
+            token = named.get(name)
+            ids[name] = None if token is None else backend.token_to_id(token)
+            if token is not None and ids[name] is None:
+                raise TokenizerError(f"{folder / CONFIG_FILE}: {name} is {token!r}, which {path.name} does not have")
+        try:
+            return cls(
+                backend,
+                eos_token_id=ids["eos_token"],
+                bos_token_id=ids["bos_token"],
+                add_bos_token=config.get("add_bos_token") is True,
+                chat_template=load_chat_template(folder, config, named),
+            )
+        except ChatTemplateError as error:
+            raise TokenizerError(f"{folder}: {error}") from error
+        except ValueError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises TokenizerError when the text is not valid Unicode (a lone surrogate) or has no tokens for a part of it.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise TokenizerError("the text holds a lone surrogate, which is not valid Unicode") from error
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"the text cannot be encoded: {one_line(error)}") from error
+        return [*self._prefix, *ids] if add_special_tokens and self._prefix else ids
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of a rendered chat template, which writes its special tokens itself. Raises TokenizerError."""
+        return self.encode(rendered, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence of tokens."""
+        parts: list[bytes] = []
+        for token_id in ids:
+            if self.visible(token_id, skip_special_tokens):
+                parts.append(self.token_bytes(token_id) if parts else self.leading_bytes(token_id))
+        return b"".join(parts).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token adds to the text before it: possibly part of a character, or none."""
+        return self._pieces.following(token_id)
+
+    def leading_bytes(self, token_id: int) -> bytes:
+        """Bytes of a token at the start of a text, where some tokenizers drop the space before a word."""
+        return self._pieces.leading(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        r"""A token's own text for showing it alone.
+
+        Bytes that are not UTF-8 by themselves are written as `bytes:\xe4\xbd`, so that different tokens stay different.
+        """
+        piece = self.token_bytes(token_id)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a mark for the model, not text, such as the end of text."""
+        return token_id in self._special
+
+    def visible(self, token_id: int, skip_special_tokens: bool = True) -> bool:
+        """Whether decoding shows the token."""
+        return not (skip_special_tokens and token_id in self._special) and self._pieces.known(token_id)
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """tokenizer_config.json as a dict, empty when there is none. Raises TokenizerError."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} holds a {type(config).__name__}; it must hold a JSON object")
+    return config
+
+
+def special_tokens(config: Mapping[str, object]) -> dict[str, str]:
+    """The texts of the named special tokens ("bos_token", "eos_token", …) in a tokenizer_config.json."""
+    named: dict[str, str] = {}
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            named[name] = content
+    return named

@@ -1,0 +1,1 @@
+"""Tests of the tokenizer, chat templates, detokenising and stop strings."""

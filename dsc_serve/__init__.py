@@ -1,0 +1,27 @@
+"""Inference serving for language models with Dynamic Subspace Composition (DSC) feed-forward layers.
+
+`LLM` and `SamplingParams` are loaded on first use, so that importing this package stays cheap and free of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsc_serve.llm import LLM, RequestOutput
+    from dsc_serve.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LLM", "RequestOutput"):
+        import dsc_serve.llm as llm
+
+        return getattr(llm, name)
+    if name == "SamplingParams":
+        from dsc_serve.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,155 @@
+"""The engine: requests in, deltas out, one step at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsc_serve.config import ConfigError, EngineConfig, default_threads, resolve_model
+from dsc_serve.engine.kv_cache import BlockPool, blocks_for
+from dsc_serve.engine.output import Delta
+from dsc_serve.engine.policies import POLICIES, Budget
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.runner import Runner, StepResult
+from dsc_serve.engine.scheduler import Scheduler
+from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.decoder import Decoder
+from dsc_serve.sampling_params import Limits, SamplingParams, resolve_max_tokens
+
+KV_SHARE = 0.2  # of the memory that is free, what a pool may take where its size is not given
+
+
+class StepRunner(Protocol):
+    """What computes a step: `Runner` with a model, or a test's without one."""
+
+    def run(self, work: Sequence[tuple[Request, int]]) -> StepResult: ...
+
+
+@dataclass
+class Counters:
+    steps: int = 0
+    repairs: int = 0
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls everything.
+
+    strict: raise when an invariant is broken after a step (tests) instead of counting and repairing (production).
+    """
+
+    def __init__(
+        self, config: EngineConfig, limits: Limits, runner: StepRunner, eos: tuple[int, ...], strict: bool = False
+    ) -> None:
+        if config.policy not in POLICIES:
+            raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
+        self.config, self.limits, self.runner, self.strict = config, limits, runner, strict
+        budget = Budget(tokens=config.step_tokens, running=config.max_running)
+        self.scheduler = Scheduler(POLICIES[config.policy], budget, BlockPool(limits.num_blocks), config.block_size)
+        self.counters = Counters()
+        self._eos = frozenset(eos)
+
+    @classmethod
+    def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
+        """An engine that runs a loaded model, with a KV pool of its own."""
+        limits = Limits(
+            vocab_size=model.config.vocab_size,
+            max_model_len=model.config.max_position_embeddings,
+            num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
+            block_size=config.block_size,
+        )
+        runner = Runner(model, limits, config.step_tokens, config.max_running)
+        return cls(config, limits, runner, model.config.eos_token_ids, strict)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, collect_logits: bool = False) -> Request:
+        """Queue a request. Raises ParameterError when it could never finish here, ValueError when its id is in use."""
+        if self.scheduler.get(request_id) is not None:
+            raise ValueError(f"request id {request_id!r} is in use")
+        max_tokens = resolve_max_tokens(prompt, params, self.limits)
+        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits)
+        self.scheduler.add(request)
+        return request
+
+    def finish(self, request_id: str) -> bool:
+        """End a request wherever it stands. Returns whether there was one."""
+        return self.scheduler.finish(request_id) is not None
+
+    def step(self) -> list[Delta]:
+        """Plan, compute and commit one step; returns the news of the requests it moved.
+
+        A step that fails ends the requests it held with an error, releases what they owned and leaves the others be.
+        """
+        plan = self.scheduler.plan()
+        work = self.scheduler.begin(plan)
+        try:
+            result = self.runner.run(work)
+        except Exception as error:
+            if self.strict:
+                raise
+            return [self._failed(request, error) for request, _ in work]
+        ended = self.scheduler.commit(plan, result.tokens, self._eos)
+        self.counters.steps += 1
+        self._check()
+        deltas = []
+        for request, _ in work:
+            prompt_logprobs = result.prompt_logprobs.get(request.id)
+            if request.id not in ended and prompt_logprobs is None:
+                continue
+            token = result.tokens.get(request.id)
+            entry = result.logprobs.get(request.id)
+            deltas.append(
+                Delta(
+                    request.id,
+                    [] if token is None else [token],
+                    ended.get(request.id),
+                    None if entry is None else [entry],
+                    prompt_logprobs,
+                )
+            )
+        return deltas
+
+    def _failed(self, request: Request, error: Exception) -> Delta:
+        self.scheduler.finish(request.id)
+        return Delta(request.id, [], "error", error=f"the step failed: {type(error).__name__}: {error}")
+
+    def _check(self) -> None:
+        fault = self.scheduler.fault() if self.strict or not self.has_work else None
+        if fault is None:
+            return
+        if self.strict:
+            raise AssertionError(fault)
+        self.counters.repairs += 1
+        self.scheduler.pool = BlockPool(self.scheduler.pool.total)  # nothing runs or waits: every block is free
+
+
+def prepare_model(config: EngineConfig) -> Decoder:
+    """Set the compute threads and load the configured model. Raises ConfigError or CheckpointError in one line."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device; allowed here: cpu")
+    torch.set_num_threads(config.threads or default_threads())
+    return load_model(resolve_model(config.model), config.dtype, torch.device(config.device))
+
+
+def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
+    """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
+    c = model.config
+    per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    context = c.max_position_embeddings
+    return max(context, min(config.max_running * context, int(KV_SHARE * free) // per_token))
+
+
+def collected(request: Request) -> Tensor:
+    """The float32 logits [T, vocabulary] of a request's prompt, once all of it is computed."""
+    return torch.cat(request.logits).cpu()

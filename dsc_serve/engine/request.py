@@ -1,0 +1,52 @@
+"""One request's state inside the engine."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dsc_serve.sampling_params import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A sequence that grows until it ends.
+
+    tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
+    the gap. blocks: the KV blocks it owns, in order. max_tokens: most output tokens, already bounded by the context.
+    reported: prompt positions whose logits have been reported; recomputing after a preemption must not repeat them.
+    """
+
+    id: str
+    prompt_size: int
+    tokens: list[int]
+    params: SamplingParams
+    max_tokens: int
+    collect_logits: bool = False
+    seed: int = 0
+    computed: int = 0
+    reported: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def gap(self) -> int:
+        """Tokens known but not yet computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output_size(self) -> int:
+        return len(self.tokens) - self.prompt_size
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        return self.collect_logits or self.params.prompt_logprobs is not None

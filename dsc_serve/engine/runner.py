@@ -1,0 +1,132 @@
+"""The runner: from requests and token counts to the model's inputs, and from its outputs to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsc_serve.engine.kv_cache import blocks_for
+from dsc_serve.engine.output import TokenLogprobs
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.sampler import Sampler, logprobs
+from dsc_serve.model.batch import Chunk, StepBatch
+from dsc_serve.model.decoder import Decoder
+from dsc_serve.sampling_params import Limits
+
+HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
+
+Work = Sequence[tuple[Request, int]]
+
+
+@dataclass
+class StepResult:
+    """What one step computed, by request id.
+
+    tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
+    prompt_logprobs: of prompt tokens that this step reached, where asked for.
+    """
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
+
+    Input buffers and pools are allocated once; a step fills them in place.
+    """
+
+    def __init__(self, model: Decoder, limits: Limits, step_tokens: int, max_running: int) -> None:
+        self.model, self.block_size = model, limits.block_size
+        self.pools = model.kv_pools(limits.num_blocks, limits.block_size)
+        self.sampler = Sampler(model.config.eos_token_ids)
+        width = blocks_for(limits.max_tokens, limits.block_size)
+        self._tokens = torch.zeros(4, step_tokens, dtype=torch.int64)
+        self._tables = torch.zeros(max_running, width, dtype=torch.int64)
+        self._contexts = torch.zeros(max_running, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def run(self, work: Work) -> StepResult:
+        """Compute the given number of new tokens of each request and sample where that closes its gap."""
+        ordered = sorted(work, key=lambda pair: pair[1] > 1)
+        batch = self._batch(ordered)
+        hidden = self.model.hidden(batch, self.pools)
+        result = StepResult()
+        rows, requests, start = [], [], 0
+        for request, count in ordered:
+            if request.wants_prompt_rows and request.reported < request.prompt_size:
+                self._report_prompt(request, hidden[start : start + count], result)
+            if request.computed + count == request.known and request.max_tokens > 0:
+                rows.append(start + count - 1)
+                requests.append(request)
+            start += count
+        if requests:
+            self._sample(self.model.logits(hidden[rows]), requests, result)
+        return result
+
+    def _batch(self, ordered: Work) -> StepBatch:
+        token_ids, positions, slot_blocks, slot_offsets = self._tokens.numpy()
+        tables, contexts = self._tables.numpy(), self._contexts.numpy()
+        start, decodes, decode_context = 0, 0, 0
+        chunks = []
+        for row, (request, count) in enumerate(ordered):
+            first, end = request.computed, request.computed + count
+            new = slice(start, start + count)
+            token_ids[new] = request.tokens[first:end]
+            positions[new] = range(first, end)
+            slot_blocks[new] = [request.blocks[p // self.block_size] for p in range(first, end)]
+            tables[row, : len(request.blocks)] = request.blocks
+            tables[row, len(request.blocks) :] = 0
+            contexts[row] = end
+            if count == 1:
+                decodes, decode_context = decodes + 1, max(decode_context, end)
+            else:
+                chunks.append(Chunk(row, start, count, end))
+            start += count
+        slot_offsets[:start] = positions[:start] % self.block_size
+        device, size = self.model.device, len(ordered)
+        ids, places, slots, offsets = self._tokens[:, :start].to(device)
+        return StepBatch(
+            token_ids=ids,
+            positions=places,
+            slot_blocks=slots,
+            slot_offsets=offsets,
+            block_tables=self._tables[:size].to(device),
+            context_lens=self._contexts[:size].to(device),
+            decodes=decodes,
+            decode_context=decode_context,
+            chunks=tuple(chunks),
+        )
+
+    def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:
+        reporting = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        raw = logits[reporting] if reporting else None  # a copy: sampling changes the logits
+        tokens = self.sampler(logits, requests)
+        for request, token in zip(requests, tokens, strict=True):
+            result.tokens[request.id] = token
+        if raw is not None:
+            top = [requests[i].params.logprobs or 0 for i in reporting]
+            entries = logprobs(raw, [tokens[i] for i in reporting], top)
+            result.logprobs |= {requests[i].id: entry for i, entry in zip(reporting, entries, strict=True)}
+
+    def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
+        """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
+        first = max(request.computed, request.reported)
+        end = min(request.computed + hidden.shape[0], request.prompt_size)
+        entries: list[TokenLogprobs | None] = [None] if first == 0 else []
+        for start in range(first, end, HEAD_ROWS):
+            stop = min(start + HEAD_ROWS, end)
+            logits = self.model.logits(hidden[start - request.computed : stop - request.computed])
+            if request.collect_logits:
+                request.logits.append(logits)
+            if request.params.prompt_logprobs is not None:
+                targets = request.tokens[start + 1 : min(stop + 1, request.prompt_size)]
+                top = [request.params.prompt_logprobs] * len(targets)
+                entries += logprobs(logits[: len(targets)], targets, top)
+        request.reported = max(request.reported, end)
+        if request.params.prompt_logprobs is not None:
+            result.prompt_logprobs[request.id] = entries

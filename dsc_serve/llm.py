@@ -1,0 +1,243 @@
+"""The engine in this process, for scripts and tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
+from dsc_serve.engine.engine import Engine, collected, prepare_model
+from dsc_serve.engine.output import Delta, TokenLogprobs
+from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.text.stream import TextStream
+from dsc_serve.text.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass
+class RequestOutput:
+    """One generation. token_ids are the generated ones; text is without the stop string that ended it.
+
+    finish_reason: "stop" (end of text, stop token or stop string) or "length". index: which of n choices this is.
+    """
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    index: int = 0
+
+
+class LLM:
+    """A model and its engine. `LLM()` is the embedded model.
+
+    model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, where
+    the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`.
+    Raises ConfigError and CheckpointError in one line.
+    """
+
+    def __init__(
+        self,
+        model: str = EMBEDDED_MODEL,
+        device: str = "cpu",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        *,
+        threads: int = 0,
+        max_running: int = 64,
+        step_tokens: int = 512,
+        block_size: int = 16,
+        kv_tokens: int = 0,
+        policy: str = "fcfs",
+    ) -> None:
+        config = EngineConfig(
+            model=str(model),
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_running=max_running,
+            step_tokens=step_tokens,
+            block_size=block_size,
+            kv_tokens=kv_tokens,
+            policy=policy,
+        )
+        self.tokenizer = Tokenizer.load(resolve_model(config.model))
+        self._engine: Engine | None = Engine.for_model(prepare_model(config), config)
+        self._ids = itertools.count()
+        self._tracks: dict[str, _Track] = {}
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for texts or token-id lists; returns one output per prompt and choice, in order.
+
+        params: one for all or one per prompt. Raises ParameterError before anything runs when a request cannot.
+        """
+        listed = self._listed(prompts)
+        each = self._each(params, len(listed))
+        with tqdm(total=len(listed), disable=not progress, unit="prompt") as bar:
+            tracks: list[_Track] = []
+            try:
+                for prompt, own in zip(listed, each, strict=True):
+                    tracks += [self._submit(prompt, own, choice) for choice in range(own.n)]
+                ended = 0
+                while ended < len(tracks):
+                    self._step()
+                    now = sum(t.output.finish_reason is not None for t in tracks)
+                    bar.update(now * len(listed) // len(tracks) - ended * len(listed) // len(tracks))
+                    ended = now
+            finally:
+                self._drop(tracks)
+        return [track.output for track in tracks]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ParameterError("n", f"n is {params.n}; a stream has one choice")
+        track = self._submit(self._listed([prompt])[0], params, 0)
+        try:
+            while track.news or track.output.finish_reason is None:
+                if track.news:
+                    yield track.news.popleft()
+                else:
+                    self._step()
+        finally:
+            self._drop([track])
+
+    def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
+        """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
+        params = SamplingParams(temperature=0, max_tokens=0)
+        requests = []
+        try:
+            for ids in token_ids:
+                requests.append(self.engine.add(f"logits-{next(self._ids)}", ids, params, collect_logits=True))
+            while any(self.engine.scheduler.get(r.id) is not None for r in requests):
+                self._step()
+        finally:
+            for request in requests:
+                self.engine.finish(request.id)
+        return [collected(request) for request in requests]
+
+    def close(self) -> None:
+        """Release the model and its KV pool. Safe to call twice."""
+        self._engine = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many = cast(Sequence[Prompt], [prompts] if one else prompts)
+        listed = []
+        for prompt in many:
+            if not isinstance(prompt, str):
+                listed.append(list(prompt))
+            elif self.tokenizer is None:
+                raise ParameterError("prompt", "prompt is a text, but the model has no tokenizer; give token ids")
+            else:
+                listed.append(self.tokenizer.encode(prompt))
+        return listed
+
+    def _each(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")
+        return params
+
+    def _submit(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
+        own = params.for_choice(choice)
+        track = _Track(f"llm-{next(self._ids)}", prompt, own, TextStream(self.tokenizer, prompt, own), choice)
+        self.engine.add(track.id, prompt, own)
+        self._tracks[track.id] = track
+        return track
+
+    def _step(self) -> None:
+        """One step for everything in flight, whichever call of this LLM it belongs to."""
+        for delta in self.engine.step():
+            track = self._tracks.get(delta.request_id)
+            if track is not None:
+                track.take(delta, self.engine)
+            elif delta.finish_reason == "error":
+                raise RuntimeError(delta.error)
+
+    def _drop(self, tracks: Sequence[_Track]) -> None:
+        for track in tracks:
+            self._tracks.pop(track.id, None)
+            if self._engine is not None:
+                self._engine.finish(track.id)
+
+
+class _Track:
+    """Collects one request's deltas into its output, and keeps what is new for a stream to take."""
+
+    def __init__(
+        self, request_id: str, prompt: list[int], params: SamplingParams, text: TextStream, index: int
+    ) -> None:
+        self.id, self.text = request_id, text
+        self.news: deque[RequestOutput] = deque()
+        self.output = RequestOutput(
+            prompt_token_ids=prompt,
+            index=index,
+            logprobs=None if params.logprobs is None else [],
+            prompt_logprobs=None if params.prompt_logprobs is None else [],
+        )
+
+    def take(self, delta: Delta, engine: Engine) -> None:
+        """Add a delta. Raises RuntimeError when the step failed."""
+        if delta.finish_reason == "error":
+            raise RuntimeError(delta.error)
+        new = RequestOutput(
+            prompt_token_ids=self.output.prompt_token_ids,
+            text=self.text.push(delta.token_ids),
+            token_ids=delta.token_ids,
+            finish_reason=delta.finish_reason,
+            logprobs=delta.logprobs,
+            prompt_logprobs=delta.prompt_logprobs,
+            index=self.output.index,
+        )
+        if self.text.stopped:
+            engine.finish(self.id)
+            new.finish_reason = "stop"
+        elif new.finish_reason is not None:
+            new.text += self.text.finish()
+            if self.text.stopped:
+                new.finish_reason = "stop"
+        self.output.text += new.text
+        self.output.token_ids += new.token_ids
+        self.output.finish_reason = new.finish_reason
+        if self.output.logprobs is not None and new.logprobs:
+            self.output.logprobs += new.logprobs
+        if self.output.prompt_logprobs is not None and new.prompt_logprobs:
+            self.output.prompt_logprobs += new.prompt_logprobs
+        self.news.append(new)

@@ -1,0 +1,165 @@
+"""What a caller may ask of one generation. Shared by the Python API, the server and the engine; free of torch."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import msgspec
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_CHOICES = 128
+
+
+class ParameterError(ValueError):
+    """A value that cannot be used. `field` names it, as the caller wrote it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def reject(field: str, value: object, allowed: str) -> NoReturn:
+    raise ParameterError(field, f"{field} is {value!r}; it must be {allowed}")
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens and when to stop.
+
+    temperature: 0 takes the most likely token; else logits are divided by it.
+    top_k: only the k most likely tokens (0 or -1: all).
+    top_p: only the smallest set of most likely tokens whose probability reaches p, after top_k.
+    min_p: only tokens at least min_p times as likely as the most likely one.
+    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per occurrence.
+    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
+    logit_bias: added to the logits of the given token ids, before everything else.
+    seed: the token at a position depends on the logits, the seed and the position alone; None draws a seed.
+    max_tokens: most tokens to generate; None means up to the context's end.
+    min_tokens: the end of text and stop tokens cannot be chosen before this many tokens, nor do stop strings count.
+    stop: texts that end the generation and are left out of it. stop_token_ids: tokens that end it.
+    logprobs: report the chosen token's log probability and that many alternatives (None: nothing), of the model's
+        own distribution, before temperature and filters. prompt_logprobs: the same for the prompt's tokens.
+    n: number of independent generations.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                reject(field, value, "a finite number")
+        if self.temperature < 0 or 0 < self.temperature < 1e-3:
+            reject("temperature", self.temperature, "0 (greedy) or at least 0.001")
+        if not 0 < self.top_p <= 1:
+            reject("top_p", self.top_p, "above 0 and at most 1")
+        if not isinstance(self.top_k, int) or self.top_k < -1:
+            reject("top_k", self.top_k, "-1 or 0 (all tokens) or a positive integer")
+        if not 0 <= self.min_p <= 1:
+            reject("min_p", self.min_p, "between 0 and 1")
+        for field in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, field) <= 2:
+                reject(field, getattr(self, field), "between -2 and 2")
+        if not 0 < self.repetition_penalty <= 100:
+            reject("repetition_penalty", self.repetition_penalty, "above 0 and at most 100")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or token < 0:
+                reject("logit_bias", token, "a map from token ids (integers from 0) to numbers")
+            if not math.isfinite(bias) or not -100 <= bias <= 100:
+                reject("logit_bias", bias, "a map to numbers between -100 and 100")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            reject("seed", self.seed, "a 64-bit integer")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            reject("max_tokens", self.max_tokens, "at least 0")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            reject("min_tokens", self.min_tokens, f"between 0 and max_tokens ({self.max_tokens})")
+        if isinstance(self.stop, str):
+            reject("stop", self.stop, "a sequence of texts")
+        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
+            reject("stop", self.stop, f"at most {MAX_STOPS} texts, none of them empty")
+        if not all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids):
+            reject("stop_token_ids", self.stop_token_ids, "token ids (integers from 0)")
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                reject(field, value, f"between 0 and {MAX_LOGPROBS}")
+        if not 1 <= self.n <= MAX_CHOICES:
+            reject("n", self.n, f"between 1 and {MAX_CHOICES}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def for_choice(self, index: int) -> SamplingParams:
+        """The parameters of choice `index` of `n` as a request of its own: n is 1 and the seed its own.
+
+        Choice 0 keeps the seed, so that it equals the same request with n = 1.
+        """
+        seed = self.seed
+        if seed is not None and index > 0:
+            seed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+        return msgspec.structs.replace(self, n=1, seed=seed)
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one engine can hold: the vocabulary, the context, and the KV pool in blocks of `block_size` tokens."""
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens, prompt and output together, that one request can ever have."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+
+def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits) -> int:
+    """The number of tokens the request may generate, checked against what the engine can ever hold.
+
+    The one place where a request is measured: the HTTP server asks before it queues, the engine before it admits, so
+    nothing is admitted that could never finish. Raises ParameterError.
+    """
+    if not prompt:
+        raise ParameterError("prompt", "prompt is empty; at least one token is needed")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= limits.vocab_size:
+        bad = low if low < 0 else high
+        raise ParameterError("prompt", f"prompt holds token id {bad}; allowed: 0 to {limits.vocab_size - 1}")
+    for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if ids and max(ids) >= limits.vocab_size:
+            raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {limits.vocab_size - 1}")
+    what = "the model's context" if limits.max_tokens == limits.max_model_len else "the KV pool"
+    if len(prompt) > limits.max_tokens:
+        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {limits.max_tokens}")
+    room = limits.max_tokens - len(prompt)
+    if params.max_tokens is None:
+        if room == 0:
+            raise ParameterError("prompt", f"prompt has {len(prompt)} tokens and fills {what}; none can be generated")
+        return room
+    if params.max_tokens > room:
+        raise ParameterError(
+            "max_tokens",
+            f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens; together they may be at most "
+            f"{limits.max_tokens} ({what})",
+        )
+    return params.max_tokens

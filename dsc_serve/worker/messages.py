@@ -1,0 +1,99 @@
+"""The typed messages between the API process and the engine process, as msgpack frames over a local socket.
+
+A frame is a 4-byte little-endian length followed by one msgpack document. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.output import Delta as Delta
+from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
+from dsc_serve.sampling_params import Limits, SamplingParams
+
+HEADER = struct.Struct("<I")
+MAX_FRAME = 64 * 2**20
+
+
+class Start(msgspec.Struct, tag=True, array_like=True):
+    """First message to a new engine process."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, tag=True, array_like=True):
+    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+
+
+class Finish(msgspec.Struct, tag=True, array_like=True):
+    """End a request now: "stop" when its stop string was found, "abort" when nobody wants it any more."""
+
+    request_id: str
+    reason: str
+
+
+class StatsRequest(msgspec.Struct, tag=True, array_like=True):
+    ticket: int
+
+
+class Shutdown(msgspec.Struct, tag=True, array_like=True):
+    pass
+
+
+class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
+    """What the engine loaded. Sent once, when it is ready."""
+
+    limits: Limits
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    threads: int
+    kernels: str
+    total_parameters: int
+    active_parameters: int
+    bank_bytes: int
+
+
+class StartFailed(msgspec.Struct, tag=True, array_like=True):
+    error: str
+
+
+class StepDone(msgspec.Struct, tag=True, array_like=True):
+    """All that one step has to say, in one message."""
+
+    deltas: list[Delta]
+
+
+class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
+    """The engine's state at the moment of asking."""
+
+    ticket: int
+    running: int
+    waiting: int
+    blocks_free: int
+    blocks_total: int
+    steps: int
+    preemptions: int
+    invariant_repairs: int
+
+
+ToEngine = Start | Submit | Finish | StatsRequest | Shutdown
+FromEngine = ModelInfo | StartFailed | StepDone | Stats
+
+encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    body = encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body

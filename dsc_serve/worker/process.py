@@ -1,0 +1,174 @@
+"""The engine process: runs steps while there is work, waits for messages while there is none.
+
+Started by the supervisor as `python -m dsc_serve.worker.process FD`; FD is its end of a socket pair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import socket
+import struct
+import sys
+import threading
+
+import msgspec
+
+from dsc_kernels import ops
+from dsc_serve.config import ConfigError, default_threads
+from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.output import Delta
+from dsc_serve.model.config import CheckpointError
+from dsc_serve.model.decoder import Decoder, parameter_counts
+from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.sampling_params import ParameterError
+from dsc_serve.worker.messages import (
+    HEADER,
+    MAX_FRAME,
+    Finish,
+    FromEngine,
+    ModelInfo,
+    Shutdown,
+    Start,
+    StartFailed,
+    Stats,
+    StatsRequest,
+    StepDone,
+    Submit,
+    ToEngine,
+    frame,
+    to_engine_decoder,
+)
+
+SEND_TIMEOUT_S = 60.0  # an API process that reads nothing for so long is hung
+
+
+def read_frame(source: socket.socket) -> ToEngine | None:
+    """The next message, or None when the other side has closed the connection."""
+    header = read_exactly(source, HEADER.size)
+    if header is None:
+        return None
+    (size,) = HEADER.unpack(header)
+    if size > MAX_FRAME:
+        raise ValueError(f"a frame of {size} bytes was announced; at most {MAX_FRAME} are allowed")
+    body = read_exactly(source, size)
+    return None if body is None else to_engine_decoder.decode(body)
+
+
+def read_exactly(source: socket.socket, size: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < size:
+        piece = source.recv(size - len(parts))
+        if not piece:
+            return None
+        parts += piece
+    return bytes(parts)
+
+
+def model_info(model: Decoder, engine: Engine) -> ModelInfo:
+    total, active = parameter_counts(model.config)
+    banks = [b.ffn for b in model.blocks if isinstance(b.ffn, DscFfn)]
+    return ModelInfo(
+        limits=engine.limits,
+        eos_token_ids=model.config.eos_token_ids,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=engine.config.device,
+        threads=engine.config.threads or default_threads(),
+        kernels=ops.description(),
+        total_parameters=total,
+        active_parameters=active,
+        bank_bytes=sum(t.numel() * t.element_size() for bank in banks for t in (bank.u, bank.v)),
+    )
+
+
+class EngineProcess:
+    """The loop around one engine. Messages arrive through a thread that blocks on the socket; an idle loop waits.
+
+    When the connection closes, whatever the reason, the process ends: it never outlives its API process.
+    """
+
+    def __init__(self, connection: socket.socket, engine: Engine) -> None:
+        self.connection, self.engine = connection, engine
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, name="inbox", daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                message = self._inbox.get(block=not self.engine.has_work)  # nothing to time out: idle until told
+                if message is None or isinstance(message, Shutdown):
+                    return
+                self._handle(message)
+            except queue.Empty:
+                deltas = self.engine.step()
+                if deltas:
+                    self.send(StepDone(deltas))
+
+    def send(self, message: FromEngine) -> None:
+        self.connection.sendall(frame(message))
+
+    def _handle(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            try:
+                self.engine.add(message.request_id, message.prompt, message.params)
+            except (ParameterError, ValueError) as error:
+                field = error.field if isinstance(error, ParameterError) else ""
+                delta = Delta(message.request_id, [], "error", error=str(error), error_field=field)
+                self.send(StepDone([delta]))
+        elif isinstance(message, Finish):
+            if self.engine.finish(message.request_id):
+                self.send(StepDone([Delta(message.request_id, [], message.reason)]))
+        elif isinstance(message, StatsRequest):
+            scheduler = self.engine.scheduler
+            self.send(
+                Stats(
+                    ticket=message.ticket,
+                    running=len(scheduler.running),
+                    waiting=len(scheduler.waiting),
+                    blocks_free=scheduler.pool.free,
+                    blocks_total=scheduler.pool.total,
+                    steps=self.engine.counters.steps,
+                    preemptions=scheduler.preemptions,
+                    invariant_repairs=self.engine.counters.repairs,
+                )
+            )
+
+    def _receive(self) -> None:
+        message: ToEngine | None = None
+        try:
+            while (message := read_frame(self.connection)) is not None:
+                self._inbox.put(message)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            print(f"engine: the API process's messages cannot be read: {error}", file=sys.stderr)
+        finally:
+            self._inbox.put(None)
+
+
+def main(descriptor: int) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the API process decides when to stop; it closes the connection
+    connection = socket.socket(fileno=descriptor)
+    start = read_frame(connection)
+    if not isinstance(start, Start):
+        return 1
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))
+    try:
+        model = prepare_model(start.config)
+        engine = Engine.for_model(model, start.config)
+    except (ConfigError, CheckpointError, MemoryError, RuntimeError) as error:
+        connection.sendall(frame(StartFailed(str(error))))
+        return 1
+    process = EngineProcess(connection, engine)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        process.send(model_info(model, engine))
+        process.run()
+    return 0
+
+
+def timeval(seconds: float) -> bytes:
+    """A C struct timeval."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,105 @@
+"""What is answered: the choices of a request, their news, and the shape an endpoint gives them."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.server.errors import from_parameter
+from dsc_serve.server.schema import GenerationFields
+from dsc_serve.server.service import Service
+from dsc_serve.text.stream import TextStream
+from dsc_serve.worker.messages import TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+encode = msgspec.json.Encoder().encode
+
+
+def event(data: object) -> bytes:
+    """One server-sent event."""
+    return b"data: %b\n\n" % encode(data)
+
+
+@dataclass(slots=True)
+class Choice:
+    """One generation. `echo` is the prompt's text where the answer begins with the prompt, else None."""
+
+    index: int
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    text: TextStream
+    echo: str | None = None
+    begun: bool = False
+    characters: int = 0  # of its text, that log probabilities have been reported for
+
+
+@dataclass(slots=True)
+class News:
+    """What a choice has to say: everything when it is answered whole, else what came since its last event.
+
+    logprobs: of the prompt's tokens, where they are asked for, then of the generated ones; None for a first token.
+    """
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Shape(ABC):
+    """How an endpoint writes its answers."""
+
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, service: Service, answer_id: str, fields: GenerationFields) -> None:
+        self.service = service
+        self.names = fields.names
+        self.include_usage = fields.include_usage
+        self.id = answer_id
+        self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
+
+    def choices(
+        self, prompt: list[int], params: SamplingParams, start: int = 0, echo: str | None = None
+    ) -> list[Choice]:
+        """The `params.n` choices of one prompt, numbered from `start`. Raises ApiError (400)."""
+        choices = []
+        for i in range(params.n):
+            own = params.for_choice(i)
+            try:
+                text = TextStream(self.service.tokenizer, prompt, own)
+            except ParameterError as error:
+                raise from_parameter(error, self.names) from None
+            request_id = f"{self.id}-{start // params.n}-{i}"
+            choices.append(Choice(start + i, request_id, prompt, own, text, echo))
+        return choices
+
+    @abstractmethod
+    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+        """An entry of `choices` in a whole answer."""
+
+    @abstractmethod
+    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+        """Entries of `choices`, one for each event that tells the news."""
+
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
+
+    def events(self, choice: Choice, news: News) -> bytes:
+        return b"".join([event(self._chunk([piece])) for piece in self.pieces(choice, news)])
+
+    def usage_event(self, usage: dict[str, int]) -> bytes:
+        return event({**self._chunk([]), "usage": usage}) if self.include_usage else b""
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk

@@ -1,0 +1,96 @@
+"""POST /v1/chat/completions: the model's chat template turns the messages into one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, News, Shape
+from dsc_serve.server.errors import bad_request
+from dsc_serve.server.limits import read_body
+from dsc_serve.server.schema import ChatRequest
+from dsc_serve.server.service import Service
+from dsc_serve.server.stream import Generation
+from dsc_serve.text.chat import ChatTemplateError
+from dsc_serve.worker.messages import TokenLogprobs
+
+
+class ChatShape(Shape):
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(news.text), "refusal": None},
+            "logprobs": self._logprobs(choice, news),
+            "finish_reason": news.finish_reason,
+        }
+
+    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+        """The role comes first, alone; the reason of the end comes last, alone."""
+        pieces = []
+        if not choice.begun:
+            choice.begun = True
+            pieces.append(piece(choice, {"role": "assistant", "content": "", "refusal": None}))
+        text, logprobs = "".join(news.text), self._logprobs(choice, news)
+        if text or news.logprobs:
+            pieces.append(piece(choice, {"content": text}, logprobs))
+        if news.finish_reason is not None:
+            pieces.append(piece(choice, {}, finish_reason=news.finish_reason))
+        return pieces
+
+    def _logprobs(self, choice: Choice, news: News) -> dict[str, Any] | None:
+        if choice.params.logprobs is None:
+            return None
+        content = [
+            {
+                **self._token(entry.token_id, entry.logprob),
+                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
+            }
+            for entry in news.logprobs
+            if isinstance(entry, TokenLogprobs)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        tokenizer = self.service.tokenizer
+        return {
+            "token": self.service.token_name(token_id),
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": None if tokenizer is None else list(tokenizer.token_bytes(token_id)),
+        }
+
+
+def piece(
+    choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+async def create_chat_completion(service: Service, request: Request) -> Response:
+    """Raises ApiError; nothing has been queued then."""
+    fields = ChatRequest.parse(await read_body(request))
+    service.check_model(fields.model)
+    params = fields.params()
+    template = service.chat_template
+    if template is None:
+        what = "tokenizer" if service.tokenizer is None else "chat template"
+        raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
+    service.permits.check(params.n, "n")
+    # `developer` is the newer name of `system`; templates know the older one.
+    messages: list[dict[str, object]] = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in fields.messages
+    ]
+    try:
+        prompt = await service.encode(template.render(messages), "messages", chat=True)
+    except ChatTemplateError as error:
+        raise bad_request("messages", f"messages cannot be used: {error}") from None
+    service.measure(prompt, params, fields.names)
+    shape = ChatShape(service, f"chatcmpl-{uuid4().hex}", fields)
+    choices = shape.choices(prompt, params)
+    return Generation(service, shape, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))

@@ -1,0 +1,120 @@
+"""POST /v1/completions: go on with a text or with token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response
+
+from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, News, Shape
+from dsc_serve.server.limits import read_body
+from dsc_serve.server.schema import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
+from dsc_serve.server.service import Service
+from dsc_serve.server.stream import Generation
+from dsc_serve.text.detokenize import IncrementalDetokenizer
+from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.worker.messages import TokenLogprobs
+
+
+class CompletionShape(Shape):
+    kind = chunk_kind = "text_completion"
+
+    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "index": choice.index,
+            "text": "".join(news.text),
+            "logprobs": None if choice.params.logprobs is None else self._logprobs(choice, news.logprobs),
+            "finish_reason": news.finish_reason,
+        }
+        if self.service.tokenizer is None:
+            entry["token_ids"] = news.token_ids
+        return entry
+
+    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+        return [self.whole(choice, news)]
+
+    def _logprobs(self, choice: Choice, entries: list[TokenLogprobs | None]) -> dict[str, list[Any]]:
+        """Parallel lists over tokens. `text_offset` counts characters from the start of the choice's text."""
+        name = self.service.token_name
+        tokens: list[str] = []
+        chosen: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for entry in entries:
+            token_id = choice.prompt[0] if entry is None else entry.token_id
+            token = name(token_id)
+            tokens.append(token)
+            offsets.append(self._advance(choice, token_id))
+            if entry is None:
+                chosen.append(None)
+                top.append(None)
+                continue
+            logprob = max(entry.logprob, LOWEST_LOGPROB)
+            chosen.append(logprob)
+            alternatives = {name(other): max(value, LOWEST_LOGPROB) for other, value in entry.top}
+            alternatives.setdefault(token, logprob)
+            top.append(alternatives)
+        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
+
+    def _advance(self, choice: Choice, token_id: int) -> int:
+        """Where the token begins in the choice's text; a token that begins within a character begins where it does."""
+        tokenizer, start = self.service.tokenizer, choice.characters
+        if tokenizer is None or not tokenizer.visible(token_id, choice.params.skip_special_tokens):
+            return start
+        leading = choice.echo is not None and start == 0
+        piece = tokenizer.leading_bytes(token_id) if leading else tokenizer.token_bytes(token_id)
+        choice.characters += sum(not within_character(byte) for byte in piece)
+        return start - 1 if start and piece and within_character(piece[0]) else start
+
+
+def within_character(byte: int) -> bool:
+    """Whether a byte of UTF-8 continues a character."""
+    return byte & 0xC0 == 0x80
+
+
+def one_by_one(prompt: Prompt) -> dict[str, str | list[int]]:
+    """The prompts by what the client calls them. `schema.check_prompt` has seen to it that a list holds one kind."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    items: Sequence[int | str | list[int]] = prompt
+    ids = [item for item in items if isinstance(item, int)]
+    if ids or not items:
+        return {"prompt": ids}
+    return {f"prompt.{i}": item for i, item in enumerate(items) if not isinstance(item, int)}
+
+
+def echoed(tokenizer: Tokenizer | None, prompt: str | list[int], params: SamplingParams) -> str:
+    """The prompt as text, ending where the generated text begins."""
+    if isinstance(prompt, str) or tokenizer is None:
+        return prompt if isinstance(prompt, str) else ""
+    return IncrementalDetokenizer(tokenizer, [], params.skip_special_tokens).push(prompt)
+
+
+async def create_completion(service: Service, request: Request) -> Response:
+    """Raises ApiError; nothing has been queued then."""
+    fields = CompletionRequest.parse(await read_body(request))
+    service.check_model(fields.model)
+    params = fields.params()
+    prompts = one_by_one(fields.prompt)
+    service.permits.check(len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
+    shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
+    choices: list[Choice] = []
+    prompt_tokens = 0
+    for name, prompt in prompts.items():
+        if choices:
+            await asyncio.sleep(0)  # many prompts take a while: let the tokens of other requests pass
+        ids = await service.encode(prompt, name) if isinstance(prompt, str) else prompt
+        own = params
+        if fields.max_tokens is None and len(ids) + DEFAULT_MAX_TOKENS > service.engine.model.limits.max_tokens:
+            own = msgspec.structs.replace(params, max_tokens=None)  # a default must not refuse what fits without it
+        service.measure(ids, own, {**fields.names, "prompt": name})
+        echo = echoed(service.tokenizer, prompt, params) if fields.echo else None
+        choices += shape.choices(ids, own, len(choices), echo)
+        prompt_tokens += len(ids)
+    return Generation(service, shape, choices, prompt_tokens=prompt_tokens, stream=bool(fields.stream))

@@ -1,0 +1,138 @@
+"""Metrics for Prometheus: counted at the HTTP edge, and read from the engine at the moment of the scrape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsc_serve.server.errors import CLIENT_CLOSED
+from dsc_serve.worker.messages import Stats
+
+# A small model answers within milliseconds: the edges begin where it does.
+FIRST_TOKEN_EDGES_S = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
+)  # fmt: skip
+INTER_TOKEN_EDGES_S = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5,
+)  # fmt: skip
+DURATION_EDGES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+ENDPOINTS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"})
+MODEL_PREFIX = "/v1/models/"
+EXCHANGE = "dsc_serve.exchange"
+
+
+class Exchange:
+    """One HTTP request as the metrics see it. `status` is what the client got; `arrived` is in perf_counter seconds."""
+
+    def __init__(self, path: str) -> None:
+        # Unknown paths share one label: clients must not be able to create series.
+        known = "/v1/models/{id}" if path.startswith(MODEL_PREFIX) else "other"
+        self.endpoint = path if path in ENDPOINTS else known
+        self.arrived = time.perf_counter()
+        self.status = CLIENT_CLOSED
+
+
+class EngineCollector(Collector):
+    """The engine's own state. `stats` is set just before a scrape reads it; None leaves the engine's series out."""
+
+    def __init__(self) -> None:
+        self.stats: Stats | None = None
+        self.alive = False
+        self.in_flight = 0
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        yield GaugeMetricFamily("dsc_serve_engine_up", "1 while the engine process is alive.", self.alive)
+        yield GaugeMetricFamily("dsc_serve_permits_held", "Generations that the server has let in.", self.in_flight)
+        stats = self.stats
+        if stats is None:
+            return
+        yield GaugeMetricFamily("dsc_serve_requests_running", "Requests that the engine computes.", stats.running)
+        yield GaugeMetricFamily("dsc_serve_requests_waiting", "Requests in the engine's queue.", stats.waiting)
+        blocks = GaugeMetricFamily("dsc_serve_kv_blocks", "Blocks of the KV pool.", labels=["state"])
+        blocks.add_metric(["free"], stats.blocks_free)
+        blocks.add_metric(["used"], stats.blocks_total - stats.blocks_free)
+        yield blocks
+        yield CounterMetricFamily("dsc_serve_engine_steps", "Steps of the engine.", stats.steps)
+        yield CounterMetricFamily("dsc_serve_preemptions", "Requests put back into the queue.", stats.preemptions)
+        yield CounterMetricFamily(
+            "dsc_serve_invariant_repairs", "Broken invariants that the engine repaired.", stats.invariant_repairs
+        )
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.engine = EngineCollector()
+        self.registry.register(self.engine)
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "dsc_serve_requests",
+            f"HTTP requests by what the client got; {CLIENT_CLOSED}: it left before the end.",
+            ["endpoint", "status"],
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "dsc_serve_request_duration_seconds",
+            "From an HTTP request's arrival to the end of its answer.",
+            ["endpoint"],
+            buckets=DURATION_EDGES_S,
+            registry=self.registry,
+        )
+        self.first_token = Histogram(
+            "dsc_serve_time_to_first_token_seconds",
+            "From an HTTP request's arrival to the first token of each of its generations.",
+            buckets=FIRST_TOKEN_EDGES_S,
+            registry=self.registry,
+        )
+        self.inter_token = Histogram(
+            "dsc_serve_inter_token_latency_seconds",
+            "Between the tokens of one generation.",
+            buckets=INTER_TOKEN_EDGES_S,
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "dsc_serve_prompt_tokens", "Prompt tokens of admitted requests.", registry=self.registry
+        )
+        self.generated_tokens = Counter(
+            "dsc_serve_generated_tokens", "Tokens that the engine generated.", registry=self.registry
+        )
+
+    def render(self, stats: Stats | None, alive: bool, in_flight: int) -> bytes:
+        """The text of a scrape."""
+        self.engine.stats, self.engine.alive, self.engine.in_flight = stats, alive, in_flight
+        return generate_latest(self.registry)
+
+
+class Edge:
+    """The ASGI layer that counts every HTTP request once, however it ends."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = scope[EXCHANGE] = Exchange(scope["path"])
+
+        async def observed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        except Exception:
+            exchange.status = 500
+            raise
+        finally:
+            self.metrics.requests.labels(exchange.endpoint, str(exchange.status)).inc()
+            self.metrics.duration.labels(exchange.endpoint).observe(time.perf_counter() - exchange.arrived)

@@ -1,0 +1,244 @@
+"""The fields of a request. Every field either acts, or may only have the value at which it would do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.server.errors import bad_request, from_parameter, from_validation, shown
+
+DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
+MAX_COUNT = 2**31 - 1
+TOKEN_ID_DIGITS = 10
+
+Count = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
+TextOption = Annotated[str, Tag("(text)")]
+Prompt = str | list[int] | list[str] | list[list[int]]
+
+
+class Only:
+    """The type of a field that is not supported: null, or one of `values`, with which it would do nothing."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def check(self, value: object) -> object:
+        if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
+            return value
+        allowed = " or ".join(["null", *(msgspec.json.encode(neutral).decode() for neutral in self.values)])
+        # Passed as a parameter, since the template would take its braces for places to fill.
+        raise PydanticCustomError("unsupported", "is not supported; it may only be {allowed}", {"allowed": allowed})
+
+    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: object) -> JsonSchemaValue:
+        return {"enum": [None, *self.values], "description": "Not supported: accepted only where it does nothing."}
+
+
+def json_kind(value: object) -> str | None:
+    return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
+
+
+TEXT_OR_LIST = Discriminator(
+    json_kind, custom_error_type="text_or_list_type", custom_error_message="a string or a list"
+)
+FIRST_ERROR = Field(fail_fast=True)
+
+
+def check_prompt(value: Any) -> Prompt:
+    """Checks by sets of types: a prompt may hold a million ids."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        allowed = "a string, a list of token ids, a list of strings or a list of lists of token ids"
+        raise bad_request("prompt", f"prompt is {shown(value)}; it must be {allowed}", "invalid_type")
+    kinds = set(map(type, value))
+    if kinds <= {int} or kinds == {str}:
+        return value
+    if kinds == {list}:
+        for i, ids in enumerate(value):
+            if not set(map(type, ids)) <= {int}:
+                j = next(j for j, id in enumerate(ids) if type(id) is not int)
+                raise wrong_item(f"prompt.{i}.{j}", ids[j], "a token id (an integer)")
+        return value
+    first = type(value[0])
+    wanted = {int: "a token id (an integer)", str: "a string", list: "a list of token ids"}.get(first)
+    if wanted is None:
+        raise wrong_item("prompt.0", value[0], "a string, a token id or a list of token ids")
+    i = next(i for i, item in enumerate(value) if type(item) is not first)
+    raise wrong_item(f"prompt.{i}", value[i], f"{wanted}, as prompt.0 is")
+
+
+def wrong_item(param: str, value: object, allowed: str) -> Exception:
+    return bad_request(param, f"{param} is {shown(value)}; it must be {allowed}", "invalid_type")
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, Only(False)] = None
+
+
+class GenerationFields(Fields):
+    """What both endpoints take; null means the default. The sampling fields are those of SamplingParams."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Count | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    stop: Annotated[TextOption | Annotated[list[str], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST] | None = None
+    stop_token_ids: Annotated[list[int], FIRST_ERROR] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    n: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Raises ApiError (400) naming the first field that is wrong."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise from_validation(error, cls.model_fields) from None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What the client calls a field of SamplingParams, where the two differ."""
+        return {}
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    def sampling(self, **own: Any) -> SamplingParams:
+        """The parameters for the engine; `own` are those that only this endpoint can tell. Raises ApiError (400)."""
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options", "stream_options is set; it may only be when stream is true")
+        given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
+        if self.stop is not None:
+            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop_token_ids is not None:
+            given["stop_token_ids"] = tuple(dict.fromkeys(self.stop_token_ids))
+        if self.logit_bias is not None:
+            given["logit_bias"] = {token_id_key(key): bias for key, bias in self.logit_bias.items()}
+        try:
+            return SamplingParams(**(given | own))
+        except ParameterError as error:
+            raise from_parameter(error, self.names) from None
+
+
+PASSED_ON = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "min_tokens", "ignore_eos", "skip_special_tokens", "n",
+)  # fmt: skip
+
+
+def token_id_key(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= TOKEN_ID_DIGITS and str(int(key)) == key):
+        raise bad_request("logit_bias", f'logit_bias has the key {shown(key)}; keys must be token ids, such as "42"')
+    return int(key)
+
+
+class CompletionRequest(GenerationFields):
+    prompt: Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)]
+    logprobs: Count | None = None
+    echo: bool | None = None
+    best_of: Annotated[Any, Only(1)] = None
+    suffix: Annotated[Any, Only()] = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {"prompt_logprobs": "logprobs"}
+
+    def params(self) -> SamplingParams:
+        """Raises ApiError (400)."""
+        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        if limit == 0 and not self.echo:
+            raise bad_request("max_tokens", "max_tokens is 0; it must be at least 1, or 0 together with echo")
+        prompt_logprobs = self.logprobs if self.echo else None
+        return self.sampling(max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
+
+
+class TextPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Fields):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+    name: Annotated[Any, Only()] = None
+    refusal: Annotated[Any, Only()] = None
+    annotations: Annotated[Any, Only([])] = None
+    audio: Annotated[Any, Only()] = None
+    tool_calls: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only()] = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationFields):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    max_completion_tokens: Count | None = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only("none")] = None
+    functions: Annotated[Any, Only([])] = None
+    metadata: Annotated[Any, Only({})] = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    moderation: Annotated[Any, Only()] = None
+    parallel_tool_calls: Annotated[Any, Only(False)] = None
+    prediction: Annotated[Any, Only()] = None
+    prompt_cache_key: Annotated[Any, Only()] = None
+    prompt_cache_options: Annotated[Any, Only()] = None
+    prompt_cache_retention: Annotated[Any, Only()] = None
+    reasoning_effort: Annotated[Any, Only("none")] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    safety_identifier: Annotated[Any, Only()] = None
+    service_tier: Annotated[Any, Only("auto", "default")] = None
+    store: Annotated[Any, Only(False)] = None
+    tool_choice: Annotated[Any, Only("none")] = None
+    tools: Annotated[Any, Only([])] = None
+    verbosity: Annotated[Any, Only("medium")] = None
+    web_search_options: Annotated[Any, Only()] = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+
+    def params(self) -> SamplingParams:
+        """Raises ApiError (400)."""
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        field = self.names["max_tokens"]
+        if self.max_tokens not in (None, limit):
+            raise bad_request(field, f"{field} is {limit} but max_tokens is {self.max_tokens}; send one of the two")
+        if limit is not None and limit < 1:
+            raise bad_request(field, f"{field} is {limit}; it must be at least 1")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs", "top_logprobs is set; it may only be when logprobs is true")
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling(max_tokens=limit, logprobs=logprobs)

@@ -1,0 +1,89 @@
+"""What the endpoints share: the engine, the tokenizer, the permits and the metrics of one app."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
+from dsc_serve.server.limits import Permits
+from dsc_serve.server.metrics import Metrics
+from dsc_serve.text.chat import ChatTemplate
+from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
+from dsc_serve.worker.messages import Delta, ModelInfo, Stats
+
+LONG_TEXT = 4096  # characters; about 3 ms to encode
+
+
+class Engine(Protocol):
+    """What the server needs of an engine; `worker.client.EngineClient` is one."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]: ...
+
+    def finish(self, request_id: str, reason: str) -> None: ...
+
+    async def stats(self, timeout_s: float = 1.0) -> Stats: ...
+
+
+class Service:
+    """One served model."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, model_name: str, permits: Permits) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.permits = permits
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        longest = 0
+        if tokenizer is not None:
+            longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
+        self._max_characters = longest * engine.model.limits.max_tokens
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return None if self.tokenizer is None else self.tokenizer.chat_template
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) unless `name` is the served model or left out."""
+        if name not in (None, self.model_name):
+            message = f"model {shown(name)} is not served here; this server has {shown(self.model_name)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def encode(self, text: str, param: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt. Raises ApiError (400), naming `param`."""
+        if self.tokenizer is None:
+            message = f"{param} is text, but this model has no tokenizer; send token ids"
+            raise bad_request(param, message)
+        if len(text) > self._max_characters:  # encoding it to learn that it does not fit can take seconds
+            limit = self.engine.model.limits.max_tokens
+            message = f"{param} has {len(text)} characters, which is more than {limit} tokens can hold"
+            raise bad_request(param, message, "context_length_exceeded")
+        encode = self.tokenizer.encode_chat if chat else self.tokenizer.encode
+        try:
+            return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
+        except TokenizerError as error:
+            raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    def measure(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> None:
+        """Raises ApiError (400) when the engine could never hold the request; `names` as in `from_parameter`."""
+        limits = self.engine.model.limits
+        try:
+            resolve_max_tokens(prompt, params, limits)
+        except ParameterError as error:
+            too_long = len(prompt) + (params.max_tokens or 1) > limits.max_tokens
+            code = "context_length_exceeded" if too_long else "invalid_value"
+            raise from_parameter(error, names, code) from None
+
+    def token_name(self, token_id: int) -> str:
+        """How log probabilities name a token."""
+        return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)

@@ -1,0 +1,233 @@
+"""From the engine's tokens to the client: one whole answer, or server-sent events as the tokens arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dsc_serve.sampling_params import ParameterError
+from dsc_serve.server.answer import Choice, News, Shape, encode, event
+from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
+from dsc_serve.server.limits import SEND_TIMEOUT_S
+from dsc_serve.server.metrics import EXCHANGE, Exchange
+from dsc_serve.server.service import Service
+from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.messages import Delta
+
+DONE = b"data: [DONE]\n\n"
+EVENT_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+Emit = Callable[[Choice, News], Awaitable[None]]
+
+
+class ClientGoneError(Exception):
+    """The client has left."""
+
+
+class Generation(Response):
+    """Runs the choices of one HTTP request and answers in the shape of its endpoint.
+
+    An answer begins with the first news, so that what fails before it gets a status of its own. A client that leaves
+    ends its choices in the engine. Permits are held from the call to the end of the answer.
+    """
+
+    def __init__(
+        self, service: Service, shape: Shape, choices: list[Choice], *, prompt_tokens: int, stream: bool
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._shape = shape
+        self._choices = choices
+        self._prompt_tokens = prompt_tokens
+        self._stream = stream
+        self._arrived = 0.0
+        self._begun = False
+        self._sends = 0
+        self._sending = 0  # the number of the send that is under way, 0 between sends
+        self._outcome = CLIENT_CLOSED
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError where nothing has been sent yet."""
+        exchange: Exchange = scope[EXCHANGE]
+        self._arrived = exchange.arrived
+        with self._service.permits.hold(len(self._choices)):
+            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
+            gone = asyncio.create_task(client_gone(receive))
+            try:
+                await self._answered_or_gone(answer, gone)
+            finally:  # also when the server, shutting down, cancels this request
+                answer.cancel()
+                gone.cancel()
+                await asyncio.gather(answer, gone, return_exceptions=True)
+        exchange.status = self._outcome
+        if not answer.cancelled():
+            with suppress(ClientGoneError):
+                answer.result()
+
+    async def _answered_or_gone(self, answer: asyncio.Task[None], gone: asyncio.Task[None]) -> None:
+        """Return when the answer is complete or has failed, and when the client has left or reads no more.
+
+        Looking now and then whether a send is stuck costs nothing per token, where a time limit on each send would.
+        """
+        seen = 0
+        while True:
+            done, _ = await asyncio.wait((answer, gone), timeout=SEND_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if done or (self._sending and self._sending == seen):
+                return
+            seen = self._sending
+
+    async def _answer_whole(self, send: Send) -> None:
+        entries: list[dict[str, Any]] = [{}] * len(self._choices)
+
+        async def collect(choice: Choice, news: News) -> None:
+            entries[choice.index] = self._shape.whole(choice, news)
+
+        await self._follow_all(collect)
+        body = encode(self._shape.answer(entries, self._usage()))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await self._send(send, body, headers, more=False)
+        self._outcome = 200
+
+    async def _answer_stream(self, send: Send) -> None:
+        writing = asyncio.Lock()
+
+        async def write(choice: Choice, news: News) -> None:
+            async with writing:
+                await self._send(send, self._shape.events(choice, news), EVENT_STREAM_HEADERS)
+
+        outcome = 200
+        try:
+            await self._follow_all(write)
+            last = self._shape.usage_event(self._usage())
+        except ClientGoneError:
+            raise
+        except ApiError as error:
+            if not self._begun:
+                raise
+            last, outcome = event(error.body), error.status
+        except Exception:
+            if self._begun:
+                await self._send(send, event(internal_error().body) + DONE, [], more=False)
+            raise
+        await self._send(send, last + DONE, [], more=False)
+        self._outcome = outcome
+
+    async def _send(self, send: Send, data: bytes, headers: list[tuple[bytes, bytes]], more: bool = True) -> None:
+        """Send a part of the body, and before the first one status 200 and the headers. Raises ClientGoneError."""
+        self._sends += 1
+        self._sending = self._sends
+        try:
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        except OSError as error:
+            raise ClientGoneError from error
+        self._sending = 0
+
+    async def _follow_all(self, emit: Emit) -> None:
+        """Run all choices at once to their ends. The first failure ends them all."""
+        if len(self._choices) == 1:
+            return await self._follow(self._choices[0], emit)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in self._choices:
+                    group.create_task(self._follow(choice, emit))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return None
+
+    async def _follow(self, choice: Choice, emit: Emit) -> None:
+        """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
+        try:
+            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params)
+            async with aclosing(deltas):
+                if not await self._follow_deltas(choice, deltas, emit):
+                    raise engine_failure("the engine ended the request without a reason")
+        except (EngineDiedError, ConnectionError) as error:
+            raise engine_down(str(error)) from error
+
+    async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> bool:
+        """Whether the choice came to its end."""
+        text, metrics = choice.text, self._service.metrics
+        tokens_only = self._service.tokenizer is None
+        news = News()
+        last_token_at: float | None = None
+        begun = False
+        async for delta in deltas:
+            reason = delta.finish_reason
+            if reason in ("error", "abort"):
+                raise self._failure(delta)
+            if delta.token_ids:
+                now = time.perf_counter()
+                if last_token_at is None:
+                    metrics.first_token.observe(now - self._arrived)
+                else:
+                    metrics.inter_token.observe((now - last_token_at) / len(delta.token_ids))
+                last_token_at = now
+                metrics.generated_tokens.inc(len(delta.token_ids))
+            if delta.prompt_logprobs:
+                news.logprobs.extend(delta.prompt_logprobs)
+            if not begun and choice.echo is not None and (delta.token_ids or reason):
+                news.text.append(choice.echo)
+                news.token_ids.extend(choice.prompt)
+            begun = begun or bool(delta.token_ids)
+            before = text.token_count
+            news.text.append(text.push(delta.token_ids))
+            if reason is not None:
+                news.text.append(text.finish())
+            if text.stopped:
+                if reason is None:
+                    self._service.engine.finish(choice.request_id, "stop")
+                reason = "stop"
+            kept = text.token_count - before
+            news.token_ids.extend(delta.token_ids[:kept])
+            if delta.logprobs:
+                news.logprobs.extend(delta.logprobs[:kept])
+            news.finish_reason = reason
+            if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(news.text))):
+                await emit(choice, news)
+                news = News()
+            if reason is not None:
+                return True
+        return False
+
+    def _failure(self, delta: Delta) -> ApiError:
+        if delta.error_field:
+            return from_parameter(ParameterError(delta.error_field, delta.error), self._shape.names)
+        if not self._service.engine.alive:
+            return engine_down(delta.error)
+        return engine_failure(delta.error or f"the engine ended the request: {delta.finish_reason}")
+
+    def _usage(self) -> dict[str, int]:
+        generated = sum(choice.text.token_count for choice in self._choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+        }
+
+
+def engine_failure(message: str) -> ApiError:
+    return ApiError(500, message, type="server_error", code="engine_error")
+
+
+def engine_down(message: str) -> ApiError:
+    return ApiError(503, message or "the engine is down", type="server_error", code="engine_down")
+
+
+async def client_gone(receive: Receive) -> None:
+    """Return when the client has left. The framework watches for this only while it streams."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

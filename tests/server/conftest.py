@@ -1,0 +1,41 @@
+"""An engine without a model, a tokenizer of bytes, and the app around them."""
+
+from __future__ import annotations
+
+import pytest
+import tokenizers
+from fake_engine import FakeEngine
+from fastapi import FastAPI
+from serving import app_around
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from dsc_serve.text.chat import ChatTemplate
+from dsc_serve.text.pieces import byte_alphabet
+from dsc_serve.text.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.content == 'refuse me' %}{{ raise_exception('these messages are refused') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token for each byte, of that byte's number, and the special token 256."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return Tokenizer(backend, eos_token_id=256, chat_template=ChatTemplate(TEMPLATE, {}))
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def app(engine: FakeEngine, tokenizer: Tokenizer) -> FastAPI:
+    return app_around(engine, tokenizer)

@@ -1,0 +1,138 @@
+"""An engine without a model: says what it is told to say, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+
+from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.messages import Delta, ModelInfo, Stats, TokenLogprobs
+
+VOCAB = 300
+CONTEXT = 512
+Script = Callable[[list[int], SamplingParams], list[int]]
+
+
+def counting(prompt: list[int], params: SamplingParams) -> list[int]:
+    """Letters from "a" on, shifted by the seed, for ever."""
+    return [97 + (i + (params.seed or 0)) % 26 for i in range(CONTEXT)]
+
+
+def saying(text: str) -> Script:
+    """The bytes of a text, then the end."""
+    return lambda prompt, params: list(text.encode())
+
+
+def logprobs_of(token: int, count: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.5, [(97 + i, -1.0 - i if i < 2 else -math.inf) for i in range(count)])
+
+
+class FakeEngine:
+    """`delay_s` before every token. `fail_after` tokens comes an error; with `die` the whole engine is gone then.
+
+    `gate`, where set, holds every request back until it opens.
+    """
+
+    def __init__(self, script: Script = counting, delay_s: float = 0.0) -> None:
+        self.script = script
+        self.delay_s = delay_s
+        self.fail_after: int | None = None
+        self.error = Delta("", [], "error", error="the engine broke")
+        self.die = False
+        self.raises: Exception | None = None
+        self.ends_silently = False
+        self.mute_stats = False
+        self.gate: asyncio.Event | None = None
+        self.tokens_per_step = 1
+        self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16)
+        self.submitted: list[tuple[str, list[int], SamplingParams]] = []
+        self.finished: list[tuple[str, str]] = []
+        self.aborted: list[str] = []
+        self.running = 0
+        self.alive = True
+
+    @property
+    def model(self) -> ModelInfo:
+        return ModelInfo(
+            limits=self.limits,
+            eos_token_ids=(299,),
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            kernels="none",
+            total_parameters=0,
+            active_parameters=0,
+            bank_bytes=0,
+        )
+
+    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        assert request_id not in [name for name, _, _ in self.submitted]
+        assert params.n == 1
+        self.submitted.append((request_id, prompt, params))
+        self.running += 1
+        ended = False
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            for delta in self._deltas(request_id, prompt, params):
+                await asyncio.sleep(self.delay_s)
+                if self.raises is not None and delta.token_ids:
+                    raise self.raises
+                ended = delta.finish_reason is not None
+                self.alive = self.alive and not (self.die and delta.finish_reason == "error")
+                yield delta
+            ended = True
+        finally:
+            self.running -= 1
+            if not ended:
+                self.aborted.append(request_id)
+
+    def _deltas(self, request_id: str, prompt: list[int], params: SamplingParams) -> list[Delta]:
+        deltas: list[Delta] = []
+        if params.prompt_logprobs is not None:
+            whole = [None, *(logprobs_of(token, params.prompt_logprobs) for token in prompt[1:])]
+            deltas = [Delta(request_id, [], prompt_logprobs=part) for part in (whole[:1], whole[1:]) if part]
+        limit = CONTEXT - len(prompt) if params.max_tokens is None else params.max_tokens
+        tokens = self.script(prompt, params)
+        kept = tokens[:limit]
+        for i in range(0, len(kept), self.tokens_per_step):
+            if self.fail_after is not None and i >= self.fail_after:
+                break
+            step = kept[i : i + self.tokens_per_step]
+            logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
+            deltas.append(Delta(request_id, step, logprobs=logprobs))
+        if self.fail_after is not None:
+            error = self.error
+            return [*deltas, Delta(request_id, [], "error", error=error.error, error_field=error.error_field)]
+        if self.ends_silently:
+            return deltas
+        reason = "length" if len(tokens) >= limit else "stop"
+        if deltas and deltas[-1].token_ids:
+            deltas[-1].finish_reason = reason
+        else:
+            deltas.append(Delta(request_id, [], reason))
+        return deltas
+
+    def finish(self, request_id: str, reason: str) -> None:
+        self.finished.append((request_id, reason))
+
+    async def stats(self, timeout_s: float = 1.0) -> Stats:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        if self.mute_stats:
+            await asyncio.sleep(0)
+            raise TimeoutError
+        return Stats(
+            ticket=0,
+            running=self.running,
+            waiting=3,
+            blocks_free=60,
+            blocks_total=64,
+            steps=7,
+            preemptions=2,
+            invariant_repairs=0,
+        )

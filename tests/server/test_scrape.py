@@ -1,0 +1,109 @@
+"""GET /metrics: what was counted, and the engine's state at this moment."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fake_engine import FakeEngine
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+from serving import app_around, ask, chat, client_of, complete, until
+
+
+def samples(text: str) -> dict[str, float]:
+    """Every series by its name and labels."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def scrape(app: FastAPI) -> dict[str, float]:
+    response = ask(app, "GET", "/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return samples(response.text)
+
+
+def test_requests_are_counted_by_what_the_client_got(app: FastAPI) -> None:
+    complete(app)
+    complete(app, stream=True)
+    complete(app, temperature=-1)
+    chat(app)
+    ask(app, "GET", "/nothing/here")
+    ask(app, "GET", "/v1/models/fake")
+    found = scrape(app)
+    counts = {key: value for key, value in found.items() if key.startswith("dsc_serve_requests_total")}
+    assert counts == {
+        "dsc_serve_requests_total{endpoint=/v1/completions,status=200}": 2,
+        "dsc_serve_requests_total{endpoint=/v1/completions,status=400}": 1,
+        "dsc_serve_requests_total{endpoint=/v1/chat/completions,status=200}": 1,
+        "dsc_serve_requests_total{endpoint=other,status=404}": 1,
+        "dsc_serve_requests_total{endpoint=/v1/models/{id},status=200}": 1,
+    }
+    assert found["dsc_serve_request_duration_seconds_count{endpoint=/v1/completions}"] == 3
+
+
+def test_a_failure_within_a_stream_is_counted_as_one(app: FastAPI, engine: FakeEngine) -> None:
+    engine.fail_after = 2
+    assert complete(app, stream=True).status_code == 200
+    assert scrape(app)["dsc_serve_requests_total{endpoint=/v1/completions,status=500}"] == 1
+
+
+def test_tokens_and_latencies_are_counted(app: FastAPI) -> None:
+    complete(app, max_tokens=5, n=2)
+    complete(app, max_tokens=3, stream=True, prompt=["a", "bc"])
+    found = scrape(app)
+    assert found["dsc_serve_prompt_tokens_total"] == 2 + 3
+    assert found["dsc_serve_generated_tokens_total"] == 2 * 5 + 2 * 3
+    assert found["dsc_serve_time_to_first_token_seconds_count"] == 4
+    assert found["dsc_serve_inter_token_latency_seconds_count"] == 2 * 4 + 2 * 2
+
+
+def test_latencies_of_a_fast_model_do_not_share_one_bucket(app: FastAPI) -> None:
+    for name in ("time_to_first_token", "inter_token_latency"):
+        edges = [key for key in scrape(app) if key.startswith(f"dsc_serve_{name}_seconds_bucket")]
+        assert f"dsc_serve_{name}_seconds_bucket{{le=0.0005}}" in edges
+        assert (
+            len([edge for edge in edges if float(edge.split("le=")[1].strip("}").replace("+Inf", "inf")) <= 0.01]) > 4
+        )
+
+
+def test_gauges_are_read_from_the_engine_at_the_scrape(app: FastAPI, engine: FakeEngine) -> None:
+    async def run() -> None:
+        engine.gate = asyncio.Event()
+        async with client_of(app) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", json={"prompt": "hi", "n": 3}))
+            await until(lambda: engine.running == 3)
+            found = samples((await client.get("/metrics")).text)
+            assert found["dsc_serve_requests_running"] == 3
+            assert found["dsc_serve_requests_waiting"] == 3
+            assert found["dsc_serve_permits_held"] == 3
+            assert found["dsc_serve_kv_blocks{state=used}"] == 4
+            assert found["dsc_serve_preemptions_total"] == 2
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            found = samples((await client.get("/metrics")).text)
+            assert (found["dsc_serve_requests_running"], found["dsc_serve_permits_held"]) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_does_not_answer_leaves_its_gauges_out(app: FastAPI, engine: FakeEngine) -> None:
+    assert "dsc_serve_requests_running" in scrape(app)
+    engine.mute_stats = True
+    found = scrape(app)
+    assert found["dsc_serve_engine_up"] == 1
+    assert "dsc_serve_requests_running" not in found
+    engine.alive = False
+    found = scrape(app)
+    assert found["dsc_serve_engine_up"] == 0
+    assert "dsc_serve_requests_running" not in found
+
+
+def test_apps_do_not_share_their_counts(engine: FakeEngine) -> None:
+    first, second = app_around(engine, None), app_around(engine, None)
+    complete(first, prompt=[1])
+    assert "dsc_serve_requests_total{endpoint=/v1/completions,status=200}" not in scrape(second)

@@ -1,0 +1,62 @@
+"""`dsc-serve bench serve`: the load generator on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dsc_serve.bench.arrivals import ARRIVALS
+from dsc_serve.bench.load import LoadConfig, LoadError, run_load
+from dsc_serve.bench.summary import format_table
+from dsc_serve.config import ConfigError
+from dsc_serve.text.tokenizer import TokenizerError
+
+
+@click.command("serve", context_settings={"show_default": True})
+@click.argument("url")
+@click.option("--model", help="Model to ask for.  [default: the first that the server lists]")
+@click.option("--arrivals", type=click.Choice(sorted(ARRIVALS)), default="closed", help="Load profile.")
+@click.option("--concurrency", default=8, help="Streams; each sends its next request when its last has ended.")
+@click.option("--requests", default=200, help="Requests to measure, at most.")
+@click.option("--duration", "duration_s", default=120.0, help="Seconds after which no further request starts.")
+@click.option("--warmup", type=int, help="Requests sent before and not measured.  [default: one per stream]")
+@click.option("--timeout", "timeout_s", default=120.0, help="Seconds after which a request counts as failed.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Text to cut prompts from.  [default: prompts are random token ids]",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of the tokenizer that counts the tokens of --prompt-file.  [default: words are counted]",
+)
+@click.option("--vocab-size", default=256, help="Random token ids are below this number.")
+@click.option("--prompt-tokens", default=64, help="Length of each prompt, in tokens (or words, see --tokenizer).")
+@click.option("--output-tokens", default=64, help="Tokens to generate for each request.")
+@click.option(
+    "--ignore-eos/--no-ignore-eos", default=True, help="Generate all output tokens, even past the end of text."
+)
+@click.option("--temperature", default=0.0, help="Sampling temperature; 0 takes the most likely token.")
+@click.option("--seed", default=0, help="Seed of the prompts and of the sampling.")
+@click.option("--api-key", default="", show_default=False, help="Sent as a bearer token; never written to the result.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the result to this file.")
+def serve_command(url: str, json_file: str | None, **settings: object) -> None:
+    """Measure the server at URL under load.
+
+    Streams completions from it and prints throughput and latencies as a client sees them. Ends with status 1 when no
+    request succeeded.
+    """
+    try:
+        # options have the names of LoadConfig's fields
+        result = run_load(LoadConfig(url=url, **settings))  # type: ignore[arg-type]
+    except (ConfigError, TokenizerError, LoadError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(format_table(result))
+    if json_file is not None:
+        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    if not result.completed:
+        raise SystemExit(1)

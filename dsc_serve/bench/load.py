@@ -1,0 +1,192 @@
+"""Load on a running server: streams completions from it and measures what a client sees."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import msgspec
+from tqdm import tqdm
+
+from dsc_serve.bench.arrivals import ARRIVALS, Budget
+from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, ProtocolError
+from dsc_serve.bench.exchange import Outcome, error_body, measure_request
+from dsc_serve.bench.machine import describe_machine, load_average
+from dsc_serve.bench.prompts import Prompt, prompt_source
+from dsc_serve.bench.summary import LoadResult, summarize
+from dsc_serve.config import ConfigError
+
+
+class LoadError(RuntimeError):
+    """The load cannot begin: the server does not answer, or has no model."""
+
+
+class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What to send, how much of it, and how fast.
+
+    url: of the server, such as http://127.0.0.1:8000. model: None takes the first that the server lists.
+    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop.
+    requests, duration_s: no request starts after that many or that late, whichever comes first; those in flight end,
+        so a run takes at most duration_s + timeout_s, and the warm-up before it as long again.
+    warmup: requests before the measurement, sent the same way and discarded; None means one per stream.
+    timeout_s: most seconds for one request, from its start to its end.
+    prompt_file: a UTF-8 text to cut prompts from; without it prompts are random ids below vocab_size.
+    tokenizer: a folder with the tokenizer by which prompt_tokens are counted in that text; without it, words are.
+    output_tokens: max_tokens of every request. ignore_eos: generate all of them; left out of requests when False.
+    seed: of the prompts, and with a temperature above 0 of the sampling.
+    """
+
+    url: str
+    model: str | None = None
+    arrivals: str = "closed"
+    concurrency: int = 8
+    requests: int = 200
+    duration_s: float = 120.0
+    warmup: int | None = None
+    timeout_s: float = 120.0
+    prompt_file: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 256
+    prompt_tokens: int = 64
+    output_tokens: int = 64
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+    api_key: str = ""
+
+    def __post_init__(self) -> None:
+        Endpoint(self.url)
+        if self.arrivals not in ARRIVALS:
+            raise ConfigError(f"arrivals is {self.arrivals!r}; it must be one of {', '.join(ARRIVALS)}")
+        for field in ("concurrency", "requests", "vocab_size", "prompt_tokens", "output_tokens"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("duration_s", "timeout_s"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be a finite number above 0")
+        if self.warmup is not None and self.warmup < 0:
+            raise ConfigError(f"warmup is {self.warmup}; it must be at least 0")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be at least 0")
+        if not all(" " < char <= "~" for char in self.api_key):
+            raise ConfigError("api_key holds a character that no header can carry; it must be printable ASCII")
+        if self.tokenizer is not None and self.prompt_file is None:
+            raise ConfigError(f"tokenizer is {self.tokenizer!r}; it is of use only together with prompt_file")
+
+    def describe(self) -> dict[str, object]:
+        """The settings as they may be shown: all but the key."""
+        return {field: getattr(self, field) for field in self.__struct_fields__ if field != "api_key"}
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The cheapest event loop there is: the client's work is done on the server's cores when both share a machine."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run_load(config: LoadConfig) -> LoadResult:
+    """Put the load on the server and measure it.
+
+    Raises ConfigError and TokenizerError when prompts cannot be made, LoadError when the server does not answer.
+    Requests that fail are counted in the result.
+    """
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        return runner.run(measure(config))
+
+
+async def measure(config: LoadConfig) -> LoadResult:
+    """`run_load` for code that has an event loop of its own."""
+    prompts = prompt_source(config.prompt_file, config.tokenizer, config.vocab_size, config.prompt_tokens, config.seed)
+    endpoint = Endpoint(config.url)
+    with Connections(endpoint) as connections:
+        model = config.model or await first_model(connections, endpoint, config)
+        requests = encode_requests(endpoint, model, prompts, config)
+        warmup = config.concurrency if config.warmup is None else config.warmup
+        await drive(connections, requests, config, warmup, lambda _: None)
+        client = describe_machine() | {"load_average_start": load_average()}
+        outcomes: list[Outcome] = []
+        # disable=None: a bar on a terminal, nothing elsewhere
+        with tqdm(total=config.requests, unit="req", disable=None, dynamic_ncols=True) as bar:
+
+            def record(outcome: Outcome) -> None:
+                outcomes.append(outcome)
+                bar.update()
+
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            start, start_cpu = time.perf_counter(), time.process_time()
+            await drive(connections, requests, config, config.requests, record)
+            duration, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        client |= {"load_average_end": load_average(), "client_cpu": round(cpu / duration, 4)}
+    return summarize(
+        outcomes,
+        duration,
+        date=date,
+        url=config.url,
+        model=model,
+        max_concurrency=config.concurrency,
+        request_rate=None,
+        config=config.describe(),
+        client=client,
+    )
+
+
+async def drive(
+    connections: Connections,
+    requests: Iterator[bytes],
+    config: LoadConfig,
+    count: int,
+    record: Callable[[Outcome], None],
+) -> None:
+    """Send up to `count` requests by the configured profile, and tell `record` what became of each."""
+
+    async def send(due: float) -> None:
+        record(await measure_request(connections, next(requests), due, config.timeout_s))
+
+    await ARRIVALS[config.arrivals](send, Budget(count, config.duration_s), config.concurrency)
+
+
+def encode_requests(endpoint: Endpoint, model: str, prompts: Iterator[Prompt], config: LoadConfig) -> Iterator[bytes]:
+    """The bytes of each request in turn."""
+    encoder = msgspec.json.Encoder()
+    fields: dict[str, object] = {
+        "model": model,
+        "max_tokens": config.output_tokens,
+        "temperature": config.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if config.ignore_eos:
+        fields["ignore_eos"] = True
+    for index, prompt in enumerate(prompts):
+        if config.temperature > 0:
+            fields["seed"] = config.seed + index
+        body = encoder.encode(fields | {"prompt": prompt})
+        yield endpoint.request("POST", "/v1/completions", body, config.api_key)
+
+
+async def first_model(connections: Connections, endpoint: Endpoint, config: LoadConfig) -> str:
+    """The id of the first model that the server lists. Raises LoadError."""
+    body = bytearray()
+    request = endpoint.request("GET", "/v1/models", api_key=config.api_key)
+    try:
+        async with asyncio.timeout(config.timeout_s):
+            status = await connections.exchange(request, body.extend)
+    except (TimeoutError, DisconnectError, ProtocolError, OSError) as error:
+        reason = str(error) or f"no answer within {config.timeout_s:g} s"
+        raise LoadError(f"{config.url} does not answer GET /v1/models: {reason}") from error
+    if status != 200:
+        raise LoadError(f"{config.url} answers GET /v1/models with HTTP {status}: {error_body(bytes(body))}")
+    try:
+        listed = msgspec.json.decode(body, type=dict[str, object]).get("data")
+    except msgspec.DecodeError as error:
+        raise LoadError(f"{config.url} answers GET /v1/models with something that is not JSON: {error}") from error
+    first = listed[0] if isinstance(listed, list) and listed else None
+    name = first.get("id") if isinstance(first, dict) else None
+    if not isinstance(name, str):
+        raise LoadError(f"{config.url} lists no model; name one with `model`")
+    return name

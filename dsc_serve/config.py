@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine needs to know. Sizes are counts of tokens, sequences or blocks; 0 threads means: choose.
 
     kv_tokens: tokens the KV pool holds; 0 sizes it for `max_running` full contexts within a fifth of free memory.
+    kernels: CPU kernels to use: "auto" (the best this machine has), "plain" (torch alone) or an instruction set's name.
     """
 
     model: str = EMBEDDED_MODEL
@@ -30,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_tokens: int = 0
     policy: str = "fcfs"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -10,6 +10,9 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_CHOICES = 128
+MAX_BIASES = 1024
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
+INT32_MAX = 2**31 - 1
 
 
 class ParameterError(ValueError):
@@ -67,12 +70,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 reject(field, value, "a finite number")
-        if self.temperature < 0 or 0 < self.temperature < 1e-3:
-            reject("temperature", self.temperature, "0 (greedy) or at least 0.001")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            reject("temperature", self.temperature, f"0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             reject("top_p", self.top_p, "above 0 and at most 1")
-        if not isinstance(self.top_k, int) or self.top_k < -1:
-            reject("top_k", self.top_k, "-1 or 0 (all tokens) or a positive integer")
+        if not isinstance(self.top_k, int) or not -1 <= self.top_k <= INT32_MAX:
+            reject("top_k", self.top_k, "-1 or 0 (all tokens) or a positive 32-bit integer")
         if not 0 <= self.min_p <= 1:
             reject("min_p", self.min_p, "between 0 and 1")
         for field in ("presence_penalty", "frequency_penalty"):
@@ -80,6 +83,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 reject(field, getattr(self, field), "between -2 and 2")
         if not 0 < self.repetition_penalty <= 100:
             reject("repetition_penalty", self.repetition_penalty, "above 0 and at most 100")
+        if len(self.logit_bias) > MAX_BIASES:
+            reject("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_BIASES}")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or token < 0:
                 reject("logit_bias", token, "a map from token ids (integers from 0) to numbers")
@@ -87,9 +92,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 reject("logit_bias", bias, "a map to numbers between -100 and 100")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             reject("seed", self.seed, "a 64-bit integer")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            reject("max_tokens", self.max_tokens, "at least 0")
-        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+        if self.max_tokens is not None and not 0 <= self.max_tokens <= INT32_MAX:
+            reject("max_tokens", self.max_tokens, "a 32-bit integer from 0")
+        if not 0 <= self.min_tokens <= INT32_MAX or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             reject("min_tokens", self.min_tokens, f"between 0 and max_tokens ({self.max_tokens})")
         if isinstance(self.stop, str):
             reject("stop", self.stop, "a sequence of texts")
@@ -155,6 +160,8 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
     if params.max_tokens is None:
         if room == 0:
             raise ParameterError("prompt", f"prompt has {len(prompt)} tokens and fills {what}; none can be generated")
+        if params.min_tokens > room:
+            reject("min_tokens", params.min_tokens, f"at most {room}, what is left after the prompt")
         return room
     if params.max_tokens > room:
         raise ParameterError(

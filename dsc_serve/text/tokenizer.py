@@ -91,7 +91,9 @@ class Tokenizer:
         Raises TokenizerError when the text is not valid Unicode (a lone surrogate) or has no tokens for a part of it.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # a batch of one: only batches release the interpreter's lock while they encode
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which is not valid Unicode") from error
         except Exception as error:  # the library raises plain Exception

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.worker.messages import (
@@ -52,7 +52,7 @@ class EngineClient:
     def alive(self) -> bool:
         return self._dead is None
 
-    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncIterator[Delta]:
+    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
         """Yield what the engine generates. Raises EngineDiedError if it is not running."""
         if self._dead is not None:
             raise EngineDiedError(self._dead)
@@ -69,8 +69,8 @@ class EngineClient:
                 yield delta
         finally:
             self._queues.pop(request_id, None)
-            if not ended and self._dead is None:
-                self._writer.write(frame(Finish(request_id, "abort")))
+            if not ended:
+                self.finish(request_id, "abort")
 
     def finish(self, request_id: str, reason: str) -> None:
         """End a request in the engine. Safe to call twice, and for a request that has already ended."""

@@ -78,7 +78,7 @@ def model_info(model: Decoder, engine: Engine) -> ModelInfo:
         kernels=ops.description(),
         total_parameters=total,
         active_parameters=active,
-        bank_bytes=sum(t.numel() * t.element_size() for bank in banks for t in (bank.u, bank.v)),
+        bank_bytes=sum(bank.bank_bytes for bank in banks),
     )
 
 

@@ -13,7 +13,7 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv and install the package, the test tools and the kernel compiler
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/dsc_kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=…"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -22,11 +22,12 @@ $(STAMP): pyproject.toml
 serve: install ## serve MODEL on 127.0.0.1:PORT
 	@$(BIN)/dsc-serve serve $(MODEL) --port $(PORT)
 
-lint: install ## ruff, mypy and the import contracts
+lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/hadolint Dockerfile
 
 test: lint ## lint and the tests (under 15 minutes)
 	$(BIN)/pytest -m "not full"

@@ -59,6 +59,7 @@ class LLM:
         block_size: int = 16,
         kv_tokens: int = 0,
         policy: str = "fcfs",
+        kernels: str = "auto",
     ) -> None:
         config = EngineConfig(
             model=str(model),
@@ -70,6 +71,7 @@ class LLM:
             block_size=block_size,
             kv_tokens=kv_tokens,
             policy=policy,
+            kernels=kernels,
         )
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
         self._engine: Engine | None = Engine.for_model(prepare_model(config), config)

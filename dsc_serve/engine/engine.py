@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsc_kernels import native
 from dsc_serve.config import ConfigError, EngineConfig, default_threads, resolve_model
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
@@ -134,6 +135,10 @@ def prepare_model(config: EngineConfig) -> Decoder:
     """Set the compute threads and load the configured model. Raises ConfigError or CheckpointError in one line."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no CUDA device; allowed here: cpu")
+    try:
+        native.use(config.kernels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
     return load_model(resolve_model(config.model), config.dtype, torch.device(config.device))
 

@@ -20,13 +20,19 @@ MASK64 = 2**64 - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from hash(seed, position): two rounds of the splitmix64 finaliser."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & MASK64
-    for _ in range(2):
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-        z ^= z >> 31
-    return (z >> 11) * 2.0**-53
+    """A number in [0, 1) from splitmix64, started at the hash of the seed and advanced by position.
+
+    The seed is hashed first: choices' seeds differ by splitmix64's own increment, and would share one shifted sequence.
+    """
+    return (finalise(finalise(seed) + (position + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def finalise(z: int) -> int:
+    """The splitmix64 finaliser of z modulo 2⁶⁴."""
+    z &= MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
 
 
 class Sampler:
@@ -81,8 +87,8 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     top_k = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     plain = torch.tensor([top_k[i] == vocabulary and p.top_p == 1 and p.min_p == 0 for i, p in enumerate(params)])
     temperature = column([p.temperature for p in params], torch.float32)
-    # relative to the most likely token, so never too large
-    weights = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp_().float()
+    # relative to the most likely token, so never too large; NaN where none is finite: a fair draw harms no other row
+    weights = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp_().float().nan_to_num_(nan=1.0)
     u = column([uniform(r.seed, r.known) for r in requests])
     if bool(plain.all()):
         return invert(weights, u)
@@ -159,10 +165,10 @@ def prefix(weights: Tensor, measure: Tensor, amount: Tensor) -> Tensor:
     row, column = members[:, 0], members[:, 1]
     order = torch.argsort((row << 32) | (0x7FFFFFFF - bits[row, column].long()), stable=True)
     row, column = row[order], column[order]
-    running = measure[row, column].cumsum(0)
-    start = torch.searchsorted(row, row)
-    own = measure[row, column]
-    ahead = before[row, 0] + (running - own) - (running - own)[start]
+    rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    passed = torch.zeros(weights.shape[0], weights.shape[1] + 1, dtype=measure.dtype, device=weights.device)
+    passed[row, rank + 1] = measure[row, column]  # a row of its own for each: one sum over all would round with company
+    ahead = before[row, 0] + passed.cumsum(dim=1)[row, rank]
     inside = buckets > edge
     inside[row, column] = ahead < amount[row, 0]
     return torch.where(inside, weights, 0.0)

@@ -33,46 +33,44 @@ class Attention:
 
     def __init__(self, config: ModelConfig, qkv: Tensor, out: Tensor) -> None:
         self.config = config
-        self.qkv, self.out = qkv, out
+        self.qkv, self.out = ops.linear(qkv), ops.linear(out)
         self.scale = config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: StepBatch, angles: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        """x [T, d] → [T, d]. keys and values are this layer's pools [blocks, kv heads, block size, head size]."""
+    def __call__(
+        self, x: Tensor, batch: StepBatch, angles: Tensor | None, keys: Tensor, values: Tensor, residual: Tensor
+    ) -> Tensor:
+        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
         c = self.config
-        fused = ops.linear(x, self.qkv).view(x.shape[0], -1, c.head_dim)
+        fused = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         sizes = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         q, k, v = torch.split(fused, sizes, dim=1)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         keys[batch.slot_blocks, :, batch.slot_offsets] = k
         values[batch.slot_blocks, :, batch.slot_offsets] = v
+        n = batch.decodes
+        if n == x.shape[0]:
+            y = ops.decode_attention(
+                q, keys, values, batch.block_tables, batch.context_lens, batch.decode_context, self.scale
+            )
+        else:
+            y = self._mixed(q, batch, keys, values)
+        return self.out(y.flatten(1), residual=residual)
+
+    def _mixed(self, q: Tensor, batch: StepBatch, keys: Tensor, values: Tensor) -> Tensor:
+        """A step that holds chunks of prompts besides, or instead of, single tokens."""
+        n, tables = batch.decodes, batch.block_tables
         y = torch.empty_like(q)
-        if batch.decodes:
-            y[: batch.decodes] = self._decode(q[: batch.decodes], batch, keys, values)
+        if n:
+            contexts = batch.context_lens[:n]
+            y[:n] = ops.decode_attention(q[:n], keys, values, tables[:n], contexts, batch.decode_context, self.scale)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.start + chunk.length)
-            context_k, context_v = (
-                self._context(pool, batch.block_tables[chunk.row : chunk.row + 1], chunk.context)
-                for pool in (keys, values)
-            )
-            seen = torch.ones(chunk.length, chunk.context, dtype=torch.bool, device=x.device)
-            y[rows] = self._attend(
-                q[rows].transpose(0, 1)[None], context_k, context_v, seen.tril(chunk.context - chunk.length)
-            )[0].transpose(0, 1)
-        return ops.linear(y.flatten(1), self.out)
-
-    def _decode(self, q: Tensor, batch: StepBatch, keys: Tensor, values: Tensor) -> Tensor:
-        length, tables = batch.decode_context, batch.block_tables[: batch.decodes]
-        seen = torch.arange(length, device=q.device)[None] < batch.context_lens[: batch.decodes, None]
-        context_k, context_v = (self._context(pool, tables, length) for pool in (keys, values))
-        return self._attend(q[:, :, None], context_k, context_v, seen[:, None, None])[:, :, 0]
-
-    def _context(self, pool: Tensor, tables: Tensor, length: int) -> Tensor:
-        """The first `length` cached rows of each sequence: [S, kv heads, length, head size], copied from its blocks."""
-        blocks = -(-length // pool.shape[2])
-        gathered = pool[tables[:, :blocks]].transpose(1, 2)
-        return gathered.reshape(tables.shape[0], pool.shape[1], blocks * pool.shape[2], -1)[:, :, :length]
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        grouped = self.config.num_key_value_heads != self.config.num_attention_heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
+            k, v = (ops.gather_context(p, tables[chunk.row : chunk.row + 1], chunk.context) for p in (keys, values))
+            seen = torch.ones(chunk.length, chunk.context, dtype=torch.bool, device=q.device)
+            mask = seen.tril(chunk.context - chunk.length)
+            grouped = k.shape[1] != q.shape[1]
+            own = q[rows].transpose(0, 1)[None]
+            out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
+            y[rows] = out[0].transpose(0, 1)
+        return y

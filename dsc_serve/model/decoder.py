@@ -100,7 +100,7 @@ class Decoder:
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
             self.blocks.append(Block(norms[0], attention, norms[1], ffn))
         self.norm = norm("model.norm")
-        self.head = self.embedding if config.tie_word_embeddings else put("lm_head.weight")
+        self.head = ops.linear(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
 
     def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
@@ -118,10 +118,10 @@ class Decoder:
             x = x + F.embedding(batch.positions, self.positions)
         angles = None if self.rope is None else self.rope[batch.positions]
         for block, (keys, values) in zip(self.blocks, pools, strict=True):
-            x = x + block.attention(block.norm1(x), batch, angles, keys, values)
-            x = x + block.ffn(block.norm2(x))
+            x = block.attention(block.norm1(x), batch, angles, keys, values, residual=x)
+            x = block.ffn(block.norm2(x), residual=x)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
-        return ops.linear(self.norm(hidden), self.head).float()
+        return self.head(self.norm(hidden), out_dtype=torch.float32)

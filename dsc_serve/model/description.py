@@ -35,7 +35,7 @@ def describe(model: Decoder) -> dict[str, str]:
         rows["ffn"] = f"dsc (algorithm {algorithm}), {f.atoms_per_token} of {f.num_atoms} atoms, "
         rows["ffn"] += f"static width {f.static_size}"
         layers = [b.ffn for b in model.blocks if isinstance(b.ffn, DscFfn)]
-        size = sum(t.numel() * t.element_size() for layer in layers for t in (layer.u, layer.v))
+        size = sum(layer.bank_bytes for layer in layers)
         zero = sum(int((layer.u.abs().amax(1) * layer.v.abs().amax(1) == 0).sum()) for layer in layers)
         rows["bank"] = (
             f"U and V [{f.num_atoms}, {c.hidden_size}] per layer, {size / 1e6:.1f} MB in all, {zero} zero atoms"

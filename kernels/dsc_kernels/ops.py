@@ -1,65 +1,83 @@
-"""The operators that models call: each picks the fastest implementation there is for its inputs' device.
+"""What models call: layers and operators, each built for the fastest implementation there is for its device and dtype.
 
 Selection is float32, exact and specified: by clamped logit descending, then index ascending.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import reference
+from dsc_kernels import native, plain
+from dsc_kernels.native import Activation
+from dsc_kernels.plain import gather_context as gather_context
+
+Linear = native.Linear | plain.Linear
+Ffn = native.Ffn | plain.Ffn
+Moe = native.Moe | plain.Moe
 
 
 def description() -> str:
-    """Which implementations serve on this machine, for logs and `inspect`."""
-    return "plain torch"
+    """Which implementations serve on this machine's CPU, for logs and `inspect`."""
+    name = native.active()
+    if name is not None:
+        return f"native C++ ({name})"
+    if native.available():
+        return "plain torch (native kernels are there, but switched off)"
+    return "plain torch (installed without a C++ compiler: several times slower at small batches)"
 
 
-def order_keys(values: Tensor) -> Tensor:
-    """int64 keys [B, M] of float32 values that sort like (value, −index): all different, so top-k is exact."""
-    bits = values.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    columns = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
-    return (ordered.to(torch.int64) << 32) | columns
+def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """A product with weight [n, d], packed where that is faster."""
+    kind = native.Linear if native.serves(weight.dtype, weight.device) else plain.Linear
+    return kind(weight, bias)
 
 
-def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
-    """`reference.select` for float32 logits [B, M] without sorting a row."""
-    clamped = logits.clamp(-tau, tau) + 0.0  # + 0.0 makes −0 and 0 tie, as numbers do
-    atoms = (clamped.shape[1] - 1) - (order_keys(clamped).topk(k, dim=1).values & 0xFFFFFFFF)
-    return clamped.gather(1, atoms), atoms
+def ffn(
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    router: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    gamma: Tensor | None = None,
+    k: int = 0,
+    rank: int = 0,
+    tau: float = 0.0,
+    eps: float = 0.0,
+    norm_eps: float | None = None,
+) -> Ffn:
+    """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`. The router may come in any wider dtype."""
+    kind: type[native.Ffn] | type[plain.Ffn] = plain.Ffn
+    if native.serves(up.dtype, up.device) and k * max(rank, 1) <= native.MAX_PICKS:
+        kind = native.Ffn
+        router = None if router is None else router.to(up.dtype)
+    return kind(up, gate, down, activation, router, router_bias, u, v, gamma, k, rank, tau, eps, norm_eps)
 
 
-def route(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm_eps: float | None, k: int, tau: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pick k atoms for each token.
+def moe(
+    router: Tensor,
+    router_bias: Tensor | None,
+    up: list[Tensor],
+    gate: list[Tensor] | None,
+    down: list[Tensor],
+    activation: Activation,
+    k: int,
+    normalize: bool,
+    norm_eps: float | None,
+) -> Moe:
+    """A mixture of experts; see `native.Moe`. The router may come in any wider dtype."""
+    kind: type[native.Moe] | type[plain.Moe] = plain.Moe
+    if native.serves(up[0].dtype, up[0].device) and k <= native.MAX_PICKS:
+        kind = native.Moe
+        router = router.to(up[0].dtype)
+    return kind(router, router_bias, up, gate, down, activation, k, normalize, norm_eps)
 
-    x [B, d] of any dtype; weight [M, d] and bias [M] in float32, folded with the router's norm when norm_eps is given.
-    Returns atoms int64 [B, k], coefficients ẑ float32 [B, k] and the signal S float32 [B].
-    """
-    selected, atoms = select(reference.router_logits(x.float(), weight, bias, norm_eps), k, tau)
-    weights, signal = reference.coefficients(selected, eps)
-    return atoms, weights, signal
 
-
-def compose_add(
-    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """static [B, d] plus the dynamic part of the picked atoms; sums in float32, result in static's dtype."""
-    latent = torch.einsum("bd,bkd->bk", x.float(), u[atoms].float()) * weights
-    dynamic = torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
-    return (static.float() + dynamic).to(static.dtype)
-
-
-def expert_groups(experts: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Sort the picks [B, k] by expert: positions in the flattened picks [B·k], and how many picks each expert has."""
-    flat = experts.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts).tolist()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, in] times weight [out, in] transposed."""
-    return F.linear(x, weight, bias)
+    """Attention of one new token per sequence over its paged keys and values; see `native.decode_attention`."""
+    run = native.decode_attention if native.serves(q.dtype, q.device) else plain.decode_attention
+    return run(q, keys, values, tables, contexts, longest, scale)

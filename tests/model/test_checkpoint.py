@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, small_config, wide_tensors
 from safetensors.torch import load_file, save_file
+from small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve import LLM

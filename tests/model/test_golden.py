@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS
+from small_models import METHODS
 from torch import Tensor
 
 from dsc_serve import LLM, SamplingParams

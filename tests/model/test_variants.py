@@ -9,7 +9,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from conftest import small_config, wide_tensors
+from small_models import small_config, wide_tensors
 
 from dsc_serve import LLM
 

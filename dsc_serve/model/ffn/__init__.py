@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Ffn(Protocol):
-    """A block's feed-forward layer: x [T, d] → [T, d], each token on its own."""
+    """A block's feed-forward layer: x [T, d] → [T, d], each token on its own, plus the residual where one is given."""
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:
@@ -32,7 +32,7 @@ class Ffn(Protocol):
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None: ...
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
 KINDS: dict[str, type[Ffn]] = {"dsc": DscFfn, "moe": MoeFfn, "molora": MoloraFfn, "dense": DenseFfn}

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dsc_kernels import ops, reference
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
-from dsc_serve.model.ffn.mlp import Mlp, mlp_shapes
+from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
 
 class DscFfn:
     """The bank is projected once, here, and the router's norm folded into its weight; both then stay where they are.
 
-    u, v: the projected bank [M, d]; router [M, d] and bias [M] in float32, since selection needs float32 logits.
+    u, v: the projected bank [M, d]; gamma float32 [d] or [1].
     """
 
     def __init__(
@@ -24,13 +24,22 @@ class DscFfn:
         c = config.ffn
         assert isinstance(c, DscConfig)
         self.config = c
-        self.norm_eps = config.norm_eps if c.router_norm else None
-        self.static = Mlp(config, tensors, dtype, device, "static.")
         self.u, self.v = (self._bank(name, tensors[name], dtype).to(device) for name in ("atoms_u", "atoms_v"))
         self.gamma = tensors["gamma"].float().to(device)
-        router, bias = self._router(tensors)
-        self.router = router.float().to(device)
-        self.router_bias = None if bias is None else bias.float().to(device)
+        router, bias = (None if t is None else t.float().to(device) for t in self._router(tensors))
+        self.layer = ops.ffn(
+            *mlp_weights(config, tensors, dtype, device, "static."),
+            config.hidden_act,
+            router,
+            bias,
+            self.u,
+            self.v,
+            self.gamma,
+            k=c.atoms_per_token,
+            tau=c.tau,
+            eps=c.eps,
+            norm_eps=config.norm_eps if c.router_norm else None,
+        )
 
     def _bank(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
         wide = rows.double()
@@ -54,13 +63,16 @@ class DscFfn:
         return reference.fold_router_norm(weight, bias, norm_weight, norm_bias)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Atoms int64 [T, K], coefficients float32 [T, K] and signal float32 [T] for x [T, d]."""
-        c = self.config
-        return ops.route(x, self.router, self.router_bias, self.norm_eps, c.atoms_per_token, c.tau, c.eps)
+        """Atoms [T, K], coefficients float32 [T, K] and signal float32 [T] for x [T, d]."""
+        _, atoms, weights, signal = self.layer.routed(x)
+        return atoms, weights, signal
 
-    def __call__(self, x: Tensor) -> Tensor:
-        atoms, weights, _ = self.route(x)
-        return ops.compose_add(self.static(x), x, atoms, weights, self.u, self.v, self.gamma)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.layer(x, residual)
+
+    @property
+    def bank_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.u, self.v))
 
     @property
     def certificate(self) -> float:

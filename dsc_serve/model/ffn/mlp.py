@@ -1,14 +1,13 @@
-"""The MLP that every FFN kind contains: plain or gated, in its own or an expert's place."""
+"""The tensors of the MLP that every FFN kind contains: plain or gated, in its own or an expert's place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import ops
 from dsc_serve.model.config import ModelConfig
 
 
@@ -20,25 +19,18 @@ def mlp_shapes(config: ModelConfig, size: int, prefix: str = "") -> dict[str, tu
     return shapes
 
 
-class Mlp:
-    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) when gated; GELU in its exact form. No bias."""
+class MlpWeights(NamedTuple):
+    """W_1, W_g (None unless gated) and W_2 of W_2 act(W_1 x), or of W_2 (act(W_g x) ⊙ W_1 x)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        prefix: str = "",
-    ) -> None:
-        def weight(name: str) -> Tensor:
-            return tensors[f"{prefix}{name}.weight"].to(device=device, dtype=dtype)
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
 
-        self.up, self.down = weight("up_proj"), weight("down_proj")
-        self.gate = weight("gate_proj") if config.mlp_gated else None
-        self.activation = F.gelu if config.hidden_act == "gelu" else F.silu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        up = ops.linear(x, self.up)
-        hidden = self.activation(up) if self.gate is None else self.activation(ops.linear(x, self.gate)) * up
-        return ops.linear(hidden, self.down)
+def mlp_weights(
+    config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, prefix: str = ""
+) -> MlpWeights:
+    def weight(name: str) -> Tensor:
+        return tensors[f"{prefix}{name}.weight"].to(device=device, dtype=dtype)
+
+    return MlpWeights(weight("up_proj"), weight("gate_proj") if config.mlp_gated else None, weight("down_proj"))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops, reference
 from dsc_serve.model.config import ModelConfig, MoeConfig
-from dsc_serve.model.ffn.mlp import Mlp, mlp_shapes
+from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
 
 class MoeFfn:
@@ -21,38 +20,27 @@ class MoeFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
-        self.config, self.norm_eps = c, config.norm_eps
-        self.router = tensors["router.weight"].float().to(device)
-        self.norm: tuple[Tensor, Tensor] | None = None
+        router, bias = tensors["router.weight"].double(), None
         if c.router_norm:
-            weight, bias = tensors["router_norm.weight"], tensors["router_norm.bias"]
-            self.norm = (weight.float().to(device), bias.float().to(device))
-        self.experts = [Mlp(config, tensors, dtype, device, f"experts.{e}.") for e in range(c.num_experts)]
+            norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
+            router, bias = reference.fold_router_norm(router, None, norm_weight, norm_bias)
+        prefixes = [f"experts.{e}." for e in range(c.num_experts)]
+        experts = [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes]
+        gates = [expert.gate for expert in experts if expert.gate is not None]
+        self.layer = ops.moe(
+            router.float().to(device),
+            None if bias is None else bias.float().to(device),
+            [expert.up for expert in experts],
+            gates or None,
+            [expert.down for expert in experts],
+            config.hidden_act,
+            c.experts_per_token,
+            c.normalize_weights,
+            config.norm_eps if c.router_norm else None,
+        )
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights float32 [T, k] and experts int64 [T, k] for x [T, d]."""
-        wide = x.float()
-        if self.norm is not None:
-            wide = F.layer_norm(wide, wide.shape[1:], *self.norm, self.norm_eps)
-        weights, experts = reference.softmax_top_k(wide @ self.router.T, self.config.experts_per_token)
-        if self.config.normalize_weights:
-            weights = weights / weights.sum(dim=1, keepdim=True)
-        return weights, experts
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = self.route(x)
-        order, counts = ops.expert_groups(experts, self.config.num_experts)
-        tokens = order // self.config.experts_per_token
-        sorted_x = x[tokens]
-        pieces, start = [], 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                pieces.append(expert(sorted_x[start : start + count]))
-                start += count
-        if not pieces:
-            return torch.zeros_like(x)
-        outputs = torch.cat(pieces).float() * weights.flatten()[order, None]
-        return torch.zeros(x.shape, device=x.device).index_add_(0, tokens, outputs).to(x.dtype)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.layer(x, residual)
 
     @staticmethod
     def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops, reference
 from dsc_serve.model.config import ModelConfig, MoloraConfig
-from dsc_serve.model.ffn.mlp import Mlp, mlp_shapes
+from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
 
 class MoloraFfn:
     """y = f(x) + Σ_e g_e (x A_e) B_e over the k picked adapters, g the softmax of their logits.
 
-    a, b: [N, r, d], adapter e's A transposed and its B.
+    Adapter e's rows of the stored adapters_a [N, r, d] and adapters_b [N, r, d] are A_e transposed and B_e: r rank-1
+    atoms that are picked together.
     """
 
     def __init__(
@@ -24,28 +25,24 @@ class MoloraFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoloraConfig)
-        self.config, self.norm_eps = c, config.norm_eps
-        self.static = Mlp(config, tensors, dtype, device, "static.")
-        self.router = tensors["router.weight"].float().to(device)
-        self.norm_weight = tensors["router_norm.weight"].float().to(device)
-        self.norm_bias = tensors["router_norm.bias"].float().to(device)
-        shape = (c.num_adapters, c.rank, config.hidden_size)
-        self.a, self.b = (tensors[f"adapters_{p}"].view(shape).to(device=device, dtype=dtype) for p in "ab")
+        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
+        router, bias = reference.fold_router_norm(tensors["router.weight"].double(), None, norm_weight, norm_bias)
+        self.layer = ops.ffn(
+            *mlp_weights(config, tensors, dtype, device, "static."),
+            config.hidden_act,
+            router.float().to(device),
+            bias.float().to(device),
+            tensors["adapters_a"].flatten(0, 1).to(device=device, dtype=dtype),
+            tensors["adapters_b"].flatten(0, 1).to(device=device, dtype=dtype),
+            torch.ones(1, device=device),
+            k=c.adapters_per_token,
+            rank=c.rank,
+            tau=math.inf,
+            norm_eps=config.norm_eps,
+        )
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights float32 [T, k], summing to 1, and adapters int64 [T, k] for x [T, d]."""
-        wide = x.float()
-        normed = F.layer_norm(wide, wide.shape[1:], self.norm_weight, self.norm_bias, self.norm_eps)
-        logits = normed @ self.router.T
-        selected, adapters = reference.select(logits, self.config.adapters_per_token, torch.inf)
-        return selected.softmax(dim=1), adapters
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weights, adapters = self.route(x)
-        rank_weights = weights.repeat_interleave(self.config.rank, dim=1)
-        rows = (adapters[:, :, None] * self.config.rank + torch.arange(self.config.rank, device=x.device)).flatten(1)
-        ones = torch.ones((), device=x.device)
-        return ops.compose_add(self.static(x), x, rows, rank_weights, self.a.flatten(0, 1), self.b.flatten(0, 1), ones)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.layer(x, residual)
 
     @staticmethod
     def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

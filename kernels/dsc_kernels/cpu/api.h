@@ -1,0 +1,83 @@
+// What the module and the instruction sets' translation units agree on. Pointers to weights and activations are to
+// float or bfloat16, as the table says; sizes are in elements.
+#pragma once
+
+#include <stdint.h>
+
+struct Linear {
+  const void* x;  // [batch, d], rows contiguous
+  const void* w;  // packed [n, d]
+  const float* bias;
+  const void* residual;  // [batch, n] or null
+  void* out;             // [batch, n]
+  int64_t batch, d, n;
+  int activation, float_out, threads;
+  char* scratch;
+};
+
+// Static MLP plus, where atoms > 0, a routed composition of rank-1 atoms. With rank > 0 the picks are adapters of
+// `rank` rows each, weighted by a softmax: a mixture of LoRAs. Without atoms it is a dense FFN.
+struct Ffn {
+  const void* x;                      // [batch, d]
+  const void *up, *gate, *down;       // packed [hidden, d], [hidden, d] or null, [d, hidden]
+  const void* router;                 // packed [atoms, d], folded with its norm
+  const float* router_bias;           // [atoms] or null
+  const void *u, *v;                  // [atoms · max(rank, 1), d]
+  const float* gamma;                 // [d], or one number when scalar
+  const void* residual;               // [batch, d] or null
+  void* out;                          // [batch, d]
+  int32_t* picks;                     // [batch, k] or null: the atoms picked
+  float* weights;                     // [batch, k] or null: their coefficients
+  float* signal;                      // [batch] or null
+  int64_t batch, d, hidden, atoms;
+  float tau, eps, norm_eps;           // norm_eps < 0: the router has no norm
+  int k, rank, scalar_gamma, activation, threads;
+  char* scratch;
+};
+
+struct Moe {
+  const void* x;             // [batch, d]
+  const void* router;        // packed [experts, d], folded with its norm
+  const float* router_bias;  // [experts] or null
+  const void *up, *gate, *down;  // packed, one expert after the other
+  const void* residual;
+  void* out;
+  int64_t batch, d, hidden, experts;
+  float norm_eps;
+  int k, normalize, activation, threads;
+  char* scratch;
+};
+
+// One new token per sequence.
+struct Attention {
+  const void* q;             // [batch, kv_heads · group, size], row stride q_stride
+  const void *keys, *values; // pools [blocks, kv_heads, block, size]
+  const int64_t* tables;     // [batch, width]
+  const int64_t* contexts;   // [batch]
+  void* out;                 // [batch, kv_heads · group, size]
+  int64_t batch, q_stride, width, kv_heads, group, size, block, longest;
+  float scale;
+  int threads;
+  char* scratch;
+};
+
+struct Kernels {
+  void (*pack)(const void* w, int64_t n, int64_t d, void* out);
+  void (*linear)(const Linear&);
+  void (*ffn)(const Ffn&);
+  void (*moe)(const Moe&);
+  void (*attention)(const Attention&);
+  // bytes of scratch that a call needs
+  int64_t (*linear_scratch)(const Linear&);
+  int64_t (*ffn_scratch)(const Ffn&);
+  int64_t (*moe_scratch)(const Moe&);
+  int64_t (*attention_scratch)(const Attention&);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  Kernels float32, bfloat16;
+};
+
+extern const InstructionSet avx512bf16_set, avx512_set, avx2_set, baseline_set;

@@ -1,0 +1,9 @@
+#include "instruction_set.h"
+
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+}  // namespace
+
+const InstructionSet avx512_set = {"avx512", supported, table<float>(), table<bf16>()};

@@ -1,0 +1,300 @@
+// The Python module `dsc_kernels._native`: plain addresses in, so that it needs no torch to build and a call costs
+// little. `dsc_kernels.native` checks shapes and types; nothing else should call this.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "api.h"
+
+namespace {
+
+const InstructionSet* const sets[] = {&avx512bf16_set, &avx512_set, &avx2_set, &baseline_set};
+const InstructionSet* active = nullptr;
+
+const Kernels& kernels(int is_bfloat16) { return is_bfloat16 ? active->bfloat16 : active->float32; }
+
+// Each calling thread's own workspace; grows to the largest call and stays.
+struct Scratch {
+  char* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+  char* at_least(int64_t bytes) {
+    if (bytes > size) {
+      std::free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = static_cast<char*>(std::aligned_alloc(4096, size));
+      if (!data) size = 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch scratch;
+
+// Arguments of a call, taken in order. An absent address is 0.
+struct Arguments {
+  PyObject* const* items;
+  Py_ssize_t count, next = 0;
+  bool failed = false;
+  PyObject* take() {
+    if (next < count) return items[next++];
+    if (!failed) PyErr_SetString(PyExc_TypeError, "too few arguments");
+    failed = true;
+    return nullptr;
+  }
+  int64_t integer() {
+    PyObject* item = take();
+    if (!item) return 0;
+    int64_t value = PyLong_AsLongLong(item);
+    failed |= value == -1 && PyErr_Occurred();
+    return value;
+  }
+  template <typename T>
+  T* address() {
+    return reinterpret_cast<T*>(integer());
+  }
+  float real() {
+    PyObject* item = take();
+    if (!item) return 0;
+    double value = PyFloat_AsDouble(item);
+    failed |= value == -1.0 && PyErr_Occurred();
+    return static_cast<float>(value);
+  }
+  bool ok() {
+    if (!failed && next != count) {
+      PyErr_SetString(PyExc_TypeError, "too many arguments");
+      failed = true;
+    }
+    return !failed;
+  }
+};
+
+template <typename Call>
+PyObject* run(Call& call, void (*kernel)(const Call&), int64_t (*bytes)(const Call&)) {
+  call.scratch = scratch.at_least(bytes(call) + 64);
+  if (!call.scratch) return PyErr_NoMemory();
+  Py_BEGIN_ALLOW_THREADS;
+  kernel(call);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* supported(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const InstructionSet* set : sets)
+    if (names && set->supported()) {
+      PyObject* name = PyUnicode_FromString(set->name);
+      if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+      Py_XDECREF(name);
+    }
+  return names;
+}
+
+PyObject* use(PyObject*, PyObject* name) {
+  const char* wanted = PyUnicode_AsUTF8(name);
+  if (!wanted) return nullptr;
+  for (const InstructionSet* set : sets)
+    if (!std::strcmp(set->name, wanted) && set->supported()) {
+      active = set;
+      Py_RETURN_NONE;
+    }
+  return PyErr_Format(PyExc_ValueError, "instruction set %R is not supported here", name);
+}
+
+// (is_bfloat16, w, n, d, out)
+PyObject* pack(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  const void* w = a.address<const void>();
+  int64_t n = a.integer(), d = a.integer();
+  void* out = a.address<void>();
+  if (!a.ok()) return nullptr;
+  kernels(half).pack(w, n, d, out);
+  Py_RETURN_NONE;
+}
+
+// (is_bfloat16, x, w, bias, residual, out, batch, d, n, activation, float_out, threads)
+PyObject* linear(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  Linear c{};
+  c.x = a.address<const void>();
+  c.w = a.address<const void>();
+  c.bias = a.address<const float>();
+  c.residual = a.address<const void>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.d = a.integer();
+  c.n = a.integer();
+  c.activation = static_cast<int>(a.integer());
+  c.float_out = static_cast<int>(a.integer());
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).linear, kernels(half).linear_scratch);
+}
+
+// What stays the same from call to call is read once; a layer's calls name it by its capsule.
+template <typename Call>
+struct Layer {
+  static constexpr const char* name = "dsc_kernels.layer";
+  Call call{};
+  int half = 0;
+  static PyObject* wrap(Layer* layer) {
+    PyObject* capsule = PyCapsule_New(layer, name, [](PyObject* c) {
+      delete static_cast<Layer*>(PyCapsule_GetPointer(c, name));
+    });
+    if (!capsule) delete layer;
+    return capsule;
+  }
+  static Layer* unwrap(Arguments& a) {
+    PyObject* capsule = a.take();
+    void* layer = capsule ? PyCapsule_GetPointer(capsule, name) : nullptr;
+    a.failed |= !layer;
+    return static_cast<Layer*>(layer);
+  }
+};
+
+// (is_bfloat16, up, gate, down, router, router_bias, u, v, gamma, d, hidden, atoms, tau, eps, norm_eps, k, rank,
+//  scalar_gamma, activation)
+PyObject* ffn_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = new Layer<Ffn>;
+  layer->half = static_cast<int>(a.integer());
+  Ffn& c = layer->call;
+  c.up = a.address<const void>();
+  c.gate = a.address<const void>();
+  c.down = a.address<const void>();
+  c.router = a.address<const void>();
+  c.router_bias = a.address<const float>();
+  c.u = a.address<const void>();
+  c.v = a.address<const void>();
+  c.gamma = a.address<const float>();
+  c.d = a.integer();
+  c.hidden = a.integer();
+  c.atoms = a.integer();
+  c.tau = a.real();
+  c.eps = a.real();
+  c.norm_eps = a.real();
+  c.k = static_cast<int>(a.integer());
+  c.rank = static_cast<int>(a.integer());
+  c.scalar_gamma = static_cast<int>(a.integer());
+  c.activation = static_cast<int>(a.integer());
+  if (!a.ok()) {
+    delete layer;
+    return nullptr;
+  }
+  return Layer<Ffn>::wrap(layer);
+}
+
+// (layer, x, residual, out, batch, threads, picks, weights, signal)
+PyObject* ffn(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = Layer<Ffn>::unwrap(a);
+  if (!layer) return nullptr;
+  Ffn c = layer->call;
+  c.x = a.address<const void>();
+  c.residual = a.address<const void>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  c.picks = a.address<int32_t>();
+  c.weights = a.address<float>();
+  c.signal = a.address<float>();
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(layer->half).ffn, kernels(layer->half).ffn_scratch);
+}
+
+// (is_bfloat16, router, router_bias, up, gate, down, d, hidden, experts, norm_eps, k, normalize, activation)
+PyObject* moe_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = new Layer<Moe>;
+  layer->half = static_cast<int>(a.integer());
+  Moe& c = layer->call;
+  c.router = a.address<const void>();
+  c.router_bias = a.address<const float>();
+  c.up = a.address<const void>();
+  c.gate = a.address<const void>();
+  c.down = a.address<const void>();
+  c.d = a.integer();
+  c.hidden = a.integer();
+  c.experts = a.integer();
+  c.norm_eps = a.real();
+  c.k = static_cast<int>(a.integer());
+  c.normalize = static_cast<int>(a.integer());
+  c.activation = static_cast<int>(a.integer());
+  if (!a.ok()) {
+    delete layer;
+    return nullptr;
+  }
+  return Layer<Moe>::wrap(layer);
+}
+
+// (layer, x, residual, out, batch, threads)
+PyObject* moe(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = Layer<Moe>::unwrap(a);
+  if (!layer) return nullptr;
+  Moe c = layer->call;
+  c.x = a.address<const void>();
+  c.residual = a.address<const void>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(layer->half).moe, kernels(layer->half).moe_scratch);
+}
+
+// (is_bfloat16, q, keys, values, tables, contexts, out, batch, q_stride, width, kv_heads, group, size, block, longest,
+//  scale, threads)
+PyObject* attention(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  Attention c{};
+  c.q = a.address<const void>();
+  c.keys = a.address<const void>();
+  c.values = a.address<const void>();
+  c.tables = a.address<const int64_t>();
+  c.contexts = a.address<const int64_t>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.q_stride = a.integer();
+  c.width = a.integer();
+  c.kv_heads = a.integer();
+  c.group = a.integer();
+  c.size = a.integer();
+  c.block = a.integer();
+  c.longest = a.integer();
+  c.scale = a.real();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).attention, kernels(half).attention_scratch);
+}
+
+template <typename F>
+PyCFunction fast(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"supported", supported, METH_NOARGS, "Names of the instruction sets this machine has, best first."},
+    {"use", use, METH_O, "Choose an instruction set by name."},
+    {"pack", fast(pack), METH_FASTCALL, nullptr},
+    {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"ffn_layer", fast(ffn_layer), METH_FASTCALL, nullptr},
+    {"ffn", fast(ffn), METH_FASTCALL, nullptr},
+    {"moe_layer", fast(moe_layer), METH_FASTCALL, nullptr},
+    {"moe", fast(moe), METH_FASTCALL, nullptr},
+    {"attention", fast(attention), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  for (const InstructionSet* set : sets)
+    if (!active && set->supported()) active = set;
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,178 @@
+// The mixture of experts, with the same care: routing, grouping by expert, both products and the weighted sum in one
+// call.
+#pragma once
+
+#include "layers.h"
+
+// One pick: which token, weighted how much. Picks are ordered by expert; expert e's are starts[e] … starts[e + 1] − 1.
+template <typename T>
+struct MoeBuffers {
+  typedef typename Input<T>::type I;
+  char* x;
+  float *logits, *weights, *outputs;
+  int32_t *experts, *tokens, *places, *starts;
+  I* hidden;
+  int64_t hidden_stride;
+
+  static INLINE int64_t bytes(const Moe& a) {
+    int64_t picks = a.batch * a.k;
+    return aligned(a.batch * even(a.d) * 4) + aligned(a.batch * a.experts * 4) + 4 * aligned(picks * 4) +
+           aligned(picks * a.d * 4) + aligned(picks * even(a.hidden) * 4) + aligned((a.experts + 1) * 4);
+  }
+  INLINE explicit MoeBuffers(const Moe& a) {
+    int64_t picks = a.batch * a.k;
+    hidden_stride = even(a.hidden);
+    char* at = a.scratch;
+    auto take = [&](int64_t size) __attribute__((always_inline)) {
+      char* start = at;
+      at += aligned(size);
+      return start;
+    };
+    x = take(a.batch * even(a.d) * 4);
+    logits = (float*)take(a.batch * a.experts * 4);
+    weights = (float*)take(picks * 4);
+    experts = (int32_t*)take(picks * 4);
+    tokens = (int32_t*)take(picks * 4);
+    places = (int32_t*)take(picks * 4);
+    outputs = (float*)take(picks * a.d * 4);
+    hidden = (I*)take(picks * even(a.hidden) * 4);
+    starts = (int32_t*)take((a.experts + 1) * 4);
+  }
+};
+
+// The k largest softmax probabilities over all experts, as weights, and their experts.
+INLINE void route(const float* raw, float scale, const float* bias, int64_t experts, int k, bool normalize,
+                  float* weights, int32_t* picks) {
+  select(raw, scale, bias, experts, k, INFINITY, weights, picks);
+  float highest = weights[0], total = 0, kept = 0;
+  for (int64_t e = 0; e < experts; e++) total += expf(scale * raw[e] + (bias ? bias[e] : 0.0f) - highest);
+  for (int j = 0; j < k; j++) kept += weights[j] = expf(weights[j] - highest) / total;
+  for (int j = 0; normalize && j < k; j++) weights[j] /= kept;
+}
+
+template <typename T>
+INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t first,
+                      int64_t last) {
+  int64_t stride = row_stride<T>(a.d);
+  Epilogue e = {nullptr, NONE, nullptr, nullptr, nullptr, a.experts};
+  gemm<T, float>((const T*)a.router, x + first * stride, stride, nullptr, last - first, a.d, a.experts, e,
+                 b.logits + first * a.experts, 0, panel_count(a.experts));
+  for (int64_t t = first; t < last; t++) {
+    float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
+    route(b.logits + t * a.experts, scale, a.router_bias, a.experts, a.k, a.normalize, b.weights + t * a.k,
+          b.experts + t * a.k);
+  }
+}
+
+// A counting sort of the picks by expert; `places` says where each token's picks went.
+template <typename T>
+INLINE void moe_group(const Moe& a, const MoeBuffers<T>& b) {
+  int64_t picks = a.batch * a.k;
+  memset(b.starts, 0, (a.experts + 1) * sizeof *b.starts);
+  for (int64_t i = 0; i < picks; i++) b.starts[b.experts[i] + 1]++;
+  for (int64_t e = 0; e < a.experts; e++) b.starts[e + 1] += b.starts[e];
+  for (int64_t i = 0; i < picks; i++) {
+    int32_t place = b.starts[b.experts[i]]++;
+    b.places[i] = place;
+    b.tokens[place] = (int32_t)(i / a.k);
+  }
+  for (int64_t e = a.experts; e > 0; e--) b.starts[e] = b.starts[e - 1];
+  b.starts[0] = 0;
+}
+
+template <typename T>
+INLINE void expert_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t e,
+                         int64_t from, int64_t count, int64_t id, int64_t n) {
+  typedef typename Input<T>::type I;
+  int64_t panels = panel_count(a.hidden), size = panels * Packed<T>::panel_size(a.d);
+  Epilogue ep = {nullptr, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
+  I* hidden = b.hidden + from * b.hidden_stride;
+  int64_t first = part(panels, id, n), last = part(panels, id + 1, n);
+  if (a.gate) {
+    gemm<T, I>((const T*)a.gate + e * size, x, row_stride<T>(a.d), b.tokens + from, count, a.d, a.hidden, ep, hidden,
+               first, last);
+    ep.activation = NONE;
+    ep.times = hidden;
+  }
+  gemm<T, I>((const T*)a.up + e * size, x, row_stride<T>(a.d), b.tokens + from, count, a.d, a.hidden, ep, hidden, first,
+             last);
+}
+
+template <typename T>
+INLINE void expert_second(const Moe& a, const MoeBuffers<T>& b, int64_t e, int64_t from, int64_t count, int64_t id,
+                          int64_t n) {
+  int64_t panels = panel_count(a.d), size = panels * Packed<T>::panel_size(a.hidden);
+  Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, a.d};
+  gemm<T, float>((const T*)a.down + e * size, b.hidden + from * b.hidden_stride, b.hidden_stride, nullptr, count,
+                 a.hidden, a.d, ep, b.outputs + from * a.d, part(panels, id, n), part(panels, id + 1, n));
+}
+
+template <typename T>
+INLINE void moe_sum(const Moe& a, const MoeBuffers<T>& b, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; t++) {
+    const float* w = b.weights + t * a.k;
+    const int32_t* place = b.places + t * a.k;
+    const T* residual = a.residual ? (const T*)a.residual + t * a.d : nullptr;
+    T* out = (T*)a.out + t * a.d;
+    int64_t i = 0;
+    for (; i + LANES <= a.d; i += LANES) {
+      vf s = residual ? load(residual + i) : vf{};
+      for (int j = 0; j < a.k; j++) s += w[j] * load(b.outputs + place[j] * a.d + i);
+      store(out + i, s);
+    }
+    for (; i < a.d; i++) {
+      float s = residual ? to_float(residual[i]) : 0;
+      for (int j = 0; j < a.k; j++) s += w[j] * b.outputs[place[j] * a.d + i];
+      put(out + i, s);
+    }
+  }
+}
+
+template <typename T>
+int64_t moe_scratch(const Moe& a) {
+  return MoeBuffers<T>::bytes(a);
+}
+
+template <typename T>
+void moe(const Moe& a) {
+  MoeBuffers<T> b(a);
+  const auto* x = prepared<T>(a.x, 0, a.batch, a.d, b.x);
+  clear_padding(b.hidden, a.batch * a.k, a.hidden);
+  int64_t chunk = CHUNK, most = (a.batch * a.k + chunk - 1) / chunk + a.experts;
+#pragma omp parallel num_threads(a.threads)
+  {
+    int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
+    int64_t first = part(a.batch, id, n), last = part(a.batch, id + 1, n);
+    moe_route<T>(a, b, x, first, last);
+#pragma omp barrier
+#pragma omp single
+    moe_group<T>(a, b);
+    if (a.batch <= SMALL) {
+      for (int64_t e = 0; e < a.experts; e++)
+        if (b.starts[e + 1] > b.starts[e])
+          expert_first<T>(a, b, x, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+#pragma omp barrier
+      for (int64_t e = 0; e < a.experts; e++)
+        if (b.starts[e + 1] > b.starts[e])
+          expert_second<T>(a, b, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+    } else {
+      // tasks of at most `chunk` picks of one expert; task i of all is found by walking the experts
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < most; i++) {
+        int64_t task = i;
+        for (int64_t e = 0; e < a.experts; e++) {
+          int64_t size = b.starts[e + 1] - b.starts[e], tasks = (size + chunk - 1) / chunk;
+          if (task < tasks) {
+            int64_t from = task * chunk, count = size - from < chunk ? size - from : chunk;
+            expert_first<T>(a, b, x, e, b.starts[e] + from, count, 0, 1);
+            expert_second<T>(a, b, e, b.starts[e] + from, count, 0, 1);
+            break;
+          }
+          task -= tasks;
+        }
+      }
+    }
+#pragma omp barrier
+    moe_sum<T>(a, b, first, last);
+  }
+}

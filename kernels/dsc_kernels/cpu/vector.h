@@ -1,0 +1,147 @@
+// Sixteen floats at a time, by the compiler's vector extensions: the same source serves every instruction set.
+// Included once per instruction set, inside an unnamed namespace (instruction_set.h), and free of the standard library,
+// whose inline functions the linker could take from the wrong translation unit.
+#pragma once
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef uint16_t bf16;
+
+INLINE vf splat(float x) { return vf{} + x; }
+
+INLINE vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; a NaN stays one.
+INLINE void store(bf16* p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu nan = (bits >> 16) | 0x40;
+  vh h = __builtin_convertvector(v != v ? nan : rounded, vh);
+  memcpy(p, &h, sizeof h);
+}
+
+INLINE float to_float(float x) { return x; }
+
+INLINE float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+INLINE void put(float* p, float x) { *p = x; }
+
+INLINE void put(bf16* p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *p = x != x ? (bf16)((bits >> 16) | 0x40) : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The first `count` < 16 lanes; the others are 0.
+template <typename T>
+INLINE vf load_some(const T* p, int count) {
+  vf v = {};
+  for (int i = 0; i < count; i++) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <typename T>
+INLINE void store_some(T* p, vf v, int count) {
+  for (int i = 0; i < count; i++) put(p + i, v[i]);
+}
+
+INLINE float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += v[i];
+  return s;
+}
+
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// e^x to about 2 units in the last place; 0 below −87.3, the largest finite value's neighbourhood above 88.3.
+INLINE vf vexp(vf x) {
+  vf clamped = vmin(vmax(x, splat(-87.3f)), splat(88.3f));
+  vf shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the sum's low bits are the rounded exponent
+  vf n = shifted - 12582912.0f;
+  vf r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vf scale = (vf)(((vi)shifted << 23) + 0x3f800000);
+  return x < -87.3f ? splat(0.0f) : (x != x ? x : p * scale);
+}
+
+// erf by a rational function of odd over even degree, exact to float32's rounding within a few units.
+INLINE vf verf(vf x) {
+  vf c = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
+  vf q = c * c;
+  vf a = splat(-2.72614225801306e-10f);
+  a = a * q + 2.77068142495902e-08f;
+  a = a * q - 2.10102402082508e-06f;
+  a = a * q - 5.69250639462346e-05f;
+  a = a * q - 7.34990630326855e-04f;
+  a = a * q - 2.95459980854025e-03f;
+  a = a * q - 1.60960333262415e-02f;
+  vf b = splat(-1.45660718464996e-05f);
+  b = b * q - 2.13374055278905e-04f;
+  b = b * q - 1.68282697438203e-03f;
+  b = b * q - 7.37332916720468e-03f;
+  b = b * q - 1.42647390514189e-02f;
+  return x != x ? x : c * a / b;
+}
+
+INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + verf(x * 0.70710678f)); }
+
+INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
+
+// One bit per lane that is greater than the bound; none for a NaN.
+INLINE uint32_t above(vf v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  __m256 half[2], b = _mm256_set1_ps(bound);
+  memcpy(half, &v, sizeof half);
+  return _mm256_movemask_ps(_mm256_cmp_ps(half[0], b, _CMP_GT_OQ)) |
+         _mm256_movemask_ps(_mm256_cmp_ps(half[1], b, _CMP_GT_OQ)) << 8;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (uint32_t)(v[i] > bound) << i;
+  return bits;
+#endif
+}
+
+template <typename T>
+INLINE float dot(const T* a, const T* b, int64_t n) {
+  vf s0 = {}, s1 = {};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + LANES) * load(b + i + LANES);
+  }
+  for (; i + LANES <= n; i += LANES) s0 += load(a + i) * load(b + i);
+  if (i < n) s1 += load_some(a + i, n - i) * load_some(b + i, n - i);
+  return sum(s0 + s1);
+}

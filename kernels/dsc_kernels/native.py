@@ -1,0 +1,279 @@
+"""The C++ kernels for CPUs: packed weights, and whole layers in one call.
+
+Missing where no compiler was found at installation; then `available()` is empty and plain torch serves (`ops`).
+Tensors are float32 or bfloat16 on the CPU. A layer keeps the tensors whose addresses it holds.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+try:
+    from dsc_kernels import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+Activation = Literal["none", "gelu", "silu"]
+
+LANES = 16
+MAX_PICKS = 64
+ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
+HALF = {torch.float32: 0, torch.bfloat16: 1}
+
+_active: str | None = None
+
+
+def available() -> list[str]:
+    """Instruction sets that this machine has kernels for, best first."""
+    return [] if _native is None else list(_native.supported())
+
+
+def active() -> str | None:
+    """The instruction set in use; None when plain torch serves."""
+    return _active
+
+
+def use(name: str) -> None:
+    """Serve with an instruction set of `available()`, with the best of them ("auto"), or not at all ("plain").
+
+    Affects layers built from now on; raises ValueError for a name that is not available, naming those that are.
+    """
+    global _active
+    names = available()
+    if name == "auto":
+        name = names[0] if names else "plain"
+    if name == "plain":
+        _active = None
+        return
+    if name not in names:
+        raise ValueError(f"kernels {name!r} are not available here; allowed: auto, plain, {', '.join(names)}")
+    module().use(name)
+    _active = name
+
+
+def module() -> ModuleType:
+    if _native is None:
+        raise RuntimeError("dsc_kernels was installed without a compiler: there are no native kernels")
+    return _native
+
+
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether native kernels are in use for tensors of this kind."""
+    return _active is not None and device.type == "cpu" and dtype in HALF
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def pack(*weights: Tensor) -> Tensor:
+    """Weights [N, D] of one shape and dtype, packed one after the other into panels of 16 outputs."""
+    n, d = weights[0].shape
+    width = d if weights[0].dtype == torch.float32 else -(-d // 2) * 2
+    size = -(-n // LANES) * LANES * width
+    packed = torch.empty(len(weights), size, dtype=weights[0].dtype)
+    for weight, out in zip(weights, packed, strict=True):
+        if weight.shape != (n, d) or weight.dtype != packed.dtype:
+            raise ValueError(f"weights packed together must be alike; got {tuple(weight.shape)} and {(n, d)}")
+        module().pack(HALF[weight.dtype], weight.contiguous().data_ptr(), n, d, out.data_ptr())
+    return packed
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} is {got}; expected {dtype} {list(shape)} on the CPU")
+
+
+class Linear:
+    """out = act(x Wᵀ + bias) + residual with a packed weight W [n, d]; sums in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.n, self.d = weight.shape
+        self.dtype = weight.dtype
+        self.packed = pack(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self._half, self._w, self._b = HALF[self.dtype], self.packed.data_ptr(), address(self.bias)
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [B, d] → [B, n] in x's dtype, or in float32 when out_dtype says so (then without residual)."""
+        batch = x.shape[0]
+        check("x", x, (batch, self.d), self.dtype)
+        out = torch.empty(batch, self.n, dtype=out_dtype or self.dtype)
+        if residual is not None:
+            check("residual", residual, (batch, self.n), out.dtype)
+            residual = residual.contiguous()
+        x = x.contiguous()
+        wide = int(out.dtype == torch.float32)
+        if batch:
+            module().linear(
+                *(self._half, x.data_ptr(), self._w, self._b, address(residual), out.data_ptr(), batch, self.d, self.n),
+                *(ACTIVATIONS[activation], wide, threads()),
+            )
+        return out
+
+
+class _Layer:
+    """What FFN layers share: a capsule of addresses, and the tensors that must outlive it."""
+
+    def __init__(self, d: int, dtype: torch.dtype) -> None:
+        self.d, self.dtype = d, dtype
+        self._kept: list[Tensor] = []
+        self.capsule: object = None
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _ready(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        check("x", x, (x.shape[0], self.d), self.dtype)
+        if residual is not None:
+            check("residual", residual, (x.shape[0], self.d), self.dtype)
+            residual = residual.contiguous()
+        return x.contiguous(), residual, torch.empty(x.shape[0], self.d, dtype=self.dtype)
+
+
+class Ffn(_Layer):
+    """A static MLP plus a routed composition of rank-1 atoms: DSC; with `rank`, a mixture of LoRAs; without, dense.
+
+    up, gate [hidden, d], down [d, hidden]; router [atoms, d] folded with its norm, router_bias [atoms];
+    u, v [atoms · max(rank, 1), d]; gamma float32 [d] or [1]. norm_eps: of the folded norm, None without one.
+    """
+
+    def __init__(
+        self,
+        up: Tensor,
+        gate: Tensor | None,
+        down: Tensor,
+        activation: Activation,
+        router: Tensor | None = None,
+        router_bias: Tensor | None = None,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
+        gamma: Tensor | None = None,
+        k: int = 0,
+        rank: int = 0,
+        tau: float = 0.0,
+        eps: float = 0.0,
+        norm_eps: float | None = None,
+    ) -> None:
+        hidden, d = up.shape
+        super().__init__(d, up.dtype)
+        self.k, self.atoms = k, 0 if router is None else router.shape[0]
+        if k * max(rank, 1) > MAX_PICKS or k > self.atoms:
+            raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k at most {self.atoms}")
+        if router is not None:
+            if u is None or v is None or gamma is None:
+                raise ValueError("a routed layer needs u, v and gamma")
+            for name, bank in (("u", u), ("v", v)):
+                check(name, bank, (self.atoms * max(rank, 1), d), self.dtype)
+        pieces = [None if w is None else pack(w) for w in (up, gate, down, router)]
+        bias = None if router_bias is None else router_bias.float()
+        scale = None if gamma is None else gamma.float()
+        self.capsule = module().ffn_layer(
+            HALF[self.dtype],
+            *(self._keep(p) for p in pieces),
+            *(self._keep(t) for t in (bias, u, v, scale)),
+            *(d, hidden, self.atoms, tau, eps, -1.0 if norm_eps is None else norm_eps, k, rank),
+            *(int(scale is not None and scale.numel() == 1), ACTIVATIONS[activation]),
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]."""
+        x, residual, out = self._ready(x, residual)
+        if x.shape[0]:
+            args = (self.capsule, x.data_ptr(), address(residual), out.data_ptr(), x.shape[0], threads(), 0, 0, 0)
+            module().ffn(*args)
+        return out
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
+        x, _, out = self._ready(x, None)
+        picks = torch.empty(x.shape[0], self.k, dtype=torch.int32)
+        weights, signal = torch.empty(x.shape[0], self.k), torch.empty(x.shape[0])
+        if x.shape[0]:
+            module().ffn(
+                *(self.capsule, x.data_ptr(), 0, out.data_ptr(), x.shape[0], threads()),
+                *(picks.data_ptr(), weights.data_ptr(), signal.data_ptr()),
+            )
+        return out, picks, weights, signal
+
+
+class Moe(_Layer):
+    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum.
+
+    router [experts, d] folded with its norm; up, gate, down: one matrix per expert.
+    """
+
+    def __init__(
+        self,
+        router: Tensor,
+        router_bias: Tensor | None,
+        up: list[Tensor],
+        gate: list[Tensor] | None,
+        down: list[Tensor],
+        activation: Activation,
+        k: int,
+        normalize: bool,
+        norm_eps: float | None,
+    ) -> None:
+        hidden, d = up[0].shape
+        super().__init__(d, up[0].dtype)
+        experts = router.shape[0]
+        if not 1 <= k <= min(experts, MAX_PICKS):
+            raise ValueError(f"k is {k}; it must be between 1 and {min(experts, MAX_PICKS)}")
+        bias = None if router_bias is None else router_bias.float()
+        self.capsule = module().moe_layer(
+            HALF[self.dtype],
+            *(self._keep(pack(router)), self._keep(bias)),
+            *(0 if ws is None else self._keep(pack(*ws)) for ws in (up, gate, down)),
+            *(d, hidden, experts, -1.0 if norm_eps is None else norm_eps, k, int(normalize), ACTIVATIONS[activation]),
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]."""
+        x, residual, out = self._ready(x, residual)
+        if x.shape[0]:
+            module().moe(self.capsule, x.data_ptr(), address(residual), out.data_ptr(), x.shape[0], threads())
+        return out
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
+    """Attention of one new token per sequence over its paged keys and values, without copying them.
+
+    q [S, heads, size] (rows may be strided); keys, values [blocks, kv heads, block, size]; tables int64 [S, W];
+    contexts int64 [S], at most `longest`. Returns [S, heads, size].
+    """
+    batch, heads, size = q.shape
+    _, kv_heads, block, _ = keys.shape
+    if q.stride(2) != 1 or q.stride(1) != size:
+        q = q.contiguous()
+    out = torch.empty(batch, heads, size, dtype=q.dtype)
+    if batch:
+        module().attention(
+            *(HALF[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), contexts.data_ptr()),
+            *(out.data_ptr(), batch, q.stride(0), tables.stride(0), kv_heads, heads // kv_heads, size, block, longest),
+            *(scale, threads()),
+        )
+    return out
+
+
+use("auto")

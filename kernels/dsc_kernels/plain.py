@@ -1,0 +1,183 @@
+"""The layers in plain torch, for every device and dtype: what serves where no kernel of ours does.
+
+The classes take what their twins in `native` take. Routers are kept in float32, since selection needs float32 logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsc_kernels import reference
+from dsc_kernels.native import Activation
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
+
+
+def order_keys(values: Tensor) -> Tensor:
+    """int64 keys [B, M] of float32 values that sort like (value, −index): all different, so top-k is exact."""
+    bits = values.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+    return (ordered.to(torch.int64) << 32) | columns
+
+
+def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
+    """`reference.select` for float32 logits [B, M] without sorting a row; a NaN ranks below every number."""
+    clamped = logits.clamp(-tau, tau) + 0.0  # + 0.0 makes −0 and 0 tie, as numbers do
+    keys = order_keys(torch.where(clamped.isnan(), -torch.inf, clamped))
+    atoms = (clamped.shape[1] - 1) - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+    return clamped.gather(1, atoms), atoms
+
+
+def compose_add(
+    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor
+) -> Tensor:
+    """static [B, d] plus the dynamic part of the picked atoms, in float32."""
+    latent = torch.einsum("bd,bkd->bk", x.float(), u[atoms].float()) * weights
+    return static.float() + torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
+
+
+class Linear:
+    """out = act(x Wᵀ + bias) + residual, W [n, d]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [B, d] → [B, n]."""
+        y = ACTIVATIONS[activation](F.linear(x, self.weight, self.bias))
+        if residual is not None:
+            y = y + residual
+        return y if out_dtype is None else y.to(out_dtype)
+
+
+class Mlp:
+    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate; GELU in its exact form."""
+
+    def __init__(self, up: Tensor, gate: Tensor | None, down: Tensor, activation: Activation) -> None:
+        self.up, self.gate, self.down, self.activation = up, gate, down, ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        up = F.linear(x, self.up)
+        hidden = self.activation(up) if self.gate is None else self.activation(F.linear(x, self.gate)) * up
+        return F.linear(hidden, self.down)
+
+
+class Ffn:
+    """A static MLP plus a routed composition of rank-1 atoms: DSC; with `rank`, a mixture of LoRAs; without, dense."""
+
+    def __init__(
+        self,
+        up: Tensor,
+        gate: Tensor | None,
+        down: Tensor,
+        activation: Activation,
+        router: Tensor | None = None,
+        router_bias: Tensor | None = None,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
+        gamma: Tensor | None = None,
+        k: int = 0,
+        rank: int = 0,
+        tau: float = 0.0,
+        eps: float = 0.0,
+        norm_eps: float | None = None,
+    ) -> None:
+        self.static = Mlp(up, gate, down, activation)
+        self.router = None if router is None else router.float()
+        self.router_bias = None if router_bias is None else router_bias.float()
+        self.u, self.v, self.gamma = u, v, None if gamma is None else gamma.float()
+        self.k, self.rank, self.tau, self.eps, self.norm_eps = k, rank, tau, eps, norm_eps
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]."""
+        out = self.static(x) if self.router is None else self.routed(x)[0]
+        return out if residual is None else out + residual
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
+        if self.router is None or self.u is None or self.v is None or self.gamma is None:
+            raise ValueError("this layer has no router")
+        logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
+        selected, atoms = select(logits, self.k, self.tau)
+        rows = atoms
+        if self.rank:
+            weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
+            rows = (atoms[:, :, None] * self.rank + torch.arange(self.rank, device=x.device)).flatten(1)
+            spread = weights.repeat_interleave(self.rank, dim=1)
+        else:
+            weights, signal = reference.coefficients(selected, self.eps)
+            spread = weights
+        out = compose_add(self.static(x), x, rows, spread, self.u, self.v, self.gamma).to(x.dtype)
+        return out, atoms, weights, signal
+
+
+class Moe:
+    """The mixture of experts: tokens sorted by expert, one pair of products per expert."""
+
+    def __init__(
+        self,
+        router: Tensor,
+        router_bias: Tensor | None,
+        up: list[Tensor],
+        gate: list[Tensor] | None,
+        down: list[Tensor],
+        activation: Activation,
+        k: int,
+        normalize: bool,
+        norm_eps: float | None,
+    ) -> None:
+        gates = [None] * len(up) if gate is None else gate
+        self.experts = [Mlp(u, g, d, activation) for u, g, d in zip(up, gates, down, strict=True)]
+        self.router, self.k, self.normalize, self.norm_eps = router.float(), k, normalize, norm_eps
+        self.router_bias = None if router_bias is None else router_bias.float()
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights float32 [B, k] and experts int64 [B, k]."""
+        logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
+        weights, experts = reference.softmax_top_k(logits, self.k)
+        return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]."""
+        weights, experts = self.route(x)
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.experts)).tolist()
+        tokens = order // self.k
+        pieces = [
+            expert(part)
+            for expert, part in zip(self.experts, torch.split(x[tokens], counts), strict=True)
+            if part.shape[0] or not x.shape[0]
+        ]
+        outputs = torch.cat(pieces).float() * weights.flatten()[order, None]
+        start = torch.zeros(x.shape, device=x.device) if residual is None else residual.float()
+        return start.index_add(0, tokens, outputs).to(x.dtype)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
+    """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
+    seen = torch.arange(longest, device=q.device)[None] < contexts[:, None]
+    k, v = (gather_context(pool, tables, longest) for pool in (keys, values))
+    grouped = k.shape[1] != q.shape[1]
+    mask = seen[:, None, None]
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
+
+
+def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
+    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
+    blocks = -(-length // pool.shape[2])
+    gathered = pool[tables[:, :blocks]].transpose(1, 2)
+    return gathered.reshape(tables.shape[0], pool.shape[1], blocks * pool.shape[2], -1)[:, :, :length]

@@ -1,0 +1,54 @@
+"""Builds the CPU kernels: one object per instruction set, each with its own flags; the processor picks at run time.
+
+Without a C++ compiler the package installs all the same, and plain torch serves.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = Path("kernels/dsc_kernels/cpu")
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+FLAGS = {
+    "module": [],
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+}
+
+
+class BuildKernels(build_ext):
+    """Compiles each source with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_once = self.compiler.compile
+
+        def compile_each(sources: list[str], *args: object, **kwargs: object) -> list[str]:
+            objects: list[str] = []
+            for source in sources:
+                kwargs["extra_postargs"] = [*COMMON, *FLAGS[Path(source).stem]]
+                objects += compile_once([source], *args, **kwargs)
+            return objects
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)
+
+
+supported = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
+kernels = Extension(
+    "dsc_kernels._native",
+    [str(FOLDER / f"{name}.cpp") for name in FLAGS],
+    depends=[str(header) for header in sorted(FOLDER.glob("*.h"))],
+    extra_link_args=["-fopenmp"],
+    language="c++",
+    optional=True,
+)
+setup(ext_modules=[kernels] if supported else [], cmdclass={"build_ext": BuildKernels})

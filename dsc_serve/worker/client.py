@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator
 
 from dsc_serve.sampling_params import SamplingParams
@@ -22,6 +23,8 @@ from dsc_serve.worker.messages import (
     frame,
     from_engine_decoder,
 )
+
+log = logging.getLogger(__name__)
 
 
 class EngineDiedError(RuntimeError):
@@ -124,6 +127,9 @@ class EngineClient:
         except Exception as error:
             self._lose(f"the engine's messages cannot be read: {error}")
             raise
+        finally:
+            if self._dead is not None:
+                log.error("%s; until the server is restarted, requests are answered with an error", self._dead)
 
     def _lose(self, reason: str) -> None:
         if self._dead is not None:

@@ -1,0 +1,102 @@
+"""A real server process on a free port, stopped by its own pid."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_LIMIT_S = 90
+
+
+@dataclass
+class RunningServer:
+    """A server that listens at `url`. log: what it has printed so far."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: list[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return int(children[0])
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def post(self, path: str, **body: object) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """One sample of /metrics, its labels as they are written there."""
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[-1])
+        raise KeyError(name)
+
+    def wait_until(self, condition: Callable[[], bool], limit_s: float = 10) -> None:
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end, f"not reached within {limit_s} s"
+            time.sleep(0.05)
+
+    def idle(self) -> bool:
+        return self.metric("dsc_serve_requests_running") == self.metric("dsc_serve_requests_waiting") == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def start_server(*arguments: str) -> RunningServer:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsc_serve.cli", "serve", *arguments, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines: queue.Queue[str | None] = queue.Queue()
+    log: list[str] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.append(line)
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    end = time.monotonic() + START_LIMIT_S
+    while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if found:
+            return RunningServer(found.group(0), process, log)
+    raise AssertionError(f"the server ended: {''.join(log)}")
+
+
+def stop_server(server: RunningServer) -> int:
+    """Ask it to stop; returns its exit status."""
+    server.process.terminate()
+    try:
+        return server.process.wait(30)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_kernels import native
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.request import Request
 
@@ -48,6 +49,8 @@ class Sampler:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
         for row, request in enumerate(requests):
             self._adjust(logits[row], request)
+        if native.serves(logits.dtype, logits.device):
+            return [int(t) for t in draw_natively(logits, requests).tolist()]
         random = [i for i, r in enumerate(requests) if not r.params.greedy]
         if not random:
             return [int(t) for t in logits.argmax(dim=1).tolist()]
@@ -74,6 +77,19 @@ class Sampler:
             ends = [*p.stop_token_ids, *(() if p.ignore_eos else self.eos)]
             if ends:
                 row[ends] = -torch.inf
+
+
+def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Tokens of rows of float32 logits [R, V] on the CPU, greedy or not, by the C++ kernel."""
+    params, vocabulary = [r.params for r in requests], logits.shape[1]
+    return native.sample(
+        logits,
+        torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        torch.tensor([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        torch.tensor([0.0 if r.params.greedy else uniform(r.seed, r.known) for r in requests], dtype=torch.float64),
+    )
 
 
 def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:

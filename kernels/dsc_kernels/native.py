@@ -276,4 +276,25 @@ def decode_attention(
     return out
 
 
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+    """A token id int64 [R] for each row of float32 logits [R, V], without sorting a row.
+
+    temperature float32 [R], 0 for the most likely token; top_k int64 [R] and top_p float64 [R], V and 1 for no limit;
+    min_p float32 [R]; u float64 [R] in [0, 1). Rows without a finite largest logit are drawn fairly among its equals.
+    """
+    rows, vocabulary = logits.shape
+    columns = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "u": u}
+    dtypes = (torch.float32, torch.int64, torch.float64, torch.float32, torch.float64)
+    check("logits", logits, (rows, vocabulary), torch.float32)
+    for (name, column), dtype in zip(columns.items(), dtypes, strict=True):
+        check(name, column, (rows,), dtype)
+    out = torch.empty(rows, dtype=torch.int64)
+    logits = logits.contiguous()
+    ordered = [column.contiguous() for column in columns.values()]
+    if rows:
+        addresses = [t.data_ptr() for t in (logits, *ordered, out)]
+        module().sample(*addresses, rows, vocabulary, threads())
+    return out
+
+
 use("auto")

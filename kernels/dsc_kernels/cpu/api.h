@@ -61,6 +61,20 @@ struct Attention {
   char* scratch;
 };
 
+// A token for each row of logits [batch, vocabulary]; see sample.h.
+struct Sampling {
+  const float* logits;
+  const float* temperature;
+  const int64_t* top_k;
+  const double* top_p;
+  const float* min_p;
+  const double* u;
+  int64_t* out;
+  int64_t batch, vocabulary;
+  int threads;
+  char* scratch;
+};
+
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
@@ -78,6 +92,8 @@ struct InstructionSet {
   const char* name;
   bool (*supported)();
   Kernels float32, bfloat16;
+  void (*sample)(const Sampling&);
+  int64_t (*sample_scratch)(const Sampling&);
 };
 
 extern const InstructionSet avx512bf16_set, avx512_set, avx2_set, baseline_set;

@@ -6,4 +6,4 @@ bool supported() {
 }
 }  // namespace
 
-const InstructionSet avx2_set = {"avx2", supported, table<float>(), table<bf16>()};
+const InstructionSet avx2_set = {"avx2", supported, table<float>(), table<bf16>(), sample, sample_scratch};

@@ -6,4 +6,4 @@ bool supported() {
 }
 }  // namespace
 
-const InstructionSet avx512bf16_set = {"avx512bf16", supported, table<float>(), table<bf16>()};
+const InstructionSet avx512bf16_set = {"avx512bf16", supported, table<float>(), table<bf16>(), sample, sample_scratch};

@@ -4,4 +4,4 @@ namespace {
 bool supported() { return true; }
 }  // namespace
 
-const InstructionSet baseline_set = {"baseline", supported, table<float>(), table<bf16>()};
+const InstructionSet baseline_set = {"baseline", supported, table<float>(), table<bf16>(), sample, sample_scratch};

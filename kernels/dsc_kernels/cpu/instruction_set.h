@@ -16,10 +16,25 @@
 namespace {
 
 #include "moe.h"
+#include "sample.h"
 
 template <typename T>
 void pack_any(const void* w, int64_t n, int64_t d, void* out) {
   pack<T>((const T*)w, n, d, (T*)out);
+}
+
+int64_t sample_scratch(const Sampling& a) { return aligned(sample_bytes(a.vocabulary)) * a.threads; }
+
+void sample(const Sampling& a) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    char* own = a.scratch + omp_get_thread_num() * aligned(sample_bytes(a.vocabulary));
+    SampleBuffers b = sample_buffers(a.vocabulary, own);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < a.batch; i++)
+      a.out[i] = sample_row(a.logits + i * a.vocabulary, a.vocabulary, a.temperature[i], a.top_k[i], a.top_p[i],
+                            a.min_p[i], a.u[i], b);
+  }
 }
 
 template <typename T>

@@ -271,6 +271,24 @@ PyObject* attention(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).attention, kernels(half).attention_scratch);
 }
 
+// (logits, temperature, top_k, top_p, min_p, u, out, batch, vocabulary, threads)
+PyObject* sample(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  Sampling c{};
+  c.logits = a.address<const float>();
+  c.temperature = a.address<const float>();
+  c.top_k = a.address<const int64_t>();
+  c.top_p = a.address<const double>();
+  c.min_p = a.address<const float>();
+  c.u = a.address<const double>();
+  c.out = a.address<int64_t>();
+  c.batch = a.integer();
+  c.vocabulary = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, active->sample, active->sample_scratch);
+}
+
 template <typename F>
 PyCFunction fast(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -286,6 +304,7 @@ PyMethodDef methods[] = {
     {"moe_layer", fast(moe_layer), METH_FASTCALL, nullptr},
     {"moe", fast(moe), METH_FASTCALL, nullptr},
     {"attention", fast(attention), METH_FASTCALL, nullptr},
+    {"sample", fast(sample), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -177,12 +177,30 @@ def load_config(folder: Path) -> ModelConfig:
         if isinstance(content.get("hidden_size"), int):
             content.setdefault("head_dim", content["hidden_size"] // heads)
     try:
-        return ModelConfig.model_validate(content)
+        config = ModelConfig.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None
+    generation = generation_eos(folder / "generation_config.json")
+    return config if generation is None else config.model_copy(update={"eos_token_id": generation})
+
+
+def generation_eos(path: Path) -> tuple[int, ...] | None:
+    """The end-of-text tokens of `generation_config.json`, which go before those of `config.json`, as in transformers.
+
+    Its sampling defaults are left alone: an API's defaults do not change with the model.
+    """
+    if not path.exists():
+        return None
+    eos = read_json(path).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {eos!r}, expected a token id or a list of them")
+    return tuple(ids) or None
 
 
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:
-    """Write `config.json`; dtype is that of the stored tensors."""
+    """Write `config.json` and `generation_config.json`; dtype is that of the stored tensors."""
     content = {"architectures": ["DscForCausalLM"], **config.model_dump(exclude_none=True), "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf8")
+    tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id") if name in content}
+    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", "utf8")

@@ -64,6 +64,7 @@ class Shape(ABC):
         self.names = fields.names
         self.include_usage = fields.include_usage
         self.id = answer_id
+        self.user = fields.user
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
     def choices(

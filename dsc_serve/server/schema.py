@@ -90,7 +90,10 @@ class StreamOptions(Fields):
 
 
 class GenerationFields(Fields):
-    """What both endpoints take; null means the default. The sampling fields are those of SamplingParams."""
+    """What both endpoints take; null means the default. The sampling fields are those of SamplingParams.
+
+    user is named in the log where the request fails in the engine, and has no other effect.
+    """
 
     model: str | None = None
     temperature: float | None = None

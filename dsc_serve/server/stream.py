@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -19,6 +20,8 @@ from dsc_serve.server.metrics import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Delta
+
+log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 EVENT_STREAM_HEADERS = [
@@ -204,6 +207,7 @@ class Generation(Response):
         return False
 
     def _failure(self, delta: Delta) -> ApiError:
+        log.error("request %s (user %r) failed: %s", delta.request_id, self._shape.user, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._shape.names)
         if not self._service.engine.alive:

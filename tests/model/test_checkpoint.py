@@ -107,6 +107,19 @@ def test_config_that_is_no_json(small_model: Callable[..., Path]) -> None:
         load_config(folder)
 
 
+def test_generation_config_names_the_end_of_text(small_model: Callable[..., Path]) -> None:
+    folder = small_model(eos_token_id=3)
+    path = folder / "generation_config.json"
+    assert load_config(folder).eos_token_ids == (3,)
+    path.write_text('{"eos_token_id": [5, 6], "temperature": 0.6}')
+    assert load_config(folder).eos_token_ids == (5, 6)
+    path.write_text("{}")
+    assert load_config(folder).eos_token_ids == (3,)
+    path.write_text('{"eos_token_id": "end"}')
+    with pytest.raises(CheckpointError, match="eos_token_id is 'end', expected a token id"):
+        load_config(folder)
+
+
 def test_projected_atoms_must_not_exceed_norm_one(tmp_path: Path) -> None:
     config = small_config(ffn={"atoms": "projected"})
     tensors = wide_tensors(config)

@@ -93,3 +93,12 @@ def test_a_bug_within_a_stream_is_its_last_event(app: FastAPI, monkeypatch: pyte
     assert len(events) == 3
     assert last["error"]["type"] == "server_error"
     assert "a bug" not in last["error"]["message"]
+
+
+def test_the_log_names_the_user_whose_request_failed(
+    app: FastAPI, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.fail_after = 2
+    complete(app, user="tenant-7")
+    assert "user 'tenant-7'" in caplog.text
+    assert "the engine broke" in caplog.text

@@ -18,13 +18,6 @@ def rope_table(config: ModelConfig) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=1).float()
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the halves of each head x [T, heads, head_dim] by angles [T, 2, head_dim / 2], in float32 or wider."""
-    cos, sin = angles[:, None, 0], angles[:, None, 1]
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 class Attention:
     """One layer's attention: fused q, k, v projection, write to the pool, attend, output projection.
 
@@ -39,15 +32,15 @@ class Attention:
     def __call__(
         self, x: Tensor, batch: StepBatch, angles: Tensor | None, keys: Tensor, values: Tensor, residual: Tensor
     ) -> Tensor:
-        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
+        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head].
+
+        angles: `rope_table`, or None where positions are learned.
+        """
         c = self.config
-        fused = self.qkv(x).view(x.shape[0], -1, c.head_dim)
-        sizes = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        q, k, v = torch.split(fused, sizes, dim=1)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        keys[batch.slot_blocks, :, batch.slot_offsets] = k
-        values[batch.slot_blocks, :, batch.slot_offsets] = v
+        qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
+        heads = c.num_attention_heads
+        ops.store_kv(qkv, heads, angles, batch.positions, batch.slot_blocks, batch.slot_offsets, keys, values)
+        q = qkv[:, :heads]
         n = batch.decodes
         if n == x.shape[0]:
             y = ops.decode_attention(

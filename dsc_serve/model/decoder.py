@@ -116,9 +116,8 @@ class Decoder:
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        angles = None if self.rope is None else self.rope[batch.positions]
         for block, (keys, values) in zip(self.blocks, pools, strict=True):
-            x = block.attention(block.norm1(x), batch, angles, keys, values, residual=x)
+            x = block.attention(block.norm1(x), batch, self.rope, keys, values, residual=x)
             x = block.ffn(block.norm2(x), residual=x)
         return x
 

@@ -254,6 +254,33 @@ class Moe(_Layer):
         return out
 
 
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    angles: Tensor | None,
+    positions: Tensor,
+    blocks: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Write new tokens' keys and values to the pools; queries (in place) and keys are turned by `angles` first.
+
+    qkv [T, heads + 2 · kv heads, size], contiguous; angles float32 [positions, 2, size / 2] (cosines, sines) or None;
+    positions, blocks, offsets: int64 [T]; keys, values: [blocks, kv heads, block, size].
+    """
+    tokens, _, size = qkv.shape
+    _, kv_heads, block, _ = keys.shape
+    check("qkv", qkv, (tokens, heads + 2 * kv_heads, size), keys.dtype)
+    if not qkv.is_contiguous():
+        raise ValueError("qkv must be contiguous: it is changed in place")
+    if tokens:
+        module().store_kv(
+            *(HALF[qkv.dtype], qkv.data_ptr(), address(angles), positions.data_ptr(), blocks.data_ptr()),
+            *(offsets.data_ptr(), keys.data_ptr(), values.data_ptr(), tokens, heads, kv_heads, size, block, threads()),
+        )
+
+
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
 ) -> Tensor:

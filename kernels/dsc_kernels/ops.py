@@ -75,6 +75,21 @@ def moe(
     return kind(router, router_bias, up, gate, down, activation, k, normalize, norm_eps)
 
 
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    angles: Tensor | None,
+    positions: Tensor,
+    blocks: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Write new tokens' keys and values to the pools, turned by `angles` first; see `native.store_kv`."""
+    run = native.store_kv if native.serves(qkv.dtype, qkv.device) else plain.store_kv
+    run(qkv, heads, angles, positions, blocks, offsets, keys, values)
+
+
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
 ) -> Tensor:

@@ -165,6 +165,31 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the halves of each head x [T, heads, size] by angles [T, 2, size / 2], in float32 or wider."""
+    cos, sin = angles[:, None, 0], angles[:, None, 1]
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    angles: Tensor | None,
+    positions: Tensor,
+    blocks: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Write new tokens' keys and values to the pools; queries (in place) and keys are turned by `angles` first."""
+    turned = heads + keys.shape[1]
+    if angles is not None:
+        qkv[:, :turned] = rotate(qkv[:, :turned], angles[positions])
+    keys[blocks, :, offsets] = qkv[:, heads:turned]
+    values[blocks, :, offsets] = qkv[:, turned:]
+
+
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
 ) -> Tensor:

@@ -394,6 +394,46 @@ def test_decode_attention(
         assert error(got[row], (scores.softmax(-1) @ v)[:, 0]) < TOLERANCE[dtype]
 
 
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.one_of(st.integers(0, 5), st.just(300)),
+    heads=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    size=st.sampled_from([16, 20, 64, 80]),
+    block=st.integers(1, 9),
+    turned=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_store_kv(
+    guarded: Guarded,
+    seed: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    block: int,
+    turned: bool,
+    dtype: torch.dtype,
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // block) + 2
+    slots = torch.randperm(blocks * block, generator=g)[:tokens]
+    places = (slots // block, slots % block)
+    angles = torch.randn(50, 2, size // 2, generator=g) if turned else None
+    positions = torch.randint(50, (tokens,), generator=g)
+    qkv = random(g, dtype, tokens, heads + 2 * kv_heads, size)
+    pools = [random(g, dtype, blocks, kv_heads, block, size) for _ in range(2)]
+    want = [t.clone() for t in (qkv, *pools)]
+    plain.store_kv(want[0], heads, angles, positions, *places, *want[1:])
+    native.store_kv(qkv, heads, angles, positions, *places, *pools)
+    torch.testing.assert_close(
+        qkv[:, :heads], want[0][:, :heads], atol=1e-6, rtol=1e-2 if dtype != torch.float32 else 1e-5
+    )
+    for got, expected in zip(pools, want[1:], strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-2 if dtype != torch.float32 else 1e-5)
+
+
 def test_activations_are_exact_over_their_range(guarded: Guarded) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -100.0, 100.0, 1e30])])[:, None]
     identity = native.Linear(torch.ones(1, 1))

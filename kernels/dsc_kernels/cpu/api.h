@@ -61,6 +61,19 @@ struct Attention {
   char* scratch;
 };
 
+// New tokens' keys and values go to the pools, queries and keys turned by their position's angles first.
+struct StoreKv {
+  void* qkv;                  // [tokens, heads + 2 · kv_heads, size]; its queries are turned in place
+  const float* angles;        // [positions, 2, size / 2]: cosines and sines; null: nothing is turned
+  const int64_t* positions;   // [tokens]
+  const int64_t* blocks;      // [tokens]: each token's block and its row in there
+  const int64_t* offsets;
+  void *keys, *values;        // pools [blocks, kv_heads, block, size]
+  int64_t tokens, heads, kv_heads, size, block;
+  int threads;
+  char* scratch;
+};
+
 // A token for each row of logits [batch, vocabulary]; see sample.h.
 struct Sampling {
   const float* logits;
@@ -81,11 +94,13 @@ struct Kernels {
   void (*ffn)(const Ffn&);
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
+  void (*store_kv)(const StoreKv&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
   int64_t (*ffn_scratch)(const Ffn&);
   int64_t (*moe_scratch)(const Moe&);
   int64_t (*attention_scratch)(const Attention&);
+  int64_t (*store_kv_scratch)(const StoreKv&);
 };
 
 struct InstructionSet {

@@ -1,4 +1,4 @@
-// Attention of one new token per sequence over its paged keys and values, read where they lie.
+// Attention of one new token per sequence over its paged keys and values, read where they lie, and their writing.
 #pragma once
 
 #include "vector.h"
@@ -12,8 +12,16 @@ INLINE void attend(const T* q, const T* keys, const T* values, const int64_t* ta
   for (int64_t at = 0; at < context; at += block) {
     int64_t rows = context - at < block ? context - at : block;
     const T* k = keys + (table[at / block] * heads + head) * block * size;
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t g = 0; g < group; g++) scores[g * context + at + r] = scale * dot(q + g * size, k + r * size, size);
+    for (int64_t g = 0; g < group; g++) {
+      float* s = scores + g * context + at;
+      int64_t r = 0;
+      for (; r + LANES <= rows; r += LANES) {
+        vf products[LANES];
+        for (int i = 0; i < LANES; i++) products[i] = partial_dot(q + g * size, k + (r + i) * size, size);
+        store(s + r, scale * sums(products));
+      }
+      for (; r < rows; r++) s[r] = scale * dot(q + g * size, k + r * size, size);
+    }
   }
   for (int64_t g = 0; g < group; g++) {
     float* s = scores + g * context;
@@ -56,5 +64,22 @@ INLINE void attend(const T* q, const T* keys, const T* values, const int64_t* ta
           store_some(o, acc[p] * inverse, (int)rest);
       }
     }
+  }
+}
+
+// Turn the halves of one head [size] by its position's cosines and sines.
+template <typename T>
+INLINE void rotate(T* head, const float* cosines, const float* sines, int64_t size) {
+  int64_t half = size / 2, i = 0;
+  T *a = head, *b = head + half;
+  for (; i + LANES <= half; i += LANES) {
+    vf first = load(a + i), second = load(b + i), c = load(cosines + i), s = load(sines + i);
+    store(a + i, first * c - second * s);
+    store(b + i, second * c + first * s);
+  }
+  for (; i < half; i++) {
+    float first = to_float(a[i]), second = to_float(b[i]);
+    put(a + i, first * cosines[i] - second * sines[i]);
+    put(b + i, second * cosines[i] + first * sines[i]);
   }
 }

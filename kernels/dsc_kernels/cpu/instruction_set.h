@@ -40,8 +40,8 @@ void sample(const Sampling& a) {
 template <typename T>
 constexpr Kernels table() {
   return {pack_any<T>,       linear<T>,      ffn<T>,         moe<T>,
-          attention<T>,      linear_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
-          attention_scratch<T>};
+          attention<T>,      store_kv<T>,    linear_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
+          attention_scratch<T>, store_kv_scratch<T>};
 }
 
 }  // namespace

@@ -251,3 +251,27 @@ void attention(const Attention& a) {
     }
   }
 }
+
+template <typename T>
+int64_t store_kv_scratch(const StoreKv&) {
+  return 0;
+}
+
+template <typename T>
+void store_kv(const StoreKv& a) {
+  int64_t row = (a.heads + 2 * a.kv_heads) * a.size;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.tokens * row > 1 << 18)
+  for (int64_t t = 0; t < a.tokens; t++) {
+    T* own = (T*)a.qkv + t * row;
+    if (a.angles) {
+      const float* cosines = a.angles + a.positions[t] * a.size;
+      for (int64_t h = 0; h < a.heads + a.kv_heads; h++)
+        rotate(own + h * a.size, cosines, cosines + a.size / 2, a.size);
+    }
+    for (int64_t h = 0; h < a.kv_heads; h++) {
+      int64_t at = ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
+      memcpy((T*)a.keys + at, own + (a.heads + h) * a.size, a.size * sizeof(T));
+      memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
+    }
+  }
+}

@@ -271,6 +271,28 @@ PyObject* attention(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).attention, kernels(half).attention_scratch);
 }
 
+// (is_bfloat16, qkv, angles, positions, blocks, offsets, keys, values, tokens, heads, kv_heads, size, block, threads)
+PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  StoreKv c{};
+  c.qkv = a.address<void>();
+  c.angles = a.address<const float>();
+  c.positions = a.address<const int64_t>();
+  c.blocks = a.address<const int64_t>();
+  c.offsets = a.address<const int64_t>();
+  c.keys = a.address<void>();
+  c.values = a.address<void>();
+  c.tokens = a.integer();
+  c.heads = a.integer();
+  c.kv_heads = a.integer();
+  c.size = a.integer();
+  c.block = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).store_kv, kernels(half).store_kv_scratch);
+}
+
 // (logits, temperature, top_k, top_p, min_p, u, out, batch, vocabulary, threads)
 PyObject* sample(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
@@ -304,6 +326,7 @@ PyMethodDef methods[] = {
     {"moe_layer", fast(moe_layer), METH_FASTCALL, nullptr},
     {"moe", fast(moe), METH_FASTCALL, nullptr},
     {"attention", fast(attention), METH_FASTCALL, nullptr},
+    {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
     {"sample", fast(sample), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

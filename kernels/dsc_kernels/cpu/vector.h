@@ -69,9 +69,25 @@ INLINE void store_some(T* p, vf v, int count) {
 }
 
 INLINE float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += v[i];
-  return s;
+  typedef float half __attribute__((vector_size(32)));
+  typedef float quarter __attribute__((vector_size(16)));
+  half h[2];
+  memcpy(h, &v, sizeof h);
+  h[0] += h[1];
+  quarter q[2];
+  memcpy(q, h, sizeof q);
+  q[0] += q[1];
+  return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+// The sums of 16 vectors, in order: neighbours are added in four rounds that halve the vectors.
+INLINE vf sums(vf (&rows)[LANES]) {
+  const vi even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const vi odd = even + 1;
+  for (int count = LANES; count > 1; count /= 2)
+    for (int i = 0; i < count / 2; i++)
+      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], even) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd);
+  return rows[0];
 }
 
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
@@ -133,8 +149,9 @@ INLINE uint32_t above(vf v, float bound) {
 #endif
 }
 
+// A vector whose sum is the product of a and b.
 template <typename T>
-INLINE float dot(const T* a, const T* b, int64_t n) {
+INLINE vf partial_dot(const T* a, const T* b, int64_t n) {
   vf s0 = {}, s1 = {};
   int64_t i = 0;
   for (; i + 2 * LANES <= n; i += 2 * LANES) {
@@ -143,5 +160,24 @@ INLINE float dot(const T* a, const T* b, int64_t n) {
   }
   for (; i + LANES <= n; i += LANES) s0 += load(a + i) * load(b + i);
   if (i < n) s1 += load_some(a + i, n - i) * load_some(b + i, n - i);
-  return sum(s0 + s1);
+  return s0 + s1;
+}
+
+#if defined(__AVX512BF16__)
+template <>
+INLINE vf partial_dot<bf16>(const bf16* a, const bf16* b, int64_t n) {
+  __m512 s = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES)
+    s = _mm512_dpbf16_ps(s, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+  vf rest = {};
+  for (; i + LANES <= n; i += LANES) rest += load(a + i) * load(b + i);
+  if (i < n) rest += load_some(a + i, n - i) * load_some(b + i, n - i);
+  return (vf)s + rest;
+}
+#endif
+
+template <typename T>
+INLINE float dot(const T* a, const T* b, int64_t n) {
+  return sum(partial_dot(a, b, n));
 }

@@ -265,13 +265,7 @@ def export(model: Model, out: Path, tokenizer: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
     files = {
         "config.json": config,
-        "generation_config.json": {
-            "eos_token_id": 0,
-            "bos_token_id": 0,
-            "do_sample": True,
-            "temperature": 0.8,
-            "top_p": 0.95,
-        },
+        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,

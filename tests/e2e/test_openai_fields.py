@@ -127,7 +127,7 @@ HOT: dict[str, object] = {"temperature": 1.5, "seed": 1}
         (HOT, {"extra_body": {"min_p": 0.4}}),
         ({}, {"echo": True}),
     ],
-    ids=str,
+    ids=lambda fields: "+".join([*fields, *fields.get("extra_body", {})]) or "greedy",
 )
 def test_each_sampling_field_changes_the_outcome(
     client: OpenAI, base: dict[str, object], change: dict[str, object]

@@ -1,0 +1,99 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from small_models import DATA
+
+from dsc_serve.cli import main
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.mark.parametrize(
+    "command", ["", "serve", "generate", "inspect", "init", "import-reference", "bench", "bench serve"]
+)
+def test_help_says_what_every_option_does(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_inspect_describes_the_embedded_model() -> None:
+    result = run("inspect")
+    assert result.exit_code == 0
+    rows = dict(line.split(maxsplit=1) for line in result.output.splitlines())
+    assert rows["parameters"].startswith("6,567,936 in all, 5,007,360 active")
+    assert rows["ffn"].startswith("dsc (algorithm 2), 4 of 512 atoms")
+    assert "[512, 256]" in rows["bank"]
+    assert "max |γ|" in rows["certificate"]
+    assert {"kernels", "tokenizer", "architecture", "dtype"} <= rows.keys()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", "fp32", "float32"])
+def test_a_dtype_goes_by_its_short_and_its_long_name(dtype: str) -> None:
+    result = run("inspect", "--dtype", dtype)
+    assert {"b": "bfloat16", "f": "float32"}[dtype[0]] in result.output
+
+
+def test_generate_continues_the_prompt_and_repeats_with_a_seed() -> None:
+    texts = [run("generate", "In the beginning", "--max-tokens", "12", "--seed", "4").output for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("In the beginning") and len(texts[0]) > 30
+
+
+def test_generate_takes_token_ids_where_there_is_no_tokenizer(golden_folder: Callable[[str], Path]) -> None:
+    model = str(golden_folder("dsc"))
+    result = run("generate", "1, 2 3", "--model", model, "--temperature", "0", "--max-tokens", "4")
+    assert result.output.split() == ["92", "92", "125", "125"]
+    failed = run("generate", "hello", "--model", model)
+    assert failed.exit_code == 1
+    assert "has no tokenizer: give token ids" in failed.output
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_init_makes_a_model_that_serves(kind: str, tmp_path: Path) -> None:
+    out = str(tmp_path / kind)
+    sizes = [
+        "vocab_size=100",
+        "hidden_size=64",
+        "num_hidden_layers=1",
+        "num_attention_heads=2",
+        "num_key_value_heads=1",
+    ]
+    sets = [part for size in [*sizes, "head_dim=32"] for part in ("--set", size)]
+    result = run("init", "--ffn", kind, "--out", out, "--context", "40", *sets)
+    assert result.exit_code == 0, result.output
+    assert f"{kind}, " in result.output
+    assert kind in run("inspect", out).output
+    generated = run("generate", "5", "--model", out, "--max-tokens", "3")
+    assert len(generated.output.split()) == 3
+
+
+def test_import_reference_writes_a_checkpoint(tmp_path: Path) -> None:
+    files = ["--weights", str(DATA / "dense.weights.safetensors"), "--config", str(DATA / "dense.config.json")]
+    result = run("import-reference", *files, "--out", str(tmp_path / "out"))
+    assert "dense, 2 layers of width 48" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "nowhere"], "neither a folder nor an embedded model; embedded: dsc-tiny"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or between"),
+        (["generate", "x", "--step-tokens", "8"], "step_tokens is 8 but max_running is 64"),
+        (["init", "--ffn", "dsc", "--out", "x", "--set", "hiden_size=3"], "--set hiden_size=3"),
+        (["serve", "nowhere"], "neither a folder nor an embedded model"),
+    ],
+)
+def test_mistakes_are_one_line_without_a_trace(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert "Traceback" not in result.output

@@ -53,9 +53,21 @@ constexpr int PANELS = 4, TOKENS = 6;
 constexpr int PANELS = 1, TOKENS = 4;
 #endif
 
+// The weights that come next: asked for while the present ones, already in the cache, meet further tokens, so that
+// memory and arithmetic work at the same time.
+struct Ahead {
+  const char* at;
+  const char* end;
+  int lines;  // asked for per step of a tile
+  INLINE void step() {
+    for (int i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 template <int P, int T>
-INLINE void tile(const float* w, int64_t panel, const float* const* x, int64_t d, vf (&acc)[P][T]) {
+INLINE void tile(const float* w, int64_t panel, const float* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
   for (int64_t k = 0; k < d; k++) {
+    ahead.step();
     vf row[P];
     for (int p = 0; p < P; p++) row[p] = load(w + p * panel + k * LANES);
     for (int t = 0; t < T; t++) {
@@ -67,8 +79,9 @@ INLINE void tile(const float* w, int64_t panel, const float* const* x, int64_t d
 
 #if defined(__AVX512BF16__)
 template <int P, int T>
-INLINE void tile(const bf16* w, int64_t panel, const bf16* const* x, int64_t d, vf (&acc)[P][T]) {
+INLINE void tile(const bf16* w, int64_t panel, const bf16* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
   for (int64_t k = 0; k < d; k += 2) {
+    ahead.step();
     __m512bh row[P];
     for (int p = 0; p < P; p++) row[p] = (__m512bh)_mm512_loadu_si512(w + p * panel + k * LANES);
     for (int t = 0; t < T; t++) {
@@ -81,8 +94,9 @@ INLINE void tile(const bf16* w, int64_t panel, const bf16* const* x, int64_t d, 
 }
 #else
 template <int P, int T>
-INLINE void tile(const bf16* w, int64_t panel, const float* const* x, int64_t d, vf (&acc)[P][T]) {
+INLINE void tile(const bf16* w, int64_t panel, const float* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
   for (int64_t k = 0; k < d; k += 2) {
+    ahead.step();
     vf even[P], odd[P];
     for (int p = 0; p < P; p++) {
       vu pairs;
@@ -123,28 +137,34 @@ INLINE void finish(vf v, const Epilogue& e, O* out, int64_t t, int64_t n, int64_
 
 template <typename T, typename O, int P, int TT>
 INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Epilogue& e,
-                  O* out, int64_t t, int64_t n, int64_t size) {
+                  O* out, int64_t t, int64_t n, int64_t size, Ahead& ahead) {
   vf acc[P][TT] = {};
-  tile<P, TT>(w, panel, x, d, acc);
+  tile<P, TT>(w, panel, x, d, ahead, acc);
   for (int p = 0; p < P; p++)
     for (int i = 0; i < TT; i++) finish(acc[p][i], e, out, t + i, n + p * LANES, size);
 }
 
 template <typename T, typename O, int P>
 INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
-                   int64_t count, int64_t d, const Epilogue& e, O* out, int64_t n, int64_t size) {
+                   int64_t count, int64_t d, const Epilogue& e, O* out, int64_t n, int64_t size, int64_t left) {
   const typename Input<T>::type* at[TOKENS];
+  // the first tile waits for its own weights; the others have time to ask for as many again
+  int64_t tiles = (count + TOKENS - 1) / TOKENS, bytes = (left < P ? left : P) * panel * (int64_t)sizeof(T);
+  const char* next = (const char*)(w + P * panel);
+  int64_t steps = (tiles - 1) * ((d + 4 / (int64_t)sizeof(T) - 1) / (4 / (int64_t)sizeof(T)));
+  Ahead ahead = {next, next, 0};
   for (int64_t t = 0; t < count; t += TOKENS) {
     int group = count - t < TOKENS ? (int)(count - t) : TOKENS;
+    if (t > 0 && ahead.lines == 0) ahead = {next, next + bytes, (int)((bytes / 64 + steps - 1) / steps)};
     for (int i = 0; i < group; i++) at[i] = x + (rows ? rows[t + i] : t + i) * stride;
     switch (group) {
-      case 1: block<T, O, P, 1>(w, panel, at, d, e, out, t, n, size); break;
-      case 2: block<T, O, P, 2>(w, panel, at, d, e, out, t, n, size); break;
-      case 3: block<T, O, P, 3>(w, panel, at, d, e, out, t, n, size); break;
-      case 4: block<T, O, P, 4>(w, panel, at, d, e, out, t, n, size); break;
+      case 1: block<T, O, P, 1>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 2: block<T, O, P, 2>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 3: block<T, O, P, 3>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 4: block<T, O, P, 4>(w, panel, at, d, e, out, t, n, size, ahead); break;
 #if defined(__AVX512F__)
-      case 5: block<T, O, P, 5>(w, panel, at, d, e, out, t, n, size); break;
-      case 6: block<T, O, P, 6>(w, panel, at, d, e, out, t, n, size); break;
+      case 5: block<T, O, P, 5>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 6: block<T, O, P, 6>(w, panel, at, d, e, out, t, n, size, ahead); break;
 #endif
     }
   }
@@ -157,8 +177,9 @@ void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const in
           int64_t size, const Epilogue& e, O* out, int64_t first, int64_t last) {
   int64_t panel = Packed<T>::panel_size(d), p = first;
   for (; p + PANELS <= last; p += PANELS)
-    tokens<T, O, PANELS>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size);
-  for (; p < last; p++) tokens<T, O, 1>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size);
+    tokens<T, O, PANELS>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size, last - p - PANELS);
+  for (; p < last; p++)
+    tokens<T, O, 1>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size, last - p - 1);
 }
 
 template <typename T>

@@ -5,9 +5,13 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_serve.sampling_params import SamplingParams
+
+NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(eq=False, slots=True)
@@ -15,8 +19,9 @@ class Request:
     """A sequence that grows until it ends.
 
     tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
-    the gap. blocks: the KV blocks it owns, in order. max_tokens: most output tokens, already bounded by the context.
-    reported: prompt positions whose logits have been reported; recomputing after a preemption must not repeat them.
+    the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
+    already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
+    preemption must not repeat them.
     """
 
     id: str
@@ -29,6 +34,7 @@ class Request:
     computed: int = 0
     reported: int = 0
     blocks: list[int] = field(default_factory=list)
+    table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     logits: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:

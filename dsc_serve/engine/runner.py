@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,31 +66,16 @@ class Runner:
                 requests.append(request)
             start += count
         if requests:
-            self._sample(self.model.logits(hidden[rows]), requests, result)
+            needed = hidden if len(rows) == hidden.shape[0] else hidden[rows]
+            self._sample(self.model.logits(needed), requests, result)
         return result
 
     def _batch(self, ordered: Work) -> StepBatch:
-        token_ids, positions, slot_blocks, slot_offsets = self._tokens.numpy()
-        tables, contexts = self._tables.numpy(), self._contexts.numpy()
-        start, decodes, decode_context = 0, 0, 0
-        chunks = []
-        for row, (request, count) in enumerate(ordered):
-            first, end = request.computed, request.computed + count
-            new = slice(start, start + count)
-            token_ids[new] = request.tokens[first:end]
-            positions[new] = range(first, end)
-            slot_blocks[new] = [request.blocks[p // self.block_size] for p in range(first, end)]
-            tables[row, : len(request.blocks)] = request.blocks
-            tables[row, len(request.blocks) :] = 0
-            contexts[row] = end
-            if count == 1:
-                decodes, decode_context = decodes + 1, max(decode_context, end)
-            else:
-                chunks.append(Chunk(row, start, count, end))
-            start += count
-        slot_offsets[:start] = positions[:start] % self.block_size
-        device, size = self.model.device, len(ordered)
-        ids, places, slots, offsets = self._tokens[:, :start].to(device)
+        decodes = sum(count == 1 for _, count in ordered)
+        chunks = self._fill(ordered, decodes)
+        size, device = len(ordered), self.model.device
+        total = sum(count for _, count in ordered)
+        ids, places, slots, offsets = self._tokens[:, :total].to(device)
         return StepBatch(
             token_ids=ids,
             positions=places,
@@ -98,9 +84,33 @@ class Runner:
             block_tables=self._tables[:size].to(device),
             context_lens=self._contexts[:size].to(device),
             decodes=decodes,
-            decode_context=decode_context,
-            chunks=tuple(chunks),
+            decode_context=max((request.computed + 1 for request, _ in ordered[:decodes]), default=0),
+            chunks=chunks,
         )
+
+    def _fill(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
+        """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
+        token_ids, positions, slot_blocks, slot_offsets = self._tokens.numpy()
+        tables, contexts = self._tables.numpy(), self._contexts.numpy()
+        single = [request for request, _ in ordered[:decodes]]
+        token_ids[:decodes] = [request.tokens[request.computed] for request in single]
+        positions[:decodes] = [request.computed for request in single]
+        slot_blocks[:decodes] = [request.blocks[request.computed // self.block_size] for request in single]
+        contexts[:decodes] = positions[:decodes] + 1
+        for row, (request, _) in enumerate(ordered):
+            tables[row, : len(request.table)] = request.table
+        chunks, start = [], decodes
+        for row, (request, count) in enumerate(ordered[decodes:], decodes):
+            first, end = request.computed, request.computed + count
+            new = slice(start, start + count)
+            token_ids[new] = request.tokens[first:end]
+            positions[new] = np.arange(first, end)
+            slot_blocks[new] = request.table[positions[new] // self.block_size]
+            contexts[row] = end
+            chunks.append(Chunk(row, start, count, end))
+            start += count
+        np.remainder(positions[:start], self.block_size, out=slot_offsets[:start])
+        return tuple(chunks)
 
     def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:
         reporting = [i for i, r in enumerate(requests) if r.params.logprobs is not None]

@@ -82,14 +82,14 @@ class Sampler:
 def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Tokens of rows of float32 logits [R, V] on the CPU, greedy or not, by the C++ kernel."""
     params, vocabulary = [r.params for r in requests], logits.shape[1]
-    return native.sample(
-        logits,
-        torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        torch.tensor([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32),
-        torch.tensor([0.0 if r.params.greedy else uniform(r.seed, r.known) for r in requests], dtype=torch.float64),
+    columns = (
+        np.array([p.temperature for p in params], dtype=np.float32),
+        np.array([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params], dtype=np.int64),
+        np.array([p.top_p for p in params], dtype=np.float64),
+        np.array([p.min_p for p in params], dtype=np.float32),
+        np.array([0.0 if r.params.greedy else uniform(r.seed, r.known) for r in requests], dtype=np.float64),
     )
+    return native.sample(logits, *map(torch.from_numpy, columns))
 
 
 def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import islice
 
+import numpy as np
+
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
-from dsc_serve.engine.request import Request
+from dsc_serve.engine.request import NO_BLOCKS, Request
 
 WINDOW = 256  # waiting requests that a policy looks at
 
@@ -58,6 +60,7 @@ class Scheduler:
             missing = -(-(request.computed + count) // self.block_size) - len(request.blocks)
             if missing > 0:
                 request.blocks.extend(self.pool.allocate(missing))
+                request.table = np.array(request.blocks)
             work.append((request, count))
         return work
 
@@ -102,4 +105,4 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks = []
+        request.blocks, request.table = [], NO_BLOCKS

@@ -56,8 +56,8 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return torch.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return torch.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class Block:

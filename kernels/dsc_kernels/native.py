@@ -88,7 +88,7 @@ def pack(*weights: Tensor) -> Tensor:
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} is {got}; expected {dtype} {list(shape)} on the CPU")
 

@@ -254,8 +254,10 @@ def bench() -> None:
 
 def _attach_benchmarks() -> None:
     from dsc_serve.bench.command import serve_command
+    from dsc_serve.bench.layer_command import layer_command
 
     bench.add_command(serve_command, "serve")
+    bench.add_command(layer_command, "layer")
 
 
 _attach_benchmarks()

@@ -27,6 +27,17 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def last_level_cache() -> int | None:
+    """Bytes of the first core's largest cache; None where the system does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="ascii", errors="replace").strip()
+        number, unit = text.rstrip("KMG"), text[-1:]
+        if number.isdigit():
+            sizes.append(int(number) << {"K": 10, "M": 20, "G": 30}.get(unit, 0))
+    return max(sizes, default=None)
+
+
 def describe_machine() -> dict[str, object]:
     return {
         "cpu": cpu_name(),

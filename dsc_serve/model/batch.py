@@ -22,7 +22,7 @@ class StepBatch:
     """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1.
 
     token_ids, positions, slot_blocks, slot_offsets: int64 [T]; where each token's key and value go in the KV pool.
-    block_tables: int64 [S, W], padded with any valid block. context_lens: int64 [S], tokens in the cache after the step.
+    block_tables: int64 [S, W], padded with any valid block. context_lens: int64 [S], tokens cached after the step.
     decode_context: the largest context of the one-token sequences. chunks: the sequences with several new tokens.
     """
 

@@ -40,4 +40,4 @@ format: install ## rewrite the sources in the house style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and what builds leave behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/dsc_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,12 +29,18 @@ class Command(click.Group):
             if type(error).__module__.partition(".")[0] != "dsc_serve":
                 raise
             raise click.ClickException(str(error)) from None
+        except (OSError, MemoryError) as error:
+            raise click.ClickException(str(error) or "out of memory") from None
+        except RuntimeError as error:
+            if "alloc" not in str(error):  # how torch says that it is out of memory
+                raise
+            raise click.ClickException(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
 def engine_options(command: F) -> F:
     """The options that every command with an engine takes."""
     defaults = EngineConfig()
-    for option in (
+    options = (
         click.option("--dtype", type=DTYPE, default=defaults.dtype, show_default=True, help="Compute in this dtype."),
         click.option(
             "--device", type=click.Choice(["cpu", "cuda"]), default=defaults.device, show_default=True, help="Run here."
@@ -75,7 +81,8 @@ def engine_options(command: F) -> F:
             show_default=True,
             help="CPU kernels: auto, plain (torch alone), or an instruction set such as avx2.",
         ),
-    ):
+    )
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -91,7 +98,7 @@ def main() -> None:
     """Serve language models with Dynamic Subspace Composition (DSC) feed-forward layers."""
 
 
-@main.command()
+@main.command(short_help="Serve a model over an OpenAI-compatible HTTP API.")
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
@@ -120,7 +127,7 @@ def serve(model: str, host: str, port: int, served_model_name: str, max_waiting:
         raise click.ClickException(str(error)) from None
 
 
-@main.command()
+@main.command(short_help="Continue a text.")
 @click.argument("prompt")
 @click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="Checkpoint folder or embedded model's name.")
 @click.option("--max-tokens", type=click.IntRange(0), default=100, show_default=True)
@@ -167,35 +174,33 @@ def generate(
                 click.echo(" ".join(map(str, new.token_ids)), nl=False)
                 click.echo(" ", nl=False)
         else:
+            stream = llm.stream(prompt, params)  # a prompt that cannot be used ends here, before anything is printed
             click.echo(prompt, nl=False)
-            for new in llm.stream(prompt, params):
+            for new in stream:
                 click.echo(new.text, nl=False)
     click.echo()
 
 
-@main.command()
+@main.command(short_help="Describe a model.")
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="Load in this dtype.")
-def inspect(model: str, dtype: str) -> None:
+@click.option("--kernels", default="auto", show_default=True, help="As in serve.")
+def inspect(model: str, dtype: str, kernels: str) -> None:
     """Describe MODEL: architecture, parameters, bank, certificate, and the kernels that would serve it here."""
-    import torch
-
-    from dsc_kernels import ops
-    from dsc_serve.model.checkpoint import load_model
+    from dsc_serve.engine.engine import prepare_model
     from dsc_serve.model.description import describe
     from dsc_serve.text.tokenizer import Tokenizer
 
     folder = resolve_model(model)
-    rows = describe(load_model(folder, DTYPES[dtype], torch.device("cpu")))
+    rows = describe(prepare_model(EngineConfig(model=model, dtype=DTYPES[dtype], kernels=kernels)))
     tokenizer = Tokenizer.load(folder)
     rows["tokenizer"] = "none: token ids only" if tokenizer is None else f"{tokenizer.vocab_size} tokens"
-    rows["kernels"] = ops.description()
     width = max(map(len, rows))
     for name, value in rows.items():
         click.echo(f"{name:<{width}}  {value}")
 
 
-@main.command("import-reference")
+@main.command("import-reference", short_help="Convert a checkpoint of the paper's script.")
 @click.option("--weights", type=FILE, required=True, help="The script's state dict as safetensors.")
 @click.option("--config", "config_file", type=FILE, required=True, help="The script's config as JSON.")
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
@@ -207,7 +212,7 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> None:
     click.echo(f"{out}: {config.ffn.kind}, {config.num_hidden_layers} layers of width {config.hidden_size}")
 
 
-@main.command()
+@main.command(short_help="Write a model of random weights.")
 @click.option("--ffn", type=click.Choice(["dsc", "moe", "molora", "dense"]), required=True, help="FFN kind.")
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option("--preset", type=click.Choice(["paper", "large"]), default="paper", show_default=True)
@@ -247,20 +252,27 @@ def init(
     click.echo(f"{out}: {ffn}, {total:,} parameters, {active:,} active per token")
 
 
-@main.group()
+@main.group(short_help="Measure a server, or the layers on this machine.")
 def bench() -> None:
-    """Measure a server or this machine."""
+    """Measure a server, or the layers on this machine."""
 
 
-def _attach_benchmarks() -> None:
+@main.group()
+def kernels() -> None:
+    """Look at the kernels themselves."""
+
+
+def _attach_commands() -> None:
+    from dsc_kernels.aot import aot_command
     from dsc_serve.bench.command import serve_command
     from dsc_serve.bench.layer_command import layer_command
 
     bench.add_command(serve_command, "serve")
     bench.add_command(layer_command, "layer")
+    kernels.add_command(aot_command, "aot")
 
 
-_attach_benchmarks()
+_attach_commands()
 
 if __name__ == "__main__":
     main()

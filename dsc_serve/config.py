@@ -89,18 +89,44 @@ def resolve_model(name_or_path: str) -> Path:
 
 
 def engine_environment(threads: int) -> dict[str, str]:
-    """Environment of an engine process with `threads` compute threads.
+    """Environment of an engine process with `threads` compute threads. Must be set before torch loads.
 
-    OpenMP threads that spin at barriers slow down many times over when another process, such as the API server, wants
-    their core; so the engine's threads sleep. Must be set before torch loads.
+    OpenMP threads that spin at barriers for long slow down many times over when another process, such as the API
+    server, wants their core; threads that sleep at once wake too slowly for layers of 100 µs. So they spin for some
+    microseconds and then sleep; `docs/kernels.md` has the figures.
     """
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(threads))
-    env.setdefault("GOMP_SPINCOUNT", "0")
+    env.setdefault("GOMP_SPINCOUNT", "3000")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
 
 
 def default_threads() -> int:
-    """Compute threads for this machine: every core this process may run on."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Compute threads for this machine: every core this process may run on, within its container's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdecimal() and period.isdecimal():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return max(1, cores)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, within its container's limit."""
+    fields = dict(line.split(":", 1) for line in read_text("/proc/meminfo").splitlines())
+    if "MemAvailable" in fields:
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (read_text(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.isdecimal() and used.isdecimal():
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def read_text(path: str) -> str:
+    """A small file of the system's, or nothing where there is none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -43,7 +43,8 @@ class LLM:
     """A model and its engine. `LLM()` is the embedded model.
 
     model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, where
-    the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`.
+    the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`; threads and
+    kernels are the process's, so the last LLM made decides them for all.
     Raises ConfigError and CheckpointError in one line.
     """
 
@@ -105,6 +106,8 @@ class LLM:
                 ended = 0
                 while ended < len(tracks):
                     self._step()
+                    for track in tracks:
+                        track.check()
                     now = sum(t.output.finish_reason is not None for t in tracks)
                     bar.update(now * len(listed) // len(tracks) - ended * len(listed) // len(tracks))
                     ended = now
@@ -113,32 +116,42 @@ class LLM:
         return [track.output for track in tracks]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason."""
+        """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason.
+
+        Raises ParameterError at once, RuntimeError when a step fails.
+        """
         params = params or SamplingParams()
         if params.n != 1:
             raise ParameterError("n", f"n is {params.n}; a stream has one choice")
-        track = self._submit(self._listed([prompt])[0], params, 0)
+        return self._follow(self._submit(self._listed([prompt])[0], params, 0))
+
+    def _follow(self, track: _Track) -> Iterator[RequestOutput]:
         try:
             while track.news or track.output.finish_reason is None:
                 if track.news:
                     yield track.news.popleft()
                 else:
                     self._step()
+            track.check()
         finally:
             self._drop([track])
 
     def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
         params = SamplingParams(temperature=0, max_tokens=0)
+        tracks: list[_Track] = []
         requests = []
         try:
-            for ids in token_ids:
-                requests.append(self.engine.add(f"logits-{next(self._ids)}", ids, params, collect_logits=True))
-            while any(self.engine.scheduler.get(r.id) is not None for r in requests):
+            for ids in self._listed(list(token_ids)):
+                track = self._track(ids, params, 0)
+                tracks.append(track)
+                requests.append(self.engine.add(track.id, ids, params, collect_logits=True))
+            while any(track.output.finish_reason is None for track in tracks):
                 self._step()
+                for track in tracks:
+                    track.check()
         finally:
-            for request in requests:
-                self.engine.finish(request.id)
+            self._drop(tracks)
         return [collected(request) for request in requests]
 
     def close(self) -> None:
@@ -156,11 +169,19 @@ class LLM:
         self.close()
 
     def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt. Raises ParameterError naming the one that is neither a text nor token ids."""
+        self.engine  # noqa: B018  a closed LLM takes nothing, not even an empty list
+        if not isinstance(prompts, str | list | tuple):
+            raise ParameterError("prompts", f"prompts is {prompts!r}; expected texts or lists of token ids")
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many = cast(Sequence[Prompt], [prompts] if one else prompts)
         listed = []
-        for prompt in many:
+        for i, prompt in enumerate(many):
             if not isinstance(prompt, str):
+                if not isinstance(prompt, list | tuple) or not all(type(token) is int for token in prompt):
+                    raise ParameterError(
+                        "prompts", f"prompts[{i}] is {prompt!r}; expected a text or a list of token ids"
+                    )
                 listed.append(list(prompt))
             elif self.tokenizer is None:
                 raise ParameterError("prompt", "prompt is a text, but the model has no tokenizer; give token ids")
@@ -173,14 +194,25 @@ class LLM:
             params = SamplingParams()
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not all(isinstance(own, SamplingParams) for own in params):
+            raise ParameterError("params", f"params is {params!r}; expected SamplingParams, one or one per prompt")
         if len(params) != count:
             raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")
         return params
 
     def _submit(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
         own = params.for_choice(choice)
-        track = _Track(f"llm-{next(self._ids)}", prompt, own, TextStream(self.tokenizer, prompt, own), choice)
-        self.engine.add(track.id, prompt, own)
+        track = self._track(prompt, own, choice)
+        try:
+            self.engine.add(track.id, prompt, own)
+        except ValueError:
+            self._drop([track])
+            raise
+        return track
+
+    def _track(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
+        text = TextStream(self.tokenizer, prompt, params)
+        track = _Track(f"llm-{next(self._ids)}", prompt, params, text, choice)
         self._tracks[track.id] = track
         return track
 
@@ -190,8 +222,6 @@ class LLM:
             track = self._tracks.get(delta.request_id)
             if track is not None:
                 track.take(delta, self.engine)
-            elif delta.finish_reason == "error":
-                raise RuntimeError(delta.error)
 
     def _drop(self, tracks: Sequence[_Track]) -> None:
         for track in tracks:
@@ -208,6 +238,7 @@ class _Track:
     ) -> None:
         self.id, self.text = request_id, text
         self.news: deque[RequestOutput] = deque()
+        self.error = ""
         self.output = RequestOutput(
             prompt_token_ids=prompt,
             index=index,
@@ -215,10 +246,16 @@ class _Track:
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
+    def check(self) -> None:
+        """Raises RuntimeError when the step that computed this request failed."""
+        if self.error:
+            raise RuntimeError(self.error)
+
     def take(self, delta: Delta, engine: Engine) -> None:
-        """Add a delta. Raises RuntimeError when the step failed."""
+        """Add a delta. A failure is kept for the call that owns this request; others step it too."""
         if delta.finish_reason == "error":
-            raise RuntimeError(delta.error)
+            self.error, self.output.finish_reason = delta.error, "error"
+            return
         new = RequestOutput(
             prompt_token_ids=self.output.prompt_token_ids,
             text=self.text.push(delta.token_ids),

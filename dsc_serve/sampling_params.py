@@ -66,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -74,7 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             reject("temperature", self.temperature, f"0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             reject("top_p", self.top_p, "above 0 and at most 1")
-        if not isinstance(self.top_k, int) or not -1 <= self.top_k <= INT32_MAX:
+        if not -1 <= self.top_k <= INT32_MAX:
             reject("top_k", self.top_k, "-1 or 0 (all tokens) or a positive 32-bit integer")
         if not 0 <= self.min_p <= 1:
             reject("min_p", self.min_p, "between 0 and 1")
@@ -96,18 +97,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             reject("max_tokens", self.max_tokens, "a 32-bit integer from 0")
         if not 0 <= self.min_tokens <= INT32_MAX or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             reject("min_tokens", self.min_tokens, f"between 0 and max_tokens ({self.max_tokens})")
-        if isinstance(self.stop, str):
-            reject("stop", self.stop, "a sequence of texts")
         if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
-            reject("stop", self.stop, f"at most {MAX_STOPS} texts, none of them empty")
-        if not all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids):
-            reject("stop_token_ids", self.stop_token_ids, "token ids (integers from 0)")
+            reject("stop", list(self.stop), f"at most {MAX_STOPS} texts, none of them empty")
+        if not all(type(t) is int and t >= 0 for t in self.stop_token_ids):
+            reject("stop_token_ids", list(self.stop_token_ids), "token ids (integers from 0)")
         for field in ("logprobs", "prompt_logprobs"):
             value = getattr(self, field)
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
                 reject(field, value, f"between 0 and {MAX_LOGPROBS}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
+
+    def _check_types(self) -> None:
+        """Python does not hold callers to annotations, and a wrong type must not fail inside a step."""
+        for field in ("top_k", "min_tokens", "n"):
+            if type(getattr(self, field)) is not int:
+                reject(field, getattr(self, field), "an integer")
+        for field in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            if value is not None and type(value) is not int:
+                reject(field, value, "an integer or None")
+        for field in ("ignore_eos", "skip_special_tokens"):
+            if type(getattr(self, field)) is not bool:
+                reject(field, getattr(self, field), "True or False")
+        for field in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, field), tuple | list):
+                reject(field, getattr(self, field), "a sequence of " + ("texts" if field == "stop" else "token ids"))
+        if not isinstance(self.logit_bias, dict):
+            reject("logit_bias", self.logit_bias, "a map from token ids to numbers")
+        for bias in self.logit_bias.values():
+            if not isinstance(bias, int | float) or isinstance(bias, bool):
+                reject("logit_bias", bias, "a map to numbers between -100 and 100")
 
     @property
     def greedy(self) -> bool:

@@ -17,7 +17,20 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "generate", "inspect", "init", "import-reference", "bench", "bench serve", "bench layer"]
+    "command",
+    [
+        "",
+        "serve",
+        "generate",
+        "inspect",
+        "init",
+        "import-reference",
+        "bench",
+        "bench serve",
+        "bench layer",
+        "kernels",
+        "kernels aot",
+    ],
 )
 def test_help_says_what_every_option_does(command: str) -> None:
     result = run(*command.split(), "--help")

@@ -49,6 +49,8 @@ def serve_command(url: str, json_file: str | None, **settings: object) -> None:
     Streams completions from it and prints throughput and latencies as a client sees them. Ends with status 1 when no
     request succeeded.
     """
+    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
+        raise click.ClickException(f"--json {json_file}: its folder does not exist")  # said before the measurement
     try:
         # options have the names of LoadConfig's fields
         result = run_load(LoadConfig(url=url, **settings))  # type: ignore[arg-type]

@@ -63,6 +63,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     total_token_throughput: float
     max_concurrency: int | None
     request_rate: float | None
+    request_goodput: float | None
     ttft: Spread
     tpot: Spread
     itl: Spread
@@ -122,6 +123,7 @@ def summarize(
         total_token_throughput=(inputs + outputs) * per_second,
         max_concurrency=max_concurrency,
         request_rate=request_rate,
+        request_goodput=None,  # counted once limits on latencies can be set
         ttft=spread([outcome.ttft for outcome in good]),
         tpot=spread([(o.latency - o.ttft) / (o.output_tokens - 1) for o in good if o.output_tokens > 1]),
         itl=spread([gap for outcome in good for gap in outcome.gaps]),

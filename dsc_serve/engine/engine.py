@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native
-from dsc_serve.config import ConfigError, EngineConfig, default_threads, resolve_model
+from dsc_serve.config import ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, Budget
@@ -147,10 +146,7 @@ def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
     c = model.config
     per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else available_memory()
     context = c.max_position_embeddings
     return max(context, min(config.max_running * context, int(KV_SHARE * free) // per_token))
 

@@ -35,6 +35,32 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
 
 
+class Inputs:
+    """A step's inputs, filled on the host in place and copied into buffers on the device that stay where they are.
+
+    tokens: int64 [4, step tokens], rows of ids, positions, blocks and offsets; tables: int64 [requests, width];
+    contexts: int64 [requests].
+    """
+
+    def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device) -> None:
+        on_host = device.type == "cpu"
+        shapes = ((4, step_tokens), (requests, width), (requests,))
+        self.tokens, self.tables, self.contexts = (
+            torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
+        )
+        self._copies = None if on_host else [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
+
+    def on_device(self, tokens: int, requests: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `tokens` columns and `requests` rows, where the model computes."""
+        parts = self.tokens[:, :tokens], self.tables[:requests], self.contexts[:requests]
+        if self._copies is None:
+            return parts
+        held = self._copies[0][:, :tokens], self._copies[1][:requests], self._copies[2][:requests]
+        for target, source in zip(held, parts, strict=True):
+            target.copy_(source, non_blocking=True)
+        return held
+
+
 class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
@@ -46,9 +72,7 @@ class Runner:
         self.pools = model.kv_pools(limits.num_blocks, limits.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(limits.max_tokens, limits.block_size)
-        self._tokens = torch.zeros(4, step_tokens, dtype=torch.int64)
-        self._tables = torch.zeros(max_running, width, dtype=torch.int64)
-        self._contexts = torch.zeros(max_running, dtype=torch.int64)
+        self._inputs = Inputs(step_tokens, max_running, width, model.device)
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepResult:
@@ -73,16 +97,16 @@ class Runner:
     def _batch(self, ordered: Work) -> StepBatch:
         decodes = sum(count == 1 for _, count in ordered)
         chunks = self._fill(ordered, decodes)
-        size, device = len(ordered), self.model.device
-        total = sum(count for _, count in ordered)
-        ids, places, slots, offsets = self._tokens[:, :total].to(device)
+        size, total = len(ordered), sum(count for _, count in ordered)
+        tokens, tables, contexts = self._inputs.on_device(total, size)
+        ids, places, slots, offsets = tokens
         return StepBatch(
             token_ids=ids,
             positions=places,
             slot_blocks=slots,
             slot_offsets=offsets,
-            block_tables=self._tables[:size].to(device),
-            context_lens=self._contexts[:size].to(device),
+            block_tables=tables,
+            context_lens=contexts,
             decodes=decodes,
             decode_context=max((request.computed + 1 for request, _ in ordered[:decodes]), default=0),
             chunks=chunks,
@@ -90,8 +114,8 @@ class Runner:
 
     def _fill(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
-        token_ids, positions, slot_blocks, slot_offsets = self._tokens.numpy()
-        tables, contexts = self._tables.numpy(), self._contexts.numpy()
+        token_ids, positions, slot_blocks, slot_offsets = self._inputs.tokens.numpy()
+        tables, contexts = self._inputs.tables.numpy(), self._inputs.contexts.numpy()
         single = [request for request, _ in ordered[:decodes]]
         token_ids[:decodes] = [request.tokens[request.computed] for request in single]
         positions[:decodes] = [request.computed for request in single]

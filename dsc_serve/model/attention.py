@@ -1,4 +1,4 @@
-"""Grouped-query attention over a paged KV cache, in plain torch."""
+"""Grouped-query attention over a paged KV cache."""
 
 from __future__ import annotations
 

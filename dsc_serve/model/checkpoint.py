@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json, save_config
 from dsc_serve.model.decoder import Decoder, tensor_shapes
 
@@ -81,7 +82,7 @@ def has_native_bfloat16() -> bool:
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in: as named, or under "auto" the stored one where the device is fast in it."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[DTYPES[name]]
     if stored == torch.float32:
         return torch.float32
     return torch.bfloat16 if device.type != "cpu" or has_native_bfloat16() else torch.float32
@@ -100,7 +101,13 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> Decoder:
 
 
 def save_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would."""
+    """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would.
+
+    Raises CheckpointError, also when the folder holds a checkpoint already: parts of the old one would stay.
+    """
+    taken = sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("*.json"))
+    if taken:
+        raise CheckpointError(f"{folder}: holds a checkpoint already ({taken[0].name}); name an empty folder")
     check_tensors(tensors, tensor_shapes(config), folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Size = Annotated[int, Field(ge=1)]
-IGNORED = {"architectures", "transformers_version", "use_cache", "torch_dtype", "dtype", "initializer_range"}
+IGNORED = {
+    "architectures",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "torch_dtype",
+    "dtype",
+    "initializer_range",
+}
 
 
 class CheckpointError(ValueError):
@@ -122,6 +130,10 @@ class ModelConfig(Strict):
                 f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads, "
                 f"{self.num_key_value_heads}, does not divide"
             )
+        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            for token in ids:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} is {token}; allowed: 0 to {self.vocab_size - 1}")
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rope needs an even one")
         return self
@@ -158,7 +170,8 @@ def one_line(error: ValidationError) -> str:
     """A pydantic error as one line: field, what is wrong, the value."""
     parts = []
     for item in error.errors():
-        where = ".".join(str(p) for p in item["loc"]) or "config"
+        tags = {"dsc", "moe", "molora", "dense"}  # pydantic puts the FFN's kind into the path
+        where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
         value = item.get("input")
         shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {value!r})"
         parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
@@ -169,22 +182,28 @@ def load_config(folder: Path) -> ModelConfig:
     """Read and check `config.json`. Raises CheckpointError naming every field that is wrong."""
     path = folder / "config.json"
     content = {k: v for k, v in read_json(path).items() if k not in IGNORED}
-    if isinstance(content.get("eos_token_id"), list):
-        content["eos_token_id"] = tuple(content["eos_token_id"])
+    eos = generation_eos(folder / "generation_config.json")
+    if eos is not None:
+        content["eos_token_id"] = eos
     heads = content.get("num_attention_heads")
     if isinstance(heads, int) and heads > 0:
         content.setdefault("num_key_value_heads", heads)
         if isinstance(content.get("hidden_size"), int):
             content.setdefault("head_dim", content["hidden_size"] // heads)
+    return checked_config(content, str(path))
+
+
+def checked_config(content: dict[str, Any], source: str) -> ModelConfig:
+    """The fields of a configuration as they stand in JSON, checked. Raises CheckpointError naming `source`."""
+    if isinstance(content.get("eos_token_id"), list):
+        content = {**content, "eos_token_id": tuple(content["eos_token_id"])}
     try:
-        config = ModelConfig.model_validate(content)
+        return ModelConfig.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
-    generation = generation_eos(folder / "generation_config.json")
-    return config if generation is None else config.model_copy(update={"eos_token_id": generation})
+        raise CheckpointError(f"{source}: {one_line(error)}") from None
 
 
-def generation_eos(path: Path) -> tuple[int, ...] | None:
+def generation_eos(path: Path) -> list[int] | None:
     """The end-of-text tokens of `generation_config.json`, which go before those of `config.json`, as in transformers.
 
     Its sampling defaults are left alone: an API's defaults do not change with the model.
@@ -195,7 +214,7 @@ def generation_eos(path: Path) -> tuple[int, ...] | None:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise CheckpointError(f"{path}: eos_token_id is {eos!r}, expected a token id or a list of them")
-    return tuple(ids) or None
+    return ids or None
 
 
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsc_kernels import native, ops, plain
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -42,4 +43,13 @@ def describe(model: Decoder) -> dict[str, str]:
         )
         bounds = ", ".join(f"{layer.certificate:.3g}" for layer in layers)
         rows["certificate"] = f"max |γ| per layer, bounds the dynamic part's operator norm: {bounds}"
+    rows["kernels"] = kernels(model)
     return rows
+
+
+def kernels(model: Decoder) -> str:
+    """What computes the model here: a layer that is out of the native kernels' range is served by plain torch."""
+    layers = [block.ffn.layer for block in model.blocks]
+    if native.active() is None or not any(isinstance(layer, plain.Ffn | plain.Moe) for layer in layers):
+        return ops.description()
+    return f"{ops.description()}, but plain torch for the FFN layers (more than {native.MAX_PICKS} picks per token)"

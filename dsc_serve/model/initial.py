@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsc_serve.model.budget import Budget
-from dsc_serve.model.config import CheckpointError, ModelConfig, one_line
+from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.decoder import tensor_shapes
 
 STD = 0.02
@@ -23,12 +22,11 @@ GAMMA = 0.1
 class Preset:
     budget: Budget
     heads: int
-    about: str
 
 
 PRESETS = {
-    "paper": Preset(Budget(35e6, 28e6, 50304, 256, 6, 384), 6, "the paper's headline table: 35 M total, 28 M active"),
-    "large": Preset(Budget(400e6, 250e6, 50304, 256, 24, 1024), 16, "24 layers, d 1024: 400 M total, 250 M active"),
+    "paper": Preset(Budget(35e6, 28e6, 50304, 256, 6, 384), 6),
+    "large": Preset(Budget(400e6, 250e6, 50304, 256, 24, 1024), 16),
 }
 
 
@@ -92,7 +90,4 @@ def changed_config(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
             target[field] = json.loads(text)
         except ValueError:
             target[field] = text
-    try:
-        return ModelConfig.model_validate(content)
-    except ValidationError as error:
-        raise CheckpointError(f"--set: {one_line(error)}") from None
+    return checked_config(content, "--set")

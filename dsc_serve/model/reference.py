@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint
@@ -15,6 +16,7 @@ from dsc_serve.model.config import (
     FfnConfig,
     ModelConfig,
     MoeConfig,
+    one_line,
     read_json,
 )
 
@@ -31,6 +33,13 @@ def _field(content: dict[str, Any], path: Path, name: str, kind: type | tuple[ty
 
 def reference_config(path: Path) -> ModelConfig:
     """The script's own config file as a ModelConfig. Raises CheckpointError naming the field that does not fit."""
+    try:
+        return _reference_config(path)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+
+
+def _reference_config(path: Path) -> ModelConfig:
     content = read_json(path)
 
     def size(name: str) -> int:

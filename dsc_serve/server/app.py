@@ -37,6 +37,7 @@ from dsc_serve.worker.supervisor import EngineSupervisor
 GRACE_S = 10
 KEEP_ALIVE_S = 30
 STATS_TIMEOUT_S = 1.0
+HEALTH_TIMEOUT_S = 5.0  # longer than the longest step
 REQUEST_BODIES = (CompletionRequest, ChatRequest)
 
 
@@ -73,8 +74,12 @@ def create_app(config: ServerConfig, client: Engine, tokenizer: Tokenizer | None
 
     @app.get("/health")
     async def health() -> Response:
-        if not client.alive:
-            raise engine_down("the engine process has ended")
+        try:
+            await client.stats(HEALTH_TIMEOUT_S)
+        except TimeoutError:
+            raise engine_down(f"the engine has not answered for {HEALTH_TIMEOUT_S:g} s") from None
+        except (EngineDiedError, ConnectionError):
+            raise engine_down("the engine process has ended") from None
         return json_response({"status": "ok"})
 
     @app.get("/metrics")
@@ -218,7 +223,8 @@ def announcement(config: ServerConfig, listener: socket.socket, model: ModelInfo
     prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.limits.vocab_size)))
     body = json.dumps({"prompt": prompt, "max_tokens": 32})
     return (
-        f"dsc-serve: {here} serves {served_name(config)} (kernels: {model.kernels}; {model.dtype}, "
-        f"{model.device}, {model.threads} threads)\n"
+        f"dsc-serve: {here} serves {served_name(config)}, {model.total_parameters / 1e6:.1f} M parameters, "
+        f"{model.active_parameters / 1e6:.1f} M active (kernels: {model.kernels}; {model.dtype}, {model.device}, "
+        f"{model.threads} threads)\n"
         f"curl {there}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     )

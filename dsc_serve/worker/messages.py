@@ -51,14 +51,12 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     """What the engine loaded. Sent once, when it is ready."""
 
     limits: Limits
-    eos_token_ids: tuple[int, ...]
     dtype: str
     device: str
     threads: int
     kernels: str
     total_parameters: int
     active_parameters: int
-    bank_bytes: int
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

@@ -15,13 +15,12 @@ import threading
 
 import msgspec
 
-from dsc_kernels import ops
 from dsc_serve.config import ConfigError, default_threads
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
-from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.model.description import kernels
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.worker.messages import (
     HEADER,
@@ -68,17 +67,14 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
 
 def model_info(model: Decoder, engine: Engine) -> ModelInfo:
     total, active = parameter_counts(model.config)
-    banks = [b.ffn for b in model.blocks if isinstance(b.ffn, DscFfn)]
     return ModelInfo(
         limits=engine.limits,
-        eos_token_ids=model.config.eos_token_ids,
         dtype=str(model.dtype).removeprefix("torch."),
         device=engine.config.device,
         threads=engine.config.threads or default_threads(),
-        kernels=ops.description(),
+        kernels=kernels(model),
         total_parameters=total,
         active_parameters=active,
-        bank_bytes=sum(bank.bank_bytes for bank in banks),
     )
 
 

@@ -40,7 +40,9 @@ def active() -> str | None:
 def use(name: str) -> None:
     """Serve with an instruction set of `available()`, with the best of them ("auto"), or not at all ("plain").
 
-    Affects layers built from now on; raises ValueError for a name that is not available, naming those that are.
+    A setting of the whole process: layers that exist compute with the new instruction set from now on, and "plain"
+    keeps new layers, and what has no layer (attention, sampling), from using native kernels.
+    Raises ValueError for a name that is not available, naming those that are.
     """
     global _active
     names = available()
@@ -290,7 +292,13 @@ def decode_attention(
     contexts int64 [S], at most `longest`. Returns [S, heads, size].
     """
     batch, heads, size = q.shape
-    _, kv_heads, block, _ = keys.shape
+    blocks, kv_heads, block, _ = keys.shape
+    check("keys", keys, (blocks, kv_heads, block, size), q.dtype)
+    check("values", values, (blocks, kv_heads, block, size), q.dtype)
+    check("tables", tables, (batch, tables.shape[1]), torch.int64)
+    check("contexts", contexts, (batch,), torch.int64)
+    if longest > tables.shape[1] * block or heads % kv_heads or tables.stride(1) != 1:
+        raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
     if q.stride(2) != 1 or q.stride(1) != size:
         q = q.contiguous()
     out = torch.empty(batch, heads, size, dtype=q.dtype)

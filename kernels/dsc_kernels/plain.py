@@ -196,6 +196,7 @@ def decode_attention(
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
     seen = torch.arange(longest, device=q.device)[None] < contexts[:, None]
     k, v = (gather_context(pool, tables, longest) for pool in (keys, values))
+    v = v.masked_fill(~seen[:, None, :, None], 0.0)  # a weight of 0 does not silence a NaN that another request left
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]

@@ -60,7 +60,14 @@ def test_the_flat_form_has_the_names_that_tools_exchange() -> None:
         f"{name}_{of}_ms" for name in ("mean", "median", "p90", "p99", "std") for of in ("ttft", "tpot", "itl", "e2el")
     }
     names |= {"request_throughput", "output_throughput", "total_token_throughput", "duration", "completed", "failed"}
-    names |= {"failures", "total_input_tokens", "total_output_tokens", "max_concurrency", "request_rate"}
+    names |= {
+        "failures",
+        "total_input_tokens",
+        "total_output_tokens",
+        "max_concurrency",
+        "request_rate",
+        "request_goodput",
+    }
     names |= {"date", "url", "model", "config", "client", "failure_examples", "uncounted"}
     assert set(flat) == names
     assert flat["mean_ttft_ms"] == pytest.approx(100) and flat["request_rate"] is None

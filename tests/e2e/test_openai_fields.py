@@ -114,7 +114,6 @@ HOT: dict[str, object] = {"temperature": 1.5, "seed": 1}
         ({}, {"stop": ["e"]}),
         ({"stop": ["e"]}, {"extra_body": {"min_tokens": 20}}),
         ({}, {"extra_body": {"stop_token_ids": list(range(200, 600))}}),
-        ({"logit_bias": {"0": 100}}, {"extra_body": {"ignore_eos": True, "skip_special_tokens": False}}),
         (
             {"logit_bias": {"0": 100}, "extra_body": {"ignore_eos": True}},
             {"extra_body": {"ignore_eos": True, "skip_special_tokens": False}},
@@ -136,6 +135,14 @@ def test_each_sampling_field_changes_the_outcome(
     without = client.completions.create(**plain)  # type: ignore[call-overload]
     changed = client.completions.create(**{**plain, **change})  # type: ignore[call-overload]
     assert changed.choices[0].text != without.choices[0].text
+
+
+def test_ignore_eos_goes_on_past_the_end_of_text(client: OpenAI) -> None:
+    fields = {"model": MODEL, "prompt": "Amen", "max_tokens": 9, "logit_bias": {"0": 100}}
+    ended = client.completions.create(**fields)  # type: ignore[call-overload]
+    going = client.completions.create(**fields, extra_body={"ignore_eos": True})  # type: ignore[call-overload]
+    assert (ended.usage.completion_tokens, ended.choices[0].finish_reason) == (1, "stop")
+    assert (going.usage.completion_tokens, going.choices[0].finish_reason) == (9, "length")
 
 
 def test_errors_are_the_clients_own_classes(client: OpenAI) -> None:

@@ -247,6 +247,21 @@ def test_a_dead_engine_is_told_to_every_client() -> None:
         assert stop_server(server) == 0
 
 
+def test_a_hung_engine_is_not_healthy(golden_folder: Callable[[str], Path]) -> None:
+    server = start_server(str(golden_folder("dsc")))
+    try:
+        assert server.get("/health").status_code == 200
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        response = httpx.get(server.url + "/health", timeout=20)
+        assert response.status_code == 503
+        assert "has not answered" in response.json()["error"]["message"]
+        os.kill(server.engine_pid, signal.SIGCONT)
+        server.wait_until(lambda: server.get("/health").status_code == 200)
+    finally:
+        os.kill(server.engine_pid, signal.SIGCONT)
+        assert stop_server(server) == 0
+
+
 def test_the_engine_does_not_outlive_a_killed_server(golden_folder: Callable[[str], Path]) -> None:
     server = start_server(str(golden_folder("dsc")))
     engine = server.engine_pid

@@ -61,7 +61,7 @@ class Guarded:
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     guard = Guarded()
-    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32")}
+    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32", "int64")}
     monkeypatch.setattr(native, "torch", SimpleNamespace(**names, empty=guard.empty))
     yield guard
     guard.check()

@@ -85,6 +85,9 @@ def test_truncated_and_missing_files(small_model: Callable[..., Path]) -> None:
         ("model_type", "llama", "model_type"),
         ("ffn", {"kind": "dsc", "num_atoms": 2, "atoms_per_token": 3, "static_size": 8}, "more than num_atoms"),
         ("ffn", {"kind": "mlp"}, "ffn"),
+        ("eos_token_id", 61, "eos_token_id is 61; allowed: 0 to 60"),
+        ("eos_token_id", [3, -1], "eos_token_id is -1"),
+        ("bos_token_id", 100, "bos_token_id is 100"),
     ],
 )
 def test_bad_config(field: str, value: Any, message: str, small_model: Callable[..., Path]) -> None:
@@ -118,6 +121,12 @@ def test_generation_config_names_the_end_of_text(small_model: Callable[..., Path
     path.write_text('{"eos_token_id": "end"}')
     with pytest.raises(CheckpointError, match="eos_token_id is 'end', expected a token id"):
         load_config(folder)
+
+
+def test_a_checkpoint_is_never_written_over_another(small_model: Callable[..., Path]) -> None:
+    folder = small_model()
+    with pytest.raises(CheckpointError, match=r"holds a checkpoint already \(model\.safetensors\); name an"):
+        save_checkpoint(small_config(), wide_tensors(small_config()), folder)
 
 
 def test_projected_atoms_must_not_exceed_norm_one(tmp_path: Path) -> None:
@@ -180,6 +189,9 @@ def test_reference_import_names_what_is_wrong(tmp_path: Path) -> None:
         ("num_bases", None, "num_bases is None, expected int"),
         ("num_bases", 81, r"atoms_u has shape \[80, 48\], expected \[81, 48\]"),
         ("tie_weights", 1, "tie_weights is 1, expected bool"),
+        ("n_head", 16, "head_dim"),
+        ("dmc_top_k", 81, "more than num_atoms, 80"),
+        ("tau_clamp", 0, "tau"),
     ]:
         config.write_text(json.dumps({**good, field: value}))
         with pytest.raises(CheckpointError, match=message):

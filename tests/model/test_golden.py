@@ -10,6 +10,7 @@ import torch
 from small_models import METHODS
 from torch import Tensor
 
+from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -58,6 +59,20 @@ def test_logits_and_greedy_ids_match(method: str, chunk: int, golden_folder: Fol
         alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
     assert together == want
     assert alone == want
+
+
+@pytest.mark.parametrize("kernels", ["plain", *native.available()])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kernel_path_matches(method: str, kernels: str, golden_folder: Folder, golden_io: Golden) -> None:
+    """Plain torch too: what serves where the package was installed without a compiler."""
+    io = golden_io(method)
+    half = io["greedy_ids"].shape[1] // 2
+    with LLM(str(golden_folder(method)), dtype="float32", step_tokens=11, max_running=8, kernels=kernels) as llm:
+        for got, logits in zip(llm.logits(io["input_ids"].tolist()), io["logits"], strict=True):
+            torch.testing.assert_close(got, logits, **TOLERANCE)
+        outputs = llm.generate(io["greedy_ids"][:, :half].tolist(), SamplingParams(temperature=0, max_tokens=half))
+    native.use("auto")
+    assert [output.token_ids for output in outputs] == io["greedy_ids"][:, half:].tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)

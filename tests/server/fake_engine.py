@@ -57,14 +57,12 @@ class FakeEngine:
     def model(self) -> ModelInfo:
         return ModelInfo(
             limits=self.limits,
-            eos_token_ids=(299,),
             dtype="float32",
             device="cpu",
             threads=1,
             kernels="none",
             total_parameters=0,
             active_parameters=0,
-            bank_bytes=0,
         )
 
     async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:

@@ -9,7 +9,7 @@
 #include "gemm.h"
 #include "select.h"
 
-constexpr int64_t SMALL = 128, CHUNK = 192;
+constexpr int64_t SMALL = 24, CHUNK = 192;
 
 INLINE int64_t even(int64_t d) { return (d + 1) / 2 * 2; }
 

@@ -1,5 +1,5 @@
 // The Python module `dsc_kernels._native`: plain addresses in, so that it needs no torch to build and a call costs
-// little. `dsc_kernels.native` checks shapes and types; nothing else should call this.
+// little. `dsc_kernels.native` checks what it passes; nothing else should call this.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -1,0 +1,50 @@
+"""How kernels are made and launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Meta = dict[str, Any]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, with a type that mypy accepts as a decorator."""
+    return triton.jit(function)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them: it reads this when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these kernels take tensors of this kind."""
+    return dtype in FLOATS and (device.type == "cuda" or interpreted())
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and at least `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def stages(wanted: int) -> int:
+    """Pipeline stages: AMD GPUs have 64 KiB of local memory, enough for two."""
+    return min(wanted, 2) if torch.version.hip else wanted
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype (by default any floating one that kernels take)."""
+    allowed = FLOATS if dtype is None else (dtype,)
+    if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {expected} {list(shape)}")
+    if not serves(tensor.dtype if tensor.dtype in FLOATS else torch.float32, tensor.device):
+        raise ValueError(f"{name} is on {tensor.device}; these kernels take tensors on a GPU")

@@ -1,0 +1,94 @@
+"""Paged decode attention against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
+from torch import Tensor
+
+from dsc_kernels.gpu import attention
+
+
+@pytest.fixture(autouse=True)
+def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Poisoned]:
+    stand_in = poisoned(monkeypatch, attention)
+    yield stand_in
+    stand_in.check()
+
+
+def oracle(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
+    group, out = q.shape[1] // keys.shape[1], []
+    for row, context in enumerate(contexts.tolist()):
+        k, v = (
+            pool[tables[row]].transpose(0, 1).flatten(1, 2)[:, :context].double().repeat_interleave(group, 0)
+            for pool in (keys, values)
+        )
+        scores = (q[row].double()[:, None] @ k.transpose(1, 2)) * scale
+        out.append((scores.softmax(-1) @ v)[:, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("contexts", "kv_heads", "group", "size", "block"),
+    [
+        ([1], 1, 1, 16, 1),
+        ([1, 64, 65, 130], 2, 1, 64, 16),
+        ([33, 7, 70], 1, 4, 20, 5),
+        ([90, 17], 2, 3, 128, 7),
+        ([1, 700, 512, 1030], 1, 2, 24, 16),
+    ],
+)
+def test_attention(dtype: torch.dtype, contexts: list[int], kv_heads: int, group: int, size: int, block: int) -> None:
+    g = torch.Generator().manual_seed(size)
+    longest, batch = max(contexts), len(contexts)
+    width = -(-longest // block)
+    keys, values = (random(g, dtype, batch * width + 3, kv_heads, block, size) for _ in range(2))
+    tables = torch.randperm(batch * width + 3, generator=g)[: batch * width].view(batch, width)
+    q = random(g, dtype, batch, kv_heads * (group + 2), size)[:, : kv_heads * group]  # a slice of q, k, v
+    lengths = banded(torch.tensor(contexts))
+    got = attention.decode_attention(q, keys, values, banded(tables), lengths, longest, size**-0.5)
+    assert got.dtype == dtype and error(got, oracle(q, keys, values, tables, lengths, size**-0.5)) < TOLERANCE[dtype]
+
+
+def test_what_lies_behind_the_context_is_not_seen() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, keys, values = (random(g, torch.float32, *shape) for shape in ((2, 2, 16), (40, 2, 16, 16), (40, 2, 16, 16)))
+    tables, contexts = torch.arange(40).view(2, 20), torch.tensor([37, 300])
+    clean = attention.decode_attention(q, keys, values, tables, contexts, 300, 0.25)
+    for pool in (keys, values):
+        pool[2, :, 5:], pool[3:20], pool[38, :, 12:], pool[39] = (float("nan"),) * 4
+    tables[0, 3:] = 0x7BADBAD
+    assert torch.equal(attention.decode_attention(q, keys, values, tables, contexts, 300, 0.25), clean)
+
+
+@pytest.mark.parametrize("longest", [60, 2000])
+def test_an_empty_context_gives_zeros(longest: int) -> None:
+    pools = torch.ones(2, 1, 8, 16)
+    tables = torch.zeros(2, 250, dtype=torch.int64)
+    got = attention.decode_attention(torch.ones(2, 1, 16), pools, pools, tables, torch.tensor([0, 5]), longest, 0.25)
+    assert bool((got[0] == 0).all()) and error(got[1], torch.ones(1, 16)) < 1e-6
+
+
+def test_splits_fill_the_device_and_no_more() -> None:
+    assert attention.split_count(1, 6, 100) == 1
+    assert attention.split_count(1, 6, 1100) == 4
+    assert attention.split_count(1, 1, 1 << 20) == attention.MAX_SPLITS
+    assert attention.split_count(256, 8, 1 << 20) == 1
+
+
+def test_wrong_inputs_are_named() -> None:
+    q, pools, tables = torch.ones(1, 3, 16), torch.ones(2, 2, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="3 heads are not a multiple of 2 key-value heads"):
+        attention.decode_attention(q, pools, pools, tables, torch.tensor([1]), 16, 1.0)
+    with pytest.raises(ValueError, match=r"contexts is torch\.int32"):
+        attention.decode_attention(q, pools, pools, tables, torch.tensor([1]).int(), 16, 1.0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_contexts(dtype: torch.dtype) -> None:
+    test_attention(dtype, [5000, 1, 2049], 2, 3, 64, 16)

@@ -1,0 +1,122 @@
+"""The mixture of experts against a float64 loop over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from honest import DTYPES, Poisoned, banded, error, poisoned, random
+from torch import Tensor
+
+from dsc_kernels.gpu import moe
+from dsc_kernels.native import Activation
+from dsc_kernels.plain import ACTIVATIONS
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Poisoned]:
+    stand_in = poisoned(monkeypatch, moe)
+    yield stand_in
+    stand_in.check()
+
+
+def oracle(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    residual: Tensor | None,
+) -> Tensor:
+    act, out = ACTIVATIONS[activation], []
+    for token, row in enumerate(x.double()):
+        total = torch.zeros_like(row) if residual is None else residual[token].double()
+        for weight, expert in zip(weights[token].double(), experts[token].tolist(), strict=True):
+            middle = row @ up[expert].double().T
+            middle = act(middle) if gate is None else act(row @ gate[expert].double().T) * middle
+            total = total + weight * (middle @ down[expert].double().T)
+        out.append(total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "d", "hidden", "count", "k", "activation", "options"),
+    [
+        (1, 1, 1, 1, 1, "gelu", (False, False)),
+        (9, 67, 41, 5, 2, "gelu", (False, True)),
+        (23, 48, 70, 3, 3, "silu", (True, False)),
+        (70, 33, 50, 2, 2, "gelu", (True, True)),
+        (3, 20, 16, 200, 4, "none", (False, False)),
+    ],
+)
+def test_experts(
+    dtype: torch.dtype,
+    batch: int,
+    d: int,
+    hidden: int,
+    count: int,
+    k: int,
+    activation: Activation,
+    options: tuple[bool, bool],
+) -> None:
+    gated, with_residual = options
+    g = torch.Generator().manual_seed(batch + hidden)
+    x, up = random(g, dtype, batch, d), random(g, dtype, count, hidden, d, scale=d**-0.5)
+    gate = random(g, dtype, count, hidden, d, scale=d**-0.5) if gated else None
+    down = random(g, dtype, count, d, hidden, scale=hidden**-0.5)
+    residual = random(g, dtype, batch, d) if with_residual else None
+    weights = banded(torch.rand(batch, k, generator=g))
+    experts = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(batch)])
+    got = moe.run_experts(x, weights, experts, up, gate, down, activation, residual)
+    want = oracle(x, weights, experts, up, gate, down, activation, residual)
+    assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("crowd", ["all tokens on the last expert", "the first expert alone idle"])
+def test_uneven_routing(crowd: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up = random(g, torch.float32, 35, 20), random(g, torch.float32, 4, 24, 20)
+    down, weights = random(g, torch.float32, 4, 20, 24), banded(torch.rand(35, 1, generator=g))
+    experts = torch.full((35, 1), 3) if crowd.startswith("all") else torch.arange(35)[:, None] % 3 + 1
+    got = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    assert error(got, oracle(x, weights, experts, up, None, down, "gelu", None)) < TOLERANCE[torch.float32]
+
+
+def test_a_bad_token_touches_no_other() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up, down = (random(g, torch.bfloat16, *shape) for shape in ((8, 20), (3, 24, 20), (3, 20, 24)))
+    weights, experts = torch.rand(8, 2, generator=g), torch.arange(16).view(8, 2) % 3
+    clean = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    x[3, 4] = float("nan")
+    got = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    others = [i for i in range(8) if i != 3]
+    assert torch.equal(got[others], clean[others]) and bool(got[3].isnan().all())
+
+
+def test_slots_are_sorted_by_expert_and_then_by_token() -> None:
+    order, offsets = moe.sort_by_expert(torch.tensor([[2, 0], [0, 4], [2, 4]]), 5)
+    assert order.tolist() == [1, 2, 0, 4, 3, 5] and offsets.tolist() == [0, 2, 2, 4, 4, 6]
+
+
+def test_no_tokens() -> None:
+    none = torch.empty(0, 8)
+    arguments = (none, torch.empty(0, 2), torch.empty(0, 2).long(), torch.ones(3, 4, 8), None, torch.ones(3, 8, 4))
+    assert moe.run_experts(*arguments, "gelu").shape == (0, 8)
+
+
+def test_wrong_inputs_are_named() -> None:
+    x, experts = torch.ones(2, 8), torch.zeros(2, 1).long()
+    with pytest.raises(ValueError, match=r"down is torch.float32 \[3, 4, 8\]; expected torch.float32 \[3, 8, 4\]"):
+        moe.run_experts(x, torch.ones(2, 1), experts, torch.ones(3, 4, 8), None, torch.ones(3, 4, 8), "gelu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_papers_sizes(dtype: torch.dtype) -> None:
+    test_experts(dtype, 64, 384, 545, 5, 2, "gelu", (False, True))

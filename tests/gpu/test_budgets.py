@@ -1,0 +1,88 @@
+"""Kernels compiled for GPUs that need not be here keep to the resources that are written down.
+
+Compiling takes a process of its own: Triton decides once whether to compile or to interpret. After a change that moves
+the figures on purpose: `python tests/gpu/write_budgets.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsc_kernels import aot
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def compiled(tmp_path: Path, *options: str) -> list[aot.Row]:
+    file = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dsc_kernels.aot", "--json", str(file), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: list[aot.Row] = json.loads(file.read_text())
+    return rows
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_variants_compile_and_fit_the_targets() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compile_variants.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def budgets() -> list[aot.Row]:
+    rows: list[aot.Row] = json.loads(aot.BUDGETS.read_text())
+    return rows
+
+
+def test_kernels_keep_their_budgets(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--config", "paper", "--target", "sm_90")
+    assert rows and aot.broken_budgets(rows, budgets()) == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_kernels_keep_their_budgets_everywhere(tmp_path: Path) -> None:
+    rows = compiled(tmp_path)
+    assert aot.broken_budgets(rows, budgets()) == []
+    assert len(rows) == len(budgets()), "budgets.json has rows of kernels that are gone"
+
+
+def test_every_kernel_configuration_and_target_has_a_budget() -> None:
+    rows = budgets()
+    keys = {(row["kernel"], row["config"], row["target"]) for row in rows}
+    kernels = {row["kernel"] for row in rows}
+    assert keys == {(k, c, t) for k in kernels for c in aot.CONFIGS for t in aot.TARGETS}
+    assert all(list(row) == list(aot.Row.__annotations__) for row in rows)
+
+
+def test_shared_memory_fits_the_targets() -> None:
+    most = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+    assert [row for row in budgets() if row["shared_bytes"] > most[row["target"]]] == []
+
+
+def test_broken_budgets_are_named() -> None:
+    budget = budgets()[0]
+    name = " ".join((budget["kernel"], budget["config"], budget["target"]))
+    row: aot.Row = {**budget, "registers": budget["registers"] + 1, "matrix_instructions": -1}
+    registers, instructions = aot.broken_budgets([row], [budget])
+    assert registers == f"{name}: registers {budget['registers'] + 1}, at most {budget['registers']}"
+    assert instructions == f"{name}: matrix_instructions -1, at least {budget['matrix_instructions']}"
+    assert aot.broken_budgets([row], []) == [f"{name}: no budget"]
+    assert aot.broken_budgets([budget], [budget]) == []
+
+
+def test_the_command_explains_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = CliRunner().invoke(aot.aot_command, [])
+    assert result.exit_code == 1 and "TRITON_INTERPRET is set" in result.output
+    assert "sm_90" in CliRunner().invoke(aot.aot_command, ["--target", "sm_1"]).output

@@ -1,0 +1,105 @@
+"""The layers on a real GPU, compiled: against their plain twins in float64, and captured in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsc_kernels import plain, reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def random(g: torch.Generator, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=g) * scale).to("cuda", dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float(((got.double() - want.double()).norm() / want.double().norm()).nan_to_num(torch.inf))
+
+
+def dsc_layer(dtype: torch.dtype, d: int, atoms: int, k: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(d)
+    return {
+        "up": random(g, dtype, 327, d, scale=d**-0.5),
+        "gate": None,
+        "down": random(g, dtype, d, 327, scale=327**-0.5),
+        "activation": "gelu",
+        "router": random(g, dtype, atoms, d, scale=d**-0.5),
+        "router_bias": random(g, torch.float32, atoms, scale=0.3),
+        "u": reference.project(random(g, torch.float32, atoms, d), 1e-6).to(dtype),
+        "v": reference.project(random(g, torch.float32, atoms, d), 1e-6).to(dtype),
+        "gamma": torch.rand(d, generator=g).cuda(),
+        "k": k,
+        "tau": 20.0,
+        "eps": 1e-6,
+        "norm_eps": 1e-5,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "atoms", "k"), [(384, 1523, 4), (67, 101, 5), (4096, 4096, 32)])
+@pytest.mark.parametrize("batch", [1, 16, 300])
+def test_dsc_layer(dtype: torch.dtype, d: int, atoms: int, k: int, batch: int) -> None:
+    from dsc_kernels.gpu import layers
+
+    arguments = dsc_layer(dtype, d, atoms, k)
+    wide = {name: t.double() if isinstance(t, Tensor) else t for name, t in arguments.items()}
+    x = random(torch.Generator().manual_seed(batch), dtype, batch, d)
+    out, picks, weights, _ = layers.Ffn(**arguments).routed(x)
+    logits = reference.router_logits(x.double(), wide["router"], wide["router_bias"], 1e-5).clamp(-20, 20)
+    ordered = logits.sort(dim=1, descending=True)
+    sure = ordered.values[:, k - 1] - ordered.values[:, k] > 1e-3
+    same = (picks.long().sort(dim=1).values == ordered.indices[:, :k].sort(dim=1).values).all(dim=1)
+    assert bool(same[sure].all())
+    want_weights, _ = reference.coefficients(logits.gather(1, picks.long()), 1e-6)
+    dynamic = reference.compose(x.double(), picks.long(), want_weights, wide["u"], wide["v"], wide["gamma"])
+    want = plain.Mlp(wide["up"], None, wide["down"], "gelu")(x.double()) + dynamic
+    assert error(out, want) < TOLERANCE[dtype] and error(weights, want_weights) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 16, 300])
+def test_moe_layer_waits_for_nothing(dtype: torch.dtype, batch: int) -> None:
+    from dsc_kernels.gpu import layers
+
+    g = torch.Generator().manual_seed(0)
+    up = [random(g, dtype, 545, 384, scale=384**-0.5) for _ in range(5)]
+    down = [random(g, dtype, 384, 545, scale=545**-0.5) for _ in range(5)]
+    router = random(g, dtype, 5, 384, scale=384**-0.5)
+    layer = layers.Moe(router, None, up, None, down, "gelu", 2, False, 1e-5)
+    x = random(g, dtype, batch, 384)
+    out = layer(x)
+    weights, experts = layer.route(x)
+    oracle = plain.Moe(router, None, [w.double() for w in up], None, [w.double() for w in down], "gelu", 2, False, 1e-5)
+    outputs = torch.stack([expert(x.double()) for expert in oracle.experts], dim=1)
+    picked = outputs.gather(1, experts[:, :, None].expand(-1, -1, 384))
+    assert error(out, (picked * weights.double()[:, :, None]).sum(dim=1)) < TOLERANCE[dtype]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a wait for the device would raise here
+        captured = layer(x)
+    graph.replay()
+    assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group", "size"), [(6, 1, 64), (8, 4, 128), (1, 3, 20)])
+def test_decode_attention(dtype: torch.dtype, kv_heads: int, group: int, size: int) -> None:
+    from dsc_kernels.gpu.attention import decode_attention
+
+    g = torch.Generator().manual_seed(size)
+    contexts = torch.tensor([1, 16, 700, 2049], device="cuda")
+    keys, values = (random(g, dtype, 600, kv_heads, 16, size) for _ in range(2))
+    tables = torch.randperm(600, generator=g)[:516].view(4, 129).cuda()
+    q = random(g, dtype, 4, kv_heads * group, size)
+    got = decode_attention(q, keys, values, tables, contexts, 2049, size**-0.5)
+    pools = (keys.double(), values.double())
+    want = plain.decode_attention(q.double(), *pools, tables, contexts, 2049, size**-0.5)
+    assert error(got, want) < TOLERANCE[dtype]

@@ -1,0 +1,76 @@
+"""The Python API: wrong arguments are named, and a failure reaches the call it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsc_serve import LLM, SamplingParams
+from dsc_serve.sampling_params import ParameterError
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (5, "prompts is 5; expected texts or lists of token ids"),
+        ([1, "a"], "prompts"),
+        ([["a"]], r"prompts\[0\] is \['a'\]"),
+        ([[1], [1.7]], r"prompts\[1\] is \[1.7\]"),
+        ([[True]], r"prompts\[0\]"),
+        ("text", "no tokenizer"),
+        ([[]], "prompt is empty"),
+        ([[61]], "token id 61; allowed: 0 to 60"),
+    ],
+)
+def test_prompts_that_are_none_are_named(small_model: Callable[..., Path], prompts: Any, words: str) -> None:
+    with LLM(str(small_model())) as llm:
+        with pytest.raises(ParameterError, match=words):
+            llm.generate(prompts)
+        assert not llm.engine.has_work
+        assert llm.generate([]) == []
+        assert llm.logits([]) == []
+
+
+def test_parameters_are_checked_before_anything_runs(small_model: Callable[..., Path]) -> None:
+    with LLM(str(small_model()), dtype="bf16") as llm:  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match="params has 1 entries for 2 prompts"):
+            llm.generate([[1], [2]], [SamplingParams()])
+        with pytest.raises(ParameterError, match="expected SamplingParams"):
+            llm.generate([[1]], [{"temperature": 0}])  # type: ignore[list-item]
+        with pytest.raises(ParameterError, match="n is 2; a stream has one choice"):
+            llm.stream([1], SamplingParams(n=2))
+        with pytest.raises(ParameterError, match="together they may be at most 48"):
+            llm.generate([[1], [2] * 40], SamplingParams(max_tokens=20))
+        assert not llm.engine.has_work
+
+
+def test_a_closed_llm_says_so(small_model: Callable[..., Path]) -> None:
+    llm = LLM(str(small_model()))
+    llm.close()
+    llm.close()
+    for call in (llm.generate, llm.logits):
+        with pytest.raises(RuntimeError, match="closed"):
+            call([])
+
+
+def test_a_failed_step_reaches_every_call_it_belongs_to(
+    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(str(small_model())) as llm:
+        stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=10, ignore_eos=True))
+        next(stream)
+
+        def fail(work: object) -> None:
+            raise MemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine.runner, "run", fail)
+            with pytest.raises(RuntimeError, match="no room"):
+                llm.generate([[4, 5]])
+        with pytest.raises(RuntimeError, match="no room"):
+            next(stream)
+        assert not llm.engine.has_work
+        assert llm.generate([[4, 5]], SamplingParams(max_tokens=2, ignore_eos=True))[0].finish_reason == "length"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, collected, prepare_model
 from dsc_serve.engine.output import Delta, TokenLogprobs
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -123,9 +123,14 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise ParameterError("n", f"n is {params.n}; a stream has one choice")
-        return self._follow(self._submit(self._listed([prompt])[0], params, 0))
+        (ids,) = self._listed([prompt])
+        resolve_max_tokens(ids, params, self.engine.limits)
+        TextStream(self.tokenizer, ids, params)
+        return self._follow(ids, params)
 
-    def _follow(self, track: _Track) -> Iterator[RequestOutput]:
+    def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
+        """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
+        track = self._submit(ids, params, 0)
         try:
             while track.news or track.output.finish_reason is None:
                 if track.news:
@@ -142,7 +147,7 @@ class LLM:
         tracks: list[_Track] = []
         requests = []
         try:
-            for ids in self._listed(list(token_ids)):
+            for ids in self._listed(token_ids):
                 track = self._track(ids, params, 0)
                 tracks.append(track)
                 requests.append(self.engine.add(track.id, ids, params, collect_logits=True))
@@ -194,7 +199,7 @@ class LLM:
             params = SamplingParams()
         if isinstance(params, SamplingParams):
             return [params] * count
-        if not all(isinstance(own, SamplingParams) for own in params):
+        if not isinstance(params, list | tuple) or not all(isinstance(own, SamplingParams) for own in params):
             raise ParameterError("params", f"params is {params!r}; expected SamplingParams, one or one per prompt")
         if len(params) != count:
             raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")

@@ -40,11 +40,25 @@ def test_parameters_are_checked_before_anything_runs(small_model: Callable[..., 
             llm.generate([[1], [2]], [SamplingParams()])
         with pytest.raises(ParameterError, match="expected SamplingParams"):
             llm.generate([[1]], [{"temperature": 0}])  # type: ignore[list-item]
+        with pytest.raises(ParameterError, match="params is 5; expected SamplingParams"):
+            llm.generate([[1]], 5)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match="prompts is 5"):
+            llm.logits(5)  # type: ignore[arg-type]
         with pytest.raises(ParameterError, match="n is 2; a stream has one choice"):
             llm.stream([1], SamplingParams(n=2))
         with pytest.raises(ParameterError, match="together they may be at most 48"):
+            llm.stream([1], SamplingParams(max_tokens=48))
+        with pytest.raises(ParameterError, match="together they may be at most 48"):
             llm.generate([[1], [2] * 40], SamplingParams(max_tokens=20))
         assert not llm.engine.has_work
+
+
+def test_a_stream_that_nobody_reads_leaves_nothing(small_model: Callable[..., Path]) -> None:
+    with LLM(str(small_model())) as llm:
+        unread = llm.stream([1, 2, 3])
+        assert not llm.engine.has_work
+        del unread
+        assert not llm._tracks
 
 
 def test_a_closed_llm_says_so(small_model: Callable[..., Path]) -> None:

@@ -1,8 +1,8 @@
 """What models call: layers and operators, each built for the fastest implementation there is for its device and dtype.
 
 Selection is exact for the logits, which are float32 sums: by clamped logit descending, then index ascending. Native
-bfloat16 layers round the folded router weight to bfloat16 once, at load; plain ones keep it in float32. On the embedded
-model about 1 % of the picked sets differ for that reason.
+bfloat16 layers round the folded router weight to bfloat16 once, at load; plain ones keep it in float32, so the two may
+pick other atoms where logits nearly tie.
 """
 
 from __future__ import annotations

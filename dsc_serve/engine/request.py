@@ -21,7 +21,8 @@ class Request:
     tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
     the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
     already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
-    preemption must not repeat them.
+    preemption must not repeat them. signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all
+    layers), seen or predicted; None while nothing is known.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     logits: list[Tensor] = field(default_factory=list)
+    signature: NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsc_serve.engine.kv_cache import blocks_for
 
 
@@ -22,6 +25,9 @@ class RequestView(Protocol):
     def gap(self) -> int: ...
     @property
     def blocks(self) -> Sequence[int]: ...
+    @property
+    def signature(self) -> NDArray[np.uint64] | None:
+        """uint64 [16]: a bitmap of the atoms picked; what two share is the population count of their AND."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import Limits, SamplingParams, resolve_max_tokens
+from dsc_serve.terms import Terms
 
 KV_SHARE = 0.2  # of the memory that is free, what a pool may take where its size is not given
 
@@ -69,12 +70,19 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams, collect_logits: bool = False) -> Request:
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        collect_logits: bool = False,
+        terms: Terms | None = None,
+    ) -> Request:
         """Queue a request. Raises ParameterError when it could never finish here, ValueError when its id is in use."""
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
-        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits)
+        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits, terms or Terms())
         self.scheduler.add(request)
         return request
 

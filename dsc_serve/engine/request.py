@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.terms import Terms
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -31,6 +32,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     collect_logits: bool = False
+    terms: Terms = field(default_factory=Terms)
     seed: int = 0
     computed: int = 0
     reported: int = 0

@@ -13,6 +13,7 @@ from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
 from dsc_serve.server.schema import GenerationFields
 from dsc_serve.server.service import Service
+from dsc_serve.terms import Terms
 from dsc_serve.text.stream import TextStream
 from dsc_serve.worker.messages import TokenLogprobs
 
@@ -65,6 +66,7 @@ class Shape(ABC):
         self.include_usage = fields.include_usage
         self.id = answer_id
         self.user = fields.user
+        self.terms = Terms(tenant=fields.user or "")
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
     def choices(

@@ -11,6 +11,7 @@ from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_ma
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.limits import Permits
 from dsc_serve.server.metrics import Metrics
+from dsc_serve.terms import Terms
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
 from dsc_serve.worker.messages import Delta, ModelInfo, Stats
@@ -27,7 +28,9 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]: ...
+    def generate(
+        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+    ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
 

@@ -154,7 +154,7 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params)
+            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._shape.terms)
             async with aclosing(deltas):
                 if not await self._follow_deltas(choice, deltas, emit):
                     raise engine_failure("the engine ended the request without a reason")

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator
 
 from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.terms import Terms
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,
@@ -55,7 +56,9 @@ class EngineClient:
     def alive(self) -> bool:
         return self._dead is None
 
-    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """Yield what the engine generates. Raises EngineDiedError if it is not running."""
         if self._dead is not None:
             raise EngineDiedError(self._dead)
@@ -65,7 +68,7 @@ class EngineClient:
         self._queues[request_id] = queue
         ended = False
         try:
-            await self._send(Submit(request_id, prompt, params))
+            await self._send(Submit(request_id, prompt, params, terms or Terms()))
             while not ended:
                 delta = await queue.get()  # ended by the engine's finish, by its death, or by the caller's cancellation
                 ended = delta.finish_reason is not None

@@ -13,6 +13,7 @@ from dsc_serve.config import EngineConfig
 from dsc_serve.engine.output import Delta as Delta
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.terms import Terms
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20
@@ -30,6 +31,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     request_id: str
     prompt: list[int]
     params: SamplingParams
+    terms: Terms = Terms()
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Callable
 
 from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.terms import Terms
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Delta, ModelInfo, Stats, TokenLogprobs
 
@@ -48,6 +49,7 @@ class FakeEngine:
         self.tokens_per_step = 1
         self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16)
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
+        self.terms: list[Terms] = []
         self.finished: list[tuple[str, str]] = []
         self.aborted: list[str] = []
         self.running = 0
@@ -65,12 +67,15 @@ class FakeEngine:
             active_parameters=0,
         )
 
-    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+    ) -> AsyncGenerator[Delta, None]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")
         assert request_id not in [name for name, _, _ in self.submitted]
         assert params.n == 1
         self.submitted.append((request_id, prompt, params))
+        self.terms.append(terms or Terms())
         self.running += 1
         ended = False
         try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from dsc_serve import __version__
-from dsc_serve.config import DTYPES, EMBEDDED_MODEL, EngineConfig, ServerConfig, resolve_model
+from dsc_serve.config import DTYPES, EMBEDDED_MODEL, EngineConfig, environment, resolve_model
+from dsc_serve.settings import SECTIONS, SETTINGS, Setting, choose, document
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,59 +38,49 @@ class Command(click.Group):
             raise click.ClickException(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
-def engine_options(command: F) -> F:
-    """The options that every command with an engine takes."""
-    defaults = EngineConfig()
-    options = (
-        click.option("--dtype", type=DTYPE, default=defaults.dtype, show_default=True, help="Compute in this dtype."),
-        click.option(
-            "--device", type=click.Choice(["cpu", "cuda"]), default=defaults.device, show_default=True, help="Run here."
-        ),
-        click.option(
-            "--threads", type=click.IntRange(0), default=defaults.threads, help="Compute threads [default: all cores]."
-        ),
-        click.option(
-            "--max-running",
-            type=click.IntRange(1),
-            default=defaults.max_running,
-            show_default=True,
-            help="Most requests in one step.",
-        ),
-        click.option(
-            "--step-tokens",
-            type=click.IntRange(1),
-            default=defaults.step_tokens,
-            show_default=True,
-            help="Most tokens computed in one step; longer prompts take several.",
-        ),
-        click.option(
-            "--block-size",
-            type=click.IntRange(1),
-            default=defaults.block_size,
-            show_default=True,
-            help="Tokens in one KV block.",
-        ),
-        click.option(
-            "--kv-tokens",
-            type=click.IntRange(0),
-            default=defaults.kv_tokens,
-            help="Tokens the KV pool holds [default: full contexts for all, within a fifth of free memory].",
-        ),
-        click.option(
-            "--kernels",
-            default=defaults.kernels,
-            show_default=True,
-            help="CPU kernels: auto, plain (torch alone), or an instruction set such as avx2.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def options_of(*sections: str, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Options for all settings of these sections; those not given are None, or empty where several may be."""
+
+    def decorate(command: F) -> F:
+        for setting in reversed(SETTINGS.values()):
+            if setting.section in sections and setting.name not in without:
+                command = option_of(setting)(command)
+        return command
+
+    return decorate
 
 
-def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
-    options["dtype"] = DTYPES[options["dtype"]]
-    return EngineConfig(model=model, **options)
+def option_of(setting: Setting) -> Callable[[F], F]:
+    described = f"{setting.description.rstrip('.')}."
+    if setting.type is bool:
+        return click.option(f"{setting.flag}/{setting.flag.replace('--', '--no-', 1)}", default=None, help=described)
+    if setting.default not in ("", ()):
+        described += f"  [default: {setting.default}]"
+    choices = get_args(setting.type) if get_origin(setting.type) is Literal else ()
+    kind: Any = click.Choice(choices) if choices else str if setting.many else setting.type
+    return click.option(setting.flag, type=kind, multiple=setting.many, default=None, help=described)
+
+
+engine_options = options_of("engine", without=("model",))
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+class ServeCommand(click.Command):
+    """Shows the options by the sections of the configuration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            setting = SETTINGS.get(parameter.name or "")
+            if record is not None:
+                groups.setdefault(setting.section if setting else "options", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name.capitalize()):
+                formatter.write_dl(records)
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -98,33 +89,32 @@ def main() -> None:
     """Serve language models with Dynamic Subspace Composition (DSC) feed-forward layers."""
 
 
-@main.command(short_help="Serve a model over an OpenAI-compatible HTTP API.")
-@click.argument("model", default=EMBEDDED_MODEL)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
-@click.option("--served-model-name", default="", help="The model's name in the API [default: its folder's].")
-@click.option(
-    "--max-waiting", type=click.IntRange(1), default=1024, show_default=True, help="Requests that may queue; then 429."
-)
-@engine_options
-def serve(model: str, host: str, port: int, served_model_name: str, max_waiting: int, **options: Any) -> None:
+@main.command(cls=ServeCommand, short_help="Serve a model over an OpenAI-compatible HTTP API.")
+@click.argument("model", required=False)
+@click.option("--config", "config_file", type=FILE, help="TOML file of settings; docs/configuration.md lists them.")
+@click.option("--print-config", is_flag=True, help="Print the settings that hold, with their sources, and exit.")
+@options_of(*SECTIONS, without=("model",))
+def serve(model: str | None, config_file: Path | None, print_config: bool, **options: Any) -> None:
     """Serve MODEL, a checkpoint folder or the embedded model's name, over an OpenAI-compatible HTTP API."""
     from dsc_serve.server.app import serve as serve_http
     from dsc_serve.worker.supervisor import EngineStartError
 
-    resolve_model(model)
+    chosen = choose(config_file, environment(), {"model": model, **options})
+    config = chosen.config()
+    if print_config:
+        click.echo(chosen.toml(), nl=False)
+        return
+    resolve_model(config.engine.model)
     try:
-        serve_http(
-            ServerConfig(
-                host=host,
-                port=port,
-                served_model_name=served_model_name,
-                max_waiting=max_waiting,
-                engine=engine_config(model, options),
-            )
-        )
+        serve_http(config)
     except (EngineStartError, OSError) as error:
         raise click.ClickException(str(error)) from None
+
+
+@main.command(short_help="List every setting of `serve`.")
+def settings() -> None:
+    """Print every setting of `serve`, in Markdown: its flag, default, allowed values and meaning."""
+    click.echo(document(), nl=False)
 
 
 @main.command(short_help="Continue a text.")
@@ -163,8 +153,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    options["dtype"] = DTYPES[options["dtype"]]
-    with LLM(model, **options) as llm:
+    with LLM(model, **given(options)) as llm:
         if llm.tokenizer is None:
             try:
                 ids = [int(part) for part in prompt.replace(",", " ").split()]
@@ -185,14 +174,14 @@ def generate(
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="Load in this dtype.")
 @click.option("--kernels", default="auto", show_default=True, help="As in serve.")
-def inspect(model: str, dtype: str, kernels: str) -> None:
+def inspect(model: str, dtype: Any, kernels: str) -> None:
     """Describe MODEL: architecture, parameters, bank, certificate, and the kernels that would serve it here."""
     from dsc_serve.engine.engine import prepare_model
     from dsc_serve.model.description import describe
     from dsc_serve.text.tokenizer import Tokenizer
 
     folder = resolve_model(model)
-    rows = describe(prepare_model(EngineConfig(model=model, dtype=DTYPES[dtype], kernels=kernels)))
+    rows = describe(prepare_model(EngineConfig(model=model, dtype=dtype, kernels=kernels)))
     tokenizer = Tokenizer.load(folder)
     rows["tokenizer"] = "none: token ids only" if tokenizer is None else f"{tokenizer.vocab_size} tokens"
     width = max(map(len, rows))

@@ -1,47 +1,100 @@
-"""Typed settings of the engine and of the server; the only place that reads the environment."""
+"""Typed settings of the engine and of the server; the only place that reads the environment.
+
+Each field carries its meaning and its bounds; `settings` reads fields from files, the environment and flags, and
+documents them. Names are unique over all sections, so that flags and variables need no section.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
+
+from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
+# Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
+PREFIX = "DSC_SERVE__"
+API_KEYS = f"{PREFIX}API_KEYS"
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the text names the setting, its value and what is allowed."""
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What one engine needs to know. Sizes are counts of tokens, sequences or blocks; 0 threads means: choose.
+def allowed_values(kind: Any) -> str:
+    """What a field of this annotated type may hold, in words."""
+    base, *notes = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    if get_origin(base) is Literal:
+        return f"one of {', '.join(map(str, get_args(base)))}"
+    if get_origin(base) is tuple:
+        return "a list of texts"
+    name = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[base]
+    low = next((note.ge for note in notes if note.ge is not None), None)
+    high = next((note.le for note in notes if note.le is not None), None)
+    bounds = [f"{word} {bound}" for word, bound in (("at least", low), ("at most", high)) if bound is not None]
+    return f"{name} of {' and '.join(bounds)}" if bounds else name
 
-    kv_tokens: tokens the KV pool holds; 0 sizes it for `max_running` full contexts within a fifth of free memory.
-    kernels: CPU kernels to use: "auto" (the best this machine has), "plain" (torch alone) or an instruction set's name.
-    """
 
-    model: str = EMBEDDED_MODEL
-    dtype: str = "auto"
-    device: str = "cpu"
-    threads: int = 0
-    max_running: int = 64
-    step_tokens: int = 512
-    block_size: int = 16
-    kv_tokens: int = 0
-    policy: str = "fcfs"
-    kernels: str = "auto"
+def converted(value: object, kind: Any, strict: bool = True) -> Any:
+    """A value as a field of this annotated type holds it. Raises ValidationError; not strict: texts are parsed."""
+    result = msgspec.convert(value, kind, strict=strict)
+    if isinstance(result, float) and not math.isfinite(result):
+        raise msgspec.ValidationError("not finite")
+    return result
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that belong together. Raises ConfigError where a value is not what its field allows."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not known; allowed: {', '.join(DTYPES)}")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device {self.device!r} is not known; allowed: cpu, cuda")
-        for field, low in (("threads", 0), ("max_running", 1), ("step_tokens", 1), ("block_size", 1), ("kv_tokens", 0)):
-            value = getattr(self, field)
-            if value < low:
-                raise ConfigError(f"{field} is {value}; it must be at least {low}")
+        for name, kind in self.kinds().items():
+            value = getattr(self, name)
+            try:
+                converted(value, kind)
+            except msgspec.ValidationError:
+                raise ConfigError(f"{name} is {value!r}; it must be {allowed_values(kind)}") from None
+
+    @classmethod
+    @functools.cache
+    def kinds(cls) -> Mapping[str, Any]:
+        """The annotated type of every field."""
+        return get_type_hints(cls, include_extras=True)
+
+
+class EngineConfig(Section, frozen=True, kw_only=True):
+    """What one engine needs to know. Sizes are counts of tokens, sequences or blocks."""
+
+    model: Annotated[str, Meta(description="Checkpoint folder, or an embedded model's name.")] = EMBEDDED_MODEL
+    dtype: Annotated[
+        Literal["auto", "float32", "fp32", "bfloat16", "bf16"],
+        Meta(description="Compute in this dtype; auto: as stored, where the device is fast in it."),
+    ] = "auto"
+    device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
+    threads: Annotated[int, Meta(ge=0, description="Compute threads; 0: all cores.")] = 0
+    max_running: Annotated[int, Meta(ge=1, description="Most requests in one step.")] = 64
+    step_tokens: Annotated[
+        int, Meta(ge=1, description="Most tokens computed in one step; longer prompts take several.")
+    ] = 512
+    block_size: Annotated[int, Meta(ge=1, description="Tokens in one KV block.")] = 16
+    kv_tokens: Annotated[
+        int,
+        Meta(ge=0, description="Tokens the KV pool holds; 0: full contexts for all, within a fifth of free memory."),
+    ] = 0
+    policy: Annotated[str, Meta(description="Scheduling policy.")] = "fcfs"
+    kernels: Annotated[
+        str, Meta(description="CPU kernels: auto, plain (torch alone), or an instruction set such as avx2.")
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens is {self.step_tokens} but max_running is {self.max_running}; a step must have room for "
@@ -49,21 +102,118 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and how the HTTP server listens. `max_waiting` requests may queue; beyond it clients get 429."""
+class LimitConfig(Section, frozen=True, kw_only=True):
+    """What the server lets in."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str = ""
-    max_waiting: int = 1024
-    start_timeout_s: float = 300.0
-    engine: EngineConfig = EngineConfig()
+    max_waiting: Annotated[int, Meta(ge=1, description="Requests that may queue; beyond them clients get 429.")] = 1024
+    max_connections: Annotated[
+        int, Meta(ge=0, description="Open connections; more are closed at once. 0: what open files allow.")
+    ] = 0
+    max_header_bytes: Annotated[int, Meta(ge=1024, description="Largest request line and headers.")] = 2**16
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest body; beyond it clients get 413.")] = 8 * 2**20
+    header_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's headers to arrive.")] = 20.0
+    body_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's body to arrive.")] = 60.0
+    keep_alive_s: Annotated[float, Meta(ge=0.1, description="Seconds that a connection may idle.")] = 30.0
+    send_timeout_s: Annotated[
+        float, Meta(ge=0.1, description="Seconds that a send may wait for a slow reader; then it is hung up on.")
+    ] = 30.0
+    max_unread: Annotated[
+        int, Meta(ge=1, description="Steps' news that may wait for a slow reader; then its request is ended.")
+    ] = 4096
+    max_prompt_tokens: Annotated[int, Meta(ge=0, description="Longest prompt; 0: what the context holds.")] = 0
+    max_output_tokens: Annotated[int, Meta(ge=0, description="Largest max_tokens; 0: what the context holds.")] = 0
+    max_choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Largest n.")] = MAX_CHOICES
+    max_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Most alternatives per token.")] = MAX_LOGPROBS
+    max_stops: Annotated[int, Meta(ge=0, le=MAX_STOPS, description="Most stop texts.")] = MAX_STOPS
+    streams_per_key: Annotated[
+        int, Meta(ge=0, description="Generations at a time for a key that says nothing else; 0: no limit.")
+    ] = 0
+    requests_per_minute: Annotated[
+        int, Meta(ge=0, description="Generations a minute for a key that says nothing else; 0: no limit.")
+    ] = 0
+    tokens_per_minute: Annotated[
+        int, Meta(ge=0, description="Prompt and output tokens a minute for such a key; 0: no limit.")
+    ] = 0
+
+
+class AccessConfig(Section, frozen=True, kw_only=True):
+    """Who may ask."""
+
+    key_file: Annotated[
+        str, Meta(description="TOML file of API keys, read again when it changes; `dsc-serve key` makes entries.")
+    ] = ""
+    metrics_key: Annotated[bool, Meta(description="/metrics needs a key too.")] = False
+    cors_origins: Annotated[
+        tuple[str, ...], Meta(description="Origins whose web pages may call the API, such as https://chat.example.")
+    ] = ()
+
+
+class LifeConfig(Section, frozen=True, kw_only=True):
+    """How the engine is started, watched, restarted and ended."""
+
+    start_timeout_s: Annotated[float, Meta(ge=1, description="Seconds for the engine to load its model.")] = 300.0
+    ping_s: Annotated[float, Meta(ge=0.05, description="Seconds between looks at the engine.")] = 1.0
+    stall_s: Annotated[
+        float,
+        Meta(ge=0.1, description="Not ready when the engine has not answered, or not completed a step, for so long."),
+    ] = 5.0
+    hang_s: Annotated[float, Meta(ge=0.1, description="The engine is killed and restarted after so long.")] = 30.0
+    max_restarts: Annotated[
+        int, Meta(ge=0, description="Restarts of the engine within restart_window_s; then the server gives up.")
+    ] = 5
+    restart_window_s: Annotated[float, Meta(ge=1, description="See max_restarts.")] = 300.0
+    drain_s: Annotated[
+        float, Meta(ge=0, description="Seconds that running requests have to finish once the server is told to stop.")
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; allowed: 0 to 65535 (0 picks a free one)")
-        if self.max_waiting < 1:
-            raise ConfigError(f"max_waiting is {self.max_waiting}; it must be at least 1")
+        super().__post_init__()
+        if self.hang_s < self.stall_s:
+            raise ConfigError(f"hang_s is {self.hang_s} but stall_s is {self.stall_s}; it must be at least that")
+
+
+class LogConfig(Section, frozen=True, kw_only=True):
+    """What is logged, and where."""
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")] = "info"
+    log_format: Annotated[Literal["text", "json"], Meta(description="Lines for people, or one JSON object a line.")] = (
+        "text"
+    )
+    log_file: Annotated[str, Meta(description="Append to this file instead of standard error.")] = ""
+    log_requests: Annotated[bool, Meta(description="Log every HTTP request when it has ended.")] = False
+    log_prompts: Annotated[bool, Meta(description="Log what clients send to the model, which is private.")] = False
+
+
+class ServerConfig(Section, frozen=True, kw_only=True):
+    """Where the HTTP server listens and what it serves, with all the sections."""
+
+    host: Annotated[str, Meta(description="Listen on this address.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Listen on this port; 0 picks a free one.")] = 8000
+    served_model_name: Annotated[str, Meta(description="The model's name in the API; empty: its folder's.")] = ""
+    tls_cert: Annotated[str, Meta(description="PEM file of the server's certificate chain; with it, HTTPS.")] = ""
+    tls_key: Annotated[str, Meta(description="PEM file of the certificate's private key.")] = ""
+    engine: EngineConfig = EngineConfig()
+    limits: LimitConfig = LimitConfig()
+    access: AccessConfig = AccessConfig()
+    life: LifeConfig = LifeConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError(
+                f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
+            )
+
+
+def environment() -> dict[str, str]:
+    """The variables that are meant for this program, without those of API keys."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name != API_KEYS}
+
+
+def environment_keys() -> str:
+    """API keys given by the environment, as NAME:KEY,NAME:KEY."""
+    return os.environ.get(API_KEYS, "")
 
 
 def models_folder() -> Path:
@@ -95,7 +245,7 @@ def engine_environment(threads: int) -> dict[str, str]:
     server, wants their core; threads that sleep at once wake too slowly for layers of 100 µs. So they spin for some
     microseconds and then sleep; `docs/kernels.md` has the figures.
     """
-    env = dict(os.environ)
+    env = {name: value for name, value in os.environ.items() if name != API_KEYS}
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("GOMP_SPINCOUNT", "3000")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -51,7 +51,7 @@ class LLM:
     def __init__(
         self,
         model: str = EMBEDDED_MODEL,
-        device: str = "cpu",
+        device: Literal["cpu", "cuda"] = "cpu",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         *,
         threads: int = 0,

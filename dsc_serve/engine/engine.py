@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native
-from dsc_serve.config import ConfigError, EngineConfig, available_memory, default_threads, resolve_model
+from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, Budget
@@ -147,7 +147,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
-    return load_model(resolve_model(config.model), config.dtype, torch.device(config.device))
+    return load_model(resolve_model(config.model), DTYPES[config.dtype], torch.device(config.device))
 
 
 def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:

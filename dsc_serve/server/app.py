@@ -48,7 +48,7 @@ def served_name(config: ServerConfig) -> str:
 
 def create_app(config: ServerConfig, client: Engine, tokenizer: Tokenizer | None) -> FastAPI:
     """The application around a running engine. It reads of `config` the names and limits, not the address."""
-    permits = Permits(config.max_waiting + config.engine.max_running)
+    permits = Permits(config.limits.max_waiting + config.engine.max_running)
     service = Service(client, tokenizer, served_name(config), permits)
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service = service
@@ -139,7 +139,7 @@ def serve(config: ServerConfig) -> None:
 
 
 async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: Tokenizer | None) -> None:
-    supervisor = EngineSupervisor(config.engine, config.start_timeout_s)
+    supervisor = EngineSupervisor(config.engine, config.life.start_timeout_s)
     starting = asyncio.create_task(supervisor.start())
     server: Server | None = None
     asked = 0

@@ -13,7 +13,7 @@ import httpx
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 
-from dsc_serve.config import EngineConfig, ServerConfig
+from dsc_serve.config import EngineConfig, LimitConfig, ServerConfig
 from dsc_serve.server.app import Server, bind, create_app
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ MAX_WAITING, MAX_RUNNING = 6, 2
 def app_around(engine: FakeEngine, tokenizer: Tokenizer | None) -> FastAPI:
     config = ServerConfig(
         served_model_name="fake",
-        max_waiting=MAX_WAITING,
+        limits=LimitConfig(max_waiting=MAX_WAITING),
         engine=EngineConfig(max_running=MAX_RUNNING, step_tokens=64),
     )
     return create_app(config, engine, tokenizer)

@@ -25,7 +25,7 @@ PROGRAM = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
 from fake_engine import FakeEngine
-from dsc_serve.config import EngineConfig, ServerConfig
+from dsc_serve.config import EngineConfig, LifeConfig, ServerConfig
 from dsc_serve.server import app
 from dsc_serve.worker.supervisor import EngineStartError
 
@@ -47,7 +47,7 @@ class Supervisor:
 app.EngineSupervisor = Supervisor
 app.GRACE_S = {grace_s}
 try:
-    app.serve(ServerConfig(port=0, start_timeout_s=5, engine=EngineConfig(model={folder!r})))
+    app.serve(ServerConfig(port=0, life=LifeConfig(start_timeout_s=5), engine=EngineConfig(model={folder!r})))
 except EngineStartError as error:
     print("failed:", error)
 print("torch" in sys.modules, flush=True)

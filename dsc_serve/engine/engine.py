@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsc_kernels import native
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
+from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, Budget
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import Runner, StepResult
+from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import Decoder
@@ -23,12 +22,6 @@ from dsc_serve.sampling_params import Limits, SamplingParams, resolve_max_tokens
 from dsc_serve.terms import Terms
 
 KV_SHARE = 0.2  # of the memory that is free, what a pool may take where its size is not given
-
-
-class StepRunner(Protocol):
-    """What computes a step: `Runner` with a model, or a test's without one."""
-
-    def run(self, work: Sequence[tuple[Request, int]]) -> StepResult: ...
 
 
 @dataclass
@@ -93,20 +86,17 @@ class Engine:
     def step(self) -> list[Delta]:
         """Plan, compute and commit one step; returns the news of the requests it moved.
 
-        A step that fails ends the requests it held with an error, releases what they owned and leaves the others be.
+        A request that makes its step fail ends with an error; the others go on.
         """
         plan = self.scheduler.plan()
         work = self.scheduler.begin(plan)
-        try:
-            result = self.runner.run(work)
-        except Exception as error:
-            if self.strict:
-                raise
-            return [self._failed(request, error) for request, _ in work]
+        done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
+        result = done.result
+        deltas = [self._failed(request_id, error) for request_id, error in done.errors.items()]
+        plan.tokens.update(done.fewer)
         ended = self.scheduler.commit(plan, result.tokens, self._eos)
         self.counters.steps += 1
         self._check()
-        deltas = []
         for request, _ in work:
             prompt_logprobs = result.prompt_logprobs.get(request.id)
             if request.id not in ended and prompt_logprobs is None:
@@ -124,9 +114,9 @@ class Engine:
             )
         return deltas
 
-    def _failed(self, request: Request, error: Exception) -> Delta:
-        self.scheduler.finish(request.id)
-        return Delta(request.id, [], "error", error=f"the step failed: {type(error).__name__}: {error}")
+    def _failed(self, request_id: str, error: Exception) -> Delta:
+        self.scheduler.finish(request_id)
+        return Delta(request_id, [], "error", error=f"the step failed: {type(error).__name__}: {error}")
 
     def _check(self) -> None:
         fault = self.scheduler.fault() if self.strict or not self.has_work else None

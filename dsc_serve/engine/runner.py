@@ -34,6 +34,12 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
 
+    def add(self, other: StepResult) -> None:
+        """Take in what another part of the same step computed, of other requests."""
+        self.tokens |= other.tokens
+        self.logprobs |= other.logprobs
+        self.prompt_logprobs |= other.prompt_logprobs
+
 
 class Inputs:
     """A step's inputs, filled on the host in place and copied into buffers on the device that stay where they are.

@@ -86,11 +86,15 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, description="Tokens in one KV block.")] = 16
     kv_tokens: Annotated[
         int,
-        Meta(ge=0, description="Tokens the KV pool holds; 0: full contexts for all, within a fifth of free memory."),
+        Meta(
+            ge=0,
+            description="Tokens the KV pool holds; 0: full contexts for all, within a fifth of free memory (GPU: 4/5).",
+        ),
     ] = 0
     policy: Annotated[str, Meta(description="Scheduling policy.")] = "fcfs"
     kernels: Annotated[
-        str, Meta(description="CPU kernels: auto, plain (torch alone), or an instruction set such as avx2.")
+        str,
+        Meta(description="Kernels: auto, plain (torch alone), triton, or an instruction set of the CPU such as avx2."),
     ] = "auto"
 
     def __post_init__(self) -> None:

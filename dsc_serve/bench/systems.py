@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import ops, plain
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe, SortedMoe
 from dsc_serve.model.budget import Budget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
@@ -124,12 +124,12 @@ def build_layer(
     own = {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
     if (kind, path) in FROZEN:
         return FROZEN[kind, path](config, own)
-    before = native.active() or "plain"
-    native.use("plain" if path == "plain" else "auto")
+    before = ops.chosen()
+    ops.use("plain" if path == "plain" else "auto")
     try:
         layer = KINDS[kind](config, own, dtype, device)
     finally:
-        native.use(before)
+        ops.use(before)
     is_plain = isinstance(getattr(layer, "layer", None), plain.Ffn | plain.Moe)
     return layer if is_plain == (path == "plain") else None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsc_kernels import native
+from dsc_kernels import ops
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
+from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
@@ -21,7 +22,7 @@ from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import Limits, SamplingParams, resolve_max_tokens
 from dsc_serve.terms import Terms
 
-KV_SHARE = 0.2  # of the memory that is free, what a pool may take where its size is not given
+KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Engine:
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
             block_size=config.block_size,
         )
-        runner = Runner(model, limits, config.step_tokens, config.max_running)
+        capture = capture_for(model.dtype, model.device)
+        runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
         return cls(config, limits, runner, model.config.eos_token_ids, strict)
 
     @property
@@ -133,7 +135,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no CUDA device; allowed here: cpu")
     try:
-        native.use(config.kernels)
+        ops.use(config.kernels)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
@@ -146,7 +148,7 @@ def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else available_memory()
     context = c.max_position_embeddings
-    return max(context, min(config.max_running * context, int(KV_SHARE * free) // per_token))
+    return max(context, min(config.max_running * context, int(KV_SHARE[model.device.type] * free) // per_token))
 
 
 def collected(request: Request) -> Tensor:

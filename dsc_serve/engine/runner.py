@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.sampler import Sampler, logprobs
+from dsc_serve.engine.sampler import Sampler, logprobs, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import Limits
@@ -55,37 +56,79 @@ class Inputs:
             torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
         )
         self._copies = None if on_host else [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
+        self._copied = None if on_host else torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until the last step's inputs have left the host's buffers, which may then be filled again."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def pad(self, start: int, end: int, block: int) -> None:
+        """Let rows and columns from `start` to `end` be sequences of one token, written to a block of nobody's."""
+        self.tokens[:, start:end] = 0
+        self.tokens[2, start:end] = block
+        self.tables[start:end, 0] = block
+        self.contexts[start:end] = 1
+
+    def held(self, tokens: int, requests: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `tokens` columns and `requests` rows, where the model computes."""
+        own = self._copies or (self.tokens, self.tables, self.contexts)
+        return own[0][:, :tokens], own[1][:requests], own[2][:requests]
 
     def on_device(self, tokens: int, requests: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `tokens` columns and `requests` rows, where the model computes."""
-        parts = self.tokens[:, :tokens], self.tables[:requests], self.contexts[:requests]
-        if self._copies is None:
-            return parts
-        held = self._copies[0][:, :tokens], self._copies[1][:requests], self._copies[2][:requests]
-        for target, source in zip(held, parts, strict=True):
-            target.copy_(source, non_blocking=True)
+        """The same, after copying them there."""
+        held = self.held(tokens, requests)
+        if self._copied is not None:
+            parts = self.tokens[:, :tokens], self.tables[:requests], self.contexts[:requests]
+            for target, source in zip(held, parts, strict=True):
+                target.copy_(source, non_blocking=True)
+            self._copied.record()
         return held
+
+
+def step_batch(
+    tokens: Tensor, tables: Tensor, contexts: Tensor, decodes: int, longest: int, chunks: tuple[Chunk, ...]
+) -> StepBatch:
+    ids, places, blocks, offsets = tokens
+    return StepBatch(ids, places, blocks, offsets, tables, contexts, decodes, longest, chunks)
 
 
 class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
-    Input buffers and pools are allocated once; a step fills them in place.
+    Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
+    captured here and replayed later; the pools have one block more, which rows of padding write to.
     """
 
-    def __init__(self, model: Decoder, limits: Limits, step_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, model: Decoder, limits: Limits, step_tokens: int, max_running: int, capture: Capture | None = None
+    ) -> None:
         self.model, self.block_size = model, limits.block_size
-        self.pools = model.kv_pools(limits.num_blocks, limits.block_size)
+        self._spare_block, self._longest = limits.num_blocks, limits.max_tokens
+        self.pools = model.kv_pools(limits.num_blocks + (capture is not None), limits.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(limits.max_tokens, limits.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._inputs.pad(0, max_running, self._spare_block)
+            self._inputs.on_device(max_running, max_running)
+            self.graphs = self._captured(buckets(max_running), capture)
+
+    @torch.inference_mode()
+    def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
+        return DecodeGraphs(
+            sizes,
+            lambda size: step_batch(*self._inputs.held(size, size), size, self._longest, ()),
+            lambda batch: self.model.hidden(batch, self.pools),
+            capture,
+        )
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
         ordered = sorted(work, key=lambda pair: pair[1] > 1)
-        batch = self._batch(ordered)
-        hidden = self.model.hidden(batch, self.pools)
+        hidden = self._hidden(ordered)
         result = StepResult()
         rows, requests, start = [], [], 0
         for request, count in ordered:
@@ -96,27 +139,23 @@ class Runner:
                 requests.append(request)
             start += count
         if requests:
-            needed = hidden if len(rows) == hidden.shape[0] else hidden[rows]
+            needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
             self._sample(self.model.logits(needed), requests, result)
         return result
 
-    def _batch(self, ordered: Work) -> StepBatch:
-        decodes = sum(count == 1 for _, count in ordered)
+    def _hidden(self, ordered: Work) -> Tensor:
+        """The blocks' output [T, d] for a step, replayed where its size was captured."""
+        size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
+        self._inputs.wait()
         chunks = self._fill(ordered, decodes)
-        size, total = len(ordered), sum(count for _, count in ordered)
-        tokens, tables, contexts = self._inputs.on_device(total, size)
-        ids, places, slots, offsets = tokens
-        return StepBatch(
-            token_ids=ids,
-            positions=places,
-            slot_blocks=slots,
-            slot_offsets=offsets,
-            block_tables=tables,
-            context_lens=contexts,
-            decodes=decodes,
-            decode_context=max((request.computed + 1 for request, _ in ordered[:decodes]), default=0),
-            chunks=chunks,
-        )
+        padded = self.graphs.bucket(size) if self.graphs is not None and decodes == size else 0
+        if self.graphs is not None and padded:
+            self._inputs.pad(size, padded, self._spare_block)
+            self._inputs.on_device(padded, padded)
+            return self.graphs.replay(padded)[:size]
+        inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
+        longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
+        return self.model.hidden(step_batch(*inputs, decodes, longest, chunks), self.pools)
 
     def _fill(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""

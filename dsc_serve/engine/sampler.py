@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsc_kernels import native
+from dsc_kernels import native, ops, plain
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.request import Request
 
@@ -49,34 +49,47 @@ class Sampler:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
         for row, request in enumerate(requests):
             self._adjust(logits[row], request)
-        if native.serves(logits.dtype, logits.device):
-            return [int(t) for t in draw_natively(logits, requests).tolist()]
+        kernels = ops.implementation(logits.dtype, logits.device)
+        if kernels is native:
+            return read(draw_natively(logits, requests))
+        if kernels is not plain or logits.device.type != "cpu":
+            return read(draw_on_device(logits, requests))
         random = [i for i, r in enumerate(requests) if not r.params.greedy]
         if not random:
-            return [int(t) for t in logits.argmax(dim=1).tolist()]
+            return read(logits.argmax(dim=1))
         tokens = logits.argmax(dim=1) if len(random) < len(requests) else logits.new_zeros(len(requests)).long()
         chosen = [requests[i] for i in random]
         tokens[random] = draw(logits if len(random) == len(requests) else logits[random], chosen)
-        return [int(t) for t in tokens.tolist()]
+        return read(tokens)
 
     def _adjust(self, row: Tensor, request: Request) -> None:
         """Bias, penalties and the mask of early ends on one row [V], in place."""
-        p = request.params
+        p, device = request.params, row.device
         if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=row.device)
-            row[ids] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
+            ids = to_device(torch.tensor(list(p.logit_bias)), device)
+            row[ids] += to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), device)
         if p.repetition_penalty != 1:
-            ids = torch.from_numpy(np.unique(request.tokens)).to(row.device)
+            ids = to_device(torch.from_numpy(np.unique(request.tokens)), device)
             values = row[ids]
             row[ids] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and request.output_size:
             unique, counts = np.unique(request.tokens[request.prompt_size :], return_counts=True)
-            amount = torch.from_numpy(counts).to(row) * p.frequency_penalty + p.presence_penalty
-            row[torch.from_numpy(unique).to(row.device)] -= amount
+            amount = torch.from_numpy(counts).to(row.dtype) * p.frequency_penalty + p.presence_penalty
+            row[to_device(torch.from_numpy(unique), device)] -= to_device(amount, device)
         if request.output_size < p.min_tokens:
             ends = [*p.stop_token_ids, *(() if p.ignore_eos else self.eos)]
             if ends:
-                row[ends] = -torch.inf
+                row[to_device(torch.tensor(ends), device)] = -torch.inf
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device, where it is needed, without waiting for what the device has yet to do."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def read(tokens: Tensor) -> list[int]:
+    """Token ids int64 [R] as numbers: the one place where a step waits for the device."""
+    return [int(t) for t in tokens.tolist()]
 
 
 def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -92,6 +105,32 @@ def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return native.sample(logits, *map(torch.from_numpy, columns))
 
 
+def draw_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Tokens of rows of float32 logits [R, V], greedy or not, by operations whose sizes the host knows beforehand."""
+    tokens, vocabulary = logits.argmax(dim=1), logits.shape[1]
+    if all(r.params.greedy for r in requests):
+        return tokens
+    fields = [
+        (p.temperature, p.top_k if 0 < p.top_k < vocabulary else vocabulary, p.top_p, p.min_p, uniform(r.seed, r.known))
+        for r in requests
+        for p in [r.params]
+    ]
+    columns = to_device(torch.tensor(fields, dtype=torch.float64), logits.device)[:, :, None]
+    temperature, top_k, top_p, min_p, u = columns.unbind(1)
+    weights = relative_weights(logits, torch.where(temperature == 0, 1.0, temperature).float())
+    if any(field[1:4] != (vocabulary, 1, 0) for field in fields):
+        weights = keep_sorted(weights, top_k, top_p, min_p.float())
+    return torch.where(temperature[:, 0] == 0, tokens, invert(weights, u))
+
+
+def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
+    """exp(logits / temperature) [R, V] relative to each row's largest, so never too large.
+
+    Where none is finite all are 1: a fair draw harms no other row.
+    """
+    return ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp_().float().nan_to_num_(nan=1.0)
+
+
 def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Sample rows of logits [R, V] whose requests have a temperature above 0 → token ids int64 [R]."""
     device, vocabulary = logits.device, logits.shape[1]
@@ -103,8 +142,7 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     top_k = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     plain = torch.tensor([top_k[i] == vocabulary and p.top_p == 1 and p.min_p == 0 for i, p in enumerate(params)])
     temperature = column([p.temperature for p in params], torch.float32)
-    # relative to the most likely token, so never too large; NaN where none is finite: a fair draw harms no other row
-    weights = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp_().float().nan_to_num_(nan=1.0)
+    weights = relative_weights(logits, temperature)
     u = column([uniform(r.seed, r.known) for r in requests])
     if bool(plain.all()):
         return invert(weights, u)
@@ -159,6 +197,16 @@ def keep(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     mass = kept.double()
     kept = torch.where(top_p < 1, prefix(kept, mass, top_p * mass.sum(dim=1, keepdim=True)), kept)
     return torch.where(kept >= min_p, kept, 0.0)
+
+
+def keep_sorted(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """As `keep`, by sorting each row: slow on a CPU, but a device that sorts fast is never waited for."""
+    values, ids = weights.sort(dim=1, descending=True, stable=True)
+    within = torch.arange(weights.shape[1], device=weights.device) < k
+    reached = torch.where(within, values, 0.0).double().cumsum(dim=1)
+    ahead = torch.nn.functional.pad(reached[:, :-1], (1, 0))
+    kept = within & (values >= min_p) & ((top_p == 1) | (ahead < top_p * reached[:, -1:]))
+    return torch.zeros_like(weights).scatter(1, ids, torch.where(kept, values, 0.0))
 
 
 def prefix(weights: Tensor, measure: Tensor, amount: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ def describe(model: Decoder) -> dict[str, str]:
 
 
 def kernels(model: Decoder) -> str:
-    """What computes the model here: a layer that is out of the native kernels' range is served by plain torch."""
+    """What computes the model here: a layer that is out of the kernels' range is served by plain torch."""
     layers = [block.ffn.layer for block in model.blocks]
-    if native.active() is None or not any(isinstance(layer, plain.Ffn | plain.Moe) for layer in layers):
-        return ops.description()
-    return f"{ops.description()}, but plain torch for the FFN layers (more than {native.MAX_PICKS} picks per token)"
+    text = ops.description(model.device)
+    if text.startswith("plain") or not any(isinstance(layer, plain.Ffn | plain.Moe) for layer in layers):
+        return text
+    return f"{text}, but plain torch for the FFN layers (more than {native.MAX_PICKS} picks per token)"

@@ -1,25 +1,105 @@
 """What models call: layers and operators, each built for the fastest implementation there is for its device and dtype.
 
 Selection is exact for the logits, which are float32 sums: by clamped logit descending, then index ascending. Native
-bfloat16 layers round the folded router weight to bfloat16 once, at load; plain ones keep it in float32, so the two may
-pick other atoms where logits nearly tie.
+and Triton layers in bfloat16 round the folded router weight to bfloat16 once, at load; plain ones keep it in float32,
+so they may pick other atoms where logits nearly tie.
 """
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
 
 from dsc_kernels import native, plain
 from dsc_kernels.native import Activation
 from dsc_kernels.plain import gather_context as gather_context
 
-Linear = native.Linear | plain.Linear
-Ffn = native.Ffn | plain.Ffn
-Moe = native.Moe | plain.Moe
+CPU = torch.device("cpu")
+
+_choice = "auto"
 
 
-def description() -> str:
-    """Which implementations serve on this machine's CPU, for logs and `inspect`."""
+class Linear(Protocol):
+    """out = act(x Wᵀ + bias) + residual; see `native.Linear`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
+
+class Layer(Protocol):
+    """x [B, d] → the layer's output plus residual, [B, d]."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+class Ffn(Layer, Protocol):
+    """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`."""
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
+        ...
+
+
+def use(name: str) -> None:
+    """Choose what serves in this process from now on: "auto", "plain", "triton" or one of `native.available()`.
+
+    auto: native kernels on the CPU, Triton's on a GPU, and plain torch where they do not serve. triton: as auto, and on
+    the CPU too where Triton interprets kernels. Layers that exist keep their implementation.
+    Raises ValueError for a name that is not available, naming those that are.
+    """
+    global _choice
+    if name == "triton" and not triton_installed():
+        raise ValueError("kernels 'triton' are not available here: Triton is not installed (pip install triton)")
+    native.use("auto" if name == "triton" else name)
+    _choice = name
+
+
+def chosen() -> str:
+    """The name in use, for `use` to take again."""
+    return _choice
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def triton_serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton kernels are in use for tensors of this kind. Their layers never wait for the device."""
+    wanted = _choice == "triton" or (device.type == "cuda" and _choice != "plain")
+    if not wanted or not triton_installed():
+        return False
+    from dsc_kernels.gpu import compiler
+
+    return compiler.serves(dtype, device)
+
+
+def implementation(dtype: torch.dtype, device: torch.device) -> Any:
+    """The module in use for tensors of this kind: `gpu.layers`, `native` or `plain`, which offer the same names."""
+    if native.serves(dtype, device) and _choice != "triton":
+        return native
+    if triton_serves(dtype, device):
+        from dsc_kernels.gpu import layers
+
+        return layers
+    return native if native.serves(dtype, device) else plain
+
+
+def description(device: torch.device = CPU) -> str:
+    """Which implementations serve on a device of this machine, for logs and `inspect`."""
+    if triton_serves(torch.float32, device):
+        return "Triton" if device.type == "cuda" else "Triton, interpreted"
+    if device.type == "cuda":
+        return f"plain torch (Triton is {'there, but switched off' if triton_installed() else 'not installed: slower'})"
     name = native.active()
     if name is not None:
         return f"native C++ ({name})"
@@ -29,9 +109,9 @@ def description() -> str:
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """A product with weight [n, d], packed where that is faster."""
-    kind = native.Linear if native.serves(weight.dtype, weight.device) else plain.Linear
-    return kind(weight, bias)
+    """A product with weight [n, d], packed where that is faster; see `native.Linear`."""
+    layer: Linear = implementation(weight.dtype, weight.device).Linear(weight, bias)
+    return layer
 
 
 def ffn(
@@ -51,11 +131,11 @@ def ffn(
     norm_eps: float | None = None,
 ) -> Ffn:
     """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`. The router may come in any wider dtype."""
-    kind: type[native.Ffn] | type[plain.Ffn] = plain.Ffn
-    if native.serves(up.dtype, up.device) and k * max(rank, 1) <= native.MAX_PICKS:
-        kind = native.Ffn
-        router = None if router is None else router.to(up.dtype)
-    return kind(up, gate, down, activation, router, router_bias, u, v, gamma, k, rank, tau, eps, norm_eps)
+    module = implementation(up.dtype, up.device) if k * max(rank, 1) <= native.MAX_PICKS else plain
+    if module is not plain and router is not None:
+        router = router.to(up.dtype)
+    layer: Ffn = module.Ffn(up, gate, down, activation, router, router_bias, u, v, gamma, k, rank, tau, eps, norm_eps)
+    return layer
 
 
 def moe(
@@ -68,13 +148,15 @@ def moe(
     k: int,
     normalize: bool,
     norm_eps: float | None,
-) -> Moe:
+) -> Layer:
     """A mixture of experts; see `native.Moe`. The router may come in any wider dtype."""
-    kind: type[native.Moe] | type[plain.Moe] = plain.Moe
-    if native.serves(up[0].dtype, up[0].device) and k <= native.MAX_PICKS:
-        kind = native.Moe
+    module = implementation(up[0].dtype, up[0].device)
+    if module is native and k > native.MAX_PICKS:
+        module = plain
+    if module is not plain:
         router = router.to(up[0].dtype)
-    return kind(router, router_bias, up, gate, down, activation, k, normalize, norm_eps)
+    layer: Layer = module.Moe(router, router_bias, up, gate, down, activation, k, normalize, norm_eps)
+    return layer
 
 
 def store_kv(
@@ -88,13 +170,13 @@ def store_kv(
     values: Tensor,
 ) -> None:
     """Write new tokens' keys and values to the pools, turned by `angles` first; see `native.store_kv`."""
-    run = native.store_kv if native.serves(qkv.dtype, qkv.device) else plain.store_kv
-    run(qkv, heads, angles, positions, blocks, offsets, keys, values)
+    implementation(qkv.dtype, qkv.device).store_kv(qkv, heads, angles, positions, blocks, offsets, keys, values)
 
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
 ) -> Tensor:
     """Attention of one new token per sequence over its paged keys and values; see `native.decode_attention`."""
-    run = native.decode_attention if native.serves(q.dtype, q.device) else plain.decode_attention
-    return run(q, keys, values, tables, contexts, longest, scale)
+    module = implementation(q.dtype, q.device)
+    out: Tensor = module.decode_attention(q, keys, values, tables, contexts, longest, scale)
+    return out

@@ -22,7 +22,7 @@ class Ffn(Protocol):
     """A block's feed-forward layer: x [T, d] → [T, d], each token on its own, plus the residual where one is given."""
 
     @property
-    def layer(self) -> ops.Ffn | ops.Moe: ...
+    def layer(self) -> ops.Layer: ...
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import plain, reference
+from dsc_kernels.gpu.attention import decode_attention as decode_attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
@@ -17,6 +18,7 @@ from dsc_kernels.gpu.router import router_logits
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import select_compose
 from dsc_kernels.native import Activation
+from dsc_kernels.plain import store_kv as store_kv
 
 WIDE = 2048  # from this d on, few tokens are composed by `contract` and `expand`
 FEW_TOKENS = 16

@@ -1,0 +1,103 @@
+"""Decode steps that are padded to a bucket and replayed give what unpadded ones give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.graphs import LARGEST, Graph, buckets
+from dsc_serve.engine.runner import Runner
+from dsc_serve.model.checkpoint import load_model
+from dsc_serve.sampling_params import Limits, SamplingParams
+
+
+class Recorded:
+    """Stands in for a graph: replaying computes again, from what then lies in the buffers, into the same output."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute, self.out, self.replays = compute, compute().clone(), 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.out.copy_(self.compute())
+
+
+class Capture:
+    def __init__(self) -> None:
+        self.graphs: list[Recorded] = []
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        self.graphs.append(Recorded(compute))
+        return self.graphs[-1], self.graphs[-1].out
+
+    @property
+    def replayed(self) -> list[int]:
+        """The sizes of the graphs that were replayed."""
+        return sorted(len(graph.out) for graph in self.graphs if graph.replays)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 20, 64, 100, 256, 1000])
+def test_a_bucket_holds_every_step_up_to_the_largest(most: int) -> None:
+    sizes = buckets(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(most, LARGEST) and sizes[0] == 1
+    for sequences in range(1, sizes[-1] + 1):
+        holding = min(size for size in sizes if size >= sequences)
+        assert holding - sequences < max(2, 8 if holding <= 64 else 16)
+
+
+def engine_of(folder: Path, capture: Capture | None, max_running: int) -> Engine:
+    model = load_model(folder, "float32", torch.device("cpu"))
+    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
+    config = EngineConfig(max_running=max_running, step_tokens=24, block_size=4)
+    return Engine(config, limits, Runner(model, limits, 24, max_running, capture), (), strict=True)
+
+
+def generate(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        engine.add(str(i), prompt, own)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for delta in engine.step():
+            tokens[int(delta.request_id)] += delta.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_replayed_steps_give_the_same_tokens_and_touch_no_other_block(
+    kind: str, small_model: Callable[..., Path]
+) -> None:
+    folder = small_model(kind, position_embedding_type="rope")
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(61, (3 + 2 * i,), generator=g).tolist() for i in range(7)]
+    params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=4 + 3 * i) for i in range(7)]
+    plain = engine_of(folder, None, max_running=7)
+    want = generate(plain, prompts, params)
+    capture = Capture()
+    padded = engine_of(folder, capture, max_running=7)
+    assert generate(padded, prompts, params) == want
+    assert capture.replayed == [1, 2, 4, 7]
+    assert isinstance(plain.runner, Runner) and isinstance(padded.runner, Runner)
+    for pools, wider in zip(plain.runner.pools, padded.runner.pools, strict=True):
+        for pool, with_spare in zip(pools, wider, strict=True):
+            torch.testing.assert_close(with_spare[:-1], pool, rtol=1e-4, atol=1e-5)
+            assert bool(with_spare[-1].any()), "the rows of padding went elsewhere"
+
+
+def test_steps_beyond_the_buckets_and_steps_of_prompts_run_eagerly(
+    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsc_serve.engine.graphs.LARGEST", 4)
+    capture = Capture()
+    engine = engine_of(small_model(), capture, max_running=6)
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    generate(engine, [[1, 2, 3]] * 6, [greedy] * 6)
+    assert sum(graph.replays for graph in capture.graphs) == 0
+    generate(engine, [[1, 2, 3]] * 3, [greedy] * 3)
+    assert [len(g.out) for g in capture.graphs if g.replays] == [4]
+    assert sum(graph.replays for graph in capture.graphs) == 4, "one step for the prompts, four for what follows"

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from safetensors.torch import load_file
 from small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.reference import import_reference
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Inference serving for language models with Dynamic Subspace Composition (DSC) feed-forward layers.
 
-`LLM` and `SamplingParams` are loaded on first use, so that importing this package stays cheap and free of torch.
+What it offers is loaded on first use, so that importing this package stays cheap and free of torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsc_serve.llm import LLM, RequestOutput
-    from dsc_serve.sampling_params import SamplingParams
+    from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
         import dsc_serve.llm as llm
 
         return getattr(llm, name)
-    if name == "SamplingParams":
-        from dsc_serve.sampling_params import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputs"):
+        from dsc_serve import sampling_params
 
-        return SamplingParams
+        return getattr(sampling_params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

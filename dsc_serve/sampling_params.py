@@ -13,6 +13,7 @@ MAX_CHOICES = 128
 MAX_BIASES = 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
+MAX_GRAMMAR = 2**17  # characters
 
 
 class ParameterError(ValueError):
@@ -25,6 +26,49 @@ class ParameterError(ValueError):
 
 def reject(field: str, value: object, allowed: str) -> NoReturn:
     raise ParameterError(field, f"{field} is {value!r}; it must be {allowed}")
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What the generated text must look like; exactly one of the first five says it.
+
+    json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
+        which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
+        Lark's or GBNF's syntax, that begins with `start` or `root`.
+    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space, or a line break and an
+        indent of up to 20). disable_any_whitespace: nothing may.
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        field = "structured_outputs"
+        texts = {name: getattr(self, name) for name in ("json", "regex", "grammar", "whitespace_pattern")}
+        for name, text in texts.items():
+            if text is not None and not isinstance(text, str):
+                raise ParameterError(field, f"{field}.{name} is {text!r}; it must be a text")
+            if text == "":
+                raise ParameterError(field, f"{field}.{name} is empty")
+        if not isinstance(self.choice, tuple) or not all(isinstance(text, str) and text for text in self.choice):
+            raise ParameterError(field, f"{field}.choice is {self.choice!r}; it must be texts, none of them empty")
+        set_ = [name for name in ("json", "json_object", "regex", "choice", "grammar") if getattr(self, name)]
+        if len(set_) != 1:
+            got = " and ".join(set_) or "none"
+            raise ParameterError(
+                field, f"{field} has {got} of json, json_object, regex, choice and grammar; it must have exactly one"
+            )
+        if (self.whitespace_pattern or self.disable_any_whitespace) and set_[0] not in ("json", "json_object"):
+            raise ParameterError(field, f"{field} has white space settings together with {set_[0]}; they are for JSON")
+        if self.whitespace_pattern and self.disable_any_whitespace:
+            raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
+        size = sum(len(text) for text in (*texts.values(), *self.choice) if text)
+        if size > MAX_GRAMMAR:
+            raise ParameterError(field, f"{field} has {size} characters; it may have at most {MAX_GRAMMAR}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +88,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report the chosen token's log probability and that many alternatives (None: nothing), of the model's
         own distribution, before temperature and filters. prompt_logprobs: the same for the prompt's tokens.
     n: number of independent generations.
+    structured_outputs: what the text must look like. Tokens that cannot follow are never chosen; the generation ends
+        where nothing more may follow. Stop strings and stop tokens cut the text wherever they appear in it.
     """
 
     temperature: float = 1.0
@@ -64,6 +110,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -107,6 +154,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 reject(field, value, f"between 0 and {MAX_LOGPROBS}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputs):
+                reject("structured_outputs", self.structured_outputs, "StructuredOutputs or None")
+            for field, neutral in (("ignore_eos", False), ("min_tokens", 0)):
+                if getattr(self, field) != neutral:
+                    reject(field, getattr(self, field), f"{neutral} where structured_outputs decides when a text ends")
 
     def _check_types(self) -> None:
         """Python does not hold callers to annotations, and a wrong type must not fail inside a step."""

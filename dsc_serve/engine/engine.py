@@ -19,8 +19,10 @@ from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import Decoder
-from dsc_serve.sampling_params import Limits, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.terms import Terms
+from dsc_serve.text.grammar import FIELD, Constraint, Grammars
+from dsc_serve.text.tokenizer import Tokenizer
 
 KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
@@ -38,7 +40,13 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, limits: Limits, runner: StepRunner, eos: tuple[int, ...], strict: bool = False
+        self,
+        config: EngineConfig,
+        limits: Limits,
+        runner: StepRunner,
+        eos: tuple[int, ...],
+        strict: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
@@ -47,6 +55,7 @@ class Engine:
         self.scheduler = Scheduler(POLICIES[config.policy], budget, BlockPool(limits.num_blocks), config.block_size)
         self.counters = Counters()
         self._eos = frozenset(eos)
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
@@ -59,7 +68,8 @@ class Engine:
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
-        return cls(config, limits, runner, model.config.eos_token_ids, strict)
+        tokenizer = Tokenizer.load(resolve_model(config.model))
+        return cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -78,8 +88,20 @@ class Engine:
             raise ValueError(f"request id {request_id!r} is in use")
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
         request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits, terms or Terms())
+        request.constraint = self.constraint(params)
         self.scheduler.add(request)
         return request
+
+    def constraint(self, params: SamplingParams) -> Constraint | None:
+        """What the output has to follow. Asking beforehand, in any thread, saves `add` the time of compiling it.
+
+        Raises ParameterError.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ParameterError(FIELD, f"{FIELD} cannot be used: this model has no tokenizer")
+        return self._grammars.constraint(params.structured_outputs)
 
     def finish(self, request_id: str) -> bool:
         """End a request wherever it stands. Returns whether there was one."""
@@ -95,6 +117,7 @@ class Engine:
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
         deltas = [self._failed(request_id, error) for request_id, error in done.errors.items()]
+        deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
         plan.tokens.update(done.fewer)
         ended = self.scheduler.commit(plan, result.tokens, self._eos)
         self.counters.steps += 1
@@ -119,6 +142,10 @@ class Engine:
     def _failed(self, request_id: str, error: Exception) -> Delta:
         self.scheduler.finish(request_id)
         return Delta(request_id, [], "error", error=f"the step failed: {type(error).__name__}: {error}")
+
+    def _stuck(self, request_id: str, reason: str) -> Delta:
+        self.scheduler.finish(request_id)
+        return Delta(request_id, [], "error", error=reason, error_field=FIELD)
 
     def _check(self) -> None:
         fault = self.scheduler.fault() if self.strict or not self.has_work else None

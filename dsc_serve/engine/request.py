@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.terms import Terms
+from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -23,7 +24,8 @@ class Request:
     the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
     already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
     preemption must not repeat them. signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all
-    layers), seen or predicted; None while nothing is known.
+    layers), seen or predicted; None while nothing is known. constraint: where its output stands in the grammar that it
+    has to follow, if any.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Request:
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     logits: list[Tensor] = field(default_factory=list)
     signature: NDArray[np.uint64] | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
@@ -56,6 +59,11 @@ class Request:
     @property
     def output_size(self) -> int:
         return len(self.tokens) - self.prompt_size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the grammar allows nothing more."""
+        return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
 
     @property
     def wants_prompt_rows(self) -> bool:

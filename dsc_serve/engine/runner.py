@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import TokenLogprobs
@@ -28,18 +29,20 @@ class StepResult:
     """What one step computed, by request id.
 
     tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
-    prompt_logprobs: of prompt tokens that this step reached, where asked for.
+    prompt_logprobs: of prompt tokens that this step reached, where asked for. stuck: why a request cannot go on.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
+    stuck: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
         self.tokens |= other.tokens
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
+        self.stuck |= other.stuck
 
 
 class Inputs:
@@ -184,6 +187,7 @@ class Runner:
     def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:
         reporting = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
         raw = logits[reporting] if reporting else None  # a copy: sampling changes the logits
+        result.stuck = constrain(logits, requests)
         tokens = self.sampler(logits, requests)
         for request, token in zip(requests, tokens, strict=True):
             result.tokens[request.id] = token

@@ -99,7 +99,7 @@ class Scheduler:
 
     def _end_of(self, request: Request, eos: frozenset[int]) -> str | None:
         token, params = request.tokens[-1], request.params
-        if (token in eos and not params.ignore_eos) or token in params.stop_token_ids:
+        if (token in eos and not params.ignore_eos) or token in params.stop_token_ids or request.is_complete:
             return "stop"
         return "length" if request.output_size >= request.max_tokens else None
 

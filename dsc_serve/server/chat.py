@@ -80,6 +80,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
         raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
+    await service.check_structure(params, fields.names)
     service.permits.check(params.n, "n")
     # `developer` is the newer name of `system`; templates know the older one.
     messages: list[dict[str, object]] = [

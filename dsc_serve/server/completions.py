@@ -102,6 +102,7 @@ async def create_completion(service: Service, request: Request) -> Response:
     service.check_model(fields.model)
     params = fields.params()
     prompts = one_by_one(fields.prompt)
+    await service.check_structure(params, fields.names)
     service.permits.check(len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
     shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Discriminator, Field, PlainValidator, Tag
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
-from dsc_serve.server.errors import bad_request, from_parameter, from_validation, shown
+from dsc_serve.server.errors import bad_request, from_parameter, shown
+from dsc_serve.server.fields import Count, Fields, Only
+from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
-MAX_COUNT = 2**31 - 1
 TOKEN_ID_DIGITS = 10
 
-Count = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
 TextOption = Annotated[str, Tag("(text)")]
 Prompt = str | list[int] | list[str] | list[list[int]]
-
-
-class Only:
-    """The type of a field that is not supported: null, or one of `values`, with which it would do nothing."""
-
-    def __init__(self, *values: object) -> None:
-        self.values = values
-
-    def check(self, value: object) -> object:
-        if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
-            return value
-        allowed = " or ".join(["null", *(msgspec.json.encode(neutral).decode() for neutral in self.values)])
-        # Passed as a parameter, since the template would take its braces for places to fill.
-        raise PydanticCustomError("unsupported", "is not supported; it may only be {allowed}", {"allowed": allowed})
-
-    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.check)
-
-    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: object) -> JsonSchemaValue:
-        return {"enum": [None, *self.values], "description": "Not supported: accepted only where it does nothing."}
 
 
 def json_kind(value: object) -> str | None:
@@ -80,10 +57,6 @@ def wrong_item(param: str, value: object, allowed: str) -> Exception:
     return bad_request(param, f"{param} is {shown(value)}; it must be {allowed}", "invalid_type")
 
 
-class Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StreamOptions(Fields):
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
@@ -112,22 +85,16 @@ class GenerationFields(Fields):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     n: Count | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsFields | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Raises ApiError (400) naming the first field that is wrong."""
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            raise from_validation(error, cls.model_fields) from None
-
     @property
     def names(self) -> Mapping[str, str]:
         """What the client calls a field of SamplingParams, where the two differ."""
-        return {}
+        return {} if self.response_format is None else {"structured_outputs": "response_format"}
 
     @property
     def include_usage(self) -> bool:
@@ -145,6 +112,7 @@ class GenerationFields(Fields):
         if self.logit_bias is not None:
             given["logit_bias"] = {token_id_key(key): bias for key, bias in self.logit_bias.items()}
         try:
+            given["structured_outputs"] = structured_outputs(self.response_format, self.structured_outputs)
             return SamplingParams(**(given | own))
         except ParameterError as error:
             raise from_parameter(error, self.names) from None
@@ -171,7 +139,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {"prompt_logprobs": "logprobs"}
+        return {**super().names, "prompt_logprobs": "logprobs"}
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""
@@ -219,7 +187,6 @@ class ChatRequest(GenerationFields):
     prompt_cache_options: Annotated[Any, Only()] = None
     prompt_cache_retention: Annotated[Any, Only()] = None
     reasoning_effort: Annotated[Any, Only("none")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
     safety_identifier: Annotated[Any, Only()] = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
     store: Annotated[Any, Only(False)] = None
@@ -231,7 +198,7 @@ class ChatRequest(GenerationFields):
     @property
     def names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        return {**super().names, "prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""

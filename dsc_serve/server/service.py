@@ -13,6 +13,7 @@ from dsc_serve.server.limits import Permits
 from dsc_serve.server.metrics import Metrics
 from dsc_serve.terms import Terms
 from dsc_serve.text.chat import ChatTemplate
+from dsc_serve.text.grammar import Grammars
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
 from dsc_serve.worker.messages import Delta, ModelInfo, Stats
 
@@ -48,7 +49,9 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
         longest = 0
+        self._grammars: Grammars | None = None
         if tokenizer is not None:
+            self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
         self._max_characters = longest * engine.model.limits.max_tokens
 
@@ -76,6 +79,19 @@ class Service:
             return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    async def check_structure(self, params: SamplingParams, names: Mapping[str, str]) -> None:
+        """Raises ApiError (400) when the grammar cannot be used; `names` as in `from_parameter`."""
+        asked = params.structured_outputs
+        if asked is None:
+            return
+        try:
+            if self._grammars is None:
+                message = "structured_outputs cannot be used: this model has no tokenizer"
+                raise ParameterError("structured_outputs", message)
+            await asyncio.to_thread(self._grammars.constraint, asked)
+        except ParameterError as error:
+            raise from_parameter(error, names) from None
 
     def measure(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> None:
         """Raises ApiError (400) when the engine could never hold the request; `names` as in `from_parameter`."""

@@ -134,6 +134,9 @@ class EngineProcess:
         message: ToEngine | None = None
         try:
             while (message := read_frame(self.connection)) is not None:
+                if isinstance(message, Submit):
+                    with contextlib.suppress(ParameterError):  # `add` tells it to the client
+                        self.engine.constraint(message.params)
                 self._inbox.put(message)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             print(f"engine: the API process's messages cannot be read: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
     "ignore_eos": (True, True),
     "skip_special_tokens": (False, False),
 }
-ELSEWHERE = {"model", "n", "stream", "stream_options", "user", "logprobs"}
+ELSEWHERE = {"response_format", "structured_outputs", "model", "n", "stream", "stream_options", "user", "logprobs"}
 COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
 CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}
 
@@ -52,7 +52,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "prompt_cache_options": [],
     "prompt_cache_retention": [],
     "reasoning_effort": ["none"],
-    "response_format": [{"type": "text"}],
     "safety_identifier": [],
     "service_tier": ["auto", "default"],
     "store": [False],

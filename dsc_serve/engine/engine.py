@@ -24,6 +24,7 @@ from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
+DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
 KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
 
@@ -166,16 +167,16 @@ def prepare_model(config: EngineConfig) -> Decoder:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
-    return load_model(resolve_model(config.model), DTYPES[config.dtype], torch.device(config.device))
+    return load_model(resolve_model(config.model), DTYPES[config.dtype], DEVICES[config.device])
 
 
 def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
     c = model.config
     per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else available_memory()
+    free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
     context = c.max_position_embeddings
-    return max(context, min(config.max_running * context, int(KV_SHARE[model.device.type] * free) // per_token))
+    return max(context, min(config.max_running * context, int(KV_SHARE[config.device] * free) // per_token))
 
 
 def collected(request: Request) -> Tensor:

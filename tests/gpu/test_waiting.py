@@ -1,0 +1,203 @@
+"""A step reads nothing from the device but the sampled ids, and its captured part has sizes that the host knows.
+
+There is no GPU here: see `pretended`. So this says what the host does, not what kernels compute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
+from torch import Tensor
+
+from dsc_kernels import ops, plain
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine import engine as engine_module
+from dsc_serve.engine import sampler
+from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.graphs import Capture, Graph
+from dsc_serve.engine.runner import Runner
+from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.sampling_params import SamplingParams
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="there is a GPU, or no compiled kernel",
+)
+
+FREE_BYTES = 10**7
+FILTERED = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "min_p": 0.01, "seed": 1}
+PENALISED = {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.1, "logit_bias": {3: 1.5}}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    with pretended_gpu(monkeypatch, FREE_BYTES) as pretended:
+        yield pretended
+    ops.use("auto")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the token ids that were read from the device; they are all zero."""
+    seen: list[tuple[int, ...]] = []
+
+    def read(tokens: Tensor) -> list[int]:
+        assert on_device(tokens) and tokens.dtype == torch.int64
+        seen.append(tuple(tokens.shape))
+        return [0] * len(tokens)
+
+    monkeypatch.setattr(sampler, "read", read)
+    return seen
+
+
+class Again:
+    """A graph whose replay computes again."""
+
+    def __init__(self, gpu: PretendedGpu, compute: Callable[[], Tensor]) -> None:
+        self.gpu, self.compute, self.replays = gpu, compute, 0
+        with gpu.watched():
+            self.out = compute()
+
+    def replay(self) -> None:
+        self.compute()
+        self.replays += 1
+
+
+def engine_on(
+    gpu: PretendedGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str = "auto"
+) -> tuple[Engine, list[Again]]:
+    graphs: list[Again] = []
+
+    def capture(compute: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        graphs.append(Again(gpu, compute))
+        return graphs[-1], graphs[-1].out
+
+    def capture_for(dtype: torch.dtype, device: torch.device) -> Capture | None:
+        return capture if ops.triton_serves(dtype, device) else None
+
+    monkeypatch.setattr(engine_module, "capture_for", capture_for)
+    config = EngineConfig(
+        model=str(folder), device="cuda", max_running=6, step_tokens=16, block_size=4, kernels=kernels
+    )
+    model = prepare_model(config)
+    engine = Engine.for_model(model, config, strict=True)
+    assert all(on_device(pool) for pools in engine.runner.pools for pool in pools)  # type: ignore[attr-defined]
+    return engine, graphs
+
+
+def serve(gpu: PretendedGpu, engine: Engine, params: list[SamplingParams]) -> int:
+    """Steps until all requests are done."""
+    for i, own in enumerate(params):
+        engine.add(str(i), [1] * (2 + 3 * i), own)
+    steps = 0
+    with gpu.watched():
+        while engine.has_work:
+            engine.step()
+            steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_a_step_reads_only_the_sampled_ids(
+    kind: str,
+    dtype: str,
+    gpu: PretendedGpu,
+    reads: list[tuple[int, ...]],
+    small_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, graphs = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch)
+    fields = (
+        {"temperature": 0},
+        {"temperature": 0.7},
+        FILTERED,
+        {**FILTERED, **PENALISED},
+        {"temperature": 0, "min_tokens": 3},
+    )
+    params = [SamplingParams(max_tokens=4 + i, ignore_eos=True, **own) for i, own in enumerate(fields)]
+    before = gpu.operations
+    steps = serve(gpu, engine, params)
+    assert gpu.operations > before and 0 < len(reads) <= steps
+    assert sum(shape[0] for shape in reads) == sum(own.max_tokens or 0 for own in params)
+    assert sum(graph.replays for graph in graphs) > 2
+
+
+@pytest.mark.parametrize("kind", ["moe", "dsc"])
+def test_plain_torch_is_not_captured_and_its_mixture_of_experts_waits(
+    kind: str,
+    gpu: PretendedGpu,
+    reads: list[tuple[int, ...]],
+    small_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the test above can fail."""
+    engine, graphs = engine_on(gpu, small_model(kind), monkeypatch, kernels="plain")
+    runner = engine.runner
+    assert isinstance(runner, Runner) and runner.graphs is None and graphs == []
+    assert isinstance(runner.model.blocks[0].ffn.layer, plain.Moe if kind == "moe" else plain.Ffn)
+    params = [SamplingParams(max_tokens=3)] * 2
+    if kind == "moe":
+        with pytest.raises(WaitedError, match="bincount"):
+            serve(gpu, engine, params)
+    else:
+        assert serve(gpu, engine, params) > 2
+
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda t: t[0].item(),
+    "bool": lambda t: bool(t[0] > 0),
+    "tolist": lambda t: t.tolist(),
+    "cpu": lambda t: t.cpu(),
+    "numpy": lambda t: t.to("cpu").numpy(),
+    "nonzero": lambda t: t.nonzero(),
+    "mask": lambda t: t[t > 0],
+    "made there": lambda t: t + torch.tensor([1.0, 2.0, 3.0], device=DEVICE),
+    "host indices": lambda t: t[torch.tensor([0, 1])],
+    "host operand": lambda t: t + torch.ones(3),
+    "pageable copy": lambda t: t + torch.tensor([1.0, 2.0, 3.0]).to(DEVICE),
+    "blocking copy": lambda t: t.copy_(torch.ones(3).pin_memory()),
+    "copy to the host": lambda t: torch.zeros(3).copy_(t),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_waiting_is_seen(name: str, gpu: PretendedGpu) -> None:
+    tensor = torch.zeros(3, device=DEVICE)
+    with gpu.watched(), pytest.raises(WaitedError):
+        WAITS[name](tensor)
+
+
+def test_what_does_not_wait_is_let_through(gpu: PretendedGpu) -> None:
+    tensor = torch.zeros(3, device=DEVICE)
+    with gpu.watched():
+        tensor += torch.ones(3).pin_memory().to(DEVICE, non_blocking=True)
+        assert tensor[torch.arange(2, device=DEVICE)].shape == (2,)
+        assert on_device(tensor.sort().values.cumsum(0))
+
+
+def test_the_pool_takes_its_share_of_the_devices_memory(
+    gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_model(max_position_embeddings=4096, position_embedding_type="rope")
+    engine, _ = engine_on(gpu, folder, monkeypatch)
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    held = sum(pool.numel() * pool.element_size() for pools in runner.pools for pool in pools)
+    assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.limits.num_blocks
+
+
+def test_the_bank_lies_on_the_device_once(
+    gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = engine_on(gpu, small_model(), monkeypatch)
+    for block in engine.runner.model.blocks:  # type: ignore[attr-defined]
+        assert isinstance(block.ffn, DscFfn)
+        assert block.ffn.layer.u is block.ffn.u and block.ffn.layer.v is block.ffn.v  # type: ignore[attr-defined]
+        assert on_device(block.ffn.u)

@@ -91,7 +91,18 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             description="Tokens the KV pool holds; 0: full contexts for all, within a fifth of free memory (GPU: 4/5).",
         ),
     ] = 0
-    policy: Annotated[str, Meta(description="Scheduling policy.")] = "fcfs"
+    policy: Annotated[
+        str, Meta(description="Who is computed when: fcfs, affinity, shortest-prefill, priority or fair.")
+    ] = "fcfs"
+    itl_target_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Prompts are cut so that a running request gets a token so often; 0: in 1.75 times a step "
+            "without prompts, at least 10 ms.",
+        ),
+    ] = 0.0
+    prefix_cache: Annotated[bool, Meta(description="Reuse what prompts with the same beginning have computed.")] = True
     kernels: Annotated[
         str,
         Meta(description="Kernels: auto, plain (torch alone), triton, or an instruction set of the CPU such as avx2."),

@@ -60,6 +60,8 @@ class LLM:
         block_size: int = 16,
         kv_tokens: int = 0,
         policy: str = "fcfs",
+        itl_target_ms: float = 0.0,
+        prefix_cache: bool = True,
         kernels: str = "auto",
     ) -> None:
         config = EngineConfig(
@@ -72,6 +74,8 @@ class LLM:
             block_size=block_size,
             kv_tokens=kv_tokens,
             policy=policy,
+            itl_target_ms=itl_target_ms,
+            prefix_cache=prefix_cache,
             kernels=kernels,
         )
         self.tokenizer = Tokenizer.load(resolve_model(config.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +53,9 @@ class Engine:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
         self.config, self.limits, self.runner, self.strict = config, limits, runner, strict
-        budget = Budget(tokens=config.step_tokens, running=config.max_running)
-        self.scheduler = Scheduler(POLICIES[config.policy], budget, BlockPool(limits.num_blocks), config.block_size)
+        budget = Budget(config.step_tokens, config.max_running, config.itl_target_ms)
+        pool = BlockPool(limits.num_blocks)
+        self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
         self._eos = frozenset(eos)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
@@ -113,15 +115,21 @@ class Engine:
 
         A request that makes its step fail ends with an error; the others go on.
         """
+        started = time.perf_counter()
+        deltas = [self._expired(request, field) for request, field in self.scheduler.expire()]
+        if not self.has_work:
+            return deltas
         plan = self.scheduler.plan()
         work = self.scheduler.begin(plan)
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
-        deltas = [self._failed(request_id, error) for request_id, error in done.errors.items()]
+        deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
         plan.tokens.update(done.fewer)
         ended = self.scheduler.commit(plan, result.tokens, self._eos)
         self.counters.steps += 1
+        if not done.errors and not done.fewer:
+            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started))
         self._check()
         for request, _ in work:
             prompt_logprobs = result.prompt_logprobs.get(request.id)
@@ -136,6 +144,7 @@ class Engine:
                     ended.get(request.id),
                     None if entry is None else [entry],
                     prompt_logprobs,
+                    cached_tokens=request.cached_tokens or 0,
                 )
             )
         return deltas
@@ -147,6 +156,11 @@ class Engine:
     def _stuck(self, request_id: str, reason: str) -> Delta:
         self.scheduler.finish(request_id)
         return Delta(request_id, [], "error", error=reason, error_field=FIELD)
+
+    def _expired(self, request: Request, field: str) -> Delta:
+        waited = "did not begin" if field == "queue_timeout_s" else "did not end"
+        error = f"the request {waited} within its {field} of {getattr(request.terms, field):g} s"
+        return Delta(request.id, [], "timeout", error=error, cached_tokens=request.cached_tokens or 0)
 
     def _check(self) -> None:
         fault = self.scheduler.fault() if self.strict or not self.has_work else None

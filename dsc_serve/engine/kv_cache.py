@@ -1,8 +1,16 @@
-"""Bookkeeping of the KV pool's blocks: who owns which."""
+"""Bookkeeping of the KV pool's blocks: who owns which, and which hold a prefix that may be wanted again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+
+NAME_BYTES = 16
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -10,36 +18,113 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
+def root_name(secret: bytes, salt: str) -> bytes:
+    """Where the chain of names of all prompts with this salt begins. Nobody without the secret can compute a name."""
+    return hashlib.blake2b(salt.encode(), digest_size=NAME_BYTES, key=secret).digest()
+
+
+def block_name(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a full block: of its tokens and, by the name of the block before it, of all tokens before them."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=NAME_BYTES).digest()
+
+
 class BlockPool:
-    """Hands out blocks 0 … total − 1. Every block is free or owned by exactly one request."""
+    """Hands out blocks 0 … total − 1. Every block is free, cached or owned, by one request or by several.
+
+    A block whose content has been published is cached, not free, once nobody owns it any more: it is found by its name
+    until it is the one that was released the longest ago and no free block is left.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = list(range(total - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._owners = array("i", [0]) * total
+        self._names: list[bytes | None] = [None] * total
+        self._published: dict[bytes, int] = {}
 
     @property
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be allocated: the free and the cached ones."""
+        return len(self._free) + len(self._cached)
+
+    def owners(self, block: int) -> int:
+        return self._owners[block]
+
     def can_allocate(self, count: int) -> bool:
-        return count <= len(self._free)
+        return count <= self.available
 
     def allocate(self, count: int) -> list[int]:
-        """Raises MemoryError when fewer are free; ask `can_allocate` first."""
+        """Raises MemoryError when fewer are available; ask `can_allocate` first."""
         if not self.can_allocate(count):
-            raise MemoryError(f"{count} KV blocks wanted, {len(self._free)} are free")
+            raise MemoryError(f"{count} KV blocks wanted, {self.available} are available")
         if count == 0:
             return []
         taken = self._free[-count:][::-1]
         del self._free[-count:]
+        while len(taken) < count:
+            taken.append(self._evict())
+        for block in taken:
+            self._owners[block] = 1
         return taken
 
-    def release(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))
+    def match(self, names: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the longest published prefix of a chain of names."""
+        blocks = []
+        for name in names:
+            block = self._published.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
-    def fault(self, owned: Iterable[list[int]]) -> str | None:
-        """What is wrong with the ownership, given every owner's blocks; None when free + owned is all blocks."""
-        seen = sorted([*self._free, *(b for blocks in owned for b in blocks)])
-        if seen == list(range(self.total)):
+    def share(self, blocks: Iterable[int]) -> None:
+        """Make a request one more owner of blocks found by `match`."""
+        for block in blocks:
+            if self._owners[block] == 0:
+                del self._cached[block]
+            self._owners[block] += 1
+
+    def publish(self, block: int, name: bytes) -> None:
+        """Let an owned block, full and computed, be found. Where another has the same content, that one stays."""
+        if self._names[block] is None and name not in self._published:
+            self._names[block] = name
+            self._published[name] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one ownership of each block; of a prefix, the end is forgotten before its beginning."""
+        for block in reversed(blocks):
+            self._owners[block] -= 1
+            if self._owners[block] == 0:
+                if self._names[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def fault(self, owned: Iterable[Sequence[int]]) -> str | None:
+        """What is wrong with the ownership, given every owner's blocks; None when free, cached and owned add up.
+
+        Costs microseconds when there are no owners, however large the pool.
+        """
+        wanted = np.bincount(np.fromiter(chain.from_iterable(owned), dtype=np.int64), minlength=self.total)
+        owners = np.frombuffer(self._owners, dtype=np.intc)
+        count = int(np.count_nonzero(owners))
+        if np.array_equal(owners, wanted) and self.free + self.cached + count == self.total:
             return None
-        return f"{self.total} KV blocks, but {len(self._free)} free and {len(seen) - len(self._free)} owned"
+        return f"{self.total} KV blocks, but {self.free} free, {self.cached} cached and {count} owned"
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        name = self._names[block]
+        assert name is not None
+        del self._published[name]
+        self._names[block] = None
+        return block

@@ -16,10 +16,11 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 class Delta(msgspec.Struct, array_like=True):
     """News of one request: tokens that one step added, and why it ended if it did.
 
-    finish_reason: None while it runs, else "stop", "length", "abort" or "error"; with "error", `error` says what and
-    `error_field` names the request's field that is to blame ("" where none is).
+    finish_reason: None while it runs, else "stop", "length", "abort", "timeout" or "error"; with the last two, `error`
+    says what and `error_field` names the request's field that is to blame ("" where none is).
     logprobs has one entry per token where asked for; prompt_logprobs come as the prompt is computed, in order, over one
-    or more deltas (None for the first prompt token, which nothing precedes).
+    or more deltas (None for the first prompt token, which nothing precedes). cached_tokens: of the prompt, those that
+    were found in the prefix cache, once the request has begun.
     """
 
     request_id: str
@@ -29,3 +30,4 @@ class Delta(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str = ""
     error_field: str = ""
+    cached_tokens: int = 0

@@ -14,6 +14,7 @@ from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+FORESIGHT = 128  # output tokens that a request is expected to take at most, before it has taken them
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +24,12 @@ class Request:
     tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
     the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
     already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
-    preemption must not repeat them. signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all
+    preemption must not repeat them.
+    names: the names of its full blocks, as far as they have been needed; root: what they begin with (None: it neither
+    finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
+    been committed. arrived: the clock's seconds at its arrival. overtaken: requests of its lane that came later and
+    were admitted earlier; overtaken_at: when the first was. charged: tokens that its tenant has been charged for it.
+    signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all
     layers), seen or predicted; None while nothing is known. constraint: where its output stands in the grammar that it
     has to follow, if any.
     """
@@ -41,6 +47,13 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     logits: list[Tensor] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    root: bytes | None = None
+    cached_tokens: int | None = None
+    arrived: float = 0.0
+    overtaken: int = 0
+    overtaken_at: float = 0.0
+    charged: int = 0
     signature: NDArray[np.uint64] | None = None
     constraint: Constraint | None = None
 
@@ -64,6 +77,11 @@ class Request:
     def is_complete(self) -> bool:
         """Whether the grammar allows nothing more."""
         return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
+
+    @property
+    def claim(self) -> int:
+        """Tokens to charge for when it is admitted: its prompt and a bounded guess at its output, but only once."""
+        return 0 if self.charged else self.prompt_size + min(self.max_tokens, FORESIGHT)
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
-from dsc_serve.engine.kv_cache import BlockPool
+from dsc_serve.engine.deadlines import Deadlines
+from dsc_serve.engine.kv_cache import BlockPool, block_name, root_name
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
+from dsc_serve.engine.queue import Accounts, Queue
 from dsc_serve.engine.request import NO_BLOCKS, Request
+from dsc_serve.engine.step_time import StepTime
 
-WINDOW = 256  # waiting requests that a policy looks at
+WINDOW = 256  # waiting requests, or lanes of them, that a policy looks at
 
 
 class Scheduler:
     """Requests wait, run and end; each ends exactly once, through `finish`, which alone releases its blocks.
 
-    A step is: plan = self.plan(); begin(plan); compute; commit(plan, tokens).
+    A step is: plan = self.plan(); begin(plan); compute; commit(plan, tokens). prefix_cache: whether prompts may use
+    the blocks that others have computed. clock: seconds, for deadlines and for how long somebody was overtaken.
+    Counted: preemptions, timeouts, the prompt_tokens of requests that have computed, and of these the cached_tokens.
     """
 
-    def __init__(self, policy: Policy, budget: Budget, pool: BlockPool, block_size: int) -> None:
-        self.policy, self.budget, self.pool, self.block_size = policy, budget, pool, block_size
+    def __init__(
+        self,
+        policy: Policy,
+        budget: Budget,
+        pool: BlockPool,
+        block_size: int,
+        prefix_cache: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.policy, self.budget, self.pool, self.block_size, self.clock = policy, budget, pool, block_size, clock
         self.running: dict[str, Request] = {}
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
-        self.preemptions = 0
+        self.accounts = Accounts()
+        self.waiting = Queue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
+        self.step_time = StepTime()
+        self.preemptions = self.timeouts = self.prompt_tokens = self.cached_tokens = 0
+        self._deadlines = Deadlines(lambda request: self.get(request.id) is request)
+        self._secret = secrets.token_bytes(16) if prefix_cache else None
 
     def add(self, request: Request) -> None:
-        self.waiting[request.id] = request
+        request.arrived = self.clock()
+        if self._secret is not None and not request.wants_prompt_rows:
+            request.root = root_name(self._secret, request.terms.cache_salt)
+            self._name_blocks(request, request.known // self.block_size)
+        self.accounts.enter(request)
+        self._deadlines.add(request)
+        self.waiting.push(request)
 
     def get(self, request_id: str) -> Request | None:
         return self.running.get(request_id) or self.waiting.get(request_id)
@@ -36,11 +61,13 @@ class Scheduler:
     def plan(self) -> Plan:
         view = View(
             running=tuple(self.running.values()),
-            waiting=islice(self.waiting.values(), WINDOW),
-            free_blocks=self.pool.free,
+            waiting=islice(self.waiting.requests(), WINDOW),
+            lanes=islice(self.waiting.lanes(), WINDOW),
+            pool=self.pool,
             block_size=self.block_size,
+            now=self.clock(),
         )
-        return self.policy(view, self.budget)
+        return self.policy.plan(view, replace(self.budget, estimate=self.step_time.estimate))
 
     def begin(self, plan: Plan) -> list[tuple[Request, int]]:
         """Preempt, admit and allocate as planned; returns the requests to run with their numbers of tokens."""
@@ -48,17 +75,16 @@ class Scheduler:
             request = self.running.pop(request_id)
             self._release(request)
             request.computed = 0
-            self.waiting[request_id] = request
-            self.waiting.move_to_end(request_id, last=False)
+            self.waiting.push(request, front=True)
             self.preemptions += 1
+        running, size = self.running, self.block_size
+        for request_id in [i for i in plan.tokens if i not in running]:
+            self._admit(request_id)
         work = []
         for request_id, count in plan.tokens.items():
-            admitted = self.waiting.pop(request_id, None)
-            if admitted is not None:
-                self.running[request_id] = admitted
-            request = self.running[request_id]
-            missing = -(-(request.computed + count) // self.block_size) - len(request.blocks)
-            if missing > 0:
+            request = running[request_id]
+            if request.computed + count > len(request.blocks) * size:
+                missing = -(-(request.computed + count) // size) - len(request.blocks)
                 request.blocks.extend(self.pool.allocate(missing))
                 request.table = np.array(request.blocks)
             work.append((request, count))
@@ -71,37 +97,90 @@ class Scheduler:
         since the plan was made are passed over.
         """
         ended: dict[str, str | None] = {}
+        running, size = self.running, self.block_size
         for request_id, count in plan.tokens.items():
-            request = self.running.get(request_id)
+            request = running.get(request_id)
             if request is None:
                 continue
+            if request.cached_tokens is None:
+                self._count_hits(request)
             request.computed += count
-            if request_id in tokens:
-                request.tokens.append(tokens[request_id])
-                ended[request_id] = self._end_of(request, eos)
+            if request.computed % size < count and request.root is not None:
+                self._publish(request, count)
+            token = tokens.get(request_id)
+            if token is not None:
+                request.tokens.append(token)
+                ended[request_id] = reason = self._end_of(request, token, eos)
             elif request.gap == 0:
-                ended[request_id] = "length"  # max_tokens is 0: the prompt was all that was asked for
-            if ended.get(request_id):
+                ended[request_id] = reason = "length"  # max_tokens is 0: the prompt was all that was asked for
+            else:
+                continue
+            if reason is not None:
                 self.finish(request_id)
         return ended
 
     def finish(self, request_id: str) -> Request | None:
         """End a request, whatever its state, and release what it holds. Safe to call twice: then returns None."""
-        request = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
+        request = self.running.pop(request_id, None) or self.waiting.pop(request_id)
         if request is not None:
             self._release(request)
+            self.accounts.leave(request)
+            self.waiting.rerank(request.terms)
+            self._deadlines.prune(len(self.running) + len(self.waiting))
         return request
+
+    def expire(self) -> list[tuple[Request, str]]:
+        """End the requests that are out of time; returns them with the field of their terms that says so."""
+        expired = self._deadlines.due(self.clock())
+        for request, _ in expired:
+            self.finish(request.id)
+            self.timeouts += 1
+        return expired
 
     def fault(self) -> str | None:
         """What breaks the invariants (see `BlockPool.fault`), or None."""
-        owners = [*self.running.values(), *self.waiting.values()]
-        return self.pool.fault(r.blocks for r in owners)
+        return self.pool.fault(r.blocks for r in (*self.running.values(), *self.waiting.requests()))
 
-    def _end_of(self, request: Request, eos: frozenset[int]) -> str | None:
-        token, params = request.tokens[-1], request.params
+    def _admit(self, request_id: str) -> None:
+        for other in self.waiting.ahead_of(request_id):
+            if other.overtaken == 0:
+                other.overtaken_at = self.clock()
+            other.overtaken += 1
+        request = self.waiting.pop(request_id)
+        assert request is not None, f"{request_id} neither runs nor waits"
+        self.accounts.charge(request)
+        self.waiting.rerank(request.terms)
+        # All are taken hold of before anything is allocated, which may evict what nobody holds.
+        request.blocks = self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        self.pool.share(request.blocks)
+        request.computed = len(request.blocks) * self.block_size
+        request.table = np.array(request.blocks, dtype=np.int64)
+        self.running[request_id] = request
+
+    def _count_hits(self, request: Request) -> None:
+        request.cached_tokens = min(request.computed, request.prompt_size)
+        self.prompt_tokens += request.prompt_size
+        self.cached_tokens += request.cached_tokens
+
+    def _publish(self, request: Request, count: int) -> None:
+        """Let the blocks that the last `count` computed tokens filled be found by others."""
+        full = request.computed // self.block_size
+        self._name_blocks(request, full)
+        for i in range((request.computed - count) // self.block_size, full):
+            self.pool.publish(request.blocks[i], request.names[i])
+
+    def _name_blocks(self, request: Request, full: int) -> None:
+        """Extend the names of a request's blocks to its first `full` ones."""
+        assert request.root is not None
+        for i in range(len(request.names), full):
+            parent = request.names[-1] if request.names else request.root
+            request.names.append(block_name(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size]))
+
+    def _end_of(self, request: Request, token: int, eos: frozenset[int]) -> str | None:
+        params = request.params
         if (token in eos and not params.ignore_eos) or token in params.stop_token_ids or request.is_complete:
             return "stop"
-        return "length" if request.output_size >= request.max_tokens else None
+        return "length" if len(request.tokens) - request.prompt_size >= request.max_tokens else None
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)

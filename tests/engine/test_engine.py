@@ -69,7 +69,7 @@ def test_a_failing_step_ends_its_requests_with_the_reason() -> None:
     news = {d.request_id: d for d in engine.step()}
     assert news["bad"].finish_reason == "error"
     assert "RuntimeError: out of luck" in news["bad"].error
-    assert engine.scheduler.pool.free == engine.scheduler.pool.total
+    assert engine.scheduler.pool.available == engine.scheduler.pool.total
     engine.add("good", [1, 2], GREEDY)
     assert run(engine)["good"][1] in ("stop", "length")
 
@@ -85,7 +85,7 @@ def test_lost_blocks_are_raised_in_tests_and_repaired_in_production() -> None:
         else:
             run(engine)
             assert engine.counters.repairs == 1
-            assert engine.scheduler.pool.free == engine.scheduler.pool.total
+            assert engine.scheduler.pool.available == engine.scheduler.pool.total
 
 
 def test_decoding_requests_get_their_token_beside_a_long_prompt() -> None:
@@ -154,6 +154,6 @@ def test_an_abandoned_stream_releases_its_blocks(small_model: Callable[..., Path
         next(stream)
         stream.close()
         assert not llm.engine.has_work
-        assert llm.engine.scheduler.pool.free == llm.engine.scheduler.pool.total
+        assert llm.engine.scheduler.pool.available == llm.engine.scheduler.pool.total
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate([[1]])

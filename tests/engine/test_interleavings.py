@@ -83,7 +83,7 @@ class Interleavings(RuleBasedStateMachine):
             self.step(1)
         scheduler = self.engine.scheduler
         assert not scheduler.running and not scheduler.waiting
-        assert scheduler.pool.free == scheduler.pool.total
+        assert scheduler.pool.available == scheduler.pool.total
         for sent in self.sent.values():
             want = alone(sent.prompt, sent.max_tokens, (EOS, *sent.stops))
             if sent.aborted:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dsc_serve.engine.policies.affinity import affinity
 from dsc_serve.engine.policies.base import Budget, Plan, Policy, View
+from dsc_serve.engine.policies.fair import fair, tenant_lane, tenant_rank
 from dsc_serve.engine.policies.fcfs import fcfs
+from dsc_serve.engine.policies.priority import priority, priority_lane, priority_rank
+from dsc_serve.engine.policies.shortest_prefill import shortest_prefill
 
-POLICIES: dict[str, Policy] = {"fcfs": fcfs}
+POLICIES: dict[str, Policy] = {
+    "fcfs": Policy(fcfs),
+    "affinity": Policy(affinity),
+    "shortest-prefill": Policy(shortest_prefill),
+    "priority": Policy(priority, priority_lane, priority_rank),
+    "fair": Policy(fair, tenant_lane, tenant_rank),
+}
 
 __all__ = ["POLICIES", "Budget", "Plan", "Policy", "View"]

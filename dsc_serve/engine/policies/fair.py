@@ -1,0 +1,41 @@
+"""Tenants share the engine by their weights."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+
+from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
+from dsc_serve.engine.policies.draft import Draft
+from dsc_serve.terms import Terms
+
+
+def fair(view: View, budget: Budget) -> Plan:
+    """As fcfs, but each admission goes to the tenant that has been charged the least per unit of its weight."""
+    draft = Draft(view, budget)
+    if not draft.advance() or len(draft.running) >= budget.running:
+        return draft.plan
+    lanes = []
+    for number, (level, requests) in enumerate(view.lanes):
+        waiting = iter(requests)
+        lanes.append((level, number, next(waiting), waiting))
+    while lanes:
+        level, number, request, waiting = lanes[0]
+        if not draft.admit(request):
+            break
+        following = next(waiting, None)
+        if following is None:
+            heapq.heappop(lanes)
+        else:
+            charged = level + request.claim / request.terms.weight
+            heapq.heapreplace(lanes, (charged, number, following, waiting))
+    return draft.plan
+
+
+def tenant_lane(terms: Terms) -> Hashable:
+    return terms.tenant
+
+
+def tenant_rank(lane: Hashable, levels: Levels) -> float:
+    assert isinstance(lane, str)
+    return levels.level(lane)

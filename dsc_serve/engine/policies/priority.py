@@ -1,0 +1,29 @@
+"""The most urgent first."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
+from dsc_serve.engine.policies.draft import Draft
+from dsc_serve.terms import Terms
+
+
+def priority(view: View, budget: Budget) -> Plan:
+    """Lower numbers first, the earliest among equals; running requests are preempted for more urgent ones."""
+    draft = Draft(view, budget, sorted(view.running, key=lambda request: request.terms.priority))
+    if draft.advance():
+        for request in view.waiting:
+            less_urgent = [r for r in reversed(draft.running) if r.terms.priority > request.terms.priority]
+            if not draft.admit(request, less_urgent):
+                break
+    return draft.plan
+
+
+def priority_lane(terms: Terms) -> Hashable:
+    return terms.priority
+
+
+def priority_rank(lane: Hashable, levels: Levels) -> float:
+    assert isinstance(lane, int)
+    return float(lane)

@@ -1,0 +1,105 @@
+"""How long a step takes, learned from the steps themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+FORGET = 0.98  # weight of an observation that is one step older than another
+OUTLIER = 4.0  # a step that took this many times its estimate counts as one that took so many times
+TRUST = 16  # observations before outliers are told from steps
+FIT_EVERY = 8  # steps without a chunk
+SWEEPS = 6
+SHORTEST_MS = 0.01
+
+
+@dataclass(slots=True)
+class Load:
+    """What one step computes: single tokens and the sum of their contexts; tokens of chunks and the pairs they attend.
+
+    A chunk of n tokens after c computed ones attends n · c + n² / 2 pairs.
+    """
+
+    singles: int = 0
+    contexts: int = 0
+    tokens: int = 0
+    pairs: float = 0.0
+
+    def add(self, count: int, computed: int, times: int = 1) -> None:
+        """Add (or, with −1 times, take away) a request's share of the step."""
+        if count == 1:
+            self.singles += times
+            self.contexts += times * computed
+        else:
+            self.tokens += times * count
+            self.pairs += times * chunk_pairs(count, computed)
+
+
+def chunk_pairs(count: int, computed: int) -> float:
+    return count * (computed + count / 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Milliseconds of a step, and of each unit of its load."""
+
+    step: float
+    single: float = 0.0
+    context: float = 0.0
+    token: float = 0.0
+    pair: float = 0.0
+
+    def quiet_ms(self, load: Load) -> float:
+        """A step with the single tokens of a load and no chunk."""
+        return self.step + self.single * load.singles + self.context * load.contexts
+
+    def chunk_ms(self, count: int, computed: int) -> float:
+        return self.token * count + self.pair * chunk_pairs(count, computed)
+
+    def chunk_within(self, ms: float, computed: int) -> float:
+        """Most tokens of a chunk, after so many computed ones, that take at most so long."""
+        linear, square = self.token + self.pair * computed, self.pair / 2
+        if ms <= 0:
+            return 0.0
+        if square == 0:
+            return ms / linear if linear else math.inf
+        return (math.sqrt(linear * linear + 4 * square * ms) - linear) / (2 * square)
+
+
+class StepTime:
+    """Fits `Estimate` to observed steps: least squares of relative errors, recent steps first, no cost below zero.
+
+    A cost that recent steps say nothing about keeps its value.
+    """
+
+    def __init__(self) -> None:
+        self.estimate: Estimate | None = None
+        self._costs = [0.0] * 5
+        self._squares = np.zeros((5, 5))
+        self._products = np.zeros(5)
+        self._seen = 0
+
+    def observe(self, load: Load, ms: float) -> None:
+        """Learn from a step that took so long."""
+        units = (1.0, load.singles, load.contexts, load.tokens, load.pairs)
+        if self._seen >= TRUST:
+            expected = sum(cost * unit for cost, unit in zip(self._costs, units, strict=True))
+            ms = min(ms, OUTLIER * max(expected, SHORTEST_MS))
+        row = np.array(units) / max(ms, SHORTEST_MS)
+        self._squares = FORGET * self._squares + np.outer(row, row)
+        self._products = FORGET * self._products + row
+        self._seen += 1
+        if load.tokens or self._seen % FIT_EVERY == 0 or self.estimate is None:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Coordinate descent from the last costs."""
+        costs, products = self._costs, self._products.tolist()
+        for _ in range(SWEEPS):
+            for i, line in enumerate(self._squares.tolist()):
+                if line[i] > 0:
+                    error = products[i] - sum(a * c for a, c in zip(line, costs, strict=True))
+                    costs[i] = max(0.0, costs[i] + error / line[i])
+        self.estimate = Estimate(*costs)

@@ -50,7 +50,7 @@ def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             if delta.finish_reason == "error":
                 errors[delta.request_id] = delta.error
-    assert engine.scheduler.pool.free == engine.scheduler.pool.total
+    assert engine.scheduler.pool.available == engine.scheduler.pool.total
     assert engine.counters.repairs == 0
     return tokens, errors
 

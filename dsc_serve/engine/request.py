@@ -29,9 +29,8 @@ class Request:
     finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
     been committed. arrived: the clock's seconds at its arrival. overtaken: requests of its lane that came later and
     were admitted earlier; overtaken_at: when the first was. charged: tokens that its tenant has been charged for it.
-    signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all
-    layers), seen or predicted; None while nothing is known. constraint: where its output stands in the grammar that it
-    has to follow, if any.
+    signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all layers), seen or predicted; None
+    while nothing is known. constraint: where its output stands in the grammar that it has to follow, if any.
     """
 
     id: str

@@ -55,10 +55,18 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("dsc_serve_requests_waiting", "Requests in the engine's queue.", stats.waiting)
         blocks = GaugeMetricFamily("dsc_serve_kv_blocks", "Blocks of the KV pool.", labels=["state"])
         blocks.add_metric(["free"], stats.blocks_free)
-        blocks.add_metric(["used"], stats.blocks_total - stats.blocks_free)
+        blocks.add_metric(["cached"], stats.blocks_cached)
+        blocks.add_metric(["used"], stats.blocks_total - stats.blocks_free - stats.blocks_cached)
         yield blocks
         yield CounterMetricFamily("dsc_serve_engine_steps", "Steps of the engine.", stats.steps)
         yield CounterMetricFamily("dsc_serve_preemptions", "Requests put back into the queue.", stats.preemptions)
+        yield CounterMetricFamily("dsc_serve_timeouts", "Requests that ran out of their time.", stats.timeouts)
+        yield CounterMetricFamily(
+            "dsc_serve_prefix_asked_tokens", "Prompt tokens of requests that began to compute.", stats.prompt_tokens
+        )
+        yield CounterMetricFamily(
+            "dsc_serve_prefix_cached_tokens", "Of these, found in the prefix cache.", stats.cached_tokens
+        )
         yield CounterMetricFamily(
             "dsc_serve_invariant_repairs", "Broken invariants that the engine repaired.", stats.invariant_repairs
         )

@@ -78,9 +78,13 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     running: int
     waiting: int
     blocks_free: int
+    blocks_cached: int
     blocks_total: int
     steps: int
     preemptions: int
+    timeouts: int
+    prompt_tokens: int
+    cached_tokens: int
     invariant_repairs: int
 
 

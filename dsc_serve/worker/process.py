@@ -123,9 +123,13 @@ class EngineProcess:
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),
                     blocks_free=scheduler.pool.free,
+                    blocks_cached=scheduler.pool.cached,
                     blocks_total=scheduler.pool.total,
                     steps=self.engine.counters.steps,
                     preemptions=scheduler.preemptions,
+                    timeouts=scheduler.timeouts,
+                    prompt_tokens=scheduler.prompt_tokens,
+                    cached_tokens=scheduler.cached_tokens,
                     invariant_repairs=self.engine.counters.repairs,
                 )
             )

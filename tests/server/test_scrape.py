@@ -82,7 +82,11 @@ def test_gauges_are_read_from_the_engine_at_the_scrape(app: FastAPI, engine: Fak
             assert found["dsc_serve_requests_waiting"] == 3
             assert found["dsc_serve_permits_held"] == 3
             assert found["dsc_serve_kv_blocks{state=used}"] == 4
+            assert found["dsc_serve_kv_blocks{state=cached}"] == 2
             assert found["dsc_serve_preemptions_total"] == 2
+            assert found["dsc_serve_timeouts_total"] == 1
+            assert found["dsc_serve_prefix_asked_tokens_total"] == 90
+            assert found["dsc_serve_prefix_cached_tokens_total"] == 32
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             found = samples((await client.get("/metrics")).text)

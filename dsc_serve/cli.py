@@ -96,7 +96,7 @@ def main() -> None:
 @options_of(*SECTIONS, without=("model",))
 def serve(model: str | None, config_file: Path | None, print_config: bool, **options: Any) -> None:
     """Serve MODEL, a checkpoint folder or the embedded model's name, over an OpenAI-compatible HTTP API."""
-    from dsc_serve.server.app import serve as serve_http
+    from dsc_serve.server.process import serve as serve_http
     from dsc_serve.worker.supervisor import EngineStartError
 
     chosen = choose(config_file, environment(), {"model": model, **options})
@@ -115,6 +115,17 @@ def serve(model: str | None, config_file: Path | None, print_config: bool, **opt
 def settings() -> None:
     """Print every setting of `serve`, in Markdown: its flag, default, allowed values and meaning."""
     click.echo(document(), nl=False)
+
+
+@main.command(short_help="Make an API key.")
+@click.argument("name")
+def key(name: str) -> None:
+    """Make an API key for NAME: the key itself on standard error, its entry for `key_file` on standard output."""
+    from dsc_serve.server.keys import new_key
+
+    made, entry = new_key(name)
+    click.echo(f"{made}   is the key; it is kept nowhere", err=True)
+    click.echo(entry, nl=False)
 
 
 @main.command(short_help="Continue a text.")

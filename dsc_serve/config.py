@@ -128,7 +128,7 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest body; beyond it clients get 413.")] = 8 * 2**20
     header_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's headers to arrive.")] = 20.0
     body_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's body to arrive.")] = 60.0
-    keep_alive_s: Annotated[float, Meta(ge=0.1, description="Seconds that a connection may idle.")] = 30.0
+    keep_alive_s: Annotated[int, Meta(ge=1, description="Seconds that a connection may idle.")] = 30
     send_timeout_s: Annotated[
         float, Meta(ge=0.1, description="Seconds that a send may wait for a slow reader; then it is hung up on.")
     ] = 30.0

@@ -80,8 +80,8 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
         raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
+    service.admit(request, params.n, "n")
     await service.check_structure(params, fields.names)
-    service.permits.check(params.n, "n")
     # `developer` is the newer name of `system`; templates know the older one.
     messages: list[dict[str, object]] = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
@@ -91,7 +91,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         prompt = await service.encode(template.render(messages), "messages", chat=True)
     except ChatTemplateError as error:
         raise bad_request("messages", f"messages cannot be used: {error}") from None
-    service.measure(prompt, params, fields.names)
+    params = service.measure(prompt, params, fields.names)
     shape = ChatShape(service, f"chatcmpl-{uuid4().hex}", fields)
     choices = shape.choices(prompt, params)
     return Generation(service, shape, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))

@@ -102,8 +102,8 @@ async def create_completion(service: Service, request: Request) -> Response:
     service.check_model(fields.model)
     params = fields.params()
     prompts = one_by_one(fields.prompt)
+    service.admit(request, len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
     await service.check_structure(params, fields.names)
-    service.permits.check(len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
     shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0
@@ -114,7 +114,7 @@ async def create_completion(service: Service, request: Request) -> Response:
         own = params
         if fields.max_tokens is None and len(ids) + DEFAULT_MAX_TOKENS > service.engine.model.limits.max_tokens:
             own = msgspec.structs.replace(params, max_tokens=None)  # a default must not refuse what fits without it
-        service.measure(ids, own, {**fields.names, "prompt": name})
+        own = service.measure(ids, own, {**fields.names, "prompt": name})
         echo = echoed(service.tokenizer, prompt, params) if fields.echo else None
         choices += shape.choices(ids, own, len(choices), echo)
         prompt_tokens += len(ids)

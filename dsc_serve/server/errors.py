@@ -143,10 +143,6 @@ async def answer_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED)
 
 
-async def answer_bug(_: Request, __: Exception) -> Response:
-    return internal_error().response()  # the framework logs the traceback
-
-
 def internal_error() -> ApiError:
     return ApiError(500, "the server failed on this request; its log has the cause", type="server_error")
 
@@ -156,4 +152,3 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(ClientDisconnect, answer_disconnect)
-    app.add_exception_handler(Exception, answer_bug)

@@ -1,54 +1,19 @@
-"""What the server lets in: how large a body, how many requests at a time."""
+"""The bodies that the server reads: how large, and how long they may take."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from dsc_serve.config import ServerConfig
 from dsc_serve.server.errors import ApiError, bad_request, shown
 
-MAX_BODY_BYTES = 8 * 2**20
-MAX_DRAINED_BYTES = 4 * MAX_BODY_BYTES
-BODY_TIMEOUT_S = 60.0
-SEND_TIMEOUT_S = 60.0
-RETRY_AFTER_S = 1
+log = logging.getLogger(__name__)
 
-
-class Permits:
-    """Counts the requests in the house, queued and running, one for each prompt and choice."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held = 0
-
-    def check(self, count: int, param: str) -> None:
-        """Raises ApiError (400) when so many could never be let in, naming `param`."""
-        if count > self.capacity:
-            raise bad_request(
-                param, f"{param} asks for {count} generations at once; this server holds at most {self.capacity}"
-            )
-
-    @contextmanager
-    def hold(self, count: int) -> Iterator[None]:
-        """Take `count` permits at once for as long as the block runs. Raises ApiError (429) when they are not free."""
-        if self.held + count > self.capacity:
-            raise ApiError(
-                429,
-                f"the server is full: {self.held} of {self.capacity} places are taken and the request needs {count}; "
-                f"try again in {RETRY_AFTER_S} s",
-                type="rate_limit_error",
-                code="queue_full",
-                headers={"Retry-After": str(RETRY_AFTER_S)},
-            )
-        self.held += count
-        try:
-            yield
-        finally:
-            self.held -= count
+MAX_DRAINED = 4  # times the largest body that is kept
 
 
 def check_headers(request: Request) -> None:
@@ -68,18 +33,20 @@ def check_headers(request: Request) -> None:
 async def read_body(request: Request) -> bytes:
     """The whole body of a JSON request.
 
-    Raises ApiError: 400 for wrong headers or no body, 413 beyond MAX_BODY_BYTES, 408 when it takes too long; and
+    Raises ApiError: 400 for wrong headers or no body, 413 beyond the server's limit, 408 when it takes too long; and
     ClientDisconnect.
     """
+    config: ServerConfig = request.app.state.config
+    limit, timeout_s = config.limits.max_body_bytes, config.limits.body_timeout_s
     check_headers(request)
     announced = request.headers.get("content-length", "")
-    too_large = announced.isdecimal() and (len(announced) > 18 or int(announced) > MAX_BODY_BYTES)
+    too_large = announced.isdecimal() and (len(announced) > 18 or int(announced) > limit)
     if too_large and "expect" in request.headers:  # the client waits for leave to send, so nothing is on its way
-        raise body_too_large()
+        raise body_too_large(limit)
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
@@ -87,11 +54,11 @@ async def read_body(request: Request) -> bytes:
                 chunk: bytes = message.get("body", b"")
                 size += len(chunk)
                 # A client reads no answer while it still sends, so a body that is too large is read on, up to a limit.
-                if size > MAX_BODY_BYTES or too_large:
+                if size > limit or too_large:
                     too_large = True
                     chunks.clear()
-                    if size > MAX_DRAINED_BYTES:
-                        raise body_too_large()
+                    if size > MAX_DRAINED * limit:
+                        raise body_too_large(limit)
                 else:
                     chunks.append(chunk)
                 if not message.get("more_body", False):
@@ -99,21 +66,24 @@ async def read_body(request: Request) -> bytes:
     except TimeoutError:
         raise ApiError(
             408,
-            f"the body did not arrive within {BODY_TIMEOUT_S:g} s",
+            f"the body did not arrive within {timeout_s:g} s",
             code="request_timeout",
             headers={"Connection": "close"},
         ) from None
     if too_large:
-        raise body_too_large()
+        raise body_too_large(limit)
     if not size:
         raise bad_request(None, "the body is empty; it must be a JSON object", "invalid_json")
-    return b"".join(chunks)
+    body = b"".join(chunks)
+    if config.log.log_prompts:
+        log.info("request body", extra={"facts": {"body": body.decode("utf-8", "replace")}})
+    return body
 
 
-def body_too_large() -> ApiError:
+def body_too_large(limit: int) -> ApiError:
     return ApiError(
         413,
-        f"the body is larger than {MAX_BODY_BYTES} bytes; send less in one request",
+        f"the body is larger than {limit} bytes; send less in one request",
         code="request_too_large",
         headers={"Connection": "close"},
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.worker.messages import Stats
@@ -21,20 +19,6 @@ INTER_TOKEN_EDGES_S = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5,
 )  # fmt: skip
 DURATION_EDGES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-ENDPOINTS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"})
-MODEL_PREFIX = "/v1/models/"
-EXCHANGE = "dsc_serve.exchange"
-
-
-class Exchange:
-    """One HTTP request as the metrics see it. `status` is what the client got; `arrived` is in perf_counter seconds."""
-
-    def __init__(self, path: str) -> None:
-        # Unknown paths share one label: clients must not be able to create series.
-        known = "/v1/models/{id}" if path.startswith(MODEL_PREFIX) else "other"
-        self.endpoint = path if path in ENDPOINTS else known
-        self.arrived = time.perf_counter()
-        self.status = CLIENT_CLOSED
 
 
 class EngineCollector(Collector):
@@ -43,10 +27,12 @@ class EngineCollector(Collector):
     def __init__(self) -> None:
         self.stats: Stats | None = None
         self.alive = False
+        self.restarts = 0
         self.in_flight = 0
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         yield GaugeMetricFamily("dsc_serve_engine_up", "1 while the engine process is alive.", self.alive)
+        yield CounterMetricFamily("dsc_serve_engine_restarts", "Times the engine was started again.", self.restarts)
         yield GaugeMetricFamily("dsc_serve_permits_held", "Generations that the server has let in.", self.in_flight)
         stats = self.stats
         if stats is None:
@@ -112,35 +98,8 @@ class Metrics:
             "dsc_serve_generated_tokens", "Tokens that the engine generated.", registry=self.registry
         )
 
-    def render(self, stats: Stats | None, alive: bool, in_flight: int) -> bytes:
+    def render(self, stats: Stats | None, alive: bool, restarts: int, in_flight: int) -> bytes:
         """The text of a scrape."""
-        self.engine.stats, self.engine.alive, self.engine.in_flight = stats, alive, in_flight
+        self.engine.stats, self.engine.alive = stats, alive
+        self.engine.restarts, self.engine.in_flight = restarts, in_flight
         return generate_latest(self.registry)
-
-
-class Edge:
-    """The ASGI layer that counts every HTTP request once, however it ends."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        exchange = scope[EXCHANGE] = Exchange(scope["path"])
-
-        async def observed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, observed)
-        except Exception:
-            exchange.status = 500
-            raise
-        finally:
-            self.metrics.requests.labels(exchange.endpoint, str(exchange.status)).inc()
-            self.metrics.duration.labels(exchange.endpoint).observe(time.perf_counter() - exchange.arrived)

@@ -7,9 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
+import msgspec
+from fastapi import Request
+
+from dsc_serve.config import LimitConfig
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.server.admission import Admission, Permits
+from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
-from dsc_serve.server.limits import Permits
 from dsc_serve.server.metrics import Metrics
 from dsc_serve.terms import Terms
 from dsc_serve.text.chat import ChatTemplate
@@ -29,11 +34,22 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def trouble(self) -> str: ...
+
+    @property
+    def gave_up(self) -> bool: ...
+
+    @property
+    def restarts(self) -> int: ...
+
     def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
+
+    def end_all(self, reason: str) -> None: ...
 
     async def stats(self, timeout_s: float = 1.0) -> Stats: ...
 
@@ -41,11 +57,19 @@ class Engine(Protocol):
 class Service:
     """One served model."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, model_name: str, permits: Permits) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        model_name: str,
+        admission: Admission,
+        limits: LimitConfig,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_name = model_name
-        self.permits = permits
+        self.admission = admission
+        self.limits = limits
         self.metrics = Metrics()
         self.created = int(time.time())
         longest = 0
@@ -54,6 +78,10 @@ class Service:
             self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
         self._max_characters = longest * engine.model.limits.max_tokens
+
+    @property
+    def permits(self) -> Permits:
+        return self.admission.permits
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -93,15 +121,47 @@ class Service:
         except ParameterError as error:
             raise from_parameter(error, names) from None
 
-    def measure(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> None:
-        """Raises ApiError (400) when the engine could never hold the request; `names` as in `from_parameter`."""
+    def admit(self, request: Request, count: int, param: str) -> None:
+        """Take places for `count` generations until the request's answer ends; do so before what takes long.
+
+        Raises ApiError; 400, naming `param`, where this server could never hold so many.
+        """
+        exchange: Exchange = request.scope[EXCHANGE]
+        self.admission.admit(exchange.lease, count, param)
+
+    def measure(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> SamplingParams:
+        """The parameters with this server's bounds on what they leave open.
+
+        Raises ApiError (400) when the engine could never hold the request, or this server allows less; `names` as in
+        `from_parameter`.
+        """
         limits = self.engine.model.limits
         try:
+            self._check_limits(prompt, params)
+            room, most = limits.max_tokens - len(prompt), self.limits.max_output_tokens
+            if params.max_tokens is None and 0 < most < room:
+                params = msgspec.structs.replace(params, max_tokens=most)
             resolve_max_tokens(prompt, params, limits)
+            return params
         except ParameterError as error:
             too_long = len(prompt) + (params.max_tokens or 1) > limits.max_tokens
             code = "context_length_exceeded" if too_long else "invalid_value"
             raise from_parameter(error, names, code) from None
+
+    def _check_limits(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises ParameterError naming the first field beyond what this server allows; 0 allows anything."""
+        limits = self.limits
+        alternatives = max(params.logprobs or 0, params.prompt_logprobs or 0)
+        for field, value, most in (
+            ("prompt", len(prompt), limits.max_prompt_tokens or len(prompt)),
+            ("max_tokens", params.max_tokens or 0, limits.max_output_tokens or params.max_tokens or 0),
+            ("n", params.n, limits.max_choices),
+            ("logprobs", alternatives, limits.max_logprobs),
+            ("stop", len(params.stop), limits.max_stops),
+        ):
+            if value > most:
+                what = {"prompt": " tokens", "stop": " texts"}.get(field, "")
+                raise ParameterError(field, f"{field} is {value}{what}; this server allows at most {most}")
 
     def token_name(self, token_id: int) -> str:
         """How log probabilities name a token."""

@@ -14,9 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.answer import Choice, News, Shape, encode, event
+from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
-from dsc_serve.server.limits import SEND_TIMEOUT_S
-from dsc_serve.server.metrics import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Delta
@@ -41,7 +40,7 @@ class Generation(Response):
     """Runs the choices of one HTTP request and answers in the shape of its endpoint.
 
     An answer begins with the first news, so that what fails before it gets a status of its own. A client that leaves
-    ends its choices in the engine. Permits are held from the call to the end of the answer.
+    ends its choices in the engine.
     """
 
     def __init__(
@@ -55,40 +54,29 @@ class Generation(Response):
         self._stream = stream
         self._arrived = 0.0
         self._begun = False
-        self._sends = 0
-        self._sending = 0  # the number of the send that is under way, 0 between sends
         self._outcome = CLIENT_CLOSED
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError where nothing has been sent yet."""
         exchange: Exchange = scope[EXCHANGE]
         self._arrived = exchange.arrived
-        with self._service.permits.hold(len(self._choices)):
-            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
-            answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
-            gone = asyncio.create_task(client_gone(receive))
-            try:
-                await self._answered_or_gone(answer, gone)
-            finally:  # also when the server, shutting down, cancels this request
-                answer.cancel()
-                gone.cancel()
-                await asyncio.gather(answer, gone, return_exceptions=True)
+        self._terms = exchange.terms(self._shape.terms)
+        exchange.lease.charge(self._prompt_tokens)
+        self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+        answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
+        gone = asyncio.create_task(client_gone(receive))
+        try:
+            # Each ends in time: the engine is watched, and a client that reads too slowly is hung up on.
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when the server, shutting down, cancels this request
+            answer.cancel()
+            gone.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+            exchange.lease.charge(self._usage()["completion_tokens"])
         exchange.status = self._outcome
         if not answer.cancelled():
             with suppress(ClientGoneError):
                 answer.result()
-
-    async def _answered_or_gone(self, answer: asyncio.Task[None], gone: asyncio.Task[None]) -> None:
-        """Return when the answer is complete or has failed, and when the client has left or reads no more.
-
-        Looking now and then whether a send is stuck costs nothing per token, where a time limit on each send would.
-        """
-        seen = 0
-        while True:
-            done, _ = await asyncio.wait((answer, gone), timeout=SEND_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if done or (self._sending and self._sending == seen):
-                return
-            seen = self._sending
 
     async def _answer_whole(self, send: Send) -> None:
         entries: list[dict[str, Any]] = [{}] * len(self._choices)
@@ -128,8 +116,6 @@ class Generation(Response):
 
     async def _send(self, send: Send, data: bytes, headers: list[tuple[bytes, bytes]], more: bool = True) -> None:
         """Send a part of the body, and before the first one status 200 and the headers. Raises ClientGoneError."""
-        self._sends += 1
-        self._sending = self._sends
         try:
             if not self._begun:
                 self._begun = True
@@ -137,7 +123,6 @@ class Generation(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError as error:
             raise ClientGoneError from error
-        self._sending = 0
 
     async def _follow_all(self, emit: Emit) -> None:
         """Run all choices at once to their ends. The first failure ends them all."""
@@ -154,7 +139,7 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._shape.terms)
+            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._terms)
             async with aclosing(deltas):
                 if not await self._follow_deltas(choice, deltas, emit):
                     raise engine_failure("the engine ended the request without a reason")

@@ -1,145 +1,139 @@
-"""The API process's side of the engine process: submit requests, receive their tokens. Free of torch."""
+"""The API process's side of the engine: submit requests, receive their tokens, whatever process serves them."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.terms import Terms
-from dsc_serve.worker.messages import (
-    HEADER,
-    MAX_FRAME,
-    Delta,
-    Finish,
-    ModelInfo,
-    Shutdown,
-    Stats,
-    StatsRequest,
-    StepDone,
-    Submit,
-    ToEngine,
-    frame,
-    from_engine_decoder,
-)
+from dsc_serve.worker.connection import Connection
+from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
+from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
 
-log = logging.getLogger(__name__)
+MAX_TRIES = 2  # a request that two engines died with may be what kills them
 
 
-class EngineDiedError(RuntimeError):
-    """The engine process is gone; requests that were in flight have ended with an error."""
+@dataclass
+class Pending:
+    """A request that has not ended. begun: it has said something. tries: engines that it was submitted to."""
+
+    submit: Submit
+    news: asyncio.Queue[Delta | EngineDiedError] = field(default_factory=asyncio.Queue)
+    begun: bool = False
+    tries: int = 0
 
 
 class EngineClient:
-    """Multiplexes requests over one connection to an engine process.
+    """The engine as the server sees it; the supervisor attaches one connection after another to it.
 
-    `generate` yields deltas until one has a finish reason; leaving the iterator early finishes the request in the
-    engine. `in_flight` counts the requests that have not ended.
+    A request that has said nothing when its engine dies is submitted to the next one; any other ends with the reason.
+    trouble: why the engine cannot be relied on at the moment, "" when it is well. gave_up: it will not come back.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, model: ModelInfo) -> None:
-        self.model = model
-        self._reader, self._writer = reader, writer
-        self._queues: dict[str, asyncio.Queue[Delta]] = {}
-        self._stats: dict[int, asyncio.Future[Stats]] = {}
-        self._tickets = itertools.count()
-        self._dead: str | None = None
-        self._pump = asyncio.create_task(self._receive())
+    def __init__(self, max_unread: int) -> None:
+        self.trouble = "the engine is starting"
+        self.gave_up = False
+        self.restarts = 0
+        self._max_unread = max_unread
+        self._connection: Connection | None = None
+        self._model: ModelInfo | None = None
+        self._pending: dict[str, Pending] = {}
 
     @property
-    def in_flight(self) -> int:
-        return len(self._queues)
+    def model(self) -> ModelInfo:
+        """What the engine has loaded, or the last one had."""
+        assert self._model is not None, "no engine has been attached"
+        return self._model
 
     @property
     def alive(self) -> bool:
-        return self._dead is None
+        return self._connection is not None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    def attach(self, connection: Connection) -> None:
+        """Serve through this connection from now on, the requests that were kept for it first."""
+        self._connection, self._model, self.trouble = connection, connection.model, ""
+        for pending in self._pending.values():
+            self._submit(pending)
+
+    def detach(self, reason: str) -> None:
+        """The connection is lost: end the requests that had begun, keep the others for the next."""
+        self._connection, self.trouble = None, reason
+        for request_id, pending in list(self._pending.items()):
+            if pending.begun or pending.tries >= MAX_TRIES:
+                self._end(request_id, reason)
+
+    def give_up(self, reason: str) -> None:
+        """No engine will be attached any more."""
+        self._connection, self.trouble, self.gave_up = None, reason, True
+        self.end_all(reason)
+
+    def end_all(self, reason: str) -> None:
+        """End every request with this reason."""
+        for request_id in list(self._pending):
+            self.finish(request_id, "abort")
+            self._end(request_id, reason)
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Yield what the engine generates. Raises EngineDiedError if it is not running."""
-        if self._dead is not None:
-            raise EngineDiedError(self._dead)
-        if request_id in self._queues:
+        """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
+
+        Raises EngineDiedError when the engine is not running, or ends before the request does.
+        """
+        if self._connection is None:
+            raise EngineDiedError(self.trouble)
+        if request_id in self._pending:
             raise ValueError(f"request id {request_id!r} is in use")
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
-        self._queues[request_id] = queue
+        pending = self._pending[request_id] = Pending(Submit(request_id, prompt, params, terms or Terms()))
         ended = False
         try:
-            await self._send(Submit(request_id, prompt, params, terms or Terms()))
+            self._submit(pending)
             while not ended:
-                delta = await queue.get()  # ended by the engine's finish, by its death, or by the caller's cancellation
-                ended = delta.finish_reason is not None
-                yield delta
+                # ended by the engine's finish, by its death, or by the caller's cancellation
+                news = await pending.news.get()
+                if isinstance(news, EngineDiedError):
+                    ended = True
+                    raise news
+                ended = news.finish_reason is not None
+                yield news
         finally:
-            self._queues.pop(request_id, None)
+            self._pending.pop(request_id, None)
             if not ended:
                 self.finish(request_id, "abort")
 
     def finish(self, request_id: str, reason: str) -> None:
         """End a request in the engine. Safe to call twice, and for a request that has already ended."""
-        if self._dead is None:
-            self._writer.write(frame(Finish(request_id, reason)))
+        if self._connection is not None:
+            self._connection.send(Finish(request_id, reason))
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         """The engine's state now. Raises TimeoutError when it does not answer, EngineDiedError when it is gone."""
-        if self._dead is not None:
-            raise EngineDiedError(self._dead)
-        ticket = next(self._tickets)
-        future: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self._stats[ticket] = future
-        try:
-            await self._send(StatsRequest(ticket))
-            return await asyncio.wait_for(future, timeout_s)
-        finally:
-            self._stats.pop(ticket, None)
+        if self._connection is None:
+            raise EngineDiedError(self.trouble)
+        return await self._connection.stats(timeout_s)
 
-    async def close(self) -> None:
-        """Ask the engine to stop and close the connection."""
-        if self._dead is None:
-            self._writer.write(frame(Shutdown()))
-        self._pump.cancel()
-        await asyncio.gather(self._pump, return_exceptions=True)
-        self._lose("the server is shutting down")
-        self._writer.close()
-
-    async def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(message))
-        await self._writer.drain()
-
-    async def _receive(self) -> None:
-        try:
-            while True:
-                (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-                if size > MAX_FRAME:
-                    raise EngineDiedError(f"the engine sent a frame of {size} bytes; at most {MAX_FRAME} are allowed")
-                message = from_engine_decoder.decode(await self._reader.readexactly(size))
-                if isinstance(message, StepDone):
-                    for delta in message.deltas:
-                        queue = self._queues.get(delta.request_id)
-                        if queue is not None:
-                            queue.put_nowait(delta)
-                elif isinstance(message, Stats):
-                    future = self._stats.get(message.ticket)
-                    if future is not None and not future.done():
-                        future.set_result(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            self._lose("the engine process has ended")
-        except Exception as error:
-            self._lose(f"the engine's messages cannot be read: {error}")
-            raise
-        finally:
-            if self._dead is not None:
-                log.error("%s; until the server is restarted, requests are answered with an error", self._dead)
-
-    def _lose(self, reason: str) -> None:
-        if self._dead is not None:
+    def take(self, delta: Delta) -> None:
+        """News from the engine; those of requests that have ended are dropped."""
+        pending = self._pending.get(delta.request_id)
+        if pending is None:
             return
-        self._dead = reason
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(Delta(request_id, [], "error", error=reason))
-        for future in self._stats.values():
-            if not future.done():
-                future.set_exception(EngineDiedError(reason))
+        pending.begun = True
+        if pending.news.qsize() < self._max_unread:
+            pending.news.put_nowait(delta)
+            return
+        self.finish(delta.request_id, "abort")
+        self._end(delta.request_id, f"the client left {self._max_unread} steps' tokens unread")
+
+    def _submit(self, pending: Pending) -> None:
+        assert self._connection is not None
+        pending.tries += 1
+        self._connection.send(pending.submit)
+
+    def _end(self, request_id: str, reason: str) -> None:
+        self._pending.pop(request_id).news.put_nowait(EngineDiedError(reason))

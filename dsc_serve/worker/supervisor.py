@@ -1,20 +1,29 @@
-"""Starts the engine process, connects to it, and stops it. Free of torch."""
+"""Starts the engine process, watches it, starts it again when it has died or hangs, and stops it. Free of torch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
-from dsc_serve.config import EngineConfig, default_threads, engine_environment
+from dsc_serve.config import EngineConfig, LifeConfig, default_threads, engine_environment
 from dsc_serve.worker.client import EngineClient
-from dsc_serve.worker.messages import HEADER, MAX_FRAME, ModelInfo, Start, StartFailed, frame, from_engine_decoder
+from dsc_serve.worker.connection import Connection, EngineDiedError, receive
+from dsc_serve.worker.messages import ModelInfo, Start, StartFailed, Stats, frame
 
+log = logging.getLogger(__name__)
+
+ENGINE = (sys.executable, "-m", "dsc_serve.worker.process")
 STOP_TIMEOUT_S = 10.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 30.0
 
 
 class EngineStartError(RuntimeError):
@@ -22,24 +31,44 @@ class EngineStartError(RuntimeError):
 
 
 class EngineSupervisor:
-    """One engine process and the client connected to it."""
+    """One engine process at a time, and the client that is always connected to the present one.
 
-    def __init__(self, config: EngineConfig, start_timeout_s: float) -> None:
+    command: what to run as the engine, before the number of its socket.
+    """
+
+    def __init__(
+        self, config: EngineConfig, life: LifeConfig, max_unread: int, command: Sequence[str] = ENGINE
+    ) -> None:
         self.config = msgspec.structs.replace(config, threads=config.threads or default_threads())
-        self.start_timeout_s = start_timeout_s
-        self.client: EngineClient | None = None
+        self.life = life
+        self.client = EngineClient(max_unread)
+        self._command = command
         self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        self._connection: Connection | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._restarts: deque[float] = deque()
 
     async def start(self) -> EngineClient:
-        """Start the process and wait until its model is loaded. Raises EngineStartError."""
+        """Start the engine, wait until its model is loaded, and watch it from then on. Raises EngineStartError."""
+        connection = await self._start()
+        self._watch = asyncio.create_task(self._keep_running(connection))
+        return self.client
+
+    async def stop(self) -> None:
+        """Stop the engine: ask it, and kill it if it has not ended in time. Safe to call twice."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._connection is not None:
+            self._connection.shut_down("the server is shutting down")
+        self.client.give_up("the server is shutting down")
+        await self._end_process(asked=self._connection is not None)
+
+    async def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "dsc_serve.worker.process", str(theirs.fileno())),
+                *(*self._command, str(theirs.fileno())),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=engine_environment(self.config.threads),
@@ -48,41 +77,112 @@ class EngineSupervisor:
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(frame(Start(self.config)))
         try:
-            model = await asyncio.wait_for(self._hello(reader), self.start_timeout_s)
-        except TimeoutError:
-            await self.stop()
-            raise EngineStartError(f"the engine did not start within {self.start_timeout_s:g} s") from None
-        except (EngineStartError, ConnectionError):
+            model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
+        except BaseException as error:
             writer.close()
-            await self.stop()
+            await self._end_process(asked=False)
+            if isinstance(error, TimeoutError):
+                raise EngineStartError(f"the engine did not start within {self.life.start_timeout_s:g} s") from None
             raise
-        self.client = EngineClient(reader, writer, model)
-        return self.client
+        self._connection = Connection(reader, writer, model, self.client.take)
+        self.client.attach(self._connection)
+        return self._connection
 
-    async def stop(self) -> None:
-        """Stop the process: ask it, and kill it if it has not ended in time. Safe to call twice."""
-        if self.client is not None:
-            await self.client.close()
+    async def _keep_running(self, connection: Connection | None) -> None:
+        while connection is not None:
+            reason = await self._broken(connection)
+            log.error("%s; starting it again", reason)
+            connection.lose(reason)
+            self.client.detach(reason)
+            await self._kill()
+            connection = await self._start_again(reason)
+
+    async def _start_again(self, reason: str) -> Connection | None:
+        """A connection to a new engine, or None where that has been tried too often."""
+        while True:
+            now = time.monotonic()
+            while self._restarts and now - self._restarts[0] > self.life.restart_window_s:
+                self._restarts.popleft()
+            if len(self._restarts) >= self.life.max_restarts:
+                message = (
+                    f"{reason}; it was started again {len(self._restarts)} times within "
+                    f"{self.life.restart_window_s:g} s, so the server gives up"
+                )
+                log.critical(message)
+                self.client.give_up(message)
+                return None
+            await asyncio.sleep(min(FIRST_BACKOFF_S * 4 ** len(self._restarts), LAST_BACKOFF_S))
+            self._restarts.append(now)
+            self.client.restarts += 1
+            try:
+                connection = await self._start()
+            except (EngineStartError, EngineDiedError, OSError) as error:
+                reason = str(error)
+                log.error("the engine could not be started again: %s", reason)
+            else:
+                log.warning("the engine runs again")
+                return connection
+
+    async def _broken(self, connection: Connection) -> str:
+        """Return why the engine must be replaced, once it must; until then tell the client how the engine is.
+
+        Times are counted in looks that found no life, not by a clock: a machine that was asleep proves nothing.
+        """
+        life, silent = self.life, 0.0
+        last: Stats | None = None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(connection.lost), life.ping_s)
+            try:
+                stats = await connection.stats(life.ping_s)
+            except TimeoutError:
+                silent += 2 * life.ping_s
+                trouble = f"the engine has not answered for {silent:g} s"
+            except EngineDiedError as error:
+                return str(error)
+            else:
+                silent = silent + life.ping_s if last is not None and is_stuck(last, stats) else 0.0
+                trouble = f"the engine has work, and has completed no step for {silent:g} s"
+                last = stats
+            self.client.trouble = trouble if silent >= life.stall_s else ""
+            if silent >= life.hang_s:
+                return f"the engine hangs: {trouble}"
+
+    async def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                log.error("the engine process %d cannot be killed", self._process.pid)
+
+    async def _end_process(self, asked: bool) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        if self.client is None:
+        if not asked:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
         try:
             await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         except TimeoutError:
-            process.kill()
-            await process.wait()  # a killed process ends
+            await self._kill()
 
-    async def _hello(self, reader: asyncio.StreamReader) -> ModelInfo:
-        try:
-            (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-            message = from_engine_decoder.decode(await reader.readexactly(min(size, MAX_FRAME)))
-        except asyncio.IncompleteReadError:
-            raise EngineStartError("the engine process ended while starting; its message is above") from None
-        if isinstance(message, StartFailed):
-            raise EngineStartError(message.error)
-        if not isinstance(message, ModelInfo):
-            raise EngineStartError(f"the engine said {type(message).__name__} before it was ready")
-        return message
+
+async def hello(reader: asyncio.StreamReader) -> ModelInfo:
+    """What a new engine says when it is ready. Raises EngineStartError."""
+    try:
+        message = await receive(reader)
+    except EngineDiedError:
+        raise EngineStartError("the engine process ended while starting; its message is above") from None
+    if isinstance(message, StartFailed):
+        raise EngineStartError(message.error)
+    if not isinstance(message, ModelInfo):
+        raise EngineStartError(f"the engine said {type(message).__name__} before it was ready")
+    return message
+
+
+def is_stuck(before: Stats, now: Stats) -> bool:
+    """Whether the engine had work at both times and completed no step between them."""
+    return before.running + before.waiting > 0 and now.running + now.waiting > 0 and before.steps == now.steps

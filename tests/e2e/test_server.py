@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -227,39 +225,6 @@ def test_streams_and_random_aborts_leave_nothing_behind(tiny: RunningServer, sec
     assert tiny.metric("dsc_serve_permits_held") == 0
     assert tiny.metric("dsc_serve_invariant_repairs_total") == 0
     assert tiny.log[lines:] == []
-
-
-def test_a_dead_engine_is_told_to_every_client() -> None:
-    server = start_server()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            body = {"prompt": "Then", "max_tokens": 900, "ignore_eos": True}
-            waiting = [pool.submit(server.post, "/v1/completions", **body) for _ in range(4)]
-            server.wait_until(lambda: server.metric("dsc_serve_requests_running") == 4)
-            os.kill(server.engine_pid, signal.SIGKILL)
-            answers = [f.result(timeout=10) for f in waiting]
-        assert {a.status_code for a in answers} == {503}
-        assert all("engine" in a.json()["error"]["message"] for a in answers)
-        assert server.get("/health").status_code == 503
-        assert server.post("/v1/completions", prompt="x").status_code == 503
-        server.wait_until(lambda: any("the engine process has ended" in line for line in server.log))
-    finally:
-        assert stop_server(server) == 0
-
-
-def test_a_hung_engine_is_not_healthy(golden_folder: Callable[[str], Path]) -> None:
-    server = start_server(str(golden_folder("dsc")))
-    try:
-        assert server.get("/health").status_code == 200
-        os.kill(server.engine_pid, signal.SIGSTOP)
-        response = httpx.get(server.url + "/health", timeout=20)
-        assert response.status_code == 503
-        assert "has not answered" in response.json()["error"]["message"]
-        os.kill(server.engine_pid, signal.SIGCONT)
-        server.wait_until(lambda: server.get("/health").status_code == 200)
-    finally:
-        os.kill(server.engine_pid, signal.SIGCONT)
-        assert stop_server(server) == 0
 
 
 def test_the_engine_does_not_outlive_a_killed_server(golden_folder: Callable[[str], Path]) -> None:

@@ -54,6 +54,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.running = 0
         self.alive = True
+        self.hung = False
+        self.gave_up = False
+        self.restarts = 0
+        self.ended = ""
 
     @property
     def model(self) -> ModelInfo:
@@ -81,8 +85,10 @@ class FakeEngine:
         try:
             if self.gate is not None:
                 await self.gate.wait()
+                self._check_ended()
             for delta in self._deltas(request_id, prompt, params):
                 await asyncio.sleep(self.delay_s)
+                self._check_ended()
                 if self.raises is not None and delta.token_ids:
                     raise self.raises
                 ended = delta.finish_reason is not None
@@ -122,6 +128,21 @@ class FakeEngine:
 
     def finish(self, request_id: str, reason: str) -> None:
         self.finished.append((request_id, reason))
+
+    @property
+    def trouble(self) -> str:
+        if not self.alive:
+            return "the engine process has ended"
+        return "the engine has not answered for 7 s" if self.hung else ""
+
+    def end_all(self, reason: str) -> None:
+        self.ended = reason
+        if self.gate is not None:
+            self.gate.set()
+
+    def _check_ended(self) -> None:
+        if self.ended:
+            raise EngineDiedError(self.ended)
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         if not self.alive:

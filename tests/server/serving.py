@@ -13,8 +13,10 @@ import httpx
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 
-from dsc_serve.config import EngineConfig, LimitConfig, ServerConfig
-from dsc_serve.server.app import Server, bind, create_app
+from dsc_serve.config import AccessConfig, EngineConfig, LimitConfig, LogConfig, ServerConfig
+from dsc_serve.server.app import create_app
+from dsc_serve.server.keys import KeyRing
+from dsc_serve.server.process import Server, bind
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -22,13 +24,22 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 MAX_WAITING, MAX_RUNNING = 6, 2
 
 
-def app_around(engine: FakeEngine, tokenizer: Tokenizer | None) -> FastAPI:
+def app_around(
+    engine: FakeEngine,
+    tokenizer: Tokenizer | None,
+    ring: KeyRing | None = None,
+    access: AccessConfig | None = None,
+    log: LogConfig | None = None,
+    **limits: Any,
+) -> FastAPI:
     config = ServerConfig(
         served_model_name="fake",
-        limits=LimitConfig(max_waiting=MAX_WAITING),
+        limits=LimitConfig(**{"max_waiting": MAX_WAITING, **limits}),
+        access=access or AccessConfig(),
+        log=log or LogConfig(),
         engine=EngineConfig(max_running=MAX_RUNNING, step_tokens=64),
     )
-    return create_app(config, engine, tokenizer)
+    return create_app(config, engine, tokenizer, ring)
 
 
 def service_of(app: FastAPI) -> Service:
@@ -76,7 +87,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 async def live(app: FastAPI, send_buffer: int = 0) -> AsyncIterator[int]:
     """Serve over a real socket in this event loop; yields the port."""
     listening = asyncio.Event()
-    server = Server(app, listening.set)
+    server = Server(app, app.state.config, listening.set)
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         if send_buffer:

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MESSAGES, client_of, live, post_bytes, service_of, until
+from serving import MESSAGES, app_around, client_of, live, post_bytes, service_of, until
 
-from dsc_serve.server import stream as stream_module
+from dsc_serve.text.tokenizer import Tokenizer
 
 Ask = tuple[str, dict[str, Any]]
 COMPLETION: Ask = ("/v1/completions", {"prompt": "hi", "max_tokens": 400})
@@ -105,10 +105,8 @@ def test_leaving_within_the_body_submits_nothing(app: FastAPI, engine: FakeEngin
     asyncio.run(run())
 
 
-def test_a_client_that_reads_no_more_is_not_waited_for(
-    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream_module, "SEND_TIMEOUT_S", 0.3)
+def test_a_client_that_reads_no_more_is_not_waited_for(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    app = app_around(engine, tokenizer, send_timeout_s=0.3)
 
     async def run() -> None:
         async with live(app, send_buffer=4096) as port:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import app_around, ask, client_of, complete, live, service_of
 
-from dsc_serve.server import limits
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
+from dsc_serve.text.tokenizer import Tokenizer
 
 JSON = {"content-type": "application/json"}
 PATHS = ["/v1/completions", "/v1/chat/completions"]
@@ -100,13 +100,13 @@ def test_a_method_that_is_not_allowed_is_answered_with_those_that_are(app: FastA
     check_error(ask(app, "POST", "/health"), 405)
 
 
-def test_a_body_at_the_limit_is_read_and_one_beyond_it_is_not(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_BODY_BYTES", 1000)
+def test_a_body_at_the_limit_is_read_and_one_beyond_it_is_not(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    app = app_around(engine, tokenizer, max_body_bytes=2000)
     body = b'{"prompt": "x"}'
-    assert post(app, body + b" " * (1000 - len(body))).status_code == 200
-    assert check_error(post(app, body + b" " * (1001 - len(body))), 413)["code"] == "request_too_large"
+    assert post(app, body + b" " * (2000 - len(body))).status_code == 200
+    assert check_error(post(app, body + b" " * (2001 - len(body))), 413)["code"] == "request_too_large"
     check_error(post(app, body, **{"content-length": "9" * 30}), 413)
-    check_error(post(app, b"", **{"content-length": "1001", "expect": "100-continue"}), 413)
+    check_error(post(app, b"", **{"content-length": "2001", "expect": "100-continue"}), 413)
 
 
 def chunks_of(count: int, size: int) -> Iterator[bytes]:
@@ -127,9 +127,8 @@ def test_a_body_of_unknown_length_is_limited_while_it_is_read(app: FastAPI) -> N
     asyncio.run(run())
 
 
-def test_a_client_that_sends_more_than_is_drained_is_cut_off(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_BODY_BYTES", 1000)
-    monkeypatch.setattr(limits, "MAX_DRAINED_BYTES", 2000)
+def test_a_client_that_sends_more_than_is_drained_is_cut_off(engine: FakeEngine) -> None:
+    app = app_around(engine, None, max_body_bytes=1024)
     received = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -143,11 +142,11 @@ def test_a_client_that_sends_more_than_is_drained_is_cut_off(app: FastAPI, monke
             return await client.post("/v1/completions", content=endless(), headers=JSON)
 
     check_error(asyncio.run(run()), 413)
-    assert received <= 2200
+    assert received <= 4 * 1024 + 200
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.1)
+def test_a_body_that_does_not_come_is_not_waited_for(engine: FakeEngine) -> None:
+    app = app_around(engine, None, body_timeout_s=0.1)
 
     async def run() -> bytes:
         async with live(app) as port:

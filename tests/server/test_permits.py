@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MAX_RUNNING, MAX_WAITING, client_of, service_of, until
+from serving import MAX_RUNNING, MAX_WAITING, client_of, complete, service_of, until
 
+from dsc_serve.server.admission import Permits
 from dsc_serve.server.errors import ApiError
-from dsc_serve.server.limits import Permits
 
 CAPACITY = MAX_WAITING + MAX_RUNNING
 
 
-def test_permits_come_back_however_the_block_ends() -> None:
+def test_permits_are_taken_whole_or_not_at_all() -> None:
     permits = Permits(3)
-    with permits.hold(2), permits.hold(1):
-        with pytest.raises(ApiError) as refused, permits.hold(1):
-            pass
-        assert permits.held == 3
-    with pytest.raises(KeyError), permits.hold(3):
-        raise KeyError
-    assert permits.held == 0
+    permits.take(2)
+    with pytest.raises(ApiError) as refused:
+        permits.take(2)
+    assert (permits.held, permits.full, permits.idle.is_set()) == (2, False, False)
+    permits.take(1)
+    assert permits.full
+    permits.release(3)
+    assert (permits.held, permits.idle.is_set()) == (0, True)
     assert refused.value.status == 429
     assert refused.value.headers == {"Retry-After": "1"}
+
+
+def test_places_are_taken_before_the_prompt_is_encoded(
+    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoding = service_of(app).encode, asyncio.Event()
+
+    async def slow_encode(*arguments: Any, **options: Any) -> list[int]:
+        await encoding.wait()
+        return await encode(*arguments, **options)
+
+    monkeypatch.setattr(service_of(app), "encode", slow_encode)
+
+    async def run() -> list[int]:
+        async with client_of(app) as client:
+            asking = [
+                asyncio.create_task(client.post("/v1/completions", json={"prompt": "hi"})) for _ in range(CAPACITY + 3)
+            ]
+            await until(lambda: sum(task.done() for task in asking) == 3)
+            assert service_of(app).permits.held == CAPACITY
+            assert engine.submitted == []
+            encoding.set()
+            return sorted([response.status_code for response in await asyncio.gather(*asking)])
+
+    assert asyncio.run(run()) == [200] * CAPACITY + [429] * 3
+
+
+def test_a_request_that_is_refused_after_it_got_its_place_gives_it_back(app: FastAPI) -> None:
+    for _ in range(2 * CAPACITY):
+        assert complete(app, prompt=[10_000]).status_code == 400
 
 
 @pytest.mark.parametrize("stream", [False, True])

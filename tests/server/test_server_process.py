@@ -17,7 +17,7 @@ import pytest
 from serving import post_bytes
 
 from dsc_serve.config import ConfigError
-from dsc_serve.server.app import bind
+from dsc_serve.server.process import bind
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -26,12 +26,12 @@ import asyncio, sys
 sys.path.insert(0, {tests!r})
 from fake_engine import FakeEngine
 from dsc_serve.config import EngineConfig, LifeConfig, ServerConfig
-from dsc_serve.server import app
+from dsc_serve.server import process
 from dsc_serve.worker.supervisor import EngineStartError
 
 class Supervisor:
-    def __init__(self, config, start_timeout_s):
-        assert start_timeout_s == 5
+    def __init__(self, config, life, max_unread):
+        assert life.start_timeout_s == 5
     async def start(self):
         print("starting", flush=True)
         await asyncio.sleep({start_s})
@@ -44,10 +44,10 @@ class Supervisor:
     async def stop(self):
         print("engine stopped", flush=True)
 
-app.EngineSupervisor = Supervisor
-app.GRACE_S = {grace_s}
+process.EngineSupervisor = Supervisor
 try:
-    app.serve(ServerConfig(port=0, life=LifeConfig(start_timeout_s=5), engine=EngineConfig(model={folder!r})))
+    life = LifeConfig(start_timeout_s=5, drain_s={drain_s})
+    process.serve(ServerConfig(port=0, life=life, engine=EngineConfig(model={folder!r})))
 except EngineStartError as error:
     print("failed:", error)
 print("torch" in sys.modules, flush=True)
@@ -61,14 +61,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
     def run(
-        start_s: float = 0, delay_s: float = 0, grace_s: float = 10, stuck: bool = False, fail: bool = False
+        start_s: float = 0, delay_s: float = 0, drain_s: float = 10, stuck: bool = False, fail: bool = False
     ) -> subprocess.Popen[str]:
         program = PROGRAM.format(
             tests=str(Path(__file__).parent),
             folder=str(folder),
             start_s=start_s,
             delay_s=delay_s,
-            grace_s=grace_s,
+            drain_s=drain_s,
             stuck=stuck,
             fail=fail,
         )
@@ -155,9 +155,9 @@ def test_a_request_that_runs_is_finished_first(start: Start) -> None:
     check_end(process)
 
 
-@pytest.mark.parametrize(("signals", "grace_s"), [(1, 1), (2, 60)])
-def test_a_request_that_does_not_end_is_cut_off(start: Start, signals: int, grace_s: int) -> None:
-    process = start(stuck=True, grace_s=grace_s)
+@pytest.mark.parametrize(("signals", "drain_s"), [(1, 1), (2, 60)])
+def test_a_request_that_does_not_end_is_cut_off(start: Start, signals: int, drain_s: int) -> None:
+    process = start(stuck=True, drain_s=drain_s)
     url = httpx.URL(address_of(process))
     with socket.create_connection((url.host, url.port or 0)) as client:
         client.sendall(post_bytes("/v1/completions", {"prompt": [1]}))
@@ -165,6 +165,9 @@ def test_a_request_that_does_not_end_is_cut_off(start: Start, signals: int, grac
         for _ in range(signals):
             process.terminate()
             time.sleep(0.3)
+        answer = client.recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"the server is shutting down" in answer
         check_end(process)
 
 
@@ -179,5 +182,5 @@ def test_an_address_that_is_taken_is_named() -> None:
 
 
 def test_importing_the_server_loads_no_torch() -> None:
-    program = "import sys, dsc_serve.server.app; sys.exit('torch' in sys.modules)"
+    program = "import sys, dsc_serve.server.process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

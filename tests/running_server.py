@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +64,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start_server(*arguments: str) -> RunningServer:
+def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli")) -> RunningServer:
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsc_serve.cli", "serve", *arguments, "--port", "0"],
+        [sys.executable, *program, "serve", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

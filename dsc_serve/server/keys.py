@@ -1,0 +1,146 @@
+"""API keys: who may ask, and how much of the server each may have. Only hashes are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from dsc_serve.config import ConfigError
+from dsc_serve.sampling_params import ParameterError
+from dsc_serve.terms import Terms
+
+log = logging.getLogger(__name__)
+
+SHORTEST = 16  # characters of a key, which is hashed once: only keys that cannot be guessed are safe so
+LOOK_S = 1.0
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One key. weight: its share of a busy engine; priority: lower is served earlier.
+
+    streams, requests_per_minute and tokens_per_minute bound its generations; 0: no limit, None: the server's default.
+    admin: it may use /admin.
+    """
+
+    sha256: str
+    weight: float = 1.0
+    priority: int = 0
+    streams: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    admin: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise ValueError("sha256 must be 64 hexadecimal digits in small letters")
+        for field in ("streams", "requests_per_minute", "tokens_per_minute"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 0")
+        Terms(weight=self.weight, priority=self.priority)
+
+    def terms(self, asked: Terms) -> Terms:
+        """The terms of a request with this key; a request may make itself less urgent than its key, not more."""
+        priority = max(self.priority, asked.priority)
+        return msgspec.structs.replace(asked, tenant=self.name, weight=self.weight, priority=priority)
+
+
+def digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A key, and the table for the key file by which it is recognised."""
+    key = f"dsc-{secrets.token_urlsafe(32)}"
+    return key, f'[{json.dumps(name)}]\nsha256 = "{digest(key.encode())}"\n'
+
+
+def parse_environment(text: str) -> dict[str, Key]:
+    """Keys by name from NAME:KEY,NAME:KEY. Raises ConfigError, which never shows a key."""
+    keys: dict[str, Key] = {}
+    for number, entry in enumerate(filter(None, text.split(",")), 1):
+        name, colon, key = entry.partition(":")
+        if not (name and colon) or len(key) < SHORTEST:
+            raise ConfigError(f"API key {number} must be NAME:KEY, with a key of at least {SHORTEST} characters")
+        if name in keys:
+            raise ConfigError(f"API key {number} has the name {name!r}, as another has")
+        keys[name] = Key(sha256=digest(key.encode()), name=name)
+    return keys
+
+
+def parse_file(path: Path) -> dict[str, Key]:
+    """Keys by name from a TOML file with one table for each. Raises ConfigError."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"key_file {path} cannot be read as TOML: {error}") from None
+    keys = {}
+    for name, table in tables.items():
+        try:
+            keys[name] = msgspec.structs.replace(msgspec.convert(table, Key), name=name)
+        except (msgspec.ValidationError, ParameterError, ValueError) as error:
+            raise ConfigError(f"key_file {path}: {name}: {error}") from None
+    return keys
+
+
+class KeyRing:
+    """The keys that are valid now. required: whether a request must have one."""
+
+    def __init__(self, key_file: str, environment: str) -> None:
+        self._path = Path(key_file) if key_file else None
+        self._fixed = parse_environment(environment)
+        self.required = bool(key_file or environment)
+        self._stamp = self._look()
+        self._keys = self._read()
+
+    def find(self, token: bytes) -> Key | None:
+        """The key that a client has sent. Takes the same time for any that is wrong."""
+        sent, found = digest(token), None
+        for key in self._keys.values():
+            if hmac.compare_digest(key.sha256, sent):
+                found = key
+        return found
+
+    def reload(self) -> bool:
+        """Read the file again if it has changed; one that cannot be used leaves all keys as they were."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            self._keys = self._read()
+        except ConfigError as error:
+            log.error("API keys stay as they were: %s", error)
+            return False
+        log.info("%d API keys are valid now", len(self._keys))
+        return True
+
+    async def keep_current(self) -> None:
+        """Look at the file for ever."""
+        while self._path is not None:
+            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self.reload)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path) if self._path else None  # noqa: PTH116  follows a mounted secret's links
+        except OSError:
+            return None
+        return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+
+    def _read(self) -> dict[str, Key]:
+        """Raises ConfigError."""
+        keys = parse_file(self._path) if self._path else {}
+        twice = keys.keys() & self._fixed.keys()
+        if twice:
+            raise ConfigError(f"key_file {self._path}: {min(twice)} is the name of a key in the environment too")
+        return keys | self._fixed

@@ -1,0 +1,114 @@
+"""HTTP/1.1 connections that cannot be held open for nothing: limits on headers, on their time, and on slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from dsc_serve.config import LimitConfig
+from dsc_serve.server.errors import ApiError
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. The framework times only the pauses between requests; this times the headers too.
+
+    Errors that end a connection before there is a request have the form of all others.
+    """
+
+    def __init__(self, *args: Any, limits: LimitConfig, max_connections: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._limits, self._max_connections = limits, max_connections
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._awaits_head = True
+        self._head_bytes = self._unparsed = 0  # of the head that is being parsed; since the last whole head
+        self._stuck_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            transport.abort()
+            return
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaits_head:
+            self._unparsed += len(data)
+        super().data_received(data)
+        if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
+            return
+        if self._awaits_head and self._unparsed > self._limits.max_header_bytes:
+            self._refuse_head()
+        elif self._head_timer is None:
+            self._time_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._head_bytes += len(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._head_bytes += len(name) + len(value)
+
+    def on_headers_complete(self) -> None:
+        if self._head_bytes > self._limits.max_header_bytes:
+            raise ValueError("headers too large")  # the parser hands it on to send_400_response
+        self._stop_timer()
+        self._awaits_head, self._unparsed = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._awaits_head = True
+
+    def pause_writing(self) -> None:
+        self._stuck_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stuck_since = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._head_bytes > self._limits.max_header_bytes:
+            self._refuse_head()
+        else:
+            self._refuse(400, "the request is not valid HTTP/1.1", "invalid_http")
+
+    def hang_up_if_stuck(self, now: float) -> None:
+        """Drop a client that for too long has read too little of its answer, or nothing of an answer that is over."""
+        if self._stuck_since is None and self.transport.is_closing():
+            self._stuck_since = now
+        elif self._stuck_since is not None and now - self._stuck_since > self._limits.send_timeout_s:
+            self.transport.abort()
+
+    def _time_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._limits.header_timeout_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self._refuse(408, f"no request came within {self._limits.header_timeout_s:g} s", "request_timeout")
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"the headers are larger than {self._limits.max_header_bytes} bytes", "headers_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        response = ApiError(status, message, code=code, headers={"Connection": "close"}).response()
+        head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
+        self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
+        self.transport.close()

@@ -1,0 +1,111 @@
+"""The open connection to one engine process. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+import msgspec
+
+from dsc_serve.worker.messages import (
+    HEADER,
+    MAX_FRAME,
+    Delta,
+    FromEngine,
+    ModelInfo,
+    Shutdown,
+    Stats,
+    StatsRequest,
+    StepDone,
+    ToEngine,
+    frame,
+    from_engine_decoder,
+)
+
+
+class EngineDiedError(RuntimeError):
+    """The engine is gone, or the request it held cannot be ended by it; the text says why."""
+
+
+async def receive(reader: asyncio.StreamReader) -> FromEngine:
+    """The next message. Raises EngineDiedError when none can come any more."""
+    try:
+        (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+        if size > MAX_FRAME:
+            raise EngineDiedError(f"the engine sent a frame of {size} bytes; at most {MAX_FRAME} are allowed")
+        message: FromEngine = from_engine_decoder.decode(await reader.readexactly(size))
+        return message
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise EngineDiedError("the engine process has ended") from None
+    except msgspec.MsgspecError as error:
+        raise EngineDiedError(f"the engine's messages cannot be read: {error}") from error
+
+
+class Connection:
+    """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        model: ModelInfo,
+        on_delta: Callable[[Delta], None],
+    ) -> None:
+        self.model = model
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._reader, self._writer, self._on_delta = reader, writer, on_delta
+        self._stats: dict[int, asyncio.Future[Stats]] = {}
+        self._tickets = itertools.count()
+        self._pump = asyncio.create_task(self._receive())
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message; nothing happens where the connection has ended."""
+        if not self.lost.done():
+            self._writer.write(frame(message))
+
+    async def stats(self, timeout_s: float) -> Stats:
+        """The engine's state now. Raises TimeoutError when it does not answer, EngineDiedError when it is gone."""
+        if self.lost.done():
+            raise EngineDiedError(self.lost.result())
+        ticket = next(self._tickets)
+        answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        self._stats[ticket] = answer
+        try:
+            self.send(StatsRequest(ticket))
+            return await asyncio.wait_for(answer, timeout_s)
+        finally:
+            self._stats.pop(ticket, None)
+
+    def lose(self, reason: str) -> None:
+        """End the connection. Safe to call twice: the first reason stands."""
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        for answer in self._stats.values():
+            if not answer.done():
+                answer.set_exception(EngineDiedError(reason))
+        self._pump.cancel()
+        self._writer.close()
+
+    def shut_down(self, reason: str) -> None:
+        """Ask the engine to stop, and end the connection."""
+        self.send(Shutdown())
+        self.lose(reason)
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                message = await receive(self._reader)
+                if isinstance(message, StepDone):
+                    for delta in message.deltas:
+                        self._on_delta(delta)
+                elif isinstance(message, Stats) and message.ticket in self._stats:
+                    answer = self._stats[message.ticket]
+                    if not answer.done():
+                        answer.set_result(message)
+        except EngineDiedError as error:
+            self.lose(str(error))
+        except Exception as error:
+            self.lose(f"the engine's messages cannot be used: {error}")
+            raise

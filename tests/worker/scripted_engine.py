@@ -1,0 +1,112 @@
+"""An engine process without a model or torch, for the supervisor to start: does what its requests' prompts say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from dsc_serve.sampling_params import Limits
+from dsc_serve.worker.messages import (
+    HEADER,
+    Delta,
+    Finish,
+    FromEngine,
+    ModelInfo,
+    Shutdown,
+    StartFailed,
+    Stats,
+    StatsRequest,
+    StepDone,
+    Submit,
+    ToEngine,
+    frame,
+    to_engine_decoder,
+)
+
+# What the first token of a prompt makes this engine do.
+ANSWER, BEGIN, WAIT, DIE, HANG, STALL, FLOOD = range(7)
+INFO = ModelInfo(
+    limits=Limits(100, 100, 100, 1),
+    dtype="",
+    device="",
+    threads=1,
+    kernels="",
+    total_parameters=0,
+    active_parameters=0,
+)
+
+
+class ScriptedEngine:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.open: set[str] = set()
+
+    def read(self) -> ToEngine:
+        (size,) = HEADER.unpack(self.exactly(HEADER.size))
+        return to_engine_decoder.decode(self.exactly(size))
+
+    def exactly(self, size: int) -> bytes:
+        data = self.connection.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise SystemExit
+        return data
+
+    def say(self, message: FromEngine) -> None:
+        self.connection.sendall(frame(message))
+
+    def take(self, submit: Submit) -> None:
+        name, first = submit.request_id, submit.prompt[0]
+        self.open.add(name)
+        if first == DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif first == HANG:
+            time.sleep(600)
+        elif first == ANSWER:
+            self.open.remove(name)
+            self.say(StepDone([Delta(name, [1]), Delta(name, [os.getpid()], "length")]))
+        elif first in (BEGIN, STALL):
+            self.say(StepDone([Delta(name, [1])]))
+        elif first == FLOOD:
+            for _ in range(50):
+                self.say(StepDone([Delta(name, [1])]))
+
+    def run(self) -> None:
+        while not isinstance(message := self.read(), Shutdown):
+            if isinstance(message, Submit):
+                self.take(message)
+            elif isinstance(message, Finish):
+                self.open.discard(message.request_id)
+            elif isinstance(message, StatsRequest):
+                self.say(
+                    Stats(
+                        ticket=message.ticket,
+                        running=len(self.open),
+                        waiting=0,
+                        blocks_free=0,
+                        blocks_total=0,
+                        steps=0,
+                        preemptions=0,
+                        invariant_repairs=0,
+                    )
+                )
+
+
+def main(starts: Path, good_starts: int, descriptor: int) -> None:
+    """The first `good_starts` processes come up; `starts` counts them all."""
+    engine = ScriptedEngine(socket.socket(fileno=descriptor))
+    engine.read()
+    with starts.open("a") as file:
+        file.write(".")
+    if starts.stat().st_size > good_starts:
+        engine.say(StartFailed("no more engines"))
+        return
+    engine.say(INFO)
+    engine.run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

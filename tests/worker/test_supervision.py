@@ -1,0 +1,200 @@
+"""An engine that dies or hangs is replaced, and every request learns what has become of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import scripted_engine
+from scripted_engine import ANSWER, BEGIN, DIE, FLOOD, HANG, STALL, WAIT
+
+from dsc_serve.config import EngineConfig, LifeConfig
+from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.worker import supervisor as supervisor_module
+from dsc_serve.worker.client import EngineClient, EngineDiedError
+from dsc_serve.worker.messages import Delta
+from dsc_serve.worker.supervisor import EngineStartError, EngineSupervisor
+
+ENGINE = str(Path(scripted_engine.__file__))
+Supervise = Callable[..., "asynccontextmanager[EngineSupervisor]"]
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 0.01)
+
+    @asynccontextmanager
+    async def run(good_starts: int = 100, max_unread: int = 1000, **life: float) -> AsyncIterator[EngineSupervisor]:
+        settings = {"ping_s": 0.1, "stall_s": 0.3, "hang_s": 0.8, "start_timeout_s": 30, **life}
+        command = (sys.executable, ENGINE, str(tmp_path / "starts"), str(good_starts))
+        supervisor = EngineSupervisor(EngineConfig(), LifeConfig(**settings), max_unread, command)  # type: ignore[arg-type]
+        await supervisor.start()
+        try:
+            yield supervisor
+        finally:
+            await supervisor.stop()
+
+    return run
+
+
+def scenario(test: Awaitable[None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(60):
+            await test
+
+    asyncio.run(limited())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110  what is waited for knows of no event
+        await asyncio.sleep(0.01)
+
+
+async def ask(client: EngineClient, name: str, first: int) -> list[int]:
+    tokens: list[int] = []
+    async for delta in client.generate(name, [first], SamplingParams()):
+        tokens += delta.token_ids
+    return tokens
+
+
+def engine_pid(supervisor: EngineSupervisor) -> int:
+    assert supervisor._process is not None
+    return supervisor._process.pid
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_requests_that_had_begun_end_and_the_others_are_served_by_the_next_engine(supervised: Supervise) -> None:
+    async def test() -> None:
+        async with supervised() as supervisor:
+            client = supervisor.client
+            begun = [asyncio.create_task(ask(client, f"begun{i}", BEGIN)) for i in range(3)]
+            waiting = asyncio.create_task(ask(client, "waiting", WAIT))
+            await until(lambda: sum(p.begun for p in client._pending.values()) == 3)
+            os.kill(engine_pid(supervisor), signal.SIGKILL)
+            for task in begun:
+                with pytest.raises(EngineDiedError, match="the engine process has ended"):
+                    await task
+            assert not client.alive
+            with pytest.raises(EngineDiedError):
+                await ask(client, "new", ANSWER)
+            await until(lambda: client.alive)
+            assert client.in_flight == 1
+            assert (client.restarts, client.trouble) == (1, "")
+            assert await ask(client, "new", ANSWER) == [1, engine_pid(supervisor)]
+            await until(lambda: client._pending["waiting"].tries == 2)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert client.in_flight == 0
+
+    scenario(test())
+
+
+def test_a_request_that_kills_its_engine_is_not_tried_for_ever(supervised: Supervise) -> None:
+    async def test() -> None:
+        async with supervised() as supervisor:
+            with pytest.raises(EngineDiedError):
+                await ask(supervisor.client, "poison", DIE)
+            await until(lambda: supervisor.client.alive)
+            assert supervisor.client.restarts == 2
+            assert len(await ask(supervisor.client, "next", ANSWER)) == 2
+
+    scenario(test())
+
+
+@pytest.mark.parametrize(("kind", "words"), [(HANG, "has not answered"), (STALL, "completed no step")])
+def test_an_engine_that_hangs_is_noticed_and_then_replaced(supervised: Supervise, kind: int, words: str) -> None:
+    async def test() -> None:
+        async with supervised() as supervisor:
+            client, first = supervisor.client, engine_pid(supervisor)
+            task = asyncio.create_task(ask(client, "a", kind))
+            await until(lambda: client.trouble)
+            assert words in client.trouble
+            assert client.alive, "it is only doubted yet"
+            await until(lambda: client.restarts == 1)
+            if kind == HANG:  # it said nothing, so the next engine got it; that hangs too
+                await until(lambda: client.restarts == 2)
+            with pytest.raises(EngineDiedError, match=words):
+                await task
+            await until(lambda: client.alive)
+            assert engine_pid(supervisor) != first
+            assert not runs(first)
+
+    scenario(test())
+
+
+def test_an_engine_that_recovers_in_time_is_kept(supervised: Supervise) -> None:
+    async def test() -> None:
+        async with supervised(hang_s=30) as supervisor:
+            client, pid = supervisor.client, engine_pid(supervisor)
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: "has not answered" in client.trouble)
+            os.kill(pid, signal.SIGCONT)
+            await until(lambda: not client.trouble)
+            assert await ask(client, "a", ANSWER) == [1, pid]
+
+    scenario(test())
+
+
+def test_a_restart_loop_gives_up_and_says_so(supervised: Supervise, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with supervised(good_starts=1, max_restarts=3) as supervisor:
+            client = supervisor.client
+            waiting = asyncio.create_task(ask(client, "waiting", WAIT))
+            await until(lambda: client.in_flight)
+            os.kill(engine_pid(supervisor), signal.SIGKILL)
+            with pytest.raises(EngineDiedError, match=r"no more engines; it was started again 3 times.*gives up"):
+                await waiting
+            assert client.gave_up
+            with pytest.raises(EngineDiedError, match="gives up"):
+                await ask(client, "new", ANSWER)
+
+    scenario(test())
+    assert any(record.levelname == "CRITICAL" and "gives up" in record.message for record in caplog.records)
+
+
+def test_an_engine_that_never_came_up_is_its_starter_s_error(supervised: Supervise) -> None:
+    async def test() -> None:
+        with pytest.raises(EngineStartError, match="no more engines"):
+            async with supervised(good_starts=0):
+                pass
+
+    scenario(test())
+
+
+def test_news_that_nobody_takes_end_their_request(supervised: Supervise) -> None:
+    async def test() -> None:
+        async with supervised(max_unread=8) as supervisor:
+            client = supervisor.client
+            deltas = client.generate("slow", [FLOOD], SamplingParams())
+            taken: list[Delta] = [await anext(deltas)]
+            await until(lambda: not client.in_flight)
+            with pytest.raises(EngineDiedError, match="left 8 steps' tokens unread"):
+                async for delta in deltas:
+                    taken.append(delta)
+            assert len(taken) <= 10
+            stats = await client.stats()
+            assert stats.running == 0, "the engine was not told"
+
+    scenario(test())
+
+
+def test_the_end_of_the_server_ends_requests_and_the_process(supervised: Supervise) -> None:
+    async def test() -> None:
+        async with supervised() as supervisor:
+            pid = engine_pid(supervisor)
+            task = asyncio.create_task(ask(supervisor.client, "a", BEGIN))
+            await until(lambda: supervisor.client.in_flight)
+        with pytest.raises(EngineDiedError, match="shutting down"):
+            await task
+        assert not runs(pid)
+
+    scenario(test())

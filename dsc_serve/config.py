@@ -107,6 +107,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         str,
         Meta(description="Kernels: auto, plain (torch alone), triton, or an instruction set of the CPU such as avx2."),
     ] = "auto"
+    grouping: Annotated[
+        Literal["auto", "always", "off"],
+        Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

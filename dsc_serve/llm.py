@@ -63,6 +63,7 @@ class LLM:
         itl_target_ms: float = 0.0,
         prefix_cache: bool = True,
         kernels: str = "auto",
+        grouping: Literal["auto", "always", "off"] = "auto",
     ) -> None:
         config = EngineConfig(
             model=str(model),
@@ -77,6 +78,7 @@ class LLM:
             itl_target_ms=itl_target_ms,
             prefix_cache=prefix_cache,
             kernels=kernels,
+            grouping=grouping,
         )
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
         self._engine: Engine | None = Engine.for_model(prepare_model(config), config)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.plan import DeviceConstants, Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
@@ -19,7 +20,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
-from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
@@ -181,7 +182,10 @@ def prepare_model(config: EngineConfig) -> Decoder:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
-    return load_model(resolve_model(config.model), DTYPES[config.dtype], DEVICES[config.device])
+    model = load_model(resolve_model(config.model), DTYPES[config.dtype], DEVICES[config.device])
+    for layer in dsc_layers(model):
+        layer.planner = Planner(config.grouping, layer.shape, DeviceConstants())
+    return model
 
 
 def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:

@@ -13,6 +13,7 @@ from dsc_serve.model.attention import Attention, rope_table
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
+from dsc_serve.model.ffn.dsc import DscFfn
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -124,3 +125,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
         return self.head(self.norm(hidden), out_dtype=torch.float32)
+
+
+def dsc_layers(model: Decoder) -> list[DscFfn]:
+    """The DSC layers of a model, in order."""
+    return [block.ffn for block in model.blocks if isinstance(block.ffn, DscFfn)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dsc_kernels import native, ops, plain
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig, MoloraConfig
-from dsc_serve.model.decoder import Decoder, parameter_counts
-from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.model.decoder import Decoder, dsc_layers, parameter_counts
 
 
 def describe(model: Decoder) -> dict[str, str]:
@@ -35,7 +34,7 @@ def describe(model: Decoder) -> dict[str, str]:
         algorithm = "1" if not f.router_norm and not f.router_bias and f.gamma == "scalar" else "2"
         rows["ffn"] = f"dsc (algorithm {algorithm}), {f.atoms_per_token} of {f.num_atoms} atoms, "
         rows["ffn"] += f"static width {f.static_size}"
-        layers = [b.ffn for b in model.blocks if isinstance(b.ffn, DscFfn)]
+        layers = dsc_layers(model)
         size = sum(layer.bank_bytes for layer in layers)
         zero = sum(int((layer.u.abs().amax(1) * layer.v.abs().amax(1) == 0).sum()) for layer in layers)
         rows["bank"] = (

@@ -196,12 +196,21 @@ class Ffn(_Layer):
             *(int(scale is not None and scale.numel() == 1), ACTIVATIONS[activation]),
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, d] → the layer's output plus residual, [B, d]."""
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        grouped: bool = False,
+        picks: Tensor | None = None,
+        signal: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d].
+
+        grouped: compose the tokens in an order in which neighbours share atoms; the output is the same, bit for bit.
+        picks int32 [≥ B, k], signal float32 [≥ B]: where given, the atoms picked and the signal are written there.
+        """
         x, residual, out = self._ready(x, residual)
-        if x.shape[0]:
-            args = (self.capsule, x.data_ptr(), address(residual), out.data_ptr(), x.shape[0], threads(), 0, 0, 0)
-            module().ffn(*args)
+        self._run(x, residual, out, grouped, picks, None, signal)
         return out
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -209,12 +218,29 @@ class Ffn(_Layer):
         x, _, out = self._ready(x, None)
         picks = torch.empty(x.shape[0], self.k, dtype=torch.int32)
         weights, signal = torch.empty(x.shape[0], self.k), torch.empty(x.shape[0])
-        if x.shape[0]:
-            module().ffn(
-                *(self.capsule, x.data_ptr(), 0, out.data_ptr(), x.shape[0], threads()),
-                *(picks.data_ptr(), weights.data_ptr(), signal.data_ptr()),
-            )
+        self._run(x, None, out, False, picks, weights, signal)
         return out, picks, weights, signal
+
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        grouped: bool,
+        picks: Tensor | None,
+        weights: Tensor | None,
+        signal: Tensor | None,
+    ) -> None:
+        batch = x.shape[0]
+        if picks is not None:
+            check("picks", picks, (max(batch, picks.shape[0]), self.k), torch.int32)
+        if signal is not None:
+            check("signal", signal, (max(batch, signal.shape[0]),), torch.float32)
+        if batch:
+            module().ffn(
+                *(self.capsule, x.data_ptr(), address(residual), out.data_ptr(), batch, threads()),
+                *(address(picks), address(weights), address(signal), int(grouped)),
+            )
 
 
 class Moe(_Layer):
@@ -330,6 +356,27 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
         addresses = [t.data_ptr() for t in (logits, *ordered, out)]
         module().sample(*addresses, rows, vocabulary, threads())
     return out
+
+
+def min_hash_order(picks: Tensor) -> Tensor:
+    """The order int32 [B] of tokens with atoms `picks` [B, K]; see `grouping.min_hash_order`."""
+    picks = picks.to(torch.int32).contiguous()
+    order = torch.empty(picks.shape[0], dtype=torch.int32)
+    module().min_hash_order(picks.data_ptr(), *picks.shape, order.data_ptr())
+    return order
+
+
+def tile_unions(picks: Tensor, order: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
+    """The different atoms int32 [n] of each tile and their offsets int64 [tiles + 1]; see `grouping.tiles`."""
+    picks = picks.to(torch.int32).contiguous()
+    order = None if order is None else order.to(torch.int32).contiguous()
+    batch, k = picks.shape
+    atoms = torch.empty(batch * k, dtype=torch.int32)
+    offsets = torch.empty(-(-batch // tile) + 1, dtype=torch.int64)
+    module().tile_unions(
+        *(picks.data_ptr(), address(order), batch, k, min(tile, max(batch, 1)), atoms.data_ptr(), offsets.data_ptr())
+    )
+    return atoms[: int(offsets[-1])], offsets
 
 
 use("auto")

@@ -41,8 +41,17 @@ class Layer(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
-class Ffn(Layer, Protocol):
+class Ffn(Protocol):
     """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        grouped: bool = False,
+        picks: Tensor | None = None,
+        signal: Tensor | None = None,
+    ) -> Tensor: ...
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import reference
+from dsc_kernels import grouping, reference
 from dsc_kernels.native import Activation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
@@ -99,12 +99,26 @@ class Ffn:
         self.u, self.v, self.gamma = u, v, None if gamma is None else gamma.float()
         self.k, self.rank, self.tau, self.eps, self.norm_eps = k, rank, tau, eps, norm_eps
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, d] → the layer's output plus residual, [B, d]."""
-        out = self.static(x) if self.router is None else self.routed(x)[0]
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        grouped: bool = False,
+        picks: Tensor | None = None,
+        signal: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `native.Ffn`."""
+        if self.router is None:
+            out = self.static(x)
+        else:
+            out, atoms, _, strength = self.routed(x, grouped)
+            if picks is not None:
+                picks[: x.shape[0]] = atoms
+            if signal is not None:
+                signal[: x.shape[0]] = strength
         return out if residual is None else out + residual
 
-    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(self, x: Tensor, grouped: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
         if self.router is None or self.u is None or self.v is None or self.gamma is None:
             raise ValueError("this layer has no router")
@@ -118,8 +132,15 @@ class Ffn:
         else:
             weights, signal = reference.coefficients(selected, self.eps)
             spread = weights
-        out = compose_add(self.static(x), x, rows, spread, self.u, self.v, self.gamma).to(x.dtype)
-        return out, atoms, weights, signal
+        static = self.static(x)
+        if grouped:
+            order = grouping.min_hash_order(atoms).long()
+            bank = (self.u, self.v, self.gamma)
+            composed = compose_add(static[order], x[order], rows[order], spread[order], *bank)
+            out = torch.empty_like(composed).index_copy_(0, order, composed)
+        else:
+            out = compose_add(static, x, rows, spread, self.u, self.v, self.gamma)
+        return out.to(x.dtype), atoms, weights, signal
 
 
 class Moe:

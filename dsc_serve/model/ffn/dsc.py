@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops, reference
+from dsc_kernels import ops, plan, reference
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+
+
+class Trace(NamedTuple):
+    """Where a layer writes what it picked: picks int32 [T, K] and signal float32 [T], for at least a step's tokens."""
+
+    picks: Tensor
+    signal: Tensor
 
 
 class DscFfn:
     """The bank is projected once, here, and the router's norm folded into its weight; both then stay where they are.
 
-    u, v: the projected bank [M, d]; gamma float32 [d] or [1].
+    u, v: the projected bank [M, d]; gamma float32 [d] or [1]. planner: decides which steps are grouped, None: none is.
+    trace: gets the picks of every step where it is set.
     """
+
+    planner: plan.Planner | None = None
+    trace: Trace | None = None
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
@@ -68,7 +80,13 @@ class DscFfn:
         return atoms, weights, signal
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.layer(x, residual)
+        grouped = self.planner is not None and self.planner.grouped(x.shape[0])
+        return self.layer(x, residual, grouped, *(self.trace or (None, None)))
+
+    @property
+    def shape(self) -> plan.Shape:
+        atoms, d = self.u.shape
+        return plan.Shape(atoms, self.config.atoms_per_token, d, self.config.static_size, self.u.dtype)
 
     @property
     def bank_bytes(self) -> int:

@@ -32,6 +32,7 @@ struct Ffn {
   int64_t batch, d, hidden, atoms;
   float tau, eps, norm_eps;           // norm_eps < 0: the router has no norm
   int k, rank, scalar_gamma, activation, threads;
+  int grouped;                        // compose each thread's tokens in min-hash order, see grouping.h
   char* scratch;
 };
 

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "compose.h"
 #include "gemm.h"
+#include "grouping.h"
 #include "select.h"
 
 constexpr int64_t SMALL = 24, CHUNK = 192;
@@ -96,13 +97,16 @@ template <typename T>
 struct FfnBuffers {
   typedef typename Input<T>::type I;
   char* x;
-  float *logits, *dynamic;
+  float *logits, *dynamic, *weights;
   I* hidden;
+  uint64_t* keys;  // with weights, picks and order: only where the composition is grouped
+  int32_t *picks, *order;
   int64_t logit_stride, hidden_stride;
 
   static INLINE int64_t bytes(const Ffn& a, int64_t tokens) {
     return aligned(tokens * even(a.d) * 4) + aligned(tokens * panel_count(a.atoms) * LANES * 4) +
-           aligned(tokens * a.d * 4) + aligned(tokens * even(a.hidden) * 4);
+           aligned(tokens * a.d * 4) + aligned(tokens * even(a.hidden) * 4) +
+           (a.grouped ? aligned(tokens * (2 * 8 + 4 + 8 * a.k)) : 0);
   }
   INLINE FfnBuffers(const Ffn& a, int64_t tokens, char* scratch) {
     logit_stride = a.atoms;
@@ -111,6 +115,10 @@ struct FfnBuffers {
     logits = (float*)(x + aligned(tokens * even(a.d) * 4));
     dynamic = (float*)((char*)logits + aligned(tokens * panel_count(a.atoms) * LANES * 4));
     hidden = (I*)((char*)dynamic + aligned(tokens * a.d * 4));
+    keys = (uint64_t*)((char*)hidden + aligned(tokens * even(a.hidden) * 4));
+    order = (int32_t*)(keys + 2 * tokens);
+    picks = order + tokens;
+    weights = (float*)(picks + tokens * a.k);
   }
 };
 
@@ -140,9 +148,55 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
   gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
 }
 
+// Atoms (or adapters) and coefficients [k] of token t, reported where the caller asks for them.
+template <typename T>
+INLINE void pick(const Ffn& a, const float* logits, int64_t t, float* z, int32_t* picks) {
+  float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
+  select(logits, scale, a.router_bias, a.atoms, a.k, a.tau, z, picks);
+  float signal = 0;
+  if (a.rank > 0)
+    softmax(z, a.k);
+  else
+    signal = coefficients(z, a.k, a.eps);
+  if (a.picks) memcpy(a.picks + t * a.k, picks, a.k * sizeof *picks);
+  if (a.weights) memcpy(a.weights + t * a.k, z, a.k * sizeof *z);
+  if (a.signal) a.signal[t] = signal;
+}
+
+// Picked adapters become the rows that they consist of, each with its adapter's weight.
+INLINE void spread(const Ffn& a, float* z, int32_t* picks) {
+  for (int j = a.k * a.rank - 1; j >= 0; j--) {
+    z[j] = z[j / a.rank];
+    picks[j] = picks[j / a.rank] * a.rank + j % a.rank;
+  }
+}
+
+// `ffn_route` with the tokens composed in an order in which neighbours share atoms: the same sums, so the same bits.
+template <typename T>
+INLINE void ffn_route_grouped(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last) {
+  float z[MAX_PICKS];
+  int32_t rows[MAX_PICKS];
+  int picked = a.rank > 0 ? a.k * a.rank : a.k;
+  int64_t own = first - base, count = last - first;
+  int32_t *picks = b.picks + own * a.k, *order = b.order + own;
+  float* weights = b.weights + own * a.k;
+  for (int64_t t = 0; t < count; t++)
+    pick<T>(a, b.logits + (own + t) * b.logit_stride, first + t, weights + t * a.k, picks + t * a.k);
+  min_hash_order(picks, count, a.k, b.keys + 2 * own, order);
+  for (int64_t i = 0; i < count; i++) {
+    int64_t t = order[i];
+    memcpy(z, weights + t * a.k, a.k * sizeof *z);
+    memcpy(rows, picks + t * a.k, a.k * sizeof *rows);
+    spread(a, z, rows);
+    compose((const T*)a.x + (first + t) * a.d, (const T*)a.u, (const T*)a.v, a.gamma, a.scalar_gamma, rows, z, picked,
+            a.d, b.dynamic + (own + t) * a.d);
+  }
+}
+
 // Selection and composition of tokens first … last − 1 (of the whole batch); buffers begin at token `base`.
 template <typename T>
 INLINE void ffn_route(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last) {
+  if (a.grouped) return ffn_route_grouped(a, b, base, first, last);
   float values[2][MAX_PICKS];
   int32_t rows[2][MAX_PICKS];
   int picked = a.rank > 0 ? a.k * a.rank : a.k;
@@ -152,20 +206,8 @@ INLINE void ffn_route(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_
     if (t < last) {
       float* z = values[t & 1];
       int32_t* picks = rows[t & 1];
-      float scale = a.norm_eps >= 0 ? reciprocal_std(x + t * a.d, a.d, a.norm_eps) : 1.0f;
-      select(b.logits + (t - base) * b.logit_stride, scale, a.router_bias, a.atoms, a.k, a.tau, z, picks);
-      float signal = 0;
-      if (a.rank > 0)
-        softmax(z, a.k);
-      else
-        signal = coefficients(z, a.k, a.eps);
-      if (a.picks) memcpy(a.picks + t * a.k, picks, a.k * sizeof *picks);
-      if (a.weights) memcpy(a.weights + t * a.k, z, a.k * sizeof *z);
-      if (a.signal) a.signal[t] = signal;
-      for (int j = picked - 1; a.rank > 0 && j >= 0; j--) {
-        z[j] = z[j / a.rank];
-        picks[j] = picks[j / a.rank] * a.rank + j % a.rank;
-      }
+      pick<T>(a, b.logits + (t - base) * b.logit_stride, t, z, picks);
+      spread(a, z, picks);
       prefetch_rows(u, v, picks, picked, a.d);
     }
     if (t > first)

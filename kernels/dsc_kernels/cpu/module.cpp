@@ -10,6 +10,8 @@
 
 namespace {
 
+#include "grouping.h"
+
 const InstructionSet* const sets[] = {&avx512bf16_set, &avx512_set, &avx2_set, &baseline_set};
 const InstructionSet* active = nullptr;
 
@@ -187,7 +189,7 @@ PyObject* ffn_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return Layer<Ffn>::wrap(layer);
 }
 
-// (layer, x, residual, out, batch, threads, picks, weights, signal)
+// (layer, x, residual, out, batch, threads, picks, weights, signal, grouped)
 PyObject* ffn(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
   auto* layer = Layer<Ffn>::unwrap(a);
@@ -201,6 +203,7 @@ PyObject* ffn(PyObject*, PyObject* const* items, Py_ssize_t count) {
   c.picks = a.address<int32_t>();
   c.weights = a.address<float>();
   c.signal = a.address<float>();
+  c.grouped = static_cast<int>(a.integer());
   if (!a.ok()) return nullptr;
   return run(c, kernels(layer->half).ffn, kernels(layer->half).ffn_scratch);
 }
@@ -311,6 +314,37 @@ PyObject* sample(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, active->sample, active->sample_scratch);
 }
 
+// (picks, batch, k, order)
+PyObject* order_tokens(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  const int32_t* picks = a.address<const int32_t>();
+  int64_t batch = a.integer();
+  int k = static_cast<int>(a.integer());
+  int32_t* order = a.address<int32_t>();
+  if (!a.ok()) return nullptr;
+  char* keys = scratch.at_least(2 * batch * sizeof(uint64_t) + 64);
+  if (!keys) return PyErr_NoMemory();
+  min_hash_order(picks, batch, k, reinterpret_cast<uint64_t*>(keys), order);
+  Py_RETURN_NONE;
+}
+
+// (picks, order, batch, k, tile, atoms, offsets)
+PyObject* unite_tiles(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  const int32_t* picks = a.address<const int32_t>();
+  const int32_t* order = a.address<const int32_t>();
+  int64_t batch = a.integer();
+  int k = static_cast<int>(a.integer());
+  int64_t tile = a.integer();
+  int32_t* atoms = a.address<int32_t>();
+  int64_t* offsets = a.address<int64_t>();
+  if (!a.ok()) return nullptr;
+  char* keys = scratch.at_least(2 * tile * k * sizeof(uint64_t) + 64);
+  if (!keys) return PyErr_NoMemory();
+  tile_unions(picks, order, batch, k, tile, reinterpret_cast<uint64_t*>(keys), atoms, offsets);
+  Py_RETURN_NONE;
+}
+
 template <typename F>
 PyCFunction fast(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -328,6 +362,8 @@ PyMethodDef methods[] = {
     {"attention", fast(attention), METH_FASTCALL, nullptr},
     {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
     {"sample", fast(sample), METH_FASTCALL, nullptr},
+    {"min_hash_order", fast(order_tokens), METH_FASTCALL, nullptr},
+    {"tile_unions", fast(unite_tiles), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsc_kernels import plain, reference
+from dsc_kernels import grouping, plain, reference
 from dsc_kernels.gpu.attention import decode_attention as decode_attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
@@ -71,13 +71,28 @@ class Ffn:
         self.router_bias = None if router_bias is None else router_bias.float().contiguous()
         self.u, self.v, self.gamma = u.contiguous(), v.contiguous(), gamma.float().contiguous()
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, d] → the layer's output plus residual, [B, d]."""
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        grouped: bool = False,
+        picks: Tensor | None = None,
+        signal: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `native.Ffn`.
+
+        Grouped tokens always go through `contract` and `expand`, whose sums may round differently.
+        """
         check("x", x, (x.shape[0], self.d), self.dtype)
-        if self.router is not None:
-            return self._compose(x, residual, traced=False)[0]
-        out = self.static(x)
-        return out if residual is None else out + residual
+        if self.router is None:
+            out = self.static(x)
+            return out if residual is None else out + residual
+        out, trace = self._compose(x, residual, picks is not None or signal is not None, grouped)
+        if trace is not None and picks is not None:
+            picks[: x.shape[0]] = trace[0]
+        if trace is not None and signal is not None:
+            signal[: x.shape[0]] = trace[2]
+        return out
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
@@ -87,21 +102,26 @@ class Ffn:
         return out, *trace
 
     def _compose(
-        self, x: Tensor, residual: Tensor | None, traced: bool
+        self, x: Tensor, residual: Tensor | None, traced: bool, grouped: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         if self.router is None:
             raise ValueError("this layer has no router")
         logits, maxima = router_logits(x, self.router, self.router_bias, self.tau, self.norm_eps)
         static = self.static(x)
-        if self.d < WIDE or x.shape[0] > FEW_TOKENS:
+        if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):
             bank = (self.u, self.v, self.gamma)
             return select_compose(
                 logits, maxima, x, *bank, static, residual, self.k, self.eps, self.rank, traced=traced
             )
         trace = select(logits, maxima, self.k, self.eps, softmax=self.rank > 0)
-        latent = contract(x, self.u, *trace[:2], self.rank)
-        out = expand(latent, self.v, trace[0], self.gamma, static, residual, self.dtype, self.rank)
-        return out, trace
+        atoms, weights = trace[:2]
+        if grouped:
+            order = grouping.min_hash_order(atoms).long()
+            x, atoms, weights, static = (t[order] for t in (x, atoms, weights, static))
+            residual = None if residual is None else residual[order]
+        latent = contract(x, self.u, atoms, weights, self.rank)
+        out = expand(latent, self.v, atoms, self.gamma, static, residual, self.dtype, self.rank)
+        return (torch.empty_like(out).index_copy_(0, order, out) if grouped else out), trace
 
 
 class Moe:

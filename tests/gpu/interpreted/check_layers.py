@@ -94,6 +94,17 @@ def test_the_two_ways_to_compose_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(whole, pair)
 
 
+def test_grouped_tokens_give_the_same_and_tell_their_picks() -> None:
+    layer = layers.Ffn(**dsc_layer(torch.float32, 50, 30, 4))
+    x = torch.randn(9, 50, generator=torch.Generator().manual_seed(4))
+    _, atoms, _, strength = layer.routed(x)
+    picks, signal = torch.full((12, 4), -1, dtype=torch.int32), torch.full((12,), -1.0)
+    grouped = layer(x, 2 * x, True, picks, signal)
+    assert torch.equal(picks[:9], atoms) and torch.equal(signal[:9], strength)
+    assert bool((picks[9:] == -1).all()) and bool((signal[9:] == -1).all())
+    assert error(grouped, layer(x, 2 * x)) < TOLERANCE[torch.float32]
+
+
 def test_layers_agree_with_plain_torch() -> None:
     g = torch.Generator().manual_seed(0)
     x, residual = random(g, torch.float32, 7, 50), random(g, torch.float32, 7, 50)

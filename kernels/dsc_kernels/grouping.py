@@ -1,0 +1,86 @@
+"""An order of tokens in which neighbours share atoms, and how much tiles of such neighbours share.
+
+Composition reads a row of each bank per pick; where neighbours pick the same atoms, a row is read again from a cache
+nearer than the one it came from. Nothing but the order of the tokens changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsc_kernels import native
+
+TILE = 16
+INDEX_BITS = 20
+MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The different atoms of each tile of tokens.
+
+    atoms int32 [n]: ascending within a tile, one tile after the other; offsets int64 [tiles + 1]: where each begins;
+    picks: how many picks the tiles hold together, tokens · K.
+    """
+
+    atoms: Tensor
+    offsets: Tensor
+    picks: int
+
+    @property
+    def sharing(self) -> float:
+        """ρ: different atoms, summed over the tiles, per pick. 1 where nothing is shared, or nothing picked."""
+        return self.atoms.numel() / self.picks if self.picks else 1.0
+
+
+def min_hash_order(picks: Tensor) -> Tensor:
+    """The order int32 [B] of tokens with atoms `picks` (integers [B, K]): by min-hash, so that neighbours share atoms.
+
+    Tokens are compared by the smallest hash of their atoms, then the second smallest, then their index; two tokens
+    agree in the smallest with the probability |A ∩ B| / |A ∪ B|. Raises ValueError beyond 2^20 tokens.
+    """
+    picks = checked(picks)
+    if native.serves(torch.float32, picks.device):
+        return native.min_hash_order(picks)
+    hashes = scramble(picks)
+    least = hashes.topk(min(2, picks.shape[1]), dim=1, largest=False, sorted=True).values
+    second = least[:, 1] if least.shape[1] > 1 else torch.full_like(least[:, 0], MASK)
+    index = torch.arange(len(picks), device=picks.device)
+    keys = (least[:, 0] >> 9 << 40) | (second >> 12 << INDEX_BITS) | index
+    return (keys.sort().values & ((1 << INDEX_BITS) - 1)).int()
+
+
+def tiles(picks: Tensor, order: Tensor | None = None, tile: int = TILE) -> Tiles:
+    """The different atoms of every `tile` tokens of `picks` (integers [B, K]), in `order` (int32 [B]) or as given."""
+    if tile < 1:
+        raise ValueError(f"tile is {tile}; it must be at least 1 token")
+    picks = checked(picks)
+    if order is not None and order.shape != picks.shape[:1]:
+        raise ValueError(f"order is {list(order.shape)}; expected one entry for each of {len(picks)} tokens")
+    if native.serves(torch.float32, picks.device):
+        return Tiles(*native.tile_unions(picks, order, tile), picks.numel())
+    ordered = picks if order is None else picks[order.long()]
+    count = -(-len(picks) // tile)
+    rows = torch.arange(len(picks), device=picks.device) // tile
+    unique = torch.unique((rows << 32)[:, None] | ordered)  # by tile, then atom
+    ends = torch.bincount(unique >> 32, minlength=count).cumsum(0)
+    return Tiles((unique & MASK).int(), torch.cat((ends.new_zeros(1), ends)), picks.numel())
+
+
+def checked(picks: Tensor) -> Tensor:
+    if picks.dim() != 2 or picks.shape[1] < 1 or picks.is_floating_point():
+        raise ValueError(f"picks are {picks.dtype} {list(picks.shape)}; expected integers [tokens, K], K at least 1")
+    if len(picks) > 1 << INDEX_BITS:
+        raise ValueError(f"{len(picks)} tokens cannot be ordered at once; at most {1 << INDEX_BITS} can")
+    return picks
+
+
+def scramble(values: Tensor) -> Tensor:
+    """A hash in int64 [0, 2^32) of every value, by its low 32 bits."""
+    x = values.long() & MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)

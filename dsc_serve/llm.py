@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, collected, prepare_model
-from dsc_serve.engine.output import Delta, TokenLogprobs
+from dsc_serve.engine.output import Delta, Routing, TokenLogprobs
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ class RequestOutput:
     """One generation. token_ids are the generated ones; text is without the stop string that ended it.
 
     finish_reason: "stop" (end of text, stop token or stop string) or "length". index: which of n choices this is.
+    routing: what all tokens but the last one picked, prompt and output, where asked for.
     """
 
     prompt_token_ids: list[int]
@@ -36,6 +37,7 @@ class RequestOutput:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    routing: Routing | None = None
     index: int = 0
 
 
@@ -274,6 +276,7 @@ class _Track:
             finish_reason=delta.finish_reason,
             logprobs=delta.logprobs,
             prompt_logprobs=delta.prompt_logprobs,
+            routing=delta.routing,
             index=self.output.index,
         )
         if self.text.stopped:
@@ -290,4 +293,7 @@ class _Track:
             self.output.logprobs += new.logprobs
         if self.output.prompt_logprobs is not None and new.prompt_logprobs:
             self.output.prompt_logprobs += new.prompt_logprobs
+        if new.routing is not None:
+            parts = [new.routing] if self.output.routing is None else [self.output.routing, new.routing]
+            self.output.routing = Routing.joined(parts)
         self.news.append(new)

@@ -13,6 +13,7 @@ MAX_CHOICES = 128
 MAX_BIASES = 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
+MAX_PICKS = 2**20  # that one request may have reported
 MAX_GRAMMAR = 2**17  # characters
 
 
@@ -88,6 +89,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report the chosen token's log probability and that many alternatives (None: nothing), of the model's
         own distribution, before temperature and filters. prompt_logprobs: the same for the prompt's tokens.
     n: number of independent generations.
+    routing: report, for each token that is computed, so many of the atoms it picks in each layer (0: nothing).
     structured_outputs: what the text must look like. Tokens that cannot follow are never chosen; the generation ends
         where nothing more may follow. Stop strings and stop tokens cut the text wherever they appear in it.
     """
@@ -110,6 +112,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    routing: int = 0
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +157,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 reject(field, value, f"between 0 and {MAX_LOGPROBS}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
+        if not 0 <= self.routing <= INT32_MAX:
+            reject("routing", self.routing, "at least 0")
         if self.structured_outputs is not None:
             if not isinstance(self.structured_outputs, StructuredOutputs):
                 reject("structured_outputs", self.structured_outputs, "StructuredOutputs or None")
@@ -163,7 +168,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_types(self) -> None:
         """Python does not hold callers to annotations, and a wrong type must not fail inside a step."""
-        for field in ("top_k", "min_tokens", "n"):
+        for field in ("top_k", "min_tokens", "n", "routing"):
             if type(getattr(self, field)) is not int:
                 reject(field, getattr(self, field), "an integer")
         for field in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
@@ -198,12 +203,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one engine can hold: the vocabulary, the context, and the KV pool in blocks of `block_size` tokens."""
+    """What one engine can hold: the vocabulary, the context, and the KV pool in blocks of `block_size` tokens.
+
+    atoms_per_token: atoms that a token picks in each of the layers; 0 where they are not DSC layers.
+    """
 
     vocab_size: int
     max_model_len: int
     num_blocks: int
     block_size: int
+    layers: int = 0
+    atoms_per_token: int = 0
 
     @property
     def max_tokens(self) -> int:
@@ -226,6 +236,8 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
     for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         if ids and max(ids) >= limits.vocab_size:
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {limits.vocab_size - 1}")
+    if params.routing:
+        check_routing(prompt, params, limits)
     what = "the model's context" if limits.max_tokens == limits.max_model_len else "the KV pool"
     if len(prompt) > limits.max_tokens:
         raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {limits.max_tokens}")
@@ -243,3 +255,19 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
             f"{limits.max_tokens} ({what})",
         )
     return params.max_tokens
+
+
+def check_routing(prompt: list[int], params: SamplingParams, limits: Limits) -> None:
+    """Raises ParameterError where a request's picks cannot be reported."""
+    if not limits.atoms_per_token:
+        raise ParameterError("routing", f"routing is {params.routing}; this model has no DSC layers, so it must be 0")
+    if params.routing > limits.atoms_per_token:
+        reject("routing", params.routing, f"at most {limits.atoms_per_token}, the atoms that a token picks")
+    tokens = limits.max_tokens if params.max_tokens is None else len(prompt) + params.max_tokens
+    picks = tokens * limits.layers * params.routing
+    if picks > MAX_PICKS:
+        raise ParameterError(
+            "routing",
+            f"routing is {params.routing}, which for {tokens} tokens in {limits.layers} layers is {picks} picks; "
+            f"at most {MAX_PICKS} are reported",
+        )

@@ -20,6 +20,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.terms import Terms
@@ -69,6 +70,8 @@ class Engine:
             max_model_len=model.config.max_position_embeddings,
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
             block_size=config.block_size,
+            layers=model.config.num_hidden_layers,
+            atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
@@ -134,7 +137,8 @@ class Engine:
         self._check()
         for request, _ in work:
             prompt_logprobs = result.prompt_logprobs.get(request.id)
-            if request.id not in ended and prompt_logprobs is None:
+            routing = result.routing.get(request.id)
+            if request.id not in ended and prompt_logprobs is None and routing is None:
                 continue
             token = result.tokens.get(request.id)
             entry = result.logprobs.get(request.id)
@@ -146,6 +150,7 @@ class Engine:
                     None if entry is None else [entry],
                     prompt_logprobs,
                     cached_tokens=request.cached_tokens or 0,
+                    routing=routing,
                 )
             )
         return deltas

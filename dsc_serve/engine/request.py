@@ -24,7 +24,7 @@ class Request:
     tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
     the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
     already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
-    preemption must not repeat them.
+    preemption must not repeat them. routed: positions whose picks have been reported.
     names: the names of its full blocks, as far as they have been needed; root: what they begin with (None: it neither
     finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
     been committed. arrived: the clock's seconds at its arrival. overtaken: requests of its lane that came later and
@@ -42,6 +42,7 @@ class Request:
     terms: Terms = field(default_factory=Terms)
     seed: int = 0
     computed: int = 0
+    routed: int = 0
     reported: int = 0
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
@@ -84,4 +85,9 @@ class Request:
 
     @property
     def wants_prompt_rows(self) -> bool:
+        """Whether every position must be computed for the request itself."""
+        return self.wants_prompt_logits or self.params.routing > 0
+
+    @property
+    def wants_prompt_logits(self) -> bool:
         return self.collect_logits or self.params.prompt_logprobs is not None

@@ -12,11 +12,13 @@ from torch import Tensor
 from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
-from dsc_serve.engine.output import TokenLogprobs
+from dsc_serve.engine.output import Routing, TokenLogprobs
+from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.sampler import Sampler, logprobs, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.ffn.dsc import Picks
 from dsc_serve.sampling_params import Limits
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
@@ -30,12 +32,14 @@ class StepResult:
 
     tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
     prompt_logprobs: of prompt tokens that this step reached, where asked for. stuck: why a request cannot go on.
+    routing: what the tokens that this step computed picked, where asked for.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
+    routing: dict[str, Routing] = field(default_factory=dict)
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
@@ -43,6 +47,7 @@ class StepResult:
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
         self.stuck |= other.stuck
+        self.routing |= other.routing
 
 
 class Inputs:
@@ -131,11 +136,14 @@ class Runner:
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
         ordered = sorted(work, key=lambda pair: pair[1] > 1)
-        hidden = self._hidden(ordered)
+        picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
+        hidden = self._hidden(ordered, picks)
         result = StepResult()
+        if picks is not None:
+            self._report_picks(ordered, StepPicks(picks), result)
         rows, requests, start = [], [], 0
         for request, count in ordered:
-            if request.wants_prompt_rows and request.reported < request.prompt_size:
+            if request.wants_prompt_logits and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
             if request.computed + count == request.known and request.max_tokens > 0:
                 rows.append(start + count - 1)
@@ -146,19 +154,20 @@ class Runner:
             self._sample(self.model.logits(needed), requests, result)
         return result
 
-    def _hidden(self, ordered: Work) -> Tensor:
+    def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The blocks' output [T, d] for a step, replayed where its size was captured."""
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self._fill(ordered, decodes)
-        padded = self.graphs.bucket(size) if self.graphs is not None and decodes == size else 0
+        replayable = self.graphs is not None and decodes == size and picks is None
+        padded = self.graphs.bucket(size) if self.graphs is not None and replayable else 0
         if self.graphs is not None and padded:
             self._inputs.pad(size, padded, self._spare_block)
             self._inputs.on_device(padded, padded)
             return self.graphs.replay(padded)[:size]
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
         longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(step_batch(*inputs, decodes, longest, chunks), self.pools)
+        return self.model.hidden(step_batch(*inputs, decodes, longest, chunks), self.pools, picks)
 
     def _fill(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
@@ -195,6 +204,14 @@ class Runner:
             top = [requests[i].params.logprobs or 0 for i in reporting]
             entries = logprobs(raw, [tokens[i] for i in reporting], top)
             result.logprobs |= {requests[i].id: entry for i, entry in zip(reporting, entries, strict=True)}
+
+    def _report_picks(self, ordered: Work, picks: StepPicks, result: StepResult) -> None:
+        start = 0
+        for request, count in ordered:
+            routing = picks.report(request, start, count) if request.params.routing else None
+            if routing is not None:
+                result.routing[request.id] = routing
+            start += count
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
         """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""

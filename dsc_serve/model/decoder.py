@@ -13,7 +13,7 @@ from dsc_serve.model.attention import Attention, rope_table
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
-from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.model.ffn.dsc import DscFfn, Picks
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -112,14 +112,24 @@ class Decoder:
 
         return [(pool(), pool()) for _ in self.blocks]
 
-    def hidden(self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools."""
+    def hidden(
+        self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
+    ) -> Tensor:
+        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
+
+        picks: where given, those of each layer, which must be DSC, are appended to it.
+        """
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         for block, (keys, values) in zip(self.blocks, pools, strict=True):
             x = block.attention(block.norm1(x), batch, self.rope, keys, values, residual=x)
-            x = block.ffn(block.norm2(x), residual=x)
+            if picks is None:
+                x = block.ffn(block.norm2(x), residual=x)
+            else:
+                assert isinstance(block.ffn, DscFfn)
+                x, picked = block.ffn.routed(block.norm2(x), residual=x)
+                picks.append(picked)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

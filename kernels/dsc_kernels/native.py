@@ -213,12 +213,12 @@ class Ffn(_Layer):
         self._run(x, residual, out, grouped, picks, None, signal)
         return out
 
-    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
-        x, _, out = self._ready(x, None)
+        x, residual, out = self._ready(x, residual)
         picks = torch.empty(x.shape[0], self.k, dtype=torch.int32)
         weights, signal = torch.empty(x.shape[0], self.k), torch.empty(x.shape[0])
-        self._run(x, None, out, False, picks, weights, signal)
+        self._run(x, residual, out, False, picks, weights, signal)
         return out, picks, weights, signal
 
     def _run(

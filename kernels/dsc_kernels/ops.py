@@ -53,7 +53,7 @@ class Ffn(Protocol):
         signal: Tensor | None = None,
     ) -> Tensor: ...
 
-    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
         ...
 

@@ -111,14 +111,16 @@ class Ffn:
         if self.router is None:
             out = self.static(x)
         else:
-            out, atoms, _, strength = self.routed(x, grouped)
+            out, atoms, _, strength = self.routed(x, None, grouped)
             if picks is not None:
                 picks[: x.shape[0]] = atoms
             if signal is not None:
                 signal[: x.shape[0]] = strength
         return out if residual is None else out + residual
 
-    def routed(self, x: Tensor, grouped: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, grouped: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
         if self.router is None or self.u is None or self.v is None or self.gamma is None:
             raise ValueError("this layer has no router")
@@ -140,7 +142,8 @@ class Ffn:
             out = torch.empty_like(composed).index_copy_(0, order, composed)
         else:
             out = compose_add(static, x, rows, spread, self.u, self.v, self.gamma)
-        return out.to(x.dtype), atoms, weights, signal
+        out = out.to(x.dtype)
+        return out if residual is None else out + residual, atoms, weights, signal
 
 
 class Moe:

@@ -76,7 +76,7 @@ def test_every_field_is_tested_here() -> None:
     shared = PASSED_ON.keys() | ELSEWHERE
     assert CompletionRequest.model_fields.keys() == shared | COMPLETION_ONLY
     assert ChatRequest.model_fields.keys() == shared | CHAT_ONLY | NEUTRAL.keys()
-    assert set(SamplingParams.__struct_fields__) <= shared | {"prompt_logprobs"}
+    assert set(SamplingParams.__struct_fields__) <= shared | {"prompt_logprobs", "routing"}
 
 
 @pytest.mark.parametrize("ask_for", ENDPOINTS)

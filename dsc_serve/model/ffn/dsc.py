@@ -13,6 +13,14 @@ from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
 
+class Picks(NamedTuple):
+    """What one layer picked: atoms int [T, K], coefficients float32 [T, K] and signal float32 [T]."""
+
+    atoms: Tensor
+    coefficients: Tensor
+    signal: Tensor
+
+
 class Trace(NamedTuple):
     """Where a layer writes what it picked: picks int32 [T, K] and signal float32 [T], for at least a step's tokens."""
 
@@ -74,10 +82,14 @@ class DscFfn:
         norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
         return reference.fold_router_norm(weight, bias, norm_weight, norm_bias)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Atoms [T, K], coefficients float32 [T, K] and signal float32 [T] for x [T, d]."""
-        _, atoms, weights, signal = self.layer.routed(x)
-        return atoms, weights, signal
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Picks]:
+        """The output as a call gives it, bit for bit, and the picks, for x [T, d]."""
+        out, *parts = self.layer.routed(x, residual)
+        picks = Picks(*parts)
+        if self.trace is not None:
+            self.trace.picks[: x.shape[0]] = picks.atoms
+            self.trace.signal[: x.shape[0]] = picks.signal
+        return out, picks
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         grouped = self.planner is not None and self.planner.grouped(x.shape[0])

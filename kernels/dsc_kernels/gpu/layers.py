@@ -94,10 +94,10 @@ class Ffn:
             signal[: x.shape[0]] = trace[2]
         return out
 
-    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
         check("x", x, (x.shape[0], self.d), self.dtype)
-        out, trace = self._compose(x, None, traced=True)
+        out, trace = self._compose(x, residual, traced=True)
         assert trace is not None
         return out, *trace
 

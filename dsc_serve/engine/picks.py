@@ -1,0 +1,35 @@
+"""What a step's tokens picked in each layer, as its requests report it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dsc_serve.engine.output import Routing
+from dsc_serve.engine.request import Request
+from dsc_serve.model.ffn.dsc import Picks
+
+
+class StepPicks:
+    """The picks of all of a step's tokens: atoms [T, layers, K], coefficients [T, layers, K] and signal [T, layers]."""
+
+    def __init__(self, layers: Sequence[Picks]) -> None:
+        atoms, coefficients, signal = (torch.stack(parts, dim=1).cpu().numpy() for parts in zip(*layers, strict=True))
+        # The kernels' order is their own affair: the strongest first, equals by their number.
+        order = np.lexsort((atoms, -coefficients), axis=-1)
+        self._atoms = np.take_along_axis(atoms, order, axis=-1)
+        self._coefficients = np.take_along_axis(coefficients, order, axis=-1)
+        self._signal = signal
+
+    def report(self, request: Request, start: int, count: int) -> Routing | None:
+        """Of the request's tokens, `count` rows of the step from `start` on, what has not been reported before."""
+        skipped = max(request.routed - request.computed, 0)
+        if skipped >= count:  # computed again after a preemption
+            return None
+        rows, k = slice(start + skipped, start + count), request.params.routing
+        request.routed = request.computed + count
+        return Routing.packed(
+            request.computed + skipped, self._atoms[rows, :, :k], self._coefficients[rows, :, :k], self._signal[rows]
+        )

@@ -212,6 +212,40 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> None:
     click.echo(f"{out}: {config.ffn.kind}, {config.num_hidden_layers} layers of width {config.hidden_size}")
 
 
+@main.command("import-hf", short_help="Convert a Hugging Face checkpoint of the Llama form.")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
+def import_hf(folder: Path, out: Path) -> None:
+    """Convert FOLDER (config.json, safetensors, tokenizer.json) of a Llama, Mistral or Qwen2 model."""
+    from dsc_serve.model.huggingface import import_huggingface
+
+    _report_import(import_huggingface(folder, out), out)
+
+
+@main.command("import-gguf", short_help="Convert a GGUF file of the Llama form.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+def import_gguf(file: Path, out: Path, dtype: str) -> None:
+    """Convert FILE of a llama or qwen2 model: weights dequantised once, tokenizer and chat template with them."""
+    import torch
+
+    from dsc_serve.model.gguf import import_gguf as convert
+
+    _report_import(convert(file, out, getattr(torch, dtype)), out)
+
+
+def _report_import(config: Any, out: Path) -> None:
+    from dsc_serve.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(out)
+    text = "no tokenizer.json: it works with token ids only"
+    if tokenizer is not None:
+        template = "a" if tokenizer.chat_template is not None else "no"
+        text = f"tokenizer of {tokenizer.vocab_size} tokens, {template} chat template"
+    click.echo(f"{out}: {config.num_hidden_layers} layers of width {config.hidden_size}; {text}")
+
+
 @main.command(short_help="Write a model of random weights.")
 @click.option("--ffn", type=click.Choice(["dsc", "moe", "molora", "dense"]), required=True, help="FFN kind.")
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")

@@ -11,22 +11,17 @@ from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
 
 
-def rope_table(config: ModelConfig) -> Tensor:
-    """cos and sin of every position's angles: float32 [positions, 2, head_dim / 2]."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * config.rope_theta**-half
-    return torch.stack((angles.cos(), angles.sin()), dim=1).float()
-
-
 class Attention:
     """One layer's attention: fused q, k, v projection, write to the pool, attend, output projection.
 
-    qkv [(heads + 2 kv_heads) · head_dim, d], out [d, heads · head_dim].
+    qkv [(heads + 2 kv_heads) · head_dim, d], out [d, heads · head_dim], each with its bias or None.
     """
 
-    def __init__(self, config: ModelConfig, qkv: Tensor, out: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, qkv: Tensor, out: Tensor, qkv_bias: Tensor | None, out_bias: Tensor | None
+    ) -> None:
         self.config = config
-        self.qkv, self.out = ops.linear(qkv), ops.linear(out)
+        self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
     def __call__(

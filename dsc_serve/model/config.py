@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Size = Annotated[int, Field(ge=1)]
+from dsc_serve.model.rope import DivisorsRope, RopeScaling
+from dsc_serve.model.schema import Size, Strict
+
 IGNORED = {
     "architectures",
     "pad_token_id",
@@ -22,10 +24,6 @@ IGNORED = {
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be served; one line that names the file, the field or tensor, and what is expected."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DscConfig(Strict):
@@ -92,17 +90,21 @@ class MoloraConfig(Strict):
 
 
 class DenseConfig(Strict):
-    """A plain MLP."""
+    """A plain MLP, with a bias in each of its products if `bias`."""
 
     kind: Literal["dense"] = "dense"
     size: Size
+    bias: bool = False
 
 
 FfnConfig = Annotated[DscConfig | MoeConfig | MoloraConfig | DenseConfig, Field(discriminator="kind")]
 
 
 class ModelConfig(Strict):
-    """One decoder: pre-norm blocks of attention and an FFN of the configured kind."""
+    """One decoder: pre-norm blocks of attention and an FFN of the configured kind.
+
+    attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
+    """
 
     model_type: Literal["dsc"] = "dsc"
     vocab_size: Size
@@ -116,6 +118,9 @@ class ModelConfig(Strict):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     position_embedding_type: Literal["learned", "rope"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
     hidden_act: Literal["gelu", "silu"] = "gelu"
     mlp_gated: bool = False
     tie_word_embeddings: bool = True
@@ -136,6 +141,13 @@ class ModelConfig(Strict):
                     raise ValueError(f"{name} is {token}; allowed: 0 to {self.vocab_size - 1}")
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rope needs an even one")
+        scaling = self.rope_scaling
+        if scaling is not None and self.position_embedding_type != "rope":
+            raise ValueError("rope_scaling is given, but position_embedding_type is 'learned'")
+        if isinstance(scaling, DivisorsRope) and 2 * len(scaling.divisors) != self.head_dim:
+            raise ValueError(
+                f"rope_scaling.divisors has {len(scaling.divisors)} numbers; expected half of head_dim, {self.head_dim}"
+            )
         return self
 
     @property
@@ -170,7 +182,8 @@ def one_line(error: ValidationError) -> str:
     """A pydantic error as one line: field, what is wrong, the value."""
     parts = []
     for item in error.errors():
-        tags = {"dsc", "moe", "molora", "dense"}  # pydantic puts the FFN's kind into the path
+        # pydantic puts the kind of an FFN or of a scaling into the path
+        tags = {"dsc", "moe", "molora", "dense", "linear", "llama3", "yarn", "divisors"}
         where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
         value = item.get("input")
         shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {value!r})"

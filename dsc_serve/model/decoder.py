@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_serve.model.attention import Attention, rope_table
+from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
+from dsc_serve.model.rope import rope_table
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -31,10 +32,13 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         shapes |= norm(f"{layer}.input_layernorm")
-        shapes[f"{layer}.self_attn.q_proj.weight"] = (config.query_size, d)
-        shapes[f"{layer}.self_attn.k_proj.weight"] = (config.kv_size, d)
-        shapes[f"{layer}.self_attn.v_proj.weight"] = (config.kv_size, d)
+        for name, size in (("q", config.query_size), ("k", config.kv_size), ("v", config.kv_size)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, d)
+            if config.attention_bias:
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (size,)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (d, config.query_size)
+        if config.attention_output_bias:
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (d,)
         shapes |= norm(f"{layer}.post_attention_layernorm")
         shapes |= {f"{layer}.mlp.{name}": shape for name, shape in ffn.items()}
     shapes |= norm("model.norm")
@@ -86,12 +90,16 @@ class Decoder:
         self.embedding = put("model.embed_tokens.weight")
         learned = config.position_embedding_type == "learned"
         self.positions = put("model.embed_positions.weight") if learned else None
-        self.rope = None if learned else rope_table(config).to(device)
+        c = config
+        self.rope = (
+            None
+            if learned
+            else rope_table(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling).to(device)
+        )
         self.blocks = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
-            qkv = torch.cat([put(f"{layer}.self_attn.{p}_proj.weight") for p in "qkv"])
-            attention = Attention(config, qkv, put(f"{layer}.self_attn.o_proj.weight"))
+            attention = Attention(config, *self._attention_weights(f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             try:
@@ -102,6 +110,17 @@ class Decoder:
             self.blocks.append(Block(norms[0], attention, norms[1], ffn))
         self.norm = norm("model.norm")
         self.head = ops.linear(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
+
+    def _attention_weights(
+        self, prefix: str, put: Callable[[str], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        def joined(part: str) -> Tensor:
+            return torch.cat([put(f"{prefix}{p}_proj.{part}") for p in "qkv"])
+
+        c = self.config
+        qkv_bias = joined("bias") if c.attention_bias else None
+        out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
+        return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
     def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""

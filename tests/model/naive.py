@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
+from dsc_serve.model.rope import DivisorsRope, LinearRope, Llama3Rope, YarnRope
 
 Weights = dict[str, Tensor]
 
@@ -19,11 +22,15 @@ def norm(config: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
     return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+
 def mlp(config: ModelConfig, w: Weights, prefix: str, x: Tensor) -> Tensor:
     act = F.gelu if config.hidden_act == "gelu" else F.silu
-    up = x @ w[f"{prefix}up_proj.weight"].T
-    hidden = act(x @ w[f"{prefix}gate_proj.weight"].T) * up if config.mlp_gated else act(up)
-    return hidden @ w[f"{prefix}down_proj.weight"].T
+    up = linear(w, f"{prefix}up_proj", x)
+    hidden = act(linear(w, f"{prefix}gate_proj", x)) * up if config.mlp_gated else act(up)
+    return linear(w, f"{prefix}down_proj", hidden)
 
 
 def layer_norm(config: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
@@ -76,23 +83,54 @@ def ffn(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     return torch.stack([molora(config, c, w, p, row) for row in x])
 
 
+def frequency(config: ModelConfig, i: int) -> float:
+    """The angle per position of pair i, with the configured scaling."""
+    plain = config.rope_theta ** (-2 * i / config.head_dim)
+    scaling = config.rope_scaling
+    if isinstance(scaling, LinearRope):
+        return plain / scaling.factor
+    if isinstance(scaling, DivisorsRope):
+        return plain / scaling.divisors[i]
+    if isinstance(scaling, Llama3Rope):
+        wavelength = 2 * math.pi / plain
+        if wavelength < scaling.original_max_position_embeddings / scaling.high_freq_factor:
+            return plain
+        if wavelength > scaling.original_max_position_embeddings / scaling.low_freq_factor:
+            return plain / scaling.factor
+        ratio = scaling.original_max_position_embeddings / wavelength
+        smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return (1 - smooth) * plain / scaling.factor + smooth * plain
+    if isinstance(scaling, YarnRope):
+        bounds = []
+        for turns in (scaling.beta_fast, scaling.beta_slow):
+            length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+            bounds.append(config.head_dim * math.log(length) / (2 * math.log(config.rope_theta)))
+        low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), config.head_dim - 1)
+        slowed = min(max((i - low) / (high - low), 0), 1)
+        return plain / scaling.factor * slowed + plain * (1 - slowed)
+    return plain
+
+
 def rope(config: ModelConfig, x: Tensor) -> Tensor:
-    """x [T, heads, head_dim]: each pair (i, i + head_dim / 2) turned by position · theta^(−2i / head_dim)."""
+    """x [T, heads, head_dim]: each pair (i, i + head_dim / 2) turned by position · frequency(i)."""
     half = config.head_dim // 2
     out = x.clone()
+    scaling = config.rope_scaling
+    size = 1 + 0.1 * math.log(scaling.factor) if isinstance(scaling, YarnRope) else 1
     for t in range(x.shape[0]):
         for i in range(half):
-            angle = torch.tensor(t * config.rope_theta ** (-2 * i / config.head_dim), dtype=torch.float64)
+            angle = torch.tensor(t * frequency(config, i), dtype=torch.float64)
+            cos, sin = size * angle.cos(), size * angle.sin()
             a, b = x[t, :, i], x[t, :, i + half]
-            out[t, :, i], out[t, :, i + half] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+            out[t, :, i], out[t, :, i + half] = a * cos - b * sin, b * cos + a * sin
     return out
 
 
 def attention(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     size, heads = x.shape[0], config.num_attention_heads
-    q = (x @ w[f"{p}q_proj.weight"].T).view(size, heads, -1)
-    k = (x @ w[f"{p}k_proj.weight"].T).view(size, config.num_key_value_heads, -1)
-    v = (x @ w[f"{p}v_proj.weight"].T).view(size, config.num_key_value_heads, -1)
+    q = linear(w, f"{p}q_proj", x).view(size, heads, -1)
+    k = linear(w, f"{p}k_proj", x).view(size, config.num_key_value_heads, -1)
+    v = linear(w, f"{p}v_proj", x).view(size, config.num_key_value_heads, -1)
     if config.position_embedding_type == "rope":
         q, k = rope(config, q), rope(config, k)
     group = heads // config.num_key_value_heads
@@ -101,7 +139,7 @@ def attention(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
         for h in range(heads):
             scores = k[: t + 1, h // group] @ q[t, h] / config.head_dim**0.5
             out[t, h] = scores.softmax(0) @ v[: t + 1, h // group]
-    return out.flatten(1) @ w[f"{p}o_proj.weight"].T
+    return linear(w, f"{p}o_proj", out.flatten(1))
 
 
 def logits(config: ModelConfig, tensors: Weights, ids: list[int]) -> Tensor:

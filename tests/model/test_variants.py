@@ -13,6 +13,14 @@ from small_models import small_config, wide_tensors
 
 from dsc_serve import LLM
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dsc", {}, {}),
     ("dsc", {"position_embedding_type": "learned", "tie_word_embeddings": False}, {}),
@@ -26,6 +34,10 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("molora", {}, {}),
     ("molora", {"mlp_gated": True, "norm_type": "rmsnorm"}, {"rank": 1}),
     ("dense", {"norm_type": "rmsnorm", "mlp_gated": True, "hidden_act": "silu", "num_key_value_heads": 1}, {}),
+    ("dense", {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}, {"bias": True}),
+    ("dense", {"attention_output_bias": True, "mlp_gated": True, "rope_scaling": LLAMA3}, {"bias": True}),
+    ("dense", {"norm_type": "rmsnorm", "rope_theta": 50.0, "rope_scaling": YARN}, {}),
+    ("dense", {"rope_scaling": {"rope_type": "divisors", "divisors": [1, 1, 1.5, 2, 3, 4, 4.5, 8.0]}}, {}),
 ]
 
 

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -22,7 +21,7 @@ class Ffn(Protocol):
     """A block's feed-forward layer: x [T, d] → [T, d], each token on its own, plus the residual where one is given."""
 
     @property
-    def layer(self) -> ops.Layer: ...
+    def layer(self) -> object: ...
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:

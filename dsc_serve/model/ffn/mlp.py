@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,16 @@ class MlpWeights(NamedTuple):
 
 
 def mlp_weights(
-    config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, prefix: str = ""
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    prefix: str = "",
+    part: Literal["weight", "bias"] = "weight",
 ) -> MlpWeights:
+    """The tensors of an MLP below `prefix`; with part "bias" the biases that belong to them."""
+
     def weight(name: str) -> Tensor:
-        return tensors[f"{prefix}{name}.weight"].to(device=device, dtype=dtype)
+        return tensors[f"{prefix}{name}.{part}"].to(device=device, dtype=dtype)
 
     return MlpWeights(weight("up_proj"), weight("gate_proj") if config.mlp_gated else None, weight("down_proj"))

@@ -1,0 +1,196 @@
+"""The tokenizer in a GGUF file's metadata as one of the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from dsc_serve.text.chat import one_line
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# how OpenAI's and most later byte-level tokenizers cut words; {} is how many digits stay together
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGIT = r"\p{N}"
+
+
+class ConversionError(ValueError):
+    """A tokenizer that cannot be converted; one line."""
+
+
+class Kind(IntEnum):
+    """The token types of GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a byte-level tokenizer cuts a text before merging: by each of `patterns` in turn.
+
+    whole_words: a word that is a token stays one, whatever the merges. bos: added unless the file says otherwise.
+    """
+
+    patterns: tuple[str, ...]
+    composed: bool = False
+    whole_words: bool = False
+    bos: bool = False
+
+
+BY_GPT2 = Cut((GPT2,))
+BY_DIGITS = Cut((DIGIT, GPT2))
+LLAMA3 = Cut((WORDS.format("{1,3}"),), whole_words=True, bos=True)
+QWEN2 = Cut((WORDS.format(""),), composed=True)
+CUTS = {
+    "gpt-2": BY_GPT2,
+    "mpt": BY_GPT2,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "smollm": BY_DIGITS,
+    "starcoder": BY_DIGITS,
+    "refact": BY_DIGITS,
+    "command-r": Cut((DIGIT, GPT2), composed=True),
+}
+
+
+def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, and its `tokenizer_config.json`.
+
+    metadata: the file's fields below `tokenizer.`, without `ggml.`. Raises ConversionError naming what is not
+    supported.
+    """
+    model = metadata.get("model")
+    converters = {"gpt2": byte_level, "llama": sentencepiece}
+    if model not in converters:
+        raise ConversionError(f"tokenizer {model!r} is not supported; supported: {', '.join(converters)}")
+    tokens = metadata.get("tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ConversionError("tokenizer.ggml.tokens is missing or not a list of texts")
+    kinds = metadata.get("token_type") or [Kind.NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise ConversionError(f"tokenizer.ggml.token_type has {len(kinds)} entries; expected {len(tokens)}")
+    try:
+        tokenizer, adds_bos = converters[model](metadata, tokens)
+    except ConversionError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise ConversionError(f"tokenizer: {one_line(error)}") from error
+    for kind in (Kind.CONTROL, Kind.USER_DEFINED):
+        added = [
+            AddedToken(token, normalized=False, special=kind == Kind.CONTROL)
+            for token, own in zip(tokens, kinds, strict=True)
+            if own == kind
+        ]
+        tokenizer.add_tokens(added)
+    named = named_tokens(metadata, tokens)
+    frame(tokenizer, metadata, named, adds_bos)
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    if isinstance(metadata.get("chat_template"), str):
+        settings["chat_template"] = metadata["chat_template"]
+    return tokenizer, settings
+
+
+def named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+    """The texts of the special tokens that the file names, as `tokenizer_config.json` calls them."""
+    fields = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    named = {}
+    for field, name in fields.items():
+        token = metadata.get(f"{field}_token_id")
+        if token is None:
+            continue
+        if not 0 <= token < len(tokens):
+            raise ConversionError(f"tokenizer.ggml.{field}_token_id is {token}; allowed: 0 to {len(tokens) - 1}")
+        named[f"{name}_token"] = tokens[token]
+    return named
+
+
+def frame(tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str, str], adds_bos: bool) -> None:
+    """Have prompts begin and end with the tokens that the file says."""
+    flags = {"bos": metadata.get("add_bos_token", adds_bos), "eos": metadata.get("add_eos_token", False)}
+    marks = {name: named[f"{name}_token"] for name, on in flags.items() if on and f"{name}_token" in named}
+    if not marks:
+        return
+    parts = [marks.get("bos"), "$A", marks.get("eos")]
+    tokenizer.post_processor = processors.Sequence(
+        [
+            *([tokenizer.post_processor] if tokenizer.post_processor is not None else []),
+            processors.TemplateProcessing(
+                single=[part for part in parts if part is not None],
+                special_tokens=[(token, tokenizer.token_to_id(token)) for token in set(marks.values())],
+            ),
+        ]
+    )
+
+
+def byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    """Byte-level BPE with the file's merges."""
+    name = metadata.get("pre", "")
+    cut = CUTS.get(name)
+    if cut is None:
+        raise ConversionError(f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(CUTS)}")
+    merges = metadata.get("merges")
+    if not isinstance(merges, list):
+        raise ConversionError("tokenizer.ggml.merges is missing")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut.whole_words))
+    if cut.composed:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, cut.bos
+
+
+def sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    """SentencePiece BPE: the pair whose joint token has the highest score is merged first."""
+    scores = metadata.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ConversionError(f"tokenizer.ggml.scores must hold {len(tokens)} numbers")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = []
+    for token, score in zip(tokens, scores, strict=True):
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+        known = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
+        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        pairs += [(-score, pair) for pair in known]
+    pairs.sort(key=lambda entry: entry[0])
+    unknown = metadata.get("unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[pair for _, pair in pairs],
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefixed = metadata.get("add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefixed else []), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
+            *([decoders.Strip(" ", 1, 0)] if prefixed else []),
+        ]
+    )
+    return tokenizer, True

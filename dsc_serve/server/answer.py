@@ -13,7 +13,6 @@ from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
 from dsc_serve.server.schema import GenerationFields
 from dsc_serve.server.service import Service
-from dsc_serve.terms import Terms
 from dsc_serve.text.stream import TextStream
 from dsc_serve.worker.messages import TokenLogprobs
 
@@ -39,6 +38,7 @@ class Choice:
     echo: str | None = None
     begun: bool = False
     characters: int = 0  # of its text, that log probabilities have been reported for
+    cached_tokens: int = 0  # of its prompt
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Shape(ABC):
         self.include_usage = fields.include_usage
         self.id = answer_id
         self.user = fields.user
-        self.terms = Terms(tenant=fields.user or "")
+        self.terms = fields.terms(service.engine.model.policy)
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
     def choices(
@@ -92,13 +92,13 @@ class Shape(ABC):
     def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
         """Entries of `choices`, one for each event that tells the news."""
 
-    def answer(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
     def events(self, choice: Choice, news: News) -> bytes:
         return b"".join([event(self._chunk([piece])) for piece in self.pieces(choice, news)])
 
-    def usage_event(self, usage: dict[str, int]) -> bytes:
+    def usage_event(self, usage: dict[str, Any]) -> bytes:
         return event({**self._chunk([]), "usage": usage}) if self.include_usage else b""
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

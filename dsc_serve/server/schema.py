@@ -11,6 +11,7 @@ from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.fields import Count, Fields, Only
 from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
+from dsc_serve.terms import Terms
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
 TOKEN_ID_DIGITS = 10
@@ -65,7 +66,8 @@ class StreamOptions(Fields):
 class GenerationFields(Fields):
     """What both endpoints take; null means the default. The sampling fields are those of SamplingParams.
 
-    user is named in the log where the request fails in the engine, and has no other effect.
+    user is named in the log where the request fails in the engine, and is whom the policy `fair` charges. priority,
+    queue_timeout_s, timeout_s and cache_salt are those of `Terms`.
     """
 
     model: str | None = None
@@ -90,6 +92,10 @@ class GenerationFields(Fields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: Count | None = None
+    queue_timeout_s: float | None = None
+    timeout_s: float | None = None
+    cache_salt: str | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -116,6 +122,17 @@ class GenerationFields(Fields):
             return SamplingParams(**(given | own))
         except ParameterError as error:
             raise from_parameter(error, self.names) from None
+
+    def terms(self, policy: str) -> Terms:
+        """For whom, how urgently and within what time; `policy` is the server's. Raises ApiError (400)."""
+        if self.priority and policy != "priority":
+            allowed = f"0 on this server, whose policy is {policy}, not priority"
+            raise bad_request("priority", f"priority is {self.priority}; it must be {allowed}")
+        names = ("priority", "queue_timeout_s", "timeout_s", "cache_salt")
+        try:
+            return Terms(tenant=self.user or "", **{n: v for n in names if (v := getattr(self, n)) is not None})
+        except ParameterError as error:
+            raise from_parameter(error, {}) from None
 
 
 PASSED_ON = (

@@ -155,7 +155,8 @@ class Generation(Response):
         begun = False
         async for delta in deltas:
             reason = delta.finish_reason
-            if reason in ("error", "abort"):
+            choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
+            if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
             if delta.token_ids:
                 now = time.perf_counter()
@@ -192,6 +193,8 @@ class Generation(Response):
         return False
 
     def _failure(self, delta: Delta) -> ApiError:
+        if delta.finish_reason == "timeout":
+            return ApiError(504, delta.error, type="server_error", code="timeout")
         log.error("request %s (user %r) failed: %s", delta.request_id, self._shape.user, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._shape.names)
@@ -199,12 +202,15 @@ class Generation(Response):
             return engine_down(delta.error)
         return engine_failure(delta.error or f"the engine ended the request: {delta.finish_reason}")
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         generated = sum(choice.text.token_count for choice in self._choices)
+        # A prompt counts once, whatever its number of choices: as its first one found it.
+        cached = {id(choice.prompt): choice.cached_tokens for choice in reversed(self._choices)}
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
 

@@ -57,6 +57,7 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     device: str
     threads: int
     kernels: str
+    policy: str
     total_parameters: int
     active_parameters: int
 

@@ -73,6 +73,7 @@ def model_info(model: Decoder, engine: Engine) -> ModelInfo:
         device=engine.config.device,
         threads=engine.config.threads or default_threads(),
         kernels=kernels(model),
+        policy=engine.config.policy,
         total_parameters=total,
         active_parameters=active,
     )

@@ -6,6 +6,8 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable
 
+import msgspec
+
 from dsc_serve.sampling_params import Limits, SamplingParams
 from dsc_serve.terms import Terms
 from dsc_serve.worker.client import EngineDiedError
@@ -58,6 +60,8 @@ class FakeEngine:
         self.gave_up = False
         self.restarts = 0
         self.ended = ""
+        self.policy = "fcfs"
+        self.cached_tokens = 0
 
     @property
     def model(self) -> ModelInfo:
@@ -67,6 +71,7 @@ class FakeEngine:
             device="cpu",
             threads=1,
             kernels="none",
+            policy=self.policy,
             total_parameters=0,
             active_parameters=0,
         )
@@ -113,10 +118,10 @@ class FakeEngine:
                 break
             step = kept[i : i + self.tokens_per_step]
             logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
-            deltas.append(Delta(request_id, step, logprobs=logprobs))
+            deltas.append(Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens))
         if self.fail_after is not None:
             error = self.error
-            return [*deltas, Delta(request_id, [], "error", error=error.error, error_field=error.error_field)]
+            return [*deltas, msgspec.structs.replace(error, request_id=request_id)]
         if self.ends_silently:
             return deltas
         reason = "length" if len(tokens) >= limit else "stop"

@@ -33,7 +33,12 @@ def test_a_chat_completion_has_the_shape_of_openais(app: FastAPI, engine: FakeEn
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 5, "total_tokens": prompt_tokens + 5},
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": 5,
+            "total_tokens": prompt_tokens + 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
     assert prompt_of(engine) == "<user>hi<assistant>"
 

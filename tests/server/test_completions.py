@@ -12,6 +12,8 @@ from serving import app_around, ask, complete, events_of
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.text.tokenizer import Tokenizer
 
+UNCACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
 
 def test_a_completion_has_the_shape_of_openais(app: FastAPI, engine: FakeEngine) -> None:
     body = complete(app, max_tokens=3, model="fake").json()
@@ -21,7 +23,7 @@ def test_a_completion_has_the_shape_of_openais(app: FastAPI, engine: FakeEngine)
         "object": "text_completion",
         "model": "fake",
         "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, **UNCACHED},
     }
     assert engine.submitted[0][1] == [104, 105]
 
@@ -149,7 +151,7 @@ def test_usage_comes_last_when_asked_for(app: FastAPI) -> None:
     *events, last = events_of(complete(app, **fields))
     assert [event["usage"] for event in events] == [None] * 4
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6, **UNCACHED}
 
 
 def test_streamed_choices_each_have_one_end(app: FastAPI) -> None:

@@ -35,6 +35,7 @@ INFO = ModelInfo(
     device="",
     threads=1,
     kernels="",
+    policy="fcfs",
     total_parameters=0,
     active_parameters=0,
 )
@@ -87,9 +88,13 @@ class ScriptedEngine:
                         running=len(self.open),
                         waiting=0,
                         blocks_free=0,
+                        blocks_cached=0,
                         blocks_total=0,
                         steps=0,
                         preemptions=0,
+                        timeouts=0,
+                        prompt_tokens=0,
+                        cached_tokens=0,
                         invariant_repairs=0,
                     )
                 )

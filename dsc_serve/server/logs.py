@@ -61,6 +61,7 @@ class Writer(logging.Handler):
         super().__init__()
         self._lost = 0
         self._descriptor = descriptor
+        self._stopping = False
         self._lines: queue.Queue[bytes | None] = queue.Queue(WAITING_LINES)
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -77,12 +78,12 @@ class Writer(logging.Handler):
         try:
             self._lines.put(None, timeout=FLUSH_S)
         except queue.Full:
-            return
+            self._stopping = True
         self._thread.join(FLUSH_S)
 
     def _write(self) -> None:
         told = 0
-        while (line := self._lines.get()) is not None:  # ended by `stop`
+        while not self._stopping and (line := self._lines.get()) is not None:  # ended by `stop`
             lost = self._lost - told
             try:
                 os.write(self._descriptor, self._note(lost) + line if lost else line)

@@ -57,7 +57,7 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        self._head_bytes += len(name) + len(value)
+        self._head_bytes += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         if self._head_bytes > self._limits.max_header_bytes:

@@ -87,7 +87,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 async def live(app: FastAPI, send_buffer: int = 0) -> AsyncIterator[int]:
     """Serve over a real socket in this event loop; yields the port."""
     listening = asyncio.Event()
-    server = Server(app, app.state.config, listening.set)
+    server = app.state.server = Server(app, app.state.config, listening.set)
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         if send_buffer:

@@ -1,0 +1,197 @@
+"""Connections that send nothing, too much, too slowly, or read nothing: none is kept for longer than its limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+from fastapi import FastAPI
+from serving import app_around, live, post_bytes, service_of, until
+
+from dsc_serve.config import ConfigError, ServerConfig
+from dsc_serve.server.process import check_tls
+
+GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+POST = post_bytes("/v1/completions", {"prompt": [1], "max_tokens": 3})
+
+
+def impatient(engine: FakeEngine) -> FastAPI:
+    return app_around(
+        engine,
+        None,
+        header_timeout_s=0.3,
+        keep_alive_s=1,
+        body_timeout_s=0.3,
+        send_timeout_s=0.4,
+        max_header_bytes=2048,
+    )
+
+
+async def said(app: FastAPI, *parts: bytes, pause_s: float = 0.0) -> bytes:
+    """What the server answers to these bytes until it closes the connection."""
+    async with live(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reading = asyncio.create_task(read_all(reader))
+        for part in parts:
+            if reading.done():
+                break
+            writer.write(part)
+            await asyncio.sleep(pause_s)
+        answer = await asyncio.wait_for(reading, 10)
+        writer.close()
+        return answer
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    """All until the end, be it a reset: who still sends when the server closes gets one."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await reader.read(10_000):
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ([b""], 408),
+        ([b"\r\n"], 408),
+        ([b"GE"], 408),
+        ([GET], 408),
+        ([POST[:-3]], 408),
+        ([b"G", b"E", b"T", b" /", b"he"], 408),
+        ([b"\x16\x03\x01\x02\x00"], 400),
+        ([b"GET / SPDY/9\r\n\r\n"], 400),
+        ([b"GET /\xff\xfe HTTP/1.1\r\n\r\n"], 400),
+        ([b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"], 400),
+        ([b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"], 400),
+        ([b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"], 400),
+        ([GET + b"A: " + b"x" * 3000 + b"\r\n\r\n"], 431),
+        ([GET + b"A: b\r\n" * 600 + b"\r\n"], 431),
+        ([GET + b"A: ", *[b"x" * 500] * 10], 431),
+        ([b"GET /" + b"x" * 3000 + b" HTTP/1.1\r\n\r\n"], 431),
+    ],
+    ids=range(16),
+)
+def test_a_connection_without_a_request_ends_with_the_reason(
+    engine: FakeEngine, parts: list[bytes], status: int
+) -> None:
+    answer = asyncio.run(said(impatient(engine), *parts, pause_s=0.02))
+    last = answer[answer.rindex(b"HTTP/1.1 ") :]
+    assert last.startswith(b"HTTP/1.1 %d " % status), answer
+    head, _, body = last.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    assert b'"error":{"message":' in body
+
+
+def test_slow_pieces_within_the_time_are_a_request(engine: FakeEngine) -> None:
+    pieces = [POST[i : i + 1] for i in range(len(POST))]
+    app = app_around(engine, None, header_timeout_s=20, keep_alive_s=1)
+    assert asyncio.run(said(app, *pieces)).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_cannot_stretch_the_time_for_its_headers(engine: FakeEngine) -> None:
+    pieces = [b"%c" % byte for byte in GET]
+    answer = asyncio.run(said(impatient(engine), *pieces, pause_s=0.03))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_requests_on_one_connection_are_timed_one_by_one(engine: FakeEngine) -> None:
+    async def run() -> None:
+        async with live(impatient(engine)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(4):
+                writer.write(POST)
+                assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+                await reader.readuntil(b"}}")
+                await asyncio.sleep(0.2)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_large_body_is_not_taken_for_headers(engine: FakeEngine) -> None:
+    app = impatient(engine)
+    body = post_bytes("/v1/completions", {"prompt": [1] * 3000})
+    refused = post_bytes("/nothing", {"prompt": [1] * 100_000})
+    answer = asyncio.run(said(app, refused + body, pause_s=0.1))
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"404", b"400"]
+
+
+def test_connections_beyond_the_limit_are_closed_at_once_and_the_others_served(engine: FakeEngine) -> None:
+    app = app_around(engine, None, max_connections=3)
+
+    async def run() -> None:
+        async with live(app) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for _ in range(5):
+                with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(POST)
+                    await reader.readexactly(1)
+            for reader, writer in held:
+                writer.write(POST)
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+                writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_its_answer_unread_is_hung_up_on_though_the_answer_is_over(engine: FakeEngine) -> None:
+    async def run() -> None:
+        app = impatient(engine)
+        async with live(app, send_buffer=4096) as port:
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(POST * 100)  # answered one after the other, into buffers that nobody empties
+            await until(lambda: len(engine.submitted) > 3)
+            connections = app.state.server.server_state.connections
+            await until(lambda: not connections, 15)
+            client.close()
+        assert service_of(app).permits.held == 0
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    try:
+        subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("there is no openssl to make a certificate with")
+    return cert, key
+
+
+def test_with_a_certificate_the_server_speaks_https(engine: FakeEngine, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    app = app_around(engine, None)
+    app.state.config = ServerConfig(tls_cert=cert, tls_key=key)
+    context = ssl.create_default_context(cafile=cert)
+
+    async def run() -> None:
+        async with live(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
+            writer.write(POST)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_certificates_that_cannot_be_used_are_named(certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    check_tls(ServerConfig(tls_cert=cert, tls_key=key))
+    for bad in (ServerConfig(tls_cert=key, tls_key=key), ServerConfig(tls_cert=cert, tls_key=str(Path(key) / "no"))):
+        with pytest.raises(ConfigError, match=r"tls_cert .* cannot be used"):
+            check_tls(bad)

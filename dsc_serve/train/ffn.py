@@ -48,9 +48,12 @@ class Pass:
 
 def mlp(config: ModelConfig, w: Weights, x: Tensor, prefix: str = "") -> Tensor:
     act = F.gelu if config.hidden_act == "gelu" else F.silu
-    up = F.linear(x, w[f"{prefix}up_proj.weight"])
-    hidden = act(F.linear(x, w[f"{prefix}gate_proj.weight"])) * up if config.mlp_gated else act(up)
-    return F.linear(hidden, w[f"{prefix}down_proj.weight"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, w[f"{prefix}{name}.weight"], w.get(f"{prefix}{name}.bias"))
+
+    up = linear(x, "up_proj")
+    return linear(act(linear(x, "gate_proj")) * up if config.mlp_gated else act(up), "down_proj")
 
 
 def router_input(config: ModelConfig, w: Weights, x: Tensor) -> Tensor:

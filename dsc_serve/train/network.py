@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_serve.model.attention import rope_table
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.rope import rope_table
 from dsc_serve.train.ffn import TRAINED, Pass, Trace, Weights
 from dsc_serve.train.functions import causal_attention, head_loss, rotated
 
@@ -31,7 +31,9 @@ class Network:
         self.config = config
         self.angles: tuple[Tensor, ...] = ()
         if config.position_embedding_type == "rope":
-            self.angles = rope_table(config).to(device=device, dtype=dtype).unbind(1)
+            size, positions = config.head_dim, config.max_position_embeddings
+            angles = rope_table(size, positions, config.rope_theta, config.rope_scaling)
+            self.angles = angles.to(device=device, dtype=dtype).unbind(1)
 
     def __call__(self, weights: Weights, windows: Tensor, mode: Pass) -> Outcome:
         """windows int64 [N, T + 1]: each token but the first is a target; T is at most the model's context."""
@@ -67,7 +69,8 @@ class Network:
         c = self.config
         count, length, _ = x.shape
         fused = torch.cat([weights[f"self_attn.{p}_proj.weight"] for p in "qkv"])
-        qkv = F.linear(x, fused).view(count, length, -1, c.head_dim).transpose(1, 2)
+        bias = torch.cat([weights[f"self_attn.{p}_proj.bias"] for p in "qkv"]) if c.attention_bias else None
+        qkv = F.linear(x, fused, bias).view(count, length, -1, c.head_dim).transpose(1, 2)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         q = q * c.head_dim**-0.5
@@ -77,4 +80,5 @@ class Network:
         if heads != kv_heads:
             k, v = (z.repeat_interleave(heads // kv_heads, dim=1) for z in (k, v))
         y = causal_attention(*(z.reshape(-1, length, c.head_dim) for z in (q, k, v)))
-        return F.linear(y.view(count, heads, length, -1).transpose(1, 2).flatten(2), weights["self_attn.o_proj.weight"])
+        joined = y.view(count, heads, length, -1).transpose(1, 2).flatten(2)
+        return F.linear(joined, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))

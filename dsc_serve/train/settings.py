@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from dsc_serve.config import ConfigError
 from dsc_serve.model.budget import Budget
-from dsc_serve.model.config import CheckpointError, ModelConfig, Size, Strict, checked_config, one_line
+from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
+from dsc_serve.model.schema import Size, Strict
 
 PRESETS = ("embedded", "paper", "smoke", "study")
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -57,10 +57,12 @@ def test_head(monkeypatch: pytest.MonkeyPatch) -> None:
             "mlp_gated": True,
             "hidden_act": "silu",
             "num_key_value_heads": 1,
+            "attention_bias": True,
+            "attention_output_bias": True,
             "tie_word_embeddings": False,
         },
     ],
-    ids=["layernorm-rope-gelu-tied", "rmsnorm-learned-gated-grouped-untied"],
+    ids=["layernorm-rope-gelu-tied", "rmsnorm-learned-gated-grouped-untied-biased"],
 )
 def test_the_whole_networks_gradient(kind: str, changes: dict[str, Any]) -> None:
     """The loss with all terms along random directions through every tensor. Step sizes too small to flip a pick."""

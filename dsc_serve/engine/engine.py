@@ -17,6 +17,7 @@ from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, Budget
 from dsc_serve.engine.request import Request
+from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.model.checkpoint import load_model
@@ -51,6 +52,7 @@ class Engine:
         eos: tuple[int, ...],
         strict: bool = False,
         tokenizer: Tokenizer | None = None,
+        routing: RoutingWatch | None = None,
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
@@ -59,6 +61,7 @@ class Engine:
         pool = BlockPool(limits.num_blocks)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
+        self.routing = routing
         self._eos = frozenset(eos)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
 
@@ -76,7 +79,7 @@ class Engine:
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
-        return cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer)
+        return cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
 
     @property
     def has_work(self) -> bool:
@@ -96,6 +99,8 @@ class Engine:
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
         request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits, terms or Terms())
         request.constraint = self.constraint(params)
+        if self.routing is not None:
+            self.routing.expect(request)
         self.scheduler.add(request)
         return request
 
@@ -150,7 +155,6 @@ class Engine:
                     None if entry is None else [entry],
                     prompt_logprobs,
                     cached_tokens=request.cached_tokens or 0,
-                    queued_s=request.queued_s,
                     routing=routing,
                 )
             )

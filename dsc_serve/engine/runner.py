@@ -15,9 +15,10 @@ from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import Routing, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
+from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.sampler import Sampler, logprobs, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
-from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
 from dsc_serve.sampling_params import Limits
 
@@ -117,6 +118,8 @@ class Runner:
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(limits.max_tokens, limits.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
+        layers = dsc_layers(model)
+        self.routing = RoutingWatch(layers, step_tokens, model.config.vocab_size) if layers else None
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
             self._inputs.pad(0, max_running, self._spare_block)
@@ -137,7 +140,11 @@ class Runner:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
         ordered = sorted(work, key=lambda pair: pair[1] > 1)
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
+        if self.routing is not None:
+            self.routing.begin(sum(count for _, count in ordered), len(ordered))
         hidden = self._hidden(ordered, picks)
+        if self.routing is not None:
+            self.routing.note(ordered, self._inputs.tokens[0, : hidden.shape[0]].numpy())
         result = StepResult()
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)

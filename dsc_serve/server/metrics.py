@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.worker.messages import Stats
 
@@ -56,6 +57,44 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "dsc_serve_invariant_repairs", "Broken invariants that the engine repaired.", stats.invariant_repairs
         )
+        if stats.routing is not None:
+            yield from routing_families(stats.routing)
+
+
+def routing_families(report: RoutingReport) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+    """What DSC layers picked. Sums are over the steps that the engine watched: divide them by each other."""
+    for name, text, value in (
+        ("steps", "Steps whose routing was watched.", report.steps),
+        ("tokens", "Tokens computed in these steps.", report.tokens),
+        ("bank_bytes", "Bytes of picked atoms read in these steps, each atom of a step once.", report.bank_bytes),
+        ("router_bytes", "Bytes of router weights read in these steps.", report.router_bytes),
+    ):
+        yield CounterMetricFamily(f"dsc_serve_routing_{name}", text, value)
+    for name, text, values in (
+        ("distinct_atoms", "Different atoms of each of these steps.", [r.distinct for r in report.layers]),
+        ("grouped_tiles", "Tiles of 16 tokens composed in grouped order.", [r.grouped_tiles for r in report.layers]),
+    ):
+        counter = CounterMetricFamily(f"dsc_serve_routing_{name}", text, labels=["layer"])
+        for layer, count in enumerate(values):
+            counter.add_metric([str(layer)], count)
+        yield counter
+    for name, text, shares in (
+        ("signal", "Mean signal S of a token.", [r.signal for r in report.layers]),
+        ("dead_share", "Share of the atoms that no token has picked.", [r.dead for r in report.layers]),
+        ("top_share", "Share of the picks that fall on the hottest 1 % of atoms.", [r.top for r in report.layers]),
+        ("entropy", "Entropy of the picks relative to uniform ones.", [r.entropy for r in report.layers]),
+    ):
+        gauge = GaugeMetricFamily(f"dsc_serve_routing_{name}", text, labels=["layer"])
+        for layer, share in enumerate(shares):
+            gauge.add_metric([str(layer)], share)
+        yield gauge
+    sharing = GaugeMetricFamily(
+        "dsc_serve_routing_sharing", "Different atoms of a 16-token tile per pick.", labels=["layer", "order"]
+    )
+    for layer, own in enumerate(report.layers):
+        sharing.add_metric([str(layer), "arrival"], own.arrival)
+        sharing.add_metric([str(layer), "grouped"], own.grouped)
+    yield sharing
 
 
 class Metrics:

@@ -11,8 +11,8 @@ import msgspec
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.output import Delta as Delta
-from dsc_serve.engine.output import Routing as Routing
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
+from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.sampling_params import Limits, SamplingParams
 from dsc_serve.terms import Terms
 
@@ -88,6 +88,7 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     invariant_repairs: int
+    routing: RoutingReport | None = None
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | Shutdown

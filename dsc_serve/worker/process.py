@@ -132,6 +132,7 @@ class EngineProcess:
                     prompt_tokens=scheduler.prompt_tokens,
                     cached_tokens=scheduler.cached_tokens,
                     invariant_repairs=self.engine.counters.repairs,
+                    routing=None if self.engine.routing is None else self.engine.routing.report(),
                 )
             )
 

@@ -61,6 +61,8 @@ class PretendedGpu(TorchDispatchMode):
         self.operations += 1
         if self.watching:
             self._watch(func, args, kwargs, tensors)
+        if func.overloadpacket is aten.copy_ and not on_device(args[0]):
+            return args[0]  # which is as it was: nothing is on the device
         return func(*args, **kwargs)
 
     def _watch(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
@@ -80,7 +82,9 @@ class PretendedGpu(TorchDispatchMode):
         else:
             there, source = kwargs.get("device", args[0].device) == DEVICE, args[0]
         if on_device(source) and not there:
-            raise WaitedError(f"{func} from the device")
+            at_once = len(args) > 2 and args[2]
+            if not at_once or args[0].untyped_storage().data_ptr() not in self.pinned:
+                raise WaitedError(f"{func} from the device")
         if not on_device(source) and there:
             at_once = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             if not at_once or source.untyped_storage().data_ptr() not in self.pinned:

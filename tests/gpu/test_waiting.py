@@ -164,6 +164,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "pageable copy": lambda t: t + torch.tensor([1.0, 2.0, 3.0]).to(DEVICE),
     "blocking copy": lambda t: t.copy_(torch.ones(3).pin_memory()),
     "copy to the host": lambda t: torch.zeros(3).copy_(t),
+    "pageable copy to the host": lambda t: torch.zeros(3).copy_(t, non_blocking=True),
 }
 
 
@@ -178,6 +179,7 @@ def test_what_does_not_wait_is_let_through(gpu: PretendedGpu) -> None:
     tensor = torch.zeros(3, device=DEVICE)
     with gpu.watched():
         tensor += torch.ones(3).pin_memory().to(DEVICE, non_blocking=True)
+        torch.ones(3).pin_memory().copy_(tensor, non_blocking=True)
         assert tensor[torch.arange(2, device=DEVICE)].shape == (2,)
         assert on_device(tensor.sort().values.cumsum(0))
 

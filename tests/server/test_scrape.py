@@ -9,6 +9,8 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from serving import app_around, ask, chat, client_of, complete, until
 
+from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
+
 
 def samples(text: str) -> dict[str, float]:
     """Every series by its name and labels."""
@@ -111,3 +113,21 @@ def test_apps_do_not_share_their_counts(engine: FakeEngine) -> None:
     first, second = app_around(engine, None), app_around(engine, None)
     complete(first, prompt=[1])
     assert "dsc_serve_requests_total{endpoint=/v1/completions,status=200}" not in scrape(second)
+
+
+def test_routing_is_told_where_the_model_has_atoms(app: FastAPI, engine: FakeEngine) -> None:
+    assert not [name for name in scrape(app) if "routing" in name]
+    layer = LayerRouting(30, 2, arrival=0.9, grouped=0.7, signal=1.5, dead=0.25, top=0.1, entropy=0.8)
+    engine.routing = RoutingReport(10, 40, bank_bytes=4096, router_bytes=8192, layers=[layer, LayerRouting(20, 0)])
+    found = scrape(app)
+    assert found["dsc_serve_routing_steps_total"] == 10
+    assert found["dsc_serve_routing_tokens_total"] == 40
+    assert found["dsc_serve_routing_bank_bytes_total"] == 4096
+    assert found["dsc_serve_routing_router_bytes_total"] == 8192
+    assert found["dsc_serve_routing_distinct_atoms_total{layer=1}"] == 20
+    assert found["dsc_serve_routing_grouped_tiles_total{layer=0}"] == 2
+    assert found["dsc_serve_routing_sharing{layer=0,order=grouped}"] == 0.7
+    shares = [
+        found[f"dsc_serve_routing_{name}{{layer=0}}"] for name in ("signal", "dead_share", "top_share", "entropy")
+    ]
+    assert shares == [1.5, 0.25, 0.1, 0.8]

@@ -5,12 +5,13 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "api.h"
 
 namespace {
 
-#include "grouping.h"
+#include "sketch.h"
 
 const InstructionSet* const sets[] = {&avx512bf16_set, &avx512_set, &avx2_set, &baseline_set};
 const InstructionSet* active = nullptr;
@@ -345,6 +346,26 @@ PyObject* unite_tiles(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// (picks, token_ids, owners, signatures, vocabulary, counts, last, distinct, layers, tokens, k, atoms, layer_stride,
+//  rows, divisor, step)
+PyObject* sketch_step(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  Sketch s{};
+  s.picks = a.address<const int32_t>();
+  s.token_ids = a.address<const int64_t>();
+  s.owners = a.address<const int64_t>();
+  s.signatures = a.address<const uint64_t>();
+  s.vocabulary = a.address<uint64_t>();
+  s.counts = a.address<int64_t>();
+  s.last = a.address<int32_t>();
+  s.distinct = a.address<int64_t>();
+  for (int64_t* size : {&s.layers, &s.tokens, &s.k, &s.atoms, &s.layer_stride, &s.rows, &s.divisor}) *size = a.integer();
+  s.step = static_cast<int32_t>(a.integer());
+  if (!a.ok()) return nullptr;
+  sketch(s);
+  Py_RETURN_NONE;
+}
+
 template <typename F>
 PyCFunction fast(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -364,6 +385,7 @@ PyMethodDef methods[] = {
     {"sample", fast(sample), METH_FASTCALL, nullptr},
     {"min_hash_order", fast(order_tokens), METH_FASTCALL, nullptr},
     {"tile_unions", fast(unite_tiles), METH_FASTCALL, nullptr},
+    {"sketch", fast(sketch_step), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

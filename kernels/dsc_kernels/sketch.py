@@ -1,0 +1,116 @@
+"""What routing leaves behind, step by step: counts of atoms, and bitmaps of the atoms that requests and token ids pick.
+
+A bitmap has 1,024 bits. Where layers and atoms are many, it follows a fixed sample of them, so that what a few hundred
+tokens pick does not fill it; what two bitmaps share then estimates what their owners share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsc_kernels import native
+
+WORDS = 16
+BITS = 64 * WORDS
+VOCABULARY_ROWS = 16384
+FILL = 0.35  # of a bitmap that TYPICAL_TOKENS may fill
+TYPICAL_TOKENS = 256
+
+Bitmap = NDArray[np.uint64]
+
+
+class Signature(NamedTuple):
+    """A bitmap uint64 [16] and where it lies."""
+
+    bits: Bitmap
+    address: int
+
+    @classmethod
+    def empty(cls) -> Signature:
+        bits = np.zeros(WORDS, dtype=np.uint64)
+        return cls(bits, bits.ctypes.data)
+
+
+class Sketch:
+    """Sums over the steps of a model with `layers` layers of `atoms` atoms, `k` of them picked per token.
+
+    counts int64 [layers, atoms]: how often each atom was picked; distinct int64 [layers]: different atoms of a step,
+    summed over steps; vocabulary uint64 [rows, 16]: what each token id picked when it was last seen.
+    """
+
+    def __init__(self, layers: int, atoms: int, k: int, vocab_size: int) -> None:
+        self.layers, self.atoms, self.k = layers, atoms, k
+        self.divisor = max(1, round(min(layers * atoms, TYPICAL_TOKENS * k * layers / FILL) / BITS))
+        self.counts = np.zeros((layers, atoms), dtype=np.int64)
+        self.distinct = np.zeros(layers, dtype=np.int64)
+        self.vocabulary = np.zeros((min(vocab_size, VOCABULARY_ROWS), WORDS), dtype=np.uint64)
+        self.steps = self.tokens = 0
+        self._last = np.full((layers, atoms), -1, dtype=np.int32)
+        self._native = native.active() is not None
+        held = (self.vocabulary, self.counts, self._last, self.distinct)
+        self._addresses = [array.ctypes.data for array in held]
+
+    def observe(
+        self,
+        picks: NDArray[np.int32],
+        token_ids: NDArray[np.int64],
+        owners: NDArray[np.int64],
+        signatures: Sequence[Signature],
+    ) -> None:
+        """Take in a step: picks [layers, T, k], in which each layer lies in one piece; token_ids and owners [T].
+
+        signatures: the requests' bitmaps, which gain what was picked; owners index them.
+        """
+        layers, tokens, k = picks.shape
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        if not tokens:
+            return
+        if not self._native:
+            self._observe(picks, token_ids, owners, signatures)
+            return
+        targets = np.array([signature.address for signature in signatures], dtype=np.uint64)
+        native.module().sketch(
+            *(picks.ctypes.data, token_ids.ctypes.data, owners.ctypes.data, targets.ctypes.data, *self._addresses),
+            *(layers, tokens, k, self.atoms, picks.strides[0] // 4, len(self.vocabulary), self.divisor, self.steps),
+        )
+
+    def predict(self, token_ids: Sequence[int]) -> Bitmap | None:
+        """What tokens are expected to pick, from when each was last seen; None where none ever was."""
+        rows = self.vocabulary[np.array(token_ids, dtype=np.int64) % len(self.vocabulary)]
+        united: Bitmap = np.bitwise_or.reduce(rows)
+        return united if united.any() else None
+
+    def _observe(
+        self,
+        picks: NDArray[np.int32],
+        token_ids: NDArray[np.int64],
+        owners: NDArray[np.int64],
+        signatures: Sequence[Signature],
+    ) -> None:
+        flat = (picks.astype(np.int64) + np.arange(self.layers)[:, None, None] * self.atoms).transpose(1, 0, 2)
+        unique, times = np.unique(flat, return_counts=True)
+        self.counts.reshape(-1)[unique] += times
+        self.distinct += np.bincount(unique // self.atoms, minlength=self.layers)
+        hashes = scramble(flat.reshape(len(token_ids), -1))
+        tokens, columns = np.nonzero(hashes % self.divisor == 0)
+        bits = hashes[tokens, columns] // self.divisor % BITS
+        words, masks = bits // 64, np.left_shift(np.uint64(1), (bits % 64).astype(np.uint64))
+        rows = token_ids % len(self.vocabulary)
+        self.vocabulary[rows] = 0
+        np.bitwise_or.at(self.vocabulary, (rows[tokens], words), masks)
+        gained = np.zeros((len(signatures), WORDS), dtype=np.uint64)
+        np.bitwise_or.at(gained, (owners[tokens], words), masks)
+        for signature, new in zip(signatures, gained, strict=True):
+            signature.bits[:] |= new
+
+
+def scramble(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `grouping.scramble`."""
+    x = values & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

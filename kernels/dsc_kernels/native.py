@@ -337,6 +337,19 @@ def decode_attention(
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows x [T, d] with weight [d] of x's dtype, summed in float32 and rounded once."""
+    batch, d = x.shape
+    check("weight", weight, (d,), x.dtype)
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty(batch, d, dtype=x.dtype)
+    if batch:
+        module().rms_norm(
+            *(HALF[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), batch, d, eps, threads()),
+        )
+    return out
+
+
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     """A token id int64 [R] for each row of float32 logits [R, V], without sorting a row.
 

@@ -168,6 +168,12 @@ def moe(
     return layer
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows x [T, d] with weight [d], in float32; see `native.rms_norm`."""
+    out: Tensor = implementation(x.dtype, x.device).rms_norm(x, weight, eps)
+    return out
+
+
 def store_kv(
     qkv: Tensor,
     heads: int,

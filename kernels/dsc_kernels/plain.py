@@ -189,6 +189,11 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows x [T, d] with weight [d]."""
+    return torch.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn the halves of each head x [T, heads, size] by angles [T, 2, size / 2], in float32 or wider."""
     cos, sin = angles[:, None, 0], angles[:, None, 1]

@@ -434,6 +434,20 @@ def test_store_kv(
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-2 if dtype != torch.float32 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "d"), [(1, 16), (3, 7), (2, 41), (130, 576)])
+def test_rms_norm(guarded: Guarded, batch: int, d: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(d)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((batch, d), (d,)))
+    got = native.rms_norm(x, weight, 1e-3)
+    guarded.check()
+    wide = x.double()
+    expected = wide / (wide.square().mean(1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    assert got.dtype == dtype
+    assert (got.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    assert (plain.rms_norm(x, weight, 1e-3).double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
 def test_activations_are_exact_over_their_range(guarded: Guarded) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -100.0, 100.0, 1e30])])[:, None]
     identity = native.Linear(torch.ones(1, 1))

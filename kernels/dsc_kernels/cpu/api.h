@@ -75,6 +75,16 @@ struct StoreKv {
   char* scratch;
 };
 
+struct RmsNorm {
+  const void* x;       // [batch, d]
+  const void* weight;  // [d]
+  void* out;           // [batch, d]
+  int64_t batch, d;
+  float eps;
+  int threads;
+  char* scratch;
+};
+
 // A token for each row of logits [batch, vocabulary]; see sample.h.
 struct Sampling {
   const float* logits;
@@ -96,12 +106,14 @@ struct Kernels {
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
   void (*store_kv)(const StoreKv&);
+  void (*rms_norm)(const RmsNorm&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
   int64_t (*ffn_scratch)(const Ffn&);
   int64_t (*moe_scratch)(const Moe&);
   int64_t (*attention_scratch)(const Attention&);
   int64_t (*store_kv_scratch)(const StoreKv&);
+  int64_t (*rms_norm_scratch)(const RmsNorm&);
 };
 
 struct InstructionSet {

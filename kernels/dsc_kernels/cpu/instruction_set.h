@@ -16,6 +16,7 @@
 namespace {
 
 #include "moe.h"
+#include "norm.h"
 #include "sample.h"
 
 template <typename T>
@@ -40,8 +41,8 @@ void sample(const Sampling& a) {
 template <typename T>
 constexpr Kernels table() {
   return {pack_any<T>,       linear<T>,      ffn<T>,         moe<T>,
-          attention<T>,      store_kv<T>,    linear_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
-          attention_scratch<T>, store_kv_scratch<T>};
+          attention<T>,      store_kv<T>,    rms_norm<T>,   linear_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
+          attention_scratch<T>, store_kv_scratch<T>, rms_norm_scratch<T>};
 }
 
 }  // namespace

@@ -297,6 +297,22 @@ PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).store_kv, kernels(half).store_kv_scratch);
 }
 
+// (is_bfloat16, x, weight, out, batch, d, eps, threads)
+PyObject* rms_norm(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  RmsNorm c{};
+  c.x = a.address<const void>();
+  c.weight = a.address<const void>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.d = a.integer();
+  c.eps = a.real();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).rms_norm, kernels(half).rms_norm_scratch);
+}
+
 // (logits, temperature, top_k, top_p, min_p, u, out, batch, vocabulary, threads)
 PyObject* sample(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
@@ -382,6 +398,7 @@ PyMethodDef methods[] = {
     {"moe", fast(moe), METH_FASTCALL, nullptr},
     {"attention", fast(attention), METH_FASTCALL, nullptr},
     {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
+    {"rms_norm", fast(rms_norm), METH_FASTCALL, nullptr},
     {"sample", fast(sample), METH_FASTCALL, nullptr},
     {"min_hash_order", fast(order_tokens), METH_FASTCALL, nullptr},
     {"tile_unions", fast(unite_tiles), METH_FASTCALL, nullptr},

@@ -15,23 +15,32 @@ class Attention:
     """One layer's attention: fused q, k, v projection, write to the pool, attend, output projection.
 
     qkv [(heads + 2 kv_heads) · head_dim, d], out [d, heads · head_dim], each with its bias or None.
+    angles: `rope_table`, or None where positions are learned.
     """
 
     def __init__(
-        self, config: ModelConfig, qkv: Tensor, out: Tensor, qkv_bias: Tensor | None, out_bias: Tensor | None
+        self,
+        config: ModelConfig,
+        angles: Tensor | None,
+        qkv: Tensor,
+        out: Tensor,
+        qkv_bias: Tensor | None,
+        out_bias: Tensor | None,
     ) -> None:
-        self.config = config
+        self.config, self.angles = config, angles
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self.single = ops.attention_layer(self.qkv, self.out, *heads, angles)
 
-    def __call__(
-        self, x: Tensor, batch: StepBatch, angles: Tensor | None, keys: Tensor, values: Tensor, residual: Tensor
-    ) -> Tensor:
-        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head].
-
-        angles: `rope_table`, or None where positions are learned.
-        """
-        c = self.config
+    def __call__(self, x: Tensor, batch: StepBatch, keys: Tensor, values: Tensor, residual: Tensor) -> Tensor:
+        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
+        b = batch
+        if b.decodes == x.shape[0] and self.single is not None:
+            slots = b.positions, b.slot_blocks, b.slot_offsets
+            context = b.block_tables, b.context_lens, b.decode_context
+            return self.single(x, residual, *slots, *context, keys, values)
+        c, angles = self.config, self.angles
         qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
         ops.store_kv(qkv, heads, angles, batch.positions, batch.slot_blocks, batch.slot_offsets, keys, values)

@@ -99,7 +99,7 @@ class Decoder:
         self.blocks = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
-            attention = Attention(config, *self._attention_weights(f"{layer}.self_attn.", put))
+            attention = Attention(config, self.rope, *self._attention_weights(f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             try:
@@ -142,7 +142,7 @@ class Decoder:
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         for block, (keys, values) in zip(self.blocks, pools, strict=True):
-            x = block.attention(block.norm1(x), batch, self.rope, keys, values, residual=x)
+            x = block.attention(block.norm1(x), batch, keys, values, residual=x)
             if picks is None:
                 x = block.ffn(block.norm2(x), residual=x)
             else:

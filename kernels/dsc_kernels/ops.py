@@ -168,6 +168,15 @@ def moe(
     return layer
 
 
+def attention_layer(
+    qkv: Linear, out: Linear, heads: int, kv_heads: int, angles: Tensor | None
+) -> native.AttentionLayer | None:
+    """A layer's attention for single tokens in one call, where there is a kernel for it; None elsewhere."""
+    if isinstance(qkv, native.Linear) and isinstance(out, native.Linear):
+        return native.AttentionLayer(qkv, out, heads, kv_heads, angles)
+    return None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of rows x [T, d] with weight [d], in float32; see `native.rms_norm`."""
     out: Tensor = implementation(x.dtype, x.device).rms_norm(x, weight, eps)

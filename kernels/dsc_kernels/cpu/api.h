@@ -75,6 +75,24 @@ struct StoreKv {
   char* scratch;
 };
 
+// A layer's attention for one new token per sequence, from its normed input to the sum with the residual.
+struct AttentionLayer {
+  const void* x;                      // [batch, d]
+  const void *qkv, *output;           // packed [(heads + 2 · kv_heads) · size, d], [d, heads · size]
+  const float *qkv_bias, *output_bias;
+  const float* angles;                // as in StoreKv
+  const void* residual;               // [batch, d] or null
+  void* out;                          // [batch, d]
+  const int64_t *positions, *blocks, *offsets;
+  const int64_t* tables;              // [batch, width]
+  const int64_t* contexts;
+  void *keys, *values;
+  int64_t batch, d, heads, kv_heads, size, width, block, longest;
+  float scale;
+  int threads;
+  char* scratch;
+};
+
 struct RmsNorm {
   const void* x;       // [batch, d]
   const void* weight;  // [d]
@@ -107,6 +125,7 @@ struct Kernels {
   void (*attention)(const Attention&);
   void (*store_kv)(const StoreKv&);
   void (*rms_norm)(const RmsNorm&);
+  void (*attention_layer)(const AttentionLayer&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
   int64_t (*ffn_scratch)(const Ffn&);
@@ -114,6 +133,7 @@ struct Kernels {
   int64_t (*attention_scratch)(const Attention&);
   int64_t (*store_kv_scratch)(const StoreKv&);
   int64_t (*rms_norm_scratch)(const RmsNorm&);
+  int64_t (*attention_layer_scratch)(const AttentionLayer&);
 };
 
 struct InstructionSet {

@@ -297,6 +297,55 @@ PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).store_kv, kernels(half).store_kv_scratch);
 }
 
+// (is_bfloat16, qkv, output, qkv_bias, output_bias, angles, d, heads, kv_heads, size, scale)
+PyObject* attention_layer_new(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = new Layer<AttentionLayer>;
+  layer->half = static_cast<int>(a.integer());
+  AttentionLayer& c = layer->call;
+  c.qkv = a.address<const void>();
+  c.output = a.address<const void>();
+  c.qkv_bias = a.address<const float>();
+  c.output_bias = a.address<const float>();
+  c.angles = a.address<const float>();
+  c.d = a.integer();
+  c.heads = a.integer();
+  c.kv_heads = a.integer();
+  c.size = a.integer();
+  c.scale = a.real();
+  if (!a.ok()) {
+    delete layer;
+    return nullptr;
+  }
+  return Layer<AttentionLayer>::wrap(layer);
+}
+
+// (layer, x, residual, out, positions, blocks, offsets, tables, contexts, keys, values, batch, width, block, longest,
+//  threads)
+PyObject* attention_layer_run(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = Layer<AttentionLayer>::unwrap(a);
+  if (!layer) return nullptr;
+  AttentionLayer c = layer->call;
+  c.x = a.address<const void>();
+  c.residual = a.address<const void>();
+  c.out = a.address<void>();
+  c.positions = a.address<const int64_t>();
+  c.blocks = a.address<const int64_t>();
+  c.offsets = a.address<const int64_t>();
+  c.tables = a.address<const int64_t>();
+  c.contexts = a.address<const int64_t>();
+  c.keys = a.address<void>();
+  c.values = a.address<void>();
+  c.batch = a.integer();
+  c.width = a.integer();
+  c.block = a.integer();
+  c.longest = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(layer->half).attention_layer, kernels(layer->half).attention_layer_scratch);
+}
+
 // (is_bfloat16, x, weight, out, batch, d, eps, threads)
 PyObject* rms_norm(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
@@ -399,6 +448,8 @@ PyMethodDef methods[] = {
     {"attention", fast(attention), METH_FASTCALL, nullptr},
     {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
     {"rms_norm", fast(rms_norm), METH_FASTCALL, nullptr},
+    {"attention_layer", fast(attention_layer_new), METH_FASTCALL, nullptr},
+    {"attend", fast(attention_layer_run), METH_FASTCALL, nullptr},
     {"sample", fast(sample), METH_FASTCALL, nullptr},
     {"min_hash_order", fast(order_tokens), METH_FASTCALL, nullptr},
     {"tile_unions", fast(unite_tiles), METH_FASTCALL, nullptr},

@@ -300,10 +300,15 @@ def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
     from dsc_serve.bench.command import serve_command
     from dsc_serve.bench.layer_command import layer_command
+    from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 
     bench.add_command(serve_command, "serve")
     bench.add_command(layer_command, "layer")
     kernels.add_command(aot_command, "aot")
+    main.add_command(train_command, "train")
+    main.add_command(evaluate_command, "evaluate")
+    main.add_command(prune_command, "prune")
+    main.add_command(study_command, "study")
 
 
 _attach_commands()

@@ -13,6 +13,7 @@ MAX_CHOICES = 128
 MAX_BIASES = 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
+ALL_ATOMS = -1
 MAX_PICKS = 2**20  # that one request may have reported
 MAX_GRAMMAR = 2**17  # characters
 
@@ -89,7 +90,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report the chosen token's log probability and that many alternatives (None: nothing), of the model's
         own distribution, before temperature and filters. prompt_logprobs: the same for the prompt's tokens.
     n: number of independent generations.
-    routing: report, for each token that is computed, so many of the atoms it picks in each layer (0: nothing).
+    routing: report, for each token that is computed, so many of the atoms it picks in each layer, the strongest (0:
+        nothing, -1: all it picks).
     structured_outputs: what the text must look like. Tokens that cannot follow are never chosen; the generation ends
         where nothing more may follow. Stop strings and stop tokens cut the text wherever they appear in it.
     """
@@ -157,8 +159,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 reject(field, value, f"between 0 and {MAX_LOGPROBS}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
-        if not 0 <= self.routing <= INT32_MAX:
-            reject("routing", self.routing, "at least 0")
+        if not ALL_ATOMS <= self.routing <= INT32_MAX:
+            reject("routing", self.routing, "-1 (all atoms), 0 (none) or more")
         if self.structured_outputs is not None:
             if not isinstance(self.structured_outputs, StructuredOutputs):
                 reject("structured_outputs", self.structured_outputs, "StructuredOutputs or None")
@@ -260,14 +262,15 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
 def check_routing(prompt: list[int], params: SamplingParams, limits: Limits) -> None:
     """Raises ParameterError where a request's picks cannot be reported."""
     if not limits.atoms_per_token:
-        raise ParameterError("routing", f"routing is {params.routing}; this model has no DSC layers, so it must be 0")
+        raise ParameterError("routing", "routing cannot be reported: this model has no DSC layers")
     if params.routing > limits.atoms_per_token:
         reject("routing", params.routing, f"at most {limits.atoms_per_token}, the atoms that a token picks")
     tokens = limits.max_tokens if params.max_tokens is None else len(prompt) + params.max_tokens
-    picks = tokens * limits.layers * params.routing
+    count = limits.atoms_per_token if params.routing == ALL_ATOMS else params.routing
+    picks = tokens * limits.layers * count
     if picks > MAX_PICKS:
         raise ParameterError(
             "routing",
-            f"routing is {params.routing}, which for {tokens} tokens in {limits.layers} layers is {picks} picks; "
-            f"at most {MAX_PICKS} are reported",
+            f"routing of {count} atoms for up to {tokens} tokens in {limits.layers} layers is {picks} picks; at most "
+            f"{MAX_PICKS} are reported: lower max_tokens or ask for fewer atoms",
         )

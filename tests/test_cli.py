@@ -30,6 +30,10 @@ def run(*arguments: str) -> Result:
         "bench layer",
         "kernels",
         "kernels aot",
+        "train",
+        "evaluate",
+        "prune",
+        "study",
     ],
 )
 def test_help_says_what_every_option_does(command: str) -> None:

@@ -155,6 +155,7 @@ class Engine:
                     None if entry is None else [entry],
                     prompt_logprobs,
                     cached_tokens=request.cached_tokens or 0,
+                    queued_s=request.queued_s,
                     routing=routing,
                 )
             )

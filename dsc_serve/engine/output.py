@@ -63,8 +63,8 @@ class Delta(msgspec.Struct, array_like=True):
     says what and `error_field` names the request's field that is to blame ("" where none is).
     logprobs has one entry per token where asked for; prompt_logprobs come as the prompt is computed, in order, over one
     or more deltas (None for the first prompt token, which nothing precedes). cached_tokens: of the prompt, those that
-    were found in the prefix cache, once the request has begun. routing: of the tokens that the step computed, where
-    asked for.
+    were found in the prefix cache, once the request has begun. queued_s: seconds that it waited for that.
+    routing: of the tokens that the step computed, where asked for.
     """
 
     request_id: str
@@ -75,4 +75,5 @@ class Delta(msgspec.Struct, array_like=True):
     error: str = ""
     error_field: str = ""
     cached_tokens: int = 0
+    queued_s: float = 0.0
     routing: Routing | None = None

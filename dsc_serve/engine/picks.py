@@ -10,6 +10,7 @@ import torch
 from dsc_serve.engine.output import Routing
 from dsc_serve.engine.request import Request
 from dsc_serve.model.ffn.dsc import Picks
+from dsc_serve.sampling_params import ALL_ATOMS
 
 
 class StepPicks:
@@ -28,7 +29,8 @@ class StepPicks:
         skipped = max(request.routed - request.computed, 0)
         if skipped >= count:  # computed again after a preemption
             return None
-        rows, k = slice(start + skipped, start + count), request.params.routing
+        rows = slice(start + skipped, start + count)
+        k = None if request.params.routing == ALL_ATOMS else request.params.routing
         request.routed = request.computed + count
         return Routing.packed(
             request.computed + skipped, self._atoms[rows, :, :k], self._coefficients[rows, :, :k], self._signal[rows]

@@ -28,11 +28,11 @@ class Request:
     preemption must not repeat them. routed: positions whose picks have been reported.
     names: the names of its full blocks, as far as they have been needed; root: what they begin with (None: it neither
     finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
-    been committed. arrived: the clock's seconds at its arrival. overtaken: requests of its lane that came later and
-    were admitted earlier; overtaken_at: when the first was. charged: tokens that its tenant has been charged for it.
-    signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed over all layers), seen or predicted; None
-    while nothing is known. seen: the signature of what it has picked, once it has. constraint: where its output stands
-    in the grammar that it has to follow, if any.
+    been committed. arrived: the clock's seconds at its arrival; queued_s: from then to its first admission. overtaken:
+    requests of its lane that came later and were admitted earlier; overtaken_at: when the first was. charged: tokens
+    that its tenant has been charged for it. signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed
+    over all layers), seen or predicted; None while nothing is known. seen: the signature of what it has picked, once it
+    has. constraint: where its output stands in the grammar that it has to follow, if any.
     """
 
     id: str
@@ -52,6 +52,7 @@ class Request:
     names: list[bytes] = field(default_factory=list)
     root: bytes | None = None
     cached_tokens: int | None = None
+    queued_s: float = 0.0
     arrived: float = 0.0
     overtaken: int = 0
     overtaken_at: float = 0.0
@@ -89,7 +90,7 @@ class Request:
     @property
     def wants_prompt_rows(self) -> bool:
         """Whether every position must be computed for the request itself."""
-        return self.wants_prompt_logits or self.params.routing > 0
+        return self.wants_prompt_logits or self.params.routing != 0
 
     @property
     def wants_prompt_logits(self) -> bool:

@@ -148,6 +148,8 @@ class Scheduler:
             other.overtaken += 1
         request = self.waiting.pop(request_id)
         assert request is not None, f"{request_id} neither runs nor waits"
+        if request.cached_tokens is None:
+            request.queued_s = self.clock() - request.arrived
         self.accounts.charge(request)
         self.waiting.rerank(request.terms)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.

@@ -11,10 +11,11 @@ import msgspec
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
-from dsc_serve.server.schema import GenerationFields
+from dsc_serve.server.extensions import Clock, routing_entry
+from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
 from dsc_serve.text.stream import TextStream
-from dsc_serve.worker.messages import TokenLogprobs
+from dsc_serve.worker.messages import Routing, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -39,6 +40,7 @@ class Choice:
     begun: bool = False
     characters: int = 0  # of its text, that log probabilities have been reported for
     cached_tokens: int = 0  # of its prompt
+    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class News:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -60,13 +63,14 @@ class Shape(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, service: Service, answer_id: str, fields: GenerationFields) -> None:
+    def __init__(self, service: Service, answer_id: str, fields: EngineFields) -> None:
         self.service = service
         self.names = fields.names
         self.include_usage = fields.include_usage
         self.id = answer_id
         self.user = fields.user
         self.terms = fields.terms(service.engine.model.policy)
+        self.extended = fields.dsc is not None
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
     def choices(
@@ -83,6 +87,18 @@ class Shape(ABC):
             request_id = f"{self.id}-{start // params.n}-{i}"
             choices.append(Choice(start + i, request_id, prompt, own, text, echo))
         return choices
+
+    def extension(self, choice: Choice, news: News) -> dict[str, Any]:
+        """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for."""
+        if not self.extended:
+            return {}
+        entry: dict[str, Any] = {}
+        routing = routing_entry(news.routing, choice.prompt, choice.text.kept_tokens)
+        if routing is not None:
+            entry["routing"] = routing
+        if news.finish_reason is not None:
+            entry["timings"] = choice.clock.timings(choice.cached_tokens)
+        return {"dsc": entry} if entry else {}
 
     @abstractmethod
     def whole(self, choice: Choice, news: News) -> dict[str, Any]:

@@ -19,15 +19,24 @@ from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
 from dsc_serve.server.edge import REQUEST_ID, Edge, Gate
 from dsc_serve.server.errors import json_response
+from dsc_serve.server.fields import Fields
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.server.service import Engine, Service
 from dsc_serve.server.stream import engine_down
+from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from dsc_serve.server.trace import TraceRequest, create_trace
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.client import EngineDiedError
 
 STATS_TIMEOUT_S = 1.0
-REQUEST_BODIES = (CompletionRequest, ChatRequest)
+REQUEST_BODIES: tuple[type[Fields], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    TraceRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 def served_name(config: ServerConfig) -> str:
@@ -63,6 +72,22 @@ def create_app(
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
+
+    @app.post("/v1/dsc/trace", openapi_extra=body_of(TraceRequest))
+    async def trace(request: Request) -> Response:
+        return await create_trace(service, request)
+
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
+    async def to_tokens(request: Request) -> Response:
+        return await tokenize(service, request)
+
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+    async def to_text(request: Request) -> Response:
+        return await detokenize(service, request)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -120,7 +145,7 @@ def model_card(service: Service) -> dict[str, Any]:
     }
 
 
-def body_of(model: type[CompletionRequest] | type[ChatRequest]) -> dict[str, Any]:
+def body_of(model: type[Fields]) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

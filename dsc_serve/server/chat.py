@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -11,7 +12,7 @@ from fastapi.responses import Response
 from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, News, Shape
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.limits import read_body
-from dsc_serve.server.schema import ChatRequest
+from dsc_serve.server.schema import ChatRequest, Message
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
 from dsc_serve.text.chat import ChatTemplateError
@@ -28,6 +29,7 @@ class ChatShape(Shape):
             "message": {"role": "assistant", "content": "".join(news.text), "refusal": None},
             "logprobs": self._logprobs(choice, news),
             "finish_reason": news.finish_reason,
+            **self.extension(choice, news),
         }
 
     def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
@@ -41,6 +43,8 @@ class ChatShape(Shape):
             pieces.append(piece(choice, {"content": text}, logprobs))
         if news.finish_reason is not None:
             pieces.append(piece(choice, {}, finish_reason=news.finish_reason))
+        if pieces:
+            pieces[-1].update(self.extension(choice, news))
         return pieces
 
     def _logprobs(self, choice: Choice, news: News) -> dict[str, Any] | None:
@@ -71,26 +75,31 @@ def piece(
     return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
+def rendered(service: Service, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The messages as the one text that the model reads. Raises ApiError (400)."""
+    template = service.chat_template
+    if template is None:
+        what = "tokenizer" if service.tokenizer is None else "chat template"
+        raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
+    # `developer` is the newer name of `system`; templates know the older one.
+    known: list[dict[str, object]] = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
+    ]
+    try:
+        return template.render(known, add_generation_prompt)
+    except ChatTemplateError as error:
+        raise bad_request("messages", f"messages cannot be used: {error}") from None
+
+
 async def create_chat_completion(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = ChatRequest.parse(await read_body(request))
     service.check_model(fields.model)
     params = fields.params()
-    template = service.chat_template
-    if template is None:
-        what = "tokenizer" if service.tokenizer is None else "chat template"
-        raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
     service.admit(request, params.n, "n")
     await service.check_structure(params, fields.names)
-    # `developer` is the newer name of `system`; templates know the older one.
-    messages: list[dict[str, object]] = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in fields.messages
-    ]
-    try:
-        prompt = await service.encode(template.render(messages), "messages", chat=True)
-    except ChatTemplateError as error:
-        raise bad_request("messages", f"messages cannot be used: {error}") from None
+    prompt = await service.encode(rendered(service, fields.messages), "messages", chat=True)
     params = service.measure(prompt, params, fields.names)
     shape = ChatShape(service, f"chatcmpl-{uuid4().hex}", fields)
     choices = shape.choices(prompt, params)

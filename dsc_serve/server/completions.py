@@ -31,6 +31,7 @@ class CompletionShape(Shape):
             "text": "".join(news.text),
             "logprobs": None if choice.params.logprobs is None else self._logprobs(choice, news.logprobs),
             "finish_reason": news.finish_reason,
+            **self.extension(choice, news),
         }
         if self.service.tokenizer is None:
             entry["token_ids"] = news.token_ids

@@ -20,8 +20,8 @@ from dsc_serve.terms import Terms
 log = logging.getLogger("dsc_serve.requests")
 
 HEALTH = frozenset({"/health", "/health/live", "/health/ready"})
-GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions"})
-ENDPOINTS = HEALTH | GENERATIONS | {"/v1/models", "/metrics", "/tokenize", "/detokenize", "/version", "/v1/dsc/trace"}
+GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/dsc/trace"})
+ENDPOINTS = HEALTH | GENERATIONS | {"/v1/models", "/metrics", "/tokenize", "/detokenize", "/version"}
 MODEL_PREFIX, ADMIN_PREFIX = "/v1/models/", "/admin/"
 REQUEST_ID = "x-request-id"
 USABLE_ID = re.compile(r"[!-~]{1,128}")

@@ -90,8 +90,10 @@ ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "model_type": lambda _: "an object",
     "text_or_list_type": lambda _: "a string or a list",
     "literal_error": lambda context: str(context["expected"]).replace("'", '"'),
+    "greater_than": lambda context: f"above {context['gt']}",
     "greater_than_equal": lambda context: f"at least {context['ge']}",
     "less_than_equal": lambda context: f"at most {context['le']}",
+    "string_too_long": lambda context: f"a string of at most {context['max_length']} characters",
     "too_short": lambda context: f"a list of at least {context['min_length']}",
 }
 

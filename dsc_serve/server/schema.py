@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, PlainValidator, Tag
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
+from dsc_serve.server.extensions import DscFields, TermsFields
 from dsc_serve.server.fields import Count, Fields, Only
 from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
 from dsc_serve.terms import Terms
@@ -63,14 +64,55 @@ class StreamOptions(Fields):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-class GenerationFields(Fields):
-    """What both endpoints take; null means the default. The sampling fields are those of SamplingParams.
+class EngineFields(Fields):
+    """What every request to the engine has; null means the default.
 
-    user is named in the log where the request fails in the engine, and is whom the policy `fair` charges. priority,
+    user: whom the policy `fair` charges where no API key says it; named in the log where the request fails. priority,
     queue_timeout_s, timeout_s and cache_salt are those of `Terms`.
     """
 
     model: str | None = None
+    user: str | None = None
+    priority: Count | None = None
+    queue_timeout_s: float | None = None
+    timeout_s: float | None = None
+    cache_salt: str | None = None
+    dsc: TermsFields | None = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What the client calls a field of SamplingParams, where the two differ."""
+        return {}
+
+    @property
+    def include_usage(self) -> bool:
+        return False
+
+    def terms(self, policy: str) -> Terms:
+        """For whom, how urgently and within what time; `policy` is the server's. Raises ApiError (400)."""
+        asked = self.dsc or TermsFields()
+        for field, same in (("priority", "priority"), ("deadline_ms", "timeout_s")):
+            if getattr(asked, field) is not None and getattr(self, same) is not None:
+                raise bad_request(f"dsc.{field}", f"dsc.{field} is set together with {same}; send one of the two")
+        own = {name: getattr(self, name) for name in ("priority", "queue_timeout_s", "timeout_s", "cache_salt")}
+        if asked.priority is not None:
+            own["priority"] = asked.priority
+        if asked.deadline_ms is not None:
+            own["timeout_s"] = asked.deadline_ms / 1000
+        if own["priority"] and policy != "priority":
+            param = "priority" if asked.priority is None else "dsc.priority"
+            allowed = f"0 on this server, whose policy is {policy}, not priority"
+            raise bad_request(param, f"{param} is {own['priority']}; it must be {allowed}")
+        try:
+            return Terms(tenant=self.user or "", **{name: value for name, value in own.items() if value is not None})
+        except ParameterError as error:
+            raise from_parameter(error, {}) from None
+
+
+class GenerationFields(EngineFields):
+    """What both endpoints take. The sampling fields are those of SamplingParams."""
+
+    dsc: DscFields | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Count | None = None
@@ -91,16 +133,12 @@ class GenerationFields(Fields):
     structured_outputs: StructuredOutputsFields | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    priority: Count | None = None
-    queue_timeout_s: float | None = None
-    timeout_s: float | None = None
-    cache_salt: str | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
-        """What the client calls a field of SamplingParams, where the two differ."""
-        return {} if self.response_format is None else {"structured_outputs": "response_format"}
+        whole = self.dsc is None or self.dsc.top_k_atoms is None
+        routing = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms"}
+        return routing if self.response_format is None else {**routing, "structured_outputs": "response_format"}
 
     @property
     def include_usage(self) -> bool:
@@ -117,22 +155,13 @@ class GenerationFields(Fields):
             given["stop_token_ids"] = tuple(dict.fromkeys(self.stop_token_ids))
         if self.logit_bias is not None:
             given["logit_bias"] = {token_id_key(key): bias for key, bias in self.logit_bias.items()}
+        if self.dsc is not None:
+            given["routing"] = self.dsc.routing
         try:
             given["structured_outputs"] = structured_outputs(self.response_format, self.structured_outputs)
             return SamplingParams(**(given | own))
         except ParameterError as error:
             raise from_parameter(error, self.names) from None
-
-    def terms(self, policy: str) -> Terms:
-        """For whom, how urgently and within what time; `policy` is the server's. Raises ApiError (400)."""
-        if self.priority and policy != "priority":
-            allowed = f"0 on this server, whose policy is {policy}, not priority"
-            raise bad_request("priority", f"priority is {self.priority}; it must be {allowed}")
-        names = ("priority", "queue_timeout_s", "timeout_s", "cache_salt")
-        try:
-            return Terms(tenant=self.user or "", **{n: v for n in names if (v := getattr(self, n)) is not None})
-        except ParameterError as error:
-            raise from_parameter(error, {}) from None
 
 
 PASSED_ON = (

@@ -151,21 +151,21 @@ class Generation(Response):
         text, metrics = choice.text, self._service.metrics
         tokens_only = self._service.tokenizer is None
         news = News()
-        last_token_at: float | None = None
         begun = False
         async for delta in deltas:
             reason = delta.finish_reason
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
-            if delta.token_ids:
-                now = time.perf_counter()
-                if last_token_at is None:
-                    metrics.first_token.observe(now - self._arrived)
+            passed = choice.clock.note(delta, time.perf_counter() - self._arrived)
+            if passed is not None:
+                if begun:
+                    metrics.inter_token.observe(passed / len(delta.token_ids))
                 else:
-                    metrics.inter_token.observe((now - last_token_at) / len(delta.token_ids))
-                last_token_at = now
+                    metrics.first_token.observe(passed)
                 metrics.generated_tokens.inc(len(delta.token_ids))
+            if delta.routing is not None:
+                news.routing.append(delta.routing)
             if delta.prompt_logprobs:
                 news.logprobs.extend(delta.prompt_logprobs)
             if not begun and choice.echo is not None and (delta.token_ids or reason):
@@ -194,7 +194,7 @@ class Generation(Response):
 
     def _failure(self, delta: Delta) -> ApiError:
         if delta.finish_reason == "timeout":
-            return ApiError(504, delta.error, type="server_error", code="timeout")
+            return out_of_time(delta.error)
         log.error("request %s (user %r) failed: %s", delta.request_id, self._shape.user, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._shape.names)
@@ -212,6 +212,11 @@ class Generation(Response):
             "total_tokens": self._prompt_tokens + generated,
             "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
+
+
+def out_of_time(message: str) -> ApiError:
+    """Not an error of the server's: the time was the client's own."""
+    return ApiError(408, message, type="timeout_error", code="timeout")
 
 
 def engine_failure(message: str) -> ApiError:

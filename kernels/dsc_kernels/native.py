@@ -132,6 +132,8 @@ class Linear:
 class _Layer:
     """What FFN layers share: a capsule of addresses, and the tensors that must outlive it."""
 
+    owns_weights = True
+
     def __init__(self, d: int, dtype: torch.dtype) -> None:
         self.d, self.dtype = d, dtype
         self._kept: list[Tensor] = []

@@ -5,8 +5,6 @@ The classes take what their twins in `native` take. Routers are kept in float32,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from dsc_kernels import grouping, reference
 from dsc_kernels.native import Activation
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS = reference.ACTIVATIONS
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -31,6 +29,20 @@ def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     keys = order_keys(torch.where(clamped.isnan(), -torch.inf, clamped))
     atoms = (clamped.shape[1] - 1) - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
     return clamped.gather(1, atoms), atoms
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, tau: float, eps: float, norm_eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.route` with float32 logits."""
+    bias = None if bias is None else bias.float()
+    selected, atoms = select(reference.router_logits(x.float(), weight.float(), bias, norm_eps), k, tau)
+    return atoms, *reference.coefficients(selected, eps)
+
+
+def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+    """`compose_add` in x's dtype."""
+    return compose_add(static, x, atoms, weights, u, v, gamma).to(x.dtype)
 
 
 def compose_add(
@@ -124,16 +136,16 @@ class Ffn:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
         if self.router is None or self.u is None or self.v is None or self.gamma is None:
             raise ValueError("this layer has no router")
-        logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
-        selected, atoms = select(logits, self.k, self.tau)
-        rows = atoms
         if self.rank:
+            logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
+            selected, atoms = select(logits, self.k, self.tau)
             weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
             rows = (atoms[:, :, None] * self.rank + torch.arange(self.rank, device=x.device)).flatten(1)
             spread = weights.repeat_interleave(self.rank, dim=1)
         else:
-            weights, signal = reference.coefficients(selected, self.eps)
-            spread = weights
+            bias, settings = self.router_bias, (self.k, self.tau, self.eps, self.norm_eps)
+            atoms, weights, signal = route(x, self.router, bias, *settings)
+            rows, spread = atoms, weights
         static = self.static(x)
         if grouped:
             order = grouping.min_hash_order(atoms).long()
@@ -235,4 +247,4 @@ def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
     """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
     blocks = -(-length // pool.shape[2])
     gathered = pool[tables[:, :blocks]].transpose(1, 2)
-    return gathered.reshape(tables.shape[0], pool.shape[1], blocks * pool.shape[2], -1)[:, :, :length]
+    return gathered.reshape(tables.shape[0], pool.shape[1], blocks * pool.shape[2], pool.shape[3])[:, :, :length]

@@ -6,9 +6,14 @@ Source: V. Khasia, "Dynamic Subspace Composition", arXiv 2512.23448; equation na
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
 
 
 def project(rows: Tensor, eps: float) -> Tensor:
@@ -71,3 +76,103 @@ def softmax_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The MoE router: the k largest softmax probabilities over all N experts, not renormalised, and their indices."""
     ordered = torch.sort(logits.softmax(dim=1), dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def mlp(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> Tensor:
+    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate; GELU in its exact form. up, gate [H, d], down [d, H]."""
+    act = ACTIVATIONS[activation]
+    inner = act(x @ up.T) if gate is None else act(x @ gate.T) * (x @ up.T)
+    return inner @ down.T
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, tau: float, eps: float, norm_eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Atoms [B, k], coefficients [B, k] and signal [B] of x [B, d]; see `router_logits`, `select`, `coefficients`."""
+    selected, atoms = select(router_logits(x, weight, bias, norm_eps), k, tau)
+    return atoms, *coefficients(selected, eps)
+
+
+def dsc_layer(
+    x: Tensor,
+    residual: Tensor | None,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: str,
+    router: Tensor,
+    router_bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    k: int,
+    tau: float,
+    eps: float,
+    norm_eps: float | None,
+) -> Tensor:
+    """The DSC layer of x [B, d] plus residual: static MLP and composition of the picked of M projected atoms."""
+    atoms, weights, _ = route(x, router, router_bias, k, tau, eps, norm_eps)
+    out = mlp(x, up, gate, down, activation) + compose(x, atoms, weights, u, v, gamma)
+    return out if residual is None else out + residual
+
+
+def molora_layer(
+    x: Tensor,
+    residual: Tensor | None,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: str,
+    router: Tensor,
+    router_bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    norm_eps: float | None,
+) -> Tensor:
+    """f(x) + Σ_e g_e (x A_eᵀ) B_e + residual over k picked adapters; a, b [N, r, d], g the softmax of their logits."""
+    selected, picks = select(router_logits(x, router, router_bias, norm_eps), k, math.inf)
+    gates = selected.softmax(dim=1)
+    inner = torch.einsum("bd,bkrd->bkr", x, a[picks]) * gates[:, :, None]
+    out = mlp(x, up, gate, down, activation) + torch.einsum("bkr,bkrd->bd", inner, b[picks])
+    return out if residual is None else out + residual
+
+
+def moe_layer(
+    x: Tensor,
+    residual: Tensor | None,
+    router: Tensor,
+    router_bias: Tensor | None,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: str,
+    k: int,
+    normalize: bool,
+    norm_eps: float | None,
+) -> Tensor:
+    """Σ_e p_e f_e(x) + residual over the k most likely of N experts; up, gate [N, H, d], down [N, d, H]."""
+    weights, picks = softmax_top_k(router_logits(x, router, router_bias, norm_eps), k)
+    if normalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    outputs = [mlp(x, up[e], None if gate is None else gate[e], down[e], activation) for e in range(len(up))]
+    picked = torch.stack(outputs, dim=1).gather(1, picks[:, :, None].expand(-1, -1, x.shape[1]))
+    out = torch.einsum("bk,bkd->bd", weights, picked)
+    return out if residual is None else out + residual
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
+    """softmax(q Kᵀ · scale) V of one token per sequence over the first `contexts` ≤ `longest` cached positions.
+
+    q [S, heads, size]; keys, values [blocks, kv heads, block, size]; tables [S, W]; contexts [S]. Returns q's shape.
+    """
+    group = q.shape[1] // keys.shape[1]
+    rows = []
+    for row, table, context in zip(q, tables, contexts.tolist(), strict=True):
+        own = (pool[table].transpose(0, 1).flatten(1, 2)[:, :context] for pool in (keys, values))
+        k, v = (cached.repeat_interleave(group, dim=0) for cached in own)
+        scores = torch.einsum("hs,hcs->hc", row, k) * scale
+        rows.append(torch.einsum("hc,hcs->hs", scores.softmax(dim=1), v))
+    return torch.stack(rows) if rows else torch.zeros_like(q)

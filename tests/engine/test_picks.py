@@ -107,14 +107,14 @@ def test_what_cannot_be_reported_is_refused() -> None:
     for params, words in (
         (SamplingParams(routing=5), "at most 4"),
         (SamplingParams(routing=4, max_tokens=MAX_PICKS // 32), "picks; at most"),
-        (SamplingParams(routing=4, max_tokens=None), "picks; at most"),
+        (SamplingParams(routing=-1, max_tokens=None), "picks; at most"),
     ):
         with pytest.raises(ParameterError, match=words) as error:
             resolve_max_tokens([1], params, limits)
         assert error.value.field == "routing"
     assert resolve_max_tokens([1], SamplingParams(routing=4, max_tokens=MAX_PICKS // 32 - 1), limits)
-    with pytest.raises(ParameterError, match="at least 0"):
-        SamplingParams(routing=-1)
+    with pytest.raises(ParameterError, match=r"-1 \(all atoms\)"):
+        SamplingParams(routing=-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

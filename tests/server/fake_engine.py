@@ -7,12 +7,13 @@ import math
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
+import numpy as np
 
 from dsc_serve.engine.routing_report import RoutingReport
-from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.sampling_params import ALL_ATOMS, Limits, SamplingParams
 from dsc_serve.terms import Terms
 from dsc_serve.worker.client import EngineDiedError
-from dsc_serve.worker.messages import Delta, ModelInfo, Stats, TokenLogprobs
+from dsc_serve.worker.messages import Delta, ModelInfo, Routing, Stats, TokenLogprobs
 
 VOCAB = 300
 CONTEXT = 512
@@ -33,6 +34,15 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, [(97 + i, -1.0 - i if i < 2 else -math.inf) for i in range(count)])
 
 
+def routing_of(start: int, count: int, params: SamplingParams) -> Routing:
+    """Atoms that say where they are from: 100 · position + 10 · layer + rank."""
+    k = 3 if params.routing == ALL_ATOMS else params.routing
+    places = np.arange(start, start + count)[:, None, None] * 100 + np.arange(2)[None, :, None] * 10
+    atoms = places + np.arange(k)[None, None]
+    coefficients, signal = np.full(atoms.shape, 0.25, np.float32), np.full(atoms.shape[:2], 1.5, np.float32)
+    return Routing.packed(start, atoms, coefficients, signal)
+
+
 class FakeEngine:
     """`delay_s` before every token. `fail_after` tokens comes an error; with `die` the whole engine is gone then.
 
@@ -50,7 +60,7 @@ class FakeEngine:
         self.mute_stats = False
         self.gate: asyncio.Event | None = None
         self.tokens_per_step = 1
-        self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16)
+        self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3)
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.terms: list[Terms] = []
         self.finished: list[tuple[str, str]] = []
@@ -112,6 +122,8 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             whole = [None, *(logprobs_of(token, params.prompt_logprobs) for token in prompt[1:])]
             deltas = [Delta(request_id, [], prompt_logprobs=part) for part in (whole[:1], whole[1:]) if part]
+        if params.routing:
+            deltas.append(Delta(request_id, [], routing=routing_of(0, len(prompt), params)))
         limit = CONTEXT - len(prompt) if params.max_tokens is None else params.max_tokens
         tokens = self.script(prompt, params)
         kept = tokens[:limit]
@@ -120,10 +132,13 @@ class FakeEngine:
                 break
             step = kept[i : i + self.tokens_per_step]
             logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
-            deltas.append(Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens))
+            news = Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens, queued_s=0.25)
+            if params.routing:
+                new = len(step) - (i == 0)  # the prompt's last token is not computed again
+                news.routing = routing_of(len(prompt) + max(i - 1, 0), new, params)
+            deltas.append(news)
         if self.fail_after is not None:
-            error = self.error
-            return [*deltas, msgspec.structs.replace(error, request_id=request_id)]
+            return [*deltas, msgspec.structs.replace(self.error, request_id=request_id)]
         if self.ends_silently:
             return deltas
         reason = "length" if len(tokens) >= limit else "stop"

@@ -35,20 +35,8 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
     "ignore_eos": (True, True),
     "skip_special_tokens": (False, False),
 }
-ELSEWHERE = {
-    "response_format",
-    "structured_outputs",
-    "model",
-    "n",
-    "stream",
-    "stream_options",
-    "user",
-    "priority",
-    "queue_timeout_s",
-    "timeout_s",
-    "cache_salt",
-    "logprobs",
-}
+ELSEWHERE = {"dsc", "response_format", "structured_outputs", "model", "n"}
+ELSEWHERE |= {"stream", "stream_options", "user", "logprobs", "priority", "queue_timeout_s", "timeout_s", "cache_salt"}
 COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
 CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}
 

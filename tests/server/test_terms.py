@@ -43,7 +43,7 @@ def test_time_that_runs_out_before_the_first_token_is_an_error(app: FastAPI, eng
     engine.fail_after, engine.error = 0, LATE
     response = complete(app)
     error = response.json()["error"]
-    assert (response.status_code, error["code"], error["message"]) == (504, "timeout", LATE.error)
+    assert (response.status_code, error["code"], error["message"]) == (408, "timeout", LATE.error)
 
 
 def test_time_that_runs_out_later_ends_the_answer_with_what_there_is(app: FastAPI, engine: FakeEngine) -> None:

@@ -26,6 +26,20 @@ FEW_TOKENS = 16
 ALIGNED = 16
 
 
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, tau: float, eps: float, norm_eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Atoms int32 [B, k], coefficients float32 [B, k] and signal [B]; see `reference.route`."""
+    logits, maxima = router_logits(x, weight, None if bias is None else bias.float(), tau, norm_eps)
+    return select(logits, maxima, k, eps)
+
+
+def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+    """static [B, d] plus the dynamic part of the picked atoms, in x's dtype."""
+    atoms, weights = atoms.int(), weights.float()
+    return expand(contract(x, u, atoms, weights), v, atoms, gamma.float(), static, None, x.dtype)
+
+
 class Linear(plain.Linear):
     """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU."""
 
@@ -131,6 +145,8 @@ class Moe:
     router [experts, d] folded with its norm (kept in the experts' dtype); up, gate, down: one matrix per expert. The
     matrices are copied into one tensor each, their hidden width padded with zeros to a multiple of 16.
     """
+
+    owns_weights = True
 
     def __init__(
         self,

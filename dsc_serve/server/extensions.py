@@ -1,0 +1,111 @@
+"""The `dsc` object: what a request may ask beyond OpenAI's fields, and what its answer then tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from dsc_serve.sampling_params import ALL_ATOMS
+from dsc_serve.server.errors import bad_request
+from dsc_serve.server.fields import Fields
+from dsc_serve.terms import MAX_PRIORITY, MAX_TIMEOUT_S
+from dsc_serve.worker.messages import Delta, Routing
+
+DIGITS = 7  # of a float32 below 1
+
+
+TopAtoms = Annotated[int, Field(ge=1, le=1024)]
+
+
+class TermsFields(Fields):
+    """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
+    the engine; a request that has not ended by then ends with an error.
+    """
+
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    deadline_ms: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S * 1000)] | None = None
+
+
+class DscFields(TermsFields):
+    """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings.
+
+    return_routing: tell what every token but the last one picked. top_k_atoms: only so many atoms per layer, the
+    strongest. priority, deadline_ms: as everywhere.
+    """
+
+    return_routing: bool | None = None
+    top_k_atoms: TopAtoms | None = None
+
+    @property
+    def routing(self) -> int:
+        """As in SamplingParams. Raises ApiError (400)."""
+        if self.top_k_atoms is not None and not self.return_routing:
+            message = "dsc.top_k_atoms is set; it may only be when dsc.return_routing is true"
+            raise bad_request("dsc.top_k_atoms", message)
+        return (self.top_k_atoms or ALL_ATOMS) if self.return_routing else 0
+
+
+@dataclass(slots=True)
+class Clock:
+    """When the tokens of one generation came, in seconds from the request's arrival at the server."""
+
+    queued_s: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    longest: float = 0.0
+    tokens: int = 0
+
+    def note(self, delta: Delta, now: float) -> float | None:
+        """Take in a delta; returns the time since the last token, or since the arrival, where it has tokens."""
+        self.queued_s = max(self.queued_s, delta.queued_s)
+        if not delta.token_ids:
+            return None
+        passed = now - self.last
+        if self.first is None:
+            self.first = now
+        else:
+            self.longest = max(self.longest, passed)
+        self.last = now
+        self.tokens += len(delta.token_ids)
+        return passed
+
+    def timings(self, cached_tokens: int) -> dict[str, float | int | None]:
+        """null where there were too few tokens to tell."""
+        gaps = self.tokens - 1
+        mean = None if self.first is None or gaps == 0 else (self.last - self.first) / gaps
+        return {
+            "queue_ms": milliseconds(self.queued_s),
+            "ttft_ms": milliseconds(self.first),
+            "mean_itl_ms": milliseconds(mean),
+            "max_itl_ms": milliseconds(None if mean is None else self.longest),
+            "cached_tokens": cached_tokens,
+        }
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, 3)
+
+
+def routing_entry(parts: Sequence[Routing], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
+    """What tokens picked, strongest atoms first: lists over tokens, layers and atoms. None where there is no news.
+
+    Of the output's last token nothing is told: it need not have been computed.
+    """
+    if not parts:
+        return None
+    routing, size = Routing.joined(parts), len(prompt)
+    start, end = routing.start, min(routing.start + routing.shape[0], size + max(len(output) - 1, 0))
+    if end <= start:
+        return None
+    atoms, coefficients, signal = (array[: end - start] for array in routing.arrays)
+    return {
+        "start": start,
+        "token_ids": [*prompt[start:end], *output[max(start - size, 0) : max(end - size, 0)]],
+        "atoms": atoms.tolist(),
+        "coefficients": np.round(coefficients.astype(np.float64), DIGITS).tolist(),
+        "signal": np.round(signal.astype(np.float64), DIGITS).tolist(),
+    }

@@ -1,0 +1,84 @@
+"""POST /tokenize and /detokenize: text to token ids and back, as a generation would see them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import Field, PlainValidator
+
+from dsc_serve.server.chat import rendered
+from dsc_serve.server.errors import bad_request, json_response
+from dsc_serve.server.fields import Fields
+from dsc_serve.server.limits import read_body
+from dsc_serve.server.schema import Message, wrong_item
+from dsc_serve.server.service import Service
+
+
+class TokenizeRequest(Fields):
+    """Either `prompt`, or the `messages` of a chat.
+
+    add_special_tokens: what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template
+    writes its own. add_generation_prompt: of a chat, whether the assistant's answer begins (default: true).
+    return_token_strs: tell each token's text.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+def check_tokens(value: Any) -> list[int]:
+    """Checks by a set of types: there may be a million ids."""
+    if not isinstance(value, list):
+        raise bad_request("tokens", "tokens must be a list of token ids", "invalid_type")
+    if not set(map(type, value)) <= {int}:
+        i = next(i for i, id in enumerate(value) if type(id) is not int)
+        raise wrong_item(f"tokens.{i}", value[i], "a token id (an integer)")
+    return value
+
+
+class DetokenizeRequest(Fields):
+    model: str | None = None
+    tokens: Annotated[list[int], PlainValidator(check_tokens, json_schema_input_type=list[int])]
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Raises ApiError."""
+    fields = TokenizeRequest.parse(await read_body(request))
+    service.check_model(fields.model)
+    if (fields.prompt is None) is (fields.messages is None):
+        raise bad_request("prompt", "prompt and messages are both set or both missing; send one of the two")
+    text, param = fields.prompt or "", "prompt"
+    if fields.messages is not None:
+        param = "messages"
+        text = rendered(service, fields.messages, fields.add_generation_prompt is not False)
+    elif fields.add_generation_prompt is not None:
+        raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
+    special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
+    ids = await service.encode(text, param, chat=not special)
+    return json_response(
+        {
+            "count": len(ids),
+            "max_model_len": service.engine.model.limits.max_tokens,
+            "tokens": ids,
+            "token_strs": [service.token_name(id) for id in ids] if fields.return_token_strs else None,
+        }
+    )
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """Special tokens are part of the text. Raises ApiError."""
+    fields = DetokenizeRequest.parse(await read_body(request))
+    service.check_model(fields.model)
+    if service.tokenizer is None:
+        raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")
+    size = service.engine.model.limits.vocab_size
+    for i, id in enumerate(fields.tokens):
+        if not 0 <= id < size:
+            raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {size - 1}")
+    return json_response({"prompt": service.tokenizer.decode(fields.tokens, skip_special_tokens=False)})

@@ -1,0 +1,39 @@
+"""A run's state on disk: written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsc_serve.train.settings import TrainError
+
+
+def save_state(state: dict[str, Any], file: Path) -> None:
+    """Write beside the old state, flush it to the disk, then take its name: a kill at any moment leaves one of both."""
+    part = file.with_suffix(".part")
+    with part.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, "utf8")
+    part.replace(file)
+
+
+def load_state(file: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state, or None where there is none yet. Raises TrainError when it cannot be read."""
+    if not file.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise TrainError(f"{file}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    return state

@@ -1,0 +1,43 @@
+"""The time and the steps of a run, and how far it has come."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from dsc_serve.config import ConfigError
+
+MARGIN_S = 15.0  # for the last step, the last checkpoint and the export
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float:
+    """A time such as "9000", "150m" or "2.5h" in seconds. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"time limit {text!r}; expected a time such as 9000, 150m or 2.5h")
+    return float(found[1]) * UNITS[found[2] or "s"]
+
+
+class Clock:
+    """Counts the seconds of all of a run's starts.
+
+    limit: seconds for everything, or None. `began`: the second at which training itself began; `reserve`: seconds that
+    the end will take. A run with a limit is as far as its time between both; without one, as far as its steps.
+    """
+
+    def __init__(self, limit: float | None, steps: int) -> None:
+        self.limit, self.steps = limit, steps
+        self.before, self.began, self.reserve = 0.0, 0.0, 0.0
+        self._start = time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        return self.before + time.monotonic() - self._start
+
+    def share(self, step: int) -> float:
+        """The part of the run that is done before this step; 1 or more when it is over."""
+        if self.limit is None:
+            return step / self.steps
+        room = self.limit - self.reserve - MARGIN_S - self.began
+        return (self.spent - self.began) / room if room > 0 else 1.0

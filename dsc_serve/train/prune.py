@@ -1,0 +1,85 @@
+"""Dropping the atoms that a calibration text never picks."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsc_serve.llm import LLM
+from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
+from dsc_serve.model.config import DscConfig, ModelConfig, load_config
+from dsc_serve.text.chat import TEMPLATE_FILE
+from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from dsc_serve.train.evaluation import Evaluation, evaluate, windows_of
+from dsc_serve.train.ffn import Pass
+from dsc_serve.train.network import Network
+from dsc_serve.train.settings import LossSettings, TrainError
+from dsc_serve.train.usage import Usage
+
+PER_ATOM = ("router.weight", "router.bias", "atoms_u", "atoms_v")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was dropped, and what it cost.
+
+    live: per layer, the atoms that the calibration text picks. before, after: the models' atoms per layer. losses: for
+    each measured text, the evaluations before and after.
+    """
+
+    live: list[int]
+    before: int
+    after: int
+    losses: dict[str, tuple[Evaluation, Evaluation]]
+
+
+def usage_on(config: ModelConfig, tensors: dict[str, Tensor], ids: list[int]) -> Usage:
+    """How often each atom is picked over full-context windows of token ids, computed in float32."""
+    network = Network(config, torch.float32, torch.device("cpu"))
+    usage = Usage()
+    for window in windows_of(ids, config.max_position_embeddings):
+        with torch.no_grad():
+            usage.add(network(tensors, torch.tensor([window]), Pass(LossSettings(), training=False)).layers)
+    return usage
+
+
+def prune(model: Path, calibration: str, texts: dict[str, str], out: Path) -> Pruned:
+    """Write to `out` the model without the atoms that the calibration text never picks, and measure both on `texts`.
+
+    All layers keep the same number of atoms, that of the layer that uses most; the others fill up with unused ones.
+    Raises TrainError for another FFN kind than dsc, a model without a tokenizer, or a text of one token.
+    """
+    config = load_config(model)
+    c = config.ffn
+    if not isinstance(c, DscConfig):
+        raise TrainError(f"{model}: its FFN is {c.kind}; only dsc has atoms to drop")
+    tokenizer = Tokenizer.load(model)
+    if tokenizer is None:
+        raise TrainError(f"{model}: has no tokenizer; a calibration text needs one")
+    ids = tokenizer.encode(calibration, add_special_tokens=False)
+    if len(ids) < 2:
+        raise TrainError(f"the calibration text has {len(ids)} tokens; picks are counted from 2 on")
+    tensors = load_tensors(weight_files(model))
+    usage = usage_on(config, {name: tensor.float() for name, tensor in tensors.items()}, ids)
+    size = max(c.atoms_per_token, *(len(layer) for layer in usage.live))
+    for i, picks in enumerate(usage.picks):
+        kept = picks.argsort(descending=True, stable=True)[:size].sort().values
+        for name in PER_ATOM:
+            full = f"model.layers.{i}.mlp.{name}"
+            if full in tensors:
+                tensors[full] = tensors[full][kept]
+    smaller = config.model_copy(update={"ffn": c.model_copy(update={"num_atoms": size})})
+    save_checkpoint(smaller, tensors, out)
+    for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, out / name)
+    measured = []
+    for folder in (model, out):
+        with LLM(str(folder), dtype="float32") as llm:
+            measured.append({name: evaluate(llm, text) for name, text in texts.items()})
+    losses = {name: (measured[0][name], measured[1][name]) for name in texts}
+    return Pruned([len(layer) for layer in usage.live], c.num_atoms, size, losses)

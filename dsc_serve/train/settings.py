@@ -1,0 +1,240 @@
+"""What a training run needs to know: a TOML file, checked field by field."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from dsc_serve.config import ConfigError
+from dsc_serve.model.budget import Budget
+from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
+from dsc_serve.model.schema import Size, Strict
+
+PRESETS = ("embedded", "paper", "smoke", "study")
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class TrainError(ValueError):
+    """A run that cannot start or go on; one line that names what is wrong and what is expected."""
+
+
+class DataSettings(Strict):
+    """Where tokens come from.
+
+    held_out: share of every source that is never trained on. tokenizer: a tokenizer.json, or a folder with one;
+    without it a byte-level BPE of the model's vocabulary is trained. sentences: paragraphs of made-up sentences to
+    train on where no text is named, for trying things out.
+    """
+
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    tokenizer: str | None = None
+    sentences: Count = 0
+
+
+class BudgetSettings(Strict):
+    """FFN sizes by the paper's solver instead of [model.ffn]. k: atoms, experts or adapters per token."""
+
+    total: Positive
+    active: Positive
+    kind: Literal["dsc", "moe", "molora", "dense"] = "dsc"
+    k: Size | None = None
+
+
+class OptimiserSettings(Strict):
+    """kind: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
+
+    rate: AdamW's peak rate; hidden_rate: Muon's, in units of an AdamW rate. router_rate: "paper" is 5 times the rate,
+    "script" the rate itself, to which the reference script falls back from its first step on.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    rate: Positive = 6e-4
+    hidden_rate: Positive = 6e-4
+    router_rate: Literal["paper", "script"] = "paper"
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    momentum: Share = 0.95
+    weight_decay: NotNegative = 0.02
+    clip: Positive = 1.0
+
+
+class Phase(Strict):
+    """Until this share of the run: windows of `length` tokens, `step_tokens` tokens a step."""
+
+    until: Share = 1.0
+    length: Size
+    step_tokens: Size
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> Phase:
+        if self.step_tokens % self.length:
+            raise ValueError(f"step_tokens is {self.step_tokens}, not a multiple of length, {self.length}")
+        return self
+
+
+class ScheduleSettings(Strict):
+    """The rate rises over `warmup` steps, holds until the share `hold` of the run, then falls to `final` of its peak.
+
+    steps: the run's length, unless a time limit shapes it. micro_tokens: most tokens in one backward pass.
+    """
+
+    steps: Size = 2000
+    warmup: Count = 150
+    hold: Share = 0.0
+    shape: Literal["cosine", "linear"] = "cosine"
+    final: Share = 0.1
+    micro_tokens: Size = 8192
+    phases: tuple[Phase, ...]
+
+    @model_validator(mode="after")
+    def _covers(self) -> ScheduleSettings:
+        untils = [phase.until for phase in self.phases]
+        if not untils or untils != sorted(untils) or untils[-1] != 1.0:
+            raise ValueError(f"phases end at {untils}; expected rising shares of the run, the last one 1.0")
+        return self
+
+
+class LossSettings(Strict):
+    """Weights of the training terms. z_of: raw logits as in the script, or clamped ones as in the paper."""
+
+    load: NotNegative = 0.01
+    budget: NotNegative = 0.01
+    frame: NotNegative = 0.001
+    z: NotNegative = 1e-4
+    z_of: Literal["raw", "clamped"] = "raw"
+    signal_floor: NotNegative = 1.0
+
+
+class RunSettings(Strict):
+    """dtype: of the computation; master weights are float32. export: dtype of the exported tensors.
+
+    log_steps, evaluate_steps: steps between lines of the log and between looks at `evaluate_windows` held-out windows
+    of every source. checkpoint_s: seconds between checkpoints. revive_steps: steps between random restarts of the
+    atoms that no token picked since the last (Dhariwal et al. 2020, "Jukebox"); 0 never does. revive_until: share of
+    the run after which none is revived. samples: prompts whose continuations the run's report shows.
+    """
+
+    seed: Count = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    export: Literal["float32", "bfloat16"] = "bfloat16"
+    threads: Count = 0
+    log_steps: Size = 10
+    evaluate_steps: Size = 250
+    evaluate_windows: Size = 2
+    checkpoint_s: Positive = 60.0
+    revive_steps: Count = 0
+    revive_until: Share = 0.5
+    samples: tuple[str, ...] = ()
+
+
+class TrainSettings(Strict):
+    """One run. model: the fields of config.json, the FFN's left out where [budget] solves for it."""
+
+    model: dict[str, Any]
+    budget: BudgetSettings | None = None
+    data: DataSettings = DataSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    schedule: ScheduleSettings
+    losses: LossSettings = LossSettings()
+    run: RunSettings = RunSettings()
+
+    def model_config_for(self, eos_token_id: int | None) -> ModelConfig:
+        """The architecture. Raises TrainError naming the field that is wrong."""
+        fields = dict(self.model)
+        heads = fields.get("num_attention_heads", 0)
+        if isinstance(heads, int) and heads > 0 and isinstance(fields.get("hidden_size"), int):
+            fields.setdefault("num_key_value_heads", heads)
+            fields.setdefault("head_dim", fields["hidden_size"] // heads)
+        if self.budget is not None:
+            if "ffn" in fields:
+                raise TrainError("[model.ffn] and [budget] both give the FFN's sizes; leave one out")
+            fields["ffn"] = self._solved(fields)
+        fields |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+        try:
+            config = checked_config(fields, "[model]")
+        except CheckpointError as error:
+            raise TrainError(str(error)) from None
+        longest = max(phase.length for phase in self.schedule.phases)
+        if longest > config.max_position_embeddings:
+            raise TrainError(
+                f"a phase's length is {longest}; max_position_embeddings allows {config.max_position_embeddings}"
+            )
+        return config
+
+    def _solved(self, fields: dict[str, Any]) -> dict[str, Any]:
+        b = self.budget
+        assert b is not None
+        names = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size")
+        missing = [name for name in names if not isinstance(fields.get(name), int)]
+        if missing:
+            raise TrainError(f"[model] {missing[0]} is {fields.get(missing[0])!r}, expected a whole number")
+        try:
+            tied = fields.get("tie_word_embeddings", True) is True
+            vocabulary, context, layers, width = (int(fields[name]) for name in names)
+            budget = Budget(b.total, b.active, vocabulary, context, layers, width, tied)
+            solve = getattr(budget, b.kind)
+            ffn = solve() if b.k is None or b.kind == "dense" else solve(b.k)
+        except ValueError as error:
+            raise TrainError(f"[budget] {error}") from None
+        solved: dict[str, Any] = ffn.model_dump()
+        return solved
+
+
+def load_settings(source: Path, changes: Sequence[str] = ()) -> TrainSettings:
+    """Read and check a TOML file, with fields replaced by "section.field=value".
+
+    Raises ConfigError naming the field that is wrong.
+    """
+    try:
+        content = tomllib.loads(source.read_text("utf8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source}: not readable TOML: {error}") from None
+    for change in changes:
+        _change(content, change)
+    return checked_settings(content, str(source))
+
+
+def checked_settings(content: dict[str, Any], source: str) -> TrainSettings:
+    """The settings in a mapping as TOML or JSON give it. Raises ConfigError naming the field."""
+    try:
+        return TrainSettings.model_validate(_with_tuples(content))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {one_line(error)}") from None
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    *sections, field = path.split(".")
+    if not equals or not sections or not field:
+        raise ConfigError(f"--set {change}: expected SECTION.FIELD=VALUE, such as run.seed=1")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {change}: {section} is not a section")
+    try:
+        target[field] = json.loads(text)
+    except ValueError:
+        target[field] = text
+
+
+def preset_file(name: str) -> Path:
+    """The TOML file of a preset that ships with the package. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not known; allowed: {', '.join(PRESETS)}")
+    return Path(__file__).parent / "presets" / f"{name}.toml"

@@ -1,0 +1,112 @@
+"""Texts become token files; what is held out is never trained on."""
+
+from __future__ import annotations
+
+import itertools
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsc_serve.train.corpus import Corpus, Sampler, prepare, split, text_files
+from dsc_serve.train.sentences import paragraphs
+from dsc_serve.train.settings import DataSettings, TrainError
+
+VOCABULARY = 400
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(paragraphs(200, seed=1))
+    (folder / "b.txt.xz").write_bytes(lzma.compress(paragraphs(100, seed=2).encode()))
+    (folder / "notes.md").write_text("left alone")
+    return text_files([folder])
+
+
+@pytest.fixture
+def corpus(texts: list[Path], tmp_path: Path) -> Corpus:
+    return prepare(texts, DataSettings(held_out=0.1), VOCABULARY, tmp_path / "data")
+
+
+def test_every_paragraph_is_trained_on_or_held_out() -> None:
+    text = "\n\n".join(f"paragraph {i}" for i in range(1000))
+    train, held = split(text, 0.02)
+    assert len(held) == 4
+    assert [len(stretch) for stretch in held] == [5, 5, 5, 5]
+    both = [p for stretch in train + held for p in stretch]
+    assert sorted(both) == sorted(text.split("\n\n"))
+
+
+def test_tokens_are_those_of_the_texts(texts: list[Path], corpus: Corpus, tmp_path: Path) -> None:
+    assert [source.name for source in corpus.sources] == ["a", "b"]
+    train, held = split(paragraphs(100, seed=2), 0.1)
+    end = corpus.sources[0].trained
+    decoded = corpus.tokenizer.decode(corpus.train[end:].tolist())
+    assert decoded == "".join(f"{p}\n\n" for stretch in train for p in stretch)
+    own = corpus.sources[1]
+    decoded = corpus.tokenizer.decode(corpus.held[own.offset : own.offset + own.held].tolist())
+    assert decoded == "".join(f"{p}\n\n" for stretch in held for p in stretch)
+    assert decoded == (tmp_path / "data" / "held_out" / "b.txt").read_text()
+    assert int((corpus.train == corpus.tokenizer.eos_token_id).sum()) == 10  # five stretches of either source
+
+
+def test_held_out_windows_count_their_targets_bytes(corpus: Corpus) -> None:
+    source = corpus.sources[0]
+    windows = list(corpus.held_windows(source, 50))
+    assert len(windows) == (source.held - 1) // 50
+    for window, size in windows:
+        assert len(corpus.tokenizer.decode(window[1:].tolist()).encode()) == size
+    ((window, _),) = corpus.held_windows(source, 10**6)
+    assert len(window) == source.held
+
+
+def test_prepared_tokens_are_taken_again_and_others_refused(texts: list[Path], corpus: Corpus) -> None:
+    before = (corpus.folder / "train.bin").stat().st_mtime_ns
+    prepare(texts, DataSettings(held_out=0.1), VOCABULARY, corpus.folder)
+    assert (corpus.folder / "train.bin").stat().st_mtime_ns == before
+    with pytest.raises(TrainError, match="other texts or settings"):
+        prepare(texts, DataSettings(held_out=0.2), VOCABULARY, corpus.folder)
+
+
+def test_a_given_tokenizer_is_used(texts: list[Path], corpus: Corpus, tmp_path: Path) -> None:
+    given = DataSettings(tokenizer=str(corpus.folder))
+    again = prepare(texts, given, VOCABULARY, tmp_path / "again")
+    assert (again.folder / "tokenizer.json").read_bytes() == (corpus.folder / "tokenizer.json").read_bytes()
+    assert again.tokenizer.eos_token_id == corpus.tokenizer.eos_token_id
+    with pytest.raises(TrainError, match="more than vocab_size"):
+        prepare(texts, given, 300, tmp_path / "small")
+
+
+def test_an_epoch_visits_every_window_once() -> None:
+    ids = np.arange(103, dtype=np.uint16)
+    sampler = Sampler(ids, seed=3)
+    first, second = (sampler.take(9, 10) for _ in range(2))
+    for epoch in (first, second):
+        starts = sorted(epoch[:, 0].tolist())
+        assert [b - a for a, b in itertools.pairwise(starts)] == [10] * 8
+        assert torch.equal(epoch, epoch[:, :1] + torch.arange(11))
+    assert not torch.equal(first, second)
+
+
+def test_a_sampler_goes_on_from_its_count() -> None:
+    ids = np.arange(500, dtype=np.uint16)
+    whole, part = Sampler(ids, seed=1), Sampler(ids, seed=1)
+    want = whole.take(70, 16)[40:]
+    part.drawn = {16: 40}
+    assert torch.equal(part.take(30, 16), want)
+
+
+@pytest.mark.parametrize("content", ["", "one paragraph only"])
+def test_a_text_too_short_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(content)
+    with pytest.raises(TrainError, match="short: too short"):
+        prepare([tmp_path / "short.txt"], DataSettings(), VOCABULARY, tmp_path / "data")
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="two texts are called a"):
+        text_files([tmp_path / "a.txt", tmp_path / "x" / "a.txt.xz"])

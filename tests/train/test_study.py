@@ -1,0 +1,79 @@
+"""The study with tiny counts: all kinds, equal active parameters, the same tokens, and a table of what was run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dsc_serve.cli import main
+from dsc_serve.train.sentences import paragraphs
+from dsc_serve.train.study_report import spread, table
+
+SMALL = [
+    "model.vocab_size=300",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=1",
+    "model.num_attention_heads=2",
+    "model.max_position_embeddings=32",
+    "budget.total=40000",
+    "budget.active=30000",
+    "schedule.warmup=2",
+    'schedule.phases=[{"length":32,"step_tokens":256}]',
+    "run.threads=1",
+]
+
+
+def study(folder: Path, *arguments: str) -> Result:
+    (folder / "text.txt").write_text(paragraphs(300))
+    sets = [part for change in SMALL for part in ("--set", change)]
+    command = ["study", "--text", str(folder / "text.txt"), "--out", str(folder / "out"), *sets, *arguments]
+    return CliRunner().invoke(main, command)
+
+
+def test_every_kind_is_trained_and_reported(tmp_path: Path) -> None:
+    markdown = tmp_path / "results.md"
+    arguments = ["--set", "schedule.steps=6", "--seeds", "0,1", "--depths", "1,4", "--markdown", str(markdown)]
+    result = study(tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = ["dsc-k1", "dsc-k4", "moe-k2", "molora-k2", "dense"]
+    assert [run["entry"] for run in found["runs"]] == names * 2
+    assert {run["tokens"] for run in found["runs"]} == {6 * 256}
+    sparse = [run for run in found["runs"] if run["entry"] != "dense"]
+    assert all(run["active_parameters"] == pytest.approx(30000, rel=0.02) for run in sparse)
+    text = markdown.read_text()
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["FFN", *names]
+    assert "±" in text
+    assert (tmp_path / "study_loss.svg").read_text().count("<polyline") == 5
+    again = study(tmp_path, *arguments)  # nothing is trained twice
+    assert again.exit_code == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == found["runs"]
+
+
+def test_steps_are_planned_from_the_time_limit(tmp_path: Path) -> None:
+    result = study(tmp_path, "--time-limit", "15s", "--seeds", "0", "--depths", "1")
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["steps"] == plan["steps"] >= 20
+    assert found["seconds"] < 25
+
+
+def test_what_does_not_finish_in_time_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text('{"steps": 100000, "spent": 0.0}')
+    result = study(tmp_path, "--time-limit", "4s", "--seeds", "0", "--depths", "1")
+    assert result.exit_code == 0, result.output
+    assert "No run has finished" in result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["skipped"] == [f"{name}, seed 0" for name in ("dsc-k1", "moe-k2", "molora-k2", "dense")]
+
+
+def test_the_table_gives_mean_and_half_range() -> None:
+    assert spread([1.0, 1.5]) == "1.2500 ± 0.2500"
+    assert spread([2.0]) == "2.0000"
+    assert table({"runs": [], "skipped": [], "steps": 1}, "command", "today") == "No run has finished.\n"

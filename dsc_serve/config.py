@@ -136,6 +136,9 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     send_timeout_s: Annotated[
         float, Meta(ge=0.1, description="Seconds that a send may wait for a slow reader; then it is hung up on.")
     ] = 30.0
+    send_buffer_bytes: Annotated[
+        int, Meta(ge=4096, description="Bytes that the system may hold for a connection that reads too slowly.")
+    ] = 2**18
     max_unread: Annotated[
         int, Meta(ge=1, description="Steps' news that may wait for a slow reader; then its request is ended.")
     ] = 4096

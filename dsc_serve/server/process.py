@@ -45,7 +45,7 @@ def serve(config: ServerConfig) -> None:
     raise_file_limit()
     # Bound first: an address that is taken should not cost the time of loading a model.
     with (
-        bind(config.host, config.port) as listener,
+        bind(config.host, config.port, config.limits.send_buffer_bytes) as listener,
         logging_to(config.log),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -146,13 +146,15 @@ class Server(uvicorn.Server):
         yield
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises ConfigError."""
+def bind(host: str, port: int, send_buffer: int = 0) -> socket.socket:
+    """A socket bound to the address, whose connections have a send buffer (0: the system's). Raises ConfigError."""
     listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(address)
     except OSError as error:
         if listener is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -88,10 +87,8 @@ async def live(app: FastAPI, send_buffer: int = 0) -> AsyncIterator[int]:
     """Serve over a real socket in this event loop; yields the port."""
     listening = asyncio.Event()
     server = app.state.server = Server(app, app.state.config, listening.set)
-    with bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0, send_buffer) as listener:
         port = listener.getsockname()[1]
-        if send_buffer:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await asyncio.wait_for(listening.wait(), 10)

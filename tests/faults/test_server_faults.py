@@ -1,0 +1,133 @@
+"""The server is told to stop, its clients read nothing, its disk is full, its clock jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from running_server import RunningServer, start_server, stop_server
+from streams import Stream, all_begun
+
+SERVER = (str(Path(__file__).with_name("faulty_server.py")),)
+Start = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    servers: list[RunningServer] = []
+
+    def run(*arguments: str) -> RunningServer:
+        servers.append(start_server(*arguments, program=SERVER))
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        assert stop_server(server) == 0
+
+
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -> None:
+    server = start()
+
+    async def run() -> None:
+        streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 120}) for i in range(32)]
+        tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
+        await all_begun(streams)
+        server.process.terminate()
+        await asyncio.to_thread(server.wait_until, lambda: server.get("/health/ready").status_code == 503)
+        late = await Stream({"prompt": "Too late"}).run(server.url)
+        assert (late.status, late.error) == (503, "the server is shutting down")
+        assert server.get("/health/live").status_code == 200
+        await asyncio.gather(*tasks)
+        assert all(stream.finished for stream in streams), [stream.error for stream in streams]
+
+    asyncio.run(run())
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_streams_that_outlast_the_time_to_stop_end_with_the_reason(start: Start, signals: int) -> None:
+    server = start("--drain-s", "1" if signals == 1 else "60")
+
+    async def run() -> None:
+        streams = [Stream({"prompt": "On and on", "max_tokens": 1000}) for _ in range(32)]
+        tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
+        await all_begun(streams)
+        for _ in range(signals):
+            server.process.terminate()
+            await asyncio.sleep(0.2)
+        await asyncio.gather(*tasks)
+        assert {stream.error for stream in streams} == {"the server is shutting down"}
+        assert all(stream.done for stream in streams)
+
+    asyncio.run(run())
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.full)])
+def test_clients_that_read_nothing_are_hung_up_on_and_cost_little(start: Start, count: int) -> None:
+    server = start("--send-timeout-s", "1", "--send-buffer-bytes", "4096", "--max-waiting", "1100")
+    assert server.post("/v1/completions", prompt="Warm").status_code == 200
+    before = memory_mb(server.pid)
+    body = b'{"prompt": "On and on", "max_tokens": 900, "ignore_eos": true, "stream": true, "logprobs": 20}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    url = httpx.URL(server.url)
+    clients = []
+    for _ in range(count):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((url.host, url.port))
+        client.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+        clients.append(client)
+    most = before
+    end = time.monotonic() + 170
+    while server.metric("dsc_serve_permits_held") > 0:
+        most = max(most, memory_mb(server.pid))
+        assert time.monotonic() < end, "they are still waited for"
+        time.sleep(0.1)
+    print(f"{count} slow readers: resident memory from {before:.0f} to {most:.0f} MB")
+    assert most - before < 60 + 0.2 * count
+    assert server.post("/v1/completions", prompt="Next").status_code == 200
+    server.wait_until(server.idle)
+    assert server.metric('dsc_serve_kv_blocks{state="used"}') == 0
+    for client in clients:
+        client.close()
+
+
+def test_a_full_disk_for_logs_stops_nothing(start: Start) -> None:
+    server = start("--log-file", "/dev/full", "--log-requests", "--log-level", "debug")
+    for i in range(50):
+        assert server.post("/v1/completions", prompt=f"Request {i}", max_tokens=2).status_code == 200
+    assert server.post("/v1/completions", prompt="x", temperature=-1).status_code == 400
+
+
+def test_a_clock_that_jumps_changes_no_time_limit(start: Start) -> None:
+    server = start("--stall-s", "3", "--hang-s", "6")
+
+    async def run() -> None:
+        streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 300}) for i in range(16)]
+        tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
+        await all_begun(streams)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            for pid in (server.pid, server.engine_pid):
+                os.kill(pid, number)
+            await asyncio.sleep(0.3)
+            assert server.get("/health/ready").status_code == 200
+            assert server.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
+        await asyncio.gather(*tasks)
+        assert all(stream.finished for stream in streams), [stream.error for stream in streams]
+
+    asyncio.run(run())
+    assert server.metric("dsc_serve_engine_restarts_total") == 0

@@ -301,9 +301,11 @@ def _attach_commands() -> None:
     from dsc_serve.bench.command import serve_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
+    from dsc_serve.bench.scheduler_command import scheduler_command
 
     bench.add_command(serve_command, "serve")
     bench.add_command(layer_command, "layer")
+    bench.add_command(scheduler_command, "scheduler")
     kernels.add_command(aot_command, "aot")
     main.add_command(train_command, "train")
     main.add_command(evaluate_command, "evaluate")

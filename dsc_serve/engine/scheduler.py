@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
-from dsc_serve.engine.kv_cache import BlockPool, block_name, root_name
+from dsc_serve.engine.kv_cache import BlockPool, block_name, blocks_for, root_name
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
 from dsc_serve.engine.queue import Accounts, Queue
 from dsc_serve.engine.request import NO_BLOCKS, Request
@@ -80,14 +80,13 @@ class Scheduler:
         running, size = self.running, self.block_size
         for request_id in [i for i in plan.tokens if i not in running]:
             self._admit(request_id)
-        work = []
-        for request_id, count in plan.tokens.items():
-            request = running[request_id]
+        work = [(running[request_id], count) for request_id, count in plan.tokens.items()]
+        for request, count in work:
             if request.computed + count > len(request.blocks) * size:
-                missing = -(-(request.computed + count) // size) - len(request.blocks)
-                request.blocks.extend(self.pool.allocate(missing))
+                request.blocks.extend(
+                    self.pool.allocate(blocks_for(request.computed + count, size) - len(request.blocks))
+                )
                 request.table = np.array(request.blocks)
-            work.append((request, count))
         return work
 
     def commit(self, plan: Plan, tokens: Mapping[str, int], eos: frozenset[int]) -> dict[str, str | None]:
@@ -110,7 +109,7 @@ class Scheduler:
             token = tokens.get(request_id)
             if token is not None:
                 request.tokens.append(token)
-                ended[request_id] = reason = self._end_of(request, token, eos)
+                ended[request_id] = reason = end_of(request, token, eos)
             elif request.gap == 0:
                 ended[request_id] = reason = "length"  # max_tokens is 0: the prompt was all that was asked for
             else:
@@ -178,12 +177,16 @@ class Scheduler:
             parent = request.names[-1] if request.names else request.root
             request.names.append(block_name(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size]))
 
-    def _end_of(self, request: Request, token: int, eos: frozenset[int]) -> str | None:
-        params = request.params
-        if (token in eos and not params.ignore_eos) or token in params.stop_token_ids or request.is_complete:
-            return "stop"
-        return "length" if len(request.tokens) - request.prompt_size >= request.max_tokens else None
-
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.blocks, request.table = [], NO_BLOCKS
+
+
+def end_of(request: Request, token: int, eos: frozenset[int]) -> str | None:
+    """Why a request ends with its newest token, or None."""
+    params = request.params
+    if (token in eos and not params.ignore_eos) or token in params.stop_token_ids:
+        return "stop"
+    if request.constraint is not None and request.is_complete:
+        return "stop"
+    return "length" if len(request.tokens) - request.prompt_size >= request.max_tokens else None

@@ -31,9 +31,11 @@ class Draft:
 
     def advance(self) -> bool:
         """Plan for those that run: single tokens, then chunks. Returns whether that preempts nobody."""
-        self._advance_singles()
+        order = tuple(self.running)
+        gaps = [request.gap for request in order]
+        self._advance_singles([r for r, gap in zip(order, gaps, strict=True) if gap == 1][: self.left])
         self._protect_singles()
-        for request in [r for r in self.running if r.gap > 1]:
+        for request in [r for r, gap in zip(order, gaps, strict=True) if gap > 1]:
             if request.id not in self._preempted:
                 count = self._chunk(request.gap, request.computed)
                 if count:
@@ -59,17 +61,18 @@ class Draft:
         self.running.append(request)
         return True
 
-    def _advance_singles(self) -> None:
-        singles = [r for r in self.running if r.gap == 1][: self.left]
+    def _advance_singles(self, singles: Sequence[RequestView]) -> None:
         size = self.view.block_size
-        needed = sum([self.view.blocks_needed(r, 1) for r in singles if r.computed % size == 0])
+        computed = [request.computed for request in singles]
+        full = [request for request, tokens in zip(singles, computed, strict=True) if tokens % size == 0]
+        needed = sum([self.view.blocks_needed(request, 1) for request in full])
         if needed > self.free:
             for request in singles:
                 if request.id not in self._preempted:
                     self._compute(request, 1)
             return
         self.plan.tokens = dict.fromkeys([r.id for r in singles], 1)
-        self.plan.load.singles, self.plan.load.contexts = len(singles), sum([r.computed for r in singles])
+        self.plan.load.singles, self.plan.load.contexts = len(singles), sum(computed)
         self.free, self.left = self.free - needed, self.left - len(singles)
 
     def _protect_singles(self) -> None:

@@ -63,7 +63,7 @@ class Workload:
     def arrivals(self, costs: Costs, running: int) -> list[tuple[float, Request]]:
         """Seconds and requests, in order."""
         rng = np.random.default_rng(self.seed)
-        topics = rng.random((TOPICS, 64 * WORDS)) < 0.15
+        topics = rng.random((TOPICS, 64 * WORDS)) < 0.06
         systems = rng.integers(0, VOCABULARY, (SYSTEM_PROMPTS, SYSTEM_TOKENS)).tolist()
         shares = 0.5 ** np.arange(1, TENANTS + 1)
         tenants = rng.choice(TENANTS, self.requests, p=shares / shares.sum())
@@ -80,7 +80,7 @@ class Workload:
             params = SamplingParams(max_tokens=int(outputs[i]), ignore_eos=True, seed=i)
             terms = Terms(tenant=f"tenant-{tenants[i]}", priority=URGENT if rng.random() < 0.1 else NORMAL)
             request = Request(str(i), len(tokens), tokens, params, int(outputs[i]), terms=terms)
-            picked = topics[rng.integers(TOPICS)] & (rng.random(64 * WORDS) < 0.9) | (rng.random(64 * WORDS) < 0.01)
+            picked = topics[rng.integers(TOPICS)] & (rng.random(64 * WORDS) < 0.9) | (rng.random(64 * WORDS) < 0.002)
             request.signature = np.packbits(picked).view(np.uint64)
             found.append((float(times[i]), request))
         return found

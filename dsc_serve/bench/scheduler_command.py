@@ -33,9 +33,7 @@ SHOWN = {
 @click.option("--itl-target-ms", type=click.FloatRange(0), default=0.0, help="As in serve.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="As in serve.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the requests.")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures here."
-)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write them here.")
 def scheduler_command(
     policies: tuple[str, ...],
     requests: int,
@@ -48,11 +46,12 @@ def scheduler_command(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Serve the same requests under each policy: the real scheduler, with steps that cost what a model of this size does.
+    """Serve the same requests under each policy: the real scheduler, with steps that cost what a model does.
 
     Also prints what planning and committing a step takes on this machine.
     """
-    from dsc_serve.bench.scheduler import BLOCK_SIZE, LONGEST, POLICIES, Budget, Costs, Workload, compare
+    from dsc_serve.bench.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
+    from dsc_serve.engine.policies import POLICIES, Budget
 
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise click.ClickException(f"--json {json_file}: its folder does not exist")
@@ -73,10 +72,8 @@ def scheduler_command(
 
 def table(result: dict[str, Any]) -> str:
     """For people."""
-    lines = [
-        "plan + begin + commit, median ms: " + ", ".join(f"{k} {v}" for k, v in result["plan_commit_ms"].items()),
-        "",
-    ]
+    planning = ", ".join(f"{shape} {ms}" for shape, ms in result["plan_commit_ms"].items())
+    lines = [f"plan, begin and commit, median ms: {planning}", ""]
     lines.append("| policy | " + " | ".join(SHOWN.values()) + " |")
     lines.append("|---" * (len(SHOWN) + 1) + "|")
     for policy, figures in result["policies"].items():

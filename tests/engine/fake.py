@@ -16,6 +16,7 @@ from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import StepResult
 from dsc_serve.engine.sampler import Sampler
+from dsc_serve.engine.step_time import Estimate, Load, StepTime
 from dsc_serve.sampling_params import Limits
 
 VOCABULARY = 29
@@ -56,6 +57,17 @@ class FakeRunner:
         return result
 
 
+class FixedStepTime(StepTime):
+    """Learns nothing."""
+
+    def __init__(self, estimate: Estimate | None) -> None:
+        super().__init__()
+        self.estimate = estimate
+
+    def observe(self, load: Load, ms: float) -> None:
+        pass
+
+
 def fake_engine(
     blocks: int = 12,
     block_size: int = 4,
@@ -65,18 +77,27 @@ def fake_engine(
     policy: str = "fcfs",
     strict: bool = True,
     fail_on: frozenset[str] = frozenset(),
+    prefix_cache: bool = True,
+    estimate: Estimate | None = None,
 ) -> Engine:
-    """An engine whose scheduler, pool and commit are real and whose runner is fake."""
+    """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
+
+    estimate: what steps are taken to cost, whatever they do.
+    """
     config = EngineConfig(
         block_size=block_size,
         step_tokens=step_tokens,
         max_running=max_running,
         kv_tokens=blocks * block_size,
         policy=policy,
+        prefix_cache=prefix_cache,
     )
     runner = FakeRunner(blocks, block_size, fail_on)
     limits = Limits(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
-    return Engine(config, limits, runner, (EOS,), strict)
+    engine = Engine(config, limits, runner, (EOS,), strict)
+    engine.scheduler.step_time = FixedStepTime(estimate)
+    engine.scheduler.clock = lambda: 0.0
+    return engine
 
 
 def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,)) -> list[int]:

@@ -1,16 +1,34 @@
-"""Whatever the interleaving of arrivals, aborts, preemptions, stops and budgets, the engine keeps its promises."""
+"""Whatever the interleaving of arrivals, aborts, preemptions, stops and deadlines, under every policy and budget, the
+engine keeps its promises."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from fake import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.policies import POLICIES
+from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.terms import Terms
+
+OVERTAKEN, OVERTAKE_S = 3, 5.0
+SHARED = [[(7 * i + j) % VOCABULARY for j in range(30)] for i in range(2)]
+SLOW = Estimate(step=1.0, single=4.0, token=1.5, pair=0.1)
+TERMS = st.builds(
+    Terms,
+    tenant=st.sampled_from("abc"),
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+    priority=st.integers(-1, 1),
+    queue_timeout_s=st.sampled_from([None, None, 3.0]),
+    timeout_s=st.sampled_from([None, None, None, 12.0]),
+    cache_salt=st.sampled_from(["", "", "salt"]),
+)
 
 
 @dataclass
@@ -18,29 +36,59 @@ class Sent:
     prompt: list[int]
     max_tokens: int
     stops: tuple[int, ...]
+    terms: Terms
     tokens: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     aborted: bool = False
+    overtaken: int = 0
 
 
 class Interleavings(RuleBasedStateMachine):
     """Random operations on an engine with a fake runner that reads its logits back from the KV pool."""
 
-    @initialize(blocks=st.integers(4, 14), size=st.integers(1, 5), step=st.integers(4, 20), running=st.integers(1, 4))
-    def start(self, blocks: int, size: int, step: int, running: int) -> None:
-        self.engine: Engine = fake_engine(blocks, size, step, running, context=32)
+    @initialize(
+        blocks=st.integers(4, 14),
+        size=st.integers(1, 5),
+        step=st.integers(4, 20),
+        running=st.integers(1, 4),
+        policy=st.sampled_from(sorted(POLICIES)),
+        prefix_cache=st.booleans(),
+        estimate=st.sampled_from([None, SLOW]),
+    )
+    def start(
+        self,
+        blocks: int,
+        size: int,
+        step: int,
+        running: int,
+        policy: str,
+        prefix_cache: bool,
+        estimate: Estimate | None,
+    ) -> None:
+        self.engine: Engine = fake_engine(
+            blocks, size, step, running, context=32, policy=policy, prefix_cache=prefix_cache, estimate=estimate
+        )
+        self.scheduler = self.engine.scheduler
+        self.scheduler.budget = replace(self.scheduler.budget, overtaken=OVERTAKEN, overtake_s=OVERTAKE_S)
+        self.now = 0.0
+        self.scheduler.clock = lambda: self.now
         self.sent: dict[str, Sent] = {}
 
-    @rule(data=st.data())
-    def arrive(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), terms=TERMS)
+    def arrive(self, data: st.DataObject, shared: int, which: list[int], terms: Terms) -> None:
         room = self.engine.limits.max_tokens
-        prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=room))
+        beginning = which[: min(shared, room - 1)]
+        tail = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=room - len(beginning))
+        prompt = beginning + data.draw(tail)
         max_tokens = data.draw(st.integers(0, room - len(prompt)))
         stops = tuple(data.draw(st.sets(st.integers(0, VOCABULARY - 1), max_size=2)))
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=stops)
+        asks = data.draw(st.sampled_from([None, None, None, 0]))
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=stops, prompt_logprobs=asks)
         request_id = str(len(self.sent))
-        self.sent[request_id] = Sent(prompt, max_tokens, stops)
-        self.engine.add(request_id, prompt, params)
+        self.sent[request_id] = Sent(prompt, max_tokens, stops, terms)
+        request = self.engine.add(request_id, prompt, params, terms=terms)
+        signature = data.draw(st.sampled_from([None, 0b11, 0b1100]))
+        request.signature = None if signature is None else np.array([signature], dtype=np.uint64)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -61,18 +109,44 @@ class Interleavings(RuleBasedStateMachine):
                 sent = self.sent[delta.request_id]
                 assert not sent.aborted and not sent.ends, "news of a request that has ended"
                 sent.tokens += delta.token_ids
+                assert delta.cached_tokens < len(sent.prompt), "the last prompt token is computed in any case"
                 if delta.finish_reason is not None:
                     sent.ends.append(delta.finish_reason)
+            self.overtaking_is_bounded()
+            self.now += 1.0
+
+    def overtaking_is_bounded(self) -> None:
+        for request in self.scheduler.waiting.requests():
+            sent = self.sent[request.id]
+            if request.overtaken > sent.overtaken:
+                assert self.now - request.overtaken_at < OVERTAKE_S
+                assert request.overtaken <= OVERTAKEN
+            sent.overtaken = request.overtaken
 
     @invariant()
     def blocks_add_up(self) -> None:
         if not hasattr(self, "engine"):
             return
-        assert self.engine.scheduler.fault() is None
-        assert len(self.engine.scheduler.running) <= self.engine.config.max_running
+        assert self.scheduler.fault() is None
+        pool, requests = self.scheduler.pool, self.scheduler.running.values()
+        owned = {block for request in requests for block in request.blocks}
+        assert sorted([*pool._free, *pool._cached, *owned]) == list(range(pool.total))
+        assert pool.cached == 0 or self.engine.config.prefix_cache
+        assert len(self.scheduler.running) <= self.engine.config.max_running
         runner = self.engine.runner
         assert isinstance(runner, FakeRunner)
         assert max(runner.step_sizes, default=0) <= self.engine.config.step_tokens
+
+    @invariant()
+    def published_blocks_hold_what_their_names_say(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        pool, runner = self.scheduler.pool, self.engine.runner
+        assert isinstance(runner, FakeRunner)
+        for request in self.scheduler.running.values():
+            for i, block in enumerate(pool.match(request.names)):
+                held = request.tokens[i * self.scheduler.block_size : (i + 1) * self.scheduler.block_size]
+                assert runner.pool[block] == held
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -81,22 +155,29 @@ class Interleavings(RuleBasedStateMachine):
             if not self.engine.has_work:
                 break
             self.step(1)
-        scheduler = self.engine.scheduler
+        scheduler = self.scheduler
         assert not scheduler.running and not scheduler.waiting
         assert scheduler.pool.available == scheduler.pool.total
+        self.nothing_is_left_behind()
         for sent in self.sent.values():
             want = alone(sent.prompt, sent.max_tokens, (EOS, *sent.stops))
-            if sent.aborted:
+            if sent.aborted or sent.ends == ["timeout"]:
                 assert sent.tokens == want[: len(sent.tokens)]
-                assert not sent.ends
+                assert sent.aborted != bool(sent.ends)
             else:
                 stopped = bool(want) and want[-1] in (EOS, *sent.stops)
                 assert sent.tokens == want
                 assert sent.ends == ["stop" if stopped else "length"]
 
+    def nothing_is_left_behind(self) -> None:
+        scheduler = self.scheduler
+        assert len(scheduler._deadlines) == 0
+        maps = [*vars(scheduler.waiting).values(), *vars(scheduler.accounts).values()]
+        assert not any(len(found) for found in maps if isinstance(found, dict | list))
+
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestInterleavings.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
 @settings(max_examples=100, deadline=None)

@@ -50,6 +50,7 @@ def card(summary: dict[str, Any], settings: TrainSettings, continued: list[tuple
         f"| all bytes together | {summary['held_out_bits_per_byte']:.3f} |",
     ]
     if summary["dead"]:
+        lines += ["", "![share of the bank used](usage.svg)"]
         lines += ["", f"Never picked on the held-out text, per layer: {', '.join(map(str, summary['dead']))}."]
     if continued:
         lines += ["", "## Samples", "", "Greedy, repetition penalty 1.1; the prompt is in bold.", ""]

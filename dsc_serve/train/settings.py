@@ -121,7 +121,7 @@ class RunSettings(Strict):
     the run after which none is revived. samples: prompts whose continuations the run's report shows.
     """
 
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=999_999)] = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     export: Literal["float32", "bfloat16"] = "bfloat16"
     threads: Count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ class Study:
                 self.report(f"{entry.name}: {step_s:.2f} s a step")
             room = MARGIN * (self.limit - (time.monotonic() - began)) / len(self.seeds)
             steps = int((room - fixed) / per_step)
+            shutil.rmtree(self.folder / "probe")
             if steps < MIN_STEPS:
                 raise TrainError(
                     f"the time limit leaves {max(steps, 0)} steps a run; allow more time or a smaller model"

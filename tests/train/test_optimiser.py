@@ -10,6 +10,7 @@ from small_models import small_config, wide_tensors
 
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig
 from dsc_serve.model.decoder import parameter_counts
+from dsc_serve.train import command
 from dsc_serve.train.optimiser import Optimiser, parameter_groups, rate_factor
 from dsc_serve.train.settings import PRESETS, OptimiserSettings, Phase, ScheduleSettings, load_settings, preset_file
 
@@ -65,6 +66,10 @@ def test_a_linear_course_holds_and_falls() -> None:
 def test_presets_are_whole(name: str) -> None:
     config = load_settings(preset_file(name)).model_config_for(0)
     assert isinstance(config.ffn, DscConfig)
+
+
+def test_the_command_offers_every_preset() -> None:
+    assert command.PRESETS == PRESETS
 
 
 def test_the_papers_preset_has_the_papers_sizes() -> None:

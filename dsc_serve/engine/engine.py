@@ -62,6 +62,7 @@ class Engine:
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
         self.routing = routing
+        self.bank_bytes = 0
         self._eos = frozenset(eos)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
 
@@ -79,7 +80,9 @@ class Engine:
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
-        return cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine = cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
+        return engine
 
     @property
     def has_work(self) -> bool:

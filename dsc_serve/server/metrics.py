@@ -54,6 +54,9 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "dsc_serve_prefix_cached_tokens", "Of these, found in the prefix cache.", stats.cached_tokens
         )
+        bank = GaugeMetricFamily("dsc_serve_bank_resident_bytes", "Atoms that lie on the device.", labels=["device"])
+        bank.add_metric([stats.device], stats.bank_bytes)
+        yield bank
         yield CounterMetricFamily(
             "dsc_serve_invariant_repairs", "Broken invariants that the engine repaired.", stats.invariant_repairs
         )

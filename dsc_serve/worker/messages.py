@@ -90,6 +90,8 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     cached_tokens: int
     invariant_repairs: int
     routing: RoutingReport | None = None
+    bank_bytes: int = 0
+    device: str = "cpu"
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | Shutdown

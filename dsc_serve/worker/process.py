@@ -133,6 +133,8 @@ class EngineProcess:
                     cached_tokens=scheduler.cached_tokens,
                     invariant_repairs=self.engine.counters.repairs,
                     routing=None if self.engine.routing is None else self.engine.routing.report(),
+                    bank_bytes=self.engine.bank_bytes,
+                    device=self.engine.config.device,
                 )
             )
 

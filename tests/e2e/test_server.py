@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -15,8 +16,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from running_server import RunningServer, cpu_seconds, start_server, stop_server
 from torch import Tensor
+
+from dsc_kernels import ops
+from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.decoder import dsc_layers
 
 
 def test_the_api_process_has_no_torch_and_the_engine_has(tiny: RunningServer) -> None:
@@ -31,6 +37,18 @@ def test_it_says_where_it_is_and_how_to_try_it(tiny: RunningServer) -> None:
     command = next(line for line in tiny.log if line.startswith("curl "))
     body = json.loads(command.split("-d '")[1].rstrip("'\n"))
     assert tiny.post("/v1/completions", **body).json()["choices"][0]["text"]
+
+
+def test_the_kernels_that_the_environment_asks_for_serve(tiny: RunningServer) -> None:
+    asked = os.environ.get("DSC_SERVE__KERNELS", "auto")
+    name = {"auto": ops.description(), "plain": "plain torch"}.get(asked, f"native C++ ({asked})")
+    assert any(f"kernels: {name}" in line for line in tiny.log)
+
+
+def test_the_bank_is_resident_once(golden_server: RunningServer, golden_folder: Callable[[str], Path]) -> None:
+    model = load_model(golden_folder("dsc"), "float32", torch.device("cpu"))
+    size = sum(t.numel() * 4 for layer in dsc_layers(model) for t in (layer.u, layer.v))
+    assert golden_server.metric('dsc_serve_bank_resident_bytes{device="cpu"}') == size
 
 
 def test_golden_greedy_ids_over_http(

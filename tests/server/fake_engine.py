@@ -186,4 +186,6 @@ class FakeEngine:
             cached_tokens=32,
             invariant_repairs=0,
             routing=self.routing,
+            bank_bytes=4096,
+            device="cuda",
         )

@@ -86,6 +86,7 @@ def test_gauges_are_read_from_the_engine_at_the_scrape(app: FastAPI, engine: Fak
             assert found["dsc_serve_kv_blocks{state=used}"] == 4
             assert found["dsc_serve_kv_blocks{state=cached}"] == 2
             assert found["dsc_serve_preemptions_total"] == 2
+            assert found["dsc_serve_bank_resident_bytes{device=cuda}"] == 4096
             assert found["dsc_serve_timeouts_total"] == 1
             assert found["dsc_serve_prefix_asked_tokens_total"] == 90
             assert found["dsc_serve_prefix_cached_tokens_total"] == 32

@@ -85,7 +85,8 @@ def pack(*weights: Tensor) -> Tensor:
     for weight, out in zip(weights, packed, strict=True):
         if weight.shape != (n, d) or weight.dtype != packed.dtype:
             raise ValueError(f"weights packed together must be alike; got {tuple(weight.shape)} and {(n, d)}")
-        module().pack(HALF[weight.dtype], weight.contiguous().data_ptr(), n, d, out.data_ptr())
+        rows = weight.contiguous()  # under a name: a copy must live until it is packed
+        module().pack(HALF[rows.dtype], rows.data_ptr(), n, d, out.data_ptr())
     return packed
 
 

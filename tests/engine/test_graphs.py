@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsc_kernels import ops
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import LARGEST, Graph, buckets
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.decoder import dsc_layers
 from dsc_serve.sampling_params import Limits, SamplingParams
 
 
@@ -101,3 +103,20 @@ def test_steps_beyond_the_buckets_and_steps_of_prompts_run_eagerly(
     generate(engine, [[1, 2, 3]] * 3, [greedy] * 3)
     assert [len(g.out) for g in capture.graphs if g.replays] == [4]
     assert sum(graph.replays for graph in capture.graphs) == 4, "one step for the prompts, four for what follows"
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_the_weights_stay_where_they_are_while_serving(kernels: str, small_model: Callable[..., Path]) -> None:
+    ops.use(kernels)
+    engine = engine_of(small_model(), None, max_running=6)
+    assert isinstance(engine.runner, Runner)
+    layers, pools = dsc_layers(engine.runner.model), engine.runner.pools
+
+    def addresses() -> list[int]:
+        banks = [t.data_ptr() for layer in layers for t in (layer.u, layer.v)]
+        return banks + [pool.data_ptr() for pair in pools for pool in pair]
+
+    before = addresses()
+    generate(engine, [[1, 2, 3, 4, 5]] * 6, [SamplingParams(temperature=0, max_tokens=8)] * 6)
+    ops.use("auto")
+    assert addresses() == before and len(set(before)) == len(before)

@@ -6,6 +6,7 @@ the figures on purpose: `python tests/gpu/write_budgets.py`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from dsc_kernels import aot
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def compiled(tmp_path: Path, *options: str) -> list[aot.Row]:
@@ -63,6 +64,23 @@ def test_every_kernel_configuration_and_target_has_a_budget() -> None:
     kernels = {row["kernel"] for row in rows}
     assert keys == {(k, c, t) for k in kernels for c in aot.CONFIGS for t in aot.TARGETS}
     assert all(list(row) == list(aot.Row.__annotations__) for row in rows)
+
+
+def test_every_kernel_that_is_launched_is_compiled_for_every_configuration() -> None:
+    """A kernel that is launched tells its grid in its docstring; the others are parts of those."""
+    from dsc_kernels.gpu import compiler
+
+    if compiler.interpreted():
+        pytest.skip("kernels are interpreted here")
+    folder = Path(compiler.__file__).parent
+    modules = [importlib.import_module(f"dsc_kernels.gpu.{file.stem}") for file in folder.glob("*.py")]
+    found = {value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)}
+    launched = {function.__name__ for function in found if "grid (" in (function.fn.__doc__ or "")}
+    assert {"route", "select_compose_tokens", "attend"} < launched
+    for config in aot.CONFIGS:
+        jobs = list(aot.jobs(config))
+        assert {job.function.__name__ for job in jobs} == launched
+        assert {job.name for job in jobs} == {row["kernel"] for row in budgets() if row["config"] == config}
 
 
 def test_shared_memory_fits_the_targets() -> None:

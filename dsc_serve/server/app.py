@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
@@ -17,26 +16,18 @@ from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
+from dsc_serve.server.description import describe
 from dsc_serve.server.edge import REQUEST_ID, Edge, Gate
 from dsc_serve.server.errors import json_response
-from dsc_serve.server.fields import Fields
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.server.service import Engine, Service
 from dsc_serve.server.stream import engine_down
-from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from dsc_serve.server.trace import TraceRequest, create_trace
+from dsc_serve.server.tokens import detokenize, tokenize
+from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.client import EngineDiedError
 
 STATS_TIMEOUT_S = 1.0
-REQUEST_BODIES: tuple[type[Fields], ...] = (
-    CompletionRequest,
-    ChatRequest,
-    TraceRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-)
 
 
 def served_name(config: ServerConfig) -> str:
@@ -65,23 +56,23 @@ def create_app(
     app.add_middleware(Edge, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests)
     errors.install(app)
 
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await create_completion(service, request)
 
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
-    @app.post("/v1/dsc/trace", openapi_extra=body_of(TraceRequest))
+    @app.post("/v1/dsc/trace")
     async def trace(request: Request) -> Response:
         return await create_trace(service, request)
 
-    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
+    @app.post("/tokenize")
     async def to_tokens(request: Request) -> Response:
         return await tokenize(service, request)
 
-    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+    @app.post("/detokenize")
     async def to_text(request: Request) -> Response:
         return await detokenize(service, request)
 
@@ -143,19 +134,3 @@ def model_card(service: Service) -> dict[str, Any]:
         "owned_by": "dsc-serve",
         "max_model_len": limits.max_tokens,
     }
-
-
-def body_of(model: type[Fields]) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document. The framework does not know the bodies, since it does not read them."""
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for model in REQUEST_BODIES:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-    return document

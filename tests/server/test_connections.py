@@ -110,7 +110,7 @@ def test_requests_on_one_connection_are_timed_one_by_one(engine: FakeEngine) -> 
             for _ in range(4):
                 writer.write(POST)
                 assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
-                await reader.readuntil(b"}}")
+                await reader.readuntil(b"}}}")
                 await asyncio.sleep(0.2)
             writer.close()
 

@@ -1,0 +1,299 @@
+"""The OpenAPI document: what every endpoint takes and answers, with examples that run.
+
+The framework does not know the bodies, since it does not read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from dsc_serve.server.fields import Fields
+from dsc_serve.server.schema import ChatRequest, CompletionRequest
+from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest
+from dsc_serve.server.trace import TraceRequest
+
+TEMPLATE = "#/components/schemas/{model}"
+FinishReason = Literal["stop", "length", "timeout"]
+AGE = {"type": "integer", "minimum": 0, "maximum": 99}
+SCHEMA = {"type": "object", "properties": {"age": AGE}, "required": ["age"]}
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorFacts(Answer):
+    """`param` names the field to blame, `code` says what is wrong with it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Answer):
+    error: ErrorFacts
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Routing(Answer):
+    """Lists over tokens, layers and atoms: what the tokens from position `start` on picked, strongest atoms first."""
+
+    start: int
+    token_ids: list[int]
+    atoms: list[list[list[int]]]
+    coefficients: list[list[list[float]]]
+    signal: list[list[float]]
+
+
+class Timings(Answer):
+    """null where there were too few tokens to tell."""
+
+    queue_ms: float
+    ttft_ms: float | None
+    mean_itl_ms: float | None
+    max_itl_ms: float | None
+    cached_tokens: int
+
+
+class Dsc(Answer):
+    routing: Routing | None = None
+    timings: Timings | None = None
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """`token_ids` where the model has no tokenizer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
+    dsc: Dsc | None = None
+
+
+class Completion(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    dsc: Dsc | None = None
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Trace(Answer):
+    id: str
+    object: Literal["dsc.trace"]
+    created: int
+    model: str
+    dsc: Dsc
+    usage: Usage
+
+
+class Tokens(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Answer):
+    prompt: str
+
+
+class Version(Answer):
+    version: str
+
+
+class Model(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class Models(Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Answer):
+    status: Literal["ok"]
+
+
+class EngineState(Answer):
+    alive: bool
+    trouble: str
+    restarts: int
+
+
+class Places(Answer):
+    held: int
+    capacity: int
+
+
+class State(Answer):
+    engine: EngineState
+    draining: bool
+    places: Places
+    generations_by_key: dict[str, int]
+
+
+BODIES: dict[str, type[Fields]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/dsc/trace": TraceRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+ANSWERS: dict[str, type[Answer]] = {
+    "/v1/completions": Completion,
+    "/v1/chat/completions": ChatCompletion,
+    "/v1/dsc/trace": Trace,
+    "/tokenize": Tokens,
+    "/detokenize": Text,
+    "/version": Version,
+    "/v1/models": Models,
+    "/v1/models/{name}": Model,
+    "/health": Health,
+    "/health/live": Health,
+    "/health/ready": Health,
+    "/admin/state": State,
+}
+STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who?"}]}]
+
+EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+    "/v1/completions": {
+        "text": {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0.7, "seed": 1},
+        "stream": {"prompt": "Once", "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}},
+        "token ids, several prompts": {"prompt": [[11, 12], [13]], "max_tokens": 4, "n": 2, "logprobs": 2},
+        "regex": {"prompt": "Call", "max_tokens": 16, "structured_outputs": {"regex": "[0-9]{3}-[0-9]{4}"}},
+        "routing": {"prompt": "Once", "max_tokens": 2, "dsc": {"return_routing": True, "top_k_atoms": 2}},
+    },
+    "/v1/chat/completions": {
+        "chat": {"messages": CHAT, "max_completion_tokens": 16},
+        "stream": {"messages": CHAT, "max_completion_tokens": 4, "stream": True},
+        "JSON schema": {
+            "messages": CHAT,
+            "max_completion_tokens": 40,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}},
+        },
+        "choice": {"messages": CHAT, "structured_outputs": {"choice": ["Peter", "Paul"]}},
+        "deadline": {"messages": CHAT, "max_completion_tokens": 4, "dsc": {"deadline_ms": 60000}},
+    },
+    "/v1/dsc/trace": {"text": {"prompt": "Once upon a time"}, "token ids": {"prompt": [11, 12], "top_k_atoms": 1}},
+    "/tokenize": {"prompt": {"prompt": "Once", "return_token_strs": True}, "messages": {"messages": CHAT}},
+    "/detokenize": {"token ids": {"tokens": [11, 12]}},
+}
+
+ERRORS = {
+    "400": "A field, a header or the body cannot be used; `param` names it.",
+    "401": "There is no API key, or it is not known here.",
+    "403": "The key is not allowed to do this.",
+    "404": "There is no such model or route.",
+    "405": "The route has other methods.",
+    "408": "The body did not come in time, or the request's own time ran out before it began to answer.",
+    "413": "The body is too large.",
+    "429": "The server is full, or the key has used up what it may; `Retry-After` says when to try again.",
+    "431": "The headers are too large.",
+    "500": "The server or the engine failed on this request.",
+    "503": "The engine is down, or the server is shutting down.",
+}
+
+
+def reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": TEMPLATE.format(model=model.__name__)}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of an app."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for path, item in document["paths"].items():
+        name = path.replace(":path}", "}")
+        for operation in item.values():
+            operation["responses"] = responses(name)
+            if name in BODIES:
+                examples = {key: {"value": value} for key, value in EXAMPLES[name].items()}
+                content = {"schema": reference(BODIES[name]), "examples": examples}
+                operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+    known: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in BODIES.values()]
+    answers: list[type[BaseModel]] = [*ANSWERS.values(), Error]
+    known += [(model, "serialization") for model in answers]
+    _, definitions = models_json_schema(known, ref_template=TEMPLATE)
+    document["components"] = {"schemas": definitions["$defs"]}
+    return document
+
+
+def responses(path: str) -> dict[str, Any]:
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if path in ANSWERS:
+        content = {"application/json": {"schema": reference(ANSWERS[path])}}
+    if path in STREAMED:
+        content["text/event-stream"] = {}  # its events are chunks of OpenAI's form, and at last [DONE]
+    failed = {"application/json": {"schema": reference(Error)}}
+    return {
+        "200": {"description": "The answer.", "content": content},
+        **{status: {"description": text, "content": failed} for status, text in ERRORS.items()},
+    }

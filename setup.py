@@ -21,7 +21,7 @@ FLAGS = {
     "baseline": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.memory import zeros
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
@@ -127,7 +128,7 @@ class Decoder:
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
         def pool() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return zeros(shape, self.dtype, self.device)
 
         return [(pool(), pool()) for _ in self.blocks]
 

@@ -7,10 +7,13 @@ Tensors are float32 or bfloat16 on the CPU. A layer keeps the tensors whose addr
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from dsc_kernels.memory import resident
+from dsc_kernels.screen import MAX_WIDTH, NO_SCREEN, padded_bias, screen_router
 
 try:
     from dsc_kernels import _native
@@ -24,7 +27,12 @@ MAX_PICKS = 64
 ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
 HALF = {torch.float32: 0, torch.bfloat16: 1}
 
+RouterPrecision = Literal["auto", "exact", "int8-certified"]
+SCREENED_ATOMS = 256  # from which on it is faster
+SCREENING_SETS = ("avx512bf16",)  # whose int8 products are faster than the others
+
 _active: str | None = None
+_router: RouterPrecision = "auto"
 
 
 def available() -> list[str]:
@@ -55,6 +63,26 @@ def use(name: str) -> None:
         raise ValueError(f"kernels {name!r} are not available here; allowed: auto, plain, {', '.join(names)}")
     module().use(name)
     _active = name
+
+
+def use_router(precision: RouterPrecision) -> None:
+    """Score with the router as it is ("exact"), or screen it in int8 first ("int8-certified"); both pick the same.
+
+    "auto" screens where that is faster. A setting of the whole process, for DSC layers made from now on.
+    """
+    global _router
+    if precision not in get_args(RouterPrecision):
+        raise ValueError(
+            f"router_precision {precision!r} is not known; allowed: {', '.join(get_args(RouterPrecision))}"
+        )
+    _router = precision
+
+
+def screens(router: Tensor) -> bool:
+    """Whether a DSC layer with this router [atoms, d] screens it in int8."""
+    if _router == "auto":
+        return _active in SCREENING_SETS and router.shape[0] >= SCREENED_ATOMS and router.shape[1] <= MAX_WIDTH
+    return _router == "int8-certified"
 
 
 def module() -> ModuleType:
@@ -102,7 +130,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.n, self.d = weight.shape
         self.dtype = weight.dtype
-        self.packed = pack(weight)
+        self.packed = resident(pack(weight))
         self.bias = None if bias is None else bias.float().contiguous()
         self._half, self._w, self._b = HALF[self.dtype], self.packed.data_ptr(), address(self.bias)
 
@@ -188,8 +216,10 @@ class Ffn(_Layer):
                 raise ValueError("a routed layer needs u, v and gamma")
             for name, bank in (("u", u), ("v", v)):
                 check(name, bank, (self.atoms * max(rank, 1), d), self.dtype)
-        pieces = [None if w is None else pack(w) for w in (up, gate, down, router)]
-        bias = None if router_bias is None else router_bias.float()
+        bias = None if router is None else padded_bias(router_bias, self.atoms)
+        screened = router is not None and rank == 0 and screens(router)
+        self.screen = screen_router(router, router_bias) if router is not None and screened else NO_SCREEN
+        pieces = [None if w is None else resident(pack(w)) for w in (up, gate, down, None if screened else router)]
         scale = None if gamma is None else gamma.float()
         self.capsule = module().ffn_layer(
             HALF[self.dtype],
@@ -197,6 +227,8 @@ class Ffn(_Layer):
             *(self._keep(t) for t in (bias, u, v, scale)),
             *(d, hidden, self.atoms, tau, eps, -1.0 if norm_eps is None else norm_eps, k, rank),
             *(int(scale is not None and scale.numel() == 1), ACTIVATIONS[activation]),
+            *(self._keep(t) for t in self.screen.tensors),
+            *(self.screen.slack, self._keep(self.screen.counts)),
         )
 
     def __call__(
@@ -272,8 +304,8 @@ class Moe(_Layer):
         bias = None if router_bias is None else router_bias.float()
         self.capsule = module().moe_layer(
             HALF[self.dtype],
-            *(self._keep(pack(router)), self._keep(bias)),
-            *(0 if ws is None else self._keep(pack(*ws)) for ws in (up, gate, down)),
+            *(self._keep(resident(pack(router))), self._keep(bias)),
+            *(0 if ws is None else self._keep(resident(pack(*ws))) for ws in (up, gate, down)),
             *(d, hidden, experts, -1.0 if norm_eps is None else norm_eps, k, int(normalize), ACTIVATIONS[activation]),
         )
 

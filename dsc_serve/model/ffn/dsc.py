@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
+from dsc_kernels.memory import resident
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -44,7 +45,9 @@ class DscFfn:
         c = config.ffn
         assert isinstance(c, DscConfig)
         self.config = c
-        self.u, self.v = (self._bank(name, tensors[name], dtype).to(device) for name in ("atoms_u", "atoms_v"))
+        self.u, self.v = (
+            resident(self._bank(name, tensors[name], dtype).to(device)) for name in ("atoms_u", "atoms_v")
+        )
         self.gamma = tensors["gamma"].float().to(device)
         router, bias = (None if t is None else t.float().to(device) for t in self._router(tensors))
         self.layer = ops.ffn(

@@ -15,13 +15,26 @@ struct Linear {
   char* scratch;
 };
 
+// A router in int8: row j is about steps[j] · (its row of `packed`), with an error of norm errors[j]; see router.h.
+// Arrays have panels · 16 elements.
+struct Screen {
+  const void* rows;       // the router itself [atoms, d], row after row; null: no screening
+  const int8_t* packed;   // [atoms, d]
+  const float* steps;
+  const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
+  const float *errors, *norms;
+  float slack;            // of the bias and the last additions
+  int64_t* counts;        // candidates scored again, and the tokens they were of; added to
+};
+
 // Static MLP plus, where atoms > 0, a routed composition of rank-1 atoms. With rank > 0 the picks are adapters of
 // `rank` rows each, weighted by a softmax: a mixture of LoRAs. Without atoms it is a dense FFN.
 struct Ffn {
   const void* x;                      // [batch, d]
   const void *up, *gate, *down;       // packed [hidden, d], [hidden, d] or null, [d, hidden]
-  const void* router;                 // packed [atoms, d], folded with its norm
-  const float* router_bias;           // [atoms] or null
+  const void* router;                 // packed [atoms, d], folded with its norm; null where it is screened
+  const float* router_bias;           // [panels · 16], −∞ behind the last atom
+  Screen screen;
   const void *u, *v;                  // [atoms · max(rank, 1), d]
   const float* gamma;                 // [d], or one number when scalar
   const void* residual;               // [batch, d] or null

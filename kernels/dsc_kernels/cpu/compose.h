@@ -3,14 +3,12 @@
 
 #include "vector.h"
 
-// Rows of both banks that the next token needs, asked for ahead of time: they may lie beyond the caches.
+// Rows that will be needed soon, asked for ahead of time: they may lie beyond the caches.
 template <typename T>
-INLINE void prefetch_rows(const T* u, const T* v, const int32_t* picks, int k, int64_t d) {
-  for (int j = 0; j < k; j++)
-    for (int64_t i = 0; i < d; i += 64 / (int64_t)sizeof(T)) {
-      __builtin_prefetch(u + picks[j] * d + i);
-      __builtin_prefetch(v + picks[j] * d + i);
-    }
+INLINE void prefetch_rows(const T* rows, const int32_t* picks, int64_t count, int64_t d) {
+  constexpr int64_t MOST = 64;  // more would push each other out
+  for (int64_t j = 0; j < (count < MOST ? count : MOST); j++)
+    for (int64_t i = 0; i < d; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows + picks[j] * d + i);
 }
 
 // z [k] becomes the latents c; y [d] float32 = (Σ c_j v_j) ⊙ gamma; gamma is [d], or one number when scalar.

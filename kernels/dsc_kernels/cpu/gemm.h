@@ -1,8 +1,8 @@
 // Products with a packed weight: out[t, n] = Σ_k x[t, k] · w[n, k], for any number of tokens.
 //
 // A weight [N, D] is packed into panels of 16 outputs. A bfloat16 panel is [D/2][16][2], so that one vector holds 16
-// outputs for two neighbouring k; a float32 panel is [D][16]. N is padded to 16 and an odd D to even, with zeros. The
-// weight is streamed once for up to TOKENS tokens; sums are float32.
+// outputs for two neighbouring k; a float32 panel is [D][16], an int8 panel [D/4][16][4]. N is padded to 16 and D to
+// whole groups, with zeros. The weight is streamed once for up to TOKENS tokens; sums are float32, of int8 int32.
 #pragma once
 
 #include "vector.h"
@@ -21,31 +21,32 @@ struct Epilogue {
 
 INLINE int64_t panel_count(int64_t n) { return (n + LANES - 1) / LANES; }
 
+// Neighbouring k of one output that lie together: 4 bytes.
 template <typename T>
-struct Packed;
+constexpr int64_t GROUP = 4 / (int64_t)sizeof(T);
 
-template <>
-struct Packed<float> {
-  static int64_t panel_size(int64_t d) { return d * LANES; }
+template <typename T>
+struct Packed {
+  static int64_t panel_size(int64_t d) { return (d + GROUP<T> - 1) / GROUP<T> * GROUP<T> * LANES; }
 };
 
-template <>
-struct Packed<bf16> {
-  static int64_t panel_size(int64_t d) { return (d + 1) / 2 * 2 * LANES; }
-};
-
-// The inputs as the tiles read them: bfloat16 pairs as they lie where the processor multiplies those, else float32.
+// The inputs as the tiles read them, and what their products are summed in. bfloat16 pairs stay as they lie where the
+// processor multiplies those; with int8 weights go inputs shifted by 128.
+template <typename T>
+struct Input {
 #if defined(__AVX512BF16__)
-template <typename T>
-struct Input {
   typedef T type;
-};
 #else
-template <typename T>
-struct Input {
   typedef float type;
-};
 #endif
+  typedef vf sum;
+};
+
+template <>
+struct Input<int8_t> {
+  typedef uint8_t type;
+  typedef vi sum;
+};
 
 #if defined(__AVX512F__)
 constexpr int PANELS = 4, TOKENS = 6;
@@ -112,6 +113,26 @@ INLINE void tile(const bf16* w, int64_t panel, const float* const* x, int64_t d,
 }
 #endif
 
+template <int P, int T>
+INLINE void tile(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_t d, Ahead& ahead, vi (&acc)[P][T]) {
+  for (int64_t k = 0; k < d; k += 4) {
+    ahead.step();
+    vi row[P];
+    for (int p = 0; p < P; p++) memcpy(&row[p], w + p * panel + k * LANES, sizeof row[p]);
+    for (int t = 0; t < T; t++) {
+#if defined(__AVX512VNNI__)
+      int32_t four;
+      memcpy(&four, x[t] + k, sizeof four);
+      for (int p = 0; p < P; p++)
+        acc[p][t] = (vi)_mm512_dpbusd_epi32((__m512i)acc[p][t], _mm512_set1_epi32(four), (__m512i)row[p]);
+#else
+      for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) acc[p][t] += (row[p] << (24 - 8 * i) >> 24) * (int32_t)x[t][k + i];
+#endif
+    }
+  }
+}
+
 template <typename O>
 INLINE void finish(vf v, const Epilogue& e, O* out, int64_t t, int64_t n, int64_t size) {
   int count = size - n < LANES ? (int)(size - n) : LANES;
@@ -135,61 +156,75 @@ INLINE void finish(vf v, const Epilogue& e, O* out, int64_t t, int64_t n, int64_
   }
 }
 
-template <typename T, typename O, int P, int TT>
-INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Epilogue& e,
-                  O* out, int64_t t, int64_t n, int64_t size, Ahead& ahead) {
-  vf acc[P][TT] = {};
+// Where sums go: activated and added to, in rows of an output.
+template <typename O>
+struct Output {
+  const Epilogue& e;
+  O* out;
+  int64_t size;
+  INLINE void operator()(vf v, int64_t t, int64_t n) const { finish(v, e, out, t, n, size); }
+};
+
+template <typename T, int P, int TT, typename Sink>
+INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Sink& sink,
+                  int64_t t, int64_t n, Ahead& ahead) {
+  typename Input<T>::sum acc[P][TT] = {};
   tile<P, TT>(w, panel, x, d, ahead, acc);
   for (int p = 0; p < P; p++)
-    for (int i = 0; i < TT; i++) finish(acc[p][i], e, out, t + i, n + p * LANES, size);
+    for (int i = 0; i < TT; i++) sink(acc[p][i], t + i, n + p * LANES);
 }
 
-template <typename T, typename O, int P>
+template <typename T, int P, typename Sink>
 INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
-                   int64_t count, int64_t d, const Epilogue& e, O* out, int64_t n, int64_t size, int64_t left) {
+                   int64_t count, int64_t d, const Sink& sink, int64_t n, int64_t left) {
   const typename Input<T>::type* at[TOKENS];
   // the first tile waits for its own weights; the others have time to ask for as many again
   int64_t tiles = (count + TOKENS - 1) / TOKENS, bytes = (left < P ? left : P) * panel * (int64_t)sizeof(T);
   const char* next = (const char*)(w + P * panel);
-  int64_t steps = (tiles - 1) * ((d + 4 / (int64_t)sizeof(T) - 1) / (4 / (int64_t)sizeof(T)));
+  int64_t steps = (tiles - 1) * ((d + GROUP<T> - 1) / GROUP<T>);
   Ahead ahead = {next, next, 0};
   for (int64_t t = 0; t < count; t += TOKENS) {
     int group = count - t < TOKENS ? (int)(count - t) : TOKENS;
     if (t > 0 && ahead.lines == 0) ahead = {next, next + bytes, (int)((bytes / 64 + steps - 1) / steps)};
     for (int i = 0; i < group; i++) at[i] = x + (rows ? rows[t + i] : t + i) * stride;
     switch (group) {
-      case 1: block<T, O, P, 1>(w, panel, at, d, e, out, t, n, size, ahead); break;
-      case 2: block<T, O, P, 2>(w, panel, at, d, e, out, t, n, size, ahead); break;
-      case 3: block<T, O, P, 3>(w, panel, at, d, e, out, t, n, size, ahead); break;
-      case 4: block<T, O, P, 4>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 1: block<T, P, 1>(w, panel, at, d, sink, t, n, ahead); break;
+      case 2: block<T, P, 2>(w, panel, at, d, sink, t, n, ahead); break;
+      case 3: block<T, P, 3>(w, panel, at, d, sink, t, n, ahead); break;
+      case 4: block<T, P, 4>(w, panel, at, d, sink, t, n, ahead); break;
 #if defined(__AVX512F__)
-      case 5: block<T, O, P, 5>(w, panel, at, d, e, out, t, n, size, ahead); break;
-      case 6: block<T, O, P, 6>(w, panel, at, d, e, out, t, n, size, ahead); break;
+      case 5: block<T, P, 5>(w, panel, at, d, sink, t, n, ahead); break;
+      case 6: block<T, P, 6>(w, panel, at, d, sink, t, n, ahead); break;
 #endif
     }
   }
 }
 
-// Panels first … last − 1 of out [count, size] = x[rows] · wᵀ. x has rows of `stride` elements, padded to an even d;
-// rows picks some of them (null: all in order).
+// Panels first … last − 1 of x[rows] · wᵀ go to the sink as (sums of 16 outputs, token, first output). x has rows of
+// `stride` elements, padded to whole groups; rows picks some of them (null: all in order).
+template <typename T, typename Sink>
+INLINE void multiply(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows, int64_t count,
+                     int64_t d, const Sink& sink, int64_t first, int64_t last) {
+  int64_t panel = Packed<T>::panel_size(d), p = first;
+  for (; p + PANELS <= last; p += PANELS)
+    tokens<T, PANELS>(w + p * panel, panel, x, stride, rows, count, d, sink, p * LANES, last - p - PANELS);
+  for (; p < last; p++) tokens<T, 1>(w + p * panel, panel, x, stride, rows, count, d, sink, p * LANES, last - p - 1);
+}
+
+// Panels first … last − 1 of out [count, size] = x[rows] · wᵀ.
 template <typename T, typename O>
 void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows, int64_t count, int64_t d,
           int64_t size, const Epilogue& e, O* out, int64_t first, int64_t last) {
-  int64_t panel = Packed<T>::panel_size(d), p = first;
-  for (; p + PANELS <= last; p += PANELS)
-    tokens<T, O, PANELS>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size, last - p - PANELS);
-  for (; p < last; p++)
-    tokens<T, O, 1>(w + p * panel, panel, x, stride, rows, count, d, e, out, p * LANES, size, last - p - 1);
+  multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
 }
 
 template <typename T>
 void pack(const T* w, int64_t size, int64_t d, T* out) {
   int64_t panel = Packed<T>::panel_size(d);
-  constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
   for (int64_t p = 0; p < panel_count(size); p++)
     for (int64_t k = 0; k < panel / LANES; k++)
       for (int lane = 0; lane < LANES; lane++) {
         int64_t n = p * LANES + lane;
-        out[p * panel + (k / PAIR * LANES + lane) * PAIR + k % PAIR] = n < size && k < d ? w[n * d + k] : T{};
+        out[p * panel + (k / GROUP<T> * LANES + lane) * GROUP<T> + k % GROUP<T>] = n < size && k < d ? w[n * d + k] : T{};
       }
 }

@@ -16,6 +16,7 @@
 namespace {
 
 #include "attention_layer.h"
+#include "ffn.h"
 #include "moe.h"
 #include "norm.h"
 #include "sample.h"

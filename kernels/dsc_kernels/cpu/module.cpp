@@ -159,7 +159,7 @@ struct Layer {
 };
 
 // (is_bfloat16, up, gate, down, router, router_bias, u, v, gamma, d, hidden, atoms, tau, eps, norm_eps, k, rank,
-//  scalar_gamma, activation)
+//  scalar_gamma, activation, screen's rows, packed, steps, shifts, errors, norms, slack, counts)
 PyObject* ffn_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
   auto* layer = new Layer<Ffn>;
@@ -183,6 +183,14 @@ PyObject* ffn_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   c.rank = static_cast<int>(a.integer());
   c.scalar_gamma = static_cast<int>(a.integer());
   c.activation = static_cast<int>(a.integer());
+  c.screen.rows = a.address<const void>();
+  c.screen.packed = a.address<const int8_t>();
+  c.screen.steps = a.address<const float>();
+  c.screen.shifts = a.address<const int32_t>();
+  c.screen.errors = a.address<const float>();
+  c.screen.norms = a.address<const float>();
+  c.screen.slack = a.real();
+  c.screen.counts = a.address<int64_t>();
   if (!a.ok()) {
     delete layer;
     return nullptr;

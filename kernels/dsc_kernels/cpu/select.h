@@ -50,12 +50,41 @@ INLINE void select(const float* raw, float scale, const float* bias, int64_t siz
     if (values[j] == -INFINITY) values[j] = score(picks[j]);
 }
 
-INLINE float softplus(float r) { return r > 30.0f ? r : log1pf(expf(r)); }
+// The same of few values, by counting for each how many come before it: nothing to guess wrong.
+constexpr int64_t FEW = 64;
+
+INLINE void select_few(const float* raw, int64_t size, int k, float tau, float* values, int32_t* picks) {
+  float scores[FEW];
+  int32_t order[FEW];
+  for (int64_t i = 0; i < size; i += LANES) {
+    vf v = i + LANES <= size ? load(raw + i) : load_some(raw + i, (int)(size - i));
+    store(scores + i, v == v ? vmax(vmin(v, splat(tau)), splat(-tau)) : splat(-INFINITY));
+  }
+  for (int64_t i = 0; i < size; i++) {
+    uint64_t before = 0;
+    for (int64_t j = 0; j < size; j += LANES) {
+      vf v = load(scores + j);
+      int64_t earlier = i - j < 0 ? 0 : (i - j > LANES ? LANES : i - j);
+      before |= (uint64_t)(above(v, scores[i]) | (~below(v, scores[i]) & ((1u << earlier) - 1))) << j;
+    }
+    if (size < FEW) before &= (1ull << size) - 1;
+    order[__builtin_popcountll(before)] = (int32_t)i;
+  }
+  for (int j = 0; j < k; j++) {
+    picks[j] = order[j];
+    values[j] = truncate(raw[order[j]], tau);
+  }
+}
 
 // ẑ in place of the truncated logits; returns the signal S.
 INLINE float coefficients(float* values, int k, float eps) {
   float signal = 0;
-  for (int j = 0; j < k; j++) signal += values[j] = softplus(values[j]);
+  for (int j = 0; j < k; j += LANES) {
+    int count = k - j < LANES ? k - j : LANES;
+    vf v = softplus(load_some(values + j, count));
+    store_some(values + j, v, count);
+    for (int i = 0; i < count; i++) signal += v[i];
+  }
   float factor = tanhf(signal) / (signal + eps);
   for (int j = 0; j < k; j++) values[j] *= factor;
   return signal;

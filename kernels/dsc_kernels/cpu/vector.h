@@ -80,6 +80,20 @@ INLINE float sum(vf v) {
   return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
+// The largest lane; not for a NaN.
+INLINE float largest(vf v) {
+  typedef float half __attribute__((vector_size(32)));
+  typedef float quarter __attribute__((vector_size(16)));
+  half h[2];
+  memcpy(h, &v, sizeof h);
+  h[0] = h[0] > h[1] ? h[0] : h[1];
+  quarter q[2];
+  memcpy(q, h, sizeof q);
+  q[0] = q[0] > q[1] ? q[0] : q[1];
+  float a = q[0][0] > q[0][2] ? q[0][0] : q[0][2], b = q[0][1] > q[0][3] ? q[0][1] : q[0][3];
+  return a > b ? a : b;
+}
+
 // The sums of 16 vectors, in order: neighbours are added in four rounds that halve the vectors.
 INLINE vf sums(vf (&rows)[LANES]) {
   const vi even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
@@ -110,6 +124,19 @@ INLINE vf vexp(vf x) {
   return x < -87.3f ? splat(0.0f) : (x != x ? x : p * scale);
 }
 
+// log(1 + y) for y in [0, 1], as 2 artanh(y / (2 + y)).
+INLINE vf vlog1p(vf y) {
+  vf s = y / (2.0f + y), q = s * s;
+  vf p = splat(1.0f / 15);
+  for (int i = 13; i > 0; i -= 2) p = p * q + 1.0f / i;
+  return 2.0f * s * p;
+}
+
+INLINE vf softplus(vf x) {
+  vf low = vexp(x > 0.0f ? -x : x);
+  return vmax(x, splat(0.0f)) + vlog1p(low);
+}
+
 // erf by a rational function of odd over even degree, exact to float32's rounding within a few units.
 INLINE vf verf(vf x) {
   vf c = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
@@ -133,7 +160,7 @@ INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + verf(x * 0.70710678f)); }
 
 INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
 
-// One bit per lane that is greater than the bound; none for a NaN.
+// One bit per lane that is greater, or less, than the bound; none for a NaN.
 INLINE uint32_t above(vf v, float bound) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ);
@@ -148,6 +175,8 @@ INLINE uint32_t above(vf v, float bound) {
   return bits;
 #endif
 }
+
+INLINE uint32_t below(vf v, float bound) { return above(-v, -bound); }
 
 // A vector whose sum is the product of a and b.
 template <typename T>

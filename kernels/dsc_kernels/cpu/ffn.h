@@ -1,0 +1,110 @@
+// An FFN layer: a static MLP and, where it is routed, a composition of picked rows.
+#pragma once
+
+#include "routing.h"
+
+constexpr int64_t READ_ALONE = 4;  // tokens whose norms take one thread less time than waiting for another
+
+// What the router needs to know of tokens first … last − 1 (of the whole batch); buffers begin at token `base`.
+template <typename T>
+INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; t++) {
+    const T* x = (const T*)a.x + t * a.d;
+    float rstd = a.norm_eps >= 0 ? reciprocal_std(x, a.d, a.norm_eps) : 1.0f;
+    b.readings[t - base] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + (t - base) * b.shifted_stride)
+                                         : Reading{rstd, rstd, 0, 0};
+  }
+}
+
+// Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
+template <typename T>
+INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count, int64_t id,
+                      int64_t n) {
+  typedef typename Input<T>::type I;
+  int64_t stride = row_stride<T>(a.d), routed = panel_count(a.atoms), width = panel_count(a.hidden);
+  // what a panel costs, in panels of the screened router or of the router
+  int64_t cost = (a.gate ? 2 : 1) * (a.screen.rows ? (int64_t)sizeof(T) : 1), total = routed + cost * width;
+  int64_t first = part(total, id, n), last = part(total, id + 1, n);
+  float* peaks = b.peaks + id * b.peaks_size;
+  if (routed > 0)
+    for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
+  if (first < routed) {
+    int64_t end = last < routed ? last : routed;
+    Logits logits = {b.readings, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
+    if (a.screen.rows)
+      multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d, Bounds{logits, a.screen},
+                       first, end);
+    else
+      multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
+  }
+  int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
+  if (id == n - 1) to = width;
+  if (from >= to) return;
+  Epilogue e = {nullptr, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
+  if (a.gate) {
+    gemm<T, I>((const T*)a.gate, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
+    e.activation = NONE;
+    e.times = b.hidden;
+  }
+  gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
+}
+
+// The second product of tokens base … base + count − 1, with everything added: share `id` of `n` of its panels.
+template <typename T>
+INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t count, int64_t id, int64_t n) {
+  int64_t panels = panel_count(a.d);
+  const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
+  Epilogue e = {nullptr, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
+  gemm<T, T>((const T*)a.down, b.hidden, b.hidden_stride, nullptr, count, a.hidden, a.d, e, (T*)a.out + base * a.d,
+             part(panels, id, n), part(panels, id + 1, n));
+}
+
+template <typename T>
+int64_t ffn_scratch(const Ffn& a) {
+  if (a.batch <= SMALL) return FfnBuffers<T>(a, a.batch, a.threads, nullptr).size;
+  return FfnBuffers<T>(a, chunk_of(a.batch, a.threads), 1, nullptr).size * a.threads;
+}
+
+template <typename T>
+void ffn(const Ffn& a) {
+  if (a.batch <= SMALL) {
+    FfnBuffers<T> b(a, a.batch, a.threads, a.scratch);
+    const auto* x = prepared<T>(a.x, 0, a.batch, a.d, b.x);
+    clear_padding(b.hidden, a.batch, a.hidden);
+    bool alone = a.batch <= READ_ALONE;
+    if (a.atoms > 0 && alone) ffn_read<T>(a, b, 0, 0, a.batch);
+#pragma omp parallel num_threads(a.threads)
+    {
+      int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
+      int64_t first = part(a.batch, id, n), last = part(a.batch, id + 1, n);
+      if (a.atoms > 0 && !alone) {
+        ffn_read<T>(a, b, 0, first, last);
+#pragma omp barrier
+      }
+      ffn_first<T>(a, b, x, a.batch, id, n);
+#pragma omp barrier
+      if (a.atoms > 0) {
+        ffn_route<T>(a, b, 0, first, last, id, (int)n);
+#pragma omp barrier
+      }
+      ffn_second<T>(a, b, 0, a.batch, id, n);
+    }
+    return;
+  }
+  int64_t chunk = chunk_of(a.batch, a.threads);
+#pragma omp parallel num_threads(a.threads)
+  {
+    FfnBuffers<T> b(a, chunk, 1, nullptr);
+    b = FfnBuffers<T>(a, chunk, 1, a.scratch + omp_get_thread_num() * b.size);
+    clear_padding(b.hidden, chunk, a.hidden);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < a.batch; t += chunk) {
+      int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
+      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count);
+      ffn_first<T>(a, b, prepared<T>(a.x, t, count, a.d, b.x), count, 0, 1);
+      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1);
+      ffn_second<T>(a, b, t, count, 0, 1);
+    }
+  }
+}
+

@@ -1,0 +1,144 @@
+// From a router's products to the atoms that can be picked, without sorting and mostly without reading the logits.
+//
+// While logits are written, each token keeps the largest of every class of them ("peaks"). The K-th largest peak is a
+// bound that the K best logits reach, so one scan leaves a few candidates, among which `select` picks.
+//
+// Screened, the products are int8: a logit is known up to a bound on its error, peaks are of lower bounds and the scan is
+// of upper bounds, so every atom that may be among the K best is a candidate. Candidates are scored again from the
+// router's own rows. The result is that of scoring all rows so, whatever the weights.
+#pragma once
+
+#include "gemm.h"
+#include "select.h"
+
+// How a token's products become logits, scale · product + bias, and how far they may be off when screened:
+// from_weights · (the row's error) + from_input · (the row's norm) + slack.
+struct Reading {
+  float rstd, scale, from_weights, from_input;
+};
+
+// Classes are panel mod slots and lane: more than enough for few picks, and 256 for at most 64.
+INLINE int64_t slots_of(int k) { return k <= 8 ? 4 : 16; }
+
+INLINE void raise(float* peaks, int64_t slots, int64_t t, int64_t n, vf v) {
+  float* peak = peaks + (t * slots + (n / LANES & (slots - 1))) * LANES;
+  vf held = load(peak);
+  store(peak, v > held ? v : held);  // a NaN raises nothing
+}
+
+struct Logits {
+  const Reading* readings;
+  const float* bias;  // [panels · 16]; −∞ behind the last atom
+  float* logits;
+  int64_t stride;
+  float* peaks;
+  int64_t slots;
+  INLINE void operator()(vf v, int64_t t, int64_t n) const {
+    v = readings[t].scale * v + load(bias + n);
+    store(logits + t * stride + n, v);
+    raise(peaks, slots, t, n, v);
+  }
+};
+
+struct Bounds {
+  Logits to;
+  const Screen& screen;
+  INLINE void operator()(vi v, int64_t t, int64_t n) const {
+    const Reading& r = to.readings[t];
+    vi shift;
+    memcpy(&shift, screen.shifts + n, sizeof shift);
+    vf product = __builtin_convertvector(v - shift, vf) * load(screen.steps + n);
+    vf logit = r.scale * product + load(to.bias + n);
+    vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + screen.slack;
+    store(to.logits + t * to.stride + n, logit + error);
+    raise(to.peaks, to.slots, t, n, logit - error);
+  }
+};
+
+// A token in steps of its largest value / 127, shifted by 128, and what that leaves out. A token too large or too small
+// to be bounded gets bounds that are NaN, which screen nothing.
+template <typename T>
+INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out) {
+  typedef uint8_t bytes __attribute__((vector_size(16)));
+  vf highest = {}, squares = {}, left = {};
+  auto at = [&](int64_t i) __attribute__((always_inline)) {
+    return i + LANES <= d ? load(x + i) : load_some(x + i, (int)(d - i));
+  };
+  for (int64_t i = 0; i < d; i += LANES) {
+    vf v = at(i), size = (vf)((vi)v & 0x7fffffff);
+    highest = size > highest ? size : highest;
+    squares += v * v;
+  }
+  float peak = 0;
+  for (int lane = 0; lane < LANES; lane++) peak = highest[lane] > peak ? highest[lane] : peak;
+  float norm = sqrtf(sum(squares));
+  bool bounded = norm > 1e-15f && norm < 1e15f;
+  float step = bounded ? peak / 127 : 0, inverse = bounded ? 127 / peak : 0;
+  for (int64_t i = 0; i < d; i += LANES) {
+    vf v = bounded ? at(i) : vf{}, shifted = v * inverse + 12582912.0f;  // 1.5 · 2^23: the low bits are the integer
+    vf rest = v - (shifted - 12582912.0f) * step;
+    left += rest * rest;
+    bytes rounded = __builtin_convertvector((vi)shifted - 0x4b400000 + 128, bytes);
+    memcpy(out + i, &rounded, sizeof rounded);
+  }
+  if (!bounded) return {rstd, NAN, NAN, NAN};
+  constexpr float UP = 1.00001f;  // for the rounding of the norms themselves
+  return {rstd, rstd * step, rstd * norm * UP, rstd * sqrtf(sum(left)) * UP};
+}
+
+// What the K best logits reach when K of them reach `bound`, in a selection that truncates: −∞ where nothing is left out.
+INLINE float attainable(float bound, float tau) { return bound > tau ? tau : (bound > -tau ? bound : -INFINITY); }
+
+// The k-th largest of 64 numbers that are no NaN: the largest of all is taken off its column until k are gone.
+INLINE float kth_of_64(vf a, vf b, vf c, vf d, int k) {
+  auto order = [](vf& high, vf& low) __attribute__((always_inline)) {
+    vf least = vmin(high, low);
+    high = vmax(high, low);
+    low = least;
+  };
+  order(a, b), order(c, d), order(a, c), order(b, d), order(b, c);
+  for (;;) {
+    float top = largest(a);
+    auto taken = a == splat(top);
+    for (int lane = 0; lane < LANES; lane++) k += taken[lane];  // −1 where true
+    if (k <= 0 || top == -INFINITY) return top;
+    a = taken ? b : a;
+    b = taken ? c : b;
+    c = taken ? d : c;
+    d = taken ? splat(-INFINITY) : d;
+  }
+}
+
+// What a token's K best logits reach at least; −∞ where every atom is a candidate. `writers` have raised own peaks,
+// `apart` elements from each other.
+INLINE float reached(const float* peaks, int64_t slots, int writers, int64_t apart, int k, float tau) {
+  vf merged[16];
+  for (int64_t i = 0; i < slots; i++) {
+    merged[i] = load(peaks + i * LANES);
+    for (int w = 1; w < writers; w++) merged[i] = vmax(merged[i], load(peaks + w * apart + i * LANES));
+  }
+  if (slots == 4) return attainable(kth_of_64(merged[0], merged[1], merged[2], merged[3], k), tau);
+  float values[MAX_PICKS];
+  int32_t places[MAX_PICKS];
+  select((const float*)merged, 1, nullptr, slots * LANES, k, INFINITY, values, places);
+  return attainable(values[k - 1], tau);
+}
+
+// The indices, in order, of the logits that are not below the bound; a NaN is not. Room for size + 1 is needed.
+INLINE int64_t candidates(const float* logits, int64_t size, float bound, int32_t* out) {
+  constexpr int64_t WORD = 64;
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; i += WORD) {
+    uint64_t kept = 0;
+    for (int64_t j = 0; j < WORD && i + j < size; j += LANES)
+      kept |= (uint64_t)(~below(load(logits + i + j), bound) & 0xffff) << j;
+    if (size - i < WORD) kept &= (1ull << (size - i)) - 1;
+    for (int j = 0; j < 2; j++) {  // mostly at most two: no branch that would be guessed wrong
+      out[count] = (int32_t)i + __builtin_ctzll(kept | 1ull << 63);
+      count += kept != 0;
+      kept &= kept - 1;
+    }
+    for (; kept; kept &= kept - 1) out[count++] = (int32_t)i + __builtin_ctzll(kept);
+  }
+  return count;
+}

@@ -1,0 +1,83 @@
+"""The certified int8 router: a router in int8, with bounds on what that changes in any logit.
+
+A logit of the int8 rows and an int8 token is within `errors[j] · ‖x‖ + norms[j] · ‖x − x̂‖ + slack` of the router's own
+(times the norm's 1 / σ): by Cauchy and Schwarz on both differences, plus what float32 sums may lose. Every atom whose
+bound says that it may be among the K best is scored again from the router's rows, so the set is that of scoring all of
+them, whatever the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsc_kernels.memory import resident
+
+LANES = 16
+MAX_WIDTH = 2**31 // (255 * 127)  # beyond it the int32 sums could overflow
+UP = 1 + 1e-5  # for the rounding of the norms themselves
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What `cpu/api.h` calls a Screen. tensors: rows, packed, steps, shifts, errors, norms; none without screening.
+
+    counts: int64 [2], the rows that were scored again and the tokens that this was for, since the layer was made.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    slack: float
+    counts: Tensor | None
+
+
+NO_SCREEN = Screen((None,) * 6, 0.0, None)
+
+
+def screen_router(router: Tensor, bias: Tensor | None) -> Screen:
+    """A router [atoms, d] as its layer scores it, folded and rounded, with its bias [atoms]."""
+    atoms, d = router.shape
+    if d > MAX_WIDTH:
+        raise ValueError(f"router_precision is 'int8-certified', but d is {d}; it may be at most {MAX_WIDTH}")
+    wide = router.double()
+    peaks = wide.abs().amax(dim=1)
+    bounded = (peaks > 1e-30) & (peaks < 1e30)  # other rows stay 0 in int8, with all of themselves as their error
+    steps = torch.where(bounded, peaks / 127, 0.0).float()
+    scale = steps.double().unsqueeze(1)
+    whole = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-127, 127)
+    norms = torch.linalg.vector_norm(wide, dim=1)
+    lost = torch.linalg.vector_norm(wide - whole * scale, dim=1)
+    sums = 2 * (d + 64) * 2.0**-24 * norms
+    errors = torch.where(peaks.isfinite(), (lost + sums) * UP + 1e-20, torch.inf)
+    slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * 2.0**-20
+    return Screen(
+        (
+            resident(router),
+            resident(pack_int8(whole.to(torch.int8))),
+            padded(steps),
+            padded(128 * whole.sum(1).to(torch.int32)),
+            padded(errors.float()),
+            padded(torch.linalg.vector_norm(whole * scale, dim=1).mul(UP).float()),
+        ),
+        slack + 1e-30,
+        torch.zeros(2, dtype=torch.int64),
+    )
+
+
+def padded_bias(bias: Tensor | None, atoms: int) -> Tensor:
+    """float32 [panels · 16]: the bias or zeros, and −∞ behind the last atom."""
+    own = torch.zeros(atoms) if bias is None else bias.float()
+    return padded(own, -torch.inf)
+
+
+def padded(values: Tensor, fill: float = 0) -> Tensor:
+    """[atoms] → [panels · 16]."""
+    return torch.nn.functional.pad(values, (0, -values.shape[0] % LANES), value=fill)
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """int8 [n, d] → panels of 16 outputs [⌈n / 16⌉, ⌈d / 4⌉, 16, 4]."""
+    n, d = weight.shape
+    whole = torch.nn.functional.pad(weight, (0, -d % 4, 0, -n % LANES))
+    return whole.view(-1, LANES, whole.shape[1] // 4, 4).transpose(1, 2).contiguous()

@@ -107,6 +107,13 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         str,
         Meta(description="Kernels: auto, plain (torch alone), triton, or an instruction set of the CPU such as avx2."),
     ] = "auto"
+    router_precision: Annotated[
+        Literal["auto", "exact", "int8-certified"],
+        Meta(
+            description="How DSC's router is scored: exact, or int8-certified, which screens it in int8 and picks the "
+            "same; auto: what is faster."
+        ),
+    ] = "auto"
     grouping: Annotated[
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),

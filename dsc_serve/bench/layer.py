@@ -25,10 +25,11 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_serve.bench.machine import describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.bench.oracle import Expected, Verdict, expected, verdict
-from dsc_serve.bench.roofline import Phase, Rates, phases, stored_bytes, synchronizer
+from dsc_serve.bench.roofline import Phase, Rates, phases, screened, stored_bytes, synchronizer
 from dsc_serve.bench.systems import (
     PATHS,
     PLAIN_MOE,
+    SCREENED,
     System,
     Weights,
     build_system,
@@ -215,7 +216,11 @@ class Group:
         wanted = [expected(self.config, weights, x) for weights in checked]
         distinct = statistics.fmean(want.distinct for want in wanted)
         layer = phases(self.config, x.shape[0], distinct, dtype.itemsize)
-        return [(system, check(system, x, wanted, dtype), layer) for system in (*self.systems, *injected)]
+        least = {True: screened(layer, dtype.itemsize), False: layer} if self.config.ffn.kind == "dsc" else {}
+        return [
+            (system, check(system, x, wanted, dtype), least.get(system.path == SCREENED, layer))
+            for system in (*self.systems, *injected)
+        ]
 
 
 def build_groups(bench: LayerBench, notes: list[str]) -> list[Group]:

@@ -9,6 +9,8 @@ under 1 % of a layer at small batches, are left out. With B tokens, width d, e b
 | DSC              | router  | M·d·e       | 2·B·M·d     |
 |                  | static  | m·H·d·e     | 2·m·B·H·d   |
 |                  | bank    | 2·n·d·e     | 4·B·K·d     |
+| DSC, int8 router | router  | M·d         | 2·B·M·d / e |
+|                  | again   | n·d·e       | 2·B·K·d     |
 | mixture of LoRAs | router  | N·d·e       | 2·B·N·d     |
 |                  | static  | m·H·d·e     | 2·m·B·H·d   |
 |                  | bank    | 2·n·r·d·e   | 4·B·k·r·d   |
@@ -43,11 +45,21 @@ GEMM_SHAPES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a layer that must end before the next begins: bytes it reads at least, and its FLOPs."""
+    """A part of a layer that must end before the next begins: bytes it reads at least, and its FLOPs.
+
+    Products of int8 count as FLOPs of the run's dtype in the proportion of their sizes.
+    """
 
     name: str
     bytes: float
     flops: float
+
+
+def screened(layer: Sequence[Phase], element: int) -> list[Phase]:
+    """The phases of a DSC layer whose router is screened in int8: the rows that are picked are scored again."""
+    router, static, bank = layer
+    again = Phase("again", bank.bytes / 2, bank.flops / 2)
+    return [Phase("router", router.bytes / element, router.flops / element), static, again, bank]
 
 
 def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> list[Phase]:

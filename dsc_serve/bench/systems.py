@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops, plain
+from dsc_kernels import native, ops, plain
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe, SortedMoe
 from dsc_serve.model.budget import Budget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
@@ -30,8 +30,9 @@ FROZEN: dict[tuple[str, str], Callable[[ModelConfig, Mapping[str, Tensor]], Laye
     ("moe", "script"): ScriptMoe,
     ("moe", "sorted"): SortedMoe,
 }
+SCREENED = "native int8"
 PATHS = [
-    *[("dsc", "native"), ("dsc", "plain"), ("dsc", "script")],
+    *[("dsc", "native"), ("dsc", SCREENED), ("dsc", "plain"), ("dsc", "script")],
     *[("moe", "native"), ("moe", "plain"), ("moe", "sorted"), ("moe", "script")],
     *[("molora", "native"), ("molora", "plain"), ("dense", "native"), ("dense", "plain")],
 ]
@@ -117,21 +118,25 @@ def build_layer(
 ) -> Layer | None:
     """The layer through a path, on its own copy of the weights; None where the path is not there.
 
-    "native" is what `dsc_kernels.ops` serves with, where that is not plain torch; "plain" is the same with native
-    kernels switched off; other paths are the frozen baselines.
+    "native" is what `dsc_kernels.ops` serves with, where that is not plain torch, with an exact router; SCREENED has a
+    certified int8 router; "plain" is the same with native kernels switched off; other paths are the frozen baselines.
     """
     kind = config.ffn.kind
     own = {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
     if (kind, path) in FROZEN:
         return FROZEN[kind, path](config, own)
-    before = ops.chosen()
+    before, precision = ops.chosen(), native.router_precision()
     ops.use("plain" if path == "plain" else "auto")
+    native.use_router("int8-certified" if path == SCREENED else "exact")
     try:
         layer = KINDS[kind](config, own, dtype, device)
     finally:
         ops.use(before)
-    is_plain = isinstance(getattr(layer, "layer", None), plain.Ffn | plain.Moe)
-    return layer if is_plain == (path == "plain") else None
+        native.use_router(precision)
+    made = getattr(layer, "layer", None)
+    if path == SCREENED and not isinstance(made, native.Ffn):
+        return None
+    return layer if isinstance(made, plain.Ffn | plain.Moe) == (path == "plain") else None
 
 
 def build_system(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsc_kernels import native, ops, plain
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, parameter_counts
+from dsc_serve.model.ffn.dsc import DscFfn
 
 
 def describe(model: Decoder) -> dict[str, str]:
@@ -41,9 +42,14 @@ def describe(model: Decoder) -> dict[str, str]:
             f"U and V [{f.num_atoms}, {c.hidden_size}] per layer, {size / 1e6:.1f} MB in all, {zero} zero atoms"
         )
         bounds = ", ".join(f"{layer.certificate:.3g}" for layer in layers)
+        rows["router"] = "screened in int8, certified" if all(map(screens, layers)) else "exact"
         rows["certificate"] = f"max |γ| per layer, bounds the dynamic part's operator norm: {bounds}"
     rows["kernels"] = kernels(model)
     return rows
+
+
+def screens(layer: DscFfn) -> bool:
+    return isinstance(layer.layer, native.Ffn) and layer.layer.screen.counts is not None
 
 
 def kernels(model: Decoder) -> str:

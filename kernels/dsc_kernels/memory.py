@@ -5,6 +5,7 @@ Rows picked from a bank lie all over it, and with pages of 4 KiB nearly every on
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -37,10 +38,8 @@ def mapped(size: int) -> Tensor:
     """A new anonymous mapping of at least so many bytes, beginning at a huge page."""
     mapping = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: pages of the usual size then
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: pages of the usual size then
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE
     return whole[start : start + size]

@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
 HALF = {torch.float32: 0, torch.bfloat16: 1}
 
 RouterPrecision = Literal["auto", "exact", "int8-certified"]
+ROUTER_PRECISIONS: tuple[RouterPrecision, ...] = get_args(RouterPrecision)
 SCREENED_ATOMS = 256  # from which on it is faster
 SCREENING_SETS = ("avx512bf16",)  # whose int8 products are faster than the others
 
@@ -71,11 +72,14 @@ def use_router(precision: RouterPrecision) -> None:
     "auto" screens where that is faster. A setting of the whole process, for DSC layers made from now on.
     """
     global _router
-    if precision not in get_args(RouterPrecision):
-        raise ValueError(
-            f"router_precision {precision!r} is not known; allowed: {', '.join(get_args(RouterPrecision))}"
-        )
+    if precision not in ROUTER_PRECISIONS:
+        raise ValueError(f"router_precision {precision!r} is not known; allowed: {', '.join(ROUTER_PRECISIONS)}")
     _router = precision
+
+
+def router_precision() -> RouterPrecision:
+    """The setting in use, for `use_router` to take again."""
+    return _router
 
 
 def screens(router: Tensor) -> bool:

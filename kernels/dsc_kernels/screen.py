@@ -37,7 +37,7 @@ NO_SCREEN = Screen((None,) * 6, 0.0, None)
 
 def screen_router(router: Tensor, bias: Tensor | None) -> Screen:
     """A router [atoms, d] as its layer scores it, folded and rounded, with its bias [atoms]."""
-    atoms, d = router.shape
+    d = router.shape[1]
     if d > MAX_WIDTH:
         raise ValueError(f"router_precision is 'int8-certified', but d is {d}; it may be at most {MAX_WIDTH}")
     wide = router.double()

@@ -1,4 +1,4 @@
-"""The certified int8 router picks what scoring every row picks, for any weights and inputs, on every instruction set."""
+"""The certified int8 router picks what scoring every row picks, for any weights and inputs."""
 
 from __future__ import annotations
 

@@ -91,6 +91,8 @@ class Trainer:
         self.recent, self.since_revival = Usage(), Usage()
         if state is not None:
             self._resume(state)
+        lost = max((line["seconds"] for line in read_log(folder / "log.jsonl")), default=0.0)
+        self.clock.before = max(self.clock.before, lost)
         self.record = Record(folder / "log.jsonl", self.step)
 
     def run(self, give_up: float | None = None) -> dict[str, Any] | None:
@@ -264,8 +266,7 @@ class Trainer:
         self.sampler.drawn = state["drawn"]
         self.since_revival = Usage(state["picks"])
         self.clock.began, self.clock.reserve = state["began"], state["reserve"]
-        lost = max((line["seconds"] for line in read_log(self.folder / "log.jsonl")), default=0.0)
-        self.clock.before = max(state["spent"], lost)
+        self.clock.before = state["spent"]
 
     def _save(self) -> None:
         state = {

@@ -25,7 +25,7 @@ static_size = 32
 [optimiser]
 kind = "muon"
 [schedule]
-steps = 120
+steps = 80
 warmup = 10
 micro_tokens = 64
 phases = [{ until = 0.4, length = 16, step_tokens = 128 }, { length = 32, step_tokens = 128 }]
@@ -69,12 +69,12 @@ def test_kill_and_resume_gives_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(paragraphs(300))
     whole = finish(tmp_path, tmp_path / "whole")
     cut = tmp_path / "cut"
-    kill_after(tmp_path, cut, 20)
-    kill_after(tmp_path, cut, 70)
+    kill_after(tmp_path, cut, 15)
+    kill_after(tmp_path, cut, 45)
     assert finish(tmp_path, cut) == whole
     logs = [
         [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (tmp_path / "whole", cut)
     ]
     losses = [[(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs]
     assert losses[0] == losses[1]
-    assert [step for step, _ in losses[0]] == list(range(1, 121))
+    assert [step for step, _ in losses[0]] == list(range(1, 81))

@@ -60,7 +60,7 @@ def test_steps_are_planned_from_the_time_limit(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["steps"] == plan["steps"] >= 20
-    assert found["seconds"] < 25
+    assert found["seconds"] < 60
 
 
 def test_what_does_not_finish_in_time_is_named(tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from native_cases import Guarded
+
+from dsc_kernels import native
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +19,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.available() or ["none"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use(request.param)
+    yield request.param
+    native.use("auto")
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+    guard = Guarded()
+    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32", "int64")}
+    monkeypatch.setattr(native, "torch", SimpleNamespace(**names, empty=guard.empty))
+    yield guard
+    guard.check()

@@ -1,4 +1,4 @@
-"""The C++ kernels against the float64 oracle, on every instruction set that this machine has.
+"""The C++ kernels below the layers against the float64 oracle, on every instruction set that this machine has.
 
 Outputs are poisoned with NaN and lie between guard bands, so that what is not written and what is written too much both
 show.
@@ -6,78 +6,22 @@ show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, random, routed_layer
 from torch import Tensor
 
-from dsc_kernels import native, plain, reference
+from dsc_kernels import native, plain
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
-
-GUARD = 64
-DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
-CASES = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-@pytest.fixture(params=native.available() or ["none"], autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use(request.param)
-    yield request.param
-    native.use("auto")
-
-
-class Guarded:
-    """Stands in for `torch` inside `native`: every tensor it makes is poisoned and has guard bands."""
-
-    def __init__(self) -> None:
-        self.buffers: list[Tensor] = []
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        size = torch.Size(shape).numel()
-        poison = 0x7BADBAD if dtype == torch.int32 else float("nan")
-        buffer = torch.full((size + 2 * GUARD,), poison, dtype=dtype)
-        buffer[:GUARD] = buffer[GUARD + size :] = 77
-        self.buffers.append(buffer)
-        return buffer[GUARD : GUARD + size].view(shape)
-
-    def check(self) -> None:
-        for buffer in self.buffers:
-            assert bool((buffer[:GUARD] == 77).all()) and bool((buffer[-GUARD:] == 77).all()), "wrote out of bounds"
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
-    guard = Guarded()
-    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32", "int64")}
-    monkeypatch.setattr(native, "torch", SimpleNamespace(**names, empty=guard.empty))
-    yield guard
-    guard.check()
-
-
-def error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:
-    """Error of the whole by norm, relative to `scale` (by default the result); NaN counts as infinite.
-
-    Where terms cancel, `scale` is what the result would be if all had one sign: rounding errors are relative to that.
-    """
-    size = (want if scale is None else scale).double().norm().clamp_min(1e-30)
-    return float(((got.double() - want.double()).norm() / size).nan_to_num(torch.inf))
-
-
-def random(generator: torch.Generator, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 
 @CASES
@@ -112,249 +56,6 @@ def test_linear(
     assert got.dtype == out_dtype
     scale = x.double().abs() @ w.double().abs().T + sum(t.double().abs() for t in (bias, residual) if t is not None)
     assert batch == 0 or error(got, want, scale) < TOLERANCE[dtype]
-
-
-def routed_layer(
-    g: torch.Generator, dtype: torch.dtype, d: int, atoms: int, k: int, hidden: int, **changes: Any
-) -> Any:
-    """The arguments of a DSC layer, for native.Ffn and for the oracle."""
-    gated = changes.pop("gated", False)
-    weights = {
-        "up": random(g, dtype, hidden, d, scale=d**-0.5),
-        "gate": random(g, dtype, hidden, d, scale=d**-0.5) if gated else None,
-        "down": random(g, dtype, d, hidden, scale=hidden**-0.5),
-        "activation": "gelu",
-        "router": random(g, dtype, atoms, d, scale=d**-0.5),
-        "router_bias": random(g, torch.float32, atoms, scale=0.3),
-        "u": reference.project(random(g, torch.float32, atoms, d), 1e-6).to(dtype),
-        "v": reference.project(random(g, torch.float32, atoms, d), 1e-6).to(dtype),
-        "gamma": torch.rand(d, generator=g),
-        "k": k,
-        "tau": 20.0,
-        "eps": 1e-6,
-        "norm_eps": 1e-5,
-    }
-    return {**weights, **changes}
-
-
-def oracle(layer: dict[str, Any], x: Tensor, picks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, picks, coefficients, signal and the margin of the selection, in float64; `picks` overrules selection."""
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in layer.items()}
-    x = x.double()
-    logits = reference.router_logits(x, wide["router"], wide["router_bias"], wide["norm_eps"])
-    values, atoms = reference.select(logits, layer["k"], layer["tau"])
-    if picks is not None:
-        atoms = picks
-        values = logits.clamp(-layer["tau"], layer["tau"]).gather(1, picks)
-    weights, signal = reference.coefficients(values, layer["eps"])
-    up = x @ wide["up"].T
-    hidden = F.gelu(up) if wide["gate"] is None else F.gelu(x @ wide["gate"].T) * up
-    out = hidden @ wide["down"].T + reference.compose(x, atoms, weights, wide["u"], wide["v"], wide["gamma"])
-    return out, atoms, weights, signal
-
-
-def margins(layer: dict[str, Any], x: Tensor) -> Tensor:
-    """Per token, how far the k-th logit is from the next."""
-    logits = reference.router_logits(
-        x.double(), layer["router"].double(), layer["router_bias"].double(), layer["norm_eps"]
-    )
-    ordered = logits.clamp(-layer["tau"], layer["tau"]).sort(dim=1, descending=True).values
-    k = layer["k"]
-    return ordered[:, k - 1] - ordered[:, k] if k < ordered.shape[1] else torch.full((x.shape[0],), torch.inf)
-
-
-@CASES
-@given(
-    seed=st.integers(0, 2**31),
-    batch=st.one_of(st.integers(0, 9), st.integers(127, 290)),
-    d=st.integers(1, 67),
-    atoms=st.integers(1, 150),
-    k=st.integers(1, 64),
-    hidden=st.integers(1, 50),
-    gated=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_dsc_layer(
-    guarded: Guarded,
-    seed: int,
-    batch: int,
-    d: int,
-    atoms: int,
-    k: int,
-    hidden: int,
-    gated: bool,
-    dtype: torch.dtype,
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    layer = routed_layer(g, dtype, d, atoms, min(k, atoms), hidden, gated=gated)
-    x = random(g, dtype, batch, d)
-    out, picks, weights, signal = native.Ffn(**layer).routed(x)
-    if not batch:
-        return
-    _, atoms_wanted, _, _ = oracle(layer, x)
-    sure = margins(layer, x) > 1e-3
-    same = (picks.long().sort(dim=1).values == atoms_wanted.sort(dim=1).values).all(dim=1)
-    assert bool(same[sure].all())
-    want, _, want_weights, want_signal = oracle(layer, x, picks.long())
-    wide = {name: layer[name].double().abs() for name in ("up", "gate", "down") if layer[name] is not None}
-    hidden_scale = (x.double().abs() @ wide["up"].T) * (x.double().abs() @ wide["gate"].T if gated else 1)
-    assert error(out, want, hidden_scale @ wide["down"].T + want.abs()) < TOLERANCE[dtype]
-    assert error(weights, want_weights) < 1e-3
-    assert error(signal, want_signal) < 1e-3
-    assert torch.equal(out, native.Ffn(**layer)(x))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_residual_is_added_in_the_same_call(guarded: Guarded, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    layer = routed_layer(g, dtype, 48, 70, 4, 33)
-    x, residual = random(g, dtype, 5, 48), random(g, dtype, 5, 48, scale=3)
-    got = native.Ffn(**layer)(x, residual)
-    assert error(got, oracle(layer, x)[0] + residual.double()) < TOLERANCE[dtype]
-
-
-def selection_layer(logits: Tensor, k: int, tau: float) -> native.Ffn:
-    """A layer whose router's logits for the input [1.0] are the given ones."""
-    zero = torch.zeros(logits.numel(), 1)
-    return native.Ffn(
-        up=torch.zeros(1, 1),
-        gate=None,
-        down=torch.zeros(1, 1),
-        activation="none",
-        router=zero,
-        router_bias=logits,
-        u=zero,
-        v=zero,
-        gamma=torch.ones(1),
-        k=k,
-        tau=tau,
-        eps=1e-6,
-    )
-
-
-@CASES
-@given(
-    values=st.lists(st.sampled_from([-25.0, -20.0, -3.0, -0.0, 0.0, 1.5, 19.0, 20.0, 40.0]), min_size=1, max_size=90),
-    k=st.integers(1, 64),
-)
-def test_ties_go_to_the_lowest_index_also_at_tau(guarded: Guarded, values: list[float], k: int) -> None:
-    logits = torch.tensor(values)
-    k = min(k, len(values))
-    _, picks, _, _ = selection_layer(logits, k, 20.0).routed(torch.ones(1, 1))
-    assert torch.equal(picks[0].long(), reference.select(logits[None].double(), k, 20.0)[1][0])
-
-
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_winners_are_found_wherever_they_are(guarded: Guarded, k: int) -> None:
-    for place in range(100):
-        logits = torch.linspace(-1, 1, 100).flip(0)
-        winners = [(place + 7 * j) % 100 for j in range(k)]
-        for rank, at in enumerate(winners):
-            logits[at] = 10.0 - rank
-        _, picks, _, _ = selection_layer(logits, k, 20.0).routed(torch.ones(1, 1))
-        assert picks[0].tolist() == winners
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("batch", [5, 150])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bad_numbers_touch_no_other_token(guarded: Guarded, value: float, batch: int, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(3)
-    layer = native.Ffn(**routed_layer(g, dtype, 48, 70, 4, 33))
-    moe = moe_layer(g, dtype, 48, 20, 5, 2)
-    x = random(g, dtype, batch, 48)
-    clean, clean_moe = layer(x), native.Moe(**moe)(x)
-    x[2, 7] = value
-    others = [i for i in range(batch) if i != 2]
-    got, picks, _, _ = layer.routed(x)
-    assert torch.equal(got[others], clean[others])
-    assert bool(((picks >= 0) & (picks < 70)).all())
-    assert not bool(torch.isfinite(got[2]).all())
-    assert torch.equal(native.Moe(**moe)(x)[others], clean_moe[others])
-
-
-def test_a_nan_logit_ranks_below_every_number(guarded: Guarded) -> None:
-    logits = torch.tensor([float("nan"), -5.0, float("nan"), 3.0, 2.0] + [-9.0] * 40)
-    _, picks, weights, _ = selection_layer(logits, 3, 20.0).routed(torch.ones(1, 1))
-    assert picks[0].tolist() == [3, 4, 1]
-    assert bool(torch.isfinite(weights).all())
-
-
-def test_zero_atoms_add_nothing(guarded: Guarded) -> None:
-    g = torch.Generator().manual_seed(5)
-    layer = routed_layer(g, torch.float32, 48, 30, 4, 33)
-    layer["v"] = torch.zeros(30, 48)
-    x = random(g, torch.float32, 4, 48)
-    static = native.Ffn(layer["up"], None, layer["down"], "gelu")
-    torch.testing.assert_close(native.Ffn(**layer)(x), static(x), atol=0, rtol=0)
-
-
-def moe_layer(g: torch.Generator, dtype: torch.dtype, d: int, hidden: int, experts: int, k: int) -> dict[str, Any]:
-    return {
-        "router": random(g, dtype, experts, d, scale=d**-0.5),
-        "router_bias": random(g, torch.float32, experts, scale=0.3),
-        "up": [random(g, dtype, hidden, d, scale=d**-0.5) for _ in range(experts)],
-        "gate": None,
-        "down": [random(g, dtype, d, hidden, scale=hidden**-0.5) for _ in range(experts)],
-        "activation": "gelu",
-        "k": k,
-        "normalize": False,
-        "norm_eps": 1e-5,
-    }
-
-
-@CASES
-@given(
-    seed=st.integers(0, 2**31),
-    batch=st.one_of(st.integers(0, 9), st.integers(127, 400)),
-    d=st.integers(3, 67),
-    hidden=st.integers(1, 40),
-    experts=st.integers(1, 9),
-    k=st.integers(1, 4),
-    options=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_moe_layer(
-    guarded: Guarded,
-    seed: int,
-    batch: int,
-    d: int,
-    hidden: int,
-    experts: int,
-    k: int,
-    options: tuple[bool, bool, bool],
-    dtype: torch.dtype,
-) -> None:
-    gated, normalize, with_residual = options
-    g = torch.Generator().manual_seed(seed)
-    k = min(k, experts)
-    layer = {**moe_layer(g, dtype, d, hidden, experts, k), "normalize": normalize}
-    if gated:
-        layer["gate"] = [random(g, dtype, hidden, d, scale=d**-0.5) for _ in range(experts)]
-    x = random(g, dtype, batch, d)
-    residual = random(g, dtype, batch, d) if with_residual else None
-    got = native.Moe(**layer)(x, residual)
-    if not batch:
-        return
-    wide = {n: [w.double() for w in layer[n]] for n in ("up", "down")}
-    gates = None if not gated else [w.double() for w in layer["gate"]]
-    bias = layer["router_bias"].double()
-    oracle = plain.Moe(layer["router"], None, wide["up"], gates, wide["down"], "gelu", k, normalize, 1e-5)
-    logits = reference.router_logits(x.double(), layer["router"].double(), bias, 1e-5)
-    weights, picks = reference.softmax_top_k(logits, k)
-    ordered = logits.sort(dim=1, descending=True).values
-    sure = ordered[:, k - 1] - ordered[:, k] > 1e-3 if k < experts else torch.ones(batch, dtype=torch.bool)
-    if normalize:
-        weights = weights / weights.sum(dim=1, keepdim=True)
-    want = torch.zeros(batch, d, dtype=torch.float64) if residual is None else residual.double()
-    scale = want.abs()
-    for token in range(batch):
-        for weight, expert in zip(weights[token], picks[token].tolist(), strict=True):
-            output = oracle.experts[expert](x[token : token + 1].double())[0]
-            want[token] += weight * output
-            scale[token] += weight * output.norm()
-    # a token whose values are nearly equal has its rounding errors multiplied by the router's norm
-    assert not bool(sure.any()) or error(got[sure], want[sure], scale[sure]) < max(TOLERANCE[dtype], 3e-4)
 
 
 @CASES

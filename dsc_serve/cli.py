@@ -298,6 +298,7 @@ def kernels() -> None:
 
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
+    from dsc_serve.bench.batching_command import batching_command
     from dsc_serve.bench.command import serve_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.bench.scheduler_command import scheduler_command
@@ -306,6 +307,7 @@ def _attach_commands() -> None:
     bench.add_command(serve_command, "serve")
     bench.add_command(layer_command, "layer")
     bench.add_command(scheduler_command, "scheduler")
+    bench.add_command(batching_command, "batching")
     kernels.add_command(aot_command, "aot")
     main.add_command(train_command, "train")
     main.add_command(evaluate_command, "evaluate")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class RoutingWatch:
             tokens=self.sketch.tokens,
             bank_bytes=int(self.sketch.distinct.sum()) * self._shape.row,
             router_bytes=self.sketch.steps * len(self._layers) * self._shape.router_bytes,
-            layers=self._reports,
+            layers=[msgspec.structs.replace(report) for report in self._reports],
         )
 
     def _look_at(self, layer: int, picks: Tensor, signal: float) -> None:

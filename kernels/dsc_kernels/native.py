@@ -29,7 +29,7 @@ HALF = {torch.float32: 0, torch.bfloat16: 1}
 
 RouterPrecision = Literal["auto", "exact", "int8-certified"]
 ROUTER_PRECISIONS: tuple[RouterPrecision, ...] = get_args(RouterPrecision)
-SCREENED_ATOMS = 256  # from which on it is faster
+SCREENED_ATOMS = 128  # for each that is picked, from which on it is faster
 SCREENING_SETS = ("avx512bf16",)  # whose int8 products are faster than the others
 
 _active: str | None = None
@@ -82,10 +82,10 @@ def router_precision() -> RouterPrecision:
     return _router
 
 
-def screens(router: Tensor) -> bool:
+def screens(router: Tensor, k: int) -> bool:
     """Whether a DSC layer with this router [atoms, d] screens it in int8."""
     if _router == "auto":
-        return _active in SCREENING_SETS and router.shape[0] >= SCREENED_ATOMS and router.shape[1] <= MAX_WIDTH
+        return _active in SCREENING_SETS and router.shape[0] >= SCREENED_ATOMS * k and router.shape[1] <= MAX_WIDTH
     return _router == "int8-certified"
 
 
@@ -221,7 +221,7 @@ class Ffn(_Layer):
             for name, bank in (("u", u), ("v", v)):
                 check(name, bank, (self.atoms * max(rank, 1), d), self.dtype)
         bias = None if router is None else padded_bias(router_bias, self.atoms)
-        screened = router is not None and rank == 0 and screens(router)
+        screened = router is not None and rank == 0 and screens(router, k)
         self.screen = screen_router(router, router_bias) if router is not None and screened else NO_SCREEN
         pieces = [None if w is None else resident(pack(w)) for w in (up, gate, down, None if screened else router)]
         scale = None if gamma is None else gamma.float()

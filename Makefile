@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test test-full lint format clean
+SOAK_REQUESTS ?= 20000
+SOAK_SECONDS ?= 1200
+
+.PHONY: help install serve test test-full soak lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +37,9 @@ test: lint ## lint and the tests (under 15 minutes)
 
 test-full: lint ## everything, the long runs too
 	$(BIN)/pytest
+
+soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back
+	SOAK_REQUESTS=$(SOAK_REQUESTS) SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest -s tests/faults/test_soak.py -k given
 
 format: install ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -299,12 +299,13 @@ def kernels() -> None:
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
     from dsc_serve.bench.batching_command import batching_command
-    from dsc_serve.bench.command import serve_command
+    from dsc_serve.bench.command import overload_command, serve_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.bench.scheduler_command import scheduler_command
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 
     bench.add_command(serve_command, "serve")
+    bench.add_command(overload_command, "overload")
     bench.add_command(layer_command, "layer")
     bench.add_command(scheduler_command, "scheduler")
     bench.add_command(batching_command, "batching")

@@ -131,7 +131,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 class LimitConfig(Section, frozen=True, kw_only=True):
     """What the server lets in."""
 
-    max_waiting: Annotated[int, Meta(ge=1, description="Requests that may queue; beyond them clients get 429.")] = 1024
+    max_waiting: Annotated[
+        int, Meta(ge=0, description="Requests that may queue; beyond them clients get 429. 0: as many as may run.")
+    ] = 0
     max_connections: Annotated[
         int, Meta(ge=0, description="Open connections; more are closed at once. 0: what open files allow.")
     ] = 0
@@ -233,6 +235,11 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
             )
+
+
+def places(config: ServerConfig) -> int:
+    """Generations that the server holds, running and queued."""
+    return config.engine.max_running + (config.limits.max_waiting or config.engine.max_running)
 
 
 def environment() -> dict[str, str]:

@@ -64,6 +64,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
 def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli")) -> RunningServer:
     process = subprocess.Popen(
         [sys.executable, *program, "serve", *arguments, "--port", "0"],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 # Sends one request and returns when it has ended. Takes the time (time.perf_counter) at which it was due: latencies
 # count from there, so that a client that cannot keep up shows in them.
-Send = Callable[[float], Awaitable[None]]
+Send = Callable[[float], Coroutine[Any, Any, None]]
 
 
 class Budget:
@@ -26,7 +29,16 @@ class Budget:
         return True
 
 
-async def closed_loop(send: Send, budget: Budget, concurrency: int) -> None:
+@dataclass(frozen=True)
+class Pace:
+    """How fast requests start: streams of a closed loop, requests per second of an open one, drawn from the seed."""
+
+    concurrency: int
+    rate: float = 0.0
+    seed: int = 0
+
+
+async def closed_loop(send: Send, budget: Budget, pace: Pace) -> None:
     """`concurrency` streams, each sending its next request as soon as its last has ended."""
 
     async def stream() -> None:
@@ -34,9 +46,21 @@ async def closed_loop(send: Send, budget: Budget, concurrency: int) -> None:
             await send(time.perf_counter())
 
     async with asyncio.TaskGroup() as streams:
-        for _ in range(concurrency):
+        for _ in range(pace.concurrency):
             streams.create_task(stream())
 
 
-Arrivals = Callable[[Send, Budget, int], Awaitable[None]]
-ARRIVALS: dict[str, Arrivals] = {"closed": closed_loop}
+async def poisson(send: Send, budget: Budget, pace: Pace) -> None:
+    """Requests at `rate`, each independent of the others and of how the server fares."""
+    draw, due = random.Random(pace.seed), time.perf_counter()
+    async with asyncio.TaskGroup() as requests:
+        while True:
+            due += draw.expovariate(pace.rate)
+            await asyncio.sleep(due - time.perf_counter())
+            if not budget.take():
+                return
+            requests.create_task(send(due))
+
+
+Arrivals = Callable[[Send, Budget, Pace], Awaitable[None]]
+ARRIVALS: dict[str, Arrivals] = {"closed": closed_loop, "poisson": poisson}

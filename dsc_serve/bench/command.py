@@ -9,6 +9,7 @@ import click
 
 from dsc_serve.bench.arrivals import ARRIVALS
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
+from dsc_serve.bench.overload import format_overload, run_overload
 from dsc_serve.bench.summary import format_table
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
@@ -19,6 +20,7 @@ from dsc_serve.text.tokenizer import TokenizerError
 @click.option("--model", help="Model to ask for.  [default: the first that the server lists]")
 @click.option("--arrivals", type=click.Choice(sorted(ARRIVALS)), default="closed", help="Load profile.")
 @click.option("--concurrency", default=8, help="Streams; each sends its next request when its last has ended.")
+@click.option("--request-rate", default=1.0, help="Requests per second, for open profiles such as poisson.")
 @click.option("--requests", default=200, help="Requests to measure, at most.")
 @click.option("--duration", "duration_s", default=120.0, help="Seconds after which no further request starts.")
 @click.option("--warmup", type=int, help="Requests sent before and not measured.  [default: one per stream]")
@@ -62,3 +64,40 @@ def serve_command(url: str, json_file: str | None, **settings: object) -> None:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
     if not result.completed:
         raise SystemExit(1)
+
+
+@click.command("overload", context_settings={"show_default": True})
+@click.argument("url")
+@click.option("--factor", default=10.0, help="Load as a multiple of the server's capacity.")
+@click.option("--duration", "duration_s", default=60.0, help="Seconds of each load.")
+@click.option("--concurrency", default=64, help="Streams at which the server is at its peak.")
+@click.option("--prompt-tokens", default=64, help="Length of each prompt.")
+@click.option("--output-tokens", default=256, help="Tokens to generate for each request.")
+@click.option("--api-key", default="", show_default=False, help="Sent as a bearer token.")
+def overload_command(
+    url: str,
+    factor: float,
+    duration_s: float,
+    concurrency: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    api_key: str,
+) -> None:
+    """Offer the server at URL more than it can do, and print what it still does.
+
+    Its peak is measured first, by a closed loop of --concurrency streams; what it completes there per second is its
+    capacity. Then Poisson arrivals at that rate, and at --factor times that rate.
+    """
+    load = LoadConfig(
+        url=url,
+        concurrency=concurrency,
+        requests=10**9,
+        duration_s=duration_s,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        api_key=api_key,
+    )
+    try:
+        click.echo(format_overload(run_overload(load, factor)))
+    except (ConfigError, LoadError) as error:
+        raise click.ClickException(str(error)) from error

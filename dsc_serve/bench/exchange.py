@@ -38,7 +38,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one request. Times in seconds, from the moment it was due.
 
     failure: None, or the reason in a few fixed words; `detail` is then one example of what was said.
-    ttft: to the first event with a token; latency: to the last event of the generation; gaps: between events with
+    ttft: to the first event with a token; latency: to the last event of the generation, or to the end of an answer
+    that is not a success; gaps: between events with
     tokens. output_tokens as the server counts them, or else the number of events with tokens (`counted` is False).
     """
 
@@ -137,5 +138,6 @@ async def measure_request(connections: Connections, request: bytes, due: float, 
     except OSError as error:
         return Outcome(failure="cannot connect", detail=str(error))
     if status != 200:
-        return Outcome(failure=f"HTTP {status}", detail=error_body(record.start_of_body))
+        latency = time.perf_counter() - due
+        return Outcome(failure=f"HTTP {status}", detail=error_body(record.start_of_body), latency=latency)
     return record.outcome(due)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 from tqdm import tqdm
 
-from dsc_serve.bench.arrivals import ARRIVALS, Budget
+from dsc_serve.bench.arrivals import ARRIVALS, Budget, Pace
 from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, ProtocolError
 from dsc_serve.bench.exchange import Outcome, error_body, measure_request
 from dsc_serve.bench.machine import describe_machine, load_average
@@ -27,7 +27,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to send, how much of it, and how fast.
 
     url: of the server, such as http://127.0.0.1:8000. model: None takes the first that the server lists.
-    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop.
+    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop. request_rate: requests per
+        second of an open one.
     requests, duration_s: no request starts after that many or that late, whichever comes first; those in flight end,
         so a run takes at most duration_s + timeout_s, and the warm-up before it as long again.
     warmup: requests before the measurement, sent the same way and discarded; None means one per stream.
@@ -42,6 +43,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     arrivals: str = "closed"
     concurrency: int = 8
+    request_rate: float = 1.0
     requests: int = 200
     duration_s: float = 120.0
     warmup: int | None = None
@@ -63,7 +65,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in ("concurrency", "requests", "vocab_size", "prompt_tokens", "output_tokens"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("duration_s", "timeout_s"):
+        for field in ("duration_s", "timeout_s", "request_rate"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be a finite number above 0")
         if self.warmup is not None and self.warmup < 0:
@@ -128,8 +130,8 @@ async def measure(config: LoadConfig) -> LoadResult:
         date=date,
         url=config.url,
         model=model,
-        max_concurrency=config.concurrency,
-        request_rate=None,
+        max_concurrency=config.concurrency if config.arrivals == "closed" else None,
+        request_rate=None if config.arrivals == "closed" else config.request_rate,
         config=config.describe(),
         client=client,
     )
@@ -147,7 +149,8 @@ async def drive(
     async def send(due: float) -> None:
         record(await measure_request(connections, next(requests), due, config.timeout_s))
 
-    await ARRIVALS[config.arrivals](send, Budget(count, config.duration_s), config.concurrency)
+    pace = Pace(config.concurrency, config.request_rate, config.seed)
+    await ARRIVALS[config.arrivals](send, Budget(count, config.duration_s), pace)
 
 
 def encode_requests(endpoint: Endpoint, model: str, prompts: Iterator[Prompt], config: LoadConfig) -> Iterator[bytes]:

@@ -44,7 +44,8 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     ttft, tpot and e2el are spreads over requests, itl over all gaps between events with tokens. tpot is
     (latency − ttft) / (output tokens − 1), of requests with at least two tokens. failures counts failed requests by
     reason, failure_examples quotes one of each. uncounted: completed requests whose tokens the server did not count,
-    so that events stand for them. client_cpu: share of one core that this client itself used.
+    so that events stand for them. refused: the latency of answers with status 429. client_cpu: share of one core that
+    this client itself used.
     """
 
     date: str
@@ -70,6 +71,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     e2el: Spread
     config: dict[str, object]
     client: dict[str, object]
+    refused: Spread = Spread()
 
     def to_dict(self) -> dict[str, object]:
         """Flat, with spreads as mean_ttft_ms, p99_itl_ms and so on; ready for JSON."""
@@ -130,6 +132,7 @@ def summarize(
         e2el=spread([outcome.latency for outcome in good]),
         config=config,
         client=client,
+        refused=spread([outcome.latency for outcome in outcomes if outcome.failure == "HTTP 429"]),
     )
 
 

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from dsc_serve import __version__
-from dsc_serve.config import ServerConfig
+from dsc_serve.config import ServerConfig, places
 from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
@@ -40,7 +40,7 @@ def create_app(
 ) -> FastAPI:
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
-    admission = Admission(Permits(config.limits.max_waiting + config.engine.max_running), config.limits)
+    admission = Admission(Permits(places(config)), config.limits)
     service = Service(client, tokenizer, served_name(config), admission, config.limits)
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config = service, config
@@ -108,7 +108,8 @@ def create_app(
             stats = await client.stats(STATS_TIMEOUT_S)
         except (TimeoutError, EngineDiedError, ConnectionError):
             stats = None
-        body = service.metrics.render(stats, client.alive, client.restarts, service.permits.held)
+        held = service.permits.held
+        body = service.metrics.render(stats, client.alive, client.restarts, held, client.in_flight)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/state")

@@ -112,6 +112,7 @@ def logging_to(config: LogConfig) -> Iterator[None]:
         logger.addHandler(writer)
         logger.propagate = False
     loggers[0].setLevel(config.log_level.upper())
+    loggers[1].setLevel(logging.ERROR)  # it warns of every connection that is not HTTP
     try:
         yield
     finally:

@@ -30,11 +30,13 @@ class EngineCollector(Collector):
         self.alive = False
         self.restarts = 0
         self.in_flight = 0
+        self.followed = 0
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         yield GaugeMetricFamily("dsc_serve_engine_up", "1 while the engine process is alive.", self.alive)
         yield CounterMetricFamily("dsc_serve_engine_restarts", "Times the engine was started again.", self.restarts)
         yield GaugeMetricFamily("dsc_serve_permits_held", "Generations that the server has let in.", self.in_flight)
+        yield GaugeMetricFamily("dsc_serve_requests_followed", "Requests that wait for news.", self.followed)
         stats = self.stats
         if stats is None:
             return
@@ -140,8 +142,8 @@ class Metrics:
             "dsc_serve_generated_tokens", "Tokens that the engine generated.", registry=self.registry
         )
 
-    def render(self, stats: Stats | None, alive: bool, restarts: int, in_flight: int) -> bytes:
+    def render(self, stats: Stats | None, alive: bool, restarts: int, in_flight: int, followed: int) -> bytes:
         """The text of a scrape."""
         self.engine.stats, self.engine.alive = stats, alive
-        self.engine.restarts, self.engine.in_flight = restarts, in_flight
+        self.engine.restarts, self.engine.in_flight, self.engine.followed = restarts, in_flight, followed
         return generate_latest(self.registry)

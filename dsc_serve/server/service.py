@@ -43,6 +43,9 @@ class Engine(Protocol):
     @property
     def restarts(self) -> int: ...
 
+    @property
+    def in_flight(self) -> int: ...
+
     def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
     ) -> AsyncGenerator[Delta, None]: ...

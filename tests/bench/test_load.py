@@ -314,7 +314,7 @@ def test_the_result_tells_what_was_measured_where_but_not_the_key(serve: Serve) 
         ({"timeout_s": 0.0}, "timeout_s is 0.0; it must be a finite number above 0"),
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
-        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed"),
+        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed, poisson"),
         ({"tokenizer": "x"}, "tokenizer is 'x'; it is of use only together with prompt_file"),
         ({"api_key": "a\r\nb"}, "api_key holds a character that no header can carry"),
         ({"url": "ftp://x"}, "url is 'ftp://x'; it must be of the form http://host:port"),

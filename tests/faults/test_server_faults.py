@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running_server import RunningServer, start_server, stop_server
+from running_server import RunningServer, memory_mb, start_server, stop_server
 from streams import Stream, all_begun
 
 SERVER = (str(Path(__file__).with_name("faulty_server.py")),)
@@ -30,12 +30,6 @@ def start() -> Iterator[Start]:
     yield run
     for server in servers:
         assert stop_server(server) == 0
-
-
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -> None:

@@ -152,6 +152,10 @@ class FakeEngine:
         self.finished.append((request_id, reason))
 
     @property
+    def in_flight(self) -> int:
+        return self.running
+
+    @property
     def trouble(self) -> str:
         if not self.alive:
             return "the engine process has ended"

@@ -252,6 +252,12 @@ def environment_keys() -> str:
     return os.environ.get(API_KEYS, "")
 
 
+def calibration_file() -> Path:
+    """Where `dsc-serve kernels calibrate` keeps what it measured: in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "dsc-serve" / "calibration.json"
+
+
 def models_folder() -> Path:
     """The folder of the models that ship with the package."""
     return Path(__file__).parent / "models"

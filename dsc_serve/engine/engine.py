@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native, ops
-from dsc_kernels.plan import DeviceConstants, Planner
+from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
@@ -20,6 +20,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
+from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
@@ -198,8 +199,9 @@ def prepare_model(config: EngineConfig) -> Decoder:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())
     model = load_model(resolve_model(config.model), DTYPES[config.dtype], DEVICES[config.device])
+    measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
-        layer.planner = Planner(config.grouping, layer.shape, DeviceConstants())
+        layer.planner = Planner(config.grouping, layer.shape, measured)
     return model
 
 

@@ -34,17 +34,18 @@ class DeviceConstants:
 
     gather: rising in size, the last of any size. stream: bytes/s of weights read once. flops: FLOP/s of large products
     by dtype. order_token, order_pick: seconds to order a token, and per pick of it. source: where the numbers are from.
+    The defaults are those of two server cores with AVX-512.
     """
 
     gather: tuple[Level, ...] = (
-        Level(2 << 20, 1.6e-11),
-        Level(32 << 20, 2.6e-11),
-        Level(math.inf, 6.0e-11),
+        Level(4 << 20, 3.2e-11),
+        Level(45 << 20, 3.5e-11),
+        Level(math.inf, 6.2e-11),
     )
-    stream: float = 25e9
-    flops: dict[str, float] = field(default_factory=lambda: {"bfloat16": 0.6e12, "float32": 0.15e12})
-    order_token: float = 6e-9
-    order_pick: float = 1.2e-9
+    stream: float = 30e9
+    flops: dict[str, float] = field(default_factory=lambda: {"bfloat16": 0.4e12, "float32": 0.2e12})
+    order_token: float = 1.7e-8
+    order_pick: float = 6.4e-10
     source: str = "defaults"
 
     def seconds_per_byte(self, size: float) -> float:
@@ -146,10 +147,11 @@ def layer_seconds(
 class Planner:
     """One layer's decisions while serving: `choose` by the sharing seen so far, remembered per power of two of tokens.
 
-    tiles: how many tiles of 16 tokens have been grouped.
+    constants: None on a device that nobody has calibrated, where `auto` gathers. tiles: how many tiles of 16 tokens
+    have been grouped.
     """
 
-    def __init__(self, mode: Mode, shape: Shape, constants: DeviceConstants) -> None:
+    def __init__(self, mode: Mode, shape: Shape, constants: DeviceConstants | None) -> None:
         if mode not in MODES:
             raise ValueError(f"grouping {mode!r} is not known; allowed: {', '.join(MODES)}")
         self.mode, self.shape, self.constants = mode, shape, constants
@@ -168,6 +170,8 @@ class Planner:
 
     def choice(self, batch: int) -> Choice:
         """What `auto` does with about so many tokens."""
+        if self.constants is None:
+            return Choice("gather", {}, "this device has not been calibrated")
         bucket = batch.bit_length()
         if bucket not in self._choices:
             self._choices[bucket] = choose(1 << (bucket - 1), self.shape, self.constants, self._sharing)

@@ -99,7 +99,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             description="Prompts are cut so that a running request gets a token so often; 0: in 1.75 times a step "
-            "without prompts, at least 10 ms.",
+            "without prompts, at least 8 ms.",
         ),
     ] = 0.0
     prefix_cache: Annotated[bool, Meta(description="Reuse what prompts with the same beginning have computed.")] = True

@@ -28,7 +28,7 @@ LONGEST = SYSTEM_TOKENS + LONGEST_PROMPT + LONGEST_OUTPUT
 URGENT, NORMAL = 0, 1
 TOKEN = 7  # what every simulated request generates
 
-PAPER_SIZE = Estimate(step=4.0, single=0.25, context=2e-4, token=0.045, pair=1.5e-5)
+PAPER_SIZE = Estimate(step=4.0, single=0.3, token=0.045, pair=6e-5)
 
 Work = Sequence[tuple[Request, int]]
 Figures = dict[str, float]
@@ -69,8 +69,9 @@ class Workload:
         tenants = rng.choice(TENANTS, self.requests, p=shares / shares.sum())
         prompts = 1 + rng.lognormal(np.log(self.prompt_tokens), 0.8, self.requests).astype(int) % LONGEST_PROMPT
         outputs = 1 + rng.geometric(1 / self.output_tokens, self.requests) % LONGEST_OUTPUT
-        step = self.load_of(running)
-        seconds = 1e-3 * (costs.load.quiet_ms(step) / running * outputs.mean() + costs.load.token * prompts.mean())
+        seconds = 1e-3 * (
+            costs.load.quiet_ms(Load(running)) / running * outputs.mean() + costs.load.token * prompts.mean()
+        )
         times = np.cumsum(rng.exponential(seconds / self.load, self.requests))
         found = []
         for i in range(self.requests):
@@ -84,10 +85,6 @@ class Workload:
             request.signature = np.packbits(picked).view(np.uint64)
             found.append((float(times[i]), request))
         return found
-
-    def load_of(self, running: int) -> Load:
-        """A step in the middle of so many requests' outputs."""
-        return Load(running, running * (self.prompt_tokens + self.output_tokens // 2))
 
 
 @dataclass

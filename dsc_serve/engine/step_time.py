@@ -17,13 +17,12 @@ SHORTEST_MS = 0.01
 
 @dataclass(slots=True)
 class Load:
-    """What one step computes: single tokens and the sum of their contexts; tokens of chunks and the pairs they attend.
+    """What one step computes: single tokens, tokens of chunks, and the pairs that these attend.
 
     A chunk of n tokens after c computed ones attends n · c + n² / 2 pairs.
     """
 
     singles: int = 0
-    contexts: int = 0
     tokens: int = 0
     pairs: float = 0.0
 
@@ -31,7 +30,6 @@ class Load:
         """Add (or, with −1 times, take away) a request's share of the step."""
         if count == 1:
             self.singles += times
-            self.contexts += times * computed
         else:
             self.tokens += times * count
             self.pairs += times * chunk_pairs(count, computed)
@@ -47,13 +45,12 @@ class Estimate:
 
     step: float
     single: float = 0.0
-    context: float = 0.0
     token: float = 0.0
     pair: float = 0.0
 
     def quiet_ms(self, load: Load) -> float:
         """A step with the single tokens of a load and no chunk."""
-        return self.step + self.single * load.singles + self.context * load.contexts
+        return self.step + self.single * load.singles
 
     def chunk_ms(self, count: int, computed: int) -> float:
         return self.token * count + self.pair * chunk_pairs(count, computed)
@@ -71,19 +68,20 @@ class Estimate:
 class StepTime:
     """Fits `Estimate` to observed steps: least squares of relative errors, recent steps first, no cost below zero.
 
-    A cost that recent steps say nothing about keeps its value.
+    A cost that recent steps say nothing about keeps its value. How long the contexts of single tokens are is left out:
+    they grow slowly, so that the last steps tell.
     """
 
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
-        self._costs = [0.0] * 5
-        self._squares = np.zeros((5, 5))
-        self._products = np.zeros(5)
+        self._costs = [0.0] * 4
+        self._squares = np.zeros((4, 4))
+        self._products = np.zeros(4)
         self._seen = 0
 
     def observe(self, load: Load, ms: float) -> None:
         """Learn from a step that took so long."""
-        units = (1.0, load.singles, load.contexts, load.tokens, load.pairs)
+        units = (1.0, load.singles, load.tokens, load.pairs)
         if self._seen >= TRUST:
             expected = sum(cost * unit for cost, unit in zip(self._costs, units, strict=True))
             ms = min(ms, OUTLIER * max(expected, SHORTEST_MS))

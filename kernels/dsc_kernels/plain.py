@@ -246,5 +246,8 @@ def decode_attention(
 def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
     """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
     blocks = -(-length // pool.shape[2])
-    gathered = pool[tables[:, :blocks]].transpose(1, 2)
-    return gathered.reshape(tables.shape[0], pool.shape[1], blocks * pool.shape[2], pool.shape[3])[:, :, :length]
+    _, heads, size, width = pool.shape
+    # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.
+    rows = tables[:, None, :blocks] * heads + torch.arange(heads, device=pool.device)[None, :, None]
+    gathered = F.embedding(rows, pool.view(-1, size * width))
+    return gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]

@@ -10,7 +10,7 @@ from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.policies.base import Budget, Plan, RequestView, View
 
 QUIET_STEPS = 1.75
-SHORT_MS = 10.0
+SHORT_MS = 8.0
 LEAST_CHUNK = 16  # tokens; prompts move on however slow the steps are
 
 
@@ -63,8 +63,7 @@ class Draft:
 
     def _advance_singles(self, singles: Sequence[RequestView]) -> None:
         size = self.view.block_size
-        computed = [request.computed for request in singles]
-        full = [request for request, tokens in zip(singles, computed, strict=True) if tokens % size == 0]
+        full = [request for request in singles if request.computed % size == 0]
         needed = sum([self.view.blocks_needed(request, 1) for request in full])
         if needed > self.free:
             for request in singles:
@@ -72,7 +71,7 @@ class Draft:
                     self._compute(request, 1)
             return
         self.plan.tokens = dict.fromkeys([r.id for r in singles], 1)
-        self.plan.load.singles, self.plan.load.contexts = len(singles), sum(computed)
+        self.plan.load.singles = len(singles)
         self.free, self.left = self.free - needed, self.left - len(singles)
 
     def _protect_singles(self) -> None:

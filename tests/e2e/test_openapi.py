@@ -72,7 +72,7 @@ def test_nothing_made_from_the_document_breaks_the_server_or_the_document(
             *("--phases", phases, "--max-examples", str(examples), "--seed", "1", "--checks", CHECKS),
             # Without a key, whatever is asked of an administrator's route is answered with 401, other methods too.
             *("--exclude-path-regex", "^/admin/", "--suppress-health-check", "all", "--warnings", "off"),
-            *("--no-shrink", "--request-timeout", "60", "--workers", "2", "--no-color"),
+            *("--no-shrink", "--request-timeout", "180", "--workers", "2", "--no-color"),
             *("--generation-database", "none", "--max-failures", "20"),
         ],
         capture_output=True,

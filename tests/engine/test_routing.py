@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -206,6 +207,6 @@ def test_the_report_travels_between_processes(small_model: Callable[..., Path]) 
         llm.generate([[1, 2, 3]], GREEDY)
         assert llm.engine.routing is not None
         report = llm.engine.routing.report()
-    fields = {name: 0 for name in Stats.__struct_fields__ if name != "routing"}
-    message = from_engine_decoder.decode(frame(Stats(**fields, routing=report))[4:])
+    others = {field.name: field.type() for field in msgspec.structs.fields(Stats) if field.required}
+    message = from_engine_decoder.decode(frame(Stats(**others, routing=report))[4:])
     assert isinstance(message, Stats) and message.routing == report

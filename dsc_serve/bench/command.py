@@ -68,9 +68,10 @@ def serve_command(url: str, json_file: str | None, **settings: object) -> None:
 
 @click.command("overload", context_settings={"show_default": True})
 @click.argument("url")
-@click.option("--factor", default=10.0, help="Load as a multiple of the server's capacity.")
+@click.option("--factor", default=10.0, help="Load, as a multiple of what the server completes at its peak.")
 @click.option("--duration", "duration_s", default=60.0, help="Seconds of each load.")
-@click.option("--concurrency", default=64, help="Streams at which the server is at its peak.")
+@click.option("--concurrency", default=64, help="Streams at which the server is at its peak: its max_running.")
+@click.option("--places", default=128, help="Generations that it holds: max_running and max_waiting.")
 @click.option("--prompt-tokens", default=64, help="Length of each prompt.")
 @click.option("--output-tokens", default=256, help="Tokens to generate for each request.")
 @click.option("--api-key", default="", show_default=False, help="Sent as a bearer token.")
@@ -79,14 +80,15 @@ def overload_command(
     factor: float,
     duration_s: float,
     concurrency: int,
+    places: int,
     prompt_tokens: int,
     output_tokens: int,
     api_key: str,
 ) -> None:
     """Offer the server at URL more than it can do, and print what it still does.
 
-    Its peak is measured first, by a closed loop of --concurrency streams; what it completes there per second is its
-    capacity. Then Poisson arrivals at that rate, and at --factor times that rate.
+    Its peak is measured first, by a closed loop of --concurrency streams; then a full house, by as many streams as it
+    has places; then Poisson arrivals at --factor times the rate that it completed at its peak.
     """
     load = LoadConfig(
         url=url,
@@ -98,6 +100,6 @@ def overload_command(
         api_key=api_key,
     )
     try:
-        click.echo(format_overload(run_overload(load, factor)))
+        click.echo(format_overload(run_overload(load, places, factor)))
     except (ConfigError, LoadError) as error:
         raise click.ClickException(str(error)) from error

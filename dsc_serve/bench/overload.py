@@ -14,14 +14,11 @@ REFUSAL = "HTTP 429"
 
 @dataclass(frozen=True)
 class Overload:
-    """Three loads on one server: at its peak, at its capacity, and at `factor` times its capacity.
-
-    The capacity is what the server completes per second at its peak.
-    """
+    """Three loads on one server: at its peak, with all its places taken, and at `factor` times what it completes."""
 
     factor: float
     peak: LoadResult
-    capacity: LoadResult
+    full: LoadResult
     overload: LoadResult
 
     @property
@@ -31,8 +28,8 @@ class Overload:
 
     @property
     def ttft_ratio(self) -> float:
-        """The 99th percentile of the admitted requests' time to the first token, to that at capacity."""
-        return (self.overload.ttft.p99 or 0.0) / (self.capacity.ttft.p99 or 1.0)
+        """The 99th percentile of the admitted requests' time to the first token, to that of a full house."""
+        return (self.overload.ttft.p99 or 0.0) / (self.full.ttft.p99 or 1.0)
 
     @property
     def lost(self) -> int:
@@ -40,23 +37,25 @@ class Overload:
         return self.overload.failed - self.overload.failures.get(REFUSAL, 0)
 
 
-def run_overload(load: LoadConfig, factor: float) -> Overload:
-    """Measure the three loads one after the other. Raises LoadError when the server completes nothing at its peak."""
+def run_overload(load: LoadConfig, places: int, factor: float) -> Overload:
+    """Measure the three loads one after the other; `places` is how many generations the server holds.
+
+    Raises LoadError when the server completes nothing at its peak.
+    """
     peak = run_load(msgspec.structs.replace(load, arrivals="closed"))
     if not peak.completed:
         raise LoadError(f"{load.url} completed none of {peak.failed} requests: {peak.failure_examples}")
-    rate = peak.request_throughput
-    open_loop = msgspec.structs.replace(load, arrivals="poisson", warmup=0)
-    capacity = run_load(msgspec.structs.replace(open_loop, request_rate=rate))
-    overload = run_load(msgspec.structs.replace(open_loop, request_rate=rate * factor))
-    return Overload(factor, peak, capacity, overload)
+    full = run_load(msgspec.structs.replace(load, concurrency=places))
+    rate = peak.request_throughput * factor
+    overload = run_load(msgspec.structs.replace(load, arrivals="poisson", request_rate=rate, warmup=0))
+    return Overload(factor, peak, full, overload)
 
 
 def format_overload(result: Overload) -> str:
     """The figures for people."""
     columns = ("requests/s", "completed", "refused", "lost", "tokens/s", "TTFT p50 ms", "TTFT p99 ms", "429 p99 ms")
     lines = ["".join(f"{name:>13}" for name in ("", *columns))]
-    for name, load in (("peak", result.peak), ("capacity", result.capacity), ("overload", result.overload)):
+    for name, load in (("peak", result.peak), ("full house", result.full), ("overload", result.overload)):
         refused = load.failures.get(REFUSAL, 0)
         offered = (load.completed + load.failed) / load.duration if load.request_rate is None else load.request_rate
         cells = (offered, load.completed, refused, load.failed - refused, load.output_throughput)
@@ -65,8 +64,8 @@ def format_overload(result: Overload) -> str:
         lines.append("".join(f"{cell:>13}" for cell in (name, *(cell.replace("None", "-") for cell in shown))))
     lines += [
         "",
-        f"goodput at {result.factor:g} times the capacity: {result.goodput_ratio:.2f} of the peak's",
-        f"TTFT p99 of the admitted: {result.ttft_ratio:.2f} times that at capacity",
+        f"goodput at {result.factor:g} times what it can complete: {result.goodput_ratio:.2f} of the peak's",
+        f"TTFT p99 of the admitted: {result.ttft_ratio:.2f} times that of a full house",
         f"client: {result.overload.client['client_cpu']} of a core",
     ]
     return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""Open arrivals, and the figures of an overloaded server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+
+import pytest
+
+from dsc_serve.bench.arrivals import Budget, Pace, poisson
+from dsc_serve.bench.exchange import Outcome
+from dsc_serve.bench.overload import Overload, format_overload
+from dsc_serve.bench.summary import LoadResult, summarize
+
+
+def result(outcomes: list[Outcome], rate: float | None = None) -> LoadResult:
+    return summarize(
+        outcomes,
+        2.0,
+        date="",
+        url="",
+        model="",
+        max_concurrency=None,
+        request_rate=rate,
+        config={},
+        client={"client_cpu": 0.1},
+    )
+
+
+def good(ttft: float) -> Outcome:
+    return Outcome(ttft=ttft, latency=ttft + 1, output_tokens=10)
+
+
+def test_the_ratios_are_those_of_what_was_measured() -> None:
+    refused = Outcome(failure="HTTP 429", detail="full", latency=0.004)
+    overload = result([*[good(0.3)] * 9, *[refused] * 80, Outcome(failure="timeout")], rate=50.0)
+    measured = Overload(10, result([good(0.1)] * 10), result([good(0.2)] * 10), overload)
+    assert measured.goodput_ratio == pytest.approx(0.9)
+    assert measured.ttft_ratio == pytest.approx(1.5)
+    assert measured.lost == 1
+    assert overload.refused.p99 == pytest.approx(4)
+    text = format_overload(measured)
+    assert "goodput at 10 times what it can complete: 0.90 of the peak's" in text
+    assert text.splitlines()[3].split() == ["overload", "50.0", "9", "80", "1", "45.0", "300.0", "300.0", "4.0"]
+
+
+def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
+    starts: list[float] = []
+
+    async def send(due: float) -> None:
+        starts.append(due)
+        await asyncio.sleep(0.3)
+
+    begun = time.perf_counter()
+    asyncio.run(poisson(send, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
+    assert len(starts) == 200
+    assert starts == sorted(starts)
+    assert 0.1 < starts[-1] - begun < 0.4, "200 requests at 1,000 a second"
+    again: list[float] = []
+
+    async def note(due: float) -> None:
+        again.append(due)
+
+    asyncio.run(poisson(note, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    assert gaps == pytest.approx([b - a for a, b in itertools.pairwise(again)], abs=1e-6)

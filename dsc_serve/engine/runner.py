@@ -16,7 +16,7 @@ from dsc_serve.engine.output import Routing, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
-from dsc_serve.engine.sampler import Sampler, logprobs, to_device
+from dsc_serve.engine.sampler import Sampler, logprobs, read, takes_likeliest, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
@@ -158,7 +158,11 @@ class Runner:
             start += count
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
-            self._sample(self.model.logits(needed), requests, result)
+            if all(map(takes_likeliest, requests)):
+                tokens = read(self.model.likeliest(needed))
+                result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
+            else:
+                self._sample(self.model.logits(needed), requests, result)
         return result
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:

@@ -36,6 +36,14 @@ def finalise(z: int) -> int:
     return z ^ (z >> 31)
 
 
+def takes_likeliest(request: Request) -> bool:
+    """Whether a request's next token is that of the largest logit, and nothing else of the logits is asked for."""
+    p = request.params
+    changed = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
+    free = request.constraint is None and p.logprobs is None and request.output_size >= p.min_tokens
+    return p.greedy and free and not changed
+
+
 class Sampler:
     """Samples one token for each row of a step's logits.
 

@@ -161,6 +161,17 @@ class Linear:
             )
         return out
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Where each row of x Wᵀ + bias has its largest output, the first of equal ones: x [B, d] → int64 [B]."""
+        batch = x.shape[0]
+        check("x", x, (batch, self.d), self.dtype)
+        out = torch.empty(batch, dtype=torch.int64)
+        x = x.contiguous()
+        if batch:
+            args = (x.data_ptr(), self._w, self._b, out.data_ptr(), batch, self.d, self.n, threads())
+            module().largest(self._half, *args)
+        return out
+
 
 class _Layer:
     """What FFN layers share: a capsule of addresses, and the tensors that must outlive it."""

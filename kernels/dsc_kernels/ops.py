@@ -34,6 +34,8 @@ class Linear(Protocol):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor: ...
 
+    def largest(self, x: Tensor) -> Tensor: ...
+
 
 class Layer(Protocol):
     """x [B, d] → the layer's output plus residual, [B, d]."""

@@ -72,6 +72,10 @@ class Linear:
             y = y + residual
         return y if out_dtype is None else y.to(out_dtype)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Where each row has its largest output: int64 [B]."""
+        return self(x, out_dtype=torch.float32).argmax(dim=1)
+
 
 class Mlp:
     """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate; GELU in its exact form."""

@@ -28,7 +28,7 @@ class Guarded:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         size = torch.Size(shape).numel()
-        poison = 0x7BADBAD if dtype == torch.int32 else float("nan")
+        poison = float("nan") if dtype.is_floating_point else 0x7BADBAD
         buffer = torch.full((size + 2 * GUARD,), poison, dtype=dtype)
         buffer[:GUARD] = buffer[GUARD + size :] = 77
         self.buffers.append(buffer)

@@ -133,6 +133,7 @@ struct Sampling {
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
+  void (*largest)(const Linear&);  // out: int64 [batch], where each row's largest output is
   void (*ffn)(const Ffn&);
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
@@ -141,6 +142,7 @@ struct Kernels {
   void (*attention_layer)(const AttentionLayer&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
+  int64_t (*largest_scratch)(const Linear&);
   int64_t (*ffn_scratch)(const Ffn&);
   int64_t (*moe_scratch)(const Moe&);
   int64_t (*attention_scratch)(const Attention&);

@@ -17,6 +17,7 @@ namespace {
 
 #include "attention_layer.h"
 #include "ffn.h"
+#include "head.h"
 #include "moe.h"
 #include "norm.h"
 #include "sample.h"
@@ -42,8 +43,8 @@ void sample(const Sampling& a) {
 
 template <typename T>
 constexpr Kernels table() {
-  return {pack_any<T>,       linear<T>,      ffn<T>,         moe<T>,
-          attention<T>,      store_kv<T>,    rms_norm<T>,   attention_layer<T>, linear_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
+  return {pack_any<T>, linear<T>, largest<T>, ffn<T>,         moe<T>,
+          attention<T>,      store_kv<T>,    rms_norm<T>,   attention_layer<T>, linear_scratch<T>, largest_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
           attention_scratch<T>, store_kv_scratch<T>, rms_norm_scratch<T>, attention_layer_scratch<T>};
 }
 

@@ -137,6 +137,23 @@ PyObject* linear(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).linear, kernels(half).linear_scratch);
 }
 
+// (is_bfloat16, x, w, bias, out, batch, d, n, threads)
+PyObject* largest(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  Linear c{};
+  c.x = a.address<const void>();
+  c.w = a.address<const void>();
+  c.bias = a.address<const float>();
+  c.out = a.address<void>();
+  c.batch = a.integer();
+  c.d = a.integer();
+  c.n = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).largest, kernels(half).largest_scratch);
+}
+
 // What stays the same from call to call is read once; a layer's calls name it by its capsule.
 template <typename Call>
 struct Layer {
@@ -449,6 +466,7 @@ PyMethodDef methods[] = {
     {"use", use, METH_O, "Choose an instruction set by name."},
     {"pack", fast(pack), METH_FASTCALL, nullptr},
     {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"largest", fast(largest), METH_FASTCALL, nullptr},
     {"ffn_layer", fast(ffn_layer), METH_FASTCALL, nullptr},
     {"ffn", fast(ffn), METH_FASTCALL, nullptr},
     {"moe_layer", fast(moe_layer), METH_FASTCALL, nullptr},

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_serve.engine import sampler
 from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
@@ -16,7 +17,7 @@ from dsc_serve.engine.output import Routing, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
-from dsc_serve.engine.sampler import Sampler, logprobs, read, takes_likeliest, to_device
+from dsc_serve.engine.sampler import Sampler, logprobs, takes_likeliest, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
@@ -159,7 +160,7 @@ class Runner:
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
             if all(map(takes_likeliest, requests)):
-                tokens = read(self.model.likeliest(needed))
+                tokens = sampler.read(self.model.likeliest(needed))
                 result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
             else:
                 self._sample(self.model.logits(needed), requests, result)

@@ -56,9 +56,8 @@ def test_figures_are_those_of_the_definitions() -> None:
 
 def test_the_flat_form_has_the_names_that_tools_exchange() -> None:
     flat = result([Outcome(ttft=0.1, latency=0.5, gaps=(0.4,), input_tokens=10, output_tokens=2)]).to_dict()
-    names = {
-        f"{name}_{of}_ms" for name in ("mean", "median", "p90", "p99", "std") for of in ("ttft", "tpot", "itl", "e2el")
-    }
+    kinds = ("ttft", "tpot", "itl", "e2el", "refused")
+    names = {f"{name}_{of}_ms" for name in ("mean", "median", "p90", "p99", "std") for of in kinds}
     names |= {"request_throughput", "output_throughput", "total_token_throughput", "duration", "completed", "failed"}
     names |= {
         "failures",

@@ -90,7 +90,7 @@ def test_a_killed_engine_is_told_to_every_client_and_replaced(start: Start) -> N
 
 
 def test_requests_that_had_said_nothing_survive_the_engine_s_death(start: Start) -> None:
-    server = start("--max-running", "2")
+    server = start("--max-running", "2", "--max-waiting", "10")
 
     async def run() -> None:
         running = [Stream(LONG) for _ in range(2)]

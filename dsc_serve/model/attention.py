@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
@@ -63,11 +62,5 @@ class Attention:
             y[:n] = ops.decode_attention(q[:n], keys, values, tables[:n], contexts, batch.decode_context, self.scale)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.start + chunk.length)
-            k, v = (ops.gather_context(p, tables[chunk.row : chunk.row + 1], chunk.context) for p in (keys, values))
-            seen = torch.ones(chunk.length, chunk.context, dtype=torch.bool, device=q.device)
-            mask = seen.tril(chunk.context - chunk.length)
-            grouped = k.shape[1] != q.shape[1]
-            own = q[rows].transpose(0, 1)[None]
-            out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
-            y[rows] = out[0].transpose(0, 1)
+            y[rows] = ops.chunk_attention(q[rows], keys, values, tables[chunk.row], chunk.context, self.scale)
         return y

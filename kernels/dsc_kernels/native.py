@@ -434,6 +434,30 @@ def decode_attention(
     return out
 
 
+def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+    """Attention of the last tokens of one sequence, each up to itself, over paged keys and values as they lie.
+
+    q [n, heads, size] (rows may be strided): positions context − n … context − 1; keys, values [blocks, kv heads,
+    block, size]; table int64 [W]. Returns [n, heads, size].
+    """
+    count, heads, size = q.shape
+    blocks, kv_heads, block, _ = keys.shape
+    check("keys", keys, (blocks, kv_heads, block, size), q.dtype)
+    check("values", values, (blocks, kv_heads, block, size), q.dtype)
+    check("table", table, (table.shape[0],), torch.int64)
+    if not count <= context <= table.shape[0] * block or heads % kv_heads or table.stride(0) != 1:
+        raise ValueError(f"{table.shape[0]} blocks of {block} tokens do not hold {context}, of which {count} are new")
+    if q.stride(2) != 1 or q.stride(1) != size:
+        q = q.contiguous()
+    out = torch.empty(count, heads, size, dtype=q.dtype)
+    if count:
+        module().chunk_attention(
+            *(HALF[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(), table.data_ptr(), out.data_ptr()),
+            *(count, q.stride(0), context, kv_heads, heads // kv_heads, size, block, scale, threads()),
+        )
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of rows x [T, d] with weight [d] of x's dtype, summed in float32 and rounded once."""
     batch, d = x.shape

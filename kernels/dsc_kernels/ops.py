@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dsc_kernels import native, plain
 from dsc_kernels.native import Activation
-from dsc_kernels.plain import gather_context as gather_context
 
 CPU = torch.device("cpu")
 
@@ -205,4 +204,10 @@ def decode_attention(
     """Attention of one new token per sequence over its paged keys and values; see `native.decode_attention`."""
     module = implementation(q.dtype, q.device)
     out: Tensor = module.decode_attention(q, keys, values, tables, contexts, longest, scale)
+    return out
+
+
+def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+    """Attention of the last tokens of one sequence, each up to itself; see `native.chunk_attention`."""
+    out: Tensor = implementation(q.dtype, q.device).chunk_attention(q, keys, values, table, context, scale)
     return out

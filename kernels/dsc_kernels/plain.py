@@ -247,6 +247,16 @@ def decode_attention(
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
 
 
+def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+    """Attention of the last tokens of one sequence, each up to itself, over copies of its keys and values."""
+    k, v = (gather_context(pool, table[None], context) for pool in (keys, values))
+    mask = torch.ones(q.shape[0], context, dtype=torch.bool, device=q.device).tril(context - q.shape[0])
+    grouped = k.shape[1] != q.shape[1]
+    own = q.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
 def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
     """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
     blocks = -(-length // pool.shape[2])

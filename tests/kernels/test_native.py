@@ -130,6 +130,50 @@ def test_decode_attention(
 @CASES
 @given(
     seed=st.integers(0, 2**31),
+    count=st.one_of(st.integers(1, 3), st.integers(1, 70)),
+    before=st.one_of(st.integers(0, 70), st.integers(0, 700)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    size=st.sampled_from([1, 7, 16, 20, 33, 64, 80, 128]),
+    block=st.integers(1, 17),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_chunk_attention(
+    guarded: Guarded,
+    seed: int,
+    count: int,
+    before: int,
+    kv_heads: int,
+    group: int,
+    size: int,
+    block: int,
+    dtype: torch.dtype,
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    heads, context = kv_heads * group, before + count
+    width = -(-context // block)
+    keys, values = (random(g, dtype, width + 2, kv_heads, block, size) for _ in range(2))
+    table = torch.randperm(width + 2, generator=g)
+    used = torch.zeros(width + 2, block, dtype=torch.bool)
+    used[table[:width]] = (torch.arange(width * block) < context).view(width, block)
+    for pool in (keys, values):
+        pool.transpose(1, 2)[~used] = torch.nan  # what another sequence left
+    q = random(g, dtype, count, heads + 2 * kv_heads, size)[:, :heads]  # a slice of q, k, v
+    got = native.chunk_attention(q, keys, values, table, context, size**-0.5)
+    k, v = (plain.gather_context(pool, table[None], context)[0].double() for pool in (keys, values))
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = (q.double().transpose(0, 1) @ k.transpose(1, 2)) * size**-0.5
+    hidden = torch.ones(count, context, dtype=torch.bool).triu(before + 1)
+    want = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    assert error(got, want) < TOLERANCE[dtype]
+    cut = count // 2  # the first half as a chunk of its own: nothing depends on how a prompt is divided
+    first = native.chunk_attention(q[:cut], keys, values, table, before + cut, size**-0.5)
+    assert torch.equal(first, got[:cut])
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
     tokens=st.one_of(st.integers(0, 5), st.just(300)),
     heads=st.integers(1, 4),
     kv_heads=st.integers(1, 3),

@@ -75,6 +75,18 @@ struct Attention {
   char* scratch;
 };
 
+// The last `count` tokens of a sequence, each up to itself.
+struct ChunkAttention {
+  const void* q;              // [count, kv_heads · group, size], row stride q_stride
+  const void *keys, *values;  // pools [blocks, kv_heads, block, size]
+  const int64_t* table;       // the sequence's blocks
+  void* out;                  // [count, kv_heads · group, size]
+  int64_t count, q_stride, context, kv_heads, group, size, block;
+  float scale;
+  int threads;
+  char* scratch;
+};
+
 // New tokens' keys and values go to the pools, queries and keys turned by their position's angles first.
 struct StoreKv {
   void* qkv;                  // [tokens, heads + 2 · kv_heads, size]; its queries are turned in place
@@ -137,6 +149,7 @@ struct Kernels {
   void (*ffn)(const Ffn&);
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
+  void (*chunk_attention)(const ChunkAttention&);
   void (*store_kv)(const StoreKv&);
   void (*rms_norm)(const RmsNorm&);
   void (*attention_layer)(const AttentionLayer&);
@@ -146,6 +159,7 @@ struct Kernels {
   int64_t (*ffn_scratch)(const Ffn&);
   int64_t (*moe_scratch)(const Moe&);
   int64_t (*attention_scratch)(const Attention&);
+  int64_t (*chunk_attention_scratch)(const ChunkAttention&);
   int64_t (*store_kv_scratch)(const StoreKv&);
   int64_t (*rms_norm_scratch)(const RmsNorm&);
   int64_t (*attention_layer_scratch)(const AttentionLayer&);

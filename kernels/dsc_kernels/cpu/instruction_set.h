@@ -16,6 +16,7 @@
 namespace {
 
 #include "attention_layer.h"
+#include "chunk_attention.h"
 #include "ffn.h"
 #include "head.h"
 #include "moe.h"
@@ -43,9 +44,25 @@ void sample(const Sampling& a) {
 
 template <typename T>
 constexpr Kernels table() {
-  return {pack_any<T>, linear<T>, largest<T>, ffn<T>,         moe<T>,
-          attention<T>,      store_kv<T>,    rms_norm<T>,   attention_layer<T>, linear_scratch<T>, largest_scratch<T>, ffn_scratch<T>, moe_scratch<T>,
-          attention_scratch<T>, store_kv_scratch<T>, rms_norm_scratch<T>, attention_layer_scratch<T>};
+  return {pack_any<T>,
+          linear<T>,
+          largest<T>,
+          ffn<T>,
+          moe<T>,
+          attention<T>,
+          chunk_attention<T>,
+          store_kv<T>,
+          rms_norm<T>,
+          attention_layer<T>,
+          linear_scratch<T>,
+          largest_scratch<T>,
+          ffn_scratch<T>,
+          moe_scratch<T>,
+          attention_scratch<T>,
+          chunk_attention_scratch<T>,
+          store_kv_scratch<T>,
+          rms_norm_scratch<T>,
+          attention_layer_scratch<T>};
 }
 
 }  // namespace

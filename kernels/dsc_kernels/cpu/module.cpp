@@ -300,6 +300,24 @@ PyObject* attention(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).attention, kernels(half).attention_scratch);
 }
 
+// (is_bfloat16, q, keys, values, table, out, count, q_stride, context, kv_heads, group, size, block, scale, threads)
+PyObject* chunk_attention(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  int half = static_cast<int>(a.integer());
+  ChunkAttention c{};
+  c.q = a.address<const void>();
+  c.keys = a.address<const void>();
+  c.values = a.address<const void>();
+  c.table = a.address<const int64_t>();
+  c.out = a.address<void>();
+  for (int64_t* size : {&c.count, &c.q_stride, &c.context, &c.kv_heads, &c.group, &c.size, &c.block})
+    *size = a.integer();
+  c.scale = a.real();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(half).chunk_attention, kernels(half).chunk_attention_scratch);
+}
+
 // (is_bfloat16, qkv, angles, positions, blocks, offsets, keys, values, tokens, heads, kv_heads, size, block, threads)
 PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
@@ -472,6 +490,7 @@ PyMethodDef methods[] = {
     {"moe_layer", fast(moe_layer), METH_FASTCALL, nullptr},
     {"moe", fast(moe), METH_FASTCALL, nullptr},
     {"attention", fast(attention), METH_FASTCALL, nullptr},
+    {"chunk_attention", fast(chunk_attention), METH_FASTCALL, nullptr},
     {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
     {"rms_norm", fast(rms_norm), METH_FASTCALL, nullptr},
     {"attention_layer", fast(attention_layer_new), METH_FASTCALL, nullptr},

@@ -5,11 +5,12 @@ MODEL ?= dsc-tiny
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEPLOY_STAMP := $(VENV)/.installed-deploy
 
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
-.PHONY: help install serve test test-full soak lint format clean
+.PHONY: help install serve test test-full test-deploy soak lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,10 +34,18 @@ lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 test: lint ## lint and the tests (under 15 minutes)
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full and not deploy"
 
-test-full: lint ## everything, the long runs too
-	$(BIN)/pytest
+test-full: lint ## all of them, the long runs too
+	$(BIN)/pytest -m "not deploy"
+
+test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
+	$(BIN)/python tests/deploy/programs.py
+	$(BIN)/pytest -m deploy tests/deploy
+
+$(DEPLOY_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[deploy]'
+	@touch $@
 
 soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back
 	SOAK_REQUESTS=$(SOAK_REQUESTS) SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest -s tests/faults/test_soak.py -k given

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from dsc_serve.bench.arrivals import ARRIVALS
+from dsc_serve.bench.exchange import Outcome
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.overload import format_overload, run_overload
-from dsc_serve.bench.summary import format_table
+from dsc_serve.bench.summary import format_table, record_line
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
 
@@ -21,6 +22,9 @@ from dsc_serve.text.tokenizer import TokenizerError
 @click.option("--arrivals", type=click.Choice(sorted(ARRIVALS)), default="closed", help="Load profile.")
 @click.option("--concurrency", default=8, help="Streams; each sends its next request when its last has ended.")
 @click.option("--request-rate", default=1.0, help="Requests per second, for open profiles such as poisson.")
+@click.option("--burstiness", default=1.0, help="Of gamma arrivals: 1 is Poisson's, less comes in bursts.")
+@click.option("--end-rate", type=float, help="Requests per second at the end of a ramp, after --duration.")
+@click.option("--max-in-flight", type=int, help="Requests of open profiles sent at once; the others wait here.")
 @click.option("--requests", default=200, help="Requests to measure, at most.")
 @click.option("--duration", "duration_s", default=120.0, help="Seconds after which no further request starts.")
 @click.option("--warmup", type=int, help="Requests sent before and not measured.  [default: one per stream]")
@@ -31,34 +35,62 @@ from dsc_serve.text.tokenizer import TokenizerError
     help="Text to cut prompts from.  [default: prompts are random token ids]",
 )
 @click.option(
+    "--sharegpt",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Conversations as JSON of the ShareGPT form; their first questions are prompts.",
+)
+@click.option(
     "--tokenizer",
     type=click.Path(exists=True, file_okay=False),
-    help="Folder of the tokenizer that counts the tokens of --prompt-file.  [default: words are counted]",
+    help="Folder of the tokenizer that counts the tokens of these files.  [default: words are counted]",
 )
 @click.option("--vocab-size", default=256, help="Random token ids are below this number.")
-@click.option("--prompt-tokens", default=64, help="Length of each prompt, in tokens (or words, see --tokenizer).")
-@click.option("--output-tokens", default=64, help="Tokens to generate for each request.")
+@click.option(
+    "--prompt-tokens",
+    metavar="LENGTHS",
+    help="Length of prompts, in tokens (or words, see --tokenizer): "
+    "N, uniform:LOW:HIGH, normal:MEAN:DEVIATION or lognormal:MEDIAN:SIGMA.  [default: 64, or whole questions]",
+)
+@click.option(
+    "--output-tokens",
+    metavar="LENGTHS",
+    help="Tokens to generate, likewise.  [default: 64, or as many as the answers of --sharegpt]",
+)
+@click.option("--prefix-tokens", default=0, help="Length of a beginning that prompts share.")
+@click.option("--prefixes", default=1, help="Different beginnings.")
 @click.option(
     "--ignore-eos/--no-ignore-eos", default=True, help="Generate all output tokens, even past the end of text."
 )
 @click.option("--temperature", default=0.0, help="Sampling temperature; 0 takes the most likely token.")
-@click.option("--seed", default=0, help="Seed of the prompts and of the sampling.")
+@click.option(
+    "--goodput",
+    multiple=True,
+    metavar="NAME:MS",
+    help="Limit that a request must keep to count as good: ttft:100, tpot:20 or e2el:2000; several may be given.",
+)
+@click.option("--seed", default=0, help="Seed of the prompts, the arrivals and the sampling.")
 @click.option("--api-key", default="", show_default=False, help="Sent as a bearer token; never written to the result.")
+@click.option("--records", type=click.Path(dir_okay=False), help="Also write every request to this file, as JSONL.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the result to this file.")
-def serve_command(url: str, json_file: str | None, **settings: object) -> None:
+def serve_command(url: str, json_file: str | None, records: str | None, **settings: object) -> None:
     """Measure the server at URL under load.
 
     Streams completions from it and prints throughput and latencies as a client sees them. Ends with status 1 when no
     request succeeded.
     """
-    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
-        raise click.ClickException(f"--json {json_file}: its folder does not exist")  # said before the measurement
+    for option, file in (("--json", json_file), ("--records", records)):
+        if file is not None and not Path(file).resolve().parent.is_dir():
+            raise click.ClickException(f"{option} {file}: its folder does not exist")  # said before the measurement
+    outcomes: list[Outcome] = []
     try:
         # options have the names of LoadConfig's fields
-        result = run_load(LoadConfig(url=url, **settings))  # type: ignore[arg-type]
+        result = run_load(LoadConfig(url=url, **settings), outcomes.append)  # type: ignore[arg-type]
     except (ConfigError, TokenizerError, LoadError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(format_table(result))
+    if records is not None:
+        outcomes.sort(key=lambda outcome: outcome.due)
+        Path(records).write_bytes(b"".join(record_line(outcome, outcomes[0].due) for outcome in outcomes))
     if json_file is not None:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
         Path(json_file).write_text(text + "\n", encoding="utf-8")

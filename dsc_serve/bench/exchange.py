@@ -38,19 +38,27 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one request. Times in seconds, from the moment it was due.
 
     failure: None, or the reason in a few fixed words; `detail` is then one example of what was said.
-    ttft: to the first event with a token; latency: to the last event of the generation, or to the end of an answer
-    that is not a success; gaps: between events with
-    tokens. output_tokens as the server counts them, or else the number of events with tokens (`counted` is False).
+    queued: until the request was sent, spent in this client. ttft: to the first event with a token; latency: to the
+    last event of the generation, or to the end of an answer that is not a success; gaps: between events with tokens.
+    output_tokens as the server counts them, or else the number of events with tokens (`counted` is False).
+    due: that moment, by time.perf_counter.
     """
 
     failure: str | None = None
     detail: str = ""
+    due: float = 0.0
+    queued: float = 0.0
     ttft: float = 0.0
     latency: float = 0.0
     gaps: tuple[float, ...] = ()
     input_tokens: int = 0
     output_tokens: int = 0
     counted: bool = True
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None where there was no second one."""
+        return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
 
 class StreamRecord:
@@ -124,6 +132,12 @@ def error_body(body: bytes) -> str:
 
 async def measure_request(connections: Connections, request: bytes, due: float, timeout_s: float) -> Outcome:
     """Send one streaming request and follow it to its end. Never raises for what the server or the network does."""
+    sent = time.perf_counter()
+    outcome = await follow(connections, request, due, timeout_s)
+    return msgspec.structs.replace(outcome, due=due, queued=sent - due)
+
+
+async def follow(connections: Connections, request: bytes, due: float, timeout_s: float) -> Outcome:
     record = StreamRecord()
     try:
         async with asyncio.timeout(timeout_s):

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from dsc_serve.bench.arrivals import ARRIVALS, Budget, Pace
 from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, ProtocolError
 from dsc_serve.bench.exchange import Outcome, error_body, measure_request
+from dsc_serve.bench.lengths import Lengths, parse_lengths
 from dsc_serve.bench.machine import describe_machine, load_average
-from dsc_serve.bench.prompts import Prompt, prompt_source
-from dsc_serve.bench.summary import LoadResult, summarize
+from dsc_serve.bench.prompts import Ask, ask_source
+from dsc_serve.bench.summary import LoadResult, parse_limits, summarize
 from dsc_serve.config import ConfigError
 
 
@@ -28,15 +29,22 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     url: of the server, such as http://127.0.0.1:8000. model: None takes the first that the server lists.
     arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop. request_rate: requests per
-        second of an open one.
+        second of an open one. burstiness: of gamma arrivals; 1 is Poisson's. end_rate: what a ramp's rate has become
+        after duration_s. max_in_flight: requests of an open profile that are sent at once; the others wait here, and
+        their times count from when they were due.
     requests, duration_s: no request starts after that many or that late, whichever comes first; those in flight end,
         so a run takes at most duration_s + timeout_s, and the warm-up before it as long again.
     warmup: requests before the measurement, sent the same way and discarded; None means one per stream.
     timeout_s: most seconds for one request, from its start to its end.
-    prompt_file: a UTF-8 text to cut prompts from; without it prompts are random ids below vocab_size.
-    tokenizer: a folder with the tokenizer by which prompt_tokens are counted in that text; without it, words are.
-    output_tokens: max_tokens of every request. ignore_eos: generate all of them; left out of requests when False.
-    seed: of the prompts, and with a temperature above 0 of the sampling.
+    prompt_file: a UTF-8 text to cut prompts from. sharegpt: conversations as JSON, whose questions are prompts. Without
+        either, prompts are random ids below vocab_size.
+    tokenizer: a folder with the tokenizer by which lengths are counted in these files; without it, words are.
+    prompt_tokens: a number, or a distribution as in `lengths`; None: the questions of sharegpt whole, else 64.
+    output_tokens: max_tokens of requests, likewise; None: as long as the answers of sharegpt, else 64.
+    prefix_tokens, prefixes: each prompt begins with one of so many beginnings of that length, drawn evenly.
+    ignore_eos: generate all output tokens; left out of requests when False.
+    goodput: limits in milliseconds that a request must keep to count in request_goodput, such as ("ttft:100",).
+    seed: of the prompts and arrivals, and with a temperature above 0 of the sampling.
     """
 
     url: str
@@ -44,17 +52,24 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     arrivals: str = "closed"
     concurrency: int = 8
     request_rate: float = 1.0
+    burstiness: float = 1.0
+    end_rate: float | None = None
+    max_in_flight: int | None = None
     requests: int = 200
     duration_s: float = 120.0
     warmup: int | None = None
     timeout_s: float = 120.0
     prompt_file: str | None = None
+    sharegpt: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 256
-    prompt_tokens: int = 64
-    output_tokens: int = 64
+    prompt_tokens: int | str | None = None
+    output_tokens: int | str | None = None
+    prefix_tokens: int = 0
+    prefixes: int = 1
     ignore_eos: bool = True
     temperature: float = 0.0
+    goodput: tuple[str, ...] = ()
     seed: int = 0
     api_key: str = ""
 
@@ -62,20 +77,49 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         Endpoint(self.url)
         if self.arrivals not in ARRIVALS:
             raise ConfigError(f"arrivals is {self.arrivals!r}; it must be one of {', '.join(ARRIVALS)}")
-        for field in ("concurrency", "requests", "vocab_size", "prompt_tokens", "output_tokens"):
+        for field in ("concurrency", "requests", "vocab_size", "prefixes"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("duration_s", "timeout_s", "request_rate"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be a finite number above 0")
-        if self.warmup is not None and self.warmup < 0:
-            raise ConfigError(f"warmup is {self.warmup}; it must be at least 0")
+        for field in ("duration_s", "timeout_s", "request_rate", "burstiness", "end_rate"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{field} is {value}; it must be a finite number above 0")
+        for field in ("warmup", "prefix_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise ConfigError(f"{field} is {value}; it must be at least 0")
+        if self.max_in_flight is not None and self.max_in_flight < 1:
+            raise ConfigError(f"max_in_flight is {self.max_in_flight}; it must be at least 1")
         if not self.temperature >= 0:
             raise ConfigError(f"temperature is {self.temperature}; it must be at least 0")
         if not all(" " < char <= "~" for char in self.api_key):
             raise ConfigError("api_key holds a character that no header can carry; it must be printable ASCII")
-        if self.tokenizer is not None and self.prompt_file is None:
-            raise ConfigError(f"tokenizer is {self.tokenizer!r}; it is of use only together with prompt_file")
+        self._check_combinations()
+        self.lengths("prompt_tokens")
+        self.lengths("output_tokens")
+        parse_limits(self.goodput)
+
+    def _check_combinations(self) -> None:
+        files = self.prompt_file is not None, self.sharegpt is not None
+        rules = {
+            "tokenizer": (self.tokenizer is None or any(files), "together with prompt_file or sharegpt"),
+            "sharegpt": (not all(files), "without prompt_file"),
+            "prefix_tokens": (not self.prefix_tokens or not files[1], "without sharegpt"),
+            "prefixes": (self.prefixes == 1 or self.prefix_tokens > 0, "together with prefix_tokens"),
+            "burstiness": (self.burstiness == 1 or self.arrivals == "gamma", "with arrivals gamma"),
+            "end_rate": (self.end_rate is None or self.arrivals == "ramp", "with arrivals ramp"),
+            "max_in_flight": (self.max_in_flight is None or self.arrivals != "closed", "with open arrivals"),
+        }
+        for field, (kept, rule) in rules.items():
+            if not kept:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; it is of use only {rule}")
+        if self.arrivals == "ramp" and self.end_rate is None:
+            raise ConfigError("end_rate is not set; a ramp needs it")
+
+    def lengths(self, field: str) -> Lengths | None:
+        """The lengths that prompt_tokens or output_tokens describes."""
+        value = getattr(self, field)
+        return None if value is None else parse_lengths(field, value)
 
     def describe(self) -> dict[str, object]:
         """The settings as they may be shown: all but the key."""
@@ -91,23 +135,33 @@ def event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run_load(config: LoadConfig) -> LoadResult:
-    """Put the load on the server and measure it.
+def run_load(config: LoadConfig, watch: Callable[[Outcome], None] = lambda outcome: None) -> LoadResult:
+    """Put the load on the server and measure it; `watch` is told of each measured request when it has ended.
 
     Raises ConfigError and TokenizerError when prompts cannot be made, LoadError when the server does not answer.
     Requests that fail are counted in the result.
     """
     with asyncio.Runner(loop_factory=event_loop) as runner:
-        return runner.run(measure(config))
+        return runner.run(measure(config, watch))
 
 
-async def measure(config: LoadConfig) -> LoadResult:
+async def measure(config: LoadConfig, watch: Callable[[Outcome], None] = lambda outcome: None) -> LoadResult:
     """`run_load` for code that has an event loop of its own."""
-    prompts = prompt_source(config.prompt_file, config.tokenizer, config.vocab_size, config.prompt_tokens, config.seed)
+    asks = ask_source(
+        prompt_file=config.prompt_file,
+        sharegpt=config.sharegpt,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        prompt_tokens=config.lengths("prompt_tokens"),
+        output_tokens=config.lengths("output_tokens"),
+        prefix_tokens=config.prefix_tokens,
+        prefixes=config.prefixes,
+        seed=config.seed,
+    )
     endpoint = Endpoint(config.url)
     with Connections(endpoint) as connections:
         model = config.model or await first_model(connections, endpoint, config)
-        requests = encode_requests(endpoint, model, prompts, config)
+        requests = encode_requests(endpoint, model, asks, config)
         warmup = config.concurrency if config.warmup is None else config.warmup
         await drive(connections, requests, config, warmup, lambda _: None)
         client = describe_machine() | {"load_average_start": load_average()}
@@ -117,6 +171,7 @@ async def measure(config: LoadConfig) -> LoadResult:
 
             def record(outcome: Outcome) -> None:
                 outcomes.append(outcome)
+                watch(outcome)
                 bar.update()
 
             date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -127,6 +182,7 @@ async def measure(config: LoadConfig) -> LoadResult:
     return summarize(
         outcomes,
         duration,
+        limits=parse_limits(config.goodput),
         date=date,
         url=config.url,
         model=model,
@@ -146,29 +202,39 @@ async def drive(
 ) -> None:
     """Send up to `count` requests by the configured profile, and tell `record` what became of each."""
 
-    async def send(due: float) -> None:
-        record(await measure_request(connections, next(requests), due, config.timeout_s))
+    gate = asyncio.Semaphore(config.max_in_flight or count or 1)
 
-    pace = Pace(config.concurrency, config.request_rate, config.seed)
+    async def send(due: float) -> None:
+        request = next(requests)  # before waiting: the order of arrival is that of the prompts
+        async with gate:
+            record(await measure_request(connections, request, due, config.timeout_s))
+
+    pace = Pace(
+        config.concurrency,
+        config.request_rate,
+        config.seed,
+        config.burstiness,
+        config.end_rate or config.request_rate,
+        config.duration_s,
+    )
     await ARRIVALS[config.arrivals](send, Budget(count, config.duration_s), pace)
 
 
-def encode_requests(endpoint: Endpoint, model: str, prompts: Iterator[Prompt], config: LoadConfig) -> Iterator[bytes]:
+def encode_requests(endpoint: Endpoint, model: str, asks: Iterator[Ask], config: LoadConfig) -> Iterator[bytes]:
     """The bytes of each request in turn."""
     encoder = msgspec.json.Encoder()
     fields: dict[str, object] = {
         "model": model,
-        "max_tokens": config.output_tokens,
         "temperature": config.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     if config.ignore_eos:
         fields["ignore_eos"] = True
-    for index, prompt in enumerate(prompts):
+    for index, ask in enumerate(asks):
         if config.temperature > 0:
             fields["seed"] = config.seed + index
-        body = encoder.encode(fields | {"prompt": prompt})
+        body = encoder.encode(fields | {"prompt": ask.prompt, "max_tokens": ask.output_tokens})
         yield endpoint.request("POST", "/v1/completions", body, config.api_key)
 
 

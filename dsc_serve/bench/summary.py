@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
 
 from dsc_serve.bench.exchange import Outcome
+from dsc_serve.config import ConfigError
 
 MEASURES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
     "itl": "inter-token latency",
     "e2el": "end-to-end latency",
+    "queue": "waiting in this client",
 }
+LIMITED = ("ttft", "tpot", "e2el")
 STATISTICS = ("mean", "median", "p90", "p99", "std")
 
 
@@ -42,7 +45,9 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """What one load measured. Throughputs are per second over `duration` (seconds), of completed requests only.
 
     ttft, tpot and e2el are spreads over requests, itl over all gaps between events with tokens. tpot is
-    (latency − ttft) / (output tokens − 1), of requests with at least two tokens. failures counts failed requests by
+    (latency − ttft) / (output tokens − 1), of requests with at least two tokens. queue: from when a request was due to
+    when it was sent, which the other times contain. request_goodput: completed requests that kept all limits, per
+    second; None where there are no limits. failures counts failed requests by
     reason, failure_examples quotes one of each. uncounted: completed requests whose tokens the server did not count,
     so that events stand for them. refused: the latency of answers with status 429. client_cpu: share of one core that
     this client itself used.
@@ -69,6 +74,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     tpot: Spread
     itl: Spread
     e2el: Spread
+    queue: Spread
     config: dict[str, object]
     client: dict[str, object]
     refused: Spread = Spread()
@@ -85,6 +91,27 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         return flat
 
 
+def parse_limits(texts: Iterable[str]) -> dict[str, float]:
+    """Limits in seconds from texts such as "ttft:100", in milliseconds. Raises ConfigError."""
+    limits = {}
+    for text in texts:
+        name, _, value = text.partition(":")
+        try:
+            limits[name] = float(value) / 1e3
+        except ValueError:
+            limits[name] = 0.0
+        if name not in LIMITED or not 0 < limits[name] < float("inf"):
+            allowed = ", ".join(LIMITED)
+            raise ConfigError(f"goodput is {text!r}; it must be NAME:MILLISECONDS with a name of {allowed}")
+    return limits
+
+
+def keeps(outcome: Outcome, limits: Mapping[str, float]) -> bool:
+    """Whether a completed request's times are all within their limits; a single token has no time per token."""
+    times = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.latency}
+    return all(times[name] <= limit for name, limit in limits.items())
+
+
 def summarize(
     outcomes: Iterable[Outcome],
     duration: float,
@@ -96,6 +123,7 @@ def summarize(
     request_rate: float | None,
     config: dict[str, object],
     client: dict[str, object],
+    limits: Mapping[str, float] | None = None,
 ) -> LoadResult:
     """The result of a load that took `duration` seconds from its first request's start to its last one's end."""
     outcomes = list(outcomes)
@@ -125,15 +153,37 @@ def summarize(
         total_token_throughput=(inputs + outputs) * per_second,
         max_concurrency=max_concurrency,
         request_rate=request_rate,
-        request_goodput=None,  # counted once limits on latencies can be set
+        request_goodput=sum(keeps(outcome, limits) for outcome in good) * per_second if limits else None,
         ttft=spread([outcome.ttft for outcome in good]),
-        tpot=spread([(o.latency - o.ttft) / (o.output_tokens - 1) for o in good if o.output_tokens > 1]),
+        tpot=spread([outcome.tpot for outcome in good if outcome.tpot is not None]),
         itl=spread([gap for outcome in good for gap in outcome.gaps]),
         e2el=spread([outcome.latency for outcome in good]),
+        queue=spread([outcome.queued for outcome in good]),
         config=config,
         client=client,
         refused=spread([outcome.latency for outcome in outcomes if outcome.failure == "HTTP 429"]),
     )
+
+
+def record_line(outcome: Outcome, begun: float) -> bytes:
+    """One measured request as a line of JSON; start_s: when it was due, in seconds after `begun`; itl_ms: all gaps."""
+    record: dict[str, object] = {
+        "start_s": round(outcome.due - begun, 6),
+        "input_tokens": outcome.input_tokens,
+        "output_tokens": outcome.output_tokens,
+        "queue_ms": milliseconds(outcome.queued),
+    }
+    if outcome.failure is None:
+        record |= {"ttft_ms": milliseconds(outcome.ttft), "e2el_ms": milliseconds(outcome.latency)}
+        record |= {"tpot_ms": None if outcome.tpot is None else milliseconds(outcome.tpot)}
+        record |= {"itl_ms": [milliseconds(gap) for gap in outcome.gaps]}
+    else:
+        record |= {"failure": outcome.failure, "detail": outcome.detail}
+    return msgspec.json.encode(record) + b"\n"
+
+
+def milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
 
 
 def format_table(result: LoadResult) -> str:
@@ -149,6 +199,8 @@ def format_table(result: LoadResult) -> str:
         ("output throughput", f"{result.output_throughput:.1f} tok/s"),
         ("total token throughput", f"{result.total_token_throughput:.1f} tok/s"),
     ]
+    if result.request_goodput is not None:
+        rows.append(("goodput", f"{result.request_goodput:.2f} req/s"))
     lines = [f"{result.model} at {result.url}", "", *(f"{name:<24}{value:>16}" for name, value in rows), ""]
     lines.append(f"{'milliseconds':<24}" + "".join(f"{name:>10}" for name in STATISTICS))
     for field, title in MEASURES.items():

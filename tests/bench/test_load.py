@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dsc_serve.bench.exchange import Outcome
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.summary import LoadResult, format_table
 from dsc_serve.config import ConfigError
@@ -290,6 +291,24 @@ def test_a_server_that_is_gone_is_counted_not_raised() -> None:
         load(url)
 
 
+def test_waiting_in_the_client_is_told_and_counted_in_every_time(serve: Serve) -> None:
+    async def script(exchange: Any) -> None:
+        await asyncio.sleep(0.05)
+        await exchange.begin()
+        await exchange.token()
+        await exchange.end(1)
+
+    server = serve(script)
+    seen: list[Outcome] = []
+    settings = {"arrivals": "poisson", "request_rate": 1000.0, "max_in_flight": 1, "requests": 6}
+    result = run_load(LoadConfig(url=server.url, warmup=0, prompt_tokens=5, **settings), seen.append)
+    assert server.most_active == 1 and result.completed == 6 == len(seen)
+    assert all(outcome.ttft >= outcome.queued + 0.045 for outcome in seen)
+    last = max(seen, key=lambda outcome: outcome.due)
+    assert last.queued > 0.15  # five others of 50 ms each went before it
+    assert result.queue.mean == pytest.approx(1e3 * sum(outcome.queued for outcome in seen) / 6)
+
+
 def test_a_server_without_models_cannot_be_loaded(serve: Serve) -> None:
     with pytest.raises(LoadError, match="lists no model"):
         load(serve(models=[]).url)
@@ -314,8 +333,19 @@ def test_the_result_tells_what_was_measured_where_but_not_the_key(serve: Serve) 
         ({"timeout_s": 0.0}, "timeout_s is 0.0; it must be a finite number above 0"),
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
-        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed, poisson"),
-        ({"tokenizer": "x"}, "tokenizer is 'x'; it is of use only together with prompt_file"),
+        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed, poisson, gamma, ramp"),
+        ({"tokenizer": "x"}, "tokenizer is 'x'; it is of use only together with prompt_file or sharegpt"),
+        ({"sharegpt": "x", "prompt_file": "y"}, "sharegpt is 'x'; it is of use only without prompt_file"),
+        ({"prefixes": 2}, "prefixes is 2; it is of use only together with prefix_tokens"),
+        ({"prefix_tokens": -1}, "prefix_tokens is -1; it must be at least 0"),
+        ({"burstiness": 0.5}, "burstiness is 0.5; it is of use only with arrivals gamma"),
+        ({"burstiness": 0.0, "arrivals": "gamma"}, "burstiness is 0.0; it must be a finite number above 0"),
+        ({"end_rate": 2.0}, "end_rate is 2.0; it is of use only with arrivals ramp"),
+        ({"arrivals": "ramp"}, "end_rate is not set; a ramp needs it"),
+        ({"max_in_flight": 2}, "max_in_flight is 2; it is of use only with open arrivals"),
+        ({"max_in_flight": 0, "arrivals": "poisson"}, "max_in_flight is 0; it must be at least 1"),
+        ({"output_tokens": "many"}, "output_tokens is 'many'; it must be a number, uniform:LOW:HIGH"),
+        ({"goodput": ("itl:1",)}, "goodput is 'itl:1'; it must be NAME:MILLISECONDS"),
         ({"api_key": "a\r\nb"}, "api_key holds a character that no header can carry"),
         ({"url": "ftp://x"}, "url is 'ftp://x'; it must be of the form http://host:port"),
     ],

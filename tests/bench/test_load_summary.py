@@ -6,13 +6,23 @@ import math
 import pytest
 
 from dsc_serve.bench.exchange import Outcome
-from dsc_serve.bench.summary import LoadResult, Spread, format_table, spread, summarize
+from dsc_serve.bench.summary import (
+    LoadResult,
+    Spread,
+    format_table,
+    parse_limits,
+    record_line,
+    spread,
+    summarize,
+)
+from dsc_serve.config import ConfigError
 
 
-def result(outcomes: list[Outcome], duration: float = 2.0) -> LoadResult:
+def result(outcomes: list[Outcome], duration: float = 2.0, limits: dict[str, float] | None = None) -> LoadResult:
     return summarize(
         outcomes,
         duration,
+        limits=limits,
         date="2026-01-01T00:00:00+00:00",
         url="http://localhost:8000",
         model="m",
@@ -56,7 +66,7 @@ def test_figures_are_those_of_the_definitions() -> None:
 
 def test_the_flat_form_has_the_names_that_tools_exchange() -> None:
     flat = result([Outcome(ttft=0.1, latency=0.5, gaps=(0.4,), input_tokens=10, output_tokens=2)]).to_dict()
-    kinds = ("ttft", "tpot", "itl", "e2el", "refused")
+    kinds = ("ttft", "tpot", "itl", "e2el", "queue", "refused")
     names = {f"{name}_{of}_ms" for name in ("mean", "median", "p90", "p99", "std") for of in kinds}
     names |= {"request_throughput", "output_throughput", "total_token_throughput", "duration", "completed", "failed"}
     names |= {
@@ -80,3 +90,40 @@ def test_the_table_shows_what_was_not_measured_as_such() -> None:
     assert lines["time per output token"] == ["-"] * 5
     assert lines["requests completed"] == ["1"]
     assert "failed:" not in table
+
+
+def test_goodput_counts_requests_that_keep_every_limit() -> None:
+    limits = parse_limits(["ttft:100", "tpot:50"])
+    both = Outcome(ttft=0.1, latency=0.3, output_tokens=5)
+    late = Outcome(ttft=0.101, latency=0.2, output_tokens=5)
+    slow = Outcome(ttft=0.05, latency=0.3, output_tokens=5)
+    single = Outcome(ttft=0.1, latency=0.1, output_tokens=1)
+    failed = Outcome(failure="timeout")
+    summary = result([both, late, slow, single, failed], limits=limits)
+    assert summary.request_goodput == pytest.approx(2 / 2.0)
+    assert "goodput" in format_table(summary)
+    assert result([late], limits=limits).request_goodput == 0
+    assert result([both]).request_goodput is None and "goodput" not in format_table(result([both]))
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft:0", "itl:5", "tpot:nan", "e2el:inf", "ttft:fast"])
+def test_limits_that_cannot_be_kept_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"goodput is '{text}'; it must be NAME:MILLISECONDS"):
+        parse_limits([text])
+
+
+def test_a_record_holds_every_time_of_its_request() -> None:
+    outcome = Outcome(due=7.5, queued=0.001, ttft=0.1, latency=0.5, gaps=(0.1, 0.3), input_tokens=9, output_tokens=3)
+    line = record_line(outcome, begun=7.0)
+    assert line.endswith(b"\n") and json.loads(line) == {
+        "start_s": 0.5,
+        "input_tokens": 9,
+        "output_tokens": 3,
+        "queue_ms": 1.0,
+        "ttft_ms": 100.0,
+        "e2el_ms": 500.0,
+        "tpot_ms": 200.0,
+        "itl_ms": [100.0, 300.0],
+    }
+    failed = json.loads(record_line(Outcome(failure="timeout", detail="late"), begun=0.0))
+    assert failed["failure"] == "timeout" and "ttft_ms" not in failed

@@ -1,14 +1,9 @@
-"""Open arrivals, and the figures of an overloaded server."""
+"""The figures of an overloaded server."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import time
-
 import pytest
 
-from dsc_serve.bench.arrivals import Budget, Pace, poisson
 from dsc_serve.bench.exchange import Outcome
 from dsc_serve.bench.overload import Overload, format_overload
 from dsc_serve.bench.summary import LoadResult, summarize
@@ -43,25 +38,3 @@ def test_the_ratios_are_those_of_what_was_measured() -> None:
     text = format_overload(measured)
     assert "goodput at 10 times what it can complete: 0.90 of the peak's" in text
     assert text.splitlines()[3].split() == ["overload", "50.0", "9", "80", "1", "45.0", "300.0", "300.0", "4.0"]
-
-
-def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
-    starts: list[float] = []
-
-    async def send(due: float) -> None:
-        starts.append(due)
-        await asyncio.sleep(0.3)
-
-    begun = time.perf_counter()
-    asyncio.run(poisson(send, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
-    assert len(starts) == 200
-    assert starts == sorted(starts)
-    assert 0.1 < starts[-1] - begun < 0.4, "200 requests at 1,000 a second"
-    again: list[float] = []
-
-    async def note(due: float) -> None:
-        again.append(due)
-
-    asyncio.run(poisson(note, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
-    gaps = [b - a for a, b in itertools.pairwise(starts)]
-    assert gaps == pytest.approx([b - a for a, b in itertools.pairwise(again)], abs=1e-6)

@@ -18,13 +18,18 @@ Serve = Callable[..., Any]
 
 def test_the_command_prints_a_table_and_writes_json(serve: Serve, tmp_path: Path) -> None:
     server = serve()
-    file = tmp_path / "result.json"
-    options = ["--requests", "4", "--concurrency", "2", "--prompt-tokens", "3", "--json", str(file)]
+    file, records = tmp_path / "result.json", tmp_path / "requests.jsonl"
+    options = ["--requests", "4", "--concurrency", "2", "--prompt-tokens", "3", "--goodput", "ttft:60000"]
+    options += ["--json", str(file), "--records", str(records)]
     result = CliRunner().invoke(serve_command, [server.url, *options])
     assert result.exit_code == 0, result.output
     assert "fake-model at http://127.0.0.1" in result.output and "time to first token" in result.output
     written = json.loads(file.read_text(encoding="utf-8"))
-    assert written["completed"] == 4 and written["config"]["prompt_tokens"] == 3
+    assert written["completed"] == 4 and written["config"]["prompt_tokens"] == "3"
+    assert written["request_goodput"] == written["request_throughput"]
+    lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 4 and lines[0]["start_s"] == 0 and all(line["output_tokens"] == 4 for line in lines)
+    assert [line["start_s"] for line in lines] == sorted(line["start_s"] for line in lines)
     assert len(server.exchanges) == 4 + 2
 
 

@@ -20,6 +20,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
+from dsc_serve.engine.step_report import StepReport
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
@@ -62,6 +63,7 @@ class Engine:
         pool = BlockPool(limits.num_blocks)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
+        self.report = StepReport()
         self.routing = routing
         self.bank_bytes = 0
         self._eos = frozenset(eos)
@@ -134,8 +136,10 @@ class Engine:
             return deltas
         plan = self.scheduler.plan()
         work = self.scheduler.begin(plan)
+        scheduled = time.perf_counter()
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
+        computed = time.perf_counter()
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
         plan.tokens.update(done.fewer)
@@ -163,6 +167,14 @@ class Engine:
                     routing=routing,
                 )
             )
+        report, ended_at = self.report, time.perf_counter()
+        report.schedule_s += scheduled - started
+        report.forward_s += result.forward_s
+        report.sample_s += computed - scheduled - result.forward_s
+        report.output_s += ended_at - computed
+        report.seconds.observe(ended_at - started)
+        report.tokens.observe(sum(plan.tokens.values()))
+        report.requests.observe(len(work))
         return deltas
 
     def _failed(self, request_id: str, error: Exception) -> Delta:

@@ -28,11 +28,12 @@ class Request:
     preemption must not repeat them. routed: positions whose picks have been reported.
     names: the names of its full blocks, as far as they have been needed; root: what they begin with (None: it neither
     finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
-    been committed. arrived: the clock's seconds at its arrival; queued_s: from then to its first admission. overtaken:
-    requests of its lane that came later and were admitted earlier; overtaken_at: when the first was. charged: tokens
-    that its tenant has been charged for it. signature: uint64 [16], a bitmap of the atoms that its tokens pick (hashed
-    over all layers), seen or predicted; None while nothing is known. seen: the signature of what it has picked, once it
-    has. constraint: where its output stands in the grammar that it has to follow, if any.
+    been committed. arrived: the clock's seconds at its arrival; queued_s: from then to its first admission; begun_at:
+    at its first token. overtaken: requests of its lane that came later and were admitted earlier; overtaken_at: when
+    the first was. charged: tokens that its tenant has been charged for it. signature: uint64 [16], a bitmap of the
+    atoms that its tokens pick (hashed over all layers), seen or predicted; None while nothing is known. seen: the
+    signature of what it has picked, once it has. constraint: where its output stands in the grammar that it has to
+    follow, if any.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Request:
     cached_tokens: int | None = None
     queued_s: float = 0.0
     arrived: float = 0.0
+    begun_at: float | None = None
     overtaken: int = 0
     overtaken_at: float = 0.0
     charged: int = 0

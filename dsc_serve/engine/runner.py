@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class StepResult:
 
     tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
     prompt_logprobs: of prompt tokens that this step reached, where asked for. stuck: why a request cannot go on.
-    routing: what the tokens that this step computed picked, where asked for.
+    routing: what the tokens that this step computed picked, where asked for. forward_s: until the blocks' output.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
     routing: dict[str, Routing] = field(default_factory=dict)
+    forward_s: float = 0.0
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
@@ -50,6 +52,7 @@ class StepResult:
         self.prompt_logprobs |= other.prompt_logprobs
         self.stuck |= other.stuck
         self.routing |= other.routing
+        self.forward_s += other.forward_s
 
 
 class Inputs:
@@ -139,6 +142,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
+        started = time.perf_counter()
         ordered = sorted(work, key=lambda pair: pair[1] > 1)
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
         if self.routing is not None:
@@ -146,7 +150,7 @@ class Runner:
         hidden = self._hidden(ordered, picks)
         if self.routing is not None:
             self.routing.note(ordered, self._inputs.tokens[0, : hidden.shape[0]].numpy())
-        result = StepResult()
+        result = StepResult(forward_s=time.perf_counter() - started)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
         rows, requests, start = [], [], 0

@@ -15,8 +15,10 @@ from dsc_serve.engine.kv_cache import BlockPool, block_name, blocks_for, root_na
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
 from dsc_serve.engine.queue import Accounts, Queue
 from dsc_serve.engine.request import NO_BLOCKS, Request
+from dsc_serve.engine.step_report import PhaseReport
 from dsc_serve.engine.step_time import StepTime
 
+HELD_BACK = ("preempted", "running", "blocks", "step")
 WINDOW = 256  # waiting requests, or lanes of them, that a policy looks at
 
 
@@ -25,7 +27,8 @@ class Scheduler:
 
     A step is: plan = self.plan(); begin(plan); compute; commit(plan, tokens). prefix_cache: whether prompts may use
     the blocks that others have computed. clock: seconds, for deadlines and for how long somebody was overtaken.
-    Counted: preemptions, timeouts, the prompt_tokens of requests that have computed, and of these the cached_tokens.
+    Counted: preemptions, timeouts, the prompt_tokens of requests that have computed, and of these the cached_tokens;
+    phases: how long requests took to be admitted, to begin and to end.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Scheduler:
         self.waiting = Queue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
         self.step_time = StepTime()
         self.preemptions = self.timeouts = self.prompt_tokens = self.cached_tokens = 0
+        self.phases = PhaseReport()
         self._deadlines = Deadlines(lambda request: self.get(request.id) is request)
         self._secret = secrets.token_bytes(16) if prefix_cache else None
 
@@ -108,6 +112,8 @@ class Scheduler:
                 self._publish(request, count)
             token = tokens.get(request_id)
             if token is not None:
+                if request.begun_at is None:
+                    self._begin(request)
                 request.tokens.append(token)
                 ended[request_id] = reason = end_of(request, token, eos)
             elif request.gap == 0:
@@ -126,6 +132,8 @@ class Scheduler:
             self.accounts.leave(request)
             self.waiting.rerank(request.terms)
             self._deadlines.prune(len(self.running) + len(self.waiting))
+            if request.begun_at is not None:
+                self.phases.decode.observe(self.clock() - request.begun_at)
         return request
 
     def expire(self) -> list[tuple[Request, str]]:
@@ -135,6 +143,21 @@ class Scheduler:
             self.finish(request.id)
             self.timeouts += 1
         return expired
+
+    def held_back(self) -> dict[str, int]:
+        """How many wait, by what they wait for.
+
+        preempted: for blocks, a second time; running: for one of the places to run; blocks: for KV blocks, with the
+        first of the queue; step: for a step with tokens to spare, or for their turn.
+        """
+        counts = dict.fromkeys(HELD_BACK, 0)
+        new = [request for request in self.waiting.requests() if request.cached_tokens is None]
+        counts["preempted"] = len(self.waiting) - len(new)
+        if len(self.running) >= self.budget.running:
+            counts["running"] = len(new)
+        else:
+            counts["blocks" if new and not self._fits(new[0]) else "step"] = len(new)
+        return counts
 
     def fault(self) -> str | None:
         """What breaks the invariants (see `BlockPool.fault`), or None."""
@@ -149,6 +172,7 @@ class Scheduler:
         assert request is not None, f"{request_id} neither runs nor waits"
         if request.cached_tokens is None:
             request.queued_s = self.clock() - request.arrived
+            self.phases.queue.observe(request.queued_s)
         self.accounts.charge(request)
         self.waiting.rerank(request.terms)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
@@ -157,6 +181,17 @@ class Scheduler:
         request.computed = len(request.blocks) * self.block_size
         request.table = np.array(request.blocks, dtype=np.int64)
         self.running[request_id] = request
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are blocks to admit a waiting request, beside one to spare for each that runs."""
+        found = self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        shared = sum(self.pool.owners(block) > 0 for block in found)
+        needed = blocks_for(request.known, self.block_size) - shared
+        return needed + len(self.running) <= self.pool.available
+
+    def _begin(self, request: Request) -> None:
+        request.begun_at = self.clock()
+        self.phases.prefill.observe(request.begun_at - request.arrived - request.queued_s)
 
     def _count_hits(self, request: Request) -> None:
         request.cached_tokens = min(request.computed, request.prompt_size)

@@ -20,13 +20,13 @@ from dsc_kernels.plan import Sharing
 from dsc_kernels.sketch import Signature, Sketch
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
+from dsc_serve.engine.usage import Usage
 from dsc_serve.model.ffn.dsc import DscFfn, Trace
 
 WATCHED = 8  # of so many steps of single tokens one is watched; steps with chunks of prompts always are
 SAMPLED = 4  # every so many watched steps one layer is looked at closely, in turn
 SMOOTHING = 0.25  # weight of a new sample
 FORESEEN = 64  # requests that get a prediction after one step, where they came before there was any
-HOTTEST = 0.01  # of the atoms
 
 Recorder = Callable[[NDArray[np.int32]], None]
 
@@ -52,6 +52,7 @@ class RoutingWatch:
         self._noted: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
         self._unforeseen: deque[Request] = deque()
         self.sketch = Sketch(len(layers), shape.atoms, shape.k, vocab_size)
+        self._usage = Usage(self.sketch.counts, shape.k)
         self._reports = [LayerRouting(0, 0) for _ in layers]
 
     def expect(self, request: Request) -> None:
@@ -102,6 +103,7 @@ class RoutingWatch:
             np.arange(len(requests)) if len(token_ids) == len(requests) else np.repeat(range(len(requests)), counts)
         )
         self.sketch.observe(held, token_ids, owners, [request.seen for request in requests if request.seen])
+        self._usage.advance(self.sketch.tokens)
         if self.recorder is not None:
             self.recorder(held.copy())
         if self.sketch.steps % SAMPLED == 1:
@@ -117,13 +119,28 @@ class RoutingWatch:
         for layer, report, distinct in zip(self._layers, self._reports, self.sketch.distinct.tolist(), strict=True):
             report.distinct = distinct
             report.grouped_tiles = 0 if layer.planner is None else layer.planner.tiles
+        planners = [layer.planner for layer in self._layers if layer.planner is not None]
+        rescored, screened = np.sum([layer.rescored for layer in self._layers], axis=0).tolist()
         return RoutingReport(
             steps=self.sketch.steps,
             tokens=self.sketch.tokens,
             bank_bytes=int(self.sketch.distinct.sum()) * self._shape.row,
-            router_bytes=self.sketch.steps * len(self._layers) * self._shape.router_bytes,
+            router_bytes=self._router_bytes(rescored, screened),
             layers=[msgspec.structs.replace(report) for report in self._reports],
+            composed=sum(planner.steps for planner in planners),
+            grouped=sum(planner.grouped_steps for planner in planners),
+            rescored=rescored,
+            screened=screened,
+            picks_per_atom=self._usage.picks_per_atom,
         )
+
+    def _router_bytes(self, rescored: int, screened: int) -> int:
+        """Of all watched steps. A screened router is read in int8, and its own rows where they are scored again."""
+        reads, whole = self.sketch.steps * len(self._layers), self._shape.router_bytes
+        if screened == 0:
+            return reads * whole
+        again = rescored / screened * self.sketch.tokens * len(self._layers) * whole / self._shape.atoms
+        return reads * whole // self._shape.dtype.itemsize + int(min(again, reads * whole))
 
     def _look_at(self, layer: int, picks: Tensor, signal: float) -> None:
         report, planner = self._reports[layer], self._layers[layer].planner
@@ -139,12 +156,7 @@ class RoutingWatch:
             report.arrival, report.grouped = smooth(report.arrival, seen[0]), smooth(report.grouped, seen[1])
             if planner is not None:
                 planner.sharing = Sharing(report.arrival, report.grouped, seen[2])
-        counts = self.sketch.counts[layer]
-        total, hottest = int(counts.sum()), max(1, round(HOTTEST * len(counts)))
-        shares = counts[counts > 0] / total
-        report.dead = 1 - len(shares) / len(counts)
-        report.top = float(np.partition(counts, -hottest)[-hottest:].sum()) / total
-        report.entropy = float(-(shares * np.log(shares)).sum() / np.log(len(counts))) if len(counts) > 1 else 1.0
+        report.dead, report.top, report.entropy = self._usage.shares(layer)
 
 
 class Away:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -38,14 +39,20 @@ class EngineClient:
         self.restarts = 0
         self._max_unread = max_unread
         self._connection: Connection | None = None
-        self._model: ModelInfo | None = None
+        self._latest: Connection | None = None
         self._pending: dict[str, Pending] = {}
 
     @property
     def model(self) -> ModelInfo:
         """What the engine has loaded, or the last one had."""
-        assert self._model is not None, "no engine has been attached"
-        return self._model
+        assert self._latest is not None, "no engine has been attached"
+        return self._latest.model
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the engine, or the last one, sent anything; it is asked every `ping_s`."""
+        assert self._latest is not None, "no engine has been attached"
+        return time.monotonic() - self._latest.heard
 
     @property
     def alive(self) -> bool:
@@ -57,7 +64,7 @@ class EngineClient:
 
     def attach(self, connection: Connection) -> None:
         """Serve through this connection from now on, the requests that were kept for it first."""
-        self._connection, self._model, self.trouble = connection, connection.model, ""
+        self._connection, self._latest, self.trouble = connection, connection, ""
         for pending in self._pending.values():
             self._submit(pending)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -43,7 +44,10 @@ async def receive(reader: asyncio.StreamReader) -> FromEngine:
 
 
 class Connection:
-    """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason."""
+    """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason.
+
+    heard: when the engine last sent anything, in monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class Connection:
         model: ModelInfo,
         on_delta: Callable[[Delta], None],
     ) -> None:
-        self.model = model
+        self.model, self.heard = model, time.monotonic()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader, self._writer, self._on_delta = reader, writer, on_delta
         self._stats: dict[int, asyncio.Future[Stats]] = {}
@@ -97,6 +101,7 @@ class Connection:
         try:
             while True:
                 message = await receive(self._reader)
+                self.heard = time.monotonic()
                 if isinstance(message, StepDone):
                     for delta in message.deltas:
                         self._on_delta(delta)

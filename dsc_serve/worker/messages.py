@@ -14,6 +14,7 @@ from dsc_serve.engine.output import Delta as Delta
 from dsc_serve.engine.output import Routing as Routing
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
+from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.sampling_params import Limits, SamplingParams
 from dsc_serve.terms import Terms
 
@@ -75,7 +76,7 @@ class StepDone(msgspec.Struct, tag=True, array_like=True):
 
 
 class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
-    """The engine's state at the moment of asking."""
+    """The engine's state at the moment of asking. held_back: see `Scheduler.held_back`."""
 
     ticket: int
     running: int
@@ -92,6 +93,9 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     routing: RoutingReport | None = None
     bank_bytes: int = 0
     device: str = "cpu"
+    step_report: StepReport = msgspec.field(default_factory=StepReport)
+    phases: PhaseReport = msgspec.field(default_factory=PhaseReport)
+    held_back: dict[str, int] = {}
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | Shutdown

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 import msgspec
 
@@ -100,7 +101,9 @@ class EngineProcess:
             except queue.Empty:
                 deltas = self.engine.step()
                 if deltas:
+                    stepped = time.perf_counter()
                     self.send(StepDone(deltas))
+                    self.engine.report.output_s += time.perf_counter() - stepped
 
     def send(self, message: FromEngine) -> None:
         self.connection.sendall(frame(message))
@@ -135,6 +138,9 @@ class EngineProcess:
                     routing=None if self.engine.routing is None else self.engine.routing.report(),
                     bank_bytes=self.engine.bank_bytes,
                     device=self.engine.config.device,
+                    step_report=self.engine.report,
+                    phases=scheduler.phases,
+                    held_back=scheduler.held_back(),
                 )
             )
 

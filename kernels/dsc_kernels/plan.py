@@ -147,15 +147,15 @@ def layer_seconds(
 class Planner:
     """One layer's decisions while serving: `choose` by the sharing seen so far, remembered per power of two of tokens.
 
-    constants: None on a device that nobody has calibrated, where `auto` gathers. tiles: how many tiles of 16 tokens
-    have been grouped.
+    constants: None on a device that nobody has calibrated, where `auto` gathers. steps: how many have been decided;
+    grouped_steps: of these, how many were grouped; tiles: their tiles of 16 tokens.
     """
 
     def __init__(self, mode: Mode, shape: Shape, constants: DeviceConstants | None) -> None:
         if mode not in MODES:
             raise ValueError(f"grouping {mode!r} is not known; allowed: {', '.join(MODES)}")
         self.mode, self.shape, self.constants = mode, shape, constants
-        self.tiles = 0
+        self.steps = self.grouped_steps = self.tiles = 0
         self._sharing: Sharing | None = None
         self._choices: dict[int, Choice] = {}
 
@@ -178,9 +178,11 @@ class Planner:
         return self._choices[bucket]
 
     def grouped(self, batch: int) -> bool:
-        """Whether to group a step of so many tokens; counts its tiles if so."""
+        """Whether to group a step of so many tokens; counts it, and its tiles if so."""
+        self.steps += 1
         if self.mode == "off" or batch < 2 or (self.mode == "auto" and self.choice(batch).path == "gather"):
             return False
+        self.grouped_steps += 1
         self.tiles += -(-batch // TILE)
         return True
 

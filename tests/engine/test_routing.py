@@ -16,6 +16,8 @@ from dsc_kernels import native
 from dsc_kernels.grouping import TILE
 from dsc_kernels.sketch import BITS, Signature, Sketch, scramble
 from dsc_serve import LLM, SamplingParams
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.model.checkpoint import save_checkpoint
@@ -34,6 +36,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def bits(array: NDArray[np.uint64]) -> set[int]:
     return {i for i in range(BITS) if int(array[i // 64]) >> (i % 64) & 1}
+
+
+@pytest.fixture
+def router_setting() -> Iterator[None]:
+    yield
+    native.use_router("auto")
 
 
 def expected_bits(sketch: Sketch, picks: Picks) -> set[int]:
@@ -124,6 +132,22 @@ def test_single_tokens_are_watched_now_and_then_and_the_sums_say_how_often(small
         assert (report.steps, report.tokens) == (1 + 40 // 8, 3 + 40 // 8)
 
 
+@pytest.mark.skipif(native.active() is None, reason="the screen is native")
+def test_a_screened_router_is_read_in_int8_and_where_it_cannot_tell_again(
+    small_model: Callable[..., Path], router_setting: None
+) -> None:
+    prompt = list(range(20))
+    config = EngineConfig(model=str(small_model()), dtype="bf16", router_precision="int8-certified", kv_tokens=96)
+    engine = Engine.for_model(prepare_model(config), config)
+    engine.add("a", prompt, SamplingParams(max_tokens=1))
+    engine.step()
+    assert engine.routing is not None
+    report = engine.routing.report()
+    assert report.screened == 2 * len(prompt)  # layers
+    assert report.rescored >= 3 * report.screened  # at least those that are picked
+    assert report.router_bytes == 2 * 37 * 32 + min(report.rescored * 32 * 2, 2 * 37 * 32 * 2)
+
+
 def test_models_without_atoms_are_not_watched(small_model: Callable[..., Path]) -> None:
     with LLM(str(small_model("moe"))) as llm:
         assert llm.engine.routing is None
@@ -186,6 +210,9 @@ def test_planted_routing_shares_as_computed_by_hand(tmp_path: Path, kernels: str
             assert first.distinct == 12 and mixed.bank_bytes == 2 * 12 * 2 * 32 * 4
             assert (first.arrival, first.grouped) == (12 / 48, 3 / 48)
             assert first.grouped_tiles == (64 // TILE if mode == "always" else 0)
+            assert (mixed.composed, mixed.grouped) == (2, 2 if mode == "always" else 0)
+            assert (first.dead, first.top, first.entropy) == pytest.approx((25 / 37, 1 / 12, np.log(12) / np.log(37)))
+            assert mixed.picks_per_atom == 64 * 3 / 37
             llm.logits(one)
             assert routing.report().bank_bytes - mixed.bank_bytes == mixed.bank_bytes / 4
             results[mode] = logits

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops, plan, reference
+from dsc_kernels import native, ops, plan, reference
 from dsc_kernels.memory import resident
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
@@ -106,6 +106,12 @@ class DscFfn:
     @property
     def bank_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.u, self.v))
+
+    @property
+    def rescored(self) -> tuple[int, int]:
+        """Router rows that the int8 screen could not rule out, and the tokens that this was for; 0 where none is."""
+        counts = self.layer.screen.counts if isinstance(self.layer, native.Ffn) else None
+        return (0, 0) if counts is None else (int(counts[0]), int(counts[1]))
 
     @property
     def certificate(self) -> float:

@@ -29,7 +29,10 @@ def event(data: object) -> bytes:
 
 @dataclass(slots=True)
 class Choice:
-    """One generation. `echo` is the prompt's text where the answer begins with the prompt, else None."""
+    """One generation. `echo` is the prompt's text where the answer begins with the prompt, else None.
+
+    outcome: why it ended; "error" where nobody says why.
+    """
 
     index: int
     request_id: str
@@ -40,6 +43,7 @@ class Choice:
     begun: bool = False
     characters: int = 0  # of its text, that log probabilities have been reported for
     cached_tokens: int = 0  # of its prompt
+    outcome: str = "error"
     clock: Clock = field(default_factory=Clock)
 
 

@@ -25,9 +25,6 @@ from dsc_serve.server.stream import engine_down
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer
-from dsc_serve.worker.client import EngineDiedError
-
-STATS_TIMEOUT_S = 1.0
 
 
 def served_name(config: ServerConfig) -> str:
@@ -89,6 +86,10 @@ def create_app(
         service.check_model(name)
         return json_response(model_card(service))
 
+    def trouble() -> str:
+        """Why the server is not ready, "" when it is."""
+        return client.trouble or (SHUTTING_DOWN if admission.draining else "")
+
     @app.get("/health/live")
     async def live() -> Response:
         if client.gave_up:
@@ -98,18 +99,13 @@ def create_app(
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> Response:
-        if admission.draining or client.trouble:
-            raise engine_down(client.trouble or SHUTTING_DOWN)
+        if trouble():
+            raise engine_down(trouble())
         return json_response({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        try:
-            stats = await client.stats(STATS_TIMEOUT_S)
-        except (TimeoutError, EngineDiedError, ConnectionError):
-            stats = None
-        held = service.permits.held
-        body = service.metrics.render(stats, client.alive, client.restarts, held, client.in_flight)
+        body = await service.metrics.scrape(ready=not trouble())
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/state")

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsc_serve.server.admission import Admission, Lease
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, internal_error
 from dsc_serve.server.keys import Key, KeyRing
-from dsc_serve.server.metrics import Metrics
+from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.terms import Terms
 
 log = logging.getLogger("dsc_serve.requests")
@@ -90,8 +90,7 @@ class Edge:
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         duration = time.perf_counter() - exchange.arrived
-        self.metrics.requests.labels(exchange.endpoint, str(exchange.status)).inc()
-        self.metrics.duration.labels(exchange.endpoint).observe(duration)
+        self.metrics.request_ended(exchange.endpoint, exchange.status, duration)
         if self.log_requests:
             facts = {
                 "method": scope["method"],

@@ -73,10 +73,14 @@ class Clock:
         self.tokens += len(delta.token_ids)
         return passed
 
+    @property
+    def mean_gap_s(self) -> float | None:
+        """Between tokens; None where there were fewer than two."""
+        return None if self.first is None or self.tokens < 2 else (self.last - self.first) / (self.tokens - 1)
+
     def timings(self, cached_tokens: int) -> dict[str, float | int | None]:
         """null where there were too few tokens to tell."""
-        gaps = self.tokens - 1
-        mean = None if self.first is None or gaps == 0 else (self.last - self.first) / gaps
+        mean = self.mean_gap_s
         return {
             "queue_ms": milliseconds(self.queued_s),
             "ttft_ms": milliseconds(self.first),

@@ -15,7 +15,7 @@ from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_ma
 from dsc_serve.server.admission import Admission, Permits
 from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
-from dsc_serve.server.metrics import Metrics
+from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.terms import Terms
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.grammar import Grammars
@@ -46,6 +46,9 @@ class Engine(Protocol):
     @property
     def in_flight(self) -> int: ...
 
+    @property
+    def heartbeat_age_s(self) -> float: ...
+
     def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
     ) -> AsyncGenerator[Delta, None]: ...
@@ -73,7 +76,7 @@ class Service:
         self.model_name = model_name
         self.admission = admission
         self.limits = limits
-        self.metrics = Metrics()
+        self.metrics = Metrics(engine, admission.permits)
         self.created = int(time.time())
         longest = 0
         self._grammars: Grammars | None = None

@@ -62,7 +62,7 @@ class Generation(Response):
         self._arrived = exchange.arrived
         self._terms = exchange.terms(self._shape.terms)
         exchange.lease.charge(self._prompt_tokens)
-        self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+        self._service.metrics.prompt_tokens += self._prompt_tokens
         answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
         gone = asyncio.create_task(client_gone(receive))
         try:
@@ -145,6 +145,12 @@ class Generation(Response):
                     raise engine_failure("the engine ended the request without a reason")
         except (EngineDiedError, ConnectionError) as error:
             raise engine_down(str(error)) from error
+        except (asyncio.CancelledError, ClientGoneError):
+            choice.outcome = "abort"
+            raise
+        finally:
+            clock = choice.clock
+            self._service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
 
     async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> bool:
         """Whether the choice came to its end."""
@@ -154,6 +160,7 @@ class Generation(Response):
         begun = False
         async for delta in deltas:
             reason = delta.finish_reason
+            choice.outcome = reason or choice.outcome
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
@@ -163,7 +170,7 @@ class Generation(Response):
                     metrics.inter_token.observe(passed / len(delta.token_ids))
                 else:
                     metrics.first_token.observe(passed)
-                metrics.generated_tokens.inc(len(delta.token_ids))
+                metrics.generated_tokens += len(delta.token_ids)
             if delta.routing is not None:
                 news.routing.append(delta.routing)
             if delta.prompt_logprobs:
@@ -179,7 +186,7 @@ class Generation(Response):
             if text.stopped:
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
-                reason = "stop"
+                choice.outcome = reason = "stop"
             kept = text.token_count - before
             news.token_ids.extend(delta.token_ids[:kept])
             if delta.logprobs:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from dsc_serve.engine.routing_report import RoutingReport
+from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.sampling_params import ALL_ATOMS, Limits, SamplingParams
 from dsc_serve.terms import Terms
 from dsc_serve.worker.client import EngineDiedError
@@ -67,6 +68,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.running = 0
         self.routing: RoutingReport | None = None
+        self.step_report, self.phases = StepReport(), PhaseReport()
         self.alive = True
         self.hung = False
         self.gave_up = False
@@ -156,6 +158,10 @@ class FakeEngine:
         return self.running
 
     @property
+    def heartbeat_age_s(self) -> float:
+        return 7.5 if self.hung else 0.25
+
+    @property
     def trouble(self) -> str:
         if not self.alive:
             return "the engine process has ended"
@@ -192,4 +198,7 @@ class FakeEngine:
             routing=self.routing,
             bank_bytes=4096,
             device="cuda",
+            step_report=self.step_report,
+            phases=self.phases,
+            held_back={"preempted": 0, "running": 0, "blocks": 3, "step": 0},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -88,7 +89,7 @@ def test_a_bug_within_a_stream_is_its_last_event(app: FastAPI, monkeypatch: pyte
         if calls == 3:
             raise KeyError("a bug")
 
-    monkeypatch.setattr(service_of(app).metrics.inter_token, "observe", observe)
+    monkeypatch.setattr(service_of(app).metrics, "inter_token", SimpleNamespace(observe=observe))
     *events, last = events_of(complete(app, stream=True))
     assert len(events) == 3
     assert last["error"]["type"] == "server_error"

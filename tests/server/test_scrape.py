@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, counting, saying
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from serving import app_around, ask, chat, client_of, complete, until
+from serving import MAX_RUNNING, MAX_WAITING, app_around, ask, chat, client_of, complete, service_of, until
 
+from dsc_serve import __version__
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 
 
@@ -51,7 +52,45 @@ def test_requests_are_counted_by_what_the_client_got(app: FastAPI) -> None:
 def test_a_failure_within_a_stream_is_counted_as_one(app: FastAPI, engine: FakeEngine) -> None:
     engine.fail_after = 2
     assert complete(app, stream=True).status_code == 200
-    assert scrape(app)["dsc_serve_requests_total{endpoint=/v1/completions,status=500}"] == 1
+    found = scrape(app)
+    assert found["dsc_serve_requests_total{endpoint=/v1/completions,status=500}"] == 1
+    assert found["dsc_serve_generations_total{finish_reason=error}"] == 1
+
+
+def test_generations_are_counted_by_how_they_ended_and_by_size(app: FastAPI, engine: FakeEngine) -> None:
+    complete(app, prompt=["a", "bcd"], max_tokens=5)
+    engine.script = saying("so")
+    complete(app, n=2)
+    complete(app, stop="s")
+    engine.script, engine.fail_after = counting, 1
+    complete(app)
+    engine.fail_after, engine.die, engine.alive = None, True, False
+    complete(app)
+    engine.alive = True
+    found = scrape(app)
+    reasons = {key: value for key, value in found.items() if key.startswith("dsc_serve_generations_total")}
+    assert reasons == {
+        f"dsc_serve_generations_total{{finish_reason={reason}}}": count
+        for reason, count in {"length": 2, "stop": 3, "abort": 0, "timeout": 0, "error": 2}.items()
+    }
+    assert found["dsc_serve_generation_prompt_tokens_bucket{le=1}"] == 1
+    assert found["dsc_serve_generation_prompt_tokens_bucket{le=4}"] == found["dsc_serve_generation_output_tokens_count"]
+    assert found["dsc_serve_generation_output_tokens_sum"] == found["dsc_serve_generated_tokens_total"]
+    assert found["dsc_serve_time_per_output_token_seconds_count"] == 4  # of those with two tokens and more
+
+
+def test_a_client_that_leaves_has_ended_its_generation(app: FastAPI, engine: FakeEngine) -> None:
+    async def run() -> None:
+        engine.gate = asyncio.Event()
+        async with client_of(app) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", json={"prompt": "hi"}))
+            await until(lambda: engine.running == 1)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            found = samples((await client.get("/metrics")).text)
+            assert found["dsc_serve_generations_total{finish_reason=abort}"] == 1
+
+    asyncio.run(run())
 
 
 def test_tokens_and_latencies_are_counted(app: FastAPI) -> None:
@@ -82,7 +121,9 @@ def test_gauges_are_read_from_the_engine_at_the_scrape(app: FastAPI, engine: Fak
             found = samples((await client.get("/metrics")).text)
             assert found["dsc_serve_requests_running"] == 3
             assert found["dsc_serve_requests_waiting"] == 3
+            assert found["dsc_serve_requests_waiting_by_reason{reason=blocks}"] == 3
             assert found["dsc_serve_permits_held"] == 3
+            assert found["dsc_serve_permits"] == MAX_WAITING + MAX_RUNNING
             assert found["dsc_serve_kv_blocks{state=used}"] == 4
             assert found["dsc_serve_kv_blocks{state=cached}"] == 2
             assert found["dsc_serve_preemptions_total"] == 2
@@ -119,16 +160,60 @@ def test_apps_do_not_share_their_counts(engine: FakeEngine) -> None:
 def test_routing_is_told_where_the_model_has_atoms(app: FastAPI, engine: FakeEngine) -> None:
     assert not [name for name in scrape(app) if "routing" in name]
     layer = LayerRouting(30, 2, arrival=0.9, grouped=0.7, signal=1.5, dead=0.25, top=0.1, entropy=0.8)
-    engine.routing = RoutingReport(10, 40, bank_bytes=4096, router_bytes=8192, layers=[layer, LayerRouting(20, 0)])
+    engine.routing = RoutingReport(
+        *(10, 40, 4096, 8192, [layer, LayerRouting(20, 0)]),
+        composed=20,
+        grouped=5,
+        rescored=300,
+        screened=80,
+        picks_per_atom=12.5,
+    )
     found = scrape(app)
     assert found["dsc_serve_routing_steps_total"] == 10
     assert found["dsc_serve_routing_tokens_total"] == 40
     assert found["dsc_serve_routing_bank_bytes_total"] == 4096
     assert found["dsc_serve_routing_router_bytes_total"] == 8192
     assert found["dsc_serve_routing_distinct_atoms_total{layer=1}"] == 20
-    assert found["dsc_serve_routing_grouped_tiles_total{layer=0}"] == 2
+    assert found["dsc_serve_routing_compositions_total{path=gather}"] == 15
+    assert found["dsc_serve_routing_compositions_total{path=grouped}"] == 5
+    assert found["dsc_serve_routing_rescored_rows_total"] == 300
+    assert found["dsc_serve_routing_screened_tokens_total"] == 80
+    assert found["dsc_serve_routing_usage_picks_per_atom"] == 12.5
     assert found["dsc_serve_routing_sharing{layer=0,order=grouped}"] == 0.7
     shares = [
         found[f"dsc_serve_routing_{name}{{layer=0}}"] for name in ("signal", "dead_share", "top_share", "entropy")
     ]
     assert shares == [1.5, 0.25, 0.1, 0.8]
+
+
+def test_steps_and_phases_are_told_as_the_engine_counted_them(app: FastAPI, engine: FakeEngine) -> None:
+    report = engine.step_report
+    report.schedule_s, report.forward_s, report.sample_s, report.output_s = 0.5, 4.0, 2.0, 1.0
+    for seconds in (0.0004, 0.002, 7.0):
+        report.seconds.observe(seconds)
+    report.tokens.observe(48)
+    engine.phases.prefill.observe(0.3)
+    found = scrape(app)
+    parts = [found[f"dsc_serve_step_part_seconds_total{{part={part}}}"] for part in ("schedule", "forward", "sample")]
+    assert parts == [0.5, 4.0, 2.0]
+    buckets = [found[f"dsc_serve_step_seconds_bucket{{le={le}}}"] for le in ("0.0005", "0.001", "0.002", "5", "+Inf")]
+    assert buckets == [1, 1, 2, 2, 3]
+    assert found["dsc_serve_step_tokens_sum"] == 48
+    assert found["dsc_serve_request_prefill_seconds_count"] == 1
+    assert found["dsc_serve_request_queue_seconds_count"] == 0
+
+
+def test_the_age_of_the_last_sign_of_life_and_readiness_are_told(app: FastAPI, engine: FakeEngine) -> None:
+    found = scrape(app)
+    assert (found["dsc_serve_engine_heartbeat_age_seconds"], found["dsc_serve_ready"]) == (0.25, 1)
+    engine.hung = engine.mute_stats = True
+    found = scrape(app)
+    assert (found["dsc_serve_engine_heartbeat_age_seconds"], found["dsc_serve_ready"]) == (7.5, 0)
+    engine.hung = engine.mute_stats = False
+    service_of(app).admission.draining = True
+    assert scrape(app)["dsc_serve_ready"] == 0
+
+
+def test_what_runs_is_told(app: FastAPI, engine: FakeEngine) -> None:
+    (info,) = [key for key in scrape(app) if key.startswith("dsc_serve_engine_info")]
+    assert f"policy={engine.policy}" in info and f"version={__version__}" in info

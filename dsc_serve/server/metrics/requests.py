@@ -1,0 +1,111 @@
+"""The metrics of one app."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from functools import partial
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.registry import Collector
+
+from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
+from dsc_serve.server.admission import Permits
+from dsc_serve.server.errors import CLIENT_CLOSED
+from dsc_serve.server.metrics.engine import Watched, engine_families, process_families
+from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
+from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.messages import Stats
+
+FIRST_TOKEN_EDGES_S = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
+)  # fmt: skip
+DURATION_EDGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+FINISH_REASONS = ("stop", "length", "abort", "timeout", "error")
+STATS_TIMEOUT_S = 1.0
+
+
+class Metrics(Collector):
+    """Counts of the HTTP edge, each a plain number until it is scraped; the engine is asked at the scrape."""
+
+    def __init__(self, engine: Watched, permits: Permits) -> None:
+        self._engine, self._permits = engine, permits
+        self._stats: Stats | None = None
+        self._heartbeat_age_s = 0.0
+        self._requests: Counter[tuple[str, ...]] = Counter()
+        self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
+        self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
+        self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
+        self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
+        self._prompt_sizes, self._output_sizes = Histogram(COUNT_EDGES), Histogram(COUNT_EDGES)
+        self.prompt_tokens = self.generated_tokens = 0
+        self._ready = True
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def request_ended(self, endpoint: str, status: int, seconds: float) -> None:
+        self._requests[endpoint, str(status)] += 1
+        self._durations[endpoint,].observe(seconds)
+
+    def generation_ended(self, reason: str, prompt_tokens: int, tokens: int, per_token_s: float | None) -> None:
+        """per_token_s: the mean time of a token after the first; None where there was none."""
+        self._generations[reason,] += 1
+        self._prompt_sizes.observe(prompt_tokens)
+        self._output_sizes.observe(tokens)
+        if per_token_s is not None:
+            self._per_token.observe(per_token_s)
+
+    async def scrape(self, ready: bool) -> bytes:
+        """The text of a scrape. ready: whether the server says that it is."""
+        self._ready, self._heartbeat_age_s = ready, self._engine.heartbeat_age_s
+        try:
+            self._stats = await self._engine.stats(STATS_TIMEOUT_S)
+        except (TimeoutError, EngineDiedError, ConnectionError):
+            self._stats = None
+        return generate_latest(self._registry)
+
+    def collect(self) -> Families:
+        yield from self.request_families()
+        yield from process_families(self._engine, self._heartbeat_age_s)
+        if self._stats is not None:
+            yield from engine_families(self._stats)
+
+    def request_families(self) -> Families:
+        yield counters(
+            "requests",
+            f"HTTP requests by what the client got, be it the first line or a stream's last event; {CLIENT_CLOSED}: it "
+            "left before the end.",
+            ("endpoint", "status"),
+            self._requests,
+        )
+        yield histograms(
+            "request_duration_seconds",
+            "From an HTTP request's arrival to the end of its answer.",
+            ("endpoint",),
+            self._durations,
+        )
+        yield counters(
+            "generations",
+            "Generations that ended, one for each prompt and choice; abort: the client left, or "
+            "another choice of its request failed.",
+            ("finish_reason",),
+            self._generations,
+        )
+        yield histogram(
+            "time_to_first_token_seconds",
+            "From an HTTP request's arrival to the first token of each of its generations.",
+            self.first_token,
+        )
+        yield histogram("inter_token_latency_seconds", "Between the tokens of one generation.", self.inter_token)
+        yield histogram(
+            "time_per_output_token_seconds",
+            "Mean time of a generation's tokens after the first, one observation for each generation.",
+            self._per_token,
+        )
+        yield counter("prompt_tokens", "Prompt tokens of admitted requests.", self.prompt_tokens)
+        yield counter("generated_tokens", "Tokens that the engine generated.", self.generated_tokens)
+        yield histogram("generation_prompt_tokens", "Prompt tokens of a generation.", self._prompt_sizes)
+        yield histogram("generation_output_tokens", "Tokens generated for one.", self._output_sizes)
+        yield gauge("permits", "Places for generations in the house, running or waiting.", self._permits.capacity)
+        yield gauge("permits_held", "Of these, taken; when all are, requests get 429.", self._permits.held)
+        yield gauge("ready", "1 while /health/ready says so; 0 also while the server drains.", self._ready)

@@ -118,6 +118,14 @@ def settings() -> None:
     click.echo(document(), nl=False)
 
 
+@main.command(short_help="List every metric of `serve`.")
+def metrics() -> None:
+    """Print every metric of /metrics, in Markdown: its type, labels and meaning."""
+    from dsc_serve.server.metrics.document import document as metrics_document
+
+    click.echo(metrics_document(), nl=False)
+
+
 @main.command(short_help="Make an API key.")
 @click.argument("name")
 def key(name: str) -> None:

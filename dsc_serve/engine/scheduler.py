@@ -15,10 +15,9 @@ from dsc_serve.engine.kv_cache import BlockPool, block_name, blocks_for, root_na
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
 from dsc_serve.engine.queue import Accounts, Queue
 from dsc_serve.engine.request import NO_BLOCKS, Request
-from dsc_serve.engine.step_report import PhaseReport
+from dsc_serve.engine.step_report import HELD_BACK, PhaseReport
 from dsc_serve.engine.step_time import StepTime
 
-HELD_BACK = ("preempted", "running", "blocks", "step")
 WINDOW = 256  # waiting requests, or lanes of them, that a policy looks at
 
 

@@ -8,6 +8,8 @@ import msgspec
 
 from dsc_serve.engine.histogram import COUNT_EDGES, PHASE_EDGES_S, STEP_EDGES_S, Histogram
 
+HELD_BACK = ("preempted", "running", "blocks", "step")  # what requests wait for
+
 
 class StepReport(msgspec.Struct, array_like=True):
     """All steps since the start. seconds: of whole steps; tokens and requests: computed in one.

@@ -53,8 +53,8 @@ def engine_families(stats: Stats) -> Families:
     yield gauge("requests_waiting", "Generations in the engine's queue.", stats.waiting)
     yield gauges(
         "requests_waiting_by_reason",
-        "The same by what they wait for: preempted ones for KV blocks again, a place to run, KV blocks, or a step with "
-        "tokens to spare.",
+        "Generations in the engine's queue by what they wait for: KV blocks after a preemption, a place to run, KV "
+        "blocks, or a step with tokens to spare.",
         ("reason",),
         {(reason,): count for reason, count in stats.held_back.items()},
     )
@@ -68,12 +68,16 @@ def engine_families(stats: Stats) -> Families:
     yield counter("preemptions", "Running generations put back into the queue.", stats.preemptions)
     yield counter("timeouts", "Generations that ran out of their time.", stats.timeouts)
     yield counter("prefix_asked_tokens", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens)
-    yield counter("prefix_cached_tokens", "Of these, found there, so that they need no computing.", stats.cached_tokens)
+    yield counter(
+        "prefix_cached_tokens",
+        "Prompt tokens found in the prefix cache, so that they need no computing.",
+        stats.cached_tokens,
+    )
     yield from step_families(stats)
     phases = stats.phases
     yield histogram("request_queue_seconds", "From a generation's arrival to its admission.", phases.queue)
-    yield histogram("request_prefill_seconds", "From there to its first token.", phases.prefill)
-    yield histogram("request_decode_seconds", "From there to its end, of those that had a token.", phases.decode)
+    yield histogram("request_prefill_seconds", "From a generation's admission to its first token.", phases.prefill)
+    yield histogram("request_decode_seconds", "From a generation's first token to its end.", phases.decode)
     yield counter("invariant_repairs", "Broken invariants that the engine repaired: a defect.", stats.invariant_repairs)
     yield gauges(
         "bank_resident_bytes", "Bytes of atoms on the device.", ("device",), {(stats.device,): stats.bank_bytes}

@@ -73,8 +73,8 @@ class Metrics(Collector):
     def request_families(self) -> Families:
         yield counters(
             "requests",
-            f"HTTP requests by what the client got, be it the first line or a stream's last event; {CLIENT_CLOSED}: it "
-            "left before the end.",
+            f"HTTP requests by the status that the client got, in a stream its last event's; {CLIENT_CLOSED}: it left "
+            "before the end.",
             ("endpoint", "status"),
             self._requests,
         )
@@ -105,7 +105,7 @@ class Metrics(Collector):
         yield counter("prompt_tokens", "Prompt tokens of admitted requests.", self.prompt_tokens)
         yield counter("generated_tokens", "Tokens that the engine generated.", self.generated_tokens)
         yield histogram("generation_prompt_tokens", "Prompt tokens of a generation.", self._prompt_sizes)
-        yield histogram("generation_output_tokens", "Tokens generated for one.", self._output_sizes)
+        yield histogram("generation_output_tokens", "Tokens generated for a generation.", self._output_sizes)
         yield gauge("permits", "Places for generations in the house, running or waiting.", self._permits.capacity)
-        yield gauge("permits_held", "Of these, taken; when all are, requests get 429.", self._permits.held)
+        yield gauge("permits_held", "Places taken; when all are, requests get 429.", self._permits.held)
         yield gauge("ready", "1 while /health/ready says so; 0 also while the server drains.", self._ready)

@@ -30,7 +30,7 @@ def routing_families(report: RoutingReport) -> Families:
         "Tokens that the certified int8 router screened, once for each layer.",
         report.screened,
     )
-    yield counter("routing_rescored_rows", "Router rows scored again for these tokens.", report.rescored)
+    yield counter("routing_rescored_rows", "Router rows scored again for screened tokens.", report.rescored)
     shares: dict[str, tuple[str, Callable[[LayerRouting], float]]] = {
         "signal": ("Mean signal S of a token.", lambda layer: layer.signal),
         "dead_share": ("Share of the atoms that nobody has picked of late.", lambda layer: layer.dead),

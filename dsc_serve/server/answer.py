@@ -70,7 +70,7 @@ class Shape(ABC):
     def __init__(self, service: Service, answer_id: str, fields: EngineFields) -> None:
         self.service = service
         self.names = fields.names
-        self.include_usage = fields.include_usage
+        self.include_usage, self.continuous_usage = fields.include_usage, fields.continuous_usage
         self.id = answer_id
         self.user = fields.user
         self.terms = fields.terms(service.engine.model.policy)
@@ -115,14 +115,14 @@ class Shape(ABC):
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
-    def events(self, choice: Choice, news: News) -> bytes:
-        return b"".join([event(self._chunk([piece])) for piece in self.pieces(choice, news)])
+    def events(self, choice: Choice, news: News, usage: dict[str, Any] | None) -> bytes:
+        return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, news)])
 
     def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return event({**self._chunk([]), "usage": usage}) if self.include_usage else b""
+        return event(self._chunk([], usage)) if self.include_usage else b""
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
         if self.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = usage
         return chunk

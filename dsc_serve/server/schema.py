@@ -60,7 +60,10 @@ def wrong_item(param: str, value: object, allowed: str) -> Exception:
 
 
 class StreamOptions(Fields):
+    """continuous_usage_stats: every event tells the usage so far, not only the last one; vLLM's field."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
@@ -86,6 +89,10 @@ class EngineFields(Fields):
 
     @property
     def include_usage(self) -> bool:
+        return False
+
+    @property
+    def continuous_usage(self) -> bool:
         return False
 
     def terms(self, policy: str) -> Terms:
@@ -144,10 +151,17 @@ class GenerationFields(EngineFields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
+
     def sampling(self, **own: Any) -> SamplingParams:
         """The parameters for the engine; `own` are those that only this endpoint can tell. Raises ApiError (400)."""
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options", "stream_options is set; it may only be when stream is true")
+        if self.continuous_usage and not self.include_usage:
+            name = "stream_options.continuous_usage_stats"
+            raise bad_request(name, f"{name} is true; it may only be when stream_options.include_usage is true")
         given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
         if self.stop is not None:
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

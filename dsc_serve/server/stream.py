@@ -95,7 +95,8 @@ class Generation(Response):
 
         async def write(choice: Choice, news: News) -> None:
             async with writing:
-                await self._send(send, self._shape.events(choice, news), EVENT_STREAM_HEADERS)
+                usage = self._usage() if self._shape.continuous_usage else None
+                await self._send(send, self._shape.events(choice, news, usage), EVENT_STREAM_HEADERS)
 
         outcome = 200
         try:

@@ -154,6 +154,14 @@ def test_usage_comes_last_when_asked_for(app: FastAPI) -> None:
     assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6, **UNCACHED}
 
 
+def test_usage_so_far_is_in_every_event_when_asked_for(app: FastAPI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last = events_of(complete(app, stream=True, stream_options=options, max_tokens=3))
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3]
+    assert all(event["usage"]["prompt_tokens"] == 2 for event in events)
+    assert last["choices"] == [] and last["usage"] == events[-1]["usage"]
+
+
 def test_streamed_choices_each_have_one_end(app: FastAPI) -> None:
     choices = [event["choices"][0] for event in events_of(complete(app, stream=True, prompt=["a", "b"], n=2, seed=1))]
     for index in range(4):

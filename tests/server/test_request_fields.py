@@ -202,6 +202,10 @@ def test_a_slip_of_the_pen_is_pointed_out(app: FastAPI) -> None:
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"model": 5}, "model"),
         ({"logprobs": "1"}, "logprobs"),

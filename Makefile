@@ -10,7 +10,7 @@ DEPLOY_STAMP := $(VENV)/.installed-deploy
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
-.PHONY: help install serve test test-full test-deploy soak lint format clean
+.PHONY: help install serve test test-full test-deploy soak bench-quick lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ $(DEPLOY_STAMP): $(STAMP)
 
 soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back
 	SOAK_REQUESTS=$(SOAK_REQUESTS) SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest -s tests/faults/test_soak.py -k given
+
+bench-quick: install ## compare DSC, MoE and dense (under 5 minutes), and with the ratios kept of this kind of machine
+	-$(BIN)/dsc-serve bench compare quick --out build/bench-quick --ratios docs/benchmark-ratios.json
 
 format: install ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

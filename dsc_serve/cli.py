@@ -348,6 +348,7 @@ def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
     from dsc_serve.bench.batching_command import batching_command
     from dsc_serve.bench.command import overload_command, serve_command
+    from dsc_serve.bench.compare_command import compare_command, peer_model_command, report_command
     from dsc_serve.bench.engine_command import engine_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.bench.scheduler_command import scheduler_command
@@ -355,6 +356,9 @@ def _attach_commands() -> None:
 
     bench.add_command(serve_command, "serve")
     bench.add_command(overload_command, "overload")
+    bench.add_command(compare_command, "compare")
+    bench.add_command(report_command, "report")
+    bench.add_command(peer_model_command, "peer-model")
     bench.add_command(layer_command, "layer")
     bench.add_command(engine_command, "engine")
     bench.add_command(scheduler_command, "scheduler")

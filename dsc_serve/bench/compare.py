@@ -1,0 +1,278 @@
+"""Runs a comparison: every system on the same cores, under the same loads and prompts, in interleaved rounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dsc_serve.bench.comparison import Comparison, System
+from dsc_serve.bench.load import LoadConfig, LoadError, run_load
+from dsc_serve.bench.machine import describe_machine, load_average
+from dsc_serve.bench.made_up_tokenizer import save_tokenizer
+from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port, memory_bytes, running
+from dsc_serve.bench.results import Contestant, Results, Row
+
+MAKE_LIMIT_S = 600.0
+SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of figures that rows need not repeat
+CLI = (sys.executable, "-m", "dsc_serve.cli")
+
+Report = Callable[[str], None]
+
+
+def run_tool(command: Sequence[str]) -> str:
+    """What a command of ours prints. Raises StartError."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_LIMIT_S, check=False)
+    if done.returncode:
+        raise StartError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
+    return done.stdout
+
+
+def model_folder(system: System, comparison: Comparison, work: Path) -> Path:
+    """The system's model; one of random weights is made where there is none yet. Raises StartError."""
+    if system.folder:
+        return Path(system.folder)
+    form = system.form or system.ffn
+    folder = work / f"{comparison.preset}-{form}"
+    if not (folder / "config.json").is_file():
+        unfinished = folder.with_name(f"{folder.name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if system.form is not None:
+            options = ("--form", system.form, "--preset", comparison.preset)
+            run_tool([*CLI, "bench", "peer-model", str(unfinished), *options])
+        else:
+            run_tool([*CLI, "init", "--ffn", str(form), "--preset", comparison.preset, "--out", str(unfinished)])
+            content = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+            save_tokenizer(content["vocab_size"], unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def serve_command(system: System, folder: Path, port: int, threads: int) -> list[str]:
+    """How the system is started."""
+    if not system.ours:
+        values = {"folder": str(folder), "port": str(port), "threads": str(threads)}
+        return [part.format(**values) for part in system.command]
+    command = [*CLI, "serve", str(folder), "--port", str(port), "--threads", str(threads)]
+    for name, value in system.settings.items():
+        flag = name.replace("_", "-")
+        command += (
+            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return command
+
+
+def shown(command: Sequence[str], environment: Mapping[str, str], work: Path) -> str:
+    """A command for people: without the folders of this machine."""
+    text = " ".join([*(f"{name}={value}" for name, value in environment.items()), *command])
+    return text.replace(" ".join(CLI), "dsc-serve").replace(f"{work}/", "").replace(f"{Path.cwd()}/", "")
+
+
+def program_version(system: System) -> str:
+    """What the program of another system says of its version, in one line; empty where it says nothing."""
+    if system.ours:
+        return f"dsc-serve {version('dsc-serve')}"
+    try:
+        done = subprocess.run(
+            [system.command[0], "--version"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=os.environ | system.environment,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return f"{Path(system.command[0]).name} {lines[-1][:80]}" if lines and not done.returncode else ""
+
+
+class Arena:
+    """The systems of one comparison, and how to have them run."""
+
+    def __init__(self, comparison: Comparison, work: Path, report: Report) -> None:
+        self.comparison, self.work, self.report = comparison, work, report
+        self.contestants = {system.name: Contestant(name=system.name) for system in comparison.system}
+        self.folders: dict[str, Path] = {}
+        self.threads = comparison.threads or len(os.sched_getaffinity(0))
+
+    def prepare(self) -> None:
+        """Make the models and look inside them; a system that cannot take part is skipped, with the reason."""
+        for system in self.comparison.system:
+            contestant = self.contestants[system.name]
+            contestant.weights = system.weights
+            if not system.ours and shutil.which(system.command[0]) is None:
+                self.skip(system, f"{system.command[0]} is not installed")
+                continue
+            self.report(f"{system.name}: its model")
+            try:
+                folder = self.folders[system.name] = model_folder(system, self.comparison, self.work)
+                self.look_inside(system, folder)
+            except (StartError, OSError, subprocess.TimeoutExpired) as error:
+                self.skip(system, str(error))
+                continue
+            contestant.version = program_version(system)
+            command = serve_command(system, folder, 8000, self.threads)
+            contestant.command = shown(command, system.environment, self.work)
+
+    def look_inside(self, system: System, folder: Path) -> None:
+        contestant = self.contestants[system.name]
+        command = [sys.executable, "-m", "dsc_serve.bench.inside", str(folder), "--threads", str(self.threads)]
+        if system.ours:
+            command += ["--router", str(system.settings.get("router_precision", "auto"))]
+            for count in self.comparison.profiled:
+                command += ["--running", str(count)]
+        found = json.loads(run_tool(command))
+        contestant.description, contestant.steps = found["description"], found["steps"]
+
+    def skip(self, system: System, reason: str) -> None:
+        self.contestants[system.name].skipped = reason
+        self.report(f"{system.name} is skipped: {reason}")
+
+    def taking_part(self) -> list[System]:
+        """The systems that run, the baseline first: what it completes sets the rates of open loads."""
+        systems = [system for system in self.comparison.system if not self.contestants[system.name].skipped]
+        return sorted(systems, key=lambda system: system.name != self.comparison.baseline)
+
+    @contextmanager
+    def started(self, system: System) -> Iterator[Server | None]:
+        """The system's server, stopped at the end; None where it does not come up, which skips it."""
+        contestant, port = self.contestants[system.name], free_port()
+        command = serve_command(system, self.folders[system.name], port, self.threads)
+        log = self.work / f"{system.name.replace(' ', '-')}.log"
+        with ExitStack() as stack:
+            server = None
+            try:
+                server = Server(command, system.environment, port, log)
+                stack.enter_context(running(server, self.comparison.start_timeout_s))
+                contestant.start_s = round(server.start_s, 2)
+            except (StartError, OSError) as error:
+                self.skip(system, str(error))
+                server = None
+            yield server
+
+
+def load_config(comparison: Comparison, system: System, url: str, load: str, value: float, number: int) -> LoadConfig:
+    """A load of a round; equal for all systems but for where it goes."""
+    closed = load == "closed"
+    streams = int(value) if closed else 1
+    return LoadConfig(
+        url=url,
+        model=system.model or None,
+        arrivals="closed" if closed else "poisson",
+        concurrency=streams,
+        request_rate=1.0 if closed else value,
+        requests=streams * comparison.waves if closed else 10**6,
+        duration_s=comparison.request_timeout_s if closed else comparison.rate_seconds,
+        warmup=streams if number == 0 else 1,
+        timeout_s=comparison.request_timeout_s,
+        prompt_file=comparison.prompt_file or None,
+        tokenizer=(comparison.tokenizer or None) if comparison.prompt_file else None,
+        vocab_size=comparison.vocab_size,
+        prompt_tokens=comparison.prompt_tokens,
+        output_tokens=comparison.output_tokens,
+        goodput=tuple(f"{name}:{limit:g}" for name, limit in comparison.limits.items()),
+        seed=comparison.seed + 1000 * number + int(value * 10),
+    )
+
+
+def run_comparison(comparison: Comparison, work: Path, command: str, alone: bool, report: Report) -> Results:
+    """Measure. alone: only one system runs at a time, started anew in every round; else all run, and those that are
+    not measured wait idle. Failures of single systems skip them; raises ComparisonError for what stops all."""
+    arena = Arena(comparison, work, report)
+    results = Results(
+        title=comparison.title,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        client=command,
+        machine={**describe_machine(), "threads": arena.threads, "load_before": load_average()},
+        comparison=msgspec.to_builtins(comparison),
+    )
+    arena.prepare()
+    if alone:
+        for number in range(comparison.rounds):
+            for system in arena.taking_part():
+                with arena.started(system) as server:
+                    if server is not None:
+                        measure_round(arena, results, {system.name: server}, number)
+    else:
+        with ExitStack() as stack:
+            servers = {}
+            for system in arena.taking_part():
+                report(f"{system.name}: starting")
+                server = stack.enter_context(arena.started(system))
+                if server is not None:
+                    servers[system.name] = server
+            for number in range(comparison.rounds):
+                measure_round(arena, results, servers, number)
+    results.systems = list(arena.contestants.values())
+    results.machine["load_after"] = load_average()
+    return results
+
+
+def rotated(systems: list[System], number: int) -> list[System]:
+    """Another one comes first in each round."""
+    first = number % len(systems) if systems else 0
+    return systems[first:] + systems[:first]
+
+
+def measure_round(arena: Arena, results: Results, servers: Mapping[str, Server], number: int) -> None:
+    """Every load on every running system, load by load."""
+    comparison = arena.comparison
+    systems = rotated([system for system in arena.taking_part() if system.name in servers], number)
+    points: list[tuple[str, float]] = [("closed", streams) for streams in comparison.streams]
+    points += [("open", rate) for rate in comparison.rates]
+    for load, value in points:
+        for system in systems:
+            arena.report(f"round {number + 1} of {comparison.rounds}, {load} {value:g}: {system.name}")
+            rate = value * peak_rate(results, comparison.baseline) if load == "open" else value
+            if not rate:
+                arena.report(f"{comparison.baseline} completed nothing, so there is no rate for open loads")
+                continue
+            config = load_config(comparison, system, servers[system.name].url, load, rate, number)
+            row = measured_row(arena, config, servers, system.name)
+            if row is not None:
+                results.rows.append(msgspec.structs.replace(row, load=load, value=value, round=number))
+    for system in systems:
+        contestant = arena.contestants[system.name]
+        contestant.memory_bytes = contestant.memory_bytes or memory_bytes(servers[system.name].pids())
+
+
+def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server], name: str) -> Row | None:
+    """One load on one system, with what the servers used meanwhile; None where it does not answer, which skips it."""
+    before, begun = {other: cpu_seconds(server.pids()) for other, server in servers.items()}, time.perf_counter()
+    try:
+        result = run_load(config)
+    except LoadError as error:
+        arena.contestants[name].skipped = str(error)
+        arena.report(f"{name} is skipped from here on: {error}")
+        return None
+    taken = time.perf_counter() - begun
+    used = {other: (cpu_seconds(server.pids()) - before[other]) / taken for other, server in servers.items()}
+    figures: dict[str, Any] = {key: value for key, value in result.to_dict().items() if key not in SHARED}
+    figures["client_cpu"] = result.client["client_cpu"]
+    return Row(
+        system=name,
+        load="closed",
+        value=0,
+        round=0,
+        figures=figures,
+        server_cpu=round(used.pop(name), 3),
+        others_cpu=round(sum(used.values()), 3),
+    )
+
+
+def peak_rate(results: Results, baseline: str) -> float:
+    """The most requests per second that the baseline has completed in a closed loop; medians over rounds."""
+    rates = [results.median(baseline, "closed", value, "request_throughput") for value in results.points("closed")]
+    return max((rate for rate in rates if rate is not None), default=0.0)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dsc_serve.bench.compare_command import report_command
+from dsc_serve.bench.comparison import ComparisonError
+from dsc_serve.bench.findings import checks, sentences, verdict
+from dsc_serve.bench.ratios import keep, moved
+from dsc_serve.bench.report import blocks, html_page, markdown, put_into
+from dsc_serve.bench.results import Contestant, Ratio, Results, Row, load_results, save_results
+
+NAMES = ("completed", "failed", "failures", "client_cpu", "request_throughput", "request_goodput", "output_throughput")
+
+
+def figures(itl: float, failed: int = 0) -> dict[str, Any]:
+    times = {
+        f"{of}_{name}_ms": itl * factor
+        for name, factor in (("ttft", 5), ("itl", 1), ("tpot", 1), ("e2el", 60))
+        for of in ("median", "p99")
+    }
+    counts = (4, failed, {"timeout": failed} if failed else {}, 0.1, 100 / itl, 90 / itl, 1000 / itl)
+    return times | dict(zip(NAMES, counts, strict=True))
+
+
+def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[str, Any], ...] = ()) -> Results:
+    """`moe` takes 10 ms between tokens in every round; `dsc` what `ours` says by streams and round."""
+    made = Results(
+        title="A <title>",
+        date="2026-01-02T03:04:05+00:00",
+        client="dsc-serve bench compare own.toml",
+        machine={"cpu": "a cpu", "threads": 2},
+        comparison={
+            "subject": "dsc",
+            "baseline": "moe",
+            "waves": 3,
+            "rounds": 3,
+            "prompt_tokens": 48,
+            "output_tokens": 64,
+            "prompt_file": "",
+            "seed": 0,
+            "limits": {"ttft": 50.0},
+            "expect": list(expect),
+        },
+    )
+    step = {"milliseconds": {"ffn": 1.0, "step": 4.0}, "distinct": 3.5, "bytes": {"router": 8000.0, "head": 2000.0}}
+    for name in ("dsc", "moe"):
+        made.systems.append(Contestant(name=name, description={"ffn": name}, steps={"4": step}))
+    for streams, rounds in ours.items():
+        for number, itl in enumerate(rounds):
+            for name, own in (("dsc", itl), ("moe", 10.0)):
+                made.rows.append(
+                    Row(system=name, load="closed", value=streams, round=number, figures=figures(own, failed))
+                )
+                made.rows.append(Row(system=name, load="open", value=0.5, round=number, figures=figures(own)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ratio", "more", "expected"),
+    [
+        (Ratio(0.85, 0.8, 0.9), False, "better"),
+        (Ratio(0.85, 0.8, 0.9), True, "worse"),
+        (Ratio(1.2, 1.1, 1.3), True, "better"),
+        (Ratio(1.2, 0.9, 1.3), True, "even"),
+        (Ratio(0.99, 0.98, 0.995), False, "even"),
+    ],
+)
+def test_a_winner_is_named_only_where_all_rounds_agree(ratio: Ratio, more: bool, expected: str) -> None:
+    assert verdict(ratio, more) == expected
+
+
+def test_sentences_say_where_the_subject_wins_and_where_not() -> None:
+    itl, *_ = sentences(results({1: [11.0, 12.0, 11.0], 8: [8.0, 8.0, 8.5], 16: [9.0, 11.0, 10.0]}))
+    assert itl == (
+        "Median time between tokens, dsc against moe: dsc wins: -20% (rounds -20% to -15%) at 8 streams; "
+        "moe wins: dsc is at +10% (rounds +10% to +20%) at 1 stream; "
+        "no difference that all rounds agree on: +0% (rounds -10% to +10%) at 16 streams."
+    )
+
+
+def test_sentences_hide_no_failures_and_tell_goodput() -> None:
+    text = "\n".join(sentences(results({1: [5.0, 5.0]}, failed=3)))
+    assert "6 requests to moe failed: timeout." in text
+    assert "Within the limits at 0.5 times the baseline's peak: dsc 18.0 of 20.0 requests per second" in text
+
+
+def test_expectations_are_checked_against_the_median() -> None:
+    base = {"subject": "dsc", "against": "moe", "figure": "median_itl_ms"}
+    wanted = (
+        {**base, "streams": 1, "at_most": 0.8},
+        {**base, "streams": 1, "at_most": 0.7},
+        {**base, "figure": "output_throughput", "streams": 1, "at_least": 1.3},
+        {**base, "streams": 2, "at_most": 1.0},
+    )
+    made = results({1: [7.0, 7.5, 8.0]}, expect=wanted)
+    assert [check.met for check in checks(made)] == [True, False, True, None]
+    page = html_page(made)
+    assert "<td>at most 0.8</td><td>0.75 (0.70 to 0.80)</td><td>yes</td>" in page and "<td>not measured</td>" in page
+
+
+def test_the_page_is_whole_and_escapes_what_it_shows() -> None:
+    page = html_page(results({1: [5.0], 8: [6.0]}))
+    assert "<title>A &lt;title&gt;</title>" in page and page.count("<svg") == 8
+    assert page.count('<div class="charts">') == 2 and page.count("<table>") == page.count("</table>")
+    assert "<td>dsc</td><td>0.50</td><td>0.60</td>" in page, "the ratio of times between tokens"
+    assert "2.0" in page and "0.5" in page, "kilobytes per token of 4 running requests"
+
+
+def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
+    folder, document = tmp_path / "run", tmp_path / "benchmarks.md"
+    folder.mkdir()
+    made = results({1: [5.0]})
+    save_results(made, folder / "results.json")
+    assert load_results(folder / "results.json") == made
+    before = "# Title\n\n<!-- own: begin -->\nold\n<!-- own: end -->\n\nend\n"
+    document.write_text(before, encoding="utf-8")
+    options = ["--into", str(document), "--name", "own", "--chart", "throughput"]
+    done = CliRunner().invoke(report_command, [str(folder), *options])
+    assert done.exit_code == 0, done.output
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\n<!-- own: begin -->\n") and text.endswith("<!-- own: end -->\n\nend\n")
+    assert "old" not in text and "| dsc | 200 |" in text and "![Throughput](plots/own-throughput.svg)" in text
+    assert (tmp_path / "plots" / "own-throughput.svg").is_file() and "itl-p50" not in text
+    CliRunner().invoke(report_command, [str(folder), *options])
+    assert document.read_text(encoding="utf-8") == text, "the same again"
+    with pytest.raises(ComparisonError, match="the document has no place for other"):
+        put_into(text, "other", markdown(made, "plots/other", ()))
+    assert blocks(made)
+
+
+def test_only_what_moved_by_more_than_a_tenth_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "ratios.json"
+    assert moved(results({1: [8.0]}), file) == [f"{file} has no ratios of a cpu, 2 threads; --keep-ratios adds them"]
+    keep(results({1: [8.0], 4: [8.0]}), file)
+    assert moved(results({1: [8.5], 4: [7.5]}), file) == ["nothing moved by more than 10% since 2026-01-02 (4 ratios)"]
+    lines = moved(results({1: [10.0]}), file)
+    assert lines[0] == "moved by +25%: dsc / moe, median_itl_ms, 1 streams: 0.80 on 2026-01-02, 1.00 now"
+    assert lines[1].startswith("moved by -20%: dsc / moe, output_throughput, 1 streams")
+    assert "not measured now: dsc / moe, median_itl_ms, 4 streams" in lines
+    other = results({1: [10.0]})
+    other.machine = {"cpu": "another", "threads": 8}
+    keep(other, file)
+    assert moved(results({1: [8.0], 4: [8.0]}), file)[0].startswith("nothing moved"), "kinds are kept apart"

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import SMALL_FFN, small_config, wide_tensors
+
+from dsc_serve.bench import inside
+from dsc_serve.bench.inside import Routers, bytes_read, look_inside
+from dsc_serve.model.checkpoint import save_checkpoint
+from dsc_serve.model.decoder import parameter_counts
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARM_STEPS", "TIMED_STEPS", "ROUTED_STEPS"):
+        monkeypatch.setattr(inside, name, 3)
+
+
+@pytest.mark.parametrize("kind", SMALL_FFN)
+def test_a_step_is_taken_apart(tmp_path: Path, kind: str) -> None:
+    config = small_config(kind, max_position_embeddings=128)
+    save_checkpoint(config, wide_tensors(config), tmp_path)
+    found = look_inside(tmp_path, (1, 3), 1, "auto")
+    description, steps = found["description"], found["steps"]
+    assert isinstance(description, dict) and isinstance(steps, dict) and set(steps) == {"1", "3"}
+    assert (description["parameters"], description["active"]) == parameter_counts(config)
+    for running, step in steps.items():
+        times = step["milliseconds"]
+        assert set(times) == {"norms", "attention", "ffn", "head", "rest", "step"}
+        assert all(0 < value <= times["step"] for value in times.values())
+        picked = {"dsc": 3, "moe": 2, "molora": 2, "dense": 0}[kind]
+        assert picked <= step["distinct"] <= picked * int(running)
+    assert steps["1"]["distinct"] == {"dsc": 3, "moe": 2, "molora": 2, "dense": 0}[kind]
+
+
+def test_bytes_are_those_of_the_rows_that_a_step_touches() -> None:
+    d, layers = 32, 2
+    moe = bytes_read(small_config("moe"), 4, 3.5, 2, int8=False)
+    assert moe == {
+        "router": layers * 5 * d * 2,
+        "experts": layers * 3.5 * 2 * 20 * d * 2,
+        "attention": layers * 4 * d * d * 2,
+        "head": 61 * d * 2,
+    }
+    exact = bytes_read(small_config("dsc"), 4, 7, 2, int8=False)
+    int8 = bytes_read(small_config("dsc"), 4, 7, 2, int8=True)
+    assert exact["router"] == layers * 37 * d * 2 == 2 * int8["router"]
+    assert exact["bank"] == layers * 2 * 7 * d * 2 == int8["bank"]
+    assert "again" in int8 and "again" not in exact
+
+
+def test_distinct_picks_are_counted_with_the_stored_router(tmp_path: Path) -> None:
+    config = small_config("moe")
+    tensors = wide_tensors(config)
+    save_checkpoint(config, tensors, tmp_path)
+    x = torch.randn(6, 32)
+    at = "model.layers.1.mlp."
+    normed = torch.nn.functional.layer_norm(
+        x, (32,), tensors[f"{at}router_norm.weight"], tensors[f"{at}router_norm.bias"], config.norm_eps
+    )
+    picked = (normed @ tensors[f"{at}router.weight"].T).topk(2, dim=-1).indices
+    assert Routers(tmp_path, config).distinct(1, x) == len(set(picked.flatten().tolist()))

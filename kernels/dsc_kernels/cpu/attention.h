@@ -1,69 +1,149 @@
-// Attention of one new token per sequence over its paged keys and values, read where they lie, and their writing.
+// Attention of one new token per sequence over its paged keys and values, which are read where they lie.
 #pragma once
 
 #include "vector.h"
 
-// One sequence and one key-value head: `group` query heads share its keys and values. out may alias nothing.
-// keys, values: pools [blocks, kv heads, block size, size]; table: the sequence's blocks; scores: room for
-// group · context floats.
+INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+constexpr int64_t KEYS = 64;  // taken at a time
+
+// Where one sequence's rows of one key-value head lie in a pool [blocks, kv heads, block, size].
+struct Walk {
+  const int64_t* table;
+  int64_t kv_heads, head, block, size, seen, at = 0, page = 0, line = 0;
+  // The places of the next rows, at most KEYS; returns how many.
+  INLINE int64_t next(int64_t* places) {
+    int64_t count = seen - at < KEYS ? seen - at : KEYS;
+    for (int64_t i = 0; i < count;) {
+      int64_t start = ((table[page] * kv_heads + head) * block + line) * size;
+      int64_t run = block - line < count - i ? block - line : count - i;
+      for (int64_t j = 0; j < run; j++) places[i + j] = start + j * size;
+      i += run, line += run;
+      if (line == block) page++, line = 0;
+    }
+    at += count;
+    return count;
+  }
+};
+
+// Rows needed soon are asked for ahead of time: blocks are too short for the processor to guess the next.
 template <typename T>
-INLINE void attend(const T* q, const T* keys, const T* values, const int64_t* table, int64_t context, int64_t block,
-                   int64_t heads, int64_t head, int64_t group, int64_t size, float scale, float* scores, T* out) {
-  for (int64_t at = 0; at < context; at += block) {
-    int64_t rows = context - at < block ? context - at : block;
-    const T* k = keys + (table[at / block] * heads + head) * block * size;
-    for (int64_t g = 0; g < group; g++) {
-      float* s = scores + g * context + at;
-      int64_t r = 0;
-      for (; r + LANES <= rows; r += LANES) {
-        vf products[LANES];
-        for (int i = 0; i < LANES; i++) products[i] = partial_dot(q + g * size, k + (r + i) * size, size);
-        store(s + r, scale * sums(products));
-      }
-      for (; r < rows; r++) s[r] = scale * dot(q + g * size, k + r * size, size);
+INLINE void fetch(const T* pool, const int64_t* places, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + places[i] + c, 0, 2);
+}
+
+// What one query head has gathered so far: its sums are over values weighted by e^(score − highest).
+struct Gathered {
+  float highest, total;
+  float sums[];  // [size]
+};
+
+INLINE int64_t gathered_bytes(int64_t size) { return aligned(sizeof(Gathered) + size * sizeof(float)); }
+
+template <typename T>
+INLINE vf load_up_to(const T* p, int64_t count) {
+  return count >= LANES ? load(p) : load_some(p, (int)count);
+}
+
+template <typename T>
+INLINE void store_up_to(T* p, vf v, int64_t count) {
+  count >= LANES ? store(p, v) : store_some(p, v, (int)count);
+}
+
+template <typename T>
+INLINE void score(const T* q, const T* keys, const int64_t* places, int64_t count, int64_t size, float scale,
+                  float* scores) {
+  for (int64_t n = 0; n < count; n += LANES) {
+    vf products[LANES] = {};
+    if (count - n >= LANES) {
+      for (int i = 0; i < LANES; i++) products[i] = partial_dot(q, keys + places[n + i], size);
+      store(scores + n, scale * sums(products));
+    } else {
+      for (int64_t i = n; i < n + LANES; i++) scores[i] = i < count ? scale * dot(q, keys + places[i], size) : -INFINITY;
     }
   }
-  for (int64_t g = 0; g < group; g++) {
-    float* s = scores + g * context;
-    float highest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < context; i++) highest = s[i] > highest || s[i] != s[i] ? s[i] : highest;
-    int64_t i = 0;
-    vf sums = {};
-    for (; i + LANES <= context; i += LANES) {
-      vf e = vexp(load(s + i) - highest);
-      store(s + i, e);
-      sums += e;
+}
+
+// Scores [count] become weights; returns what the sums so far count yet.
+INLINE float soften(float* scores, int64_t count, Gathered& g) {
+  vf most = splat(-INFINITY), total = {};
+  for (int64_t n = 0; n < count; n += LANES) most = vmax(load(scores + n), most);
+  float before = g.highest, now = largest(most);
+  if (now > before) g.highest = now;
+  float base = g.highest > -INFINITY ? g.highest : 0;
+  for (int64_t n = 0; n < count; n += LANES) {
+    vf e = vexp(load(scores + n) - base);
+    store(scores + n, e);
+    total += e;
+  }
+  float fading = now > before ? vexp(splat(before - base))[0] : 1.0f;
+  g.total = g.total * fading + sum(total);
+  return fading;
+}
+
+template <typename T>
+INLINE void gather(const T* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
+                   float fading, float* sums) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= size; c += 4 * LANES) {
+    vf acc[4];
+    for (int p = 0; p < 4; p++) acc[p] = fading * load(sums + c + p * LANES);
+    for (int64_t i = 0; i < count; i++)
+      for (int p = 0; p < 4; p++) acc[p] += weights[i] * load(values + places[i] + c + p * LANES);
+    for (int p = 0; p < 4; p++) store(sums + c + p * LANES, acc[p]);
+  }
+  for (; c < size; c += LANES) {
+    vf acc = fading * load_up_to(sums + c, size - c);
+    for (int64_t i = 0; i < count; i++) acc += weights[i] * load_up_to(values + places[i] + c, size - c);
+    store_up_to(sums + c, acc, size - c);
+  }
+}
+
+// `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
+// scratch: room for a group's Gathered.
+template <typename T>
+INLINE void attend(const Attention& a, int64_t first, int64_t count, char* scratch) {
+  const T *keys = (const T*)a.keys, *values = (const T*)a.values;
+  auto walk = [&](int64_t i) __attribute__((always_inline)) {
+    int64_t s = i / a.kv_heads;
+    return Walk{a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, a.contexts[s]};
+  };
+  float scores[KEYS];
+  int64_t places[2][KEYS], held = 0;
+  auto gathered = [&](int64_t g) __attribute__((always_inline)) {
+    return (Gathered*)(scratch + g * gathered_bytes(a.size));
+  };
+  Walk at = walk(first);
+  int64_t rows = at.next(places[0]), next;
+  fetch(keys, places[0], rows, a.size);
+  for (int64_t i = first; i < first + count; i++) {
+    const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
+    for (int64_t g = 0; g < a.group; g++) {
+      gathered(g)->highest = -INFINITY, gathered(g)->total = 0;
+      memset(gathered(g)->sums, 0, a.size * sizeof(float));
     }
-    for (; i < context; i++) total += s[i] = expf(s[i] - highest);
-    total += sum(sums);
-    float inverse = 1.0f / total;
-    for (int64_t c = 0; c < size; c += 4 * LANES) {
-      int64_t width = size - c < 4 * LANES ? size - c : 4 * LANES;
-      vf acc[4] = {};
-      for (int64_t at = 0; at < context; at += block) {
-        int64_t rows = context - at < block ? context - at : block;
-        const T* v = values + (table[at / block] * heads + head) * block * size + c;
-        if (width == 4 * LANES) {
-          for (int64_t r = 0; r < rows; r++)
-            for (int p = 0; p < 4; p++) acc[p] += s[at + r] * load(v + r * size + p * LANES);
-        } else {
-          for (int64_t r = 0; r < rows; r++)
-            for (int64_t p = 0; p * LANES < width; p++) {
-              int64_t rest = width - p * LANES;
-              vf row = rest >= LANES ? load(v + r * size + p * LANES) : load_some(v + r * size + p * LANES, (int)rest);
-              acc[p] += s[at + r] * row;
-            }
-        }
-      }
-      for (int64_t p = 0; p * LANES < width; p++) {
-        int64_t rest = width - p * LANES;
-        T* o = out + g * size + c + p * LANES;
-        if (rest >= LANES)
-          store(o, acc[p] * inverse);
+    for (bool more = true; more; rows = next, held ^= 1) {
+      fetch(values, places[held], rows, a.size);
+      more = at.at < at.seen;
+      if (!more && i + 1 < first + count) at = walk(i + 1);
+      next = at.next(places[held ^ 1]);
+      fetch(keys, places[held ^ 1], next, a.size);
+      for (int64_t g = 0; g < a.group; g++) {
+        if (a.size == 64)
+          score(q + g * 64, keys, places[held], rows, 64, a.scale, scores);
         else
-          store_some(o, acc[p] * inverse, (int)rest);
+          score(q + g * a.size, keys, places[held], rows, a.size, a.scale, scores);
+        float fading = soften(scores, rows, *gathered(g));
+        gather(values, places[held], scores, rows, a.size, fading, gathered(g)->sums);
       }
     }
+    T* out = (T*)a.out + i * a.group * a.size;
+    for (int64_t g = 0; g < a.group; g++)
+      for (int64_t c = 0; c < a.size; c += LANES) {
+        vf sum = load_up_to(gathered(g)->sums + c, a.size - c) * (1.0f / gathered(g)->total);
+        store_up_to(out + g * a.size + c, sum, a.size - c);
+      }
   }
 }
 

@@ -1,12 +1,75 @@
 // Attention of a chunk of a prompt over its sequence's paged keys and values, read where they lie.
 //
-// A tile of query rows meets KEYS positions at a time. Both products are gemm.h's: the keys are packed as the weight of
-// the first, the values as that of the second. What a row attends to comes in the same steps however a prompt is cut.
+// A tile of query rows meets KEYS positions at a time. Scores have the query rows side by side in a vector's lanes: the
+// queries are packed once, keys are read row by row, and the softmax needs no sums across lanes. Of the second product the
+// values are packed. What a row attends to comes in the same steps however a prompt is cut.
 #pragma once
 
 #include "layers.h"
 
-constexpr int64_t KEYS = 64, ROWS = 48;
+constexpr int64_t ROWS = 48;
+constexpr float LOG2_E = 1.44269504f;
+
+#if defined(__AVX512F__)
+constexpr int WIDE = 4, HIGH = 6;  // of a tile of the second product: panels of values, query rows
+constexpr int FEWER = 4;           // rows where those waste less
+constexpr int KEYS_OF[] = {0, 16, 8, 8};  // keys of a tile of the first, by panels of query rows
+#else
+constexpr int WIDE = 1, HIGH = 4, FEWER = 4;
+constexpr int KEYS_OF[] = {0, 4, 2, 1};
+#endif
+
+// A sum plus the products of 16 words of one side with one word of the other.
+INLINE vf plus_product(vf sum, vi words, int32_t word, float) {
+  return sum + (vf)words * (vf)(vi{} + word);
+}
+
+INLINE void store_words(float* out, const vf (&rows)[1]) { store(out, rows[0]); }
+
+// Rows [count] of a pool become panels [KEYS][16], neighbours of a word together; what is missing of a word is 0.
+template <typename T>
+INLINE void pack_values(const T* pool, const int64_t* places, int64_t count, int64_t size, float* out) {
+  for (int64_t c = 0; c < size; c += LANES, out += KEYS * LANES)
+    for (int64_t i = 0; i < count; i++) store(out + i * LANES, load_up_to(pool + places[i] + c, size - c));
+}
+
+#if defined(__AVX512BF16__)
+INLINE vf plus_product(vf sum, vi words, int32_t word, bf16) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)words, (__m512bh)_mm512_set1_epi32(word));
+}
+
+typedef bf16 vw __attribute__((vector_size(64)));
+
+INLINE vw pairs_from(int start) {
+  vw order;
+  for (int i = 0; i < 2 * LANES; i++) order[i] = (bf16)(start + i / 2 + i % 2 * 2 * LANES);
+  return order;
+}
+
+INLINE void store_words(bf16* out, const vf (&rows)[2]) {
+  vw both = (vw)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]), order;
+  for (int i = 0; i < 2 * LANES; i++) order[i] = (bf16)(i / 2 + i % 2 * LANES);
+  both = __builtin_shuffle(both, order);
+  memcpy(out, &both, sizeof both);
+}
+
+INLINE vw load_words(const bf16* p, int64_t count) {
+  if (count >= 2 * LANES) return (vw)_mm512_loadu_si512(p);
+  return (vw)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
+}
+
+INLINE void pack_values(const bf16* pool, const int64_t* places, int64_t count, int64_t size, bf16* out) {
+  const vw low = pairs_from(0), high = pairs_from(LANES);
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t c = 0; c < size; c += 2 * LANES) {
+      vw first = load_words(pool + places[i] + c, size - c);
+      vw second = i + 1 < count ? load_words(pool + places[i + 1] + c, size - c) : vw{};
+      vw lower = __builtin_shuffle(first, second, low), upper = __builtin_shuffle(first, second, high);
+      memcpy(out + (c * KEYS / LANES + i) * LANES, &lower, sizeof lower);
+      if (size - c > LANES) memcpy(out + (c * KEYS / LANES + KEYS + i) * LANES, &upper, sizeof upper);
+    }
+}
+#endif
 
 // Rows of 16 words become columns.
 INLINE void transpose(vi (&rows)[LANES]) {
@@ -25,82 +88,53 @@ INLINE void transpose(vi (&rows)[LANES]) {
   }
 }
 
-// Rows [count, size] at `places` of a pool, packed for products over `size`.
-template <typename T>
-INLINE void pack_keys(const T* pool, const int64_t* places, int64_t count, int64_t size, T* out) {
-  int64_t panel = Packed<T>::panel_size(size);
-  for (int64_t first = 0; first < count; first += LANES, out += panel)
-    for (int64_t c = 0; c < size; c += LANES * GROUP<T>) {
-      vi rows[LANES] = {};
-      int64_t left = size - c, width = left < LANES * GROUP<T> ? left : LANES * GROUP<T>;
-      if (width == LANES * GROUP<T> && count - first >= LANES)
-        for (int i = 0; i < LANES; i++) memcpy(&rows[i], pool + places[first + i] + c, sizeof rows[i]);
-      else
-        for (int64_t i = 0; i < LANES && first + i < count; i++)
-          memcpy(&rows[i], pool + places[first + i] + c, width * sizeof(T));
-      transpose(rows);
-      for (int64_t i = 0; i * GROUP<T> < width; i++)
-        memcpy(out + c * LANES + i * LANES * GROUP<T>, &rows[i], sizeof rows[i]);
-    }
-}
-
-template <typename T>
-INLINE vf load_up_to(const T* p, int64_t count) {
-  return count >= LANES ? load(p) : load_some(p, (int)count);
-}
-
-// The same rows, packed for products over `count`.
-INLINE void pack_values(const float* pool, const int64_t* places, int64_t count, int64_t size, float* out) {
-  for (int64_t c = 0; c < size; c += LANES)
-    for (int64_t i = 0; i < count; i++, out += LANES) store(out, load_up_to(pool + places[i] + c, size - c));
-}
-
-INLINE void pack_values(const bf16* pool, const int64_t* places, int64_t count, int64_t size, bf16* out) {
-  for (int64_t c = 0; c < size; c += LANES)
-    for (int64_t i = 0; i < count; i += 2, out += 2 * LANES) {
-      vf second = i + 1 < count ? load_up_to(pool + places[i + 1] + c, size - c) : vf{};
-      vu pairs = (vu)load_up_to(pool + places[i] + c, size - c) >> 16 | (vu)second;
-      memcpy(out, &pairs, sizeof pairs);
-    }
-}
-
-struct Scores {
-  float* out;  // [rows, KEYS]
-  float scale;
-  INLINE void operator()(vf v, int64_t t, int64_t n) const { store(out + t * KEYS + n, scale * v); }
-};
-
-struct Accumulated {
-  float* out;          // [rows, width]
-  const float* fading; // [rows]: what the sums so far count yet
-  int64_t width;
-  INLINE void operator()(vf v, int64_t t, int64_t n) const {
-    float* o = out + t * width + n;
-    store(o, load(o) * fading[t] + v);
+// A row [size] as it is computed with, padded to whole words.
+template <typename T, typename C>
+INLINE void copy_row(const T* row, int64_t size, C* out) {
+  if (sizeof(T) == sizeof(C)) {
+    memcpy(out, row, size * sizeof(T));
+    clear_padding(out, sizeof(C) == 2, size);
+  } else {
+    for (int64_t c = 0; c < size; c += LANES) store_up_to(out + c, load_up_to(row + c, size - c), size - c);
   }
-};
+}
 
-// One thread's buffers for a tile.
+// Rows [16, stride] become a panel [words of a row][16].
+template <typename C>
+INLINE void pack_panel(const C* rows, int64_t stride, C* out) {
+  int64_t words = stride / GROUP<C>;
+  const int32_t* from = (const int32_t*)rows;
+  int32_t* to = (int32_t*)out;
+  int64_t w = 0;
+  for (; w + LANES <= words; w += LANES) {
+    vi block[LANES];
+    for (int i = 0; i < LANES; i++) memcpy(&block[i], from + i * words + w, sizeof block[i]);
+    transpose(block);
+    for (int i = 0; i < LANES; i++) memcpy(to + (w + i) * LANES, &block[i], sizeof block[i]);
+  }
+  for (; w < words; w++)
+    for (int i = 0; i < LANES; i++) memcpy(to + w * LANES + i, from + i * words + w, 4);
+}
+
+// One thread's buffers for a tile. Keys [16] and own rows are copies where they cannot be read as they lie.
 template <typename T>
 struct ChunkBuffers {
-  typedef typename Input<T>::type I;
-  int64_t stride, width;  // of a query row, of a row of sums
-  int64_t bytes;
-  T *keys, *values;
-  I *q, *weights;         // weights [ROWS, KEYS]
-  float *scores, *sums, *highest, *totals, *fading;
+  typedef typename Input<T>::type C;  // what both products are of
+  int64_t stride, width, bytes;       // of a row of queries or keys, of a row of sums
+  C *q, *keys, *values, *weights;     // values [panels][KEYS][16], weights [KEYS][ROWS], neighbours of a word together
+  float *scores, *sums, *highest, *totals, *fading;  // scores [KEYS][ROWS]
 
-  INLINE ChunkBuffers(int64_t size, char* at) : stride(even(size)), width(panel_count(size) * LANES) {
+  INLINE ChunkBuffers(int64_t size, char* at) : stride(sizeof(C) == 2 ? even(size) : size), width(panel_count(size) * LANES) {
     char* start = at;
     auto take = [&at](auto*& p, int64_t count) {
       p = (decltype(p + 0))at;
       at += aligned(count * sizeof(*p));
     };
-    take(keys, KEYS * stride);
-    take(values, KEYS * width);
     take(q, ROWS * stride);
-    take(weights, ROWS * KEYS);
-    take(scores, ROWS * KEYS);
+    take(keys, LANES * stride);
+    take(values, KEYS * width);
+    take(weights, KEYS * ROWS);
+    take(scores, KEYS * ROWS);
     take(sums, ROWS * width);
     take(highest, ROWS);
     take(totals, ROWS);
@@ -109,89 +143,162 @@ struct ChunkBuffers {
   }
 };
 
-// Where scores [count] of one row leave its running maximum and total, and the weights they become: those of keys
-// behind `last` are 0.
-template <typename I>
-INLINE float soften(float* scores, int64_t count, int64_t last, float& highest, float& total, I* weights) {
-  const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  vf most = splat(-INFINITY);
-  for (int64_t n = 0; n < count; n += LANES) {
-    vf s = load(scores + n);
-    if (last < n + LANES - 1) {
-      s = lanes > (int32_t)(last - n) ? splat(-INFINITY) : s;
-      store(scores + n, s);
+// Scores of P panels of query rows and N keys that lie `stride` apart.
+template <int P, int N, typename C>
+INLINE void score_tile(const C* q, int64_t stride, const C* keys, float* scores) {
+  vf acc[P][N] = {};
+  for (int64_t w = 0; w < stride; w += GROUP<C>) {
+    vi row[P];
+    for (int p = 0; p < P; p++) memcpy(&row[p], q + p * stride * LANES + w * LANES, sizeof row[p]);
+    for (int n = 0; n < N; n++) {
+      int32_t word;
+      memcpy(&word, keys + n * stride + w, sizeof word);
+      for (int p = 0; p < P; p++) acc[p][n] = plus_product(acc[p][n], row[p], word, C{});
     }
-    most = vmax(s, most);
   }
-  float before = highest, now = largest(most);
-  highest = now > before ? now : before;
-  vf sums = {};
-  for (int64_t n = 0; n < count; n += LANES) {
-    vf e = vexp(load(scores + n) - highest);
-    store(weights + n, e);
-    sums += e;
-  }
-  float fading = highest > before ? expf(before - highest) : 1.0f;
-  total = total * fading + sum(sums);
-  return fading;
+  for (int n = 0; n < N; n++)
+    for (int p = 0; p < P; p++) store(scores + n * ROWS + p * LANES, acc[p][n]);
 }
 
-// Goes through one sequence's rows in a pool.
-struct Walk {
-  const ChunkAttention& a;
-  int64_t head, seen, at = 0, page = 0, line = 0;
-  // Where the next rows are, at most KEYS; returns how many.
-  INLINE int64_t next(int64_t* places) {
-    int64_t count = seen - at < KEYS ? seen - at : KEYS;
-    for (int64_t i = 0; i < count; i++) {
-      places[i] = ((a.table[page] * a.kv_heads + head) * a.block + line) * a.size;
-      if (++line == a.block) page++, line = 0;
-    }
-    at += count;
-    return count;
+template <int P, typename T>
+INLINE void score_panels(const T* pool, const int64_t* places, int64_t count, int64_t size, int64_t panel,
+                         const ChunkBuffers<T>& b) {
+  typedef typename Input<T>::type C;
+  constexpr int N = KEYS_OF[P];
+  const C* q = b.q + panel * b.stride * LANES;
+  for (int64_t n = 0; n < count; n += N) {
+    int64_t last = (count - n < N ? count - n : N) - 1;
+    const C* keys = b.keys;
+    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && places[n + last] - places[n] == last * size)
+      keys = (const C*)(const void*)(pool + places[n]);
+    else
+      for (int64_t i = 0; i <= last; i++) copy_row(pool + places[n + i], size, b.keys + i * b.stride);
+    float* scores = b.scores + n * ROWS + panel * LANES;
+    if (size == 64)
+      score_tile<P, N>(q, 64, keys, scores);
+    else
+      score_tile<P, N>(q, b.stride, keys, scores);
   }
-};
+}
 
+// Scores of one panel become weights, those behind a row's `last` key 0; count is whole words.
 template <typename T>
-INLINE void fetch(const T* pool, const int64_t* places, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + places[i] + c, 0, 2);
+INLINE void soften_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi last, float scale) {
+  float* scores = b.scores + panel * LANES;
+  vf most = splat(-INFINITY);
+  int32_t masked = (int32_t)count;  // from which key on some row sees nothing
+  for (int lane = 0; lane < LANES; lane++) masked = last[lane] < masked ? last[lane] + 1 : masked;
+  if (masked < 0) masked = 0;
+  for (int64_t n = 0; n < masked; n++) most = vmax(load(scores + n * ROWS), most);
+  for (int64_t n = masked; n < count; n++) {
+    vf s = last < (int32_t)n ? splat(-INFINITY) : load(scores + n * ROWS);
+    store(scores + n * ROWS, s);
+    most = vmax(s, most);
+  }
+  vf before = load(b.highest + panel * LANES), now = vmax(most * scale, before);
+  vf base = now > -INFINITY ? now : vf{}, total = {};
+  constexpr int G = GROUP<typename Input<T>::type>;
+  for (int64_t n = 0; n < count; n += G) {
+    vf e[G];
+    for (int i = 0; i < G; i++) {
+      e[i] = vexp2(load(scores + (n + i) * ROWS) * scale - base);
+      total += e[i];
+    }
+    store_words(b.weights + n * ROWS + panel * LANES * G, e);
+  }
+  vf fading = vexp2(before - base);
+  store(b.highest + panel * LANES, now);
+  store(b.fading + panel * LANES, fading);
+  store(b.totals + panel * LANES, load(b.totals + panel * LANES) * fading + total);
+}
+
+// sums [R, P panels] = faded sums + weights · values
+template <int P, int R, typename C>
+INLINE void gather_tile(const C* values, const C* weights, int64_t count, const float* fading, int64_t width,
+                        float* sums) {
+  vf acc[P][R] = {};
+  for (int64_t n = 0; n < count; n += GROUP<C>) {
+    vi row[P];
+    for (int p = 0; p < P; p++) memcpy(&row[p], values + (p * KEYS + n) * LANES, sizeof row[p]);
+    for (int r = 0; r < R; r++) {
+      int32_t word;
+      memcpy(&word, weights + n * ROWS + r * GROUP<C>, sizeof word);
+      for (int p = 0; p < P; p++) acc[p][r] = plus_product(acc[p][r], row[p], word, C{});
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      float* s = sums + r * width + p * LANES;
+      store(s, load(s) * fading[r] + acc[p][r]);
+    }
+}
+
+template <int P, typename C>
+INLINE void gather_panels(const C* values, const C* weights, int64_t rows, int64_t count, const float* fading,
+                          int64_t width, float* sums) {
+  for (int64_t r = 0; r < rows;) {
+    int64_t left = rows - r;
+    if (left <= FEWER || left == FEWER + 3 || left == 2 * FEWER) {
+      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, count, fading + r, width, sums + r * width);
+      r += FEWER;
+    } else {
+      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, count, fading + r, width, sums + r * width);
+      r += HIGH;
+    }
+  }
 }
 
 // Query rows first … first + rows − 1 of one key-value head; row r is query head r % group of token r / group.
 template <typename T>
 INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, int64_t rows, const ChunkBuffers<T>& b) {
+  typedef typename Input<T>::type C;
   int64_t before = a.context - a.count, seen = before + (first + rows - 1) / a.group + 1;
-  int64_t offset = head * a.group * a.size, panels = panel_count(a.size);
-  int64_t places[KEYS];
+  int64_t offset = head * a.group * a.size, panels = panel_count(rows), columns = panel_count(a.size);
+  float scale = a.scale * LOG2_E;
+  int64_t places[2][KEYS];
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t token = (first + r) / a.group, member = (first + r) % a.group;
-    const T* own = (const T*)a.q + token * a.q_stride + offset + member * a.size;
-    for (int64_t c = 0; c < a.size; c++) put(b.q + r * b.stride + c, to_float(own[c]));
+  vi last[ROWS / LANES];
+  for (int64_t r = 0; r < panels * LANES; r++) {
+    int64_t row = first + (r < rows ? r : rows - 1), token = row / a.group;  // lanes that are left over are copies
+    copy_row((const T*)a.q + token * a.q_stride + offset + row % a.group * a.size, a.size, b.keys + r % LANES * b.stride);
+    if (r % LANES == LANES - 1) pack_panel(b.keys, b.stride, b.q + r / LANES * LANES * b.stride);
+    last[r / LANES][r % LANES] = (int32_t)(before + token);
     b.highest[r] = -INFINITY, b.totals[r] = 0;
   }
-  clear_padding(b.q, rows, a.size);
-  memset(b.sums, 0, rows * b.width * sizeof(float));
-  Walk walk{a, head, seen};
-  int64_t count = walk.next(places), next;
-  for (int64_t at = 0; count > 0; at += KEYS, count = next) {
-    pack_keys(keys, places, count, a.size, b.keys);
-    pack_values(values, places, count, a.size, b.values);
-    next = walk.next(places);
-    fetch(keys, places, next, a.size);
-    multiply<T>(b.keys, b.q, b.stride, nullptr, rows, a.size, Scores{b.scores, a.scale}, 0, panel_count(count));
-    for (int64_t r = 0; r < rows; r++)
-      b.fading[r] = soften(b.scores + r * KEYS, count, before + (first + r) / a.group - at, b.highest[r], b.totals[r],
-                           b.weights + r * KEYS);
-    fetch(values, places, next, a.size);
-    multiply<T>(b.values, b.weights, KEYS, nullptr, rows, count, Accumulated{b.sums, b.fading, b.width}, 0, panels);
+  memset(b.sums, 0, panels * LANES * b.width * sizeof(float));
+  Walk walk{a.table, a.kv_heads, head, a.block, a.size, seen};
+  int64_t count = walk.next(places[0]), next, held = 0;
+  fetch(keys, places[0], count, a.size);
+  for (int64_t at = 0; count > 0; at += KEYS, count = next, held ^= 1) {
+    fetch(values, places[held], count, a.size);
+    next = walk.next(places[held ^ 1]);
+    fetch(keys, places[held ^ 1], next, a.size);
+    int64_t words = (count + GROUP<C> - 1) / GROUP<C> * GROUP<C>;
+    switch (panels) {
+      case 1: score_panels<1>(keys, places[held], count, a.size, 0, b); break;
+      case 2: score_panels<2>(keys, places[held], count, a.size, 0, b); break;
+      default: score_panels<3>(keys, places[held], count, a.size, 0, b);
+    }
+    for (int64_t p = 0; p < panels; p++) {
+      soften_panel(b, p, words, last[p], scale);
+      last[p] -= (int32_t)KEYS;
+    }
+    if (a.size == 64)
+      pack_values(values, places[held], count, 64, b.values);
+    else
+      pack_values(values, places[held], count, a.size, b.values);
+    int64_t c = 0;
+    for (; c + WIDE <= columns; c += WIDE)
+      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, words, b.fading, b.width, b.sums + c * LANES);
+    for (; c < columns; c++)
+      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, words, b.fading, b.width, b.sums + c * LANES);
   }
   for (int64_t r = 0; r < rows; r++) {
     int64_t token = (first + r) / a.group, member = (first + r) % a.group;
-    T* out = (T*)a.out + token * a.kv_heads * a.group * a.size + offset + member * a.size;
+    T* out = (T*)a.out + (token * a.kv_heads * a.group + member) * a.size + offset;
     float inverse = 1.0f / b.totals[r];
-    for (int64_t c = 0; c < a.size; c++) put(out + c, b.sums[r * b.width + c] * inverse);
+    for (int64_t c = 0; c < a.size; c += LANES)
+      store_up_to(out + c, load(b.sums + r * b.width + c) * inverse, a.size - c);
   }
 }
 
@@ -202,16 +309,17 @@ int64_t chunk_attention_scratch(const ChunkAttention& a) {
 
 template <typename T>
 void chunk_attention(const ChunkAttention& a) {
-  int64_t rows = a.count * a.group, least = (rows + TOKENS - 1) / TOKENS, tiles = (rows + ROWS - 1) / ROWS;
+  int64_t rows = a.count * a.group, panels = panel_count(rows), tiles = (rows + ROWS - 1) / ROWS;
   int64_t wanted = (2 * a.threads + a.kv_heads - 1) / a.kv_heads;  // so that the threads end together
-  if (tiles < wanted) tiles = wanted < least ? wanted : least;
+  if (tiles < wanted) tiles = wanted < panels ? wanted : panels;
 #pragma omp parallel num_threads(a.threads)
   {
     ChunkBuffers<T> own(a.size, a.scratch + omp_get_thread_num() * chunk_attention_scratch<T>(a) / a.threads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {
-      int64_t tile = tiles - 1 - i / a.kv_heads, first = part(rows, tile, tiles);  // the longest first
-      attend_tile<T>(a, i % a.kv_heads, first, part(rows, tile + 1, tiles) - first, own);
+      int64_t tile = tiles - 1 - i / a.kv_heads, first = LANES * part(panels, tile, tiles);  // the longest first
+      int64_t end = LANES * part(panels, tile + 1, tiles);
+      attend_tile<T>(a, i % a.kv_heads, first, (end < rows ? end : rows) - first, own);
     }
   }
 }

@@ -8,11 +8,9 @@
 #include "attention.h"
 #include "gemm.h"
 
-constexpr int64_t SMALL = 24, CHUNK = 96;
+constexpr int64_t SMALL = 24, CHUNK = 96, RUNS = 16;
 
 INLINE int64_t even(int64_t d) { return (d + 1) / 2 * 2; }
-
-INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 INLINE int64_t part(int64_t size, int64_t i, int64_t n) { return size * i / n; }
 
@@ -99,21 +97,19 @@ void linear(const Linear& a) {
 
 template <typename T>
 int64_t attention_scratch(const Attention& a) {
-  return a.threads * aligned(a.group * a.longest * 4);
+  return a.threads * a.group * gathered_bytes(a.size);
 }
 
 template <typename T>
 void attention(const Attention& a) {
-  int64_t heads = a.kv_heads * a.group, bytes = aligned(a.group * a.longest * 4);
+  int64_t pairs = a.batch * a.kv_heads, runs = RUNS * a.threads < pairs ? RUNS * a.threads : pairs;
 #pragma omp parallel num_threads(a.threads)
   {
-    float* scores = (float*)(a.scratch + omp_get_thread_num() * bytes);
+    char* own = a.scratch + omp_get_thread_num() * a.group * gathered_bytes(a.size);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < a.batch * a.kv_heads; i++) {
-      int64_t s = i / a.kv_heads, h = i % a.kv_heads;
-      attend((const T*)a.q + s * a.q_stride + h * a.group * a.size, (const T*)a.keys, (const T*)a.values,
-             a.tables + s * a.width, a.contexts[s], a.block, a.kv_heads, h, a.group, a.size, a.scale, scores,
-             (T*)a.out + (s * heads + h * a.group) * a.size);
+    for (int64_t i = 0; i < runs; i++) {
+      int64_t first = part(pairs, i, runs);
+      attend<T>(a, first, part(pairs, i + 1, runs) - first, own);
     }
   }
 }

@@ -124,6 +124,28 @@ INLINE vf vexp(vf x) {
   return x < -87.3f ? splat(0.0f) : (x != x ? x : p * scale);
 }
 
+// 2^x for x ≤ 0 to about 2 units in the last place; 0 below −126.
+INLINE vf vexp2(vf x) {
+  vf clamped = vmax(splat(-200.0f), x);
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)clamped, 0), r = clamped - n;
+#else
+  vf shifted = clamped + 12582912.0f, n = shifted - 12582912.0f, r = clamped - n;
+#endif
+  vf p = splat(1.535336188e-4f);
+  p = p * r + 1.339887440e-3f;
+  p = p * r + 9.618437357e-3f;
+  p = p * r + 5.550332472e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472028e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return x < -126.0f ? splat(0.0f) : p * (vf)(((vi)shifted << 23) + 0x3f800000);
+#endif
+}
+
 // log(1 + y) for y in [0, 1], as 2 artanh(y / (2 + y)).
 INLINE vf vlog1p(vf y) {
   vf s = y / (2.0f + y), q = s * s;

@@ -11,7 +11,9 @@ from fake import fake_engine
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
+from dsc_serve.engine.policies import POLICIES
 from dsc_serve.sampling_params import ParameterError
+from dsc_serve.terms import Terms
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
@@ -111,20 +113,34 @@ def test_a_missing_device_is_named(small_model: Callable[..., Path]) -> None:
         LLM(str(small_model()), device="cuda")
 
 
-def test_crowded_real_model_gives_the_same_tokens_as_alone(small_model: Callable[..., Path]) -> None:
+def test_crowded_real_model_gives_the_same_tokens_as_alone_under_every_policy(
+    small_model: Callable[..., Path],
+) -> None:
     folder = str(small_model())
     generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(61, (9,), generator=generator).tolist()
     prompts = [torch.randint(61, (int(n),), generator=generator).tolist() for n in torch.randint(1, 20, (12,))]
+    prompts += [[*shared, i] for i in range(4)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     with LLM(folder, dtype="float32") as llm:
         alone = [llm.generate([p], params)[0].token_ids for p in prompts]
         margins = [decided(llm, p, ids) for p, ids in zip(prompts, alone, strict=True)]
-    with LLM(folder, dtype="float32", kv_tokens=64, block_size=4, step_tokens=16, max_running=8) as tight:
-        outputs = tight.generate(prompts, params)
-        assert tight.engine.scheduler.preemptions > 0
     assert min(margins) > 0, "no token of these is decided by more than the arithmetic's error"
-    for output, ids, sure in zip(outputs, alone, margins, strict=True):
-        assert output.token_ids[:sure] == ids[:sure]
+    for policy in POLICIES:
+        tight = {"kv_tokens": 64, "block_size": 4, "step_tokens": 16, "max_running": 8}
+        with LLM(folder, dtype="float32", policy=policy, **tight) as llm:
+            tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+            for i, prompt in enumerate(prompts):
+                llm.engine.add(str(i), prompt, params, terms=Terms(tenant="ab"[i % 2], priority=-i % 3))
+                for delta in llm.engine.step():
+                    tokens[delta.request_id] += delta.token_ids
+            while llm.engine.has_work:
+                for delta in llm.engine.step():
+                    tokens[delta.request_id] += delta.token_ids
+            assert llm.engine.scheduler.preemptions > 0
+            assert llm.engine.scheduler.cached_tokens > 0
+        for i, (ids, sure) in enumerate(zip(alone, margins, strict=True)):
+            assert tokens[str(i)][:sure] == ids[:sure], (policy, i)
 
 
 def decided(llm: LLM, prompt: list[int], ids: list[int]) -> int:

@@ -10,7 +10,7 @@ DEPLOY_STAMP := $(VENV)/.installed-deploy
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
-.PHONY: help install serve test test-full test-deploy soak bench-quick lint format clean
+.PHONY: help install serve serve-ray test test-full test-deploy soak bench-quick lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,10 @@ $(STAMP): pyproject.toml setup.py $(wildcard kernels/dsc_kernels/cpu/*)
 
 serve: install ## serve MODEL on 127.0.0.1:PORT
 	@$(BIN)/dsc-serve serve $(MODEL) --port $(PORT)
+
+serve-ray: install ## serve two replicas behind 127.0.0.1:8000, as deploy/ray/serve.yaml says
+	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[ray]'
+	@$(BIN)/dsc-serve serve-ray deploy/ray/serve.yaml
 
 lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/ruff check .

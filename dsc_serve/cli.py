@@ -112,6 +112,20 @@ def serve(model: str | None, config_file: Path | None, print_config: bool, **opt
         raise click.ClickException(str(error)) from None
 
 
+@main.command("serve-ray", short_help="Serve replicas behind one endpoint on this machine, with Ray Serve.")
+@click.argument("file", type=FILE)
+def serve_ray(file: Path) -> None:
+    """Serve what FILE, a Ray Serve config such as deploy/ray/serve.yaml, says. SIGHUP reads it again and updates."""
+    try:
+        from dsc_serve.scale.local import StartError, run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}; pip install 'dsc-serve[ray]'") from None
+    try:
+        run(file)
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @main.command(short_help="List every setting of `serve`.")
 def settings() -> None:
     """Print every setting of `serve`, in Markdown: its flag, default, allowed values and meaning."""

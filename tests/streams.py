@@ -18,6 +18,7 @@ class Stream:
 
     body: dict[str, Any]
     status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     done: bool = False
@@ -46,8 +47,9 @@ class Stream:
             async with asyncio.timeout(LIMIT_S):
                 writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
                 self.status = int((await reader.readline()).split()[1])
-                while await reader.readline() not in (b"\r\n", b""):
-                    pass
+                while (header := await reader.readline()) not in (b"\r\n", b""):
+                    name, _, value = header.decode().partition(":")
+                    self.headers[name.lower()] = value.strip()
                 while line := await reader.readline():
                     self.take(line)
         finally:

@@ -1,0 +1,124 @@
+"""Where a request should go: to a replica that has computed the beginning of its prompt, unless that one is too busy.
+
+Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), and a memory of who computed which prefix.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+BLOCK = 128  # bytes of a prompt in one link of its chain, about two KV blocks
+MAX_LINKS = 96
+POINTS = 64  # of each replica on the ring
+REMEMBERED = 65_536  # prefixes
+HOLDERS = 4  # replicas remembered for one prefix
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """What a request has in common with others: whose it is ("": nobody's), and the links of its prompt's chain."""
+
+    tenant: str = ""
+    chain: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> int | None:
+        """The place on the ring: a tenant's prompts that begin alike share it. None: nothing to hold on to."""
+        if not (self.tenant or self.chain):
+            return None
+        return position(f"{self.tenant}:{self.chain[0] if self.chain else ''}".encode())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How busy a replica may be and still be preferred: `slack` requests always, then `factor` times the mean."""
+
+    factor: float = 1.25
+    slack: int = 8
+
+    def most(self, loads: Collection[int]) -> int:
+        """Requests below which a replica may take another one."""
+        return max(self.slack, math.ceil(self.factor * (sum(loads) + 1) / len(loads)))
+
+
+def position(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+def chain_of(prompt: bytes, salt: bytes = b"") -> tuple[int, ...]:
+    """One number for each whole block of a prompt's beginning, which depends on all bytes up to the block's end.
+
+    salt: prompts of different salts share nothing.
+    """
+    running, links = blake2b(salt, digest_size=8), []
+    for start in range(0, min(len(prompt) // BLOCK, MAX_LINKS) * BLOCK, BLOCK):
+        running.update(prompt[start : start + BLOCK])
+        links.append(int.from_bytes(running.digest(), "big"))
+    return tuple(links)
+
+
+class Ring:
+    """Replicas by name on a circle of 64-bit numbers: who leaves or joins moves only its own share of the keys."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = frozenset(names)
+        places = sorted((position(f"{name}#{i}".encode()), name) for name in self.names for i in range(POINTS))
+        self._places = [place for place, _ in places]
+        self._owners = [name for _, name in places]
+
+    def walk(self, key: int) -> Iterator[str]:
+        """Every replica once, clockwise from the key."""
+        seen: set[str] = set()
+        start = bisect.bisect(self._places, key)
+        for i in range(len(self._owners)):
+            owner = self._owners[(start + i) % len(self._owners)]
+            if owner not in seen:
+                seen.add(owner)
+                yield owner
+            if len(seen) == len(self.names):
+                return
+
+
+class Memory:
+    """Which replicas were last given a prompt with which beginning. Bounded; the oldest is forgotten first."""
+
+    def __init__(self, size: int = REMEMBERED) -> None:
+        self._size = size
+        self._holders: OrderedDict[int, tuple[str, ...]] = OrderedDict()
+
+    def holders(self, chain: Sequence[int], alive: Collection[str]) -> tuple[str, ...]:
+        """The replicas that hold the longest known part of the chain, the latest first."""
+        for link in reversed(chain):
+            if found := tuple(name for name in self._holders.get(link, ()) if name in alive):
+                return found
+        return ()
+
+    def note(self, chain: Sequence[int], name: str) -> None:
+        for link in chain:
+            others = tuple(other for other in self._holders.get(link, ()) if other != name)
+            self._holders[link] = (name, *others)[:HOLDERS]
+            self._holders.move_to_end(link)
+        while len(self._holders) > self._size:
+            self._holders.popitem(last=False)
+
+
+def order(
+    affinity: Affinity, ring: Ring, holders: Collection[str], loads: Mapping[str, int], bound: Bound
+) -> list[str]:
+    """All replicas of `loads`, the one to ask first: a holder within the bound, else the ring's first within it.
+
+    loads: requests in flight by replica; the ring has the same names. Those over the bound follow, least busy first.
+    """
+    key = affinity.key
+    if key is None:
+        return sorted(loads, key=loads.__getitem__)
+    most = bound.most(loads.values())
+    clockwise = list(ring.walk(key))
+    free = [name for name in clockwise if loads[name] < most]
+    rest = sorted((name for name in clockwise if loads[name] >= most), key=loads.__getitem__)
+    return [*(n for n in free if n in holders), *(n for n in free if n not in holders), *rest]

@@ -1,0 +1,102 @@
+"""One HTTP request on its way from the door to a replica, and the parts of its answer on the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import Scope
+
+from dsc_serve.scale.affinity import Affinity, chain_of
+
+HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"})
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request with its whole body. query: as it stood in the address."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+    client: tuple[str, int] | None
+    affinity: Affinity
+
+    @classmethod
+    def of(cls, request: Request, body: bytes) -> Call:
+        scope = request.scope
+        return cls(
+            method=scope["method"],
+            path=scope["path"],
+            query=scope["query_string"],
+            headers=[(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS],
+            body=body,
+            client=scope["client"],
+            affinity=affinity_of(request.headers.get("authorization", ""), body),
+        )
+
+    def scope(self) -> Scope:
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": self.method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": self.query,
+            "root_path": "",
+            "headers": self.headers,
+            "client": self.client,
+            "server": None,
+        }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A replica has the request; nothing of the answer exists yet."""
+
+    replica: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the answer. status and headers: with the first piece alone. last: nothing follows."""
+
+    body: bytes
+    last: bool
+    status: int = 0
+    headers: Headers | None = None
+
+
+class Asked(msgspec.Struct):
+    """The fields that say what a request shares with others; the replica checks them."""
+
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    messages: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    user: str | None = None
+    cache_salt: str | None = None
+
+
+decoder = msgspec.json.Decoder(Asked)
+
+
+def affinity_of(authorization: str, body: bytes) -> Affinity:
+    """Whose a request is (API key and `user`), and the chain of its prompt as the client wrote it.
+
+    A body that cannot be read has no chain: its replica says what is wrong with it.
+    """
+    tenant = authorization
+    try:
+        asked = decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Affinity(tenant)
+    if asked.user:
+        tenant = f"{tenant} {asked.user}"
+    messages = [] if asked.messages is msgspec.UNSET else asked.messages
+    prompt = b"".join(map(bytes, messages)) or bytes(asked.prompt)
+    return Affinity(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))

@@ -366,6 +366,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.engine_command import engine_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.bench.scheduler_command import scheduler_command
+    from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 
     bench.add_command(serve_command, "serve")
@@ -378,6 +379,7 @@ def _attach_commands() -> None:
     bench.add_command(scheduler_command, "scheduler")
     bench.add_command(batching_command, "batching")
     kernels.add_command(aot_command, "aot")
+    main.add_command(scale_model)
     main.add_command(train_command, "train")
     main.add_command(evaluate_command, "evaluate")
     main.add_command(prune_command, "prune")

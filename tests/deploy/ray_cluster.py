@@ -35,12 +35,12 @@ class Cluster:
         self.log: list[str] = []
         self._process: subprocess.Popen[str] | None = None
 
-    def configure(self, args: dict[str, Any], **replica: Any) -> None:
+    def configure(self, args: dict[str, Any], *, import_path: str = "timed_app:build", **replica: Any) -> None:
         """Bring the cluster to these settings and options of the replicas, and wait until it is there."""
         application = {
             "name": "dsc-serve",
             "route_prefix": "/",
-            "import_path": "timed_app:build",
+            "import_path": import_path,
             "args": {"threads": 1, **args},
             "deployments": [{"name": "replica", "ray_actor_options": {"num_cpus": 0}, "num_replicas": 2} | replica],
         }

@@ -29,16 +29,9 @@ class Attention:
         self.config, self.angles = config, angles
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
-        heads = config.num_attention_heads, config.num_key_value_heads
-        self.single = ops.attention_layer(self.qkv, self.out, *heads, angles)
 
     def __call__(self, x: Tensor, batch: StepBatch, keys: Tensor, values: Tensor, residual: Tensor) -> Tensor:
         """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
-        b = batch
-        if b.decodes == x.shape[0] and self.single is not None:
-            slots = b.positions, b.slot_blocks, b.slot_offsets
-            context = b.block_tables, b.context_lens, b.decode_context
-            return self.single(x, residual, *slots, *context, keys, values)
         c, angles = self.config, self.angles
         qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
+from dsc_kernels.stack import NormWeights, Stack
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
@@ -58,12 +59,10 @@ class Norm:
     """LayerNorm or RMSNorm over the last dimension; statistics in float32."""
 
     def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias, self.eps = weight, bias, config.norm_eps
+        self.weights = NormWeights(weight, bias, config.norm_eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return ops.rms_norm(x, self.weight, self.eps)
-        return torch.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return ops.norm(x, *self.weights)
 
 
 class Block:
@@ -109,6 +108,16 @@ class Decoder:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
             self.blocks.append(Block(norms[0], attention, norms[1], ffn))
+        self.stack = ops.stack(
+            self.embedding,
+            self.positions,
+            [(block.norm1.weights, block.norm2.weights) for block in self.blocks],
+            [(block.attention.qkv, block.attention.out) for block in self.blocks],
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            self.rope,
+            [block.ffn.layer for block in self.blocks],
+        )
         self.norm = norm("model.norm")
         self.head = ops.linear(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
 
@@ -139,6 +148,8 @@ class Decoder:
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
+        if self.stack is not None:
+            return self._stacked(self.stack, batch, pools, picks)
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
@@ -150,6 +161,22 @@ class Decoder:
                 assert isinstance(block.ffn, DscFfn)
                 x, picked = block.ffn.routed(block.norm2(x), residual=x)
                 picks.append(picked)
+        return x
+
+    def _stacked(
+        self,
+        stack: Stack,
+        batch: StepBatch,
+        pools: Sequence[tuple[Tensor, Tensor]],
+        picks: list[Picks] | None,
+    ) -> Tensor:
+        b, layers = batch, dsc_layers(self)
+        asked = [layer.asked(b.token_ids.shape[0], picks is not None) for layer in layers]
+        slots = b.positions, b.slot_blocks, b.slot_offsets
+        contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
+        x = stack(b.token_ids, slots, b.block_tables, *contexts, pools, asked or None)
+        if picks is not None:
+            picks += [layer.noted(own.picked) for layer, own in zip(layers, asked, strict=True)]
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -332,53 +332,6 @@ class Moe(_Layer):
         return out
 
 
-class AttentionLayer(_Layer):
-    """A layer's attention for one new token per sequence in one call, from q, k and v to the output projection.
-
-    qkv [(heads + 2 · kv heads) · size, d], out [d, heads · size]; angles as in `store_kv`.
-    """
-
-    def __init__(self, qkv: Linear, out: Linear, heads: int, kv_heads: int, angles: Tensor | None) -> None:
-        size = qkv.n // (heads + 2 * kv_heads)
-        super().__init__(qkv.d, qkv.dtype)
-        if qkv.n != (heads + 2 * kv_heads) * size or (out.n, out.d) != (qkv.d, heads * size) or heads % kv_heads:
-            raise ValueError(f"projections [{qkv.n}, {qkv.d}] and [{out.n}, {out.d}] do not fit {heads} heads")
-        self._linears = qkv, out
-        self._pool = (kv_heads, size)
-        self.capsule = module().attention_layer(
-            *(HALF[self.dtype], qkv.packed.data_ptr(), out.packed.data_ptr(), address(qkv.bias), address(out.bias)),
-            *(self._keep(angles), self.d, heads, kv_heads, size, size**-0.5),
-        )
-
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        positions: Tensor,
-        blocks: Tensor,
-        offsets: Tensor,
-        tables: Tensor,
-        contexts: Tensor,
-        longest: int,
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
-        """x [S, d] → [S, d] plus residual; the other arguments as in `store_kv` and `decode_attention`."""
-        x, residual, out = self._ready(x, residual)
-        batch, block = x.shape[0], keys.shape[2]
-        if keys.shape[1:] != (self._pool[0], block, self._pool[1]) or keys.dtype != self.dtype:
-            raise ValueError(f"keys are {keys.dtype} {list(keys.shape)}; expected {self.dtype} [*, {self._pool}]")
-        if longest > tables.shape[1] * block or tables.shape[0] != batch or tables.stride(1) != 1:
-            raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
-        if batch:
-            module().attend(
-                *(self.capsule, x.data_ptr(), address(residual), out.data_ptr(), positions.data_ptr()),
-                *(blocks.data_ptr(), offsets.data_ptr(), tables.data_ptr(), contexts.data_ptr(), keys.data_ptr()),
-                *(values.data_ptr(), batch, tables.stride(0), block, longest, threads()),
-            )
-        return out
-
-
 def store_kv(
     qkv: Tensor,
     heads: int,
@@ -458,16 +411,18 @@ def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, cont
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows x [T, d] with weight [d] of x's dtype, summed in float32 and rounded once."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d] of x's dtype, in float32 and rounded once."""
     batch, d = x.shape
     check("weight", weight, (d,), x.dtype)
+    if bias is not None:
+        check("bias", bias, (d,), x.dtype)
+        bias = bias.contiguous()
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(batch, d, dtype=x.dtype)
     if batch:
-        module().rms_norm(
-            *(HALF[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), batch, d, eps, threads()),
-        )
+        addresses = x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr()
+        module().norm(HALF[x.dtype], *addresses, batch, d, eps, threads())
     return out
 
 

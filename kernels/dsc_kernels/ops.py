@@ -8,6 +8,7 @@ so they may pick other atoms where logits nearly tie.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dsc_kernels import native, plain
 from dsc_kernels.native import Activation
+from dsc_kernels.stack import BlockLayers, NormWeights, Stack
 
 CPU = torch.device("cpu")
 
@@ -169,18 +171,30 @@ def moe(
     return layer
 
 
-def attention_layer(
-    qkv: Linear, out: Linear, heads: int, kv_heads: int, angles: Tensor | None
-) -> native.AttentionLayer | None:
-    """A layer's attention for single tokens in one call, where there is a kernel for it; None elsewhere."""
-    if isinstance(qkv, native.Linear) and isinstance(out, native.Linear):
-        return native.AttentionLayer(qkv, out, heads, kv_heads, angles)
-    return None
+def stack(
+    words: Tensor,
+    places: Tensor | None,
+    norms: Sequence[tuple[NormWeights, NormWeights]],
+    projections: Sequence[tuple[Linear, Linear]],
+    heads: int,
+    kv_heads: int,
+    angles: Tensor | None,
+    ffns: Sequence[object],
+) -> Stack | None:
+    """Embedding and all blocks in one call, where every layer is native; None elsewhere. See `stack.Stack`."""
+    blocks = []
+    for (norm1, norm2), (qkv, out), ffn in zip(norms, projections, ffns, strict=True):
+        if not (isinstance(qkv, native.Linear) and isinstance(out, native.Linear)):
+            return None
+        if not isinstance(ffn, native.Ffn | native.Moe):
+            return None
+        blocks.append(BlockLayers(norm1, qkv, out, heads, kv_heads, angles, norm2, ffn))
+    return Stack(words, places, blocks)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows x [T, d] with weight [d], in float32; see `native.rms_norm`."""
-    out: Tensor = implementation(x.dtype, x.device).rms_norm(x, weight, eps)
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d], in float32; see `native.norm`."""
+    out: Tensor = implementation(x.dtype, x.device).norm(x, weight, bias, eps)
     return out
 
 

@@ -205,8 +205,10 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows x [T, d] with weight [d]."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d]."""
+    if bias is not None:
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 

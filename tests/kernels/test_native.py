@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, random, routed_layer
-from torch import Tensor
 
 from dsc_kernels import native, plain
 
@@ -212,52 +211,25 @@ def test_store_kv(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "d", "heads", "kv_heads", "size"), [(1, 48, 3, 1, 16), (5, 33, 4, 2, 20), (70, 64, 2, 2, 32)]
-)
-@pytest.mark.parametrize("plainly", [False, True])
-def test_an_attention_layer_in_one_call_equals_its_parts(
-    guarded: Guarded, batch: int, d: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, plainly: bool
-) -> None:
-    """plainly: without biases, angles and residual."""
-    generator = torch.Generator().manual_seed(batch)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype) / shape[-1] ** 0.5
-
-    width = (heads + 2 * kv_heads) * size
-    qkv = native.Linear(random(width, d), None if plainly else random(width))
-    out = native.Linear(random(d, heads * size), None if plainly else random(d))
-    angles = None if plainly else torch.randn(40, 2, size // 2, generator=generator)
-    x, residual = random(batch, d), None if plainly else random(batch, d)
-    tables = torch.arange(3 * batch).view(batch, 3)
-    contexts = 1 + torch.arange(batch) * 7 % 40
-    positions = contexts - 1
-    slots = tables.gather(1, positions[:, None] // 16)[:, 0].contiguous(), positions % 16
-    pools = [random(3 * batch, kv_heads, 16, size) for _ in range(2)]
-    separate = [pool.clone() for pool in pools]
-    layer = native.AttentionLayer(qkv, out, heads, kv_heads, angles)
-    got = layer(x, residual, positions, *slots, tables, contexts, 40, *pools)
-    rows = qkv(x).view(batch, -1, size)
-    native.store_kv(rows, heads, angles, positions, *slots, *separate)
-    y = native.decode_attention(rows[:, :heads], *separate, tables, contexts, 40, size**-0.5)
-    want = out(y.flatten(1), residual=residual)
-    assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(pools, separate, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("batch", "d"), [(1, 16), (3, 7), (2, 41), (130, 576)])
-def test_rms_norm(guarded: Guarded, batch: int, d: int, dtype: torch.dtype) -> None:
+def test_norms(guarded: Guarded, batch: int, d: int, centred: bool, dtype: torch.dtype) -> None:
+    """RMSNorm, and centred LayerNorm, with a mean as large as the deviation."""
     generator = torch.Generator().manual_seed(d)
-    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((batch, d), (d,)))
-    got = native.rms_norm(x, weight, 1e-3)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((batch, d), (d,), (d,)))
+    x, weight, bias = (x + 1).to(dtype), weight.to(dtype), bias.to(dtype)
+    got = native.norm(x, weight, bias if centred else None, 1e-3)
     guarded.check()
     wide = x.double()
+    if centred:
+        wide = wide - wide.mean(1, keepdim=True)
     expected = wide / (wide.square().mean(1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    if centred:
+        expected += bias.double()
     assert got.dtype == dtype
     assert (got.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
-    assert (plain.rms_norm(x, weight, 1e-3).double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    plainly = plain.norm(x, weight, bias if centred else None, 1e-3)
+    assert (plainly.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
 def test_activations_are_exact_over_their_range(guarded: Guarded) -> None:

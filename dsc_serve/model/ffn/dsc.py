@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plan, reference
 from dsc_kernels.memory import resident
+from dsc_kernels.stack import Asked
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -88,15 +89,27 @@ class DscFfn:
     def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Picks]:
         """The output as a call gives it, bit for bit, and the picks, for x [T, d]."""
         out, *parts = self.layer.routed(x, residual)
-        picks = Picks(*parts)
+        return out, self.noted(parts)
+
+    def noted(self, picked: Sequence[Tensor]) -> Picks:
+        """What was picked, once the trace has it too, where there is one."""
+        picks = Picks(*picked)
         if self.trace is not None:
-            self.trace.picks[: x.shape[0]] = picks.atoms
-            self.trace.signal[: x.shape[0]] = picks.signal
-        return out, picks
+            tokens = picks.signal.shape[0]
+            self.trace.picks[:tokens] = picks.atoms
+            self.trace.signal[:tokens] = picks.signal
+        return picks
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        grouped = self.planner is not None and self.planner.grouped(x.shape[0])
-        return self.layer(x, residual, grouped, *(self.trace or (None, None)))
+        grouped, picks, _, signal = self.asked(x.shape[0])
+        return self.layer(x, residual, grouped, picks, signal)
+
+    def asked(self, tokens: int, reporting: bool = False) -> Asked:
+        """What the layer is asked for besides its output with so many tokens; reporting: to tell picks to `noted`."""
+        if reporting:
+            return Asked.everything(tokens, self.config.atoms_per_token)
+        picks_to, signal = self.trace or (None, None)
+        return Asked(self.planner is not None and self.planner.grouped(tokens), picks_to, None, signal)
 
     @property
     def shape(self) -> plan.Shape:

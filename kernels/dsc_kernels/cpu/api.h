@@ -46,8 +46,12 @@ struct Ffn {
   float tau, eps, norm_eps;           // norm_eps < 0: the router has no norm
   int k, rank, scalar_gamma, activation, threads;
   int grouped;                        // compose each thread's tokens in min-hash order, see grouping.h
+  int64_t* laps;                      // [threads, FFN_PHASES] nanoseconds to add to, or null
   char* scratch;
 };
+
+// What a thread does within an FFN layer: router and norm, static MLP, selection and composition, waiting for others.
+enum FfnPhase { ROUTER, STATIC, COMPOSE, WAITING, FFN_PHASES = 8 };
 
 struct Moe {
   const void* x;             // [batch, d]
@@ -100,27 +104,11 @@ struct StoreKv {
   char* scratch;
 };
 
-// A layer's attention for one new token per sequence, from its normed input to the sum with the residual.
-struct AttentionLayer {
-  const void* x;                      // [batch, d]
-  const void *qkv, *output;           // packed [(heads + 2 · kv_heads) · size, d], [d, heads · size]
-  const float *qkv_bias, *output_bias;
-  const float* angles;                // as in StoreKv
-  const void* residual;               // [batch, d] or null
-  void* out;                          // [batch, d]
-  const int64_t *positions, *blocks, *offsets;
-  const int64_t* tables;              // [batch, width]
-  const int64_t* contexts;
-  void *keys, *values;
-  int64_t batch, d, heads, kv_heads, size, width, block, longest;
-  float scale;
-  int threads;
-  char* scratch;
-};
-
-struct RmsNorm {
+// RMSNorm, or LayerNorm where there is a bias.
+struct Norm {
   const void* x;       // [batch, d]
   const void* weight;  // [d]
+  const void* bias;    // [d] or null
   void* out;           // [batch, d]
   int64_t batch, d;
   float eps;
@@ -151,8 +139,7 @@ struct Kernels {
   void (*attention)(const Attention&);
   void (*chunk_attention)(const ChunkAttention&);
   void (*store_kv)(const StoreKv&);
-  void (*rms_norm)(const RmsNorm&);
-  void (*attention_layer)(const AttentionLayer&);
+  void (*norm)(const Norm&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
   int64_t (*largest_scratch)(const Linear&);
@@ -161,8 +148,7 @@ struct Kernels {
   int64_t (*attention_scratch)(const Attention&);
   int64_t (*chunk_attention_scratch)(const ChunkAttention&);
   int64_t (*store_kv_scratch)(const StoreKv&);
-  int64_t (*rms_norm_scratch)(const RmsNorm&);
-  int64_t (*attention_layer_scratch)(const AttentionLayer&);
+  int64_t (*norm_scratch)(const Norm&);
 };
 
 struct InstructionSet {

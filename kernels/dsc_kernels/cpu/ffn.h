@@ -19,7 +19,7 @@ INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t
 // Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
 template <typename T>
 INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count, int64_t id,
-                      int64_t n) {
+                      int64_t n, Laps& laps) {
   typedef typename Input<T>::type I;
   int64_t stride = row_stride<T>(a.d), routed = panel_count(a.atoms), width = panel_count(a.hidden);
   // what a panel costs, in panels of the screened router or of the router
@@ -36,6 +36,7 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
                        first, end);
     else
       multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
+    laps.end(ROUTER);
   }
   int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
   if (id == n - 1) to = width;
@@ -47,6 +48,7 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
     e.times = b.hidden;
   }
   gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
+  laps.end(STATIC);
 }
 
 // The second product of tokens base … base + count − 1, with everything added: share `id` of `n` of its panels.
@@ -77,17 +79,24 @@ void ffn(const Ffn& a) {
     {
       int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
       int64_t first = part(a.batch, id, n), last = part(a.batch, id + 1, n);
+      Laps laps(a.laps, FFN_PHASES, id);
       if (a.atoms > 0 && !alone) {
         ffn_read<T>(a, b, 0, first, last);
+        laps.end(ROUTER);
 #pragma omp barrier
+        laps.end(WAITING);
       }
-      ffn_first<T>(a, b, x, a.batch, id, n);
+      ffn_first<T>(a, b, x, a.batch, id, n, laps);
 #pragma omp barrier
+      laps.end(WAITING);
       if (a.atoms > 0) {
         ffn_route<T>(a, b, 0, first, last, id, (int)n);
+        laps.end(COMPOSE);
 #pragma omp barrier
+        laps.end(WAITING);
       }
       ffn_second<T>(a, b, 0, a.batch, id, n);
+      laps.end(STATIC);
     }
     return;
   }
@@ -100,10 +109,12 @@ void ffn(const Ffn& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < a.batch; t += chunk) {
       int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
-      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count);
-      ffn_first<T>(a, b, prepared<T>(a.x, t, count, a.d, b.x), count, 0, 1);
-      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1);
+      Laps laps(a.laps, FFN_PHASES, omp_get_thread_num());
+      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count), laps.end(ROUTER);
+      ffn_first<T>(a, b, prepared<T>(a.x, t, count, a.d, b.x), count, 0, 1, laps);
+      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), laps.end(COMPOSE);
       ffn_second<T>(a, b, t, count, 0, 1);
+      laps.end(STATIC);
     }
   }
 }

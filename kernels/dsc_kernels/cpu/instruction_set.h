@@ -15,7 +15,7 @@
 
 namespace {
 
-#include "attention_layer.h"
+#include "layers.h"
 #include "chunk_attention.h"
 #include "ffn.h"
 #include "head.h"
@@ -52,8 +52,7 @@ constexpr Kernels table() {
           attention<T>,
           chunk_attention<T>,
           store_kv<T>,
-          rms_norm<T>,
-          attention_layer<T>,
+          norm<T>,
           linear_scratch<T>,
           largest_scratch<T>,
           ffn_scratch<T>,
@@ -61,8 +60,7 @@ constexpr Kernels table() {
           attention_scratch<T>,
           chunk_attention_scratch<T>,
           store_kv_scratch<T>,
-          rms_norm_scratch<T>,
-          attention_layer_scratch<T>};
+          norm_scratch<T>};
 }
 
 }  // namespace

@@ -21,6 +21,21 @@ INLINE int64_t chunk_of(int64_t batch, int threads) {
   return (share + rounds - 1) / rounds;
 }
 
+// A thread's time by phase, where somebody wants to know.
+struct Laps {
+  int64_t* spent;
+  int64_t last;
+  static INLINE int64_t now() { return (int64_t)(1e9 * omp_get_wtime()); }
+  INLINE Laps(int64_t* all, int64_t phases, int64_t id)
+      : spent(all ? all + id * phases : nullptr), last(all ? now() : 0) {}
+  INLINE void end(int phase) {
+    if (!spent) return;
+    int64_t time = now();
+    spent[phase] += time - last;
+    last = time;
+  }
+};
+
 template <typename T>
 constexpr bool converts() {
   return sizeof(typename Input<T>::type) != sizeof(T);

@@ -3,11 +3,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
 #include "api.h"
+#include "stack.h"
 
 namespace {
 
@@ -153,6 +155,8 @@ PyObject* largest(PyObject*, PyObject* const* items, Py_ssize_t count) {
   if (!a.ok()) return nullptr;
   return run(c, kernels(half).largest, kernels(half).largest_scratch);
 }
+
+constexpr const char* stack_name = "dsc_kernels.stack";
 
 // What stays the same from call to call is read once; a layer's calls name it by its capsule.
 template <typename Call>
@@ -340,69 +344,95 @@ PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).store_kv, kernels(half).store_kv_scratch);
 }
 
-// (is_bfloat16, qkv, output, qkv_bias, output_bias, angles, d, heads, kv_heads, size, scale)
-PyObject* attention_layer_new(PyObject*, PyObject* const* items, Py_ssize_t count) {
+// (is_bfloat16, embeddings of tokens, of positions, then per block: attention's norm: weight, bias, eps; q, k, v: packed, bias; output: packed, bias; angles,
+//  d, heads, kv_heads, size; the FFN's norm: weight, bias, eps; 1 for a mixture of experts, the FFN layer)
+PyObject* stack_new(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
-  auto* layer = new Layer<AttentionLayer>;
-  layer->half = static_cast<int>(a.integer());
-  AttentionLayer& c = layer->call;
-  c.qkv = a.address<const void>();
-  c.output = a.address<const void>();
-  c.qkv_bias = a.address<const float>();
-  c.output_bias = a.address<const float>();
-  c.angles = a.address<const float>();
-  c.d = a.integer();
-  c.heads = a.integer();
-  c.kv_heads = a.integer();
-  c.size = a.integer();
-  c.scale = a.real();
-  if (!a.ok()) {
-    delete layer;
-    return nullptr;
+  auto* stack = new Stack;
+  stack->half = static_cast<int>(a.integer());
+  stack->words = a.address<const void>();
+  stack->places = a.address<const void>();
+  auto norm = [&a](Norm& n) {
+    n.weight = a.address<const void>();
+    n.bias = a.address<const void>();
+    n.eps = a.real();
+  };
+  while (!a.failed && a.next < count) {
+    Block b;
+    norm(b.before_attention);
+    for (Linear* linear : {&b.qkv, &b.output}) {
+      linear->w = a.address<const void>();
+      linear->bias = a.address<const float>();
+    }
+    b.angles = a.address<const float>();
+    b.qkv.d = b.output.n = a.integer();
+    b.heads = a.integer();
+    b.kv_heads = a.integer();
+    b.size = a.integer();
+    b.output.d = b.heads * b.size;
+    b.qkv.n = b.output.d + 2 * b.kv_heads * b.size;
+    b.scale = 1.0f / std::sqrt(static_cast<float>(b.size));
+    norm(b.before_ffn);
+    if (a.integer()) {
+      if (auto* layer = Layer<Moe>::unwrap(a)) b.moe = &layer->call;
+    } else if (auto* layer = Layer<Ffn>::unwrap(a)) {
+      b.ffn = &layer->call;
+    }
+    stack->blocks.push_back(b);
   }
-  return Layer<AttentionLayer>::wrap(layer);
+  PyObject* capsule = a.ok() && !stack->blocks.empty() ? PyCapsule_New(stack, stack_name, [](PyObject* c) {
+    delete static_cast<Stack*>(PyCapsule_GetPointer(c, stack_name));
+  }) : nullptr;
+  if (!capsule) delete stack;
+  return capsule;
 }
 
-// (layer, x, residual, out, positions, blocks, offsets, tables, contexts, keys, values, batch, width, block, longest,
-//  threads)
-PyObject* attention_layer_run(PyObject*, PyObject* const* items, Py_ssize_t count) {
+// (stack, out, ids, positions, blocks, offsets, tables, contexts, chunks, pools, asked, laps, tokens, width, block,
+//  decodes, longest, chunk_count, threads)
+PyObject* stack_run(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
-  auto* layer = Layer<AttentionLayer>::unwrap(a);
-  if (!layer) return nullptr;
-  AttentionLayer c = layer->call;
-  c.x = a.address<const void>();
-  c.residual = a.address<const void>();
-  c.out = a.address<void>();
-  c.positions = a.address<const int64_t>();
-  c.blocks = a.address<const int64_t>();
-  c.offsets = a.address<const int64_t>();
-  c.tables = a.address<const int64_t>();
-  c.contexts = a.address<const int64_t>();
-  c.keys = a.address<void>();
-  c.values = a.address<void>();
-  c.batch = a.integer();
-  c.width = a.integer();
-  c.block = a.integer();
-  c.longest = a.integer();
-  c.threads = static_cast<int>(a.integer());
+  PyObject* capsule = a.take();
+  auto* stack = capsule ? static_cast<Stack*>(PyCapsule_GetPointer(capsule, stack_name)) : nullptr;
+  if (!stack) return nullptr;
+  Step s{};
+  s.out = a.address<void>();
+  s.ids = a.address<const int64_t>();
+  s.positions = a.address<const int64_t>();
+  s.blocks = a.address<const int64_t>();
+  s.offsets = a.address<const int64_t>();
+  s.tables = a.address<const int64_t>();
+  s.contexts = a.address<const int64_t>();
+  s.chunks = a.address<const Chunk>();
+  s.pools = a.address<const int64_t[2]>();
+  s.asked = a.address<const Asked>();
+  s.laps = a.address<int64_t>();
+  for (int64_t* size : {&s.tokens, &s.width, &s.block, &s.decodes, &s.longest, &s.chunk_count}) *size = a.integer();
+  s.threads = static_cast<int>(a.integer());
   if (!a.ok()) return nullptr;
-  return run(c, kernels(layer->half).attention_layer, kernels(layer->half).attention_layer_scratch);
+  const Kernels& k = kernels(stack->half);
+  char* own = scratch.at_least(stack->scratch_bytes(k, s) + 64);
+  if (!own) return PyErr_NoMemory();
+  Py_BEGIN_ALLOW_THREADS;
+  stack->run(k, s, own);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
 }
 
-// (is_bfloat16, x, weight, out, batch, d, eps, threads)
-PyObject* rms_norm(PyObject*, PyObject* const* items, Py_ssize_t count) {
+// (is_bfloat16, x, weight, bias, out, batch, d, eps, threads)
+PyObject* norm(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
   int half = static_cast<int>(a.integer());
-  RmsNorm c{};
+  Norm c{};
   c.x = a.address<const void>();
   c.weight = a.address<const void>();
+  c.bias = a.address<const void>();
   c.out = a.address<void>();
   c.batch = a.integer();
   c.d = a.integer();
   c.eps = a.real();
   c.threads = static_cast<int>(a.integer());
   if (!a.ok()) return nullptr;
-  return run(c, kernels(half).rms_norm, kernels(half).rms_norm_scratch);
+  return run(c, kernels(half).norm, kernels(half).norm_scratch);
 }
 
 // (logits, temperature, top_k, top_p, min_p, u, out, batch, vocabulary, threads)
@@ -492,9 +522,9 @@ PyMethodDef methods[] = {
     {"attention", fast(attention), METH_FASTCALL, nullptr},
     {"chunk_attention", fast(chunk_attention), METH_FASTCALL, nullptr},
     {"store_kv", fast(store_kv), METH_FASTCALL, nullptr},
-    {"rms_norm", fast(rms_norm), METH_FASTCALL, nullptr},
-    {"attention_layer", fast(attention_layer_new), METH_FASTCALL, nullptr},
-    {"attend", fast(attention_layer_run), METH_FASTCALL, nullptr},
+    {"norm", fast(norm), METH_FASTCALL, nullptr},
+    {"stack", fast(stack_new), METH_FASTCALL, nullptr},
+    {"run_stack", fast(stack_run), METH_FASTCALL, nullptr},
     {"sample", fast(sample), METH_FASTCALL, nullptr},
     {"min_hash_order", fast(order_tokens), METH_FASTCALL, nullptr},
     {"tile_unions", fast(unite_tiles), METH_FASTCALL, nullptr},

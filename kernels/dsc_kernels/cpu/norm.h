@@ -1,34 +1,46 @@
-// RMSNorm of rows, in float32 with one rounding at the end.
+// RMSNorm, or LayerNorm where there is a bias, of rows, in float32 with one rounding at the end.
 #pragma once
 
 #include "vector.h"
 
 template <typename T>
-INLINE void rms_norm_row(const T* x, const T* weight, int64_t d, float eps, T* out) {
+INLINE void norm_row(const T* x, const T* weight, const T* bias, int64_t d, float eps, T* out) {
+  auto at = [d](const T* p, int64_t i) __attribute__((always_inline)) {
+    return i + LANES <= d ? load(p + i) : load_some(p + i, (int)(d - i));
+  };
+  float mean = 0;
+  if (bias) {
+    vf total = {};
+    for (int64_t i = 0; i < d; i += LANES) total += at(x, i);
+    mean = sum(total) / d;
+  }
   vf squares = {};
   int64_t i = 0;
   for (; i + LANES <= d; i += LANES) {
-    vf v = load(x + i);
+    vf v = load(x + i) - mean;
     squares += v * v;
   }
-  if (i < d) {
-    vf v = load_some(x + i, (int)(d - i));
-    squares += v * v;
+  float rest = 0;
+  for (; i < d; i++) rest += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+  float scale = 1.0f / sqrtf((sum(squares) + rest) / d + eps);
+  for (i = 0; i < d; i += LANES) {
+    vf v = (at(x, i) - mean) * scale * at(weight, i);
+    if (bias) v += at(bias, i);
+    if (i + LANES <= d)
+      store(out + i, v);
+    else
+      store_some(out + i, v, (int)(d - i));
   }
-  float scale = 1.0f / sqrtf(sum(squares) / d + eps);
-  for (i = 0; i + LANES <= d; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
-  if (i < d)
-    store_some(out + i, load_some(x + i, (int)(d - i)) * scale * load_some(weight + i, (int)(d - i)), (int)(d - i));
 }
 
 template <typename T>
-int64_t rms_norm_scratch(const RmsNorm&) {
+int64_t norm_scratch(const Norm&) {
   return 0;
 }
 
 template <typename T>
-void rms_norm(const RmsNorm& a) {
+void norm(const Norm& a) {
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.batch * a.d > 1 << 16)
   for (int64_t t = 0; t < a.batch; t++)
-    rms_norm_row((const T*)a.x + t * a.d, (const T*)a.weight, a.d, a.eps, (T*)a.out + t * a.d);
+    norm_row((const T*)a.x + t * a.d, (const T*)a.weight, (const T*)a.bias, a.d, a.eps, (T*)a.out + t * a.d);
 }

@@ -19,7 +19,7 @@ from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import select_compose
 from dsc_kernels.native import Activation
 from dsc_kernels.plain import chunk_attention as chunk_attention
-from dsc_kernels.plain import rms_norm as rms_norm
+from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import store_kv as store_kv
 
 WIDE = 2048  # from this d on, few tokens are composed by `contract` and `expand`

@@ -1,0 +1,167 @@
+"""A decoder up to its last block in one call of the native kernels: in between nothing is left to Python."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsc_kernels import native
+from dsc_kernels.native import HALF, address, check, module
+
+PHASES = ("embed", "norms", "projections", "kv writes", "attention", "ffn")  # of the calling thread
+FFN_PHASES = ("router", "static", "compose", "waiting")  # of every thread within FFN layers
+ROW = 8  # numbers that each of these tuples has room for
+
+Pools = Sequence[tuple[Tensor, Tensor]]
+
+
+class NormWeights(NamedTuple):
+    """weight [d] and, of a LayerNorm, bias [d]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class BlockLayers(NamedTuple):
+    """What a block consists of. angles: as in `native.store_kv`."""
+
+    norm1: NormWeights
+    qkv: native.Linear
+    out: native.Linear
+    heads: int
+    kv_heads: int
+    angles: Tensor | None
+    norm2: NormWeights
+    ffn: native.Ffn | native.Moe
+
+
+class Asked(NamedTuple):
+    """What a DSC layer is asked for besides its output, as `native.Ffn` takes it, and its coefficients [B, k]."""
+
+    grouped: bool = False
+    picks: Tensor | None = None
+    weights: Tensor | None = None
+    signal: Tensor | None = None
+
+    @classmethod
+    def everything(cls, tokens: int, k: int) -> Asked:
+        picks = torch.empty(tokens, k, dtype=torch.int32)
+        return cls(False, picks, torch.empty(tokens, k), torch.empty(tokens))
+
+    @property
+    def picked(self) -> list[Tensor]:
+        """What there is of picks, weights and signal."""
+        return [tensor for tensor in self[1:] if isinstance(tensor, Tensor)]
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        return int(self.grouped), address(self.picks), address(self.weights), address(self.signal)
+
+
+class Stack:
+    """Blocks of native layers of one dtype. While `measure` is on, `spent` says where the time of calls goes.
+
+    words [vocabulary, d], places [positions, d]: embeddings of tokens and, where they are learned, of positions.
+    """
+
+    def __init__(self, words: Tensor, places: Tensor | None, blocks: Sequence[BlockLayers]) -> None:
+        first = blocks[0]
+        self.d, self.dtype = first.qkv.d, first.qkv.dtype
+        self._kept: list[object] = list(blocks)
+        self._pools: Pools = ()
+        self._addresses = array("q")
+        self._laps: Tensor | None = None
+        size = first.out.d // first.heads
+        self._pool = (first.kv_heads, size)
+        for table in (words, *(() if places is None else (places,))):
+            check("an embedding", table, (table.shape[0], self.d), self.dtype)
+        numbers: list[object] = [HALF[self.dtype], self._keep(words), self._keep(places)]
+        for b in blocks:
+            shapes = (b.qkv.n, b.qkv.d), (b.out.n, b.out.d)
+            if shapes != (((b.heads + 2 * b.kv_heads) * size, self.d), (self.d, b.heads * size)) or b.ffn.d != self.d:
+                raise ValueError(f"projections {shapes} do not fit {b.heads} heads of {size} and width {self.d}")
+            projections = (b.qkv.packed, b.qkv.bias, b.out.packed, b.out.bias, b.angles)
+            numbers += [*self._norm(b.norm1), *map(self._keep, projections), self.d, b.heads, b.kv_heads, size]
+            numbers += [*self._norm(b.norm2), int(isinstance(b.ffn, native.Moe)), b.ffn.capsule]
+        self.capsule = module().stack(*numbers)
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        kept = tensor.contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _norm(self, norm: NormWeights) -> tuple[int, int, float]:
+        for vector in (norm.weight, *(() if norm.bias is None else (norm.bias,))):
+            check("a norm's vector", vector, (self.d,), self.dtype)
+        return self._keep(norm.weight), self._keep(norm.bias), norm.eps
+
+    def __call__(
+        self,
+        ids: Tensor,
+        slots: tuple[Tensor, Tensor, Tensor],
+        tables: Tensor,
+        contexts: Tensor,
+        decodes: int,
+        longest: int,
+        chunks: Iterable[tuple[int, int, int, int]],
+        pools: Pools,
+        asked: Sequence[Asked] | None = None,
+    ) -> Tensor:
+        """The last block's output [T, d] for token ids int64 [T]; keys and values are written to the pools.
+
+        slots: positions, blocks and offsets, int64 [T]; tables int64 [S, W]; contexts int64 [S]. The first `decodes`
+        tokens are one of each of as many sequences, with contexts of at most `longest`; chunks (row of the tables,
+        first token, tokens, context) hold the others. pools: per block [blocks, kv heads, block, size]. asked: per
+        block, where all FFN layers are DSC's.
+        """
+        tokens, block = ids.shape[0], pools[0][0].shape[2]
+        columns = ids, *slots
+        if any(
+            column.shape != (tokens,) or column.dtype != torch.int64 or not column.is_contiguous() for column in columns
+        ):
+            raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
+        if longest > tables.shape[1] * block or tables.shape[0] < decodes or tables.stride(1) != 1:
+            raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
+        self._use(pools)
+        flat = array("q", chain.from_iterable(chunks))
+        if decodes + sum(flat[2::4]) != tokens or any(c > tables.shape[1] * block for c in flat[3::4]):
+            raise ValueError(f"{decodes} single tokens and chunks {flat.tolist()} are not the {tokens} tokens given")
+        wanted = array("q", chain.from_iterable(a.numbers for a in asked or ()))
+        out = torch.empty(tokens, self.d, dtype=self.dtype)
+        if tokens:
+            module().run_stack(
+                *(self.capsule, out.data_ptr(), *(column.data_ptr() for column in columns)),
+                *(tables.data_ptr(), contexts.data_ptr(), flat.buffer_info()[0], self._addresses.buffer_info()[0]),
+                *(wanted.buffer_info()[0] if asked else 0, address(self._laps), tokens, tables.stride(0), block),
+                *(decodes, longest, len(flat) // 4, native.threads()),
+            )
+        return out
+
+    def _use(self, pools: Pools) -> None:
+        if len(pools) == len(self._pools) and all(map(lambda a, b: a is b, pools, self._pools)):
+            return
+        for pool in chain.from_iterable(pools):
+            check("a pool", pool, (pool.shape[0], self._pool[0], pool.shape[2], self._pool[1]), self.dtype)
+        self._pools = tuple(pools)
+        self._addresses = array("q", [pool.data_ptr() for pool in chain.from_iterable(pools)])
+
+    def measure(self, on: bool) -> None:
+        """Count from zero, or no more. Counting costs a clock reading per phase."""
+        self._laps = torch.zeros(ROW * (1 + native.threads()), dtype=torch.int64) if on else None
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase since `measure`: PHASES in order, those of FFN_PHASES as parts of "ffn" for a thread."""
+        if self._laps is None:
+            return {}
+        own, *threads = self._laps.view(-1, ROW).double().mul(1e-9).unbind()
+        within = torch.stack(threads).mean(0).tolist()
+        return dict(zip(PHASES, own.tolist(), strict=False)) | dict(zip(FFN_PHASES, within, strict=False))

@@ -1,0 +1,190 @@
+"""All blocks in one call: the same bits as layer by layer, for every mixture of single tokens and chunks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsc_kernels import native
+from dsc_kernels.stack import FFN_PHASES, PHASES, Asked, BlockLayers, NormWeights, Stack
+
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
+
+BLOCK = 16
+DTYPES = [torch.float32, torch.bfloat16]
+KINDS = ["dense", "dsc", "moe"]
+
+
+class Made:
+    """Blocks of random weights and the inputs of a step: single tokens first, then chunks."""
+
+    def __init__(
+        self, kind: str, dtype: torch.dtype, decodes: int, chunks: list[int], d: int, size: int, plainly: bool = False
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(decodes + d)
+        self.dtype, self.heads, self.kv_heads, self.size = dtype, 4, 2, size
+        self.angles = None if plainly else self.random(64, 2, size // 2).float()
+        self.blocks = [self.block(kind, d, plainly) for _ in range(2)]
+        sequences, tokens = decodes + len(chunks), decodes + sum(chunks)
+        self.decodes, self.ids = decodes, torch.randint(50, (tokens,), generator=self.generator)
+        self.words, self.places = self.random(50, d), None if plainly else self.random(64, d)
+        contexts = [1 + 7 * i % 40 for i in range(decodes)] + [length + 9 * i for i, length in enumerate(chunks)]
+        self.contexts = torch.tensor(contexts)
+        self.longest = max(contexts[:decodes], default=0)
+        self.tables = torch.randperm(4 * sequences, generator=self.generator).view(sequences, 4)
+        starts = [decodes + sum(chunks[:i]) for i in range(len(chunks))]
+        self.chunks = [(decodes + i, starts[i], chunks[i], contexts[decodes + i]) for i in range(len(chunks))]
+        rows = [(i, contexts[i] - 1) for i in range(decodes)]
+        rows += [(row, context - length + j) for row, _, length, context in self.chunks for j in range(length)]
+        owners, positions = torch.tensor(rows).unbind(1)
+        self.slots = positions.contiguous(), self.tables[owners, positions // BLOCK], positions % BLOCK
+        shape = (4 * sequences, self.kv_heads, BLOCK, size)
+        self.pools = [(self.random(*shape), self.random(*shape)) for _ in self.blocks]
+
+    def random(self, *shape: int) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) / shape[-1] ** 0.5).to(self.dtype)
+
+    def norm(self, d: int, plainly: bool) -> NormWeights:
+        return NormWeights(1 + self.random(d), None if plainly else self.random(d), 1e-5)
+
+    def block(self, kind: str, d: int, plainly: bool) -> BlockLayers:
+        width = (self.heads + 2 * self.kv_heads) * self.size
+        qkv = native.Linear(self.random(width, d), None if plainly else self.random(width))
+        out = native.Linear(self.random(d, self.heads * self.size), None if plainly else self.random(d))
+        norms = self.norm(d, plainly), self.norm(d, plainly)
+        return BlockLayers(
+            norms[0], qkv, out, self.heads, self.kv_heads, self.angles, norms[1], self.ffn(kind, d, plainly)
+        )
+
+    def ffn(self, kind: str, d: int, plainly: bool) -> native.Ffn | native.Moe:
+        hidden, gate = 24, None if plainly else self.random(24, d)
+        up, down = self.random(hidden, d), self.random(d, hidden)
+        if kind == "dense":
+            return native.Ffn(up, gate, down, "silu")
+        if kind == "moe":
+            experts = [[self.random(hidden, d) for _ in range(3)] for _ in range(2)]
+            downs = [self.random(d, hidden) for _ in range(3)]
+            gates = None if plainly else experts[1]
+            return native.Moe(self.random(3, d), None, experts[0], gates, downs, "gelu", 2, False, 1e-5)
+        atoms = 40
+        bank = self.random(atoms, d), self.random(atoms, d)
+        return native.Ffn(
+            up, gate, down, "gelu", self.random(atoms, d), None, *bank, torch.ones(d), k=4, tau=20, eps=1e-6
+        )
+
+    def stack(self) -> Stack:
+        return Stack(self.words, self.places, self.blocks)
+
+    @property
+    def x(self) -> Tensor:
+        words = self.words[self.ids]
+        return words if self.places is None else words + self.places[self.slots[0]]
+
+    def in_one_call(self, stack: Stack, asked: list[Asked] | None = None) -> Tensor:
+        inputs = self.ids, self.slots, self.tables, self.contexts, self.decodes, self.longest, self.chunks
+        return stack(*inputs, self.pools, asked)
+
+    def layer_by_layer(self) -> Tensor:
+        x, n, scale = self.x, self.decodes, self.size**-0.5
+        for b, (keys, values) in zip(self.blocks, self.pools, strict=True):
+            rows = b.qkv(native.norm(x, *b.norm1)).view(x.shape[0], -1, self.size)
+            native.store_kv(rows, self.heads, self.angles, *self.slots, keys, values)
+            q, y = rows[:, : self.heads], torch.empty(x.shape[0], self.heads, self.size, dtype=self.dtype)
+            contexts = self.contexts[:n]
+            if n:
+                tables = self.tables[:n]
+                y[:n] = native.decode_attention(q[:n], keys, values, tables, contexts, self.longest, scale)
+            for row, start, length, context in self.chunks:
+                own = slice(start, start + length)
+                y[own] = native.chunk_attention(q[own], keys, values, self.tables[row], context, scale)
+            x = b.out(y.flatten(1), residual=x)
+            x = b.ffn(native.norm(x, *b.norm2), residual=x)
+        return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("decodes", "chunks", "d", "size", "plainly"),
+    [(1, [], 48, 16, False), (5, [3, 17], 33, 32, False), (0, [30], 40, 20, True), (27, [2], 64, 64, True)],
+)
+def test_blocks_in_one_call_equal_their_layers(
+    kind: str, dtype: torch.dtype, decodes: int, chunks: list[int], d: int, size: int, plainly: bool
+) -> None:
+    """plainly: without biases, angles and gates."""
+    made = Made(kind, dtype, decodes, chunks, d, size, plainly)
+    before = [(keys.clone(), values.clone()) for keys, values in made.pools]
+    want = made.layer_by_layer()
+    made.pools, written = before, made.pools
+    got = made.in_one_call(made.stack())
+    assert torch.equal(got, want)
+    for pair, expected in zip(made.pools, written, strict=True):
+        assert all(torch.equal(*pools) for pools in zip(pair, expected, strict=True))
+
+
+def test_picks_are_those_of_the_layer() -> None:
+    made = Made("dsc", torch.float32, 6, [], 48, 16)
+    del made.blocks[1:], made.pools[1:]
+    (block,), (pools,) = made.blocks, made.pools
+    asked = Asked.everything(6, 4)
+    got = made.in_one_call(made.stack(), [asked])
+    assert torch.equal(got, made.in_one_call(made.stack()))
+    assert isinstance(block.ffn, native.Ffn)
+    rows = block.qkv(native.norm(made.x, *block.norm1)).view(6, -1, 16)
+    native.store_kv(rows, made.heads, made.angles, *made.slots, *pools)
+    q = rows[:, : made.heads]
+    y = native.decode_attention(q, *pools, made.tables, made.contexts, made.longest, 0.25)
+    middle = block.out(y.flatten(1), residual=made.x)
+    _, *picked = block.ffn.routed(native.norm(middle, *block.norm2))
+    assert all(torch.equal(a, b) for a, b in zip(asked.picked, picked, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [7, 40])
+def test_grouping_changes_no_bit(tokens: int) -> None:
+    made = Made("dsc", torch.float32, tokens, [], 48, 16)
+    assert torch.equal(made.in_one_call(made.stack()), made.in_one_call(made.stack(), 2 * [Asked(grouped=True)]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_is_counted_by_phase_only_while_it_is_asked_for(kind: str) -> None:
+    made = Made(kind, torch.float32, 30, [], 64, 16)
+    stack = made.stack()
+    made.in_one_call(stack)
+    assert stack.spent == {}
+    stack.measure(True)
+    start = time.perf_counter()
+    made.in_one_call(stack)
+    taken = time.perf_counter() - start
+    spent = stack.spent
+    assert set(spent) == {*PHASES, *FFN_PHASES}
+    assert all(spent[name] > 0 for name in PHASES)
+    assert sum(spent[name] for name in PHASES) <= taken
+    assert (spent["router"] > 0) == (spent["compose"] > 0) == (kind == "dsc")
+    assert (spent["static"] > 0) == (kind != "moe")
+    stack.measure(False)
+    assert stack.spent == {}
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    made = Made("dense", torch.float32, 2, [3], 48, 16)
+    stack = made.stack()
+    made.chunks = [(2, 2, 4, 9)]
+    with pytest.raises(ValueError, match="are not the 5 tokens"):
+        made.in_one_call(stack)
+    made.chunks = [(2, 2, 3, 65)]
+    with pytest.raises(ValueError, match="are not the 5 tokens"):
+        made.in_one_call(stack)
+    made.chunks, made.longest = [(2, 2, 3, 9)], 65
+    with pytest.raises(ValueError, match="do not hold contexts of 65"):
+        made.in_one_call(stack)
+    other = NormWeights(torch.ones(47), None, 1e-5)
+    with pytest.raises(ValueError, match="a norm's vector"):
+        Stack(made.words, None, [made.blocks[0]._replace(norm1=other)])
+    with pytest.raises(ValueError, match="do not fit"):
+        Stack(made.words, None, [made.blocks[0]._replace(heads=3)])

@@ -174,7 +174,7 @@ class Runner:
         """The blocks' output [T, d] for a step, replayed where its size was captured."""
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
-        chunks = self._fill(ordered, decodes)
+        chunks = self.pack(ordered, decodes)
         replayable = self.graphs is not None and decodes == size and picks is None
         padded = self.graphs.bucket(size) if self.graphs is not None and replayable else 0
         if self.graphs is not None and padded:
@@ -185,7 +185,7 @@ class Runner:
         longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
         return self.model.hidden(step_batch(*inputs, decodes, longest, chunks), self.pools, picks)
 
-    def _fill(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
+    def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
         token_ids, positions, slot_blocks, slot_offsets = self._inputs.tokens.numpy()
         tables, contexts = self._inputs.tables.numpy(), self._inputs.contexts.numpy()

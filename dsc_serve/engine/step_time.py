@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 FORGET = 0.98  # weight of an observation that is one step older than another
 OUTLIER = 4.0  # a step that took this many times its estimate counts as one that took so many times
 TRUST = 16  # observations before outliers are told from steps
@@ -75,8 +73,8 @@ class StepTime:
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
         self._costs = [0.0] * 4
-        self._squares = np.zeros((4, 4))
-        self._products = np.zeros(4)
+        self._squares = [[0.0] * 4 for _ in range(4)]
+        self._products = [0.0] * 4
         self._seen = 0
 
     def observe(self, load: Load, ms: float) -> None:
@@ -85,18 +83,22 @@ class StepTime:
         if self._seen >= TRUST:
             expected = sum(cost * unit for cost, unit in zip(self._costs, units, strict=True))
             ms = min(ms, OUTLIER * max(expected, SHORTEST_MS))
-        row = np.array(units) / max(ms, SHORTEST_MS)
-        self._squares = FORGET * self._squares + np.outer(row, row)
-        self._products = FORGET * self._products + row
+        ms = max(ms, SHORTEST_MS)
+        row = [unit / ms for unit in units]
+        self._squares = [
+            [FORGET * square + a * b for square, b in zip(line, row, strict=True)]
+            for line, a in zip(self._squares, row, strict=True)
+        ]
+        self._products = [FORGET * product + a for product, a in zip(self._products, row, strict=True)]
         self._seen += 1
         if load.tokens or self._seen % FIT_EVERY == 0 or self.estimate is None:
             self._fit()
 
     def _fit(self) -> None:
         """Coordinate descent from the last costs."""
-        costs, products = self._costs, self._products.tolist()
+        costs, products = self._costs, self._products
         for _ in range(SWEEPS):
-            for i, line in enumerate(self._squares.tolist()):
+            for i, line in enumerate(self._squares):
                 if line[i] > 0:
                     error = products[i] - sum(a * c for a, c in zip(line, costs, strict=True))
                     costs[i] = max(0.0, costs[i] + error / line[i])

@@ -1,0 +1,333 @@
+"""Where the time of a step goes: every part of it, beside what reading and computing it takes at least.
+
+Parts are timed by wrapping the engine's own methods on one instance and by the native stack's clock, which counts only
+while it is asked to; steps are also timed without any of that, and those times are the ones compared with rooflines.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dsc_kernels import native
+from dsc_kernels.screen import NO_SCREEN
+from dsc_serve.bench.roofline import Phase, Rates, phases, screened
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.output import Delta
+from dsc_serve.engine.runner import Runner
+from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConfig
+from dsc_serve.model.decoder import Decoder, dsc_layers
+from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.text.stream import TextStream
+from dsc_serve.text.tokenizer import Tokenizer
+
+PROMPT_TOKENS = 48
+WARM_STEPS = 8
+SAMPLINGS = {"greedy": (0.0, 1.0), "temperature 0.8, top_p 0.95": (0.8, 0.95)}  # temperature, top_p
+OPERATORS = (
+    *("embed", "norms", "projections", "kv writes", "attention"),
+    *("router", "compose", "static", "experts", "ffn waiting", "head", "sample"),
+)
+PARTS = ("schedule", "pack", *OPERATORS, "watch routing", "other", "ipc")
+BESIDE = ("receive", "detokenise")
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of a step: microseconds, and where it reads weights or keys and values the bytes, FLOPs and the least
+    microseconds that these take, reading and computing at the same time."""
+
+    name: str
+    us: float
+    bytes: float = 0.0
+    flops: float = 0.0
+    least_us: float = 0.0
+
+
+class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps of single tokens of `running` requests.
+
+    step_ms: median of steps that nothing is timed in; ipc_ms: of telling the API process, by a socket. parts: means of
+    timed steps, in the engine process; beside: in the API process, which shares the machine. operators: the share of
+    operators in the wall time of the timed steps. weight_bytes: of all weights that a step reads, each once;
+    read_ratio: step_ms over reading these.
+    """
+
+    running: int
+    sampling: str
+    step_ms: float
+    ipc_ms: float
+    parts: list[Part]
+    beside: list[Part]
+    operators: float
+    weight_bytes: float
+    read_ratio: float
+
+
+def context_needed(steps: int) -> int:
+    """Tokens of a request that takes part in a profile of so many steps."""
+    return PROMPT_TOKENS + output_tokens(steps)
+
+
+def output_tokens(steps: int) -> int:
+    return 2 * steps + WARM_STEPS + 2 * PROMPT_TOKENS
+
+
+class Clock:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def on(self, owner: object, method: str, name: str) -> Iterator[None]:
+        """Count the calls of one instance's method while the context lasts."""
+        inner: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args, **options)
+            finally:
+                self.spent[name] += time.perf_counter() - start
+
+        own = method in vars(owner)
+        setattr(owner, method, timed)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(owner, method, inner)
+            else:
+                delattr(owner, method)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.spent[name] += time.perf_counter() - start
+
+
+class Talk:
+    """What a step's news cost on both sides of the socket: one message out; in, decoded, and turned into text."""
+
+    def __init__(self, requests: dict[str, SamplingParams], tokenizer: Tokenizer | None) -> None:
+        self._here, self._there = socket.socketpair()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(list[Delta]).decode
+        self._texts = {name: TextStream(tokenizer, [], params) for name, params in requests.items()}
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._here.close()
+        self._there.close()
+
+    def send(self, deltas: list[Delta]) -> int:
+        body = self._encode(deltas)
+        self._here.sendall(body)
+        return len(body)
+
+    def receive(self, size: int) -> list[Delta]:
+        return self._decode(self._there.recv(size, socket.MSG_WAITALL))
+
+    def detokenise(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            self._texts[delta.request_id].push(delta.token_ids)
+
+
+def profile(
+    model: Decoder,
+    config: EngineConfig,
+    tokenizer: Tokenizer | None,
+    running: int,
+    sampling: str,
+    steps: int,
+    rate_seconds: float = 0.3,
+) -> StepProfile:
+    """Measure `steps` steps without and as many with timers, and this machine's rates before and after."""
+    engine = Engine.for_model(model, config)
+    rng = np.random.default_rng(0)
+    requests, (temperature, top_p) = {}, SAMPLINGS[sampling]
+    for i in range(running):
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, seed=i, max_tokens=output_tokens(steps), ignore_eos=True
+        )
+        prompt = rng.integers(0, model.config.vocab_size, PROMPT_TOKENS).tolist()
+        requests[engine.add(str(i), prompt, params).id] = params
+    while any(request.gap > 1 for request in engine.scheduler.running.values()) or engine.scheduler.waiting:
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    rates, weights = Rates(), weight_bytes(model, running)
+    measure_rates(rates, weights, model, rate_seconds)
+    with Talk(requests, tokenizer) as talk:
+        plain, told = [], []
+        for _ in range(steps):
+            start = time.perf_counter()
+            deltas = engine.step()
+            middle = time.perf_counter()
+            size = talk.send(deltas)
+            plain.append(middle - start)
+            told.append(time.perf_counter() - middle)
+            talk.receive(size)
+        clock, wall = timed_steps(engine, model, talk, steps)
+    measure_rates(rates, weights, model, rate_seconds)
+    context = PROMPT_TOKENS + WARM_STEPS + 1.5 * steps
+    least = work(model, running, context)
+    bandwidth = max(rates.bandwidth.values())
+
+    def part(name: str) -> Part:
+        size, flops = least.get(name, (0.0, 0.0))
+        seconds = max(size / bandwidth, flops / rates.gemm)
+        return Part(name, 1e6 * clock.spent[name] / steps, size, flops, 1e6 * seconds)
+
+    clock.spent["other"] = wall - sum(clock.spent[name] for name in PARTS)
+    step = statistics.median(plain)
+    return StepProfile(
+        running=running,
+        sampling=sampling,
+        step_ms=1e3 * step,
+        ipc_ms=1e3 * statistics.median(told),
+        parts=[part(name) for name in PARTS if clock.spent[name]],
+        beside=[part(name) for name in BESIDE],
+        operators=sum(clock.spent[name] for name in OPERATORS) / wall,
+        weight_bytes=weights,
+        read_ratio=step * bandwidth / weights,
+    )
+
+
+def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int) -> tuple[Clock, float]:
+    """Seconds of steps by part, and of the steps with telling the API process."""
+    clock, wall = Clock(), 0.0
+    runner, scheduler = engine.runner, engine.scheduler
+    assert isinstance(runner, Runner)
+    with ExitStack() as stack:
+        for owner, method, name in (
+            *((scheduler, method, "schedule") for method in ("expire", "plan", "begin", "commit")),
+            (scheduler.step_time, "observe", "schedule"),
+            (runner, "pack", "pack"),
+            (model, "hidden", "blocks"),
+            (model, "likeliest", "head"),
+            (model, "logits", "head"),
+            (runner, "sampler", "sample"),
+            *((runner.routing, method, "watch routing") for method in ("begin", "note") if runner.routing is not None),
+        ):
+            stack.enter_context(clock.on(owner, method, name))
+        if model.stack is not None:
+            model.stack.measure(True)
+            stack.callback(model.stack.measure, False)
+        for _ in range(steps):
+            start = time.perf_counter()
+            deltas = engine.step()
+            with clock.part("ipc"):
+                size = talk.send(deltas)
+            wall += time.perf_counter() - start
+            with clock.part("receive"):
+                received = talk.receive(size)
+            with clock.part("detokenise"):
+                talk.detokenise(received)
+        split_blocks(clock, model)
+    return clock, wall
+
+
+def split_blocks(clock: Clock, model: Decoder) -> None:
+    """The blocks' time by what the native stack counted; without one it is all "static"."""
+    blocks = clock.spent.pop("blocks")
+    spent = {} if model.stack is None else model.stack.spent
+    if not spent:
+        clock.spent["static"] = blocks
+        return
+    ffn = spent["ffn"]
+    inside = {"router": spent["router"], "static": spent["static"], "compose": spent["compose"]}
+    if isinstance(model.config.ffn, MoeConfig):
+        inside = {"experts": ffn}
+    for name, seconds in inside.items():
+        clock.spent[name] = seconds
+    clock.spent["ffn waiting"] = max(0.0, ffn - sum(inside.values()))
+    for name in ("embed", "norms", "projections", "kv writes", "attention"):
+        clock.spent[name] = spent[name]
+
+
+def measure_rates(rates: Rates, size: float, model: Decoder, seconds: float) -> None:
+    rates.measure([int(size)], model.config.hidden_size, model.dtype, model.device, seconds)
+
+
+def expected_distinct(config: ModelConfig, batch: int) -> float:
+    """Different atoms, adapters or experts of a step whose tokens pick uniformly."""
+    c = config.ffn
+    if isinstance(c, DscConfig):
+        among, k = c.num_atoms, c.atoms_per_token
+    elif isinstance(c, MoeConfig):
+        among, k = c.num_experts, c.experts_per_token
+    elif isinstance(c, MoloraConfig):
+        among, k = c.num_adapters, c.adapters_per_token
+    else:
+        return 0.0
+    return float(among * (1 - (1 - k / among) ** batch))
+
+
+def ffn_phases(model: Decoder, batch: int) -> list[Phase]:
+    """One FFN layer's, its int8 router counted as such."""
+    element = model.dtype.itemsize
+    found = phases(model.config, batch, expected_distinct(model.config, batch), element)
+    routed = [layer.layer for layer in dsc_layers(model)]
+    if not routed or not isinstance(routed[0], native.Ffn) or routed[0].screen is NO_SCREEN:
+        return found
+    router, static, again, bank = screened(found, element)
+    return [Phase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
+
+
+def work(model: Decoder, batch: int, context: float) -> dict[str, tuple[float, float]]:
+    """Bytes read at least and FLOPs of a step's parts."""
+    c, e = model.config, model.dtype.itemsize
+    layers, d = c.num_hidden_layers, c.hidden_size
+    projections = layers * d * (2 * c.query_size + 2 * c.kv_size)
+    head = c.vocab_size * d
+    names = {"bank": "compose"}
+    found = {
+        "projections": (projections * e, 2.0 * batch * projections),
+        "attention": (layers * batch * context * 2 * c.kv_size * e, layers * batch * context * 4.0 * c.query_size),
+        "head": (head * e, 2.0 * batch * head),
+    }
+    for phase in ffn_phases(model, batch):
+        name = names.get(phase.name, phase.name)
+        if isinstance(c.ffn, MoeConfig):
+            name = "experts"
+        size, flops = found.get(name, (0.0, 0.0))
+        found[name] = size + layers * phase.bytes, flops + layers * phase.flops
+    return found
+
+
+def weight_bytes(model: Decoder, batch: int) -> float:
+    """Of all weights that a step reads, each once."""
+    return sum(size for name, (size, _) in work(model, batch, 0.0).items() if name != "attention")
+
+
+def format_profiles(found: list[StepProfile]) -> str:
+    lines = []
+    for p in found:
+        lines += [
+            f"{p.running} running, {p.sampling}: a step takes {p.step_ms:.3f} ms and telling of it {p.ipc_ms:.3f} ms; "
+            f"operators are {p.operators:.1%} of the wall time",
+            f"its weights are {p.weight_bytes / 1e6:.1f} MB: the step takes {p.read_ratio:.2f} times reading them once",
+            f"{'part':<16}{'us':>10}{'share':>9}{'MB':>9}{'MFLOP':>9}{'least us':>10}",
+        ]
+        wall = sum(part.us for part in p.parts)
+        for part in p.parts:
+            row = f"{part.name:<16}{part.us:>10.1f}{part.us / wall:>9.1%}"
+            if part.least_us:
+                row += f"{part.bytes / 1e6:>9.2f}{part.flops / 1e6:>9.1f}{part.least_us:>10.1f}"
+            lines.append(row)
+        beside = ", ".join(f"{part.name} {part.us:.1f}" for part in p.beside)
+        lines += [f"in the API process, per step, us: {beside}", ""]
+    return "\n".join(lines)

@@ -6,6 +6,8 @@ Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), an
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ MAX_LINKS = 96
 POINTS = 64  # of each replica on the ring
 REMEMBERED = 65_536  # prefixes
 HOLDERS = 4  # replicas remembered for one prefix
+ASKED = 4  # replicas on the way from a request's place, should the first have no room
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,14 @@ class Memory:
 def order(
     affinity: Affinity, ring: Ring, holders: Collection[str], loads: Mapping[str, int], bound: Bound
 ) -> list[str]:
-    """All replicas of `loads`, the one to ask first: a holder within the bound, else the ring's first within it.
+    """The replicas to ask, one after the other: holders within the bound, the ring's first within it, the least busy.
 
-    loads: requests in flight by replica; the ring has the same names. Those over the bound follow, least busy first.
+    loads: requests in flight by replica; the ring has the same names.
     """
     key = affinity.key
     if key is None:
-        return sorted(loads, key=loads.__getitem__)
+        return heapq.nsmallest(ASKED, loads, key=loads.__getitem__)
     most = bound.most(loads.values())
-    clockwise = list(ring.walk(key))
-    free = [name for name in clockwise if loads[name] < most]
-    rest = sorted((name for name in clockwise if loads[name] >= most), key=loads.__getitem__)
-    return [*(n for n in free if n in holders), *(n for n in free if n not in holders), *rest]
+    held = sorted((n for n in holders if loads[n] < most), key=lambda name: position(f"{key}:{name}".encode()))
+    free = itertools.islice((name for name in ring.walk(key) if loads[name] < most), ASKED)
+    return list(dict.fromkeys([*held, *free, min(loads, key=loads.__getitem__)]))

@@ -36,11 +36,15 @@ def amount(value: float) -> str:
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}".strip()
 
 
+def kilobytes(value: float) -> str:
+    return f"{value / 1e3:,.0f}" if value >= 1e5 else f"{value / 1e3:.3g}"
+
+
 def sizes() -> Iterable[Sequence[str]]:
     for name, model in MODELS.items():
         parts = (f"{weights * model.layers * model.weight_bytes / 1e9:.3g}" for weights in model.layer.values())
         shape = f"{model.d}, {model.layers}, {model.atoms}, {model.k}, {model.static}, {model.context}"
-        yield (name, shape, amount(model.parameters), *parts, f"{model.kv_bytes * model.context / 1e6:.3g}")
+        yield (name, shape, amount(model.parameters), *parts, f"{model.kv_bytes * model.context / 1e6:.0f}")
 
 
 def exchanged() -> Iterable[Sequence[str]]:
@@ -48,8 +52,8 @@ def exchanged() -> Iterable[Sequence[str]]:
     for form in FORMS:
         for tokens in BATCHES:
             sent = exchanges(model, tokens, 8, form)
-            cells = (f"{sent.get(name, 0) / 1e3:.4g}" for name in ("output", "candidates", "logits", "latents"))
-            yield (form, str(tokens), *cells, f"{(sum(sent.values()) - sent['attention']) / 1e3:.4g}")
+            cells = (kilobytes(sent.get(name, 0)) for name in ("output", "candidates", "logits", "latents"))
+            yield (form, str(tokens), *cells, kilobytes(sum(sent.values()) - sent["attention"]))
 
 
 def shares(machine: Machine) -> Iterable[Sequence[str]]:
@@ -102,7 +106,7 @@ def prompts(machine: Machine, utilisation: float) -> Iterable[Sequence[str]]:
     "--utilisation", type=click.FloatRange(0.01, 1), default=0.6, show_default=True, help="Share of the peak."
 )
 @click.option("--target-ms", type=float, default=50, show_default=True, help="Longest time between tokens.")
-@click.option("--door-tokens", type=float, default=2500, show_default=True, help="Tokens a second through one door.")
+@click.option("--door-tokens", type=float, default=2000, show_default=True, help="Tokens a second through one door.")
 def scale_model(
     memory_gb: float,
     bandwidth_gb: float,

@@ -100,7 +100,7 @@ class Cluster:
         return {replica: float(value) for replica, value in found}
 
     def stop(self) -> None:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             return
         children = self.processes()
         self._process.terminate()

@@ -6,6 +6,7 @@ Run as `python tests/deploy/ray_figures.py`, with PYTHONPATH=tests.
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import tempfile
 import time
@@ -16,7 +17,10 @@ from ray_cluster import Cluster
 from running_server import start_server, stop_server
 from streams import Stream
 
-STREAMS, TOKENS, REPEATS = 32, 64, 5
+from dsc_serve.scale.affinity import Bound, Memory, Ring, order
+from dsc_serve.scale.call import affinity_of
+
+STREAMS, TOKENS, REPEATS = 32, 64, 3
 
 
 async def tokens_per_s(url: str) -> float:
@@ -32,7 +36,22 @@ def seconds(processes: list[psutil.Process]) -> float:
     return sum(spent.user + spent.system for spent in times)
 
 
+def choice_us(replicas: int) -> float:
+    """Microseconds to choose among so many, for a prompt of 4 kB whose beginning one of them holds."""
+    loads = {f"replica-{i}": i % 7 for i in range(replicas)}
+    ring, memory = Ring(loads), Memory()
+    body = json.dumps({"prompt": "Once upon a time " * 250, "user": "ada"}).encode()
+    memory.note(affinity_of("", body).chain, "replica-0")
+    start = time.perf_counter()
+    for _ in range(200):
+        affinity = affinity_of("", body)
+        order(affinity, ring, memory.holders(affinity.chain, loads), loads, Bound())
+    return 1e6 * (time.perf_counter() - start) / 200
+
+
 def main() -> None:
+    for replicas in (2, 100, 1000):
+        print(f"a choice among {replicas:<13} {choice_us(replicas):7.0f} µs")
     cluster = Cluster(Path(tempfile.mkdtemp()))
     alone = {threads: start_server("--threads", str(threads)) for threads in (1, 2)}
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_S = 120.0
+START_S = 300.0
 STOP_S = 60.0
 TESTS = Path(__file__).parents[1]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_serve.engine import sampler
@@ -68,8 +69,15 @@ class Inputs:
         self.tokens, self.tables, self.contexts = (
             torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
         )
+        self._held: list[NDArray[np.int64] | None] = [None] * requests
         self._copies = None if on_host else [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
         self._copied = None if on_host else torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def hold(self, row: int, table: NDArray[np.int64]) -> None:
+        """Let a row of the tables begin with a request's, which is a new array whenever it changes."""
+        if self._held[row] is not table:
+            self.tables.numpy()[row, : len(table)] = table
+            self._held[row] = table
 
     def wait(self) -> None:
         """Until the last step's inputs have left the host's buffers, which may then be filled again."""
@@ -80,6 +88,7 @@ class Inputs:
         """Let rows and columns from `start` to `end` be sequences of one token, written to a block of nobody's."""
         self.tokens[:, start:end] = 0
         self.tokens[2, start:end] = block
+        self._held[start:end] = [None] * (end - start)
         self.tables[start:end, 0] = block
         self.contexts[start:end] = 1
 
@@ -188,14 +197,14 @@ class Runner:
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
         token_ids, positions, slot_blocks, slot_offsets = self._inputs.tokens.numpy()
-        tables, contexts = self._inputs.tables.numpy(), self._inputs.contexts.numpy()
+        contexts = self._inputs.contexts.numpy()
         single = [request for request, _ in ordered[:decodes]]
         token_ids[:decodes] = [request.tokens[request.computed] for request in single]
         positions[:decodes] = [request.computed for request in single]
         slot_blocks[:decodes] = [request.blocks[request.computed // self.block_size] for request in single]
         contexts[:decodes] = positions[:decodes] + 1
         for row, (request, _) in enumerate(ordered):
-            tables[row, : len(request.table)] = request.table
+            self._inputs.hold(row, request.table)
         chunks, start = [], decodes
         for row, (request, count) in enumerate(ordered[decodes:], decodes):
             first, end = request.computed, request.computed + count

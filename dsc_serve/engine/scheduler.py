@@ -70,7 +70,9 @@ class Scheduler:
             block_size=self.block_size,
             now=self.clock(),
         )
-        return self.policy.plan(view, replace(self.budget, estimate=self.step_time.estimate))
+        if self.step_time.estimate is not self.budget.estimate:
+            self.budget = replace(self.budget, estimate=self.step_time.estimate)
+        return self.policy.plan(view, self.budget)
 
     def begin(self, plan: Plan) -> list[tuple[Request, int]]:
         """Preempt, admit and allocate as planned; returns the requests to run with their numbers of tokens."""

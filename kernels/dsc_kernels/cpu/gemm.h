@@ -178,14 +178,13 @@ template <typename T, int P, typename Sink>
 INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
                    int64_t count, int64_t d, const Sink& sink, int64_t n, int64_t left) {
   const typename Input<T>::type* at[TOKENS];
-  // the first tile waits for its own weights; the others have time to ask for as many again
+  // several tiles have time to ask for as many weights again; one alone reads as fast as it multiplies
   int64_t tiles = (count + TOKENS - 1) / TOKENS, bytes = (left < P ? left : P) * panel * (int64_t)sizeof(T);
   const char* next = (const char*)(w + P * panel);
-  int64_t steps = (tiles - 1) * ((d + GROUP<T> - 1) / GROUP<T>);
-  Ahead ahead = {next, next, 0};
-  for (int64_t t = 0; t < count; t += TOKENS) {
-    int group = count - t < TOKENS ? (int)(count - t) : TOKENS;
-    if (t > 0 && ahead.lines == 0) ahead = {next, next + bytes, (int)((bytes / 64 + steps - 1) / steps)};
+  int64_t steps = tiles * ((d + GROUP<T> - 1) / GROUP<T>);
+  Ahead ahead = {next, next + (tiles > 1 ? bytes : 0), (int)((bytes / 64 + steps - 1) / steps)};
+  for (int64_t t = 0, group; t < count; t += group, tiles--) {
+    group = (count - t + tiles - 1) / tiles;  // as even as they can be: tiles of one token are slow
     for (int i = 0; i < group; i++) at[i] = x + (rows ? rows[t + i] : t + i) * stride;
     switch (group) {
       case 1: block<T, P, 1>(w, panel, at, d, sink, t, n, ahead); break;

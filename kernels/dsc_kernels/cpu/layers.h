@@ -134,19 +134,33 @@ int64_t store_kv_scratch(const StoreKv&) {
   return 0;
 }
 
+constexpr int64_t EARLIER = 8;  // tokens between asking for a place in the pools and writing to it
+
 template <typename T>
 void store_kv(const StoreKv& a) {
   int64_t row = (a.heads + 2 * a.kv_heads) * a.size;
+  auto place = [&](int64_t t, int64_t h) __attribute__((always_inline)) {
+    return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
+  };
+  auto ask = [&](int64_t t) __attribute__((always_inline)) {
+    for (int64_t h = 0; h < a.kv_heads; h++)
+      for (int64_t c = 0; c < a.size; c += 64 / (int64_t)sizeof(T)) {
+        __builtin_prefetch((T*)a.keys + place(t, h) + c, 1);
+        __builtin_prefetch((T*)a.values + place(t, h) + c, 1);
+      }
+  };
+  for (int64_t t = 0; t < EARLIER && t < a.tokens; t++) ask(t);
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.tokens * row > 1 << 18)
   for (int64_t t = 0; t < a.tokens; t++) {
     T* own = (T*)a.qkv + t * row;
+    if (t + EARLIER < a.tokens) ask(t + EARLIER);
     if (a.angles) {
       const float* cosines = a.angles + a.positions[t] * a.size;
       for (int64_t h = 0; h < a.heads + a.kv_heads; h++)
         rotate(own + h * a.size, cosines, cosines + a.size / 2, a.size);
     }
     for (int64_t h = 0; h < a.kv_heads; h++) {
-      int64_t at = ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
+      int64_t at = place(t, h);
       memcpy((T*)a.keys + at, own + (a.heads + h) * a.size, a.size * sizeof(T));
       memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
     }

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -156,6 +157,9 @@ def profile(
 ) -> StepProfile:
     """Measure `steps` steps without and as many with timers, and this machine's rates before and after."""
     engine = Engine.for_model(model, config)
+    assert isinstance(engine.runner, Runner)
+    for pool in chain.from_iterable(engine.runner.pools):
+        pool.zero_()  # memory that nobody has written to yet is slow the first time
     rng = np.random.default_rng(0)
     requests, (temperature, top_p) = {}, SAMPLINGS[sampling]
     for i in range(running):

@@ -98,8 +98,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
-            description="Prompts are cut so that a running request gets a token so often; 0: in 1.75 times a step "
-            "without prompts, at least 8 ms.",
+            description="Prompts are cut so that a running request gets a token so often; 0: in 1.6 times a step "
+            "without prompts, at least 6 ms.",
         ),
     ] = 0.0
     prefix_cache: Annotated[bool, Meta(description="Reuse what prompts with the same beginning have computed.")] = True

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.policies.base import Budget, Plan, RequestView, View
 
-QUIET_STEPS = 1.75
-SHORT_MS = 8.0
-LEAST_CHUNK = 16  # tokens; prompts move on however slow the steps are
+QUIET_STEPS = 1.6
+SHORT_MS = 6.0
+LEAST_CHUNK = 8  # tokens; prompts move on however slow the steps are
 
 
 class Draft:

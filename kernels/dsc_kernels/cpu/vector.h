@@ -128,7 +128,7 @@ INLINE vf vexp(vf x) {
 INLINE vf vexp2(vf x) {
   vf clamped = vmax(splat(-200.0f), x);
 #if defined(__AVX512F__)
-  vf n = (vf)_mm512_roundscale_ps((__m512)clamped, 0), r = clamped - n;
+  vf n = (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)clamped, 0), r = clamped - n;
 #else
   vf shifted = clamped + 12582912.0f, n = shifted - 12582912.0f, r = clamped - n;
 #endif
@@ -140,7 +140,7 @@ INLINE vf vexp2(vf x) {
   p = p * r + 6.931472028e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   return x < -126.0f ? splat(0.0f) : p * (vf)(((vi)shifted << 23) + 0x3f800000);
 #endif

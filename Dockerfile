@@ -1,30 +1,49 @@
-# syntax=docker/dockerfile:1
-# CPU image by default. For an index with CPU-only (or CUDA) wheels of torch:
-#   docker build --build-arg EXTRA_INDEX_URL=… .      and, for a GPU, --build-arg EXTRAS='[gpu]'
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# For CPUs as it is, for NVIDIA GPUs with --build-arg CUDA=1.
+# EXTRA_INDEX_URL: a further package index. The default one's torch for x86-64 always carries CUDA's libraries, gigabytes
+# of them; with an index of CPU-only wheels the image has about 1.2 GB.
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE} AS build
 ARG EXTRA_INDEX_URL=""
-ARG EXTRAS=""
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_EXTRA_INDEX_URL=${EXTRA_INDEX_URL}
+ARG CUDA=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/requirements.txt \
+    PIP_EXTRA_INDEX_URL=${EXTRA_INDEX_URL}
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/dsc-serve
+COPY deploy/docker/requirements.txt /requirements.txt
+RUN python -m venv --without-pip /opt/dsc-serve && pip --python /opt/dsc-serve install --requirement /requirements.txt
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels ./kernels
 COPY dsc_serve ./dsc_serve
-RUN /opt/dsc-serve/bin/pip install ".${EXTRAS}"
+# hadolint ignore=DL3013
+RUN pip --python /opt/dsc-serve install ".${CUDA:+[gpu]}" && \
+    if [ "$(uname -m)" = x86_64 ]; then /opt/dsc-serve/bin/python -c 'import torch, dsc_kernels._native'; fi
+# Triton compiles one C module at its first use; the last stage has no compiler, so here. It links against an empty
+# libcuda, with which it cannot be loaded, so the command fails; the module must be there all the same.
+RUN mkdir /opt/triton && if [ -n "${CUDA}" ]; then \
+        gcc -shared -x c /dev/null -Wl,-soname,libcuda.so.1 -o /tmp/libcuda.so.1 && \
+        { TRITON_CACHE_DIR=/opt/triton TRITON_LIBCUDA_PATH=/tmp LD_LIBRARY_PATH=/tmp /opt/dsc-serve/bin/python -c \
+            'from triton.backends.nvidia.driver import CudaUtils; CudaUtils()' || ls /opt/triton/*/cuda_utils*.so; }; \
+    fi
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE}
-RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nologin dsc
+RUN groupadd --system --gid 10001 dsc && \
+    useradd --system --uid 10001 --gid dsc --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dsc && \
+    install --directory --owner dsc --group dsc /models
 COPY --from=build /opt/dsc-serve /opt/dsc-serve
-ENV PATH=/opt/dsc-serve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-USER 10001
+COPY --from=build --chown=dsc:dsc /opt/triton /var/cache/triton
+ENV PATH=/opt/dsc-serve/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    TRITON_CACHE_DIR=/var/cache/triton DSC_SERVE__HOST=0.0.0.0 DSC_SERVE__PORT=8000
+USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+# Ready, not live: what waits for a healthy container, or sends it traffic, asks whether it answers.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["python", "-c", "\
+import http.client, os, sys; \
+server = http.client.HTTPConnection('127.0.0.1', os.environ['DSC_SERVE__PORT'], timeout=4); \
+server.request('GET', '/health/ready'); \
+sys.exit(server.getresponse().status != 200)"]
 ENTRYPOINT ["dsc-serve"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve"]

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus"}  # program: its Debian package
+PACKAGES = {  # program: its Debian package
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "podman": "podman",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "runc": "runc",
+}
 
 
 def missing() -> list[str]:

@@ -12,6 +12,7 @@ from test_scheduler import first_tokens
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
+from dsc_serve.engine.policies.draft import LEAST_CHUNK
 from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.terms import Terms
@@ -116,4 +117,4 @@ def test_chunks_leave_running_requests_their_time(policy: str) -> None:
     assert engine.runner.step_sizes[-1] == 2 + 36  # type: ignore[attr-defined]  # (30 - 10 - 2) ms at 0.5 ms a token
     engine.scheduler.budget = replace(engine.scheduler.budget, itl_target_ms=11.0)
     engine.step()
-    assert engine.runner.step_sizes[-1] == 2 + 16  # type: ignore[attr-defined]  # prompts move on all the same
+    assert engine.runner.step_sizes[-1] == 2 + LEAST_CHUNK  # type: ignore[attr-defined]  # prompts move on all the same

@@ -364,6 +364,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.command import overload_command, serve_command
     from dsc_serve.bench.compare_command import compare_command, peer_model_command, report_command
     from dsc_serve.bench.engine_command import engine_command
+    from dsc_serve.bench.forward_command import forward_command
     from dsc_serve.bench.layer_command import layer_command
     from dsc_serve.bench.scheduler_command import scheduler_command
     from dsc_serve.scale.estimate_command import scale_model
@@ -374,6 +375,7 @@ def _attach_commands() -> None:
     bench.add_command(compare_command, "compare")
     bench.add_command(report_command, "report")
     bench.add_command(peer_model_command, "peer-model")
+    bench.add_command(forward_command, "forward")
     bench.add_command(layer_command, "layer")
     bench.add_command(engine_command, "engine")
     bench.add_command(scheduler_command, "scheduler")

@@ -122,7 +122,7 @@ class Arena:
             except (StartError, OSError, subprocess.TimeoutExpired) as error:
                 self.skip(system, str(error))
                 continue
-            contestant.version = program_version(system)
+            contestant.version = ", ".join(filter(None, (program_version(system), contestant.version)))
             command = serve_command(system, folder, 8000, self.threads)
             contestant.command = shown(command, system.environment, self.work)
 
@@ -135,6 +135,7 @@ class Arena:
                 command += ["--running", str(count)]
         found = json.loads(run_tool(command))
         contestant.description, contestant.steps = found["description"], found["steps"]
+        contestant.version = f"torch {found['torch']}" if system.ours else ""
 
     def skip(self, system: System, reason: str) -> None:
         self.contestants[system.name].skipped = reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -52,11 +53,14 @@ def compare_command(
         asked = asked.only(systems)
     if rounds is not None:
         asked = msgspec.structs.replace(asked, rounds=rounds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are stopped
     work = models or out / "models"
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
-    command = f"dsc-serve {shlex.join(sys.argv[1:])}"
-    results = run_comparison(asked, work.resolve(), command, alone, lambda line: click.echo(line, err=True))
+    command = ["dsc-serve", "bench", "compare", Path(comparison).name, "--out", out.name]  # no folders of this machine
+    command += [word for name in systems for word in ("--system", name)]
+    command += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
+    results = run_comparison(asked, work.resolve(), shlex.join(command), alone, lambda line: click.echo(line, err=True))
     save_results(results, out / RESULTS)
     write_report(results, out)
     click.echo("\n".join([*sentences(results), f"{out / 'report.html'} has the whole report"]))

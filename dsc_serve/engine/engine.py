@@ -167,14 +167,7 @@ class Engine:
                     routing=routing,
                 )
             )
-        report, ended_at = self.report, time.perf_counter()
-        report.schedule_s += scheduled - started
-        report.forward_s += result.forward_s
-        report.sample_s += computed - scheduled - result.forward_s
-        report.output_s += ended_at - computed
-        report.seconds.observe(ended_at - started)
-        report.tokens.observe(sum(plan.tokens.values()))
-        report.requests.observe(len(work))
+        self.report.add(started, scheduled, computed, result.forward_s, plan.tokens.values())
         return deltas
 
     def _failed(self, request_id: str, error: Exception) -> Delta:

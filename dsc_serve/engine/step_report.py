@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
 from functools import partial
 
 import msgspec
@@ -26,6 +28,17 @@ class StepReport(msgspec.Struct, array_like=True):
     seconds: Histogram = msgspec.field(default_factory=partial(Histogram, STEP_EDGES_S))
     tokens: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))
     requests: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))
+
+    def add(self, started: float, scheduled: float, computed: float, forward_s: float, tokens: Collection[int]) -> None:
+        """Count a step that ends now; the times are of perf_counter, the tokens those of its requests."""
+        ended = time.perf_counter()
+        self.schedule_s += scheduled - started
+        self.forward_s += forward_s
+        self.sample_s += computed - scheduled - forward_s
+        self.output_s += ended - computed
+        self.seconds.observe(ended - started)
+        self.tokens.observe(sum(tokens))
+        self.requests.observe(len(tokens))
 
 
 class PhaseReport(msgspec.Struct, array_like=True):

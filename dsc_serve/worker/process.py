@@ -80,6 +80,30 @@ def model_info(model: Decoder, engine: Engine) -> ModelInfo:
     )
 
 
+def stats_of(engine: Engine, ticket: int) -> Stats:
+    scheduler = engine.scheduler
+    return Stats(
+        ticket=ticket,
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        blocks_free=scheduler.pool.free,
+        blocks_cached=scheduler.pool.cached,
+        blocks_total=scheduler.pool.total,
+        steps=engine.counters.steps,
+        preemptions=scheduler.preemptions,
+        timeouts=scheduler.timeouts,
+        prompt_tokens=scheduler.prompt_tokens,
+        cached_tokens=scheduler.cached_tokens,
+        invariant_repairs=engine.counters.repairs,
+        routing=None if engine.routing is None else engine.routing.report(),
+        bank_bytes=engine.bank_bytes,
+        device=engine.config.device,
+        step_report=engine.report,
+        phases=scheduler.phases,
+        held_back=scheduler.held_back(),
+    )
+
+
 class EngineProcess:
     """The loop around one engine. Messages arrive through a thread that blocks on the socket; an idle loop waits.
 
@@ -120,29 +144,7 @@ class EngineProcess:
             if self.engine.finish(message.request_id):
                 self.send(StepDone([Delta(message.request_id, [], message.reason)]))
         elif isinstance(message, StatsRequest):
-            scheduler = self.engine.scheduler
-            self.send(
-                Stats(
-                    ticket=message.ticket,
-                    running=len(scheduler.running),
-                    waiting=len(scheduler.waiting),
-                    blocks_free=scheduler.pool.free,
-                    blocks_cached=scheduler.pool.cached,
-                    blocks_total=scheduler.pool.total,
-                    steps=self.engine.counters.steps,
-                    preemptions=scheduler.preemptions,
-                    timeouts=scheduler.timeouts,
-                    prompt_tokens=scheduler.prompt_tokens,
-                    cached_tokens=scheduler.cached_tokens,
-                    invariant_repairs=self.engine.counters.repairs,
-                    routing=None if self.engine.routing is None else self.engine.routing.report(),
-                    bank_bytes=self.engine.bank_bytes,
-                    device=self.engine.config.device,
-                    step_report=self.engine.report,
-                    phases=scheduler.phases,
-                    held_back=scheduler.held_back(),
-                )
-            )
+            self.send(stats_of(self.engine, message.ticket))
 
     def _receive(self) -> None:
         message: ToEngine | None = None

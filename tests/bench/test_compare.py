@@ -43,7 +43,7 @@ def descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def canned(command: Sequence[str]) -> str:
         described = {"ffn": "none", "frame": "none", "parameters": 10**6, "active": 10**5, "ffn_bytes": 10}
-        return json.dumps({"description": described, "steps": {}})
+        return json.dumps({"description": described, "steps": {}, "torch": "2.13.0"})
 
     monkeypatch.setattr(compare, "run_tool", canned)
 

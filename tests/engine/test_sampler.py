@@ -1,43 +1,27 @@
-"""The sampler against its definition: distributions, kept sets, independence, penalties and log probabilities.
-
-About 120 chi-square tests with fixed seeds: each asks for p > 1e-5, so a sampler that is right passes all of them for
-all but one in 800 choices of seeds.
-"""
+"""Which tokens the sampler may draw and how often: temperature, top-k, top-p and min-p against their definitions."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_cases import assert_distributed, logits_of, many, request
 from torch import Tensor
 
-from dsc_serve import LLM, SamplingParams
+from dsc_serve import SamplingParams
 from dsc_serve.engine import sampler
-from dsc_serve.engine.output import TokenLogprobs
-from dsc_serve.engine.request import Request
-from dsc_serve.engine.sampler import CANDIDATES, Sampler, draw, draw_filtered, keep, logprobs, uniform
+from dsc_serve.engine.sampler import CANDIDATES, Sampler, draw, draw_filtered, keep
 
-P_VALUE = 1e-5
-GOLDEN = 0x9E3779B97F4A7C15
 WIDE = 2 * CANDIDATES + 88
 ALMOST_ONE = 1 - 2.0**-53
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -51,20 +35,6 @@ def wide_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(sampler, "keep", counted)
     return calls
-
-
-def request(params: SamplingParams, prompt: Sequence[int] = (0,), output: Sequence[int] = ()) -> Request:
-    return Request("r", len(prompt), [*prompt, *output], params, max_tokens=64)
-
-
-def many(params: SamplingParams, count: int) -> Iterator[Request]:
-    """Requests of all different (seed, position): consecutive seeds, 16 positions each."""
-    histories = [[0] * position for position in range(1, 17)]
-    for i in range(count):
-        history = histories[i % 16]
-        made = Request("r", len(history), history, params, max_tokens=64)
-        made.seed = i // 16
-        yield made
 
 
 def counts(row: Tensor, params: SamplingParams, count: int, batch: int = 2048) -> Tensor:
@@ -100,32 +70,6 @@ def probabilities(row: Tensor, params: SamplingParams) -> Tensor:
     out[kept] = weights[kept] / weights[kept].sum()
     return out
 
-
-def p_value(observed: Tensor, expected: Tensor) -> float:
-    """Chi-square of observed counts against expected ones, neighbours pooled until 10 are expected of each pool."""
-    pools, start = [], 0
-    for end in range(1, len(expected) + 1):
-        if expected[start:end].sum() >= 10:
-            pools.append((start, end))
-            start = end
-    pools[-1] = (pools[-1][0], len(expected))
-    assert len(pools) >= 2
-    seen, due = (torch.stack([t[a:b].sum() for a, b in pools]).double() for t in (observed, expected))
-    statistic = ((seen - due) ** 2 / due).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(pools) - 1) / 2, dtype=torch.float64), statistic / 2))
-
-
-def assert_distributed(observed: Tensor, chances: Tensor) -> None:
-    """Observed counts follow the chances, and what cannot be drawn was not."""
-    assert observed[chances == 0].sum() == 0
-    assert p_value(observed, chances * observed.sum()) > P_VALUE
-
-
-def logits_of(size: int, spread: float, seed: int = 0) -> Tensor:
-    return spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
-# The distribution that is drawn from
 
 FILTERS: list[dict[str, Any]] = [
     {},
@@ -394,282 +338,3 @@ def test_a_kept_set_is_summed_without_its_neighbours_rounding() -> None:
         weights = torch.stack([faint, torch.ones(1000), torch.ones(1000)])
         kept = keep(weights, torch.full((3, 1), 1000), top_p, torch.zeros(3, 1))
         assert (kept[1:] > 0).sum(dim=1).tolist() == [700, 100]
-
-
-def test_the_seed_and_position_decide_whatever_the_rest_of_the_request_is() -> None:
-    params = SamplingParams(seed=11, top_p=0.9)
-    row = logits_of(50, 0.5)[None]
-    histories = [([1, 2, 3], []), ([4], [5, 6]), ([7, 8], [9])]
-    tokens = {Sampler([])(row.clone(), [request(params, *history)])[0] for history in histories}
-    assert len(tokens) == 1
-    by_position = [Sampler([])(row.clone(), [request(params, [0] * n)])[0] for n in range(1, 41)]
-    by_seed = [Sampler([])(row.clone(), [request(SamplingParams(seed=s))])[0] for s in range(40)]
-    assert len(set(by_position)) > 15
-    assert len(set(by_seed)) > 15
-
-
-def test_a_negative_seed_is_one_modulo_two_to_the_64() -> None:
-    assert request(SamplingParams(seed=-1)).seed == 2**64 - 1
-    assert request(SamplingParams(seed=-(2**63))).seed == 2**63
-
-
-def test_without_a_seed_each_request_draws_its_own() -> None:
-    assert len({request(SamplingParams()).seed for _ in range(20)}) == 20
-
-
-# The uniform numbers
-
-
-def even(values: Sequence[float], bins: int = 32) -> float:
-    """p-value of values in [0, 1) being uniform."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    observed = (numbers * bins).long().bincount(minlength=bins)
-    return p_value(observed, torch.full((bins,), len(values) / bins, dtype=torch.float64))
-
-
-def independent(first: Sequence[float], second: Sequence[float], bins: int = 8) -> float:
-    """p-value of pairs being uniform in the unit square."""
-    cells = [int(a * bins) * bins + int(b * bins) for a, b in zip(first, second, strict=True)]
-    expected = torch.full((bins * bins,), len(cells) / bins**2, dtype=torch.float64)
-    return p_value(torch.tensor(cells).bincount(minlength=bins * bins), expected)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, 2**32, 2**63, 2**64 - 2, 2**64 - 1, GOLDEN, 2**64 - GOLDEN])
-def test_each_seed_gives_even_and_independent_numbers(seed: int) -> None:
-    numbers = [uniform(seed, position) for position in range(4096)]
-    assert even(numbers) > P_VALUE
-    for lag in (1, 2, 7):
-        starts = [i for i in range(len(numbers) - lag) if (i // lag) % 2 == 0]  # pairs that share no number
-        assert independent([numbers[i] for i in starts], [numbers[i + lag] for i in starts]) > P_VALUE
-    assert len(set(numbers)) == len(numbers)
-
-
-@pytest.mark.parametrize("stride", [1, 2, 2**11, 2**32, 2**48, GOLDEN], ids=hex)
-@pytest.mark.parametrize("position", [1, 1000])
-def test_each_position_is_even_over_seeds_and_neighbouring_seeds_are_independent(stride: int, position: int) -> None:
-    numbers = [uniform((2**64 - 5 + i * stride) % 2**64, position) for i in range(4096)]
-    assert even(numbers) > P_VALUE
-    assert independent(numbers[::2], numbers[1::2]) > P_VALUE
-    later = [uniform((2**64 - 5 + i * stride) % 2**64, position + 1) for i in range(4096)]
-    assert independent(numbers, later) > P_VALUE
-    assert independent(numbers[1:], later[:-1]) > P_VALUE
-
-
-def test_choices_share_no_number_at_any_position() -> None:
-    """n choices are independent: no choice's sequence is another's, moved along."""
-    params = SamplingParams(seed=7, n=16)
-    sequences = [[uniform(params.for_choice(i).seed or 0, p) for p in range(512)] for i in range(params.n)]
-    assert len(set(itertools.chain(*sequences))) == 16 * 512
-    for shift in (0, 1, 2):
-        pairs = [(a[: 512 - shift], b[shift:]) for a, b in itertools.pairwise(sequences)]
-        first, second = (list(itertools.chain(*side)) for side in zip(*pairs, strict=True))
-        assert independent(first, second) > P_VALUE
-        assert independent(second, first) > P_VALUE
-
-
-# Adjustments of the logits
-
-VOCABULARY = 13
-EOS = (5, 6)
-TOKENS = st.lists(st.integers(0, VOCABULARY - 1), max_size=12)
-
-
-def adjusted_by_hand(row: list[float], prompt: list[int], output: list[int], p: SamplingParams) -> list[float]:
-    out = []
-    for token, logit in enumerate(row):
-        value = logit + p.logit_bias.get(token, 0.0)
-        if token in prompt or token in output:
-            value = value / p.repetition_penalty if value > 0 else value * p.repetition_penalty
-        value -= output.count(token) * p.frequency_penalty
-        if token in output:
-            value -= p.presence_penalty
-        ends = token in p.stop_token_ids or (token in EOS and not p.ignore_eos)
-        out.append(-math.inf if ends and len(output) < p.min_tokens else value)
-    return out
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    prompt=TOKENS.filter(bool),
-    output=TOKENS,
-    seed=st.integers(0, 2**32),
-    params=st.builds(
-        SamplingParams,
-        temperature=st.just(0.0),
-        presence_penalty=st.sampled_from([0.0, 0.5, -2.0]),
-        frequency_penalty=st.sampled_from([0.0, 0.25, 2.0, -1.0]),
-        repetition_penalty=st.sampled_from([1.0, 1.3, 0.7, 100.0]),
-        logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.floats(-100, 100), max_size=4),
-        min_tokens=st.integers(0, 14),
-        stop_token_ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=3).map(tuple),
-        ignore_eos=st.booleans(),
-    ),
-)
-def test_adjustments_are_those_of_a_plain_loop(
-    prompt: list[int], output: list[int], seed: int, params: SamplingParams
-) -> None:
-    row = logits_of(VOCABULARY, 4.0, seed)
-    logits = row[None].clone()
-    (token,) = Sampler(EOS)(logits, [request(params, prompt, output)])
-    want = torch.tensor(adjusted_by_hand(row.tolist(), prompt, output, params))
-    torch.testing.assert_close(logits[0], want, rtol=1e-5, atol=1e-5)
-    assert token == logits[0].argmax()
-
-
-def test_bias_minus_100_bans_and_100_forces() -> None:
-    row = logits_of(20, 3.0)
-    best = int(row.argmax())
-    for temperature in (0.0, 1.0, 2.0):
-        banned = SamplingParams(temperature=temperature, logit_bias={best: -100.0})
-        forced = SamplingParams(temperature=temperature, logit_bias={int(row.argmin()): 100.0})
-        chunk = list(many(banned, 2000))
-        assert best not in Sampler([])(row.expand(2000, -1).clone(), chunk)
-        chunk = list(many(forced, 2000))
-        assert set(Sampler([])(row.expand(2000, -1).clone(), chunk)) == {int(row.argmin())}
-
-
-def test_penalties_and_masks_shape_what_is_drawn() -> None:
-    row, output = logits_of(VOCABULARY, 1.0), [3, 3, 4]
-    params = SamplingParams(
-        temperature=0.9,
-        presence_penalty=0.5,
-        frequency_penalty=0.4,
-        repetition_penalty=1.2,
-        logit_bias={1: 1.5, 2: -1.0},
-        min_tokens=4,
-        stop_token_ids=(7,),
-    )
-    want = torch.tensor(adjusted_by_hand(row.tolist(), [0, 1], output, params), dtype=torch.float64)
-    requests = [request(params, [0, 1], output) for _ in range(4000)]
-    for seed, each in enumerate(requests):
-        each.seed = seed
-    tokens = torch.tensor(Sampler(EOS)(row.expand(4000, -1).clone(), requests))
-    assert_distributed(tokens.bincount(minlength=VOCABULARY), (want / 0.9).softmax(dim=0))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_min_tokens_forbids_ends_until_they_are_reached(temperature: float) -> None:
-    row = torch.full((VOCABULARY,), -20.0)
-    row[[EOS[0], 9]] = torch.tensor([20.0, 30.0])
-    params = SamplingParams(temperature=temperature, min_tokens=3, stop_token_ids=(9,), seed=0)
-    for size in range(5):
-        for ignore_eos in (False, True):
-            own = SamplingParams(
-                temperature=temperature, min_tokens=3, stop_token_ids=(9,), seed=0, ignore_eos=ignore_eos
-            )
-            (token,) = Sampler(EOS)(row[None].clone(), [request(own, [1], [2] * size)])
-            assert (token == 9) == (size >= 3)
-            assert (token == EOS[0]) == (size < 3 and ignore_eos)
-    (token,) = Sampler(EOS)(row[None].clone(), [request(params, [1] * 5, [])])
-    assert token not in (*EOS, 9), "the prompt does not count"
-
-
-# Log probabilities
-
-
-@pytest.mark.parametrize("size", [7, 61, 5000])
-def test_logprobs_are_the_float64_log_softmax(size: int) -> None:
-    top = [0, 1, 5, 20, 20]
-    logits = logits_of(len(top) * size, 5.0).view(len(top), size)
-    tokens = [0, size - 1, 3, int(logits[3].argmax()), int(logits[4].argmin())]
-    want = logits.double().log_softmax(dim=1)
-    for i, entry in enumerate(logprobs(logits, tokens, top)):
-        check(entry, tokens[i], top[i], want[i], 1e-5)
-    assert [len(entry.top) for entry in logprobs(logits, tokens, [0] * len(top))] == [0] * len(top)
-    assert logprobs(logits[:0], [], []) == []
-
-
-def check(entry: TokenLogprobs, token: int, top: int, want: Tensor, tolerance: float) -> None:
-    """One report against the log probabilities [V]: the token, its value, and `top` alternatives in falling order."""
-    assert entry.token_id == token
-    assert entry.logprob == pytest.approx(float(want[token]), abs=tolerance)
-    ids, values = [i for i, _ in entry.top], [v for _, v in entry.top]
-    assert len(ids) == len(set(ids)) == min(top, len(want))
-    assert values == sorted(values, reverse=True)
-    assert values == pytest.approx(want[ids].tolist(), abs=tolerance)
-    assert values == pytest.approx(want.topk(len(ids)).values.tolist(), abs=tolerance)
-    if token in ids:
-        assert values[ids.index(token)] == entry.logprob
-
-
-SETTINGS: dict[str, dict[str, int]] = {
-    "roomy": {},
-    "three tokens a step": {"step_tokens": 3, "max_running": 3},
-    "preempted": {"kv_tokens": 64, "block_size": 4, "step_tokens": 16, "max_running": 8},
-    "preempted, in chunks": {"kv_tokens": 52, "block_size": 4, "step_tokens": 5, "max_running": 5},
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_engine_reports_the_models_own_distribution_once_for_each_position(
-    name: str, small_model: Callable[..., Path]
-) -> None:
-    """Before temperature, penalties and bias; each prompt position once, however often it is computed."""
-    folder = str(small_model("dense"))
-    generator = torch.Generator().manual_seed(2)
-    sizes = [1, 2, 19, 8, 27, 13, 3, 16]
-    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in sizes]
-    tops: list[tuple[int | None, int | None]] = [(5, 3), (0, 0), (20, 20), (None, 2), (2, None), (1, 1), (4, 0), (0, 4)]
-    params = [
-        SamplingParams(
-            temperature=0.0 if i == 5 else 0.7,
-            top_k=30,
-            presence_penalty=1.0,
-            repetition_penalty=1.4,
-            logit_bias={7: 3.0, 9: -100.0},
-            seed=i,
-            max_tokens=20,
-            ignore_eos=True,
-            logprobs=output_top,
-            prompt_logprobs=prompt_top,
-        )
-        for i, (output_top, prompt_top) in enumerate(tops)
-    ]
-    with LLM(folder, dtype="float32", threads=1, **SETTINGS[name]) as llm:
-        outputs = llm.generate(prompts, params)
-        assert (llm.engine.scheduler.preemptions > 0) == name.startswith("preempted")
-    with LLM(folder, dtype="float32", threads=1) as roomy:
-        rows = roomy.logits([o.prompt_token_ids + o.token_ids for o in outputs])
-    for output, logits, (output_top, prompt_top) in zip(outputs, rows, tops, strict=True):
-        want = logits.double().log_softmax(dim=1)
-        size = len(output.prompt_token_ids)
-        assert len(output.token_ids) == 20
-        assert (output.logprobs is None) == (output_top is None)
-        assert (output.prompt_logprobs is None) == (prompt_top is None)
-        if output.logprobs is not None and output_top is not None:
-            for i, (entry, token) in enumerate(zip(output.logprobs, output.token_ids, strict=True)):
-                check(entry, token, output_top, want[size - 1 + i], 1e-4)
-        if output.prompt_logprobs is not None and prompt_top is not None:
-            assert output.prompt_logprobs[0] is None
-            assert len(output.prompt_logprobs) == size
-            for i, reported in enumerate(output.prompt_logprobs[1:], start=1):
-                assert reported is not None
-                check(reported, output.prompt_token_ids[i], prompt_top, want[i - 1], 1e-4)
-
-
-def test_a_prompt_preempted_halfway_is_reported_once(small_model: Callable[..., Path]) -> None:
-    """Recomputing reports only what had not been reached before."""
-    folder = str(small_model("dense"))
-    prompt = torch.randint(61, (24,), generator=torch.Generator().manual_seed(3)).tolist()
-    greedy = SamplingParams(temperature=0, max_tokens=36, ignore_eos=True)
-    with LLM(folder, dtype="float32", threads=1, kv_tokens=40, block_size=2, step_tokens=4, max_running=4) as llm:
-        for i in range(3):
-            llm.engine.add(f"short-{i}", [i], greedy)
-        reporting = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=2)
-        long = llm.engine.add("long", prompt, reporting)
-        entries: list[TokenLogprobs | None] = []
-        halfway = 0
-        while llm.engine.has_work:
-            before = long.computed
-            for delta in llm.engine.step():
-                entries += (delta.prompt_logprobs or []) if delta.request_id == "long" else []
-            halfway += long.computed < before < long.prompt_size
-        assert halfway > 0, "nothing was preempted within its prompt"
-        want = llm.logits([prompt])[0].double().log_softmax(dim=1)
-    assert entries[0] is None
-    assert len(entries) == len(prompt)
-    for i, entry in enumerate(entries[1:], start=1):
-        assert entry is not None
-        check(entry, prompt[i], 2, want[i - 1], 1e-4)

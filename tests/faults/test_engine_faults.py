@@ -129,14 +129,22 @@ def test_a_stopped_engine_is_not_ready_and_then_replaced(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [faulty_engine.DIE, pytest.param(faulty_engine.HANG, marks=pytest.mark.full)], ids=["dies", "hangs"]
+    ("fault", "limits"),
+    [
+        pytest.param(faulty_engine.DIE, (), id="dies"),
+        pytest.param(faulty_engine.HANG, ("--stall-s", "3", "--hang-s", "6"), id="hangs", marks=pytest.mark.full),
+    ],
 )
-def test_a_request_that_kills_the_engine_does_not_do_so_twice(start: Start, fault: list[int]) -> None:
-    server = start("--stall-s", "1", "--hang-s", "2")
+def test_a_request_that_kills_the_engine_does_not_do_so_twice(
+    start: Start, fault: list[int], limits: tuple[str, ...]
+) -> None:
+    server = start(*limits)
 
     async def run() -> None:
-        poison, bystander = Stream({"prompt": fault, "max_tokens": 20}), Stream({"prompt": "x", "max_tokens": 900})
-        await asyncio.gather(poison.run(server.url), bystander.run(server.url))
+        poison, bystander = Stream({"prompt": fault, "max_tokens": 20}), Stream(LONG)
+        standing_by = asyncio.create_task(bystander.run(server.url))
+        await all_begun([bystander])
+        await asyncio.gather(poison.run(server.url), standing_by)
         assert poison.error and bystander.error
 
     asyncio.run(run())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
 
 from fake_engine import FakeEngine, counting, saying
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from serving import MAX_RUNNING, MAX_WAITING, app_around, ask, chat, client_of, complete, service_of, until
+from starlette.types import Message
 
 from dsc_serve import __version__
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
@@ -217,3 +222,63 @@ def test_the_age_of_the_last_sign_of_life_and_readiness_are_told(app: FastAPI, e
 def test_what_runs_is_told(app: FastAPI, engine: FakeEngine) -> None:
     (info,) = [key for key in scrape(app) if key.startswith("dsc_serve_engine_info")]
     assert f"policy={engine.policy}" in info and f"version={__version__}" in info
+
+
+def test_a_scrape_after_ten_thousand_requests_is_short(app: FastAPI) -> None:
+    """Requests that end in several ways, straight into the application; then 20 scrapes over HTTP's framework."""
+
+    async def ask_in_turn(bodies: Sequence[bytes]) -> None:
+        for body in bodies:
+            await exchange(app, "POST", "/v1/completions", body)
+
+    async def run() -> list[float]:
+        good = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
+        streamed = json.dumps({"prompt": "hi", "max_tokens": 2, "stream": True}).encode()
+        bad = json.dumps({"prompt": "hi", "max_tokens": -1}).encode()
+        await asyncio.gather(*(ask_in_turn([body] * 2000) for body in (good, streamed, bad, good, bad)))
+        times = []
+        for _ in range(20):
+            began = time.perf_counter()
+            text = await exchange(app, "GET", "/metrics")
+            times.append(time.perf_counter() - began)
+        found = samples(text.decode())
+        assert found["dsc_serve_requests_total{endpoint=/v1/completions,status=200}"] == 6000
+        assert found["dsc_serve_requests_total{endpoint=/v1/completions,status=400}"] == 4000
+        assert found["dsc_serve_generations_total{finish_reason=length}"] == 6000
+        return times
+
+    times = asyncio.run(run())
+    print(f"\na scrape: median {1e3 * statistics.median(times):.1f} ms")
+    assert min(times) < 0.02
+
+
+async def exchange(app: FastAPI, method: str, path: str, body: bytes = b"") -> bytes:
+    """One request without a client's overhead; returns the answer's body."""
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "http_version": "1.1",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "root_path": "",
+        "asgi": {"version": "3.0"},
+    }
+    incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    parts: list[bytes] = []
+
+    async def receive() -> Message:
+        if incoming:
+            return incoming.pop()
+        await asyncio.Event().wait()  # ended by the cancellation of whoever watches for the client's leave
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return b"".join(parts)

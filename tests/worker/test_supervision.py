@@ -137,8 +137,11 @@ def test_an_engine_that_recovers_in_time_is_kept(supervised: Supervise) -> None:
             client, pid = supervisor.client, engine_pid(supervisor)
             os.kill(pid, signal.SIGSTOP)
             await until(lambda: "has not answered" in client.trouble)
+            silent = client.heartbeat_age_s
+            assert silent >= supervisor.life.stall_s / 2
             os.kill(pid, signal.SIGCONT)
             await until(lambda: not client.trouble)
+            assert client.heartbeat_age_s < silent
             assert await ask(client, "a", ANSWER) == [1, pid]
 
     scenario(test())

@@ -17,10 +17,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
-from dsc_kernels import native
+from dsc_kernels import native, ops
 from dsc_kernels.screen import NO_SCREEN
-from dsc_serve.bench.roofline import Phase, Rates, phases, screened
+from dsc_serve.bench.roofline import Phase, gemm_rate, phases, screened
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta
@@ -33,6 +34,7 @@ from dsc_serve.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 48
 WARM_STEPS = 8
+STEPS_PER_READ = 4
 SAMPLINGS = {"greedy": (0.0, 1.0), "temperature 0.8, top_p 0.95": (0.8, 0.95)}  # temperature, top_p
 OPERATORS = (
     *("embed", "norms", "projections", "kv writes", "attention"),
@@ -59,7 +61,8 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     step_ms: median of steps that nothing is timed in; ipc_ms: of telling the API process, by a socket. parts: means of
     timed steps, in the engine process; beside: in the API process, which shares the machine. operators: the share of
     operators in the wall time of the timed steps. weight_bytes: of all weights that a step reads, each once;
-    read_ratio: step_ms over reading these.
+    bandwidth: bytes/s of reading as many bytes of another weight, by medians between the steps; read_ratio: step_ms
+    over reading all weights at that rate. flops_per_s: of large products.
     """
 
     running: int
@@ -70,7 +73,34 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     beside: list[Part]
     operators: float
     weight_bytes: float
+    bandwidth: float
+    flops_per_s: float
     read_ratio: float
+
+
+class Reading:
+    """How fast a weight of so many bytes is read: as the product with one vector, or summed, whichever is faster."""
+
+    def __init__(self, size: float, model: Decoder) -> None:
+        d = model.config.hidden_size
+        rows = max(1, int(size) // (d * model.dtype.itemsize))
+        weight = torch.full((rows, d), 1e-3, dtype=model.dtype, device=model.device)
+        x, flat = torch.ones(1, d, dtype=model.dtype, device=model.device), weight.view(torch.int32).view(-1)
+        linear = ops.linear(weight)
+        self._bytes = weight.nbytes
+        self._runs: list[Callable[[], object]] = [lambda: linear(x), flat.sum]
+        self._seconds: list[list[float]] = [[] for _ in self._runs]
+
+    def sample(self) -> None:
+        for run, seconds in zip(self._runs, self._seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s."""
+        return self._bytes / min(map(statistics.median, self._seconds))
 
 
 def context_needed(steps: int) -> int:
@@ -172,11 +202,14 @@ def profile(
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
-    rates, weights = Rates(), weight_bytes(model, running)
-    measure_rates(rates, weights, model, rate_seconds)
+    weights = weight_bytes(model, running)
+    reading = Reading(weights, model)
+    flops = gemm_rate(model.dtype, model.device, rate_seconds)
     with Talk(requests, tokenizer) as talk:
         plain, told = [], []
-        for _ in range(steps):
+        for i in range(steps):
+            if i % STEPS_PER_READ == 0:
+                reading.sample()
             start = time.perf_counter()
             deltas = engine.step()
             middle = time.perf_counter()
@@ -185,15 +218,13 @@ def profile(
             told.append(time.perf_counter() - middle)
             talk.receive(size)
         clock, wall = timed_steps(engine, model, talk, steps)
-    measure_rates(rates, weights, model, rate_seconds)
     context = PROMPT_TOKENS + WARM_STEPS + 1.5 * steps
     least = work(model, running, context)
-    bandwidth = max(rates.bandwidth.values())
 
     def part(name: str) -> Part:
-        size, flops = least.get(name, (0.0, 0.0))
-        seconds = max(size / bandwidth, flops / rates.gemm)
-        return Part(name, 1e6 * clock.spent[name] / steps, size, flops, 1e6 * seconds)
+        size, count = least.get(name, (0.0, 0.0))
+        seconds = max(size / reading.bandwidth, count / flops)
+        return Part(name, 1e6 * clock.spent[name] / steps, size, count, 1e6 * seconds)
 
     clock.spent["other"] = wall - sum(clock.spent[name] for name in PARTS)
     step = statistics.median(plain)
@@ -206,7 +237,9 @@ def profile(
         beside=[part(name) for name in BESIDE],
         operators=sum(clock.spent[name] for name in OPERATORS) / wall,
         weight_bytes=weights,
-        read_ratio=step * bandwidth / weights,
+        bandwidth=reading.bandwidth,
+        flops_per_s=flops,
+        read_ratio=step * reading.bandwidth / weights,
     )
 
 
@@ -260,10 +293,6 @@ def split_blocks(clock: Clock, model: Decoder) -> None:
     clock.spent["ffn waiting"] = max(0.0, ffn - sum(inside.values()))
     for name in ("embed", "norms", "projections", "kv writes", "attention"):
         clock.spent[name] = spent[name]
-
-
-def measure_rates(rates: Rates, size: float, model: Decoder, seconds: float) -> None:
-    rates.measure([int(size)], model.config.hidden_size, model.dtype, model.device, seconds)
 
 
 def expected_distinct(config: ModelConfig, batch: int) -> float:
@@ -323,7 +352,8 @@ def format_profiles(found: list[StepProfile]) -> str:
         lines += [
             f"{p.running} running, {p.sampling}: a step takes {p.step_ms:.3f} ms and telling of it {p.ipc_ms:.3f} ms; "
             f"operators are {p.operators:.1%} of the wall time",
-            f"its weights are {p.weight_bytes / 1e6:.1f} MB: the step takes {p.read_ratio:.2f} times reading them once",
+            f"its weights are {p.weight_bytes / 1e6:.1f} MB: the step takes {p.read_ratio:.2f} times reading them once "
+            f"({p.bandwidth / 1e9:.1f} GB/s; products {p.flops_per_s / 1e9:.0f} GFLOP/s)",
             f"{'part':<16}{'us':>10}{'share':>9}{'MB':>9}{'MFLOP':>9}{'least us':>10}",
         ]
         wall = sum(part.us for part in p.parts)

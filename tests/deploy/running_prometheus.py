@@ -46,7 +46,8 @@ def start_prometheus(folder: Path, target: str, out: Path) -> RunningPrometheus:
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(folder / name) for name in config["rule_files"]]
-    (job,) = config["scrape_configs"]
+    job = next(job for job in config["scrape_configs"] if job["job_name"] == "dsc-serve")
+    config["scrape_configs"] = [job]
     job["static_configs"] = [{"targets": [target]}]
     (out / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as free:

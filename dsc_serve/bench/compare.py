@@ -19,7 +19,7 @@ import msgspec
 
 from dsc_serve.bench.comparison import Comparison, System
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
-from dsc_serve.bench.machine import describe_machine, load_average
+from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
 from dsc_serve.bench.made_up_tokenizer import save_tokenizer
 from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port, memory_bytes, running
 from dsc_serve.bench.results import Contestant, Results, Row
@@ -196,7 +196,12 @@ def run_comparison(comparison: Comparison, work: Path, command: str, alone: bool
         title=comparison.title,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         client=command,
-        machine={**describe_machine(), "threads": arena.threads, "load_before": load_average()},
+        machine={
+            **describe_machine(),
+            "instructions": widest_instructions(),
+            "threads": arena.threads,
+            "load_before": load_average(),
+        },
         comparison=msgspec.to_builtins(comparison),
     )
     arena.prepare()

@@ -17,6 +17,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def widest_instructions() -> str:
+    """The best of the instruction sets that decide how fast bfloat16 is; empty where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+    return next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "")
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,8 +20,9 @@ class Kept(msgspec.Struct):
 
 
 def machine_kind(results: Results) -> str:
-    """What makes ratios comparable: the processor and the number of cores."""
-    return f"{results.machine['cpu']}, {results.machine['threads']} threads"
+    """What makes ratios comparable: the processor, its instruction set and the number of threads."""
+    parts = results.machine["cpu"], results.machine["instructions"], f"{results.machine['threads']} threads"
+    return ", ".join(filter(None, parts))
 
 
 def ratios_of(results: Results) -> dict[str, float]:

@@ -32,7 +32,7 @@ def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[
         title="A <title>",
         date="2026-01-02T03:04:05+00:00",
         client="dsc-serve bench compare own.toml",
-        machine={"cpu": "a cpu", "threads": 2},
+        machine={"cpu": "a cpu", "instructions": "avx2", "threads": 2},
         comparison={
             "subject": "dsc",
             "baseline": "moe",
@@ -134,7 +134,9 @@ def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
 
 def test_only_what_moved_by_more_than_a_tenth_is_said(tmp_path: Path) -> None:
     file = tmp_path / "ratios.json"
-    assert moved(results({1: [8.0]}), file) == [f"{file} has no ratios of a cpu, 2 threads; --keep-ratios adds them"]
+    assert moved(results({1: [8.0]}), file) == [
+        f"{file} has no ratios of a cpu, avx2, 2 threads; --keep-ratios adds them"
+    ]
     keep(results({1: [8.0], 4: [8.0]}), file)
     assert moved(results({1: [8.5], 4: [7.5]}), file) == ["nothing moved by more than 10% since 2026-01-02 (4 ratios)"]
     lines = moved(results({1: [10.0]}), file)
@@ -142,6 +144,6 @@ def test_only_what_moved_by_more_than_a_tenth_is_said(tmp_path: Path) -> None:
     assert lines[1].startswith("moved by -20%: dsc / moe, output_throughput, 1 streams")
     assert "not measured now: dsc / moe, median_itl_ms, 4 streams" in lines
     other = results({1: [10.0]})
-    other.machine = {"cpu": "another", "threads": 8}
+    other.machine = {"cpu": "another", "instructions": "", "threads": 8}
     keep(other, file)
     assert moved(results({1: [8.0], 4: [8.0]}), file)[0].startswith("nothing moved"), "kinds are kept apart"

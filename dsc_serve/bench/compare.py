@@ -183,6 +183,7 @@ def load_config(comparison: Comparison, system: System, url: str, load: str, val
         vocab_size=comparison.vocab_size,
         prompt_tokens=comparison.prompt_tokens,
         output_tokens=comparison.output_tokens,
+        ignore_eos=system.ignore_eos,
         goodput=tuple(f"{name}:{limit:g}" for name, limit in comparison.limits.items()),
         seed=comparison.seed + 1000 * number + int(value * 10),
     )

@@ -32,7 +32,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     settings: flags of `dsc-serve serve`, by their names.
     command: how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its
         program is not installed. environment: added to this process's own.
-    model: the name to ask for; empty: the first that the server lists.
+    model: the name to ask for; empty: the first that the server lists. ignore_eos: ask for all output tokens; false for
+        a server that does not know the field.
     weights: what to say of them in the report.
     """
 
@@ -44,6 +45,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     command: tuple[str, ...] = ()
     environment: dict[str, str] = {}
     model: str = ""
+    ignore_eos: bool = True
     weights: str = "random"
 
     @property

@@ -38,14 +38,14 @@ lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 test: lint ## lint and the tests (under 15 minutes)
-	$(BIN)/pytest -m "not full and not deploy"
+	$(BIN)/pytest -m "not full" --ignore=tests/deploy
 
 test-full: lint ## all of them, the long runs too
-	$(BIN)/pytest -m "not deploy"
+	$(BIN)/pytest --ignore=tests/deploy
 
 test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
 	$(BIN)/python tests/deploy/programs.py
-	$(BIN)/pytest -m deploy tests/deploy
+	$(BIN)/pytest tests/deploy
 
 $(DEPLOY_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[deploy]'

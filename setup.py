@@ -5,15 +5,17 @@ Without a C++ compiler the package installs all the same, and plain torch serves
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("kernels/dsc_kernels/cpu")
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS = {
@@ -32,11 +34,13 @@ class BuildKernels(build_ext):
         compile_once = self.compiler.compile
 
         def compile_each(sources: list[str], *args: object, **kwargs: object) -> list[str]:
-            objects: list[str] = []
-            for source in sources:
-                kwargs["extra_postargs"] = [*COMMON, *FLAGS[Path(source).stem]]
-                objects += compile_once([source], *args, **kwargs)
-            return objects
+            def compile_one(source: str) -> list[str]:
+                flags = [*COMMON, *FLAGS[Path(source).stem]]
+                objects: list[str] = compile_once([source], *args, **{**kwargs, "extra_postargs": flags})
+                return objects
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [name for names in pool.map(compile_one, sources) for name in names]
 
         self.compiler.compile = compile_each
         super().build_extension(ext)

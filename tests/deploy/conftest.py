@@ -9,12 +9,6 @@ import pytest
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker("deploy")
-
-
 @pytest.fixture(scope="session")
 def deploy() -> Path:
     """The folder of what is deployed."""

@@ -122,6 +122,7 @@ def build(kind: str, bench: ForwardBench, frozen: Any, tensors: Mapping[str, Ten
     for layer in dsc_layers(model):
         layer.planner = Planner("auto", layer.shape, constants(model.dtype))
     if frozen is not None:
+        model.stack = None  # block by block, so that the replaced layers are asked
         for i, block in enumerate(model.blocks):
             prefix = f"model.layers.{i}.mlp."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from dsc_kernels import native
 from dsc_serve.bench.peer_model import FORMS, peer_counts
 from dsc_serve.bench.roofline import phases, screened
+from dsc_serve.bench.step_profile import PROMPT_TOKENS, context_needed, profile
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.model.checkpoint import weight_files
@@ -29,57 +28,29 @@ from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfi
 from dsc_serve.model.decoder import Decoder, parameter_counts, tensor_shapes
 from dsc_serve.sampling_params import SamplingParams
 
-PROMPT_TOKENS = 48
-WARM_STEPS, TIMED_STEPS = 10, 60
+TIMED_STEPS = 60
 ROUTED_STEPS = 8  # whose inputs to the FFNs are looked at
+SHOWN = {
+    "norms": ("norms",),
+    "attention": ("projections", "kv writes", "attention"),
+    "ffn": ("router", "compose", "static", "experts", "ffn waiting"),
+    "head": ("head",),
+}  # parts of a step's profile by what they are called here
 
 
-class Clock:
-    """Seconds by part of a step, since they were last taken."""
+class Watched:
+    """Stands in for an FFN; `seen` is the input of its last call."""
 
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = defaultdict(float)
-
-    def take(self) -> dict[str, float]:
-        taken, self.spent = self.spent, defaultdict(float)
-        return taken
-
-
-class Timed:
-    """Stands in for a part of a model and times its calls; `seen` is the input of the last one."""
-
-    def __init__(self, clock: Clock, part: str, inner: Any) -> None:
-        self._clock, self._part, self._inner = clock, part, inner
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
         self.seen: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        return getattr(self.inner, name)
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        return self._timed(self._inner, x, *arguments, **options)
-
-    def largest(self, x: Tensor) -> Any:
-        return self._timed(self._inner.largest, x)
-
-    def _timed(self, call: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
         self.seen = x
-        start = time.perf_counter()
-        result = call(x, *arguments, **options)
-        self._clock.spent[self._part] += time.perf_counter() - start
-        return result
-
-
-def watched(model: Decoder, clock: Clock) -> list[Timed]:
-    """Time the model's parts from now on; returns the FFNs."""
-    parts: Any = model
-    ffns = []
-    for block in parts.blocks:
-        block.norm1, block.norm2 = Timed(clock, "norms", block.norm1), Timed(clock, "norms", block.norm2)
-        block.attention = Timed(clock, "attention", block.attention)
-        ffns.append(Timed(clock, "ffn", block.ffn))
-        block.ffn = ffns[-1]
-    parts.norm, parts.head = Timed(clock, "norms", parts.norm), Timed(clock, "head", parts.head)
-    return ffns
+        return self.inner(x, *arguments, **options)
 
 
 def picks_per_token(config: ModelConfig) -> int:
@@ -125,49 +96,48 @@ def bytes_read(config: ModelConfig, running: int, distinct: float, element: int,
 
 @torch.inference_mode()
 def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int) -> dict[str, object]:
-    """Milliseconds of a decode step of `running` requests by part, medians, and its bytes of weights."""
-    engine, clock = Engine.for_model(model, config), Clock()
-    rng = random.Random(0)
-    steps = WARM_STEPS + TIMED_STEPS + ROUTED_STEPS
-    for i in range(running):
-        prompt = [rng.randrange(model.config.vocab_size) for _ in range(PROMPT_TOKENS)]
-        engine.add(str(i), prompt, SamplingParams(temperature=0, max_tokens=steps + running, ignore_eos=True))
-    while any(request.computed < PROMPT_TOKENS for request in engine.scheduler.running.values()) or (
-        len(engine.scheduler.running) < running
-    ):
-        engine.step()
-    plain = [(block.norm1, block.attention, block.norm2, block.ffn) for block in model.blocks]
-    ends = model.norm, model.head
-    ffns = watched(model, clock)
-    try:
-        for _ in range(WARM_STEPS):
-            engine.step()
-        clock.take()
-        samples: dict[str, list[float]] = defaultdict(list)
-        for _ in range(TIMED_STEPS):
-            start = time.perf_counter()
-            engine.step()
-            whole = time.perf_counter() - start
-            parts = clock.take()
-            for part, seconds in (parts | {"rest": whole - sum(parts.values()), "step": whole}).items():
-                samples[part].append(seconds)
-        distinct = 0.0
-        if not isinstance(model.config.ffn, DenseConfig):
-            routers, counts = Routers(folder, model.config), list[int]()
-            for _ in range(ROUTED_STEPS):
-                engine.step()
-                counts += [routers.distinct(i, ffn.seen) for i, ffn in enumerate(ffns) if ffn.seen is not None]
-            distinct = statistics.mean(counts)
-    finally:
-        for block, own in zip(model.blocks, plain, strict=True):
-            block.norm1, block.attention, block.norm2, block.ffn = own
-        model.norm, model.head = ends
+    """Milliseconds of a decode step of `running` requests by part, means, and its bytes of weights."""
+    parts = {p.name: p.us / 1e3 for p in profile(model, config, None, running, "greedy", TIMED_STEPS).parts}
+    times = {name: sum(parts.pop(part, 0.0) for part in own) for name, own in SHOWN.items()}
+    times |= {"rest": sum(parts.values()), "step": sum(times.values()) + sum(parts.values())}
+    distinct = 0.0 if isinstance(model.config.ffn, DenseConfig) else picked(model, folder, config, running)
     int8 = isinstance(model.config.ffn, DscConfig) and native.router_precision() == "int8-certified"
     return {
-        "milliseconds": {part: round(1e3 * statistics.median(times), 4) for part, times in samples.items()},
+        "milliseconds": {name: round(time, 4) for name, time in times.items()},
         "distinct": round(distinct, 2),
         "bytes": bytes_read(model.config, running, distinct, model.dtype.itemsize, int8),
     }
+
+
+def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> float:
+    """Mean over layers and decode steps of the different atoms, adapters or experts that `running` requests pick."""
+    parts: Any = model
+    stack, ffns = model.stack, [Watched(block.ffn) for block in model.blocks]
+    model.stack = None  # block by block, so that every FFN's input is seen
+    for block, ffn in zip(parts.blocks, ffns, strict=True):
+        block.ffn = ffn
+    try:
+        engine = Engine.for_model(model, config)
+        start_decoding(engine, model.config.vocab_size, running, ROUTED_STEPS)
+        routers, counts = Routers(folder, model.config), list[int]()
+        for _ in range(ROUTED_STEPS):
+            engine.step()
+            counts += [routers.distinct(i, ffn.seen) for i, ffn in enumerate(ffns) if ffn.seen is not None]
+        return statistics.mean(counts)
+    finally:
+        model.stack = stack
+        for block, ffn in zip(parts.blocks, ffns, strict=True):
+            block.ffn = ffn.inner
+
+
+def start_decoding(engine: Engine, vocabulary: int, running: int, steps: int) -> None:
+    """Give the engine so many requests and bring them to where each step adds a token to each, for `steps` steps."""
+    rng = random.Random(0)
+    params = SamplingParams(temperature=0, max_tokens=steps + PROMPT_TOKENS + running, ignore_eos=True)
+    for i in range(running):
+        engine.add(str(i), [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)], params)
+    while engine.scheduler.waiting or any(request.gap > 1 for request in engine.scheduler.running.values()):
+        engine.step()
 
 
 def describe(model: Decoder) -> dict[str, object]:
@@ -199,7 +169,7 @@ def look_inside(folder: Path, running: tuple[int, ...], threads: int, router: st
         threads=threads,
         router_precision=router,  # type: ignore[arg-type]
         max_running=max(running, default=1),
-        kv_tokens=max(running, default=1) * 4 * PROMPT_TOKENS + 1024,
+        kv_tokens=max(running, default=1) * (context_needed(TIMED_STEPS) + PROMPT_TOKENS) + 1024,
     )
     model = prepare_model(config)
     steps = {str(count): decode_step(model, folder, config, count) for count in running}

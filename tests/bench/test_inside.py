@@ -14,13 +14,13 @@ from dsc_serve.model.decoder import parameter_counts
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WARM_STEPS", "TIMED_STEPS", "ROUTED_STEPS"):
+    for name in ("TIMED_STEPS", "ROUTED_STEPS"):
         monkeypatch.setattr(inside, name, 3)
 
 
 @pytest.mark.parametrize("kind", SMALL_FFN)
 def test_a_step_is_taken_apart(tmp_path: Path, kind: str) -> None:
-    config = small_config(kind, max_position_embeddings=128)
+    config = small_config(kind, max_position_embeddings=256)
     save_checkpoint(config, wide_tensors(config), tmp_path)
     found = look_inside(tmp_path, (1, 3), 1, "auto")
     description, steps = found["description"], found["steps"]

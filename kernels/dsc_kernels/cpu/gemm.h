@@ -177,6 +177,7 @@ INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* cons
 template <typename T, int P, typename Sink>
 INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
                    int64_t count, int64_t d, const Sink& sink, int64_t n, int64_t left) {
+  if (!count) return;
   const typename Input<T>::type* at[TOKENS];
   // several tiles have time to ask for as many weights again; one alone reads as fast as it multiplies
   int64_t tiles = (count + TOKENS - 1) / TOKENS, bytes = (left < P ? left : P) * panel * (int64_t)sizeof(T);

@@ -25,6 +25,8 @@ from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port
 from dsc_serve.bench.results import Contestant, Results, Row
 
 MAKE_LIMIT_S = 600.0
+LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything
+WARM_REQUESTS = 6  # before each: a system that waited while others ran begins slowly
 SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of figures that rows need not repeat
 CLI = (sys.executable, "-m", "dsc_serve.cli")
 
@@ -174,9 +176,9 @@ def load_config(comparison: Comparison, system: System, url: str, load: str, val
         arrivals="closed" if closed else "poisson",
         concurrency=streams,
         request_rate=1.0 if closed else value,
-        requests=streams * comparison.waves if closed else 10**6,
+        requests=max(LEAST_REQUESTS, streams * comparison.waves) if closed else 10**6,
         duration_s=comparison.request_timeout_s if closed else comparison.rate_seconds,
-        warmup=streams if number == 0 else 1,
+        warmup=max(WARM_REQUESTS, streams),
         timeout_s=comparison.request_timeout_s,
         prompt_file=comparison.prompt_file or None,
         tokenizer=(comparison.tokenizer or None) if comparison.prompt_file else None,

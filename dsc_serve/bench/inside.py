@@ -28,7 +28,7 @@ from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfi
 from dsc_serve.model.decoder import Decoder, parameter_counts, tensor_shapes
 from dsc_serve.sampling_params import SamplingParams
 
-TIMED_STEPS = 60
+TIMED_STEPS = 40
 ROUTED_STEPS = 8  # whose inputs to the FFNs are looked at
 SHOWN = {
     "norms": ("norms",),

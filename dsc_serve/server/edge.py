@@ -11,7 +11,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsc_serve.server.admission import Admission, Lease
+from dsc_serve.server.admission import GENERATIONS, Admission, Lease
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, internal_error
 from dsc_serve.server.keys import Key, KeyRing
 from dsc_serve.server.metrics.requests import Metrics
@@ -20,7 +20,6 @@ from dsc_serve.terms import Terms
 log = logging.getLogger("dsc_serve.requests")
 
 HEALTH = frozenset({"/health", "/health/live", "/health/ready"})
-GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/dsc/trace"})
 ENDPOINTS = HEALTH | GENERATIONS | {"/v1/models", "/metrics", "/tokenize", "/detokenize", "/version"}
 MODEL_PREFIX, ADMIN_PREFIX = "/v1/models/", "/admin/"
 REQUEST_ID = "x-request-id"

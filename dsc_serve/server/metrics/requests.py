@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.registry import Collector
 
 from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
-from dsc_serve.server.admission import Permits
+from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.metrics.engine import Watched, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
@@ -21,6 +21,7 @@ FIRST_TOKEN_EDGES_S = (
 )  # fmt: skip
 DURATION_EDGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 FINISH_REASONS = ("stop", "length", "abort", "timeout", "error")
+STATUSES = (200, 429, CLIENT_CLOSED, 500, 503)  # there from the start: a series that begins above 0 shows no increase
 STATS_TIMEOUT_S = 1.0
 
 
@@ -31,7 +32,9 @@ class Metrics(Collector):
         self._engine, self._permits = engine, permits
         self._stats: Stats | None = None
         self._heartbeat_age_s = 0.0
-        self._requests: Counter[tuple[str, ...]] = Counter()
+        self._requests: Counter[tuple[str, ...]] = Counter(
+            {(endpoint, str(status)): 0 for endpoint in sorted(GENERATIONS) for status in STATUSES}
+        )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.comparison import Comparison, System
+from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, System
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
 from dsc_serve.bench.made_up_tokenizer import save_tokenizer
@@ -25,7 +25,6 @@ from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port
 from dsc_serve.bench.results import Contestant, Results, Row
 
 MAKE_LIMIT_S = 600.0
-LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything
 WARM_REQUESTS = 6  # before each: a system that waited while others ran begins slowly
 SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of figures that rows need not repeat
 CLI = (sys.executable, "-m", "dsc_serve.cli")

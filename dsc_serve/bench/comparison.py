@@ -12,6 +12,7 @@ from msgspec import Meta
 from dsc_serve.bench.summary import LIMITED
 
 FOLDER = Path(__file__).parent / "comparisons"
+LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything
 COUNT = Annotated[int, Meta(ge=1)]
 POSITIVE = Annotated[float, Meta(gt=0)]
 
@@ -68,7 +69,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Systems under the same loads.
 
     subject, baseline: the systems that the text compares first. preset: sizes of models that are made.
-    streams: closed loops. waves: requests of each stream in a round. rounds: of all systems in turn.
+    streams: closed loops. waves: requests of each stream in a round, at least LEAST_REQUESTS
+    together. rounds: of all systems in turn.
     rates: open loads, as multiples of the most requests per second that the baseline completed in its closed loops.
     rate_seconds: of each. limits: in milliseconds, which a request must keep to count in goodput.
     profiled: numbers of running requests at which a step of ours is taken apart; empty: none.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dsc_serve.bench.comparison import ComparisonError
+from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparisonError
 from dsc_serve.bench.findings import Check, checks, sentences
 from dsc_serve.bench.plot import Point, line_chart
 from dsc_serve.bench.results import Contestant, Results
@@ -96,9 +96,9 @@ def told(results: Results) -> str:
     c = results.comparison
     prompts = f"cut from {Path(c['prompt_file']).name}" if c["prompt_file"] else "random token ids"
     return (
-        f"{c['waves']} requests of each stream and round, prompts of {c['prompt_tokens']} tokens ({prompts}), "
-        f"{c['output_tokens']} output tokens, greedy; the same prompts for all. Medians over {c['rounds']} interleaved "
-        f"rounds."
+        f"{c['waves']} requests of each stream and round (at least {LEAST_REQUESTS} together), prompts of "
+        f"{c['prompt_tokens']} tokens ({prompts}), {c['output_tokens']} output tokens, greedy; the same prompts for "
+        f"all. Medians over {c['rounds']} interleaved rounds."
     )
 
 

@@ -344,8 +344,9 @@ PyObject* store_kv(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).store_kv, kernels(half).store_kv_scratch);
 }
 
-// (is_bfloat16, embeddings of tokens, of positions, then per block: attention's norm: weight, bias, eps; q, k, v: packed, bias; output: packed, bias; angles,
-//  d, heads, kv_heads, size; the FFN's norm: weight, bias, eps; 1 for a mixture of experts, the FFN layer)
+// (is_bfloat16, embeddings of tokens, of positions, then per block: attention's norm: weight, bias, eps; q, k, v: packed,
+//  bias; output: packed, bias; angles, d, heads, kv_heads, size; the FFN's norm: weight, bias, eps; 1 for a mixture of
+//  experts, the FFN layer)
 PyObject* stack_new(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
   auto* stack = new Stack;

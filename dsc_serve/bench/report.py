@@ -214,9 +214,9 @@ def inside(results: Results) -> list[Block]:
             each = [f"{parts[part] / 1e3 / int(running):,.1f}" if part in parts else "" for part in PARTS]
             read.append((system.name, running, f"{step['distinct']:g}", *each, f"{sum(parts.values()) / 1e6:.1f}"))
     text = (
-        "Decode steps of the engine alone, without HTTP; means, with the parts timed. rest: schedule, pack, embed, sample, "
-        "commit. Bytes are those "
-        "of weights, each row that a step touches counted once; picks are those of the model on its own tokens."
+        "Decode steps of the engine alone, without HTTP; means, with the parts timed. rest: schedule, pack, embed, "
+        "sample, commit. Bytes are those of weights, each row that a step touches counted once; picks are those of the "
+        "model on its own tokens."
     )
     return [
         Paragraph(text),

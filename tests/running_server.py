@@ -20,11 +20,12 @@ START_LIMIT_S = 90
 
 @dataclass
 class RunningServer:
-    """A server that listens at `url`. log: what it has printed so far."""
+    """A server that listens at `url`. log: what it has printed so far; printed ends with what it prints."""
 
     url: str
     process: subprocess.Popen[str]
     log: list[str]
+    printed: threading.Thread
 
     @property
     def pid(self) -> int:
@@ -89,12 +90,13 @@ def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    printed = threading.Thread(target=read, daemon=True)
+    printed.start()
     end = time.monotonic() + START_LIMIT_S
     while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         if found:
-            return RunningServer(found.group(0), process, log)
+            return RunningServer(found.group(0), process, log, printed)
     raise AssertionError(f"the server ended: {''.join(log)}")
 
 

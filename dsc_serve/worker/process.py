@@ -41,6 +41,7 @@ from dsc_serve.worker.messages import (
     to_engine_decoder,
 )
 
+CLOSE_LIMIT_S = 5.0
 SEND_TIMEOUT_S = 60.0  # an API process that reads nothing for so long is hung
 
 
@@ -113,7 +114,8 @@ class EngineProcess:
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self.connection, self.engine = connection, engine
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-        threading.Thread(target=self._receive, name="inbox", daemon=True).start()
+        self._reader = threading.Thread(target=self._receive, name="inbox", daemon=True)
+        self._reader.start()
 
     def run(self) -> None:
         while True:
@@ -128,6 +130,12 @@ class EngineProcess:
                     stepped = time.perf_counter()
                     self.send(StepDone(deltas))
                     self.engine.report.output_s += time.perf_counter() - stepped
+
+    def close(self) -> None:
+        """Hang up and wait for the reading thread: one that outlives the interpreter aborts the process."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join(CLOSE_LIMIT_S)
 
     def send(self, message: FromEngine) -> None:
         self.connection.sendall(frame(message))
@@ -174,7 +182,7 @@ def main(descriptor: int) -> int:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
     process = EngineProcess(connection, engine)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with contextlib.closing(process), contextlib.suppress(BrokenPipeError, ConnectionResetError):
         process.send(model_info(model, engine))
         process.run()
     return 0

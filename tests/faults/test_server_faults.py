@@ -68,6 +68,8 @@ def test_streams_that_outlast_the_time_to_stop_end_with_the_reason(start: Start,
 
     asyncio.run(run())
     assert server.process.wait(30) == 0
+    server.printed.join(30)
+    assert "terminate called" not in "".join(server.log), "the engine was aborted at its end"
 
 
 @pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.full)])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -17,12 +18,16 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, System
+from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError, System
+from dsc_serve.bench.lengths import parse_lengths
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
 from dsc_serve.bench.made_up_tokenizer import save_tokenizer
 from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port, memory_bytes, running
+from dsc_serve.bench.prompts import ask_source
 from dsc_serve.bench.results import Contestant, Results, Row
+from dsc_serve.config import ConfigError
+from dsc_serve.text.tokenizer import TokenizerError
 
 MAKE_LIMIT_S = 600.0
 WARM_REQUESTS = 6  # before each: a system that waited while others ran begins slowly
@@ -30,6 +35,7 @@ SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of 
 CLI = (sys.executable, "-m", "dsc_serve.cli")
 
 Report = Callable[[str], None]
+Keep = Callable[[Results], None]
 
 
 def run_tool(command: Sequence[str]) -> str:
@@ -43,6 +49,8 @@ def run_tool(command: Sequence[str]) -> str:
 def model_folder(system: System, comparison: Comparison, work: Path) -> Path:
     """The system's model; one of random weights is made where there is none yet. Raises StartError."""
     if system.folder:
+        if system.ours and not Path(system.folder).is_dir():
+            raise StartError(f"its folder {system.folder} does not exist")
         return Path(system.folder)
     form = system.form or system.ffn
     folder = work / f"{comparison.preset}-{form}"
@@ -130,7 +138,9 @@ class Arena:
     def look_inside(self, system: System, folder: Path) -> None:
         contestant = self.contestants[system.name]
         command = [sys.executable, "-m", "dsc_serve.bench.inside", str(folder), "--threads", str(self.threads)]
-        if system.ours:
+        if not system.ours:
+            command.append("--foreign")
+        else:
             command += ["--router", str(system.settings.get("router_precision", "auto"))]
             for count in self.comparison.profiled:
                 command += ["--running", str(count)]
@@ -138,9 +148,9 @@ class Arena:
         contestant.description, contestant.steps = found["description"], found["steps"]
         contestant.version = f"torch {found['torch']}" if system.ours else ""
 
-    def skip(self, system: System, reason: str) -> None:
+    def skip(self, system: System, reason: str, when: str = "") -> None:
         self.contestants[system.name].skipped = reason
-        self.report(f"{system.name} is skipped: {reason}")
+        self.report(f"{system.name} is skipped{when}: {reason}")
 
     def taking_part(self) -> list[System]:
         """The systems that run, the baseline first: what it completes sets the rates of open loads."""
@@ -165,8 +175,10 @@ class Arena:
             yield server
 
 
-def load_config(comparison: Comparison, system: System, url: str, load: str, value: float, number: int) -> LoadConfig:
-    """A load of a round; equal for all systems but for where it goes."""
+def load_config(
+    comparison: Comparison, system: System, url: str, load: str, value: float, number: int, rate: float
+) -> LoadConfig:
+    """A load of a round; equal for all systems but for where it goes. rate: requests per second of an open one."""
     closed = load == "closed"
     streams = int(value) if closed else 1
     return LoadConfig(
@@ -174,7 +186,7 @@ def load_config(comparison: Comparison, system: System, url: str, load: str, val
         model=system.model or None,
         arrivals="closed" if closed else "poisson",
         concurrency=streams,
-        request_rate=1.0 if closed else value,
+        request_rate=rate,
         requests=max(LEAST_REQUESTS, streams * comparison.waves) if closed else 10**6,
         duration_s=comparison.request_timeout_s if closed else comparison.rate_seconds,
         warmup=max(WARM_REQUESTS, streams),
@@ -186,13 +198,31 @@ def load_config(comparison: Comparison, system: System, url: str, load: str, val
         output_tokens=comparison.output_tokens,
         ignore_eos=system.ignore_eos,
         goodput=tuple(f"{name}:{limit:g}" for name, limit in comparison.limits.items()),
-        seed=comparison.seed + 1000 * number + int(value * 10),
+        seed=zlib.crc32(f"{comparison.seed} {load} {value:g} {number}".encode()),  # no load's prompts are another's
     )
 
 
-def run_comparison(comparison: Comparison, work: Path, command: str, alone: bool, report: Report) -> Results:
+def check_prompts(comparison: Comparison) -> None:
+    """Raises ComparisonError where the prompts cannot be made: before models are, and servers start."""
+    try:
+        next(
+            ask_source(
+                prompt_file=comparison.prompt_file or None,
+                tokenizer=(comparison.tokenizer or None) if comparison.prompt_file else None,
+                prompt_tokens=parse_lengths("prompt_tokens", comparison.prompt_tokens),
+            )
+        )
+    except (ConfigError, TokenizerError) as error:
+        raise ComparisonError(str(error)) from None
+
+
+def run_comparison(
+    comparison: Comparison, work: Path, command: str, alone: bool, report: Report, keep: Keep = lambda _: None
+) -> Results:
     """Measure. alone: only one system runs at a time, started anew in every round; else all run, and those that are
-    not measured wait idle. Failures of single systems skip them; raises ComparisonError for what stops all."""
+    not measured wait idle. keep: is given the results after each load, so that whatever stops the rest loses nothing.
+    Failures of single systems skip them; raises ComparisonError for what stops all."""
+    check_prompts(comparison)
     arena = Arena(comparison, work, report)
     results = Results(
         title=comparison.title,
@@ -205,14 +235,20 @@ def run_comparison(comparison: Comparison, work: Path, command: str, alone: bool
             "load_before": load_average(),
         },
         comparison=msgspec.to_builtins(comparison),
+        systems=list(arena.contestants.values()),
     )
+
+    def save() -> None:
+        results.machine["load_after"] = load_average()
+        keep(results)
+
     arena.prepare()
     if alone:
         for number in range(comparison.rounds):
             for system in arena.taking_part():
                 with arena.started(system) as server:
                     if server is not None:
-                        measure_round(arena, results, {system.name: server}, number)
+                        measure_round(arena, results, {system.name: server}, number, save)
     else:
         with ExitStack() as stack:
             servers = {}
@@ -222,9 +258,8 @@ def run_comparison(comparison: Comparison, work: Path, command: str, alone: bool
                 if server is not None:
                     servers[system.name] = server
             for number in range(comparison.rounds):
-                measure_round(arena, results, servers, number)
-    results.systems = list(arena.contestants.values())
-    results.machine["load_after"] = load_average()
+                measure_round(arena, results, servers, number, save)
+    save()
     return results
 
 
@@ -234,7 +269,9 @@ def rotated(systems: list[System], number: int) -> list[System]:
     return systems[first:] + systems[:first]
 
 
-def measure_round(arena: Arena, results: Results, servers: Mapping[str, Server], number: int) -> None:
+def measure_round(
+    arena: Arena, results: Results, servers: Mapping[str, Server], number: int, save: Callable[[], None]
+) -> None:
     """Every load on every running system, load by load."""
     comparison = arena.comparison
     systems = rotated([system for system in arena.taking_part() if system.name in servers], number)
@@ -243,30 +280,37 @@ def measure_round(arena: Arena, results: Results, servers: Mapping[str, Server],
     for load, value in points:
         for system in systems:
             arena.report(f"round {number + 1} of {comparison.rounds}, {load} {value:g}: {system.name}")
-            rate = value * peak_rate(results, comparison.baseline) if load == "open" else value
+            if arena.contestants[system.name].skipped:
+                continue
+            rate = value * peak_rate(results, comparison.baseline) if load == "open" else 1.0
             if not rate:
                 arena.report(f"{comparison.baseline} completed nothing, so there is no rate for open loads")
                 continue
-            config = load_config(comparison, system, servers[system.name].url, load, rate, number)
-            row = measured_row(arena, config, servers, system.name)
+            config = load_config(comparison, system, servers[system.name].url, load, value, number, rate)
+            row = measured_row(arena, config, servers, system)
             if row is not None:
                 results.rows.append(msgspec.structs.replace(row, load=load, value=value, round=number))
+        save()
     for system in systems:
         contestant = arena.contestants[system.name]
         contestant.memory_bytes = contestant.memory_bytes or memory_bytes(servers[system.name].pids())
 
 
-def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server], name: str) -> Row | None:
-    """One load on one system, with what the servers used meanwhile; None where it does not answer, which skips it."""
+def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server], system: System) -> Row | None:
+    """One load on one system, with what the servers used meanwhile; None where its server does not answer or has ended,
+    which skips the system from here on."""
+    name = system.name
     before, begun = {other: cpu_seconds(server.pids()) for other, server in servers.items()}, time.perf_counter()
     try:
         result = run_load(config)
     except LoadError as error:
-        arena.contestants[name].skipped = str(error)
-        arena.report(f"{name} is skipped from here on: {error}")
+        arena.skip(system, servers[name].end() or str(error), " from here on")
+        return None
+    if end := servers[name].end():
+        arena.skip(system, end, " from here on")
         return None
     taken = time.perf_counter() - begun
-    used = {other: (cpu_seconds(server.pids()) - before[other]) / taken for other, server in servers.items()}
+    used = {other: max(0.0, cpu_seconds(server.pids()) - before[other]) / taken for other, server in servers.items()}
     figures: dict[str, Any] = {key: value for key, value in result.to_dict().items() if key not in SHARED}
     figures["client_cpu"] = result.client["client_cpu"]
     return Row(
@@ -281,6 +325,8 @@ def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server]
 
 
 def peak_rate(results: Results, baseline: str) -> float:
-    """The most requests per second that the baseline has completed in a closed loop; medians over rounds."""
-    rates = [results.median(baseline, "closed", value, "request_throughput") for value in results.points("closed")]
-    return max((rate for rate in rates if rate is not None), default=0.0)
+    """The most requests per second that the baseline completed in a closed loop of its first round: later ones offer
+    the same open loads."""
+    rows = [row for row in results.rows if (row.system, row.load) == (baseline, "closed") and row.counts]
+    first = min((row.round for row in rows), default=0)
+    return max((row.figures["request_throughput"] for row in rows if row.round == first), default=0.0)

@@ -44,7 +44,7 @@ def compare_command(
     from dsc_serve.bench.comparison import load_comparison
     from dsc_serve.bench.findings import sentences
     from dsc_serve.bench.ratios import keep, moved
-    from dsc_serve.bench.results import save_results
+    from dsc_serve.bench.results import Results, save_results
 
     if keep_ratios and ratios is None:
         raise click.ClickException("--keep-ratios needs --ratios FILE")
@@ -53,15 +53,29 @@ def compare_command(
         asked = asked.only(systems)
     if rounds is not None:
         asked = msgspec.structs.replace(asked, rounds=rounds)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are stopped
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
     work = models or out / "models"
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
     command = ["dsc-serve", "bench", "compare", Path(comparison).name, "--out", out.name]  # no folders of this machine
     command += [word for name in systems for word in ("--system", name)]
     command += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
-    results = run_comparison(asked, work.resolve(), shlex.join(command), alone, lambda line: click.echo(line, err=True))
-    save_results(results, out / RESULTS)
+    kept: list[Path] = []
+
+    def keep_results(found: Results) -> None:
+        save_results(found, out / RESULTS)
+        kept[:] = [out / RESULTS]
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    try:
+        results = run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results)
+    except BaseException:
+        if kept:
+            report(f"{kept[0]} has what was measured until now; `dsc-serve bench report {out}` writes its report")
+        raise
     write_report(results, out)
     click.echo("\n".join([*sentences(results), f"{out / 'report.html'} has the whole report"]))
     if ratios is not None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import statistics
+
 from dsc_serve.bench.comparison import Expectation
 from dsc_serve.bench.results import Ratio, Results
+from dsc_serve.bench.summary import FEW
 
 EVEN = 0.02  # a median this close to 1 is no difference, and so is one whose rounds lie on both sides of 1
 
+IDLE = 0.1  # cores, more than which systems that wait should not use
+P99 = "p99_ttft_ms"
 FIGURES = {  # name, and whether more is better
     "median_itl_ms": ("median time between tokens", False),
     "median_tpot_ms": ("median time per output token", False),
     "median_ttft_ms": ("median time to the first token", False),
-    "p99_ttft_ms": ("99th percentile of the time to the first token", False),
+    P99: ("99th percentile of the time to the first token", False),
     "output_throughput": ("tokens per second", True),
     "request_goodput": ("goodput", True),
 }
-COMPARED = ("median_itl_ms", "output_throughput", "p99_ttft_ms")
+WORK = {"total_output_tokens": "output_tokens", "total_input_tokens": "prompt_tokens"}  # and what was asked for
+COMPARED = ("median_itl_ms", "output_throughput", P99)
 
 
 def verdict(ratio: Ratio, more_is_better: bool) -> str:
@@ -46,12 +52,14 @@ def sentences(results: Results) -> list[str]:
         for figure in COMPARED if other == baseline else COMPARED[:2]:
             found.append(one_sentence(results, subject, other, figure))
     found += goodput_sentences(results, subject, baseline)
-    found += failures(results)
+    found += [text for name in measured for text in reservations(results, name)]
     return [text for text in found if text]
 
 
 def one_sentence(results: Results, subject: str, other: str, figure: str) -> str:
     name, more = FIGURES[figure]
+    if figure == P99 and (of := few_requests(results, subject)):
+        name += f", of {of} requests a round and so nearly that of the slowest"
     groups: dict[str, list[str]] = {"better": [], "even": [], "worse": []}
     for value in results.points("closed"):
         ratio = results.ratio(subject, other, "closed", value, figure)
@@ -69,31 +77,62 @@ def one_sentence(results: Results, subject: str, other: str, figure: str) -> str
     return f"{name[0].upper()}{name[1:]}, {subject} against {other}: {'; '.join(parts)}."
 
 
+def few_requests(results: Results, system: str) -> str:
+    """How many requests the rounds of the closed loops had, where some had fewer than a 99th percentile asks for."""
+    counts = [results.median(system, "closed", value, "completed") for value in results.points("closed")]
+    known = [round(count) for count in counts if count is not None]
+    if not known or min(known) >= FEW:
+        return ""
+    return f"{min(known)} to {max(known)}" if min(known) < max(known) else f"{known[0]}"
+
+
 def goodput_sentences(results: Results, subject: str, baseline: str) -> list[str]:
     """What share of the offered requests kept the limits, at each open load."""
     found = []
     for value in results.points("open"):
         parts = []
         for name in dict.fromkeys((subject, baseline)):
-            good, rate = (
-                results.median(name, "open", value, figure) for figure in ("request_goodput", "request_throughput")
-            )
-            if good is not None and rate:
-                parts.append(f"{name} {good:.1f} of {rate:.1f} requests per second")
+            kept = [share for row in results.of(name, "open", value) if (share := row.kept) is not None]
+            if kept:
+                parts.append(f"{name} {statistics.median(kept):.0%} of its requests")
         if parts:
             found.append(f"Within the limits at {value:g} times the baseline's peak: {', '.join(parts)}.")
     return found
 
 
-def failures(results: Results) -> list[str]:
-    """Requests that failed are said, never left out silently."""
+def reservations(results: Results, name: str) -> list[str]:
+    """What one must know of a system's figures before one compares them; none of it is left out silently."""
+    rows = [row for row in results.rows if row.system == name]
+    closed = [row for row in rows if row.load == "closed"]
     found = []
-    for name in results.measured():
-        failed = sum(row.figures["failed"] for row in results.rows if row.system == name)
-        if failed:
-            reasons = {reason for row in results.rows if row.system == name for reason in row.figures["failures"]}
-            found.append(f"{failed} requests to {name} failed: {', '.join(sorted(reasons))}.")
+    if failed := sum(row.figures["failed"] for row in rows):
+        reasons = {reason for row in rows for reason in row.figures["failures"]}
+        found.append(f"{failed} requests to {name} failed: {', '.join(sorted(reasons))}.")
+    if lost := sum(not row.counts for row in rows):
+        found.append(f"{lost} closed loops of {name} lost too many requests to count in any figure.")
+    if (rounds := len({row.round for row in rows})) < results.rounds:
+        found.append(f"{name} was measured in {rounds} of {results.rounds} rounds.")
+    if any(row.figures.get("uncounted") for row in rows):
+        found.append(f"{name} does not always count its tokens; its events were counted instead.")
+    found += [unequal_work(results, name, total, asked) for total, asked in WORK.items()]
+    waiting = max((row.others_cpu for row in closed), default=0.0)
+    if waiting > IDLE:
+        found.append(
+            f"While {name} was measured, the systems that waited used up to {waiting:.2f} of a core; with --alone "
+            "none waits."
+        )
     return found
+
+
+def unequal_work(results: Results, name: str, total: str, asked: str) -> str:
+    """Says so where a system's requests were of other lengths than those that were asked for."""
+    rows = [row for row in results.rows if row.system == name and row.load == "closed" and row.figures.get(total)]
+    requests, wanted = sum(row.figures["completed"] for row in rows), int(results.comparison[asked])
+    if not requests:
+        return ""
+    mean = sum(row.figures[total] for row in rows) / requests
+    kind = asked.replace("_", " ")
+    return f"{name} had {mean:.1f} {kind} a request, not {wanted}." if abs(mean / wanted - 1) > EVEN else ""
 
 
 class Check:

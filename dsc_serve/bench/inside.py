@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsc_kernels import native
-from dsc_serve.bench.peer_model import FORMS, peer_counts
+from dsc_serve.bench.peer_model import describe_foreign
 from dsc_serve.bench.roofline import phases, screened
 from dsc_serve.bench.step_profile import PROMPT_TOKENS, context_needed, profile
 from dsc_serve.config import EngineConfig, resolve_model
@@ -159,10 +159,7 @@ def describe(model: Decoder) -> dict[str, object]:
 
 
 def look_inside(folder: Path, running: tuple[int, ...], threads: int, router: str) -> dict[str, object]:
-    """What a model folder holds and, where the model is ours, its steps by the number of running requests."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if content.get("model_type") in FORMS:
-        return {"description": peer_counts(content), "steps": {}, "torch": torch.__version__}
+    """What a folder of ours holds, and its steps by the number of running requests."""
     # the whole prompt of every request in one step at most, and room for all that is generated
     config = EngineConfig(
         model=str(folder),
@@ -181,8 +178,13 @@ def look_inside(folder: Path, running: tuple[int, ...], threads: int, router: st
 @click.option("--running", type=int, multiple=True)
 @click.option("--threads", default=0)
 @click.option("--router", default="auto")
-def main(model: str, running: tuple[int, ...], threads: int, router: str) -> None:
-    click.echo(json.dumps(look_inside(resolve_model(model), running, threads, router)))
+@click.option("--foreign", is_flag=True, help="A model of another server: only what it is.")
+def main(model: str, running: tuple[int, ...], threads: int, router: str, foreign: bool) -> None:
+    if foreign:
+        found = {"description": describe_foreign(Path(model)), "steps": {}, "torch": ""}
+    else:
+        found = look_inside(resolve_model(model), running, threads, router)
+    click.echo(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def peer_config(form: str, ours: ModelConfig) -> dict[str, object]:
 
 
 def tensor_shapes(config: dict[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every stored tensor of a configuration of `peer_config`, by its name in the ecosystem."""
+    """Every stored tensor of a Mixtral or a Llama without biases, by its name in the ecosystem. Raises KeyError."""
 
     def size(name: str) -> int:
         value = config[name]
@@ -61,8 +62,10 @@ def tensor_shapes(config: dict[str, object]) -> Iterator[tuple[str, tuple[int, .
         return value
 
     d, h, heads, kv = map(size, ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
-    head = size("head_dim")
+    head = size("head_dim") if config.get("head_dim") else d // heads
     yield "model.embed_tokens.weight", (size("vocab_size"), d)
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight", (size("vocab_size"), d)
     yield "model.norm.weight", (d,)
     for layer in range(size("num_hidden_layers")):
         at = f"model.layers.{layer}."
@@ -105,7 +108,10 @@ def write_peer_model(form: str, preset: str, folder: Path, seed: int = 0) -> int
 
 
 def peer_counts(config: dict[str, object]) -> dict[str, object]:
-    """What a model of `peer_config` is: parameters, in all and of one token, and bytes of its FFNs in bfloat16."""
+    """What a Mixtral or a Llama is: parameters, in all and of one token, and bytes of its FFNs in bfloat16.
+
+    Raises KeyError where the configuration lacks a size.
+    """
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config)}
     total, active, text = sum(sizes.values()), sum(sizes.values()), f"dense, {config['intermediate_size']}"
     ffn = sum(size for name, size in sizes.items() if ".mlp." in name or ".block_sparse_moe." in name)
@@ -123,3 +129,15 @@ def peer_counts(config: dict[str, object]) -> dict[str, object]:
         "ffn_bytes": 2 * ffn,
         "dtype": "bfloat16",
     }
+
+
+def describe_foreign(path: Path) -> dict[str, object]:
+    """What another server's model is, as far as its files say: a folder of the forms above, else the bytes it has."""
+    config = path / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if content.get("model_type") in FORMS:
+        with contextlib.suppress(KeyError):
+            return peer_counts(content)
+    files = [path] if path.is_file() else [file for file in path.glob("*") if file.is_file()]
+    stored = sum(file.stat().st_size for file in files)
+    return {"frame": f"{path.name}, {stored / 1e6:,.0f} MB stored" if files else ""}

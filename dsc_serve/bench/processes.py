@@ -81,14 +81,21 @@ class Server:
     def wait(self, limit_s: float) -> None:
         """Return once it lists its models. Raises StartError when it ends before, or takes longer."""
         begun = time.monotonic()
-        while not self._answers():
-            taken = time.monotonic() - begun
-            if self._process.poll() is not None:
-                raise StartError(f"it ended with status {self._process.returncode}: {self.tail()}")
-            if taken > limit_s:
+        while True:
+            answers = self._answers()
+            if (end := self.end()) is not None:
+                raise StartError(end)  # even after an answer, which another program on this port may have given
+            if answers:
+                break
+            if time.monotonic() - begun > limit_s:
                 raise StartError(f"no answer to GET /v1/models within {limit_s:g} s: {self.tail()}")
             time.sleep(POLL_S)
         self.start_s = time.monotonic() - begun
+
+    def end(self) -> str | None:
+        """How it ended, with the last that it printed; None while it runs."""
+        status = self._process.poll()
+        return None if status is None else f"it ended with status {status}: {self.tail()}"
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
@@ -100,29 +107,21 @@ class Server:
         finally:
             connection.close()
 
-    def get(self, path: str) -> str:
-        """The body of a GET; empty where there is none. Raises OSError."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.read().decode("utf-8", "replace") if answer.status == 200 else ""
-        finally:
-            connection.close()
-
     def tail(self) -> str:
         text = self.log.read_text(encoding="utf-8", errors="replace").strip()
         return "\n".join(text.splitlines()[-LOG_TAIL:]) or "it printed nothing"
 
     def stop(self) -> None:
         """End it and its children, by force where asking does not help. Safe to call twice."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_LIMIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # the group is this server's own
-        self._process.wait(STOP_LIMIT_S)
+        try:
+            if self._process.poll() is None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_LIMIT_S)
+        finally:  # an interrupted wait leaves nobody behind either
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # the group is this server's own
+            self._process.wait(STOP_LIMIT_S)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,9 @@ def blocks(results: Results) -> list[Block]:
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
         text = (
-            "Poisson arrivals at multiples of the most requests per second that "
-            f"{results.comparison['baseline']} completed in a closed loop; limits: {limits or 'none'}."
+            f"Poisson arrivals for {results.comparison['rate_seconds']:g} s a round, at multiples of the most requests "
+            f"per second that {results.comparison['baseline']} completed in a closed loop of the first round; limits: "
+            f"{limits or 'none'}. Rates of completed requests count until the last has ended, after the arrivals."
         )
         made += [Heading("Open loads"), Paragraph(text), *open_tables(results), *charts(results, "open")]
     made += [Heading("Where a step's time and bytes go"), *inside(results)]
@@ -95,10 +96,22 @@ def blocks(results: Results) -> list[Block]:
 def told(results: Results) -> str:
     c = results.comparison
     prompts = f"cut from {Path(c['prompt_file']).name}" if c["prompt_file"] else "random token ids"
+    asked, done = c["rounds"], results.rounds
     return (
         f"{c['waves']} requests of each stream and round (at least {LEAST_REQUESTS} together), prompts of "
         f"{c['prompt_tokens']} tokens ({prompts}), {c['output_tokens']} output tokens, greedy; the same prompts for "
-        f"all. Medians over {c['rounds']} interleaved rounds."
+        f"all. Medians over {done} {'' if done == asked else f'of {asked} '}interleaved rounds, also of each round's "
+        f"percentiles. {chance(done)}"
+    )
+
+
+def chance(rounds: int) -> str:
+    """What it means that all rounds agree."""
+    if rounds < 2:
+        return "One round cannot tell a difference from chance."
+    return (
+        f'"Wins" means that all {rounds} rounds agree; of two equal systems\' rounds, 1 in {2 ** (rounds - 1)} such '
+        "sets agrees by chance."
     )
 
 
@@ -150,7 +163,7 @@ def used(results: Results, points: Sequence[float]) -> Table:
     """Cores in use, so that one sees what the client and the waiting systems took."""
 
     def mean(name: str, value: float, field: str) -> float:
-        rows = [row for row in results.rows if (row.system, row.load, row.value) == (name, "closed", value)]
+        rows = results.of(name, "closed", value)
         return sum(getattr(row, field) for row in rows) / len(rows) if rows else 0.0
 
     rows = [
@@ -172,7 +185,11 @@ def open_tables(results: Results) -> list[Block]:
     head = ("load", *(f"{value:g}" for value in points))
     made: list[Block] = []
     for title, figures in {
-        "Requests per second: completed, within the limits": ("request_throughput", "request_goodput"),
+        "Requests per second: offered, completed, within the limits": (
+            "request_rate",
+            "request_throughput",
+            "request_goodput",
+        ),
         "Time to the first token, ms (p50, p99)": ("median_ttft_ms", "p99_ttft_ms"),
         "Time between tokens, ms (p50, p99)": ("median_itl_ms", "p99_itl_ms"),
         "End to end, ms (p50, p99)": ("median_e2el_ms", "p99_e2el_ms"),
@@ -230,19 +247,18 @@ def inside(results: Results) -> list[Block]:
 
 
 def systems_table(results: Results) -> Table:
-    rows = []
+    rows, measured = [], results.measured()
     for system in results.systems:
         what = system.description
-        if system.skipped:
+        if system.skipped and system.name not in measured:
             rows.append((system.name, "skipped", "", "", "", "", "", ""))
             continue
+        sizes = (what.get(name) for name in ("parameters", "active", "ffn_bytes"))
         rows.append(
             (
                 system.name,
-                f"{what.get('ffn', '')}; {what.get('frame', '')}",
-                f"{what.get('parameters', 0) / 1e6:.1f}",
-                f"{what.get('active', 0) / 1e6:.1f}",
-                f"{what.get('ffn_bytes', 0) / 1e6:.1f}",
+                "; ".join(filter(None, (what.get("ffn"), what.get("frame")))),
+                *("–" if size is None else f"{size / 1e6:.1f}" for size in sizes),
                 system.weights,
                 f"{system.memory_bytes / 2**20:,.0f}",
                 f"{system.start_s:.1f}",
@@ -253,12 +269,14 @@ def systems_table(results: Results) -> Table:
 
 
 def commands(results: Results) -> list[str]:
+    measured = results.measured()
+
     def line(system: Contestant) -> str:
-        return (
-            f"{system.name} was skipped: {system.skipped.splitlines()[0]}"
-            if system.skipped
-            else f"{system.name} ({system.version}): {system.command}"
-        )
+        why = system.skipped.splitlines()[0] if system.skipped else ""
+        if why and system.name not in measured:
+            return f"{system.name} was skipped: {why}"
+        ended = f"; it was not measured to the end: {why}" if why else ""
+        return f"{system.name} ({system.version}): {system.command}{ended}"
 
     return [line(system) for system in results.systems]
 

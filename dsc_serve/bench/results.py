@@ -11,12 +11,15 @@ import msgspec
 
 from dsc_serve.bench.comparison import ComparisonError
 
+MOST_FAILED = 0.1  # of a closed loop's requests; with more gone it was another load than the one asked for
+
 
 class Contestant(msgspec.Struct, kw_only=True):
-    """One system of a comparison. skipped: why it was not measured; empty where it was.
+    """One system of a comparison.
 
-    command: as it was started. description: see `inside.describe`. steps: see `inside.decode_step`, by running
-    requests. memory_bytes: of all its processes after the first round. start_s: seconds until it answered.
+    skipped: why it was not measured, or not to the end; empty where it was. command: as it was started. description:
+    see `inside.describe`. steps: see `inside.decode_step`, by running requests. memory_bytes: of all its processes
+    after the first round. start_s: seconds until it answered.
     """
 
     name: str
@@ -47,8 +50,16 @@ class Row(msgspec.Struct, kw_only=True):
     others_cpu: float = 0.0
 
     @property
-    def point(self) -> tuple[str, float]:
-        return self.load, self.value
+    def counts(self) -> bool:
+        """Whether its figures are of the load that was asked for; an open one stays that, whatever is refused."""
+        failed, completed = self.figures["failed"], self.figures["completed"]
+        return self.load == "open" or failed <= MOST_FAILED * (failed + completed)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of all its requests, failed ones too, that kept the limits; None without limits."""
+        asked, goodput = self.figures["failed"] + self.figures["completed"], self.figures["request_goodput"]
+        return goodput * self.figures["duration"] / asked if asked and goodput is not None else None
 
 
 class Results(msgspec.Struct, kw_only=True):
@@ -71,9 +82,18 @@ class Results(msgspec.Struct, kw_only=True):
         return sorted({row.value for row in self.rows if row.load == load})
 
     def values(self, system: str, load: str, value: float, figure: str) -> dict[int, float]:
-        """A figure by round, of the rounds that have it."""
-        rows = (row for row in self.rows if (row.system, row.load, row.value) == (system, load, value))
+        """A figure by round, of the rounds that have it and count."""
+        rows = (row for row in self.of(system, load, value) if row.counts)
         return {row.round: row.figures[figure] for row in rows if row.figures.get(figure) is not None}
+
+    def of(self, system: str, load: str, value: float) -> list[Row]:
+        """All rounds of one load on one system."""
+        return [row for row in self.rows if (row.system, row.load, row.value) == (system, load, value)]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of which anything was measured."""
+        return len({row.round for row in self.rows})
 
     def median(self, system: str, load: str, value: float, figure: str) -> float | None:
         """The figure's median over rounds; None where it was not measured."""
@@ -100,7 +120,10 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 def save_results(results: Results, path: Path) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    """Written whole or not at all, so that a full disk leaves what was kept before. Raises OSError."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    part.replace(path)
 
 
 def load_results(path: Path) -> Results:

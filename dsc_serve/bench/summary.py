@@ -19,6 +19,7 @@ MEASURES = {
     "queue": "waiting in this client",
 }
 LIMITED = ("ttft", "tpot", "e2el")
+FEW = 100  # requests, of fewer than which a 99th percentile is nearly the slowest
 STATISTICS = ("mean", "median", "p90", "p99", "std")
 
 
@@ -207,6 +208,8 @@ def format_table(result: LoadResult) -> str:
         values = [getattr(getattr(result, field), name) for name in STATISTICS]
         cells = "".join(f"{'-' if value is None else format(value, '.2f'):>10}" for value in values)
         lines.append(f"{title:<24}{cells}")
+    if 0 < result.completed < FEW:
+        lines += ["", f"The p99 of {result.completed} requests is nearly the slowest of them (itl: of all gaps)."]
     if result.failed:
         lines.append("")
         lines += ["Every request failed:" if not result.completed else "Failed requests:"]

@@ -1,13 +1,20 @@
-"""A server of its own process for comparisons: `python answering_server.py PORT SECONDS-PER-TOKEN`."""
+"""A server of its own process for comparisons: `python answering_server.py PORT SECONDS-PER-TOKEN [REQUESTS]`.
+
+After so many requests it ends at once, in the middle of an answer.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PAUSE = float(sys.argv[2])
+LIFE = int(sys.argv[3]) if len(sys.argv) > 3 else sys.maxsize
+asked_before = itertools.count()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -25,7 +32,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        dies = next(asked_before) >= LIFE
         for _ in range(asked["max_tokens"]):
+            if dies:
+                print("out of something", file=sys.stderr, flush=True)
+                os._exit(9)
             time.sleep(PAUSE)
             self.event(json.dumps({"choices": [{"text": "word "}]}))
         usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": asked["max_tokens"]}

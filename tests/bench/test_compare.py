@@ -2,24 +2,28 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from dsc_serve.bench import compare
 from dsc_serve.bench.compare_command import compare_command, report_command
-from dsc_serve.bench.comparison import LEAST_REQUESTS
-from dsc_serve.bench.results import load_results
+from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError
+from dsc_serve.bench.load import LoadConfig
+from dsc_serve.bench.results import Results, Row, load_results
+from dsc_serve.bench.summary import LoadResult
 
 SERVER = Path(__file__).parent / "answering_server.py"
 SYSTEM = """
 [[system]]
 name = "{name}"
 folder = "unused"
-command = ["{program}", "{script}", "{{port}}", "{pause}"]
+command = ["{program}", "{script}", "{{port}}", {arguments}]
 environment = {{ A_SETTING = "1" }}
 """
 COMPARISON = """
@@ -49,11 +53,11 @@ def descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "run_tool", canned)
 
 
-def write(tmp_path: Path, **programs: tuple[str, str, str]) -> Path:
+def write(tmp_path: Path, **programs: tuple[str, ...]) -> Path:
     file = tmp_path / "own.toml"
     systems = [
-        SYSTEM.format(name=name, program=program, script=script, pause=pause)
-        for name, (program, script, pause) in programs.items()
+        SYSTEM.format(name=name, program=program, script=script, arguments=json.dumps(arguments)[1:-1])
+        for name, (program, script, *arguments) in programs.items()
     ]
     file.write_text(COMPARISON + "".join(systems), encoding="utf-8")
     return file
@@ -123,3 +127,73 @@ def test_a_comparison_in_which_nothing_runs_ends_with_status_1(tmp_path: Path) -
     assert done.exit_code == 1
     assert "fast was not measured, so nothing can be said of it." in done.output
     assert CliRunner().invoke(report_command, [str(tmp_path / "out")]).exit_code == 0
+
+
+def test_a_server_that_dies_drops_out_and_what_it_measured_before_is_kept(tmp_path: Path) -> None:
+    script = tmp_path / "answering_server.py"
+    script.write_bytes(SERVER.read_bytes())
+    # each load of the first round: 6 requests to warm up and 12 that count, closed with 1 and with 2 streams
+    file = write(
+        tmp_path, fast=(sys.executable, str(script), "0.001", "40"), slow=(sys.executable, str(script), "0.002")
+    )
+    done = CliRunner().invoke(compare_command, [str(file), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert not alive(str(script))
+    results = load_results(tmp_path / "out" / "results.json")
+    assert all(row.figures["failed"] == 0 for row in results.rows), "no figure of a server that was dying"
+    assert [(row.load, row.value) for row in results.rows if row.system == "fast"] == [("closed", 1), ("closed", 2)]
+    assert "fast is skipped from here on: it ended with status 9: out of something" in done.output
+    assert "fast was measured in 1 of 2 rounds." in done.output and "fast against slow: fast" in done.output
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "it was not measured to the end: it ended with status 9" in page and "fast was skipped" not in page
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, OSError])
+def test_what_was_measured_before_an_end_is_kept_and_every_server_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    script = tmp_path / "answering_server.py"
+    script.write_bytes(SERVER.read_bytes())
+    file = write(tmp_path, fast=(sys.executable, str(script), "0"), slow=(sys.executable, str(script), "0"))
+    measure, out = compare.run_load, tmp_path / "out"
+
+    def ended_in_the_second_load(config: LoadConfig) -> LoadResult:
+        if config.concurrency == 2:
+            raise ending("as it happens")
+        return measure(config)
+
+    monkeypatch.setattr(compare, "run_load", ended_in_the_second_load)
+    done = CliRunner().invoke(compare_command, [str(file), "--out", str(out)])
+    assert done.exit_code == 1 and not alive(str(script))
+    assert f"`dsc-serve bench report {out}` writes its report" in done.output
+    results = load_results(out / "results.json")
+    assert {(row.system, row.value) for row in results.rows} == {("fast", 1), ("slow", 1)}
+    assert CliRunner().invoke(report_command, [str(out)]).exit_code == 0
+    assert "Medians over 1 of 2 interleaved rounds" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_open_loads_are_the_same_in_every_round_and_prompts_never() -> None:
+    comparison = msgspec.convert(
+        {**tomllib.loads(COMPARISON), "system": [{"name": n, "ffn": "dsc"} for n in ("fast", "slow")]}, Comparison
+    )
+    results = Results(title="", date="", client="", machine={}, comparison={})
+    for number, rate in enumerate((10.0, 30.0)):
+        figures = {"completed": 12, "failed": 0, "request_throughput": rate}
+        results.rows.append(Row(system="slow", load="closed", value=1, round=number, figures=figures))
+        assert compare.peak_rate(results, "slow") == 10.0
+    points = [("closed", 8.0), ("closed", 108.0), ("open", 0.8), ("open", 0.85), ("open", 8.0)]
+    loads = [
+        compare.load_config(comparison, comparison.system[0], "http://x", load, value, number, 5.0)
+        for load, value in points
+        for number in range(3)
+    ]
+    assert len({load.seed for load in loads}) == len(loads)
+
+
+def test_prompts_that_cannot_be_made_are_said_before_anything_starts(tmp_path: Path) -> None:
+    file = write(tmp_path, fast=(sys.executable, "x", "0"), slow=(sys.executable, "x", "0"))
+    (tmp_path / "short.txt").write_text("two words", encoding="utf-8")
+    text = file.read_text(encoding="utf-8").replace("waves", f'prompt_file = "{tmp_path / "short.txt"}"\nwaves')
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ComparisonError, match="has 2 words; a prompt needs 3"):
+        CliRunner().invoke(compare_command, [str(file), "--out", str(tmp_path / "out")], catch_exceptions=False)

@@ -13,7 +13,7 @@ from dsc_serve.bench.ratios import keep, moved
 from dsc_serve.bench.report import blocks, html_page, markdown, put_into
 from dsc_serve.bench.results import Contestant, Ratio, Results, Row, load_results, save_results
 
-NAMES = ("completed", "failed", "failures", "client_cpu", "request_throughput", "request_goodput", "output_throughput")
+COMPLETED = 40
 
 
 def figures(itl: float, failed: int = 0) -> dict[str, Any]:
@@ -22,8 +22,19 @@ def figures(itl: float, failed: int = 0) -> dict[str, Any]:
         for name, factor in (("ttft", 5), ("itl", 1), ("tpot", 1), ("e2el", 60))
         for of in ("median", "p99")
     }
-    counts = (4, failed, {"timeout": failed} if failed else {}, 0.1, 100 / itl, 90 / itl, 1000 / itl)
-    return times | dict(zip(NAMES, counts, strict=True))
+    return times | {
+        "completed": COMPLETED,
+        "failed": failed,
+        "failures": {"timeout": failed} if failed else {},
+        "duration": COMPLETED * itl / 100,
+        "client_cpu": 0.1,
+        "request_rate": 110 / itl,
+        "request_throughput": 100 / itl,
+        "request_goodput": 90 / itl,
+        "output_throughput": 1000 / itl,
+        "total_input_tokens": COMPLETED * 48,
+        "total_output_tokens": COMPLETED * 64,
+    }
 
 
 def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[str, Any], ...] = ()) -> Results:
@@ -43,6 +54,7 @@ def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[
             "prompt_file": "",
             "seed": 0,
             "limits": {"ttft": 50.0},
+            "rate_seconds": 3.0,
             "expect": list(expect),
         },
     )
@@ -85,7 +97,61 @@ def test_sentences_say_where_the_subject_wins_and_where_not() -> None:
 def test_sentences_hide_no_failures_and_tell_goodput() -> None:
     text = "\n".join(sentences(results({1: [5.0, 5.0]}, failed=3)))
     assert "6 requests to moe failed: timeout." in text
-    assert "Within the limits at 0.5 times the baseline's peak: dsc 18.0 of 20.0 requests per second" in text
+    assert "Within the limits at 0.5 times the baseline's peak: dsc 90% of its requests, moe 90% of its" in text
+
+
+def changed(made: Results, system: str, load: str, number: int, **new: Any) -> None:
+    for row in made.rows:
+        if (row.system, row.load, row.round) == (system, load, number):
+            row.figures |= new
+
+
+def test_goodput_is_of_the_requests_that_were_offered_not_of_those_that_were_taken() -> None:
+    made = results({1: [10.0]})
+    refusals = {"failed": 3 * COMPLETED, "failures": {"HTTP 429": 3 * COMPLETED}}
+    changed(made, "dsc", "open", 0, **refusals)
+    assert "dsc 22% of its requests, moe 90% of its requests" in "\n".join(sentences(made))
+    assert "<td>11.0, 10.0, 9.00</td>" in html_page(made), "offered, completed, within the limits"
+
+
+def test_a_closed_loop_that_lost_its_server_counts_in_no_figure() -> None:
+    made = results({8: [8.0, 8.0, 8.0]})
+    changed(made, "dsc", "closed", 1, median_itl_ms=0.1, completed=2, failed=22, failures={"disconnect": 22})
+    assert made.median("dsc", "closed", 8, "median_itl_ms") == 8.0
+    assert made.values("dsc", "closed", 8, "median_itl_ms").keys() == {0, 2}
+    text = "\n".join(sentences(made))
+    assert "22 requests to dsc failed: disconnect." in text
+    assert "1 closed loops of dsc lost too many requests to count in any figure." in text
+
+
+def test_what_makes_figures_unequal_is_said() -> None:
+    made = results({8: [8.0, 8.0, 8.0]})
+    assert not [text for text in sentences(made) if text.startswith(("dsc", "moe", "While"))]
+    changed(made, "moe", "closed", 0, total_output_tokens=COMPLETED * 10, uncounted=2)
+    made.rows = [row for row in made.rows if (row.system, row.round) != ("dsc", 2)]
+    made.rows[0].others_cpu = 0.56
+    found = sentences(made)
+    assert "dsc was measured in 2 of 3 rounds." in found
+    assert "moe had 46.0 output tokens a request, not 64." in found
+    assert "moe does not always count its tokens; its events were counted instead." in found
+    assert any(
+        text.startswith("While dsc was measured, the systems that waited used up to 0.56 of a core") for text in found
+    )
+
+
+def test_percentiles_of_few_requests_and_agreement_of_few_rounds_are_named_as_such() -> None:
+    made = results({1: [8.0, 8.0, 8.0], 8: [8.0, 8.0, 8.0]})
+    for row in made.rows:
+        if row.value == 8:
+            row.figures["completed"] = 96
+    assert "of 40 to 96 requests a round and so nearly that of the slowest, dsc against moe" in "\n".join(
+        sentences(made)
+    )
+    assert "of two equal systems&#x27; rounds, 1 in 4 such sets agrees by chance" in html_page(made)
+    for row in made.rows:
+        row.figures["completed"] = 100
+    assert "slowest" not in "\n".join(sentences(made))
+    assert "Medians over 1 of 3 interleaved rounds" in html_page(results({1: [8.0]}))
 
 
 def test_expectations_are_checked_against_the_median() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dsc_serve.bench.compare_command import peer_model_command
 from dsc_serve.bench.made_up_tokenizer import made_up_tokens, save_tokenizer
-from dsc_serve.bench.peer_model import FORMS, peer_config, peer_counts, tensor_shapes
+from dsc_serve.bench.peer_model import FORMS, describe_foreign, peer_config, peer_counts, tensor_shapes
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.huggingface import import_huggingface
 from dsc_serve.model.initial import preset_config
@@ -60,3 +60,21 @@ def test_the_made_up_tokenizer_has_every_id_and_gives_texts_back(tmp_path: Path)
     for token, pair in made_up_tokens(4999):
         assert pair is None or set(pair) <= known, "a merge joins tokens that are there"
         known.add(token)
+
+
+def test_models_of_other_servers_are_described_as_far_as_their_files_say(tmp_path: Path) -> None:
+    config = peer_config("llama", preset_config("paper", "dense"))
+    counts = peer_counts(config)
+    bare = {name: value for name, value in config.items() if name not in ("head_dim", "tie_word_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(bare), encoding="utf-8")
+    assert isinstance(counts["parameters"], int)
+    described = describe_foreign(tmp_path)
+    assert described["parameters"] == described["active"] == counts["parameters"] + 50304 * 384, (
+        "an output head of its own"
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert describe_foreign(tmp_path) == {"frame": f"{tmp_path.name}, 0 MB stored"}
+    file = tmp_path / "smollm2.gguf"
+    file.write_bytes(bytes(3 * 10**6))
+    assert describe_foreign(file) == {"frame": "smollm2.gguf, 3 MB stored"}
+    assert describe_foreign(tmp_path / "missing") == {"frame": ""}

@@ -180,6 +180,7 @@ def look_inside(folder: Path, running: tuple[int, ...], threads: int, router: st
 @click.option("--router", default="auto")
 @click.option("--foreign", is_flag=True, help="A model of another server: only what it is.")
 def main(model: str, running: tuple[int, ...], threads: int, router: str, foreign: bool) -> None:
+    found: dict[str, object]
     if foreign:
         found = {"description": describe_foreign(Path(model)), "steps": {}, "torch": ""}
     else:

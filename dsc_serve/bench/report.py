@@ -247,7 +247,8 @@ def inside(results: Results) -> list[Block]:
 
 
 def systems_table(results: Results) -> Table:
-    rows, measured = [], results.measured()
+    rows: list[Cells] = []
+    measured = results.measured()
     for system in results.systems:
         what = system.description
         if system.skipped and system.name not in measured:

@@ -10,12 +10,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe
 from dsc_serve.bench.layer import with_threads
@@ -66,6 +68,7 @@ class ForwardRow:
 class ForwardResult:
     bench: ForwardBench
     machine: dict[str, object]
+    date: str
     rows: list[ForwardRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
@@ -134,7 +137,8 @@ def run_forward(bench: ForwardBench, report: Callable[[str], None] = lambda line
     """Measure all systems in turn; a replaced layer whose result differs from ours gets no time."""
     with with_threads(bench.threads):
         machine = {**describe_machine(), "threads": torch.get_num_threads(), "load_before": load_average()}
-        result = ForwardResult(bench, machine | {"torch": torch.__version__})
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        result = ForwardResult(bench, machine | {"torch": str(torch.__version__), "kernels": ops.description()}, date)
         systems: dict[str, Forward] = {}
         wrong: dict[str, str] = {}
         for name, (kind, frozen) in SYSTEMS.items():
@@ -167,8 +171,8 @@ def run_forward(bench: ForwardBench, report: Callable[[str], None] = lambda line
 
 
 def format_forward(result: ForwardResult) -> str:
-    """A table in Markdown, with ratios to our MoE."""
-    moe = result.mean("moe")
+    """A table in Markdown, with ratios to our MoE, and what was run where and when."""
+    moe, bench, machine = result.mean("moe"), result.bench, result.machine
     lines = ["| system | mean ms | median | least | to our MoE |", "|---|---|---|---|---|"]
     for row in result.rows:
         if row.mean_ms is None:
@@ -176,4 +180,9 @@ def format_forward(result: ForwardResult) -> str:
             continue
         ratio = "–" if moe is None else f"{row.mean_ms / moe:.2f}"
         lines.append(f"| {row.system} | {row.mean_ms:.0f} | {row.median_ms:.0f} | {row.least_ms:.0f} | {ratio} |")
-    return "\n".join(lines)
+    options = {
+        field.name: getattr(bench, field.name) for field in fields(bench) if getattr(bench, field.name) != field.default
+    }
+    command = " ".join(["dsc-serve bench forward", *(f"--{name} {value}" for name, value in options.items())])
+    where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items())
+    return "\n".join([*lines, "", f"`{command}`, {result.date}; {where}."])

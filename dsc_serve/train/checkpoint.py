@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def load_state(file: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise TrainError(f"{file}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TrainError(f"{file}: not a readable checkpoint: {reason}") from None
     return state

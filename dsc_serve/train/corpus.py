@@ -65,10 +65,10 @@ def read_text(file: Path) -> str:
 
 
 def split(text: str, held_out: float) -> tuple[list[list[str]], list[list[str]]]:
-    """Training and held-out stretches of paragraphs, in the text's order."""
-    paragraphs = [block.strip() for block in text.split(BREAK) if block.strip()]
+    """Training and held-out stretches of paragraphs, in the text's order; a short text has fewer held-out ones."""
+    paragraphs = [block.strip() for block in text.replace("\r\n", "\n").split(BREAK) if block.strip()]
     n = len(paragraphs)
-    count = min(STRETCHES, n // 2)
+    count = min(STRETCHES, n // 2, max(1, round(n * held_out)))
     size = max(1, round(n * held_out / STRETCHES))
     train, held, start = [], [], 0
     for i in range(count):
@@ -164,6 +164,8 @@ def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, fold
                 train_file.write(ids.tobytes())
                 trained += len(ids)
             kept = np.array([i for stretch in held for i in encode(tokenizer, stretch)], dtype=dtype)
+            if len(kept) < 2:
+                raise TrainError(f"{name}: its held-out part has {len(kept)} tokens; a loss needs at least 2")
             (folder / HELD_OUT / f"{name}.txt").write_text("".join(f"{p}{BREAK}" for s in held for p in s), "utf8")
             held_file.write(kept.tobytes())
             sources.append({"name": name, "trained": trained, "offset": offset, "held": len(kept)})

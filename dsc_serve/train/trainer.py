@@ -18,7 +18,7 @@ from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.initial import initial_tensors
 from dsc_serve.train.allocator import keep_memory
 from dsc_serve.train.checkpoint import load_state, save_state, write_whole
-from dsc_serve.train.clock import Clock
+from dsc_serve.train.clock import MARGIN_S, Clock
 from dsc_serve.train.corpus import Corpus, Sampler, prepare
 from dsc_serve.train.export import export_model
 from dsc_serve.train.ffn import Pass
@@ -31,6 +31,7 @@ from dsc_serve.train.settings import Phase, TrainError, TrainSettings
 from dsc_serve.train.usage import Usage
 
 MODEL = "model"
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Trainer:
         self.recent, self.since_revival = Usage(), Usage()
         if state is not None:
             self._resume(state)
-        lost = max((line["seconds"] for line in read_log(folder / "log.jsonl")), default=0.0)
+        lost = max((line["seconds"] for line in read_log(folder / LOG)), default=0.0)
         self.clock.before = max(self.clock.before, lost)
-        self.record = Record(folder / "log.jsonl", self.step)
+        self.record = Record(folder / LOG, self.step)
 
     def run(self, give_up: float | None = None) -> dict[str, Any] | None:
         """Train to the end and export; returns what summary.json says. A finished run only returns it.
@@ -107,6 +108,11 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
             self.clock.began = self.clock.spent
+            if self.clock.share(0) >= 1:
+                raise TrainError(
+                    f"the time limit of {self.clock.limit:g} s leaves none to train: preparation took "
+                    f"{self.clock.spent:.0f} s, the end takes about {self.clock.reserve + MARGIN_S:.0f} s"
+                )
         run, progress = self.settings.run, Progress(self.clock.share(self.step))
         saved = logged = self.clock.spent
         losses: list[float] = []
@@ -249,10 +255,10 @@ class Trainer:
         }
 
     def _claim_folder(self) -> None:
-        """Keep the settings with the run. Raises TrainError when the folder holds a run of others."""
+        """Keep the settings with the run. Raises TrainError when a run with others has begun in the folder."""
         file = self.folder / "settings.json"
         text = json.dumps(self.settings.model_dump(mode="json"), indent=2) + "\n"
-        if not file.is_file():
+        if not (self.folder / LOG).is_file():
             write_whole(file, text)
         elif file.read_text("utf8") != text:
             raise TrainError(f"{self.folder}: holds a run with other settings (settings.json); name another folder")

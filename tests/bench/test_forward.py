@@ -47,7 +47,9 @@ def test_every_system_gets_a_time_and_is_compared_with_our_moe(tmp_path: Path) -
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [row["system"] for row in rows] == ["dense", "moe", "moe, loop", "dsc", "dsc, script's layer"]
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in rows)
-    assert "| moe, loop |" in document.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
+    assert "| moe, loop |" in text
+    assert "`dsc-serve bench forward --sequences 2 --length 20 --repeats 2 --threads 1`, 20" in text and "cpu " in text
 
 
 def test_a_wrong_layer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,18 @@ def test_a_sampler_goes_on_from_its_count() -> None:
     assert torch.equal(part.take(30, 16), want)
 
 
+@pytest.mark.parametrize(("paragraphs_of", "held_out"), [(2, 1), (8, 1), (60, 1), (100, 2), (200, 4)])
+def test_a_short_text_is_trained_on_too(paragraphs_of: int, held_out: int) -> None:
+    train, held = split("\n\n".join(f"paragraph {i}" for i in range(paragraphs_of)), 0.02)
+    assert sum(map(len, held)) == held_out
+    assert sum(map(len, train)) == paragraphs_of - held_out
+
+
+def test_lines_may_end_as_on_windows() -> None:
+    text = paragraphs(40, seed=4)
+    assert split(text.replace("\n", "\r\n"), 0.1) == split(text, 0.1)
+
+
 @pytest.mark.parametrize("content", ["", "one paragraph only"])
 def test_a_text_too_short_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(content)

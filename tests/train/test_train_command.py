@@ -125,6 +125,28 @@ def test_another_run_in_the_same_folder_is_refused(smoke: Path) -> None:
     assert "other settings" in result.output
 
 
+def test_settings_of_a_run_that_never_began_can_be_mended(tmp_path: Path) -> None:
+    small = ["--preset", "smoke", "--out", tmp_path, "--set", "schedule.steps=1", "--set", "data.sentences=60"]
+    (tmp_path / "short.txt").write_text("one paragraph only")
+    assert "too short" in run("train", *small, "--text", tmp_path / "short.txt").output
+    result = run("train", *small, "--set", "run.samples=[]")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused(tmp_path: Path) -> None:
+    result = run("train", "--preset", "smoke", "--out", tmp_path, "--time-limit", "2s", "--set", "data.sentences=60")
+    assert result.exit_code == 1 and "the time limit of 2 s leaves none to train" in result.output
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04cut"])
+def test_a_damaged_checkpoint_is_named(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(damage)
+    result = run("train", "--preset", "smoke", "--out", tmp_path)
+    assert result.exit_code == 1 and "state.pt: not a readable checkpoint" in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -112,8 +112,8 @@ def test_a_lost_device_is_not_blamed_on_requests() -> None:
         engine.step()
 
 
-def test_log_probabilities_of_prompts_are_reported_once_and_whole(small_model: Callable[..., Path]) -> None:
-    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, logprobs=1, ignore_eos=True)
+def test_what_is_reported_of_a_step_that_is_computed_again_is_whole(small_model: Callable[..., Path]) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, logprobs=1, routing=2, ignore_eos=True)
     prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
     with LLM(str(small_model()), dtype="float32") as llm:
         expected = llm.generate(prompts, params)
@@ -135,3 +135,5 @@ def test_log_probabilities_of_prompts_are_reported_once_and_whole(small_model: C
         assert got.token_ids == wanted.token_ids
         assert got.prompt_logprobs is not None and wanted.prompt_logprobs is not None
         assert len(got.prompt_logprobs) == len(wanted.prompt_logprobs) == len(got.prompt_token_ids)
+        assert got.routing is not None and wanted.routing is not None
+        assert got.routing.shape == wanted.routing.shape == (len(got.prompt_token_ids) + 1, 2, 2)

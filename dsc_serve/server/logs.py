@@ -19,6 +19,8 @@ from dsc_serve.server.edge import request_id
 WAITING_LINES = 10_000
 FLUSH_S = 1.0
 LOGGERS = ("dsc_serve", "uvicorn.error")
+# What clients wrote must neither begin a line of its own nor steer a terminal.
+ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 class TextFormatter(logging.Formatter):
@@ -27,7 +29,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = " ".join(f"{name}={value}" for name, value in facts_of(record).items())
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = f"{time} {record.levelname.lower()} {record.getMessage()} {facts}".rstrip()
+        line = f"{time} {record.levelname.lower()} {record.getMessage()} {facts}".rstrip().translate(ESCAPED)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

@@ -65,6 +65,22 @@ def test_neither_prompts_nor_keys_are_logged_unless_asked(
     assert SECRET in text and KEY not in text
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_request_cannot_write_lines_of_its_own(
+    engine: FakeEngine, tokenizer: Any, tmp_path: Path, log_format: Any
+) -> None:
+    path = tmp_path / "log"
+    config = LogConfig(log_file=str(path), log_requests=True, log_prompts=True, log_format=log_format)
+    app = app_around(engine, tokenizer, log=config)
+    with logging_to(config):
+        ask(app, "GET", "/%0a2026-01-01T00:00:00.000+00:00%20error%20all%20is%20lost%1b[2J%c2%85%e2%80%a8")
+        ask(app, "POST", "/v1/completions", json={"prompt": "x\r\ny"}, headers={"x-request-id": "id\ttab"})
+        ask(app, "POST", "/v1/completions", content="{\r\n}", headers={"content-type": "application/json"})
+    *lines, end = path.read_text().split("\n")
+    assert (len(lines), end) == (5, "")
+    assert all(json.loads(line) if log_format == "json" else line.isprintable() for line in lines)
+
+
 def test_json_lines_tell_which_request_they_belong_to(engine: FakeEngine, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "log"
     exchange(engine, tokenizer, LogConfig(log_file=str(path), log_format="json", log_requests=True))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from dsc_serve.config import LimitConfig
 from dsc_serve.server.errors import ApiError
+
+FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class Connection(HttpToolsProtocol):
@@ -39,7 +42,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._awaits_head:
             self._unparsed += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as asked:
+            self._parse_body(data[asked.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse_request()
         if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
             return
         if self._awaits_head and self._unparsed > self._limits.max_header_bytes:
@@ -67,6 +76,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # to the parser it is over; its body is still to come
         super().on_message_complete()
         self._awaits_head = True
 
@@ -78,7 +89,20 @@ class Connection(HttpToolsProtocol):
         self._stuck_since = None
         super().resume_writing()
 
-    def send_400_response(self, msg: str) -> None:
+    def _parse_body(self, data: bytes) -> None:
+        """Go on with a request that asks for another protocol, such as h2c, as if it did not, and then hang up.
+
+        The parser takes what follows for that protocol's, but clients that merely offer it send their body.
+        """
+        self.cycle.keep_alive = False
+        framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in FRAMING)
+        self.parser = httptools.HttpRequestParser(Body(self))
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n%b" % (framing, data))
+        except httptools.HttpParserError:
+            self._refuse_request()
+
+    def _refuse_request(self) -> None:
         if self._head_bytes > self._limits.max_header_bytes:
             self._refuse_head()
         else:
@@ -112,3 +136,20 @@ class Connection(HttpToolsProtocol):
         head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
         self.transport.close()
+
+
+class Body:
+    """Hears of one body, and of nothing that its parser finds behind it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._over = False
+
+    def on_body(self, data: bytes) -> None:
+        if not self._over:
+            self._connection.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if not self._over:
+            self._over = True
+            self._connection.on_message_complete()

@@ -97,6 +97,30 @@ def test_slow_pieces_within_the_time_are_a_request(engine: FakeEngine) -> None:
     assert asyncio.run(said(app, *pieces)).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize("framing", ["content-length", "chunked"])
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+def test_a_request_that_offers_another_protocol_is_answered_in_this_one(
+    engine: FakeEngine, framing: str, pause_s: float
+) -> None:
+    """As the HTTP client of Java does with every request, unless told otherwise."""
+    head, _, body = POST.partition(b"\r\n\r\n")
+    head += b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n\r\n"
+    if framing == "chunked":
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    parts = [head, body[:9], body[9:] + POST] if pause_s else [head + body + POST]
+    answer = asyncio.run(said(app_around(engine, None, keep_alive_s=20), *parts, pause_s=pause_s))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1 ") == len(engine.submitted) == 1
+    assert b"connection: close" in answer.partition(b"\r\n\r\n")[0].lower()
+
+
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_an_offer_of_another_protocol_without_a_body_is_a_request_too(engine: FakeEngine, protocol: bytes) -> None:
+    request = GET + b"Connection: Upgrade\r\nUpgrade: %b\r\n\r\n" % protocol
+    assert asyncio.run(said(app_around(engine, None, keep_alive_s=20), request)).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_client_cannot_stretch_the_time_for_its_headers(engine: FakeEngine) -> None:
     pieces = [b"%c" % byte for byte in GET]
     answer = asyncio.run(said(impatient(engine), *pieces, pause_s=0.03))

@@ -19,12 +19,19 @@ from dsc_serve.worker.messages import Routing, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
+# Clients that cut an answer into lines as Python cuts texts would cut an event in two at these.
+LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
+
 encode = msgspec.json.Encoder().encode
 
 
 def event(data: object) -> bytes:
     """One server-sent event."""
-    return b"data: %b\n\n" % encode(data)
+    text = encode(data)
+    if not text.isascii():
+        for end, escaped in LINE_ENDS.items():
+            text = text.replace(end, escaped)
+    return b"data: %b\n\n" % text
 
 
 @dataclass(slots=True)

@@ -70,9 +70,9 @@ def test_an_event_leaves_as_soon_as_its_token_is_there(app: FastAPI, engine: Fak
 
 
 def test_line_ends_in_the_text_do_not_break_the_events(app: FastAPI, engine: FakeEngine) -> None:
-    text = "a\n\nb\r\nc\u2028d data: e"
+    text = "a\n\nb\r\nc\u2028d data: e\u2029\x85é\\u2028"
     engine.script = lambda prompt, params: list(text.encode())
     request = post_bytes("/v1/completions", {"prompt": "hi", "stream": True, "max_tokens": 99})
     answer = exchange(app, request, b"0\r\n\r\n").decode()
-    events = [line.removeprefix("data: ") for line in answer.split("\n") if line.startswith("data: {")]
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: {")]
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == text

@@ -20,7 +20,7 @@ WAITING_LINES = 10_000
 FLUSH_S = 1.0
 LOGGERS = ("dsc_serve", "uvicorn.error")
 # What clients wrote must neither begin a line of its own nor steer a terminal.
-ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
+ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 class TextFormatter(logging.Formatter):

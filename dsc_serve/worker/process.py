@@ -169,7 +169,8 @@ class EngineProcess:
 
 
 def main(descriptor: int) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the API process decides when to stop; it closes the connection
+    for number in (signal.SIGINT, signal.SIGTERM):  # service managers send it to both processes at once
+        signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop; it closes the connection
     connection = socket.socket(fileno=descriptor)
     start = read_frame(connection)
     if not isinstance(start, Start):

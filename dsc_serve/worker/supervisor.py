@@ -62,7 +62,7 @@ class EngineSupervisor:
         if self._connection is not None:
             self._connection.shut_down("the server is shutting down")
         self.client.give_up("the server is shutting down")
-        await self._end_process(asked=self._connection is not None)
+        await self._end_process()
 
     async def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
@@ -80,7 +80,7 @@ class EngineSupervisor:
             model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
         except BaseException as error:
             writer.close()
-            await self._end_process(asked=False)
+            await self._kill()
             if isinstance(error, TimeoutError):
                 raise EngineStartError(f"the engine did not start within {self.life.start_timeout_s:g} s") from None
             raise
@@ -157,17 +157,13 @@ class EngineSupervisor:
             except TimeoutError:
                 log.error("the engine process %d cannot be killed", self._process.pid)
 
-    async def _end_process(self, asked: bool) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        if not asked:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-        except TimeoutError:
-            await self._kill()
+    async def _end_process(self) -> None:
+        """Wait for the engine, which has been asked to end, and kill it if it does not in time."""
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                await self._kill()
 
 
 async def hello(reader: asyncio.StreamReader) -> ModelInfo:

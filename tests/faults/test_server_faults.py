@@ -39,7 +39,8 @@ def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -
         streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 120}) for i in range(32)]
         tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
         await all_begun(streams)
-        server.process.terminate()
+        for pid in (server.engine_pid, server.pid):  # as service managers do
+            os.kill(pid, signal.SIGTERM)
         await asyncio.to_thread(server.wait_until, lambda: server.get("/health/ready").status_code == 503)
         late = await Stream({"prompt": "Too late"}).run(server.url)
         assert (late.status, late.error) == (503, "the server is shutting down")

@@ -1,12 +1,13 @@
-# For CPUs as it is, for NVIDIA GPUs with --build-arg CUDA=1.
+# For CPUs as it is, for NVIDIA GPUs with --build-arg CUDA=1, for Ray clusters with --build-arg RAY=1.
 # EXTRA_INDEX_URL: a further package index. The default one's torch for x86-64 always carries CUDA's libraries, gigabytes
-# of them; with an index of CPU-only wheels the image has about 1.2 GB.
+# of them; an index of CPU-only wheels spares them.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE} AS build
 ARG EXTRA_INDEX_URL=""
 ARG CUDA=""
+ARG RAY=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/requirements.txt \
     PIP_EXTRA_INDEX_URL=${EXTRA_INDEX_URL}
 # hadolint ignore=DL3008
@@ -18,7 +19,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels ./kernels
 COPY dsc_serve ./dsc_serve
 # hadolint ignore=DL3013
-RUN pip --python /opt/dsc-serve install ".${CUDA:+[gpu]}" && \
+RUN extras="${CUDA:+gpu,}${RAY:+ray,}" && pip --python /opt/dsc-serve install ".${extras:+[${extras%,}]}" && \
     if [ "$(uname -m)" = x86_64 ]; then /opt/dsc-serve/bin/python -c 'import torch, dsc_kernels._native'; fi
 # Triton compiles one C module at its first use; the last stage has no compiler, so here. It links against an empty
 # libcuda, with which it cannot be loaded, so the command fails; the module must be there all the same.

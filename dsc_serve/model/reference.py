@@ -20,6 +20,7 @@ from dsc_serve.model.config import (
     read_json,
 )
 
+TORCH_FILE = b"PK\x03\x04"  # how a file of torch.save begins: it is a zip
 METHODS = ("dsc", "standard_moe", "dense")
 
 
@@ -140,5 +141,8 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> ModelConfig
     config = reference_config(config_file)
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such file")
+    with weights.open("rb") as file:
+        if file.read(4) == TORCH_FILE:
+            raise CheckpointError(f"{weights}: torch's own format; write its state dict as safetensors (README.md)")
     save_checkpoint(config, serving_tensors(load_tensors([weights]), config), out)
     return config

@@ -198,3 +198,18 @@ def test_reference_import_names_what_is_wrong(tmp_path: Path) -> None:
             import_reference(weights, config, tmp_path / "out")
     with pytest.raises(CheckpointError, match="no such file"):
         import_reference(tmp_path / "none.safetensors", DATA / "dsc.config.json", tmp_path / "out")
+
+
+def test_a_state_dict_of_torchs_own_format_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt: torch's own format; write its state dict as safetensors"):
+        import_reference(tmp_path / "model.pt", DATA / "dsc.config.json", tmp_path / "out")
+
+
+def test_a_state_dict_may_hold_the_tied_head_too(tmp_path: Path) -> None:
+    stored = load_file(DATA / "dsc.weights.safetensors")
+    stored["head.weight"] = stored["token_embedding.weight"]
+    save_file({name: tensor.clone() for name, tensor in stored.items()}, tmp_path / "w.safetensors")
+    for weights, out in ((DATA / "dsc.weights.safetensors", "a"), (tmp_path / "w.safetensors", "b")):
+        import_reference(weights, DATA / "dsc.config.json", tmp_path / out)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()

@@ -114,6 +114,13 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             "same; auto: what is faster."
         ),
     ] = "auto"
+    head_precision: Annotated[
+        Literal["auto", "exact", "int8-certified"],
+        Meta(
+            description="How greedy decoding finds the likeliest token: exact, or int8-certified, which screens the "
+            "head in int8 and finds the same; auto: what is faster."
+        ),
+    ] = "auto"
     grouping: Annotated[
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),

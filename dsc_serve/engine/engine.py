@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, ops
+from dsc_kernels import head, native, ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.graphs import capture_for
@@ -200,6 +200,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
     try:
         ops.use(config.kernels)
         native.use_router(config.router_precision)
+        head.use(config.head_precision)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     torch.set_num_threads(config.threads or default_threads())

@@ -119,7 +119,7 @@ class Decoder:
             [block.ffn.layer for block in self.blocks],
         )
         self.norm = norm("model.norm")
-        self.head = ops.linear(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
+        self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
 
     def _attention_weights(
         self, prefix: str, put: Callable[[str], Tensor]

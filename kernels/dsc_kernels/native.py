@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.memory import resident
-from dsc_kernels.screen import MAX_WIDTH, NO_SCREEN, padded_bias, screen_router
+from dsc_kernels.screen import MAX_WIDTH, NO_SCREEN, padded_bias, screen
 
 try:
     from dsc_kernels import _native
@@ -161,17 +161,6 @@ class Linear:
             )
         return out
 
-    def largest(self, x: Tensor) -> Tensor:
-        """Where each row of x Wᵀ + bias has its largest output, the first of equal ones: x [B, d] → int64 [B]."""
-        batch = x.shape[0]
-        check("x", x, (batch, self.d), self.dtype)
-        out = torch.empty(batch, dtype=torch.int64)
-        x = x.contiguous()
-        if batch:
-            args = (x.data_ptr(), self._w, self._b, out.data_ptr(), batch, self.d, self.n, threads())
-            module().largest(self._half, *args)
-        return out
-
 
 class _Layer:
     """What FFN layers share: a capsule of addresses, and the tensors that must outlive it."""
@@ -233,7 +222,7 @@ class Ffn(_Layer):
                 check(name, bank, (self.atoms * max(rank, 1), d), self.dtype)
         bias = None if router is None else padded_bias(router_bias, self.atoms)
         screened = router is not None and rank == 0 and screens(router, k)
-        self.screen = screen_router(router, router_bias) if router is not None and screened else NO_SCREEN
+        self.screen = screen(router, router_bias, rows=True) if router is not None and screened else NO_SCREEN
         pieces = [None if w is None else resident(pack(w)) for w in (up, gate, down, None if screened else router)]
         scale = None if gamma is None else gamma.float()
         self.capsule = module().ffn_layer(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dsc_kernels import head as native_head
 from dsc_kernels import native, plain
 from dsc_kernels.native import Activation
 from dsc_kernels.stack import BlockLayers, NormWeights, Stack
@@ -34,6 +35,10 @@ class Linear(Protocol):
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor: ...
+
+
+class Head(Linear, Protocol):
+    """A linear layer that also tells where its outputs are largest; see `head.Head`."""
 
     def largest(self, x: Tensor) -> Tensor: ...
 
@@ -123,6 +128,13 @@ def description(device: torch.device = CPU) -> str:
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """A product with weight [n, d], packed where that is faster; see `native.Linear`."""
     layer: Linear = implementation(weight.dtype, weight.device).Linear(weight, bias)
+    return layer
+
+
+def head(weight: Tensor) -> Head:
+    """An output head [words, d]; see `head.Head`."""
+    module = implementation(weight.dtype, weight.device)
+    layer: Head = (native_head.Head if module is native else module.Linear)(weight)
     return layer
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from native_cases import Guarded
 
-from dsc_kernels import native
+from dsc_kernels import head, native
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     guard = Guarded()
     names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32", "int64")}
-    monkeypatch.setattr(native, "torch", SimpleNamespace(**names, empty=guard.empty))
+    for module in (native, head):
+        monkeypatch.setattr(module, "torch", SimpleNamespace(**names, empty=guard.empty))
     yield guard
     guard.check()

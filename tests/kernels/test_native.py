@@ -60,38 +60,6 @@ def test_linear(
 @CASES
 @given(
     seed=st.integers(0, 2**31),
-    batch=st.one_of(st.integers(0, 14), st.integers(60, 70)),
-    d=st.integers(1, 70),
-    n=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    biased=st.booleans(),
-    tied=st.booleans(),
-)
-def test_largest_is_the_argmax_of_the_outputs(
-    guarded: Guarded, seed: int, batch: int, d: int, n: int, dtype: torch.dtype, biased: bool, tied: bool
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    w, bias = random(g, dtype, n, d), random(g, torch.float32, n) if biased else None
-    x = random(g, dtype, batch, d)
-    if tied:  # small whole numbers: equal outputs, of which the first counts
-        w, x, bias = w.round().clamp(-1, 1), x.round().clamp(-1, 1), None
-    linear = native.Linear(w, bias)
-    if batch:
-        outputs = linear(x, out_dtype=torch.float32)
-        first = [int((row == row.max()).nonzero()[0]) for row in outputs]
-        assert linear.largest(x).tolist() == first
-    assert linear.largest(x).shape == (batch,)
-
-
-@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_largest_of_outputs_that_are_no_numbers_is_a_place_in_range(guarded: Guarded, value: float) -> None:
-    linear = native.Linear(torch.ones(40, 3))
-    assert linear.largest(torch.full((2, 3), value)).tolist() == [0, 0]
-
-
-@CASES
-@given(
-    seed=st.integers(0, 2**31),
     batch=st.integers(0, 7),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),

@@ -15,16 +15,28 @@ struct Linear {
   char* scratch;
 };
 
-// A router in int8: row j is about steps[j] · (its row of `packed`), with an error of norm errors[j]; see router.h.
+// A weight in int8: row j is about steps[j] · (its row of `packed`), with an error of norm errors[j]; see router.h.
 // Arrays have panels · 16 elements.
 struct Screen {
-  const void* rows;       // the router itself [atoms, d], row after row; null: no screening
-  const int8_t* packed;   // [atoms, d]
+  const void* rows;       // the weight itself [n, d], row after row, where rows are scored again
+  const int8_t* packed;   // [n, d]; null: no screening
   const float* steps;
   const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
   const float *errors, *norms;
   float slack;            // of the bias and the last additions
-  int64_t* counts;        // candidates scored again, and the tokens they were of; added to
+  int64_t* counts;        // rows (of a head: panels) scored again, and the tokens they were of; added to
+};
+
+// Where each token's largest output is.
+struct Head {
+  const void* x;      // [batch, d]
+  const void* w;      // packed [n, d]
+  const float* bias;  // [panels · 16], −∞ behind the last output
+  Screen screen;
+  int64_t* out;       // [batch]
+  int64_t batch, d, n;
+  int threads;
+  char* scratch;
 };
 
 // Static MLP plus, where atoms > 0, a routed composition of rank-1 atoms. With rank > 0 the picks are adapters of
@@ -133,7 +145,7 @@ struct Sampling {
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
-  void (*largest)(const Linear&);  // out: int64 [batch], where each row's largest output is
+  void (*largest)(const Head&);
   void (*ffn)(const Ffn&);
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
@@ -142,7 +154,7 @@ struct Kernels {
   void (*norm)(const Norm&);
   // bytes of scratch that a call needs
   int64_t (*linear_scratch)(const Linear&);
-  int64_t (*largest_scratch)(const Linear&);
+  int64_t (*largest_scratch)(const Head&);
   int64_t (*ffn_scratch)(const Ffn&);
   int64_t (*moe_scratch)(const Moe&);
   int64_t (*attention_scratch)(const Attention&);

@@ -11,8 +11,9 @@ INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t
   for (int64_t t = first; t < last; t++) {
     const T* x = (const T*)a.x + t * a.d;
     float rstd = a.norm_eps >= 0 ? reciprocal_std(x, a.d, a.norm_eps) : 1.0f;
-    b.readings[t - base] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + (t - base) * b.shifted_stride)
-                                         : Reading{rstd, rstd, 0, 0};
+    int64_t own = t - base;
+    b.readings[own] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + own * b.shifted_stride, b.outliers[own])
+                                    : Reading{rstd, rstd, 0, 0};
   }
 }
 
@@ -32,8 +33,8 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
     int64_t end = last < routed ? last : routed;
     Logits logits = {b.readings, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
     if (a.screen.rows)
-      multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d, Bounds{logits, a.screen},
-                       first, end);
+      multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d,
+                       Bounds{logits, a.screen, b.outliers}, first, end);
     else
       multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
     laps.end(ROUTER);

@@ -113,6 +113,16 @@ INLINE void tile(const bf16* w, int64_t panel, const float* const* x, int64_t d,
 }
 #endif
 
+// sums + four unsigned inputs · 16 rows of four signed weights.
+INLINE vi dot4(vi sums, uint32_t four, vi rows) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32((int32_t)four), (__m512i)rows);
+#else
+  for (int i = 0; i < 4; i++) sums += (rows << (24 - 8 * i) >> 24) * (int32_t)(four >> 8 * i & 0xff);
+  return sums;
+#endif
+}
+
 template <int P, int T>
 INLINE void tile(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_t d, Ahead& ahead, vi (&acc)[P][T]) {
   for (int64_t k = 0; k < d; k += 4) {
@@ -120,15 +130,9 @@ INLINE void tile(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_
     vi row[P];
     for (int p = 0; p < P; p++) memcpy(&row[p], w + p * panel + k * LANES, sizeof row[p]);
     for (int t = 0; t < T; t++) {
-#if defined(__AVX512VNNI__)
-      int32_t four;
+      uint32_t four;
       memcpy(&four, x[t] + k, sizeof four);
-      for (int p = 0; p < P; p++)
-        acc[p][t] = (vi)_mm512_dpbusd_epi32((__m512i)acc[p][t], _mm512_set1_epi32(four), (__m512i)row[p]);
-#else
-      for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) acc[p][t] += (row[p] << (24 - 8 * i) >> 24) * (int32_t)x[t][k + i];
-#endif
+      for (int p = 0; p < P; p++) acc[p][t] = dot4(acc[p][t], four, row[p]);
     }
   }
 }
@@ -165,10 +169,15 @@ struct Output {
   INLINE void operator()(vf v, int64_t t, int64_t n) const { finish(v, e, out, t, n, size); }
 };
 
+// What sums of tokens t, t + 1 … start from: 0, where a sink knows of nothing else.
+template <typename T, typename Sum, int P, int TT, typename Sink>
+INLINE void start(const Sink&, const T*, int64_t, int64_t, Sum (&)[P][TT]) {}
+
 template <typename T, int P, int TT, typename Sink>
 INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Sink& sink,
                   int64_t t, int64_t n, Ahead& ahead) {
   typename Input<T>::sum acc[P][TT] = {};
+  start(sink, w, panel, t, acc);
   tile<P, TT>(w, panel, x, d, ahead, acc);
   for (int p = 0; p < P; p++)
     for (int i = 0; i < TT; i++) sink(acc[p][i], t + i, n + p * LANES);

@@ -139,23 +139,6 @@ PyObject* linear(PyObject*, PyObject* const* items, Py_ssize_t count) {
   return run(c, kernels(half).linear, kernels(half).linear_scratch);
 }
 
-// (is_bfloat16, x, w, bias, out, batch, d, n, threads)
-PyObject* largest(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  Arguments a{items, count};
-  int half = static_cast<int>(a.integer());
-  Linear c{};
-  c.x = a.address<const void>();
-  c.w = a.address<const void>();
-  c.bias = a.address<const float>();
-  c.out = a.address<void>();
-  c.batch = a.integer();
-  c.d = a.integer();
-  c.n = a.integer();
-  c.threads = static_cast<int>(a.integer());
-  if (!a.ok()) return nullptr;
-  return run(c, kernels(half).largest, kernels(half).largest_scratch);
-}
-
 constexpr const char* stack_name = "dsc_kernels.stack";
 
 // What stays the same from call to call is read once; a layer's calls name it by its capsule.
@@ -178,6 +161,49 @@ struct Layer {
     return static_cast<Layer*>(layer);
   }
 };
+
+void take_screen(Arguments& a, Screen& s) {
+  s.rows = a.address<const void>();
+  s.packed = a.address<const int8_t>();
+  s.steps = a.address<const float>();
+  s.shifts = a.address<const int32_t>();
+  s.errors = a.address<const float>();
+  s.norms = a.address<const float>();
+  s.slack = a.real();
+  s.counts = a.address<int64_t>();
+}
+
+// (is_bfloat16, w, bias, d, n, screen's rows, packed, steps, shifts, errors, norms, slack, counts)
+PyObject* head_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = new Layer<Head>;
+  layer->half = static_cast<int>(a.integer());
+  Head& c = layer->call;
+  c.w = a.address<const void>();
+  c.bias = a.address<const float>();
+  c.d = a.integer();
+  c.n = a.integer();
+  take_screen(a, c.screen);
+  if (!a.ok()) {
+    delete layer;
+    return nullptr;
+  }
+  return Layer<Head>::wrap(layer);
+}
+
+// (layer, x, out, batch, threads)
+PyObject* largest(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Arguments a{items, count};
+  auto* layer = Layer<Head>::unwrap(a);
+  if (!layer) return nullptr;
+  Head c = layer->call;
+  c.x = a.address<const void>();
+  c.out = a.address<int64_t>();
+  c.batch = a.integer();
+  c.threads = static_cast<int>(a.integer());
+  if (!a.ok()) return nullptr;
+  return run(c, kernels(layer->half).largest, kernels(layer->half).largest_scratch);
+}
 
 // (is_bfloat16, up, gate, down, router, router_bias, u, v, gamma, d, hidden, atoms, tau, eps, norm_eps, k, rank,
 //  scalar_gamma, activation, screen's rows, packed, steps, shifts, errors, norms, slack, counts)
@@ -204,14 +230,7 @@ PyObject* ffn_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   c.rank = static_cast<int>(a.integer());
   c.scalar_gamma = static_cast<int>(a.integer());
   c.activation = static_cast<int>(a.integer());
-  c.screen.rows = a.address<const void>();
-  c.screen.packed = a.address<const int8_t>();
-  c.screen.steps = a.address<const float>();
-  c.screen.shifts = a.address<const int32_t>();
-  c.screen.errors = a.address<const float>();
-  c.screen.norms = a.address<const float>();
-  c.screen.slack = a.real();
-  c.screen.counts = a.address<int64_t>();
+  take_screen(a, c.screen);
   if (!a.ok()) {
     delete layer;
     return nullptr;
@@ -515,6 +534,7 @@ PyMethodDef methods[] = {
     {"use", use, METH_O, "Choose an instruction set by name."},
     {"pack", fast(pack), METH_FASTCALL, nullptr},
     {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"head_layer", fast(head_layer), METH_FASTCALL, nullptr},
     {"largest", fast(largest), METH_FASTCALL, nullptr},
     {"ffn_layer", fast(ffn_layer), METH_FASTCALL, nullptr},
     {"ffn", fast(ffn), METH_FASTCALL, nullptr},

@@ -8,14 +8,8 @@
 // router's own rows. The result is that of scoring all rows so, whatever the weights.
 #pragma once
 
-#include "gemm.h"
+#include "quantise.h"
 #include "select.h"
-
-// How a token's products become logits, scale · product + bias, and how far they may be off when screened:
-// from_weights · (the row's error) + from_input · (the row's norm) + slack.
-struct Reading {
-  float rstd, scale, from_weights, from_input;
-};
 
 // Classes are panel mod slots and lane: more than enough for few picks, and 256 for at most 64.
 INLINE int64_t slots_of(int k) { return k <= 8 ? 4 : 16; }
@@ -43,6 +37,7 @@ struct Logits {
 struct Bounds {
   Logits to;
   const Screen& screen;
+  const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
     const Reading& r = to.readings[t];
     vi shift;
@@ -54,37 +49,6 @@ struct Bounds {
     raise(to.peaks, to.slots, t, n, logit - error);
   }
 };
-
-// A token in steps of its largest value / 127, shifted by 128, and what that leaves out. A token too large or too small
-// to be bounded gets bounds that are NaN, which screen nothing.
-template <typename T>
-INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out) {
-  typedef uint8_t bytes __attribute__((vector_size(16)));
-  vf highest = {}, squares = {}, left = {};
-  auto at = [&](int64_t i) __attribute__((always_inline)) {
-    return i + LANES <= d ? load(x + i) : load_some(x + i, (int)(d - i));
-  };
-  for (int64_t i = 0; i < d; i += LANES) {
-    vf v = at(i), size = (vf)((vi)v & 0x7fffffff);
-    highest = size > highest ? size : highest;
-    squares += v * v;
-  }
-  float peak = 0;
-  for (int lane = 0; lane < LANES; lane++) peak = highest[lane] > peak ? highest[lane] : peak;
-  float norm = sqrtf(sum(squares));
-  bool bounded = norm > 1e-15f && norm < 1e15f;
-  float step = bounded ? peak / 127 : 0, inverse = bounded ? 127 / peak : 0;
-  for (int64_t i = 0; i < d; i += LANES) {
-    vf v = bounded ? at(i) : vf{}, shifted = v * inverse + 12582912.0f;  // 1.5 · 2^23: the low bits are the integer
-    vf rest = v - (shifted - 12582912.0f) * step;
-    left += rest * rest;
-    bytes rounded = __builtin_convertvector((vi)shifted - 0x4b400000 + 128, bytes);
-    memcpy(out + i, &rounded, sizeof rounded);
-  }
-  if (!bounded) return {rstd, NAN, NAN, NAN};
-  constexpr float UP = 1.00001f;  // for the rounding of the norms themselves
-  return {rstd, rstd * step, rstd * norm * UP, rstd * sqrtf(sum(left)) * UP};
-}
 
 // What the K best logits reach when K of them reach `bound`, in a selection that truncates: −∞ where nothing is left out.
 INLINE float attainable(float bound, float tau) { return bound > tau ? tau : (bound > -tau ? bound : -INFINITY); }
@@ -141,4 +105,9 @@ INLINE int64_t candidates(const float* logits, int64_t size, float bound, int32_
     for (; kept; kept &= kept - 1) out[count++] = (int32_t)i + __builtin_ctzll(kept);
   }
   return count;
+}
+
+template <int P, int TT>
+INLINE void start(const Bounds& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
+  add_outliers(sink.outliers + t, w, panel, acc);
 }

@@ -14,6 +14,7 @@ struct FfnBuffers {
   float *logits = nullptr, *peaks = nullptr, *dynamic = nullptr;
   I* hidden = nullptr;
   Reading* readings = nullptr;
+  Outliers* outliers = nullptr;
   uint8_t* shifted = nullptr;
   int32_t *candidates = nullptr, *picks = nullptr, *order = nullptr;  // picks to keys: where the composition is grouped
   float* weights = nullptr;
@@ -38,6 +39,7 @@ struct FfnBuffers {
     peaks = (float*)take(workers * peaks_size * 4);
     dynamic = (float*)take(tokens * a.d * 4);
     readings = (Reading*)take(tokens * sizeof *readings);
+    outliers = (Outliers*)take(a.screen.rows ? tokens * sizeof *outliers : 0);
     shifted = (uint8_t*)take(a.screen.rows ? tokens * shifted_stride : 0);
     candidates = (int32_t*)take(workers * 4 * (logit_stride + LANES) * 4);
     if (!a.grouped) return;

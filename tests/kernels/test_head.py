@@ -1,0 +1,131 @@
+"""Each token's likeliest word is the first largest logit, also where the head is screened in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from native_cases import CASES, DTYPES, Guarded
+from torch import Tensor
+from weight_kinds import INPUTS, WEIGHTS
+
+from dsc_kernels import head, native, ops
+
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
+
+
+@pytest.fixture(params=["exact", "int8-certified"], autouse=True)
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    head.use(request.param)
+    yield request.param
+    head.use("auto")
+
+
+def first_largest(logits: Tensor) -> list[int]:
+    """Of each row; NaN is never the largest, and 0 stands for a row without a number above −∞."""
+    row = torch.where(logits.isnan(), -torch.inf, logits)
+    return [int((r == r.max()).nonzero()[0]) for r in row]
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(sorted(WEIGHTS)),
+    inputs=st.sampled_from(sorted(INPUTS)),
+    batch=st.one_of(st.integers(0, 14), st.integers(60, 70)),
+    d=st.integers(1, 90),
+    words=st.one_of(st.integers(1, 300), st.integers(2000, 2100)),
+    dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(),
+)
+def test_it_is_the_argmax_of_the_logits(
+    guarded: Guarded,
+    seed: int,
+    kind: str,
+    inputs: str,
+    batch: int,
+    d: int,
+    words: int,
+    dtype: torch.dtype,
+    biased: bool,
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight, x = WEIGHTS[kind](g, words, d).to(dtype), INPUTS[inputs](g, batch, d).to(dtype)
+    bias = torch.randn(words, generator=g) if biased else None
+    made = head.Head(weight, bias)
+    got = made.largest(x)
+    assert got.shape == (batch,)
+    if batch:
+        assert got.tolist() == first_largest(made(x, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
+def test_logits_that_are_no_numbers_are_a_place_in_range(guarded: Guarded, value: float) -> None:
+    assert head.Head(torch.ones(40, 3)).largest(torch.full((2, 3), value)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_and_tokens_that_are_not_finite_touch_no_others(value: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    weight, x = torch.randn(3000, 48, generator=g), torch.randn(9, 48, generator=g)
+    clean = head.Head(weight).largest(x)
+    weight[2999, 5], x[4, 7] = value, value
+    made = head.Head(weight)
+    got = made.largest(x)
+    assert got.tolist() == first_largest(made(x, out_dtype=torch.float32))
+    unharmed = [i for i in range(9) if i != 4 and got[i] != 2999]
+    assert torch.equal(got[unharmed], clean[unharmed])
+
+
+def test_few_panels_are_multiplied_again_and_counted(precision: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    made = head.Head((torch.randn(20000, 384, generator=g) / 20).bfloat16())
+    x = torch.randn(100, 384, generator=g)
+    x[:, [5, 6, 200]] *= 40  # without a second digit for these, most words would be nominees
+    made.largest(x.bfloat16())
+    if precision == "exact":
+        assert made.screen.counts is None
+        return
+    assert made.screen.counts is not None
+    panels, tokens = made.screen.counts.tolist()
+    assert tokens == 100
+    assert 1 <= panels / tokens < 12
+
+
+def test_a_head_that_screening_does_not_help_is_multiplied_out(precision: str) -> None:
+    """All words are alike, so all are nominees; after 256 tokens no more are counted."""
+    made = head.Head(torch.ones(2000, 16))
+    for _ in range(5):
+        assert made.largest(torch.ones(100, 16)).tolist() == [0] * 100
+    if precision != "exact":
+        assert made.screen.counts is not None
+        assert made.screen.counts.tolist() == [300 * 125, 300]
+
+
+def test_auto_screens_large_heads_where_int8_is_fast() -> None:
+    head.use("auto")
+    assert head.screens(head.SCREENED_WORDS, 64) == (native.active() in native.SCREENING_SETS)
+    assert not head.screens(head.SCREENED_WORDS - 1, 64)
+    assert not head.screens(head.SCREENED_WORDS, head.MAX_WIDTH + 1)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_precision 'int4' is not known; allowed: auto, exact, int8-certified"):
+        head.use("int4")  # type: ignore[arg-type]
+
+
+def test_plain_torch_finds_the_same() -> None:
+    g = torch.Generator().manual_seed(5)
+    weight, x = torch.randint(-3, 4, (70, 12), generator=g).float(), torch.randint(-3, 4, (6, 12), generator=g).float()
+    native_places = ops.head(weight).largest(x)
+    active = native.active()
+    native.use("plain")
+    plain_places = ops.head(weight).largest(x)
+    native.use(active or "plain")
+    assert torch.equal(native_places, plain_places)

@@ -45,7 +45,7 @@ def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
     d = weight.shape[1]
     if d > MAX_WIDTH:
         raise ValueError(f"an int8-certified weight has d {d}; it may be at most {MAX_WIDTH}")
-    pieces = [_rounded(piece) for piece in weight.split(max(1, CHUNK // d))]
+    pieces = [_rounded(piece) for piece in torch.split(weight, max(1, CHUNK // d))]
     whole, steps, sums, errors, norms = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * 2.0**-20
     return Screen(

@@ -41,3 +41,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
                 reject(field, value, f"above 0 and at most {MAX_TIMEOUT_S:g} seconds")
         if len(self.cache_salt) > MAX_SALT:
             reject("cache_salt", f"{len(self.cache_salt)} characters", f"at most {MAX_SALT}")
+
+    def overdue(self, field: str) -> str:
+        """What to tell of a request that is out of the time of this field."""
+        waited = "did not begin" if field == "queue_timeout_s" else "did not end"
+        return f"the request {waited} within its {field} of {getattr(self, field):g} s"

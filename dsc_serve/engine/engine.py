@@ -98,8 +98,12 @@ class Engine:
         params: SamplingParams,
         collect_logits: bool = False,
         terms: Terms | None = None,
+        age_s: float = 0.0,
     ) -> Request:
-        """Queue a request. Raises ParameterError when it could never finish here, ValueError when its id is in use."""
+        """Queue a request, which may have waited elsewhere for `age_s` of its time.
+
+        Raises ParameterError when it could never finish here, ValueError when its id is in use.
+        """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
@@ -107,7 +111,7 @@ class Engine:
         request.constraint = self.constraint(params)
         if self.routing is not None:
             self.routing.expect(request)
-        self.scheduler.add(request)
+        self.scheduler.add(request, age_s)
         return request
 
     def constraint(self, params: SamplingParams) -> Constraint | None:
@@ -179,9 +183,8 @@ class Engine:
         return Delta(request_id, [], "error", error=reason, error_field=FIELD)
 
     def _expired(self, request: Request, field: str) -> Delta:
-        waited = "did not begin" if field == "queue_timeout_s" else "did not end"
-        error = f"the request {waited} within its {field} of {getattr(request.terms, field):g} s"
-        return Delta(request.id, [], "timeout", error=error, cached_tokens=request.cached_tokens or 0)
+        error, cached_tokens = request.terms.overdue(field), request.cached_tokens or 0
+        return Delta(request.id, [], "timeout", error=error, cached_tokens=cached_tokens)
 
     def _check(self) -> None:
         fault = self.scheduler.fault() if self.strict or not self.has_work else None

@@ -49,8 +49,9 @@ class Scheduler:
         self._deadlines = Deadlines(lambda request: self.get(request.id) is request)
         self._secret = secrets.token_bytes(16) if prefix_cache else None
 
-    def add(self, request: Request) -> None:
-        request.arrived = self.clock()
+    def add(self, request: Request, age_s: float = 0.0) -> None:
+        """Queue a request that arrived so long ago."""
+        request.arrived = self.clock() - age_s
         if self._secret is not None and not request.wants_prompt_rows:
             request.root = root_name(self._secret, request.terms.cache_salt)
             self._name_blocks(request, request.known // self.block_size)

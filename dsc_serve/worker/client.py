@@ -14,22 +14,29 @@ from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
 from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
 
 MAX_TRIES = 2  # a request that two engines died with may be what kills them
+LATE_S = 1.0  # how much later than the engine this process ends a request that is out of time
+TIMEOUTS = ("queue_timeout_s", "timeout_s")
 
 
 @dataclass
 class Pending:
-    """A request that has not ended. begun: it has said something. tries: engines that it was submitted to."""
+    """A request that has not ended. begun: it has said something. tries: engines that it was submitted to.
+
+    arrived: in monotonic seconds.
+    """
 
     submit: Submit
     news: asyncio.Queue[Delta | EngineDiedError] = field(default_factory=asyncio.Queue)
     begun: bool = False
     tries: int = 0
+    arrived: float = field(default_factory=time.monotonic)
 
 
 class EngineClient:
     """The engine as the server sees it; the supervisor attaches one connection after another to it.
 
     A request that has said nothing when its engine dies is submitted to the next one; any other ends with the reason.
+    The time that a request has is the engine's to watch; one that hangs, or is being restarted, is not waited for.
     trouble: why the engine cannot be relied on at the moment, "" when it is well. gave_up: it will not come back.
     """
 
@@ -98,7 +105,7 @@ class EngineClient:
         if request_id in self._pending:
             raise ValueError(f"request id {request_id!r} is in use")
         pending = self._pending[request_id] = Pending(Submit(request_id, prompt, params, terms or Terms()))
-        ended = False
+        timers, ended = self._timers(pending), False
         try:
             self._submit(pending)
             while not ended:
@@ -110,6 +117,8 @@ class EngineClient:
                 ended = news.finish_reason is not None
                 yield news
         finally:
+            for timer in timers:
+                timer.cancel()
             self._pending.pop(request_id, None)
             if not ended:
                 self.finish(request_id, "abort")
@@ -139,8 +148,23 @@ class EngineClient:
 
     def _submit(self, pending: Pending) -> None:
         assert self._connection is not None
+        if pending.tries:
+            pending.submit.age_s = time.monotonic() - pending.arrived
         pending.tries += 1
         self._connection.send(pending.submit)
+
+    def _timers(self, pending: Pending) -> list[asyncio.TimerHandle]:
+        limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.terms, name)) is not None}
+        later = asyncio.get_running_loop().call_later
+        return [later(limit + LATE_S, self._time_out, pending, name) for name, limit in limits.items()]
+
+    def _time_out(self, pending: Pending, name: str) -> None:
+        """End a request whose time was up LATE_S ago. Only where there is no engine it is known not to have begun."""
+        request_id, terms = pending.submit.request_id, pending.submit.terms
+        may_have_begun = pending.begun or self._connection is not None
+        if request_id in self._pending and not (name == "queue_timeout_s" and may_have_begun):
+            self.finish(request_id, "abort")
+            self._pending.pop(request_id).news.put_nowait(Delta(request_id, [], "timeout", error=terms.overdue(name)))
 
     def _end(self, request_id: str, reason: str) -> None:
         self._pending.pop(request_id).news.put_nowait(EngineDiedError(reason))

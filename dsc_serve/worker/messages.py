@@ -29,12 +29,16 @@ class Start(msgspec.Struct, tag=True, array_like=True):
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests."""
+    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests.
+
+    age_s: how much of the request's time has passed, with an engine that is no more and without any.
+    """
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
     terms: Terms = Terms()
+    age_s: float = 0.0
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):

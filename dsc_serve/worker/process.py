@@ -143,7 +143,9 @@ class EngineProcess:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             try:
-                self.engine.add(message.request_id, message.prompt, message.params, terms=message.terms)
+                self.engine.add(
+                    message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
+                )
             except (ParameterError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
                 delta = Delta(message.request_id, [], "error", error=str(error), error_field=field)

@@ -29,6 +29,15 @@ def test_a_request_that_has_not_begun_in_time_ends() -> None:
     assert engine.scheduler.timeouts == 1
 
 
+def test_time_that_passed_before_a_request_came_counts() -> None:
+    engine = fake_engine(max_running=1)
+    engine.add("a", [1], LONG, terms=Terms(timeout_s=3), age_s=2)
+    engine.add("b", [1], LONG, terms=Terms(queue_timeout_s=2), age_s=1.5)
+    assert at(engine, 0.4) == {}
+    assert set(at(engine, 0.5)) == {"b"}
+    assert at(engine, 1.0) == {"a": ("timeout", "the request did not end within its timeout_s of 3 s")}
+
+
 def test_a_running_request_ends_when_its_time_is_over_and_releases_its_blocks() -> None:
     engine = fake_engine()
     engine.add("a", [1], LONG, terms=Terms(timeout_s=3, queue_timeout_s=1))

@@ -28,7 +28,7 @@ from dsc_serve.worker.messages import (
 )
 
 # What the first token of a prompt makes this engine do.
-ANSWER, BEGIN, WAIT, DIE, HANG, STALL, FLOOD = range(7)
+ANSWER, BEGIN, WAIT, DIE, HANG, STALL, FLOOD, AGE = range(8)
 INFO = ModelInfo(
     limits=Limits(100, 100, 100, 1),
     dtype="",
@@ -62,13 +62,15 @@ class ScriptedEngine:
     def take(self, submit: Submit) -> None:
         name, first = submit.request_id, submit.prompt[0]
         self.open.add(name)
-        if first == DIE:
+        if first == DIE or (first == AGE and not submit.age_s):
             os.kill(os.getpid(), signal.SIGKILL)
         elif first == HANG:
             time.sleep(600)
         elif first == ANSWER:
             self.open.remove(name)
             self.say(StepDone([Delta(name, [1]), Delta(name, [os.getpid()], "length")]))
+        elif first == AGE:
+            self.say(StepDone([Delta(name, [int(1000 * submit.age_s)], "length")]))
         elif first in (BEGIN, STALL):
             self.say(StepDone([Delta(name, [1])]))
         elif first == FLOOD:

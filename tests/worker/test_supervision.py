@@ -6,22 +6,26 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import scripted_engine
-from scripted_engine import ANSWER, BEGIN, DIE, FLOOD, HANG, STALL, WAIT
+from scripted_engine import AGE, ANSWER, BEGIN, DIE, FLOOD, HANG, STALL, WAIT
 
 from dsc_serve.config import EngineConfig, LifeConfig
 from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.terms import Terms
+from dsc_serve.worker import client as client_module
 from dsc_serve.worker import supervisor as supervisor_module
 from dsc_serve.worker.client import EngineClient, EngineDiedError
 from dsc_serve.worker.messages import Delta
 from dsc_serve.worker.supervisor import EngineStartError, EngineSupervisor
 
 ENGINE = str(Path(scripted_engine.__file__))
+HURRIED = Terms(queue_timeout_s=0.05)
 Supervise = Callable[..., "asynccontextmanager[EngineSupervisor]"]
 
 
@@ -127,6 +131,67 @@ def test_an_engine_that_hangs_is_noticed_and_then_replaced(supervised: Supervise
             await until(lambda: client.alive)
             assert engine_pid(supervisor) != first
             assert not runs(first)
+
+    scenario(test())
+
+
+def test_the_next_engine_is_told_how_long_a_request_has_waited(
+    supervised: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 0.2)
+
+    async def test() -> None:
+        async with supervised() as supervisor:
+            started = time.monotonic()
+            (age_ms,) = await ask(supervisor.client, "a", AGE)
+            assert 200 <= age_ms <= 1000 * (time.monotonic() - started)
+
+    scenario(test())
+
+
+@pytest.mark.parametrize(
+    ("terms", "fault", "words"),
+    [
+        (Terms(timeout_s=0.2), signal.SIGSTOP, "did not end within its timeout_s of 0.2 s"),
+        (Terms(timeout_s=0.2), signal.SIGKILL, "did not end within its timeout_s of 0.2 s"),
+        (Terms(queue_timeout_s=0.2), signal.SIGKILL, "did not begin within its queue_timeout_s of 0.2 s"),
+    ],
+)
+def test_a_request_s_time_is_up_even_without_an_engine(
+    supervised: Supervise, monkeypatch: pytest.MonkeyPatch, terms: Terms, fault: signal.Signals, words: str
+) -> None:
+    monkeypatch.setattr(client_module, "LATE_S", 0.1)
+    monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 20)
+
+    async def test() -> None:
+        async with supervised(hang_s=30) as supervisor:
+            client, pid = supervisor.client, engine_pid(supervisor)
+            deltas = client.generate("a", [WAIT], SamplingParams(), terms)
+            first = asyncio.create_task(anext(deltas))
+            await until(lambda: client.in_flight)
+            os.kill(pid, fault)
+            delta = await first
+            assert (delta.token_ids, delta.finish_reason) == ([], "timeout")
+            assert words in delta.error
+            assert not [delta async for delta in deltas]
+            assert client.restarts == client.in_flight == 0
+            if fault == signal.SIGSTOP:
+                os.kill(pid, signal.SIGCONT)
+
+    scenario(test())
+
+
+def test_a_request_that_may_have_begun_is_not_taken_for_one_that_waits(
+    supervised: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "LATE_S", 0.05)
+
+    async def test() -> None:
+        async with supervised() as supervisor:
+            task = asyncio.create_task(anext(supervisor.client.generate("a", [WAIT], SamplingParams(), HURRIED)))
+            _, unfinished = await asyncio.wait((task,), timeout=0.4)
+            assert unfinished
+            task.cancel()
 
     scenario(test())
 

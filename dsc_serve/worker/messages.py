@@ -6,6 +6,7 @@ A frame is a 4-byte little-endian length followed by one msgpack document. Nothi
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import msgspec
 
@@ -111,7 +112,22 @@ from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:
-    body = encoder.encode(message)
+    """Raises ValueError for a message that is too large."""
+    return framed(encoder.encode(message))
+
+
+def frames(deltas: list[Delta]) -> Iterator[bytes]:
+    """One step's news, in one message or, where that would be too large, in several."""
+    body = encoder.encode(StepDone(deltas))
+    if len(body) > MAX_FRAME and len(deltas) > 1:
+        middle = len(deltas) // 2
+        yield from frames(deltas[:middle])
+        yield from frames(deltas[middle:])
+    else:
+        yield framed(body)
+
+
+def framed(body: bytes) -> bytes:
     if len(body) > MAX_FRAME:
         raise ValueError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME}")
     return HEADER.pack(len(body)) + body

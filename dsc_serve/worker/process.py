@@ -34,10 +34,10 @@ from dsc_serve.worker.messages import (
     StartFailed,
     Stats,
     StatsRequest,
-    StepDone,
     Submit,
     ToEngine,
     frame,
+    frames,
     to_engine_decoder,
 )
 
@@ -128,7 +128,7 @@ class EngineProcess:
                 deltas = self.engine.step()
                 if deltas:
                     stepped = time.perf_counter()
-                    self.send(StepDone(deltas))
+                    self.tell(deltas)
                     self.engine.report.output_s += time.perf_counter() - stepped
 
     def close(self) -> None:
@@ -140,6 +140,10 @@ class EngineProcess:
     def send(self, message: FromEngine) -> None:
         self.connection.sendall(frame(message))
 
+    def tell(self, deltas: list[Delta]) -> None:
+        for part in frames(deltas):
+            self.connection.sendall(part)
+
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             try:
@@ -148,11 +152,10 @@ class EngineProcess:
                 )
             except (ParameterError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
-                delta = Delta(message.request_id, [], "error", error=str(error), error_field=field)
-                self.send(StepDone([delta]))
+                self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):
-                self.send(StepDone([Delta(message.request_id, [], message.reason)]))
+                self.tell([Delta(message.request_id, [], message.reason)])
         elif isinstance(message, StatsRequest):
             self.send(stats_of(self.engine, message.ticket))
 

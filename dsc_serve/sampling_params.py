@@ -9,6 +9,8 @@ import msgspec
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP = 1024  # characters of one
+MAX_STOP_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_BIASES = 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
@@ -149,8 +151,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             reject("max_tokens", self.max_tokens, "a 32-bit integer from 0")
         if not 0 <= self.min_tokens <= INT32_MAX or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             reject("min_tokens", self.min_tokens, f"between 0 and max_tokens ({self.max_tokens})")
-        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
-            reject("stop", list(self.stop), f"at most {MAX_STOPS} texts, none of them empty")
+        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP for s in self.stop):
+            reject("stop", list(self.stop), f"at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            reject("stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
         if not all(type(t) is int and t >= 0 for t in self.stop_token_ids):
             reject("stop_token_ids", list(self.stop_token_ids), "token ids (integers from 0)")
         for field in ("logprobs", "prompt_logprobs"):
@@ -231,6 +235,9 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
     """
     if not prompt:
         raise ParameterError("prompt", "prompt is empty; at least one token is needed")
+    what = "the model's context" if limits.max_tokens == limits.max_model_len else "the KV pool"
+    if len(prompt) > limits.max_tokens:
+        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {limits.max_tokens}")
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= limits.vocab_size:
         bad = low if low < 0 else high
@@ -240,9 +247,6 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {limits.vocab_size - 1}")
     if params.routing:
         check_routing(prompt, params, limits)
-    what = "the model's context" if limits.max_tokens == limits.max_model_len else "the KV pool"
-    if len(prompt) > limits.max_tokens:
-        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {limits.max_tokens}")
     room = limits.max_tokens - len(prompt)
     if params.max_tokens is None:
         if room == 0:

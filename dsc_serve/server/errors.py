@@ -95,6 +95,7 @@ ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than_equal": lambda context: f"at most {context['le']}",
     "string_too_long": lambda context: f"a string of at most {context['max_length']} characters",
     "too_short": lambda context: f"a list of at least {context['min_length']}",
+    "too_long": lambda context: f"one of at most {context['max_length']} entries",
 }
 
 

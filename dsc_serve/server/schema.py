@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PlainValidator, Tag
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.sampling_params import MAX_BIASES, ParameterError, SamplingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.extensions import DscFields, TermsFields
 from dsc_serve.server.fields import Count, Fields, Only
@@ -16,6 +16,8 @@ from dsc_serve.terms import Terms
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
 TOKEN_ID_DIGITS = 10
+MAX_USER = 256  # characters
+MAX_MESSAGES = 4096
 
 TextOption = Annotated[str, Tag("(text)")]
 Prompt = str | list[int] | list[str] | list[list[int]]
@@ -75,7 +77,7 @@ class EngineFields(Fields):
     """
 
     model: str | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
     priority: Count | None = None
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
@@ -127,7 +129,7 @@ class GenerationFields(EngineFields):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     seed: int | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
@@ -230,8 +232,11 @@ class Message(Fields):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerationFields):
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     max_completion_tokens: Count | None = None

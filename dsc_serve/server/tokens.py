@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import Field, PlainValidator
+from pydantic import PlainValidator
 
 from dsc_serve.server.chat import rendered
 from dsc_serve.server.errors import bad_request, json_response
 from dsc_serve.server.fields import Fields
 from dsc_serve.server.limits import read_body
-from dsc_serve.server.schema import Message, wrong_item
+from dsc_serve.server.schema import Messages, wrong_item
 from dsc_serve.server.service import Service
 
 
@@ -26,7 +27,7 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -61,12 +62,13 @@ async def tokenize(service: Service, request: Request) -> Response:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
     ids = await service.encode(text, param, chat=not special)
+    names = await asyncio.to_thread(list, map(service.token_name, ids)) if fields.return_token_strs else None
     return json_response(
         {
             "count": len(ids),
             "max_model_len": service.engine.model.limits.max_tokens,
             "tokens": ids,
-            "token_strs": [service.token_name(id) for id in ids] if fields.return_token_strs else None,
+            "token_strs": names,
         }
     )
 
@@ -75,10 +77,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     """Special tokens are part of the text. Raises ApiError."""
     fields = DetokenizeRequest.parse(await read_body(request))
     service.check_model(fields.model)
-    if service.tokenizer is None:
+    tokenizer, ids, limits = service.tokenizer, fields.tokens, service.engine.model.limits
+    if tokenizer is None:
         raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")
-    size = service.engine.model.limits.vocab_size
-    for i, id in enumerate(fields.tokens):
-        if not 0 <= id < size:
-            raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {size - 1}")
-    return json_response({"prompt": service.tokenizer.decode(fields.tokens, skip_special_tokens=False)})
+    if len(ids) > limits.max_tokens:
+        message = f"tokens has {len(ids)} ids, which is more than the context of {limits.max_tokens} holds"
+        raise bad_request("tokens", message, "context_length_exceeded")
+    for i, id in enumerate(ids):
+        if not 0 <= id < limits.vocab_size:
+            raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {limits.vocab_size - 1}")
+    text = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=False)
+    return json_response({"prompt": text})

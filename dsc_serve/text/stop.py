@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
-def failure_table(stop: str) -> list[int]:
+@lru_cache(maxsize=256)  # the choices of a request look for the same
+def failure_table(stop: str) -> Sequence[int]:
     """For each prefix of `stop`, the length of its longest proper prefix that is also its suffix.
 
     The table of Knuth, Morris and Pratt.

@@ -62,6 +62,7 @@ def test_the_version_is_the_package_s(app: FastAPI) -> None:
         ("/detokenize", {"tokens": "x"}, "tokens"),
         ("/detokenize", {"tokens": [1, True]}, "tokens.1"),
         ("/detokenize", {"tokens": [300]}, "tokens.0"),
+        ("/detokenize", {"tokens": [0] * 513}, "tokens"),
         ("/detokenize", {"tokens": [0, -1]}, "tokens.1"),
     ],
     ids=str,

@@ -223,8 +223,8 @@ class Generation(Response):
 
 
 def out_of_time(message: str) -> ApiError:
-    """Not an error of the server's: the time was the client's own."""
-    return ApiError(408, message, type="timeout_error", code="timeout")
+    """Not an error of the server's: the time was the client's own. OpenAI's clients would ask again by themselves."""
+    return ApiError(408, message, type="timeout_error", code="timeout", headers={"x-should-retry": "false"})
 
 
 def engine_failure(message: str) -> ApiError:

@@ -12,6 +12,8 @@ from fake_engine import FakeEngine, saying
 from fastapi import FastAPI
 from serving import live
 
+from dsc_serve.worker.messages import Delta
+
 Talk = Callable[[openai.AsyncOpenAI], Awaitable[None]]
 
 
@@ -122,3 +124,17 @@ def test_errors(app: FastAPI, engine: FakeEngine) -> None:
             await client.completions.create(model="fake", prompt="hi")
 
     talk(app, conversation)
+
+
+def test_a_request_that_ran_out_of_its_own_time_is_not_tried_again(app: FastAPI, engine: FakeEngine) -> None:
+    engine.fail_after, engine.error = 0, Delta("", [], "timeout", error="too late")
+
+    async def conversation(client: openai.AsyncOpenAI) -> None:
+        with pytest.raises(openai.APIStatusError, match="too late") as error:
+            await client.with_options(max_retries=2).completions.create(
+                model="fake", prompt="hi", extra_body={"timeout_s": 1}
+            )
+        assert error.value.status_code == 408
+
+    talk(app, conversation)
+    assert len(engine.submitted) == 1

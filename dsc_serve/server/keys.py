@@ -28,6 +28,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """One key. weight: its share of a busy engine; priority: lower is served earlier.
 
     streams, requests_per_minute and tokens_per_minute bound its generations; 0: no limit, None: the server's default.
+    cache_salt: its prompts share cached prefixes with those of keys that have the same one, and no others.
     admin: it may use /admin.
     """
 
@@ -37,6 +38,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     streams: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    cache_salt: str = ""
     admin: bool = False
     name: str = ""
 
@@ -46,12 +48,16 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for field in ("streams", "requests_per_minute", "tokens_per_minute"):
             if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 0")
-        Terms(weight=self.weight, priority=self.priority)
+        Terms(weight=self.weight, priority=self.priority, cache_salt=self.cache_salt)
 
     def terms(self, asked: Terms) -> Terms:
-        """The terms of a request with this key; a request may make itself less urgent than its key, not more."""
+        """The terms of a request with this key.
+
+        A request may make itself less urgent than its key, not more, and keep its prompts apart from others of its key.
+        """
         priority = max(self.priority, asked.priority)
-        return msgspec.structs.replace(asked, tenant=self.name, weight=self.weight, priority=priority)
+        salt = digest(f"{digest(self.cache_salt.encode())}{asked.cache_salt}".encode())
+        return msgspec.structs.replace(asked, tenant=self.name, weight=self.weight, priority=priority, cache_salt=salt)
 
 
 def digest(key: bytes) -> str:
@@ -86,7 +92,10 @@ def parse_file(path: Path) -> dict[str, Key]:
     keys = {}
     for name, table in tables.items():
         try:
-            keys[name] = msgspec.structs.replace(msgspec.convert(table, Key), name=name)
+            key = msgspec.convert(table, Key)
+            if key.name:
+                raise ValueError("name is not a field; a key has the name of its table")
+            keys[name] = msgspec.structs.replace(key, name=name)
         except (msgspec.ValidationError, ParameterError, ValueError) as error:
             raise ConfigError(f"key_file {path}: {name}: {error}") from None
     return keys

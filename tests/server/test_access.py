@@ -19,7 +19,8 @@ from dsc_serve.cli import main
 from dsc_serve.config import AccessConfig, ConfigError, LimitConfig
 from dsc_serve.server.admission import Admission, Permits, Rate
 from dsc_serve.server.errors import ApiError
-from dsc_serve.server.keys import KeyRing, digest, parse_environment
+from dsc_serve.server.keys import Key, KeyRing, digest, parse_environment
+from dsc_serve.settings import document
 
 ALICE, BOB, ROOT = "alice-has-a-long-key", "bob-has-a-long-key-too", "the-administrator-s-key"
 Write = Callable[[str], str]
@@ -98,6 +99,21 @@ def test_the_key_says_for_whom_the_engine_works_and_how_urgently(guarded: FastAP
     assert (bob.tenant, bob.weight, bob.priority) == ("bob", 1.0, 0)
 
 
+def test_prompts_share_cached_prefixes_only_with_keys_of_the_same_salt(engine: FakeEngine, write: Write) -> None:
+    text = entry("alice", ALICE, cache_salt="'a'") + entry("bob", BOB) + entry("root", ROOT, cache_salt="'a'")
+    app = app_around(engine, None, KeyRing(write(text), ""))
+    for key, salt in ((ALICE, ""), (ROOT, ""), (ALICE, "x"), (ROOT, "x"), (BOB, ""), (BOB, "x"), (BOB, "a")):
+        assert generate(app, key, cache_salt=salt).status_code == 200
+    alice, root, alice_x, root_x, *others = [terms.cache_salt for terms in engine.terms]
+    assert alice == root and alice_x == root_x
+    assert len({alice, alice_x, *others}) == 5
+
+
+def test_every_field_of_a_key_is_documented() -> None:
+    text = document()
+    assert all(f"`{field}`" in text for field in Key.__struct_fields__ if field != "name")
+
+
 def test_keys_come_and_go_without_a_restart(engine: FakeEngine, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     ring = KeyRing(write(entry("alice", ALICE)), f"env:{ROOT}")
     app = app_around(engine, None, ring)
@@ -142,6 +158,8 @@ def test_the_file_is_looked_at_while_the_server_runs(write: Write, monkeypatch: 
         ("[a]\nsha256 = 'abc'", "a: sha256 must be 64 hexadecimal digits"),
         (entry("a", ALICE, wieght=2), "a: Object contains unknown field `wieght`"),
         (entry("a", ALICE, weight=0), "a: weight is 0.0; it must be a finite number above 0"),
+        (entry("a", ALICE) + "name = 'b'", "a: name is not a field"),
+        (entry("a", ALICE, cache_salt=repr("x" * 257)), "a: cache_salt is '257 characters'; it must be at most 256"),
         (entry("a", ALICE, streams=-1), "a: streams is -1; it must be at least 0"),
         (entry("a", ALICE, streams='"x"'), "a: Expected `int | null`, got `str`"),
         ("a = 1", "a: Expected `object`, got `int`"),

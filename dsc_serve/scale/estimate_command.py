@@ -22,6 +22,7 @@ from dsc_serve.scale.estimate import (
 GPUS = (1, 8, 64, 1000)
 BATCHES = (1, 16, 64, 256)
 HIT_RATES = (0.0, 0.5, 0.8)
+ABOVE_0 = click.FloatRange(0, min_open=True)
 FORMS: tuple[Sharding, ...] = ("rows", "mixed", "columns")
 
 
@@ -71,7 +72,8 @@ def fleets(machine: Machine, target_s: float, utilisation: float, door_tokens_pe
         for gpus in GPUS:
             found = plan(model, machine, gpus, target_s)
             if found is None:
-                yield (name, str(gpus), *["does not fit", *[""] * 5])
+                reason = "does not fit" if plan(model, machine, gpus, math.inf) is None else "too slow"
+                yield (name, str(gpus), reason, *[""] * 5)
                 continue
             cost = dollars_per_million(found.tokens_per_s, found.replicas * found.shards, machine, utilisation)
             doors = math.ceil(found.tokens_per_s * utilisation / door_tokens_per_s)
@@ -94,19 +96,19 @@ def prompts(machine: Machine, utilisation: float) -> Iterable[Sequence[str]]:
 
 
 @click.command("scale-model", short_help="What 1 to 1,000 GPUs need and cost, by arithmetic.")
-@click.option("--memory-gb", type=float, default=80, show_default=True, help="Of one GPU.")
-@click.option("--bandwidth-gb", type=float, default=3350, show_default=True, help="GB/s of its memory.")
-@click.option("--tflops", type=float, default=989, show_default=True, help="bf16 products of one GPU.")
+@click.option("--memory-gb", type=ABOVE_0, default=80, show_default=True, help="Of one GPU.")
+@click.option("--bandwidth-gb", type=ABOVE_0, default=3350, show_default=True, help="GB/s of its memory.")
+@click.option("--tflops", type=ABOVE_0, default=989, show_default=True, help="bf16 products of one GPU.")
 @click.option("--reached", type=click.FloatRange(0.01, 1), default=0.6, show_default=True, help="Share of both peaks.")
-@click.option("--link-gb", type=float, default=450, show_default=True, help="GB/s to its peers, in one direction.")
-@click.option("--link-latency-us", type=float, default=8, show_default=True, help="Of one exchange.")
-@click.option("--layer-us", type=float, default=10, show_default=True, help="Fixed time of one layer.")
-@click.option("--price", type=float, default=2.5, show_default=True, help="Dollars per GPU and hour.")
+@click.option("--link-gb", type=ABOVE_0, default=450, show_default=True, help="GB/s to its peers, in one direction.")
+@click.option("--link-latency-us", type=click.FloatRange(0), default=8, show_default=True, help="Of one exchange.")
+@click.option("--layer-us", type=click.FloatRange(0), default=10, show_default=True, help="Fixed time of one layer.")
+@click.option("--price", type=click.FloatRange(0), default=2.5, show_default=True, help="Dollars per GPU and hour.")
 @click.option(
     "--utilisation", type=click.FloatRange(0.01, 1), default=0.6, show_default=True, help="Share of the peak."
 )
-@click.option("--target-ms", type=float, default=50, show_default=True, help="Longest time between tokens.")
-@click.option("--door-tokens", type=float, default=2000, show_default=True, help="Tokens a second through one door.")
+@click.option("--target-ms", type=ABOVE_0, default=50, show_default=True, help="Longest time between tokens.")
+@click.option("--door-tokens", type=ABOVE_0, default=2000, show_default=True, help="Tokens a second through one door.")
 def scale_model(
     memory_gb: float,
     bandwidth_gb: float,

@@ -46,9 +46,15 @@ class StartError(RuntimeError):
 def load(file: Path) -> ServeDeploySchema:
     """Raises ConfigError."""
     try:
-        return ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{file} is not a Serve config: {error}") from None
+    http = config.http_options
+    if "host" in http.model_fields_set and http.host not in (ADDRESS, "localhost"):
+        raise ConfigError(
+            f"{file}: http_options.host is {http.host!r}; here it must be {ADDRESS}, behind a proxy of yours"
+        )
+    return config
 
 
 @contextlib.contextmanager
@@ -68,8 +74,8 @@ def cluster() -> Iterator[None]:
 
 def deploy(config: ServeDeploySchema) -> None:
     """Bring the applications of the cluster to this state, replica by replica. Raises StartError."""
-    http = config.http_options
-    serve.start(proxy_location=config.proxy_location, http_options={"host": ADDRESS, "port": http.port})
+    http = config.http_options.model_dump(exclude_unset=True)
+    serve.start(proxy_location=config.proxy_location, http_options={"port": 8000, **http, "host": ADDRESS})
     _get_global_client().deploy_apps(config)
     end = time.monotonic() + START_S
     while time.monotonic() < end:

@@ -15,8 +15,9 @@ from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 from test_kubernetes import NEWEST, OLDEST, complaints
 
-from dsc_serve.config import places
+from dsc_serve.config import ConfigError, places
 from dsc_serve.scale.app import STOP_S, build
+from dsc_serve.scale.local import load
 from dsc_serve.scale.settings import read
 
 SERVICE = {"serveConfigV2", "rayClusterConfig"}
@@ -87,3 +88,11 @@ def test_the_service_says_what_the_program_means(service: dict[str, Any]) -> Non
         (container,) = pod["containers"]
         assert container["securityContext"]["readOnlyRootFilesystem"] and pod["securityContext"]["runAsNonRoot"]
         assert pod["terminationGracePeriodSeconds"] >= server.life.drain_s + STOP_S + scale.take_s
+
+
+def test_a_host_that_serve_ray_would_not_serve_on_is_refused(tmp_path: Path, deploy: Path) -> None:
+    text = (deploy / "ray" / "serve.yaml").read_text()
+    (tmp_path / "serve.yaml").write_text(text.replace("host: 127.0.0.1", "host: 0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"http_options\.host is .0\.0\.0\.0.; here it must be 127\.0\.0\.1"):
+        load(tmp_path / "serve.yaml")
+    assert load(deploy / "ray" / "serve.yaml").http_options.port == 8000

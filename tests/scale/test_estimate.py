@@ -114,3 +114,10 @@ def test_the_command_prints_every_table_with_the_inputs_given() -> None:
     row = [next(line for line in text if line.startswith("| 10B | 8 |")) for text in (cheap, dear)]
     costs = [float(line.split("|")[7]) for line in row]
     assert costs[1] == pytest.approx(2 * costs[0], rel=0.01)
+
+
+def test_a_target_that_no_step_keeps_is_told_from_a_model_that_does_not_fit() -> None:
+    said = CliRunner().invoke(main, ["scale-model", "--target-ms", "0.001"]).output
+    assert "| 10B | 8 | too slow |" in said and "| 160B | 1 | does not fit |" in said
+    refused = CliRunner().invoke(main, ["scale-model", "--bandwidth-gb", "0"])
+    assert refused.exit_code == 2 and "--bandwidth-gb" in refused.output

@@ -47,12 +47,12 @@ def mean(histogram: str) -> str:
     return per(f"{histogram}_sum", f"{histogram}_count")
 
 
-def quantile(share: float, histogram: str) -> str:
-    return f"histogram_quantile({share}, {total(f'{histogram}_bucket', by='le')})"
+def quantile(share: float, histogram: str, labels: str = "") -> str:
+    return f"histogram_quantile({share}, {total(f'{histogram}_bucket', labels, by='le')})"
 
 
-def quantiles(histogram: str, *shares: float) -> dict[str, str]:
-    return {f"p{100 * share:g}": quantile(share, histogram) for share in shares}
+def quantiles(histogram: str, *shares: float, labels: str = "") -> dict[str, str]:
+    return {f"p{100 * share:g}": quantile(share, histogram, labels) for share in shares}
 
 
 def share_of_requests(status: str) -> str:
@@ -75,7 +75,7 @@ ROWS: dict[str, list[View]] = {
         View("Time to first token", "s", quantiles("time_to_first_token_seconds", 0.5, 0.95, 0.99)),
         View("Between tokens", "s", quantiles("inter_token_latency_seconds", 0.5, 0.95, 0.99)),
         View("Mean time per output token", "s", quantiles("time_per_output_token_seconds", 0.5, 0.95)),
-        View("Whole requests", "s", quantiles("request_duration_seconds", 0.5, 0.95)),
+        View("Whole requests", "s", quantiles("request_duration_seconds", 0.5, 0.95, labels=GENERATING)),
         View("Answers by status", "reqps", {"{{status}}": total("requests_total", GENERATING, "status")}, stacked=True),
         View(
             "Generations by end",

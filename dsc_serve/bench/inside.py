@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from dsc_kernels import native
 from dsc_serve.bench.peer_model import describe_foreign
 from dsc_serve.bench.roofline import phases, screened
-from dsc_serve.bench.step_profile import PROMPT_TOKENS, context_needed, profile
+from dsc_serve.bench.step_profile import PROMPT_TOKENS, context_needed, profile, screens_head, screens_router
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.model.checkpoint import weight_files
@@ -83,15 +82,17 @@ class Routers:
         return len(set(logits.topk(picks_per_token(c), dim=-1).indices.flatten().tolist()))
 
 
-def bytes_read(config: ModelConfig, running: int, distinct: float, element: int, int8: bool) -> dict[str, float]:
-    """Bytes of weights that a decode step reads at least, by part, all layers together."""
+def bytes_read(
+    config: ModelConfig, running: int, distinct: float, element: int, *, int8_router: bool, int8_head: bool
+) -> dict[str, float]:
+    """Bytes of weights that a greedy decode step reads at least, by part, all layers together."""
     c, d, layers = config, config.hidden_size, config.num_hidden_layers
     ffn = phases(c, running, distinct, element)
-    if int8:
+    if int8_router:
         ffn = screened(ffn, element)
     read = {phase.name: layers * phase.bytes for phase in ffn}
     attention = layers * (2 * c.query_size + 2 * c.kv_size) * d * element
-    return read | {"attention": attention, "head": c.vocab_size * d * element}
+    return read | {"attention": attention, "head": c.vocab_size * d * (1 if int8_head else element)}
 
 
 @torch.inference_mode()
@@ -101,11 +102,11 @@ def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int
     times = {name: sum(parts.pop(part, 0.0) for part in own) for name, own in SHOWN.items()}
     times |= {"rest": sum(parts.values()), "step": sum(times.values()) + sum(parts.values())}
     distinct = 0.0 if isinstance(model.config.ffn, DenseConfig) else picked(model, folder, config, running)
-    int8 = isinstance(model.config.ffn, DscConfig) and native.router_precision() == "int8-certified"
+    int8 = {"int8_router": screens_router(model), "int8_head": screens_head(model)}
     return {
         "milliseconds": {name: round(time, 4) for name, time in times.items()},
         "distinct": round(distinct, 2),
-        "bytes": bytes_read(model.config, running, distinct, model.dtype.itemsize, int8),
+        "bytes": bytes_read(model.config, running, distinct, model.dtype.itemsize, **int8),
     }
 
 

@@ -232,8 +232,8 @@ def inside(results: Results) -> list[Block]:
             read.append((system.name, running, f"{step['distinct']:g}", *each, f"{sum(parts.values()) / 1e6:.1f}"))
     text = (
         "Decode steps of the engine alone, without HTTP; means, with the parts timed. rest: schedule, pack, embed, "
-        "sample, commit. Bytes are those of weights, each row that a step touches counted once; picks are those of the "
-        "model on its own tokens."
+        "sample, commit. Bytes are those of weights, each row that a step touches counted once (of a head screened in "
+        "int8 without the few rows that are multiplied again); picks are those of the model on its own tokens."
     )
     return [
         Paragraph(text),

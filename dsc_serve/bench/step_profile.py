@@ -202,7 +202,7 @@ def profile(
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
-    weights = weight_bytes(model, running)
+    weights = weight_bytes(model, running, greedy=not temperature)
     reading = Reading(weights, model)
     flops = gemm_rate(model.dtype, model.device, rate_seconds)
     with Talk(requests, tokenizer) as talk:
@@ -219,7 +219,7 @@ def profile(
             talk.receive(size)
         clock, wall = timed_steps(engine, model, talk, steps)
     context = PROMPT_TOKENS + WARM_STEPS + 1.5 * steps
-    least = work(model, running, context)
+    least = work(model, running, context, greedy=not temperature)
 
     def part(name: str) -> Part:
         size, count = least.get(name, (0.0, 0.0))
@@ -309,23 +309,33 @@ def expected_distinct(config: ModelConfig, batch: int) -> float:
     return float(among * (1 - (1 - k / among) ** batch))
 
 
+def screens_router(model: Decoder) -> bool:
+    """Whether this model's FFN layers screen their routers in int8."""
+    routed = [layer.layer for layer in dsc_layers(model)]
+    return bool(routed) and isinstance(routed[0], native.Ffn) and routed[0].screen is not NO_SCREEN
+
+
+def screens_head(model: Decoder) -> bool:
+    """Whether this model's head screens words in int8, where no logits are asked for."""
+    return getattr(model.head, "screen", NO_SCREEN) is not NO_SCREEN
+
+
 def ffn_phases(model: Decoder, batch: int) -> list[Phase]:
     """One FFN layer's, its int8 router counted as such."""
     element = model.dtype.itemsize
     found = phases(model.config, batch, expected_distinct(model.config, batch), element)
-    routed = [layer.layer for layer in dsc_layers(model)]
-    if not routed or not isinstance(routed[0], native.Ffn) or routed[0].screen is NO_SCREEN:
+    if not screens_router(model):
         return found
     router, static, again, bank = screened(found, element)
     return [Phase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
 
 
-def work(model: Decoder, batch: int, context: float) -> dict[str, tuple[float, float]]:
-    """Bytes read at least and FLOPs of a step's parts."""
+def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, tuple[float, float]]:
+    """Bytes read at least and FLOPs of a step's parts; a screened head's without the few panels multiplied again."""
     c, e = model.config, model.dtype.itemsize
     layers, d = c.num_hidden_layers, c.hidden_size
     projections = layers * d * (2 * c.query_size + 2 * c.kv_size)
-    head = c.vocab_size * d
+    head = c.vocab_size * d / (e if greedy and screens_head(model) else 1)
     names = {"bank": "compose"}
     found = {
         "projections": (projections * e, 2.0 * batch * projections),
@@ -341,9 +351,9 @@ def work(model: Decoder, batch: int, context: float) -> dict[str, tuple[float, f
     return found
 
 
-def weight_bytes(model: Decoder, batch: int) -> float:
+def weight_bytes(model: Decoder, batch: int, greedy: bool) -> float:
     """Of all weights that a step reads, each once."""
-    return sum(size for name, (size, _) in work(model, batch, 0.0).items() if name != "attention")
+    return sum(size for name, (size, _) in work(model, batch, 0.0, greedy).items() if name != "attention")
 
 
 def format_profiles(found: list[StepProfile]) -> str:

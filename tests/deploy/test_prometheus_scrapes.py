@@ -89,6 +89,12 @@ def test_the_dashboards_file_is_what_its_program_writes() -> None:
     assert len(queries("1m")) == sum(len(view.queries) for views in ROWS.values() for view in views) > 50
 
 
+def test_probes_and_scrapes_do_not_count_as_requests() -> None:
+    every = [query for views in ROWS.values() for view in views for query in view.queries.values()]
+    asked = [q for q in every if "dsc_serve_requests_total" in q or "dsc_serve_request_duration_seconds" in q]
+    assert asked and all('endpoint=~"/v1/(chat/)?completions"' in query for query in asked)
+
+
 @pytest.mark.parametrize("query", queries(f"{LOAD_S}s"), ids=lambda query: f"{query.title}: {query.legend}")
 def test_a_query_of_the_dashboard_has_an_answer(prometheus: RunningPrometheus, query: Query) -> None:
     values = prometheus.query(query.expr)

@@ -13,13 +13,15 @@ from dsc_serve.engine.engine import Engine
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import SamplingParams
 
-QUIET_STEPS = 100  # of each round, before the long prompt arrives
 WARM_STEPS = 30
 DECODED = 1000  # tokens of a request that decodes, at most
 
 
 class LongPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds between the tokens of `streams` requests: quiet, and while a prompt of `tokens` is computed."""
+    """Milliseconds between the tokens of `streams` requests while a prompt of `tokens` is computed, and without it.
+
+    quiet: the same steps of like requests, whose contexts are as long, without the prompt.
+    """
 
     streams: int
     tokens: int
@@ -67,6 +69,13 @@ class Harness:
         deltas = self.engine.step()
         return 1e3 * (time.perf_counter() - start), {delta.request_id for delta in deltas if delta.token_ids}
 
+    def decode(self, streams: int) -> None:
+        """Begin so many requests that decode from then on."""
+        for _ in range(streams):
+            self.add(self.prompt(48), DECODED - 48)
+        for _ in range(WARM_STEPS):
+            self.step()
+
     def clear(self) -> None:
         scheduler = self.engine.scheduler
         for request_id in [*scheduler.running, *scheduler.waiting]:
@@ -74,16 +83,12 @@ class Harness:
 
 
 def long_prompt(harness: Harness, streams: int, tokens: int, rounds: int) -> LongPrompt:
-    """Let a long prompt arrive while `streams` requests decode; each round measures the quiet steps just before."""
+    """Let a long prompt arrive while `streams` requests decode; each round then takes as many steps without one."""
     quiet: list[float] = []
     beside: list[float] = []
     ttft: list[float] = []
     for round_ in range(rounds + 1):  # the first, in which the engine learns what its steps take, is not counted
-        for _ in range(streams):
-            harness.add(harness.prompt(48), DECODED - 48)
-        for _ in range(WARM_STEPS):
-            harness.step()
-        before = [harness.step()[0] for _ in range(QUIET_STEPS)]
+        harness.decode(streams)
         long = harness.add(harness.prompt(tokens), 2)
         during = []
         arrived: set[str] = set()
@@ -91,8 +96,11 @@ def long_prompt(harness: Harness, streams: int, tokens: int, rounds: int) -> Lon
             ms, arrived = harness.step()
             during.append(ms)
         harness.clear()
+        harness.decode(streams)
+        without = [harness.step()[0] for _ in during]
+        harness.clear()
         if round_:
-            quiet, beside, ttft = [*quiet, *before], [*beside, *during], [*ttft, sum(during)]
+            quiet, beside, ttft = [*quiet, *without], [*beside, *during], [*ttft, sum(during)]
     return LongPrompt(
         streams=streams,
         tokens=tokens,

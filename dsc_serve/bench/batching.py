@@ -102,14 +102,14 @@ class BatchingResult:
 
 def cut_prompts(tokens: Sequence[int], bench: BatchingBench, count: int) -> list[list[int]]:
     """`count` different pieces of the text; with topics, topic i's pieces follow each other in the text."""
-    length = bench.prompt_tokens
-    if len(tokens) < length * count:
-        raise BatchingError(f"the text has {len(tokens)} tokens; {count} prompts of {length} need {length * count}")
+    length, each = bench.prompt_tokens, -(-count // max(1, bench.topics))
+    needed = length * (each * bench.topics if bench.topics else count)
+    if len(tokens) < needed:
+        raise BatchingError(f"the text has {len(tokens)} tokens; {count} prompts of {length} need {needed}")
     starts = list(range(0, len(tokens) - length + 1, length))
     shuffler = random.Random(bench.seed)
     if not bench.topics:
         return [list(tokens[start : start + length]) for start in shuffler.sample(starts, count)]
-    each = -(-count // bench.topics)
     stretch = len(starts) // bench.topics
     firsts = [i * stretch + shuffler.randrange(stretch - each + 1) for i in range(bench.topics)]
     order = [firsts[i % bench.topics] + i // bench.topics for i in range(count)]

@@ -31,7 +31,7 @@ TOKEN = 7  # what every simulated request generates
 PAPER_SIZE = Estimate(step=4.0, single=0.3, token=0.045, pair=6e-5)
 
 Work = Sequence[tuple[Request, int]]
-Figures = dict[str, float]
+Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def figures(requests: Sequence[Request], arrived: Mapping[int, float], seen: Rec
     busiest = np.array([r.terms.tenant == "tenant-0" for r in requests])
     gaps = np.array(seen.gaps)
 
-    def ms(values: NDArray[np.float64], percent: float) -> float:
-        return round(1e3 * float(np.percentile(values, percent)), 2)
+    def ms(values: NDArray[np.float64], percent: float) -> float | None:
+        return round(1e3 * float(np.percentile(values, percent)), 2) if len(values) else None
 
     return {
         "median_ttft_ms": ms(ttft, 50),

@@ -77,5 +77,6 @@ def table(result: dict[str, Any]) -> str:
     lines.append("| policy | " + " | ".join(SHOWN.values()) + " |")
     lines.append("|---" * (len(SHOWN) + 1) + "|")
     for policy, figures in result["policies"].items():
-        lines.append(f"| {policy} | " + " | ".join(f"{figures[name]:.4g}" for name in SHOWN) + " |")
+        cells = ("–" if figures[name] is None else f"{figures[name]:.4g}" for name in SHOWN)
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -37,8 +37,9 @@ def test_prompts_of_topics_come_in_turn() -> None:
     assert [b - a for a, b in zip(starts, starts[3:], strict=False)] == [10] * 9
     assert [start // 1000 for start in starts[:3]] == [0, 1, 2]
     assert len({prompt[0] for prompt in cut_prompts(tokens, BatchingBench("", prompt_tokens=10, topics=0), 300)}) == 300
-    with pytest.raises(BatchingError, match="the text has 3000 tokens; 301 prompts of 10 need 3010"):
-        cut_prompts(tokens, bench, 301)
+    assert len(cut_prompts(tokens[:150], bench, 13)) == 13, "three topics of five places each"
+    with pytest.raises(BatchingError, match="the text has 149 tokens; 13 prompts of 10 need 150"):
+        cut_prompts(tokens[:149], bench, 13)
 
 
 def test_the_command_measures_every_variant(small_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsc_serve.bench.scheduler import Costs, Workload, plan_commit_ms, simulate
+from dsc_serve.bench.scheduler_command import table
 from dsc_serve.cli import main
 from dsc_serve.engine.policies import Budget
 
@@ -36,6 +37,13 @@ def test_a_simulation_repeats_and_the_prefix_cache_saves_time() -> None:
     without = simulate("fcfs", workload, Costs(), budget, 2048, False)
     assert without["prefix_hit_rate"] == 0
     assert without["median_ttft_ms"] > first["median_ttft_ms"]
+
+
+def test_figures_that_nobody_made_are_left_out() -> None:
+    found = simulate("fcfs", Workload(requests=1), Costs(), Budget(512, 32), 2048, True)
+    assert found["p99_ttft_urgent_ms"] is None and found["median_ttft_ms"] is not None
+    cells = table({"plan_commit_ms": {}, "policies": {"fcfs": found}}).splitlines()[-1]
+    assert cells.startswith("| fcfs | ") and " – |" in cells
 
 
 def test_urgent_requests_and_small_tenants_are_helped_by_their_policies() -> None:

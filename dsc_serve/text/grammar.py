@@ -76,7 +76,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles structured outputs for one tokenizer and a model's vocabulary, and keeps the latest.
+    """Compiles structured outputs for one tokenizer and a model's vocabulary, and keeps those used last.
 
     ends: the tokens that end the model's texts; allowed where the grammar is fulfilled, and nowhere else.
     Safe to call from several threads: compiling, which may take up to a second, lets the others run.
@@ -89,12 +89,12 @@ class Grammars:
 
     def constraint(self, asked: StructuredOutputs) -> Constraint:
         """The state at the start of an output. Raises ParameterError when the grammar cannot be used."""
-        matcher = self._kept.get(asked)
+        matcher = self._kept.pop(asked, None)
         if matcher is None:
             matcher = self._compile(asked)
-            self._kept[asked] = matcher
-            while len(self._kept) > KEPT_GRAMMARS:
-                self._kept.popitem(last=False)
+        self._kept[asked] = matcher
+        while len(self._kept) > KEPT_GRAMMARS:
+            self._kept.popitem(last=False)
         return Constraint(matcher.deep_copy(), self._vocab_size, self._ends)
 
     def _compile(self, asked: StructuredOutputs) -> llguidance.LLMatcher:

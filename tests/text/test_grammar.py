@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsc_serve.config import resolve_model
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
-from dsc_serve.text.grammar import Grammars, GrammarStuckError
+from dsc_serve.text.grammar import KEPT_GRAMMARS, Grammars, GrammarStuckError
 from dsc_serve.text.tokenizer import Tokenizer
 
 END = 0
@@ -170,3 +170,15 @@ def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
             grammars.constraint(StructuredOutputs(**fields))  # type: ignore[arg-type]
         assert error.value.field == "structured_outputs"
         assert "\n" not in str(error.value)
+
+
+def test_a_grammar_in_use_is_not_compiled_again(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[StructuredOutputs] = []
+    inner = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda asked: compiled.append(asked) or inner(asked))
+    popular = StructuredOutputs(regex="popular")
+    for i in range(KEPT_GRAMMARS + 1):
+        grammars.constraint(popular)
+        grammars.constraint(StructuredOutputs(regex=f"rare{i}"))
+    assert compiled.count(popular) == 1
+    assert len(grammars._kept) == KEPT_GRAMMARS

@@ -75,8 +75,9 @@ class Edge:
                 MutableHeaders(scope=message)[REQUEST_ID] = name
             await send(message)
 
+        asked_for_head = scope["method"] == "HEAD"  # the connection leaves out the body
         try:
-            await self.app(scope, receive, observed)
+            await self.app({**scope, "method": "GET"} if asked_for_head else scope, receive, observed)
         except Exception:
             exchange.status = 500
             if begun:

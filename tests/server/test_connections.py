@@ -121,6 +121,16 @@ def test_an_offer_of_another_protocol_without_a_body_is_a_request_too(engine: Fa
     assert asyncio.run(said(app_around(engine, None, keep_alive_s=20), request)).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize(("path", "status"), [(b"/health", 200), (b"/v1/completions", 405), (b"/nothing", 404)])
+def test_the_head_of_an_answer_can_be_asked_for(engine: FakeEngine, path: bytes, status: int) -> None:
+    request = b" %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path
+    head, whole = (asyncio.run(said(app_around(engine, None), method + request)) for method in (b"HEAD", b"GET"))
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert head.endswith(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)\r\n", head)
+    assert length is not None and int(length[1]) == len(whole.partition(b"\r\n\r\n")[2]) > 0
+
+
 def test_a_client_cannot_stretch_the_time_for_its_headers(engine: FakeEngine) -> None:
     pieces = [b"%c" % byte for byte in GET]
     answer = asyncio.run(said(impatient(engine), *pieces, pause_s=0.03))

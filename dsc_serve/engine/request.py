@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
+from dsc_serve.engine.tally import Tally
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import Constraint
@@ -33,7 +34,7 @@ class Request:
     the first was. charged: tokens that its tenant has been charged for it. signature: uint64 [16], a bitmap of the
     atoms that its tokens pick (hashed over all layers), seen or predicted; None while nothing is known. seen: the
     signature of what it has picked, once it has. constraint: where its output stands in the grammar that it has to
-    follow, if any.
+    follow, if any. tallies: by the position that they begin at, where penalties ask for them.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Request:
     signature: NDArray[np.uint64] | None = None
     seen: Signature | None = None
     constraint: Constraint | None = None
+    tallies: dict[int, Tally] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
@@ -83,6 +85,12 @@ class Request:
     def is_complete(self) -> bool:
         """Whether the grammar allows nothing more."""
         return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
+
+    def tally(self, start: int) -> Tally:
+        """How often each token occurs from this position on."""
+        if start not in self.tallies:
+            self.tallies[start] = Tally(start)
+        return self.tallies[start].follow(self.tokens)
 
     @property
     def claim(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,38 @@ def test_adjustments_are_those_of_a_plain_loop(
     want = torch.tensor(adjusted_by_hand(row.tolist(), prompt, output, params))
     torch.testing.assert_close(logits[0], want, rtol=1e-5, atol=1e-5)
     assert token == logits[0].argmax()
+
+
+class Watched(list[int]):
+    """Counts the tokens that are read of it."""
+
+    read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.read += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        self.read += len(self)
+        return super().__iter__()
+
+
+def test_penalties_look_at_each_token_once_however_long_the_text_grows() -> None:
+    params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.3)
+    prompt, output = [1, 2, 3] * 100, list[int]()
+    growing = request(params, prompt)
+    tokens = growing.tokens = Watched(prompt)
+    row = logits_of(400, 2.0)
+    for step in range(300):
+        logits = row[None].clone()
+        Sampler(())(logits, [growing])
+        if step % 50 == 0:
+            want = torch.tensor(adjusted_by_hand(row.tolist(), prompt, output, params))
+            torch.testing.assert_close(logits[0], want, rtol=1e-5, atol=1e-5)
+        output.append(step * step % 400)
+        tokens.append(output[-1])
+    assert tokens.read <= len(prompt) + 2 * len(output)
 
 
 def test_bias_minus_100_bans_and_100_forces() -> None:

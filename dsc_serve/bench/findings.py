@@ -25,7 +25,9 @@ COMPARED = ("median_itl_ms", "output_throughput", P99)
 
 
 def verdict(ratio: Ratio, more_is_better: bool) -> str:
-    """ "better", "worse" or "even": told apart only where all rounds agree."""
+    """ "better", "worse", "even" or "unknown": told apart only where all of several rounds agree."""
+    if ratio.rounds < 2:
+        return "unknown"
     if abs(ratio.median - 1) <= EVEN or ratio.low < 1 < ratio.high:
         return "even"
     return "better" if (ratio.median > 1) == more_is_better else "worse"
@@ -60,7 +62,7 @@ def one_sentence(results: Results, subject: str, other: str, figure: str) -> str
     name, more = FIGURES[figure]
     if figure == P99 and (of := few_requests(results, subject)):
         name += f", of {of} requests a round and so nearly that of the slowest"
-    groups: dict[str, list[str]] = {"better": [], "even": [], "worse": []}
+    groups: dict[str, list[str]] = {"better": [], "even": [], "worse": [], "unknown": []}
     for value in results.points("closed"):
         ratio = results.ratio(subject, other, "closed", value, figure)
         if ratio is not None:
@@ -74,6 +76,8 @@ def one_sentence(results: Results, subject: str, other: str, figure: str) -> str
         parts.append(f"{other} wins: {subject} is at {', '.join(groups['worse'])}")
     if groups["even"]:
         parts.append(f"no difference that all rounds agree on: {', '.join(groups['even'])}")
+    if groups["unknown"]:
+        parts.append(f"by a single round, which tells nothing apart: {', '.join(groups['unknown'])}")
     return f"{name[0].upper()}{name[1:]}, {subject} against {other}: {'; '.join(parts)}."
 
 

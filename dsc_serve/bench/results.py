@@ -113,10 +113,11 @@ class Ratio(msgspec.Struct, frozen=True):
     median: float
     low: float
     high: float
+    rounds: int
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
+        return cls(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
 
 
 def save_results(results: Results, path: Path) -> None:

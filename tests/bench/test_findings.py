@@ -74,11 +74,12 @@ def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[
 @pytest.mark.parametrize(
     ("ratio", "more", "expected"),
     [
-        (Ratio(0.85, 0.8, 0.9), False, "better"),
-        (Ratio(0.85, 0.8, 0.9), True, "worse"),
-        (Ratio(1.2, 1.1, 1.3), True, "better"),
-        (Ratio(1.2, 0.9, 1.3), True, "even"),
-        (Ratio(0.99, 0.98, 0.995), False, "even"),
+        (Ratio(0.85, 0.8, 0.9, 3), False, "better"),
+        (Ratio(0.85, 0.8, 0.9, 3), True, "worse"),
+        (Ratio(1.2, 1.1, 1.3, 3), True, "better"),
+        (Ratio(1.2, 0.9, 1.3, 3), True, "even"),
+        (Ratio(0.99, 0.98, 0.995, 3), False, "even"),
+        (Ratio(0.5, 0.5, 0.5, 1), False, "unknown"),
     ],
 )
 def test_a_winner_is_named_only_where_all_rounds_agree(ratio: Ratio, more: bool, expected: str) -> None:

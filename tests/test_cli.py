@@ -117,3 +117,23 @@ def test_mistakes_are_one_line_without_a_trace(arguments: list[str], words: str)
     assert result.exit_code == 1
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench layer --json",
+        "bench layer --plot",
+        "bench batching --json",
+        "bench engine --json",
+        "bench scheduler --json",
+        "bench serve http://127.0.0.1:1 --records",
+        "bench compare quick --out x --ratios",
+        "evaluate --text README.md --json",
+        "study --out x --markdown",
+    ],
+)
+def test_a_result_without_a_folder_to_go_to_is_refused_before_the_work(command: str, tmp_path: Path) -> None:
+    result = run(*command.split(), str(tmp_path / "missing" / "file"))
+    assert result.exit_code == 2
+    assert "file: its folder does not exist" in " ".join(result.output.split())

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from dsc_serve.bench.layer_command import OUTPUT, numbers
+from dsc_serve.bench.layer_command import numbers
 from dsc_serve.config import EMBEDDED_MODEL, resolve_model
+from dsc_serve.output_file import OUTPUT_FILE
 
 
 @click.command("batching", context_settings={"show_default": True})
@@ -28,7 +29,7 @@ from dsc_serve.config import EMBEDDED_MODEL, resolve_model
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Of all variants in turn; medians are told.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default="all cores", help="Compute threads.")
 @click.option("--seed", default=0, help="Seed of the prompts.")
-@click.option("--json", "json_file", type=OUTPUT, help="Also write the result to this file.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the result to this file.")
 def batching_command(model: str, text_file: Path | None, json_file: Path | None, **options: Any) -> None:
     """Form batches of MODEL's requests by each policy, grouped and not; tell what they share and how long they take.
 

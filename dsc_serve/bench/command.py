@@ -13,6 +13,7 @@ from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.overload import format_overload, run_overload
 from dsc_serve.bench.summary import format_table, record_line
 from dsc_serve.config import ConfigError
+from dsc_serve.output_file import OUTPUT_FILE
 from dsc_serve.text.tokenizer import TokenizerError
 
 
@@ -70,17 +71,14 @@ from dsc_serve.text.tokenizer import TokenizerError
 )
 @click.option("--seed", default=0, help="Seed of the prompts, the arrivals and the sampling.")
 @click.option("--api-key", default="", show_default=False, help="Sent as a bearer token; never written to the result.")
-@click.option("--records", type=click.Path(dir_okay=False), help="Also write every request to this file, as JSONL.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the result to this file.")
-def serve_command(url: str, json_file: str | None, records: str | None, **settings: object) -> None:
+@click.option("--records", type=OUTPUT_FILE, help="Also write every request to this file, as JSONL.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the result to this file.")
+def serve_command(url: str, json_file: Path | None, records: Path | None, **settings: object) -> None:
     """Measure the server at URL under load.
 
     Streams completions from it and prints throughput and latencies as a client sees them. Ends with status 1 when no
     request succeeded.
     """
-    for option, file in (("--json", json_file), ("--records", records)):
-        if file is not None and not Path(file).resolve().parent.is_dir():
-            raise click.ClickException(f"{option} {file}: its folder does not exist")  # said before the measurement
     outcomes: list[Outcome] = []
     try:
         # options have the names of LoadConfig's fields
@@ -90,10 +88,10 @@ def serve_command(url: str, json_file: str | None, records: str | None, **settin
     click.echo(format_table(result))
     if records is not None:
         outcomes.sort(key=lambda outcome: outcome.due)
-        Path(records).write_bytes(b"".join(record_line(outcome, outcomes[0].due) for outcome in outcomes))
+        records.write_bytes(b"".join(record_line(outcome, outcomes[0].due) for outcome in outcomes))
     if json_file is not None:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+        json_file.write_text(text + "\n", encoding="utf-8")
     if not result.completed:
         raise SystemExit(1)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import msgspec
 
+from dsc_serve.output_file import OUTPUT_FILE
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = "results.json"
@@ -24,7 +26,9 @@ RESULTS = "results.json"
 @click.option("--system", "systems", multiple=True, help="Only this system; may be given several times.")
 @click.option("--rounds", type=click.IntRange(1), help="Instead of the comparison's own number.")
 @click.option("--alone", is_flag=True, help="One system at a time in memory, started anew in every round.")
-@click.option("--ratios", type=FILE, help="Print what moved by more than 10 % against the ratios kept in this file.")
+@click.option(
+    "--ratios", type=OUTPUT_FILE, help="Print what moved by more than 10 % against the ratios kept in this file."
+)
 @click.option("--keep-ratios", is_flag=True, help="Write this run's ratios into that file.")
 def compare_command(
     comparison: str,

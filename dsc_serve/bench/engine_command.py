@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
+from dsc_serve.output_file import OUTPUT_FILE
 
 if TYPE_CHECKING:
     from dsc_serve.model.decoder import Decoder
@@ -37,7 +38,7 @@ PARTS = ("profile", "prompts")
 @click.option("--itl-target-ms", type=click.FloatRange(0), default=0.0, help="As in serve.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="As in serve.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="As in serve.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write them here.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
 def engine_command(
     model: str,
     only: str | None,
@@ -56,8 +57,6 @@ def engine_command(
     cache.
     """
     resolve_model(model)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise click.ClickException(f"--json {json_file}: its folder does not exist")
     from dsc_serve.engine.engine import prepare_model
 
     config = EngineConfig(model=model, threads=threads, dtype=dtype)  # type: ignore[arg-type]  # checked by the option

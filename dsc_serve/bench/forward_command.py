@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from dsc_serve.output_file import OUTPUT_FILE
+
 
 @click.command("forward", context_settings={"show_default": True})
 @click.option("--preset", type=click.Choice(["paper", "large"]), default="paper", help="Sizes, as in init.")
@@ -15,7 +17,7 @@ import click
 @click.option("--repeats", type=click.IntRange(1), default=50, help="Forwards of each system; times are their means.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default="all cores", help="Compute threads.")
 @click.option("--seed", default=0, help="Seed of weights, tokens and order.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write them here.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
 @click.option(
     "--into",
     type=click.Path(dir_okay=False, exists=True, path_type=Path),
@@ -29,6 +31,8 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
     from dsc_serve.bench.forward import ForwardBench, format_forward, run_forward
     from dsc_serve.bench.report import put_into
 
+    if into is not None:
+        put_into(into.read_text(encoding="utf-8"), "forward", "")  # its place is looked for before the measurement
     bench = ForwardBench(**options)  # type: ignore[arg-type]
     result = run_forward(bench, lambda line: click.echo(line, err=True))
     table = format_forward(result)

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from dsc_serve.output_file import OUTPUT_FILE
+
 CONFIGS = ("paper", "large", "tiny")
-OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -47,8 +48,8 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     "--sweep", type=click.Choice(["atoms", "picks"]), help="Measure DSC's cost against M, or against K, instead."
 )
 @click.option("--seed", default=0, help="Seed of weights, inputs and order.")
-@click.option("--json", "json_file", type=OUTPUT, help="Also write the result to this file.")
-@click.option("--plot", "plot_file", type=OUTPUT, help="Also draw the times as SVG into this file.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the result to this file.")
+@click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Also draw the times as SVG into this file.")
 def layer_command(sweep: str | None, json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
     """Measure one FFN layer of DSC, MoE, a mixture of LoRAs and a dense FFN, side by side on this machine.
 

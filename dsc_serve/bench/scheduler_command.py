@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from dsc_serve.output_file import OUTPUT_FILE
+
 SHOWN = {
     "median_ttft_ms": "TTFT p50",
     "p99_ttft_ms": "p99",
@@ -33,7 +35,7 @@ SHOWN = {
 @click.option("--itl-target-ms", type=click.FloatRange(0), default=0.0, help="As in serve.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="As in serve.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the requests.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write them here.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
 def scheduler_command(
     policies: tuple[str, ...],
     requests: int,
@@ -53,8 +55,6 @@ def scheduler_command(
     from dsc_serve.bench.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
     from dsc_serve.engine.policies import POLICIES, Budget
 
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise click.ClickException(f"--json {json_file}: its folder does not exist")
     for policy in policies:
         if policy not in POLICIES:
             raise click.ClickException(f"--policy {policy} is not known; allowed: {', '.join(POLICIES)}")

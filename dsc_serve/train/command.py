@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dsc_serve.config import DTYPES, EMBEDDED_MODEL, resolve_model
+from dsc_serve.output_file import OUTPUT_FILE
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -91,7 +92,7 @@ def train_command(
 @limit_option
 @click.option("--seeds", default="0,1", show_default=True, help="Seeds, separated by commas.")
 @click.option("--depths", default="1,4,16", show_default=True, help="K of the DSC runs, separated by commas.")
-@click.option("--markdown", type=FILE, help="Also write the results to this file.")
+@click.option("--markdown", type=OUTPUT_FILE, help="Also write the results to this file.")
 @set_option
 def study_command(
     texts: tuple[Path, ...],
@@ -149,7 +150,7 @@ def numbers(option: str, text: str) -> list[int]:
 @click.command(short_help="Measure a text's loss under a model.")
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--text", "texts", type=ANY, multiple=True, required=True, help="Text file or folder; repeatable.")
-@click.option("--json", "json_file", type=FILE, help="Also write the result to this file.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the result to this file.")
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True, help="Compute in this dtype."
 )
@@ -168,12 +169,11 @@ def evaluate_command(
     from dsc_serve.train.corpus import read_text, source_name, text_files
     from dsc_serve.train.evaluation import Evaluation, evaluate
 
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise click.ClickException(f"--json {json_file}: its folder does not exist")
+    contents = {source_name(file): read_text(file) for file in text_files(texts)}
     found: dict[str, Evaluation] = {}
     with LLM(model, device, DTYPES[dtype], threads=threads, kernels=kernels, max_running=4) as llm:  # type: ignore[arg-type]
-        for file in text_files(texts):
-            found[source_name(file)] = evaluate(llm, read_text(file), progress=True)
+        for name, content in contents.items():
+            found[name] = evaluate(llm, content, progress=True)
     total = sum(found.values(), Evaluation(0.0, 0, 0))
     result: dict[str, Any] = total.to_dict()
     if len(found) > 1:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from dsc_serve.bench import forward
+from dsc_serve.bench.comparison import ComparisonError
 from dsc_serve.bench.forward import Forward, ForwardBench, build, run_forward, whole_batch
 from dsc_serve.bench.forward_command import forward_command
 from dsc_serve.model.config import ModelConfig
@@ -65,3 +66,18 @@ def test_a_wrong_layer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(row for row in result.rows if row.system == "moe, loop")
     assert row.mean_ms is None and "differs from ours" in row.wrong
     assert result.mean("moe") is not None
+
+
+def test_a_document_without_a_place_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(forward, "run_forward", measured)
+    document = tmp_path / "benchmarks.md"
+    document.write_text("no marks", encoding="utf-8")
+    done = CliRunner().invoke(forward_command, ["--into", str(document)])
+    assert isinstance(done.exception, ComparisonError) and "has no place for forward" in str(done.exception)
+    done = CliRunner().invoke(forward_command, ["--json", str(tmp_path / "missing" / "file.json")])
+    assert done.exit_code == 2 and "its folder does not exist" in done.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,12 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert len(re.findall(r" (?:length|stop)$", capsys.readouterr().out, re.MULTILINE)) == 2
     (logits,) = names["logits"]
     assert len(logits) == 3
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {package for listed in project["optional-dependencies"].values() for package in listed}
+    explained = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    for package in (*project["dependencies"], *extras):
+        name = re.split(r"[<>=;\[ ]", package)[0]
+        assert re.search(rf"\b{name}\b", explained), package

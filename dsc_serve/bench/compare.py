@@ -264,9 +264,10 @@ def run_comparison(
 
 
 def rotated(systems: list[System], number: int) -> list[System]:
-    """Another one comes first in each round."""
-    first = number % len(systems) if systems else 0
-    return systems[first:] + systems[:first]
+    """Another one comes first in each round, and every second round runs backwards: what a system leaves behind, such
+    as threads that spin for a while, is not always felt by the same one."""
+    step = -1 if number % 2 else 1
+    return [systems[(number + step * i) % len(systems)] for i in range(len(systems))]
 
 
 def measure_round(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from dsc_serve.bench import compare
 from dsc_serve.bench.compare_command import compare_command, report_command
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError
+from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError, System
 from dsc_serve.bench.load import LoadConfig
 from dsc_serve.bench.results import Results, Row, load_results
 from dsc_serve.bench.summary import LoadResult
@@ -200,3 +200,13 @@ def test_prompts_that_cannot_be_made_are_said_before_anything_starts(tmp_path: P
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ComparisonError, match="has 2 words; a prompt needs 3"):
         CliRunner().invoke(compare_command, [str(file), "--out", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_every_system_comes_first_and_none_always_follows_the_same() -> None:
+    systems = [System(name=name, ffn="dsc") for name in "abcd"]
+    orders = [[system.name for system in compare.rotated(systems, number)] for number in range(4)]
+    assert [order[0] for order in orders] == ["a", "b", "c", "d"]
+    assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
+    for name in "abcd":
+        assert len({order[order.index(name) - 1] for order in orders if order[0] != name}) > 1
+    assert compare.rotated([], 3) == []

@@ -28,7 +28,6 @@ class TextStream:
         )
         self._matcher = StopMatcher(params.stop)
         self._min_tokens = params.min_tokens
-        self._released: list[str] = []
         self.kept_tokens: list[int] = []
 
     @property
@@ -36,18 +35,8 @@ class TextStream:
         return self._matcher.found is not None
 
     @property
-    def stop_string(self) -> str | None:
-        """The stop string that was found."""
-        return self._matcher.found
-
-    @property
     def token_count(self) -> int:
         return len(self.kept_tokens)
-
-    @property
-    def text(self) -> str:
-        """All text released so far."""
-        return "".join(self._released)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text to show after these tokens; none for tokens that come after a stop string."""
@@ -59,7 +48,6 @@ class TextStream:
             if self._detokenizer is not None:
                 new = self._detokenizer.push((token_id,))
                 text += self._matcher.push(new) if self.token_count > self._min_tokens else new
-        self._released.append(text)
         return text
 
     def finish(self) -> str:
@@ -68,6 +56,4 @@ class TextStream:
             return ""
         rest = self._detokenizer.flush()
         text = self._matcher.push(rest) if self.token_count > self._min_tokens else rest
-        text += self._matcher.flush()
-        self._released.append(text)
-        return text
+        return text + self._matcher.flush()

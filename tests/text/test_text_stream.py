@@ -17,8 +17,8 @@ def test_text_ends_before_the_stop_and_tokens_with_it(byte_level: Tokenizer) -> 
     ids = byte_level.encode("The old baker. The end.")
     stream = TextStream(byte_level, byte_level.encode("Who?"), params(stop=("baker", "unseen")))
     text = "".join(stream.push([id]) for id in ids) + stream.finish()
-    assert text == stream.text == "The old "
-    assert stream.stopped and stream.stop_string == "baker"
+    assert text == "The old "
+    assert stream.stopped
     kept = stream.kept_tokens
     assert kept == ids[: len(kept)] and stream.token_count == len(kept)
     assert byte_level.decode(kept).startswith("The old baker")
@@ -41,11 +41,10 @@ def test_no_text_leaks_past_a_stop_however_tokens_are_grouped(
         text += stream.push(rest[:size])
         rest = rest[size:]
     text += stream.finish()
-    assert stream.text == text
     assert not any(stop in text for stop in stops)
     assert stream.stopped == any(stop in whole for stop in stops)
     if stream.stopped:
-        assert whole.startswith(f"{text}{stream.stop_string}")
+        assert any(whole.startswith(text + stop) for stop in stops)
         assert stream.kept_tokens == ids[: stream.token_count]
     else:
         assert text == whole and stream.kept_tokens == ids
@@ -64,7 +63,6 @@ def test_held_text_comes_with_finish_and_only_once(byte_level: Tokenizer) -> Non
     stream = TextStream(byte_level, [], params(stop=("done!",)))
     assert stream.push(byte_level.encode("it is do")) == "it is "
     assert (stream.finish(), stream.finish()) == ("do", "")
-    assert stream.text == "it is do"
     half = TextStream(byte_level, [], params())
     assert half.push(byte_level.encode("😀")[:1]) == ""
     assert half.finish() == "�"
@@ -78,7 +76,7 @@ def test_special_tokens_follow_the_request(byte_level: Tokenizer) -> None:
 
 def test_without_a_tokenizer_tokens_are_counted_and_stops_refused() -> None:
     stream = TextStream(None, [1, 2], params())
-    assert stream.push([3, 4]) == stream.text == stream.finish() == ""
+    assert stream.push([3, 4]) == stream.finish() == ""
     assert stream.kept_tokens == [3, 4] and stream.token_count == 2 and not stream.stopped
     with pytest.raises(ParameterError, match=r"stop is \('x',\); this model has no tokenizer") as caught:
         TextStream(None, [1], params(stop=("x",)))

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dsc_serve.config import LimitConfig
 from dsc_serve.server.errors import ApiError
@@ -27,6 +27,7 @@ class Connection(HttpToolsProtocol):
         self._awaits_head = True
         self._head_bytes = self._unparsed = 0  # of the head that is being parsed; since the last whole head
         self._stuck_since: float | None = None
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +39,9 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._answering is not None:  # the framework tells only the last of the requests that have come
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._awaits_head:
@@ -74,6 +78,12 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         self._awaits_head, self._unparsed = False, 0
         super().on_headers_complete()
+        if len(self.pipeline) == 1:
+            self.flow.resume_reading()  # nobody who does not read learns that the client has left
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import socket
 from typing import Any
 
@@ -70,6 +71,38 @@ def test_leaving_before_the_first_token_aborts_too(
             assert f'dsc_serve_requests_total{{endpoint="{path}",status="499"}} 1.0' in await scrape(app)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_with_a_request_behind_the_one_that_is_answered_aborts_it(
+    app: FastAPI, engine: FakeEngine, stream: bool
+) -> None:
+    engine.delay_s = 0.05
+    request = post_bytes("/v1/completions", {"prompt": "hi", "max_tokens": 400, "stream": stream})
+
+    async def run() -> None:
+        async with live(app) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request + request)
+            await until(lambda: engine.running == 1)
+            writer.close()
+            await check_left(app, engine, 1)
+
+    asyncio.run(run())
+
+
+def test_requests_that_do_not_wait_for_answers_are_answered_in_turn(app: FastAPI, engine: FakeEngine) -> None:
+    requests = [post_bytes("/v1/completions", {"prompt": "hi", "max_tokens": 2, "seed": i}) for i in range(5)]
+
+    async def run() -> bytes:
+        async with live(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"".join(requests))
+            answers = [await asyncio.wait_for(reader.readuntil(b"}}}"), 10) for _ in requests]
+            writer.close()
+            return b"".join(answers)
+
+    assert re.findall(rb'"text":"(\w+)"', asyncio.run(run())) == [b"ab", b"bc", b"cd", b"de", b"ef"]
 
 
 @pytest.mark.parametrize(("path", "fields"), REQUESTS)

@@ -33,7 +33,8 @@ struct Head {
   const void* w;      // packed [n, d]
   const float* bias;  // [panels · 16], −∞ behind the last output
   Screen screen;
-  int64_t* out;       // [batch]
+  float largest_error, largest_norm;  // of the screen's rows
+  int64_t* out;                       // [batch]
   int64_t batch, d, n;
   int threads;
   char* scratch;

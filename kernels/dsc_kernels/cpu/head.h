@@ -41,8 +41,16 @@ constexpr int NOMINEES = 256;  // of one token and thread; a token with more of 
 struct Nominees {
   int64_t count;  // NOMINEES + 1: too many
   float bound;    // the best lower bound so far
+  float margin;   // the largest error of any output
+  float gate;     // bound − margin: a logit below it belongs to no nominee
   float uppers[NOMINEES];
   int32_t places[NOMINEES];
+
+  INLINE void clear(float largest_error) {
+    count = 0;
+    bound = gate = -INFINITY;
+    margin = largest_error;
+  }
 
   INLINE bool too_many() const { return count > NOMINEES; }
 
@@ -56,9 +64,12 @@ struct Nominees {
     count = kept;
   }
 
-  __attribute__((noinline)) void take(vf lower, vf upper, uint32_t kept, int64_t n) {
+  __attribute__((noinline)) void take(vf logit, vf error, int64_t n) {
     if (too_many()) return;
+    vf lower = logit - error, upper = logit + error;
+    uint32_t kept = ~below(upper, bound) & 0xffff;
     for (int lane = 0; lane < LANES; lane++) bound = lower[lane] > bound ? lower[lane] : bound;
+    gate = bound - margin;
     if (count + LANES > NOMINEES) drop_below();
     for (; kept; kept &= kept - 1) {
       int lane = __builtin_ctz(kept);
@@ -85,9 +96,9 @@ struct Nomination {
     vi shift;
     memcpy(&shift, screen.shifts + n, sizeof shift);
     vf logit = __builtin_convertvector(v - shift, vf) * load(screen.steps + n) * r.scale + load(bias + n);
+    if (__builtin_expect((~below(logit, nominees[t].gate) & 0xffff) == 0, 1)) return;
     vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + screen.slack;
-    uint32_t kept = ~below(logit + error, nominees[t].bound) & 0xffff;
-    if (__builtin_expect(kept != 0, 0)) nominees[t].take(logit - error, logit + error, kept, n);
+    nominees[t].take(logit, error, n);
   }
 };
 
@@ -230,10 +241,12 @@ void largest_screened(const Head& a) {
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     Nominees* own = b.nominees + id * a.batch;
-    for (int64_t t = 0; t < a.batch; t++) own[t].count = 0, own[t].bound = -INFINITY;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.batch; t++)
       b.readings[t] = quantise((const T*)a.x + t * a.d, a.d, 1, b.shifted + t * b.shifted_stride, b.outliers[t]);
+    for (int64_t t = 0; t < a.batch; t++)
+      own[t].clear(b.readings[t].from_weights * a.largest_error + b.readings[t].from_input * a.largest_norm +
+                   a.screen.slack);
     multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, a.batch, a.d,
                      Nomination{b.readings, a.bias, a.screen, own, b.outliers}, part(panels, id, n), part(panels, id + 1, n));
 #pragma omp barrier

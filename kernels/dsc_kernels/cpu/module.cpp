@@ -173,7 +173,8 @@ void take_screen(Arguments& a, Screen& s) {
   s.counts = a.address<int64_t>();
 }
 
-// (is_bfloat16, w, bias, d, n, screen's rows, packed, steps, shifts, errors, norms, slack, counts)
+// (is_bfloat16, w, bias, d, n, screen's rows, packed, steps, shifts, errors, norms, slack, counts,
+//  largest error, largest norm)
 PyObject* head_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Arguments a{items, count};
   auto* layer = new Layer<Head>;
@@ -184,6 +185,8 @@ PyObject* head_layer(PyObject*, PyObject* const* items, Py_ssize_t count) {
   c.d = a.integer();
   c.n = a.integer();
   take_screen(a, c.screen);
+  c.largest_error = a.real();
+  c.largest_norm = a.real();
   if (!a.ok()) {
     delete layer;
     return nullptr;

@@ -1,11 +1,11 @@
-// One token per row of logits, without sorting a row: filters find where their kept prefix ends by histograms over the
-// bits of the weights, which order as the weights do, and a token is drawn by inverting the kept weights' cumulative
-// distribution in vocabulary order.
+// One token per row of logits, without sorting a row: filters find where their kept prefix ends by bisecting the bits of the
+// weights, which order as the weights do, among ever fewer of them, and a token is drawn by inverting the kept weights'
+// cumulative distribution in vocabulary order.
 #pragma once
 
 #include "vector.h"
 
-constexpr int BUCKETS = 2048, RUN = 256;
+constexpr int RUN = 256;
 
 // A prefix of the weights in falling order: all with bits above `bits`, and the first `ties` with exactly those.
 struct Prefix {
@@ -15,22 +15,22 @@ struct Prefix {
 };
 
 struct SampleBuffers {
-  float* weights;     // [vocabulary], padded to LANES
-  double* runs;       // mass of each RUN weights
-  double* mass;       // [BUCKETS]
-  int64_t* count;     // [BUCKETS]
+  float* weights;  // [vocabulary], padded to LANES
+  float* left;     // the same: those among which a prefix may end
+  double* runs;    // mass of each RUN weights
 };
 
+INLINE int64_t padded_to_lanes(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
 INLINE int64_t sample_bytes(int64_t vocabulary) {
-  return (vocabulary + LANES) / LANES * LANES * 4 + (vocabulary / RUN + 1) * 8 + BUCKETS * 16;
+  return 2 * padded_to_lanes(vocabulary) * 4 + (vocabulary / RUN + 1) * 8;
 }
 
 INLINE SampleBuffers sample_buffers(int64_t vocabulary, char* scratch) {
   SampleBuffers b;
-  b.mass = (double*)scratch;
-  b.count = (int64_t*)(b.mass + BUCKETS);
-  b.runs = (double*)(b.count + BUCKETS);
-  b.weights = (float*)(b.runs + vocabulary / RUN + 1);
+  b.weights = (float*)scratch;
+  b.left = b.weights + padded_to_lanes(vocabulary);
+  b.runs = (double*)(b.left + padded_to_lanes(vocabulary));
   return b;
 }
 
@@ -40,55 +40,113 @@ INLINE uint32_t bits_of(float weight) {
   return bits;
 }
 
+INLINE float weight_of(uint32_t bits) {
+  float weight;
+  memcpy(&weight, &bits, sizeof weight);
+  return weight;
+}
+
+struct Measure {
+  int64_t count;
+  double mass;
+};
+
+// Of the weights that have at least these bits, which must not be 0.
+INLINE Measure measure(const float* weights, int64_t size, uint32_t bits) {
+  typedef float half __attribute__((vector_size(32)));
+  typedef double wide __attribute__((vector_size(64)));
+  float below_it = weight_of(bits - 1);
+  wide sums[2] = {};
+  Measure m = {0, 0};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    vf v = load(weights + i), kept = v > below_it ? v : vf{};
+    m.count += __builtin_popcount(above(v, below_it));
+    half parts[2];
+    memcpy(parts, &kept, sizeof parts);
+    for (int j = 0; j < 2; j++) sums[j] += __builtin_convertvector(parts[j], wide);
+  }
+  for (int lane = 0; lane < 8; lane++) m.mass += sums[0][lane] + sums[1][lane];
+  for (; i < size; i++)
+    if (weights[i] > below_it) m.count++, m.mass += weights[i];
+  return m;
+}
+
+// The weights with at least, or with less than, these bits go to `out`, which may be where they are; returns how many.
+INLINE int64_t pick_out(const float* weights, int64_t size, uint32_t bits, bool at_least, float* out) {
+  float below_it = weight_of(bits - 1);
+  int64_t kept = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + LANES <= size; i += LANES) {
+    __m512 v = _mm512_loadu_ps(weights + i);
+    __mmask16 mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(below_it), _CMP_GT_OQ);
+    if (!at_least) mask = (__mmask16)~mask;
+    _mm512_storeu_ps(out + kept, _mm512_maskz_compress_ps(mask, v));  // what follows is written later, or never read
+    kept += __builtin_popcount(mask);
+  }
+#endif
+  for (; i < size; i++) {
+    float weight = weights[i];
+    out[kept] = weight;
+    kept += (weight > below_it) == at_least;
+  }
+  return kept;
+}
+
 // The shortest prefix whose number (by_mass: whose mass) reaches `amount`; everything when all of it falls short.
-// Three histograms, each within the bucket in which the one before ended: 11, 10 and 11 bits.
 inline Prefix prefix_of(const SampleBuffers& b, int64_t size, bool by_mass, double amount) {
-  const int shifts[] = {21, 11, 0};
-  const int widths[] = {11, 10, 11};
-  uint32_t above = 0;  // the bits fixed so far
-  double number = 0, mass = 0;
-  for (int level = 0; level < 3; level++) {
-    int shift = shifts[level], buckets = 1 << widths[level];
-    uint32_t fixed = level == 0 ? 0 : ~0u << (shift + widths[level]);
-    memset(b.count, 0, buckets * sizeof *b.count);
-    memset(b.mass, 0, buckets * sizeof *b.mass);
-    for (int64_t i = 0; i < size; i++) {
-      uint32_t bits = bits_of(b.weights[i]);
-      if ((bits & fixed) != above) continue;
-      uint32_t bucket = (bits >> shift) & (buckets - 1);
-      b.count[bucket]++;
-      b.mass[bucket] += b.weights[i];
+  const float* left = b.weights;
+  uint32_t low = 0, high = bits_of(1.0f) + 1;  // the prefix ends at bits from low to high − 1; all weights are at most 1
+  double number = 0, mass = 0;                 // of the weights from high on
+  for (int octaves = 4; high - low > 1 && size > 0; octaves = octaves < 64 ? 2 * octaves : octaves) {
+    // few weights count in most rows: the first bounds are some octaves below the largest weight
+    uint32_t guess = octaves < 64 ? bits_of(1.0f) - ((uint32_t)octaves << 23) : 0;
+    uint32_t bits = low == 0 && guess > 0 && guess < high ? guess : low + (high - low) / 2;
+    Measure m = measure(left, size, bits);
+    bool reached = (by_mass ? mass + m.mass : number + (double)m.count) >= amount;
+    if (reached ? m.count < size : m.count > 0) {
+      size = pick_out(left, size, bits, reached, b.left);
+      left = b.left;
     }
-    int bucket = buckets - 1;
-    for (;; bucket--) {
-      double next = by_mass ? mass + b.mass[bucket] : number + b.count[bucket];
-      if (next >= amount || bucket == 0) break;
-      mass += b.mass[bucket];
-      number += b.count[bucket];
-    }
-    above |= (uint32_t)bucket << shift;
-    if (level == 2) {  // members of this bucket are equal
-      int64_t members = b.count[bucket], ties = members;
-      double each = members ? b.mass[bucket] / members : 0;
-      double missing = by_mass ? (each > 0 ? (amount - mass) / each : 0) : amount - number;
-      if (missing < members) ties = (int64_t)missing + ((double)(int64_t)missing < missing);
-      if (ties < 1) ties = members > 0 && missing > 0 ? 1 : ties;
-      return {above, ties, mass + each * ties};
+    if (reached) {
+      low = bits;
+    } else {
+      high = bits;
+      number += (double)m.count;
+      mass += m.mass;
     }
   }
-  return {0, size, mass};
+  // what is left is equal
+  double each = size > 0 ? weight_of(low) : 0, missing = amount - number;
+  if (by_mass) missing = each > 0 ? (amount - mass) / each : 0;
+  int64_t ties = size;
+  if (missing < (double)size) ties = (int64_t)missing + ((double)(int64_t)missing < missing);
+  if (ties < 1) ties = size > 0 && missing > 0 ? 1 : ties;
+  return {low, ties, mass + each * (double)ties};
 }
 
 // The first weight of the prefix at which the running mass exceeds u · mass.
 inline int64_t invert(const SampleBuffers& b, int64_t size, const Prefix& p, double u) {
-  double target = u * p.mass, running = 0;
-  int64_t ties = p.ties, last = 0;
-  for (int64_t i = 0; i < size; i++) {
+  double target = u * p.mass, running = 0, before = 0, each = weight_of(p.bits);
+  int64_t ties = p.ties, own_ties = 0, run = -1;  // the first run that exceeds it, or else the last that has members
+  for (int64_t start = 0; start < size; start += RUN) {
+    int64_t count = start + RUN < size ? RUN : size - start;
+    Measure above_it = measure(b.weights + start, count, p.bits + 1);
+    int64_t equal = p.bits == 0 || ties <= 0 ? 0 : measure(b.weights + start, count, p.bits).count - above_it.count;
+    if (equal > ties) equal = ties;
+    if (above_it.count + equal == 0) continue;
+    run = start, before = running, own_ties = ties;
+    running += above_it.mass + each * (double)equal;
+    ties -= equal;
+    if (running > target) break;
+  }
+  int64_t last = 0;
+  for (int64_t i = run; run >= 0 && i < run + RUN && i < size; i++) {
     uint32_t bits = bits_of(b.weights[i]);
-    if (bits < p.bits || (bits == p.bits && ties-- <= 0) || bits == 0) continue;
-    running += b.weights[i];
+    if (bits < p.bits || (bits == p.bits && own_ties-- <= 0) || bits == 0) continue;
+    before += b.weights[i];
     last = i;
-    if (running > target) return i;
+    if (before > target) break;
   }
   return last;  // rounding: u · mass may reach the sum taken in another order
 }
@@ -180,8 +238,7 @@ inline int64_t sample_row(const float* row, int64_t size, float temperature, int
   if (min_p > 0) {
     uint32_t floor = bits_of(min_p);
     if (!limited || floor > kept.bits) {
-      kept = {floor, size, 0};
-      for (int64_t i = 0; i < size; i++) kept.mass += b.weights[i] >= min_p ? b.weights[i] : 0;
+      kept = {floor, size, measure(b.weights, size, floor).mass};
     }
   }
   return invert(b, size, kept, u);

@@ -38,8 +38,8 @@ def percent(ratio: Ratio) -> str:
     return f"{ratio.median - 1:+.0%} (rounds {ratio.low - 1:+.0%} to {ratio.high - 1:+.0%})"
 
 
-def streams_text(value: float) -> str:
-    return f"{value:g} stream{'' if value == 1 else 's'}"
+def counted(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def sentences(results: Results) -> list[str]:
@@ -66,7 +66,7 @@ def one_sentence(results: Results, subject: str, other: str, figure: str) -> str
     for value in results.points("closed"):
         ratio = results.ratio(subject, other, "closed", value, figure)
         if ratio is not None:
-            groups[verdict(ratio, more)].append(f"{percent(ratio)} at {streams_text(value)}")
+            groups[verdict(ratio, more)].append(f"{percent(ratio)} at {counted(value, 'stream')}")
     if not any(groups.values()):
         return ""
     parts = []
@@ -111,9 +111,9 @@ def reservations(results: Results, name: str) -> list[str]:
     found = []
     if failed := sum(row.figures["failed"] for row in rows):
         reasons = {reason for row in rows for reason in row.figures["failures"]}
-        found.append(f"{failed} requests to {name} failed: {', '.join(sorted(reasons))}.")
+        found.append(f"{counted(failed, 'request')} to {name} failed: {', '.join(sorted(reasons))}.")
     if lost := sum(not row.counts for row in rows):
-        found.append(f"{lost} closed loops of {name} lost too many requests to count in any figure.")
+        found.append(f"{counted(lost, 'closed loop')} of {name} lost too many requests to count in any figure.")
     if (rounds := len({row.round for row in rows})) < results.rounds:
         found.append(f"{name} was measured in {rounds} of {results.rounds} rounds.")
     if any(row.figures.get("uncounted") for row in rows):

@@ -122,7 +122,7 @@ def test_a_closed_loop_that_lost_its_server_counts_in_no_figure() -> None:
     assert made.values("dsc", "closed", 8, "median_itl_ms").keys() == {0, 2}
     text = "\n".join(sentences(made))
     assert "22 requests to dsc failed: disconnect." in text
-    assert "1 closed loops of dsc lost too many requests to count in any figure." in text
+    assert "1 closed loop of dsc lost too many requests to count in any figure." in text
 
 
 def test_what_makes_figures_unequal_is_said() -> None:

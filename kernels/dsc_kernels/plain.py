@@ -242,8 +242,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
     seen = torch.arange(longest, device=q.device)[None] < contexts[:, None]
-    k, v = (gather_context(pool, tables, longest) for pool in (keys, values))
-    v = v.masked_fill(~seen[:, None, :, None], 0.0)  # a weight of 0 does not silence a NaN that another request left
+    # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
+    k, v = (gather_context(p, tables, longest).masked_fill_(~seen[:, None, :, None], 0.0) for p in (keys, values))
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
@@ -251,12 +251,26 @@ def decode_attention(
 
 def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself, over copies of its keys and values."""
+    count, heads, _ = q.shape
     k, v = (gather_context(pool, table[None], context) for pool in (keys, values))
-    mask = torch.ones(q.shape[0], context, dtype=torch.bool, device=q.device).tril(context - q.shape[0])
-    grouped = k.shape[1] != q.shape[1]
+    mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril(context - count)
+    spoilt = silence(k[0, :, context - count :], v[0, :, context - count :])
+    grouped = k.shape[1] != heads
     own = q.transpose(0, 1)[None]
-    out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]
+    return (out + spoilt.repeat_interleave(heads // k.shape[1], 0)).transpose(0, 1)
+
+
+def silence(keys: Tensor, values: Tensor) -> Tensor:
+    """Set what is not finite in new tokens' keys and values [heads, T, size] to 0; returns what it does to each token.
+
+    That is 0 before the first such number: a mask keeps earlier tokens from seeing it, but not from being spoilt by it.
+    """
+    good = keys.isfinite().all(-1, keepdim=True)
+    spoilt = torch.where(good, values.where(~values.isfinite(), 0.0), torch.nan).cumsum(1)
+    for rows in (keys, values):
+        rows.nan_to_num_(0.0, 0.0, 0.0)
+    return spoilt
 
 
 def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:

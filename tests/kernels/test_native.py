@@ -138,6 +138,22 @@ def test_chunk_attention(
     assert torch.equal(first, got[:cut])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block", "kv_heads"), [(1, 1), (2, 1), (4, 1), (4, 3)])
+def test_blocks_may_lie_in_any_order(guarded: Guarded, block: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """Also so that the first and the last of some keys are as far apart as if those between followed each other."""
+    g = torch.Generator().manual_seed(block)
+    width = 32 // block
+    pools = [random(g, dtype, width, kv_heads, block, 16) for _ in range(2)]
+    q = random(g, dtype, 32, kv_heads, 16)
+    for at in range(1, width):
+        table = torch.arange(width)
+        table[at - 1], table[at] = at, at - 1
+        got = native.chunk_attention(q, *pools, table, 32, 0.25)
+        in_order = (pool[table] for pool in pools)
+        assert torch.equal(got, native.chunk_attention(q, *in_order, torch.arange(width), 32, 0.25))
+
+
 @CASES
 @given(
     seed=st.integers(0, 2**31),

@@ -171,6 +171,23 @@ def test_time_is_counted_by_phase_only_while_it_is_asked_for(kind: str) -> None:
     assert stack.spent == {}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("token", "spoilt"), [(2, [2]), (6, [6, 7]), (16, list(range(16, 25)))])
+def test_a_token_that_is_no_number_spoils_only_what_sees_it(
+    kind: str, dtype: torch.dtype, token: int, spoilt: list[int]
+) -> None:
+    made = Made(kind, dtype, 5, [3, 17], 48, 16)
+    made.ids = torch.randperm(50, generator=made.generator)[:25]
+    stack = made.stack()
+    clean = made.in_one_call(stack)
+    made.words[made.ids[token]] = torch.nan
+    got = made.in_one_call(stack)
+    others = [i for i in range(25) if i not in spoilt]
+    assert torch.equal(got[others], clean[others])
+    assert not bool(got[spoilt].isfinite().any())
+
+
 def test_inputs_that_do_not_fit_are_refused() -> None:
     made = Made("dense", torch.float32, 2, [3], 48, 16)
     stack = made.stack()

@@ -82,6 +82,9 @@ INLINE float soften(float* scores, int64_t count, Gathered& g) {
   return fading;
 }
 
+// A sum of weights as a factor. Where no key has any weight the sums are 0, and stay 0.
+INLINE float inverse_of(float total) { return total == 0 ? 0.0f : 1.0f / total; }
+
 template <typename T>
 INLINE void gather(const T* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
                    float fading, float* sums) {
@@ -141,7 +144,7 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* scrat
     T* out = (T*)a.out + i * a.group * a.size;
     for (int64_t g = 0; g < a.group; g++)
       for (int64_t c = 0; c < a.size; c += LANES) {
-        vf sum = load_up_to(gathered(g)->sums + c, a.size - c) * (1.0f / gathered(g)->total);
+        vf sum = load_up_to(gathered(g)->sums + c, a.size - c) * inverse_of(gathered(g)->total);
         store_up_to(out + g * a.size + c, sum, a.size - c);
       }
   }

@@ -123,6 +123,7 @@ struct ChunkBuffers {
   int64_t stride, width, bytes;       // of a row of queries or keys, of a row of sums
   C *q, *keys, *values, *weights;     // values [panels][KEYS][16], weights [KEYS][ROWS], neighbours of a word together
   float *scores, *sums, *highest, *totals, *fading;  // scores [KEYS][ROWS]
+  int32_t* ends;                                     // how many of the keys at hand each query row sees
 
   INLINE ChunkBuffers(int64_t size, char* at) : stride(sizeof(C) == 2 ? even(size) : size), width(panel_count(size) * LANES) {
     char* start = at;
@@ -139,6 +140,7 @@ struct ChunkBuffers {
     take(highest, ROWS);
     take(totals, ROWS);
     take(fading, ROWS);
+    take(ends, ROWS);
     bytes = at - start;
   }
 };
@@ -160,6 +162,14 @@ INLINE void score_tile(const C* q, int64_t stride, const C* keys, float* scores)
     for (int p = 0; p < P; p++) store(scores + n * ROWS + p * LANES, acc[p][n]);
 }
 
+// Whether rows lie one behind the other in a pool: blocks may follow each other in another order.
+template <int N>
+INLINE bool adjoin(const int64_t* places, int64_t size) {
+  bool all = true;
+  for (int i = 1; i < N; i++) all &= places[i] == places[0] + i * size;
+  return all;
+}
+
 template <int P, typename T>
 INLINE void score_panels(const T* pool, const int64_t* places, int64_t count, int64_t size, int64_t panel,
                          const ChunkBuffers<T>& b) {
@@ -169,7 +179,7 @@ INLINE void score_panels(const T* pool, const int64_t* places, int64_t count, in
   for (int64_t n = 0; n < count; n += N) {
     int64_t last = (count - n < N ? count - n : N) - 1;
     const C* keys = b.keys;
-    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && places[n + last] - places[n] == last * size)
+    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && adjoin<N>(places + n, size))
       keys = (const C*)(const void*)(pool + places[n]);
     else
       for (int64_t i = 0; i <= last; i++) copy_row(pool + places[n + i], size, b.keys + i * b.stride);
@@ -186,9 +196,9 @@ template <typename T>
 INLINE void soften_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi last, float scale) {
   float* scores = b.scores + panel * LANES;
   vf most = splat(-INFINITY);
-  int32_t masked = (int32_t)count;  // from which key on some row sees nothing
-  for (int lane = 0; lane < LANES; lane++) masked = last[lane] < masked ? last[lane] + 1 : masked;
-  if (masked < 0) masked = 0;
+  vi all = vi{} + (int32_t)count, ends = last < 0 ? vi{} : (last < all ? last + 1 : all);
+  memcpy(b.ends + panel * LANES, &ends, sizeof ends);
+  int32_t masked = ends[0];  // rows come in the order of their positions: the first sees least
   for (int64_t n = 0; n < masked; n++) most = vmax(load(scores + n * ROWS), most);
   for (int64_t n = masked; n < count; n++) {
     vf s = last < (int32_t)n ? splat(-INFINITY) : load(scores + n * ROWS);
@@ -212,20 +222,32 @@ INLINE void soften_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count,
   store(b.totals + panel * LANES, load(b.totals + panel * LANES) * fading + total);
 }
 
-// sums [R, P panels] = faded sums + weights · values
-template <int P, int R, typename C>
-INLINE void gather_tile(const C* values, const C* weights, int64_t count, const float* fading, int64_t width,
-                        float* sums) {
-  vf acc[P][R] = {};
-  for (int64_t n = 0; n < count; n += GROUP<C>) {
+// Products of the words of keys from … to − 1. On the diagonal rows see different keys, and what one does not see is
+// taken out of its values: a weight of 0 would not silence a NaN.
+template <bool DIAGONAL, int P, int R, typename C>
+INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_t to, const int32_t* ends,
+                         vf (&acc)[P][R]) {
+  for (int64_t n = from; n < to; n += GROUP<C>) {
     vi row[P];
     for (int p = 0; p < P; p++) memcpy(&row[p], values + (p * KEYS + n) * LANES, sizeof row[p]);
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-      int32_t word;
+      int32_t word, seen = n + GROUP<C> <= ends[r] ? -1 : (n < ends[r] ? 0xffff : 0);
       memcpy(&word, weights + n * ROWS + r * GROUP<C>, sizeof word);
-      for (int p = 0; p < P; p++) acc[p][r] = plus_product(acc[p][r], row[p], word, C{});
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) acc[p][r] = plus_product(acc[p][r], DIAGONAL ? row[p] & seen : row[p], word, C{});
     }
   }
+}
+
+// sums [R, P panels] = faded sums + weights · values, of each row's first `ends` keys; later rows see no fewer.
+template <int P, int R, typename C>
+INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, const float* fading, int64_t width,
+                        float* sums) {
+  vf acc[P][R] = {};
+  int64_t together = ends[0] / GROUP<C> * GROUP<C>;
+  gather_words<false>(values, weights, 0, together, ends, acc);
+  gather_words<true>(values, weights, together, ends[R - 1], ends, acc);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float* s = sums + r * width + p * LANES;
@@ -234,15 +256,15 @@ INLINE void gather_tile(const C* values, const C* weights, int64_t count, const 
 }
 
 template <int P, typename C>
-INLINE void gather_panels(const C* values, const C* weights, int64_t rows, int64_t count, const float* fading,
+INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* ends, const float* fading,
                           int64_t width, float* sums) {
   for (int64_t r = 0; r < rows;) {
     int64_t left = rows - r;
     if (left <= FEWER || left == FEWER + 3 || left == 2 * FEWER) {
-      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, count, fading + r, width, sums + r * width);
+      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, ends + r, fading + r, width, sums + r * width);
       r += FEWER;
     } else {
-      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, count, fading + r, width, sums + r * width);
+      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, ends + r, fading + r, width, sums + r * width);
       r += HIGH;
     }
   }
@@ -289,14 +311,14 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
       pack_values(values, places[held], count, a.size, b.values);
     int64_t c = 0;
     for (; c + WIDE <= columns; c += WIDE)
-      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, words, b.fading, b.width, b.sums + c * LANES);
+      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.fading, b.width, b.sums + c * LANES);
     for (; c < columns; c++)
-      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, words, b.fading, b.width, b.sums + c * LANES);
+      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.fading, b.width, b.sums + c * LANES);
   }
   for (int64_t r = 0; r < rows; r++) {
     int64_t token = (first + r) / a.group, member = (first + r) % a.group;
     T* out = (T*)a.out + (token * a.kv_heads * a.group + member) * a.size + offset;
-    float inverse = 1.0f / b.totals[r];
+    float inverse = inverse_of(b.totals[r]);
     for (int64_t c = 0; c < a.size; c += LANES)
       store_up_to(out + c, load(b.sums + r * b.width + c) * inverse, a.size - c);
   }

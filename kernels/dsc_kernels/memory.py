@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -22,15 +23,17 @@ class Arena:
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
         """So many bytes, zero, aligned to a cache line."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         if size > CHUNK:
             return mapped(size)
-        if size > self._left.numel():
-            self._left = mapped(CHUNK)
-        taken, self._left = self._left[:size], self._left[size:]
+        with self._lock:
+            if size > self._left.numel():
+                self._left = mapped(CHUNK)
+            taken, self._left = self._left[:size], self._left[size:]
         return taken
 
 

@@ -15,11 +15,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("kernels/dsc_kernels/cpu")
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS = {
     "module": [],
+    "layer_bindings": [],
+    "step_bindings": [],
+    "token_bindings": [],
     "baseline": [],
     "avx2": AVX2,
     "avx512": AVX512,
@@ -35,7 +39,7 @@ class BuildKernels(build_ext):
 
         def compile_each(sources: list[str], *args: object, **kwargs: object) -> list[str]:
             def compile_one(source: str) -> list[str]:
-                flags = [*COMMON, *FLAGS[Path(source).stem]]
+                flags = [*COMMON, *WARNINGS, *FLAGS[Path(source).stem]]
                 objects: list[str] = compile_once([source], *args, **{**kwargs, "extra_postargs": flags})
                 return objects
 

@@ -51,11 +51,12 @@ class Head(native.Linear):
         super().__init__(weight, bias)
         self.screen = screen(weight, bias, rows=False) if screens(self.n, self.d) else NO_SCREEN
         self._padded = padded_bias(bias, self.n)
+        self._kept = self.packed, self._padded, self.screen
         *_, errors, norms = self.screen.tensors
         largest = (0.0 if bounds is None else float(bounds.max()) for bounds in (errors, norms))
         tensors = (native.address(tensor) for tensor in self.screen.tensors)
         self._head = native.module().head_layer(
-            *(self._half, self._w, self._padded.data_ptr(), self.d, self.n, *tensors),
+            *(self._half, self.packed.data_ptr(), self._padded.data_ptr(), self.d, self.n, *tensors),
             *(self.screen.slack, native.address(self.screen.counts), *largest),
         )
 

@@ -51,8 +51,8 @@ class Sketch:
         self.steps = self.tokens = 0
         self._last = np.full((layers, atoms), -1, dtype=np.int32)
         self._native = native.active() is not None
-        held = (self.vocabulary, self.counts, self._last, self.distinct)
-        self._addresses = [array.ctypes.data for array in held]
+        self._held = (self.vocabulary, self.counts, self._last, self.distinct)
+        self._addresses = [array.ctypes.data for array in self._held]
 
     def observe(
         self,
@@ -66,6 +66,12 @@ class Sketch:
         signatures: the requests' bitmaps, which gain what was picked; owners index them.
         """
         layers, tokens, k = picks.shape
+        if picks.dtype != np.int32 or (layers, k) != (self.layers, self.k) or not picks[0].flags.c_contiguous:
+            wanted = f"int32 [{self.layers}, T, {self.k}], each layer in one piece"
+            raise ValueError(f"picks are {picks.dtype} {picks.shape}; expected {wanted}")
+        for name, column in (("token_ids", token_ids), ("owners", owners)):
+            if column.dtype != np.int64 or column.shape != (tokens,) or not column.flags.c_contiguous:
+                raise ValueError(f"{name} are {column.dtype} {column.shape}; expected int64 [{tokens}] in one piece")
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         if not tokens:
             return
@@ -75,7 +81,8 @@ class Sketch:
         targets = np.array([signature.address for signature in signatures], dtype=np.uint64)
         native.module().sketch(
             *(picks.ctypes.data, token_ids.ctypes.data, owners.ctypes.data, targets.ctypes.data, *self._addresses),
-            *(layers, tokens, k, self.atoms, picks.strides[0] // 4, len(self.vocabulary), self.divisor, self.steps),
+            *(layers, tokens, k, self.atoms, picks.strides[0] // 4, len(self.vocabulary), self.divisor),
+            *(self.steps, len(signatures)),
         )
 
     def predict(self, token_ids: Sequence[int]) -> Bitmap | None:

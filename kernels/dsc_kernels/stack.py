@@ -8,10 +8,11 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import native
-from dsc_kernels.native import HALF, address, check, module
+from dsc_kernels.native import address, check, check_angles, half, module
 
 PHASES = ("embed", "norms", "projections", "kv writes", "attention", "ffn")  # of the calling thread
 FFN_PHASES = ("router", "static", "compose", "waiting")  # of every thread within FFN layers
@@ -73,23 +74,40 @@ class Stack:
     def __init__(self, words: Tensor, places: Tensor | None, blocks: Sequence[BlockLayers]) -> None:
         first = blocks[0]
         self.d, self.dtype = first.qkv.d, first.qkv.dtype
+        self._ffns = [b.ffn for b in blocks]
         self._kept: list[object] = list(blocks)
         self._pools: Pools = ()
         self._addresses = array("q")
         self._laps: Tensor | None = None
         size = first.out.d // first.heads
         self._pool = (first.kv_heads, size)
+        if first.heads % first.kv_heads:
+            raise ValueError(f"{first.heads} heads are not a multiple of {first.kv_heads} key-value heads")
         for table in (words, *(() if places is None else (places,))):
             check("an embedding", table, (table.shape[0], self.d), self.dtype)
-        numbers: list[object] = [HALF[self.dtype], self._keep(words), self._keep(places)]
+        positions = [native.UNLIMITED if places is None else places.shape[0]]
+        numbers: list[object] = []
         for b in blocks:
-            shapes = (b.qkv.n, b.qkv.d), (b.out.n, b.out.d)
-            if shapes != (((b.heads + 2 * b.kv_heads) * size, self.d), (self.d, b.heads * size)) or b.ffn.d != self.d:
-                raise ValueError(f"projections {shapes} do not fit {b.heads} heads of {size} and width {self.d}")
+            self._check(b, first)
+            if b.angles is not None:
+                positions.append(check_angles(b.angles, size))
             projections = (b.qkv.packed, b.qkv.bias, b.out.packed, b.out.bias, b.angles)
             numbers += [*self._norm(b.norm1), *map(self._keep, projections), self.d, b.heads, b.kv_heads, size]
             numbers += [*self._norm(b.norm2), int(isinstance(b.ffn, native.Moe)), b.ffn.capsule]
-        self.capsule = module().stack(*numbers)
+            self._kept.append(b.ffn.capsule)
+        embeddings = self._keep(words), self._keep(places), words.shape[0], min(positions)
+        self.capsule = module().stack(half(self.dtype), *embeddings, *numbers)
+
+    def _check(self, b: BlockLayers, first: BlockLayers) -> None:
+        kv_heads, size = self._pool
+        if (b.heads, b.kv_heads) != (first.heads, kv_heads):
+            raise ValueError(f"{b.heads} heads, {b.kv_heads} for keys; the first block has {first.heads}, {kv_heads}")
+        shapes = (b.qkv.n, b.qkv.d), (b.out.n, b.out.d)
+        if shapes != (((b.heads + 2 * kv_heads) * size, self.d), (self.d, b.heads * size)) or b.ffn.d != self.d:
+            raise ValueError(f"projections {shapes} do not fit {b.heads} heads of {size} and width {self.d}")
+        dtypes = b.qkv.dtype, b.out.dtype, b.ffn.dtype
+        if set(dtypes) != {self.dtype}:
+            raise ValueError(f"layers of a block are {dtypes}; expected {self.dtype}")
 
     def _keep(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -122,36 +140,58 @@ class Stack:
         first token, tokens, context) hold the others. pools: per block [blocks, kv heads, block, size]. asked: per
         block, where all FFN layers are DSC's.
         """
-        tokens, block = ids.shape[0], pools[0][0].shape[2]
+        tokens, sequences = ids.shape[0], tables.shape[0]
         columns = ids, *slots
         if any(
             column.shape != (tokens,) or column.dtype != torch.int64 or not column.is_contiguous() for column in columns
         ):
             raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
-        if longest > tables.shape[1] * block or tables.shape[0] < decodes or tables.stride(1) != 1:
+        check("tables", tables, (sequences, tables.shape[1]), torch.int64)
+        check("contexts", contexts, (sequences,), torch.int64, in_place=True)
+        pool, block = self._use(pools)
+        if longest > tables.shape[1] * block or tables.stride(1) != 1:
             raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
-        self._use(pools)
-        flat = array("q", chain.from_iterable(chunks))
-        if decodes + sum(flat[2::4]) != tokens or any(c > tables.shape[1] * block for c in flat[3::4]):
-            raise ValueError(f"{decodes} single tokens and chunks {flat.tolist()} are not the {tokens} tokens given")
-        wanted = array("q", chain.from_iterable(a.numbers for a in asked or ()))
+        flat, wanted = array("q", chain.from_iterable(chunks)), self._wanted(asked, tokens)
         out = torch.empty(tokens, self.d, dtype=self.dtype)
         if tokens:
+            threads, addresses = native.threads(), self._addresses
             module().run_stack(
                 *(self.capsule, out.data_ptr(), *(column.data_ptr() for column in columns)),
-                *(tables.data_ptr(), contexts.data_ptr(), flat.buffer_info()[0], self._addresses.buffer_info()[0]),
-                *(wanted.buffer_info()[0] if asked else 0, address(self._laps), tokens, tables.stride(0), block),
-                *(decodes, longest, len(flat) // 4, native.threads()),
+                *(tables.data_ptr(), contexts.data_ptr(), flat.buffer_info()[0], addresses.buffer_info()[0]),
+                *(wanted.buffer_info()[0] if asked else 0, address(self._counters(threads))),
+                *(tokens, sequences, tables.shape[1], tables.stride(0), block, pool),
+                *(decodes, longest, len(flat) // 4, threads),
             )
         return out
 
-    def _use(self, pools: Pools) -> None:
-        if len(pools) == len(self._pools) and all(map(lambda a, b: a is b, pools, self._pools)):
-            return
-        for pool in chain.from_iterable(pools):
-            check("a pool", pool, (pool.shape[0], self._pool[0], pool.shape[2], self._pool[1]), self.dtype)
-        self._pools = tuple(pools)
-        self._addresses = array("q", [pool.data_ptr() for pool in chain.from_iterable(pools)])
+    def _use(self, pools: Pools) -> tuple[int, int]:
+        """Take the addresses of pools, unless they are those of the last call; returns their blocks and block size."""
+        if len(pools) != len(self._ffns):
+            raise ValueError(f"pools of {len(pools)} blocks were given; expected {len(self._ffns)}")
+        if not self._pools or not all(map(lambda a, b: a is b, pools, self._pools)):
+            kv_heads, size = self._pool
+            blocks, _, block, _ = pools[0][0].shape
+            for pool in chain.from_iterable(pools):
+                check("a pool", pool, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+            self._pools = tuple(pools)
+            self._addresses = array("q", [pool.data_ptr() for pool in chain.from_iterable(pools)])
+        blocks, _, block, _ = self._pools[0][0].shape
+        return blocks, block
+
+    def _wanted(self, asked: Sequence[Asked] | None, tokens: int) -> array[int]:
+        if asked and len(asked) != len(self._ffns):
+            raise ValueError(f"{len(asked)} blocks are asked; expected {len(self._ffns)}")
+        for one, ffn in zip(asked or (), self._ffns, strict=False):
+            if not isinstance(ffn, native.Ffn) or not ffn.atoms:
+                raise ValueError("only DSC layers can be asked for more than their output")
+            ffn.check_asked(tokens, one.picks, one.weights, one.signal)
+        return array("q", chain.from_iterable(one.numbers for one in asked or ()))
+
+    def _counters(self, threads: int) -> Tensor | None:
+        """Where time is counted, with room for so many threads: there may be more than there were."""
+        if self._laps is not None and (missing := ROW * (1 + threads) - self._laps.numel()) > 0:
+            self._laps = F.pad(self._laps, (0, missing))
+        return self._laps
 
     def measure(self, on: bool) -> None:
         """Count from zero, or no more. Counting costs a clock reading per phase."""

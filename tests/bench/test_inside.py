@@ -71,7 +71,7 @@ def test_distinct_picks_are_counted_with_the_stored_router(tmp_path: Path) -> No
 def test_bytes_follow_what_the_engine_chose_not_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config("dsc", max_position_embeddings=256)
     save_checkpoint(config, {name: tensor.bfloat16() for name, tensor in wide_tensors(config).items()}, tmp_path)
-    monkeypatch.setattr(native, "screens", lambda router, k: True)  # as "auto" decides for wide routers
+    monkeypatch.setattr(native.layers, "screens", lambda router, k: True)  # as "auto" decides for wide routers
     monkeypatch.setattr(head, "screens", lambda words, d: True)
     found = look_inside(tmp_path, (1,), 1, "auto")
     steps: Any = found["steps"]

@@ -31,8 +31,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     guard = Guarded()
-    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "get_num_threads", "int32", "int64")}
-    for module in (native, head):
-        monkeypatch.setattr(module, "torch", SimpleNamespace(**names, empty=guard.empty))
+    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64")}
+    for part in (native.layers, native.attention, native.tokens, head):
+        monkeypatch.setattr(part, "torch", SimpleNamespace(**names, empty=guard.empty))
     yield guard
     guard.check()

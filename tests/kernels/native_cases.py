@@ -21,7 +21,7 @@ CASES = settings(
 
 
 class Guarded:
-    """Stands in for `torch` inside `native`: every tensor it makes is poisoned and has guard bands."""
+    """Stands in for `torch` within `native`: every tensor it makes is poisoned and has guard bands."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []

@@ -171,6 +171,19 @@ def test_time_is_counted_by_phase_only_while_it_is_asked_for(kind: str) -> None:
     assert stack.spent == {}
 
 
+def test_threads_that_came_later_are_counted_too() -> None:
+    made = Made("dsc", torch.float32, 30, [], 64, 16)
+    stack, before = made.stack(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        stack.measure(True)
+        torch.set_num_threads(3)
+        made.in_one_call(stack)
+        assert stack.spent["router"] > 0
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("token", "spoilt"), [(2, [2]), (6, [6, 7]), (16, list(range(16, 25)))])
@@ -188,20 +201,70 @@ def test_a_token_that_is_no_number_spoils_only_what_sees_it(
     assert not bool(got[spoilt].isfinite().any())
 
 
+def changed(values: Tensor, at: int, value: int) -> Tensor:
+    values = values.clone()
+    values.view(-1)[at] = value
+    return values
+
+
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    made = Made("dense", torch.float32, 2, [3], 48, 16)
+    made = Made("dsc", torch.float32, 2, [3], 48, 16)
     stack = made.stack()
-    made.chunks = [(2, 2, 4, 9)]
-    with pytest.raises(ValueError, match="are not the 5 tokens"):
-        made.in_one_call(stack)
-    made.chunks = [(2, 2, 3, 65)]
-    with pytest.raises(ValueError, match="are not the 5 tokens"):
-        made.in_one_call(stack)
-    made.chunks, made.longest = [(2, 2, 3, 9)], 65
-    with pytest.raises(ValueError, match="do not hold contexts of 65"):
-        made.in_one_call(stack)
-    other = NormWeights(torch.ones(47), None, 1e-5)
-    with pytest.raises(ValueError, match="a norm's vector"):
-        Stack(made.words, None, [made.blocks[0]._replace(norm1=other)])
-    with pytest.raises(ValueError, match="do not fit"):
-        Stack(made.words, None, [made.blocks[0]._replace(heads=3)])
+    (positions, blocks, offsets), tables, contexts = made.slots, made.tables, made.contexts
+    count, asked = len(made.pools[0][0]), Asked.everything(5, 4)
+    strided = made.pools[0][0].transpose(0, 1).contiguous().transpose(0, 1)
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("single tokens and chunks are 2 tokens, but there are 5", {"chunks": []}),
+        ("chunk 0 .* does not fit", {"chunks": [(2, 2, 3, 65)]}),
+        ("chunk 0 .* does not fit", {"chunks": [(2, 2, 4, 3)]}),
+        ("chunk 0 .* does not fit", {"chunks": [(3, 2, 3, 9)]}),
+        ("chunk 0 .* does not fit", {"chunks": [(2, 1, 3, 9)]}),
+        ("chunk 1 .* does not fit", {"chunks": [(2, 2, 3, 9), (2, 5, 0, 9)]}),
+        ("do not hold contexts of 65", {"longest": 65}),
+        ("4 single tokens of 3 sequences", {"decodes": 4}),
+        ("token ids: number 1 is 50", {"ids": changed(made.ids, 1, 50)}),
+        ("positions: number 4 is 64", {"slots": (changed(positions, 4, 64), blocks, offsets)}),
+        ("positions: number 0 is -1", {"slots": (changed(positions, 0, -1), blocks, offsets)}),
+        (f"blocks: number 2 is {count}", {"slots": (positions, changed(blocks, 2, count), offsets)}),
+        ("offsets: number 3 is 16", {"slots": (positions, blocks, changed(offsets, 3, 16))}),
+        ("contexts: number 1 is 9", {"contexts": changed(contexts, 1, 9)}),
+        ("contexts is torch.int32", {"contexts": contexts.int()}),
+        ("contexts must be contiguous", {"contexts": contexts.repeat_interleave(2)[::2]}),
+        ("tables is torch.int32", {"tables": tables.int()}),
+        ("block table: number 0 is -7", {"tables": changed(tables, 0, -7)}),
+        ("block table: number 0 is -7", {"tables": changed(tables, 8, -7)}),
+        ("pools of 1 blocks", {"pools": made.pools[:1]}),
+        ("a pool is", {"pools": [made.pools[0], (made.pools[1][0], made.pools[1][1][:, :, :8])]}),
+        ("a pool must be contiguous", {"pools": 2 * [(strided, strided)]}),
+        ("1 blocks are asked", {"asked": [asked]}),
+        ("picks is", {"asked": 2 * [asked._replace(picks=torch.empty(4, 4, dtype=torch.int32))]}),
+        ("weights is", {"asked": 2 * [asked._replace(weights=torch.empty(5, 3))]}),
+    ]
+    given: dict[str, object] = {"ids": made.ids, "slots": made.slots, "tables": tables, "contexts": contexts}
+    given |= {"decodes": 2, "longest": made.longest, "chunks": made.chunks, "pools": made.pools, "asked": 2 * [asked]}
+    want = stack(**given)
+    for message, wrong in cases:
+        with pytest.raises(ValueError, match=message):
+            stack(**{**given, **wrong})
+    assert torch.equal(stack(**given), want)
+    dense = Made("dense", torch.float32, 2, [3], 48, 16)
+    with pytest.raises(ValueError, match="only DSC layers"):
+        dense.in_one_call(dense.stack(), 2 * [Asked(grouped=True)])
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    made, half = Made("dense", torch.float32, 2, [3], 48, 16), Made("dense", torch.bfloat16, 2, [3], 48, 16)
+    block = made.blocks[0]
+    wide = native.Linear(torch.zeros(12 * 16, 48))
+    for message, wrong in [
+        ("a norm's vector", {"norm1": NormWeights(torch.ones(47), None, 1e-5)}),
+        ("3 heads, 2 for keys; the first block has 4, 2", {"heads": 3}),
+        ("4 heads, 4 for keys; the first block has 4, 2", {"kv_heads": 4, "qkv": wide}),
+        ("projections .* do not fit", {"qkv": wide}),
+        ("layers of a block are", {"ffn": half.blocks[0].ffn}),
+        ("angles is", {"angles": torch.zeros(64, 2, 7)}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Stack(made.words, None, [block, block._replace(**wrong)])
+    with pytest.raises(ValueError, match="4 heads are not a multiple of 3"):
+        Stack(made.words, None, [block._replace(kv_heads=3)])

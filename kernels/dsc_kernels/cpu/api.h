@@ -86,7 +86,7 @@ struct Attention {
   const int64_t* tables;     // [batch, width]
   const int64_t* contexts;   // [batch]
   void* out;                 // [batch, kv_heads · group, size]
-  int64_t batch, q_stride, width, kv_heads, group, size, block, longest;
+  int64_t batch, q_stride, width, kv_heads, group, size, block;
   float scale;
   int threads;
   char* scratch;

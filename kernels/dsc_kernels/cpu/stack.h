@@ -33,20 +33,22 @@ enum StackPhase { EMBEDDING, NORMS, PROJECTIONS, KV_WRITES, ATTENDING, FFN, STAC
 struct Step {
   void* out;  // [tokens, d]
   const int64_t *ids, *positions, *blocks, *offsets;  // [tokens]
-  const int64_t* tables;                        // [sequences, width]
+  const int64_t* tables;                        // [sequences, pages], rows `width` apart
   const int64_t* contexts;                      // [sequences]
   const Chunk* chunks;                          // the tokens behind the first `decodes`, which are one per sequence
   const int64_t (*pools)[2];                    // per block: addresses of its keys and values
   const Asked* asked;                           // per block, or null
   int64_t* laps;  // [STACK_PHASES] nanoseconds to add to, then each thread's in FFN layers; or null
-  int64_t tokens, width, block, decodes, longest, chunk_count;
+  int64_t tokens, sequences, pages, width, block, pool, decodes, longest, chunk_count;
   int threads;
 };
 
 class Stack {
  public:
+  static constexpr const char* name = "dsc_kernels.stack";
   std::vector<Block> blocks;
   const void *words = nullptr, *places = nullptr;  // embeddings of tokens and, where they are learned, of positions
+  int64_t vocabulary = 0, positions = 0;           // how many there are
   int half = 0;
 
   // Bytes of scratch that a step needs.
@@ -201,7 +203,7 @@ class Stack {
       store.size = b.size, store.block = s.block;
       single.q = to.rows, single.tables = s.tables, single.contexts = s.contexts, single.out = to.heads;
       single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = b.kv_heads;
-      single.group = b.heads / b.kv_heads, single.size = b.size, single.block = s.block, single.longest = s.longest;
+      single.group = b.heads / b.kv_heads, single.size = b.size, single.block = s.block;
       single.scale = b.scale;
       chunk.q_stride = qkv.n, chunk.kv_heads = b.kv_heads, chunk.group = single.group, chunk.size = b.size;
       chunk.block = s.block, chunk.scale = b.scale;

@@ -1,0 +1,28 @@
+"""What is passed to C++: addresses of tensors that were checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def half(dtype: torch.dtype) -> int:
+    """How the module is told float32 and bfloat16 apart. Raises ValueError for other dtypes."""
+    if dtype not in HALF:
+        raise ValueError(f"native kernels compute in float32 and bfloat16, not in {dtype}")
+    return HALF[dtype]
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool = False) -> None:
+    """Raise ValueError unless a tensor is such a one on the CPU; in_place: and contiguous, so that it needs no copy."""
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} is {got}; expected {dtype} {list(shape)} on the CPU")
+    if in_place and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")

@@ -1,0 +1,143 @@
+"""What does not fit is refused by name before a kernel reads or writes beyond a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from native_cases import moe_layer, random, routed_layer
+from torch import Tensor
+
+from dsc_kernels import grouping, native
+from dsc_kernels.sketch import Signature, Sketch
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def dsc(**changes: Any) -> dict[str, Any]:
+    return {**routed_layer(torch.Generator().manual_seed(0), F32, 8, 20, 3, 6), **changes}
+
+
+def experts(**changes: Any) -> dict[str, Any]:
+    return {**moe_layer(torch.Generator().manual_seed(0), F32, 8, 6, 3, 2), **changes}
+
+
+def refused(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_weights_that_do_not_fit() -> None:
+    refused("bias is", lambda: native.Linear(torch.zeros(4, 3), torch.zeros(3)))
+    refused("not in torch.float16", lambda: native.Linear(torch.zeros(4, 3, dtype=torch.float16)))
+    for name, shape in {
+        "gate": (6, 7),
+        "down": (8, 5),
+        "router": (20, 9),
+        "router_bias": (19,),
+        "u": (19, 8),
+        "v": (20, 7),
+        "gamma": (7,),
+    }.items():
+        refused(f"{name} is", lambda name=name, shape=shape: native.Ffn(**dsc(**{name: torch.zeros(shape)})))
+    refused("router is torch.bfloat16", lambda: native.Ffn(**dsc(router=torch.zeros(20, 8, dtype=BF16))))
+    refused("k is 0", lambda: native.Ffn(**dsc(k=0)))
+    dense = native.Ffn(torch.zeros(6, 8), None, torch.zeros(8, 6), "gelu")
+    refused("has no router", lambda: dense.routed(torch.zeros(1, 8)))
+    refused("down has 2 matrices", lambda: native.Moe(**experts(down=2 * [torch.zeros(8, 6)])))
+    refused("up of expert 2", lambda: native.Moe(**experts(up=[*2 * [torch.zeros(6, 8)], torch.zeros(5, 8)])))
+    refused("router_bias is", lambda: native.Moe(**experts(router_bias=torch.zeros(2))))
+
+
+def test_outputs_that_do_not_fit() -> None:
+    x = torch.zeros(4, 8)
+    refused("out_dtype is torch.bfloat16", lambda: native.Linear(torch.zeros(3, 8))(x, out_dtype=BF16))
+    layer = native.Ffn(**dsc())
+    picks, signal = torch.zeros(4, 3, dtype=torch.int32), torch.zeros(8)
+    refused("picks is", lambda: layer(x, picks=picks[:3]))
+    refused("picks must be contiguous", lambda: layer(x, picks=picks.repeat(1, 2)[:, ::2]))
+    refused("signal must be contiguous", lambda: layer(x, picks=picks, signal=signal[::2]))
+    refused("weight is", lambda: native.norm(x, torch.ones(7), None, 1e-5))
+
+
+def test_a_layer_is_no_layer_of_another_kind() -> None:
+    ffn, moe, module = native.Ffn(**dsc()), native.Moe(**experts()), native.module()
+    refused("incorrect name", lambda: module.ffn(moe.capsule, *9 * [0]))
+    refused("incorrect name", lambda: module.moe(ffn.capsule, *5 * [0]))
+    refused("incorrect name", lambda: module.run_stack(ffn.capsule, *21 * [0]))
+
+
+class Pools:
+    """Two sequences of at most 12 tokens in blocks of 4, two heads of 8 for keys."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.keys, self.values = (random(g, F32, 6, 2, 4, 8) for _ in range(2))
+        self.q = random(g, F32, 2, 4, 8)
+        self.tables, self.contexts = torch.arange(6).view(2, 3), torch.tensor([5, 12])
+
+    def decode(self, **changes: Any) -> Tensor:
+        a = {"q": self.q, "keys": self.keys, "values": self.values, "tables": self.tables, "contexts": self.contexts}
+        return native.decode_attention(**{**a, "longest": 12, "scale": 0.3, **changes})
+
+    def chunk(self, **changes: Any) -> Tensor:
+        a = {"q": self.q, "keys": self.keys, "values": self.values, "table": self.tables[0], "context": 12}
+        return native.chunk_attention(**{**a, "scale": 0.3, **changes})
+
+    def store(self, **changes: Any) -> None:
+        column = torch.tensor([0, 3])
+        a = {"qkv": torch.zeros(2, 8, 8), "heads": 4, "angles": torch.zeros(4, 2, 4), "positions": column}
+        a |= {"blocks": column, "offsets": column, "keys": self.keys, "values": self.values}
+        native.store_kv(**{**a, **changes})
+
+
+def test_pools_and_tables_that_do_not_fit() -> None:
+    p = Pools()
+    strided = p.keys.repeat(1, 1, 1, 2)[..., ::2]
+    beyond = p.tables.index_fill(1, torch.tensor([2]), 6)
+    for call in (p.decode, p.chunk):
+        refused("keys must be contiguous", lambda call=call: call(keys=strided))
+        refused("values is", lambda call=call: call(values=p.values[:, :, :3]))
+        refused("4 heads are not a multiple of 3", lambda call=call: call(keys=torch.zeros(6, 3, 4, 8)))
+    refused("block table: number 2 is 6; expected at least 0 and less than 6", lambda: p.decode(tables=beyond))
+    assert torch.equal(p.decode(tables=beyond, contexts=torch.tensor([5, 8])), p.decode(contexts=torch.tensor([5, 8])))
+    refused("block table", lambda: p.decode(tables=p.tables - 1))
+    refused("contexts: number 1 is 12", lambda: p.decode(longest=11))
+    refused("contexts: number 0 is -1", lambda: p.decode(contexts=torch.tensor([-1, 3])))
+    refused("contexts is torch.int32", lambda: p.decode(contexts=p.contexts.int()))
+    refused("block table", lambda: p.chunk(table=beyond[0]))
+    refused("do not hold", lambda: p.chunk(context=13))
+    wide = torch.tensor([[5, 99], [12, 99]])[:, 0]
+    assert not wide.is_contiguous() and torch.equal(p.decode(contexts=wide), p.decode())
+
+
+def test_slots_that_do_not_fit() -> None:
+    p = Pools()
+    p.store()
+    refused("positions: number 1 is 3", lambda: p.store(angles=torch.zeros(3, 2, 4)))
+    refused("angles is torch.float64", lambda: p.store(angles=torch.zeros(4, 2, 4, dtype=torch.float64)))
+    refused("blocks: number 0 is 6", lambda: p.store(blocks=torch.tensor([6, 0])))
+    refused("offsets: number 1 is 4", lambda: p.store(offsets=torch.tensor([0, 4])))
+    refused("offsets is torch.int32", lambda: p.store(offsets=torch.tensor([0, 1]).int()))
+    refused("blocks must be contiguous", lambda: p.store(blocks=torch.tensor([0, 0, 1])[::2]))
+    refused("values must be contiguous", lambda: p.store(values=p.values.repeat(1, 1, 1, 2)[..., ::2]))
+    odd = {"qkv": torch.zeros(2, 8, 7), "keys": torch.zeros(6, 2, 4, 7), "values": torch.zeros(6, 2, 4, 7)}
+    refused("no halves", lambda: p.store(**odd, angles=torch.zeros(4, 2, 3)))
+
+
+def test_orders_and_owners_that_do_not_fit() -> None:
+    picks = torch.zeros(3, 2, dtype=torch.int32)
+    refused("order: number 2 is 3", lambda: grouping.tiles(picks, torch.tensor([0, 1, 3])))
+    sketch, ids, owners = Sketch(2, 9, 2, 50), np.arange(3), np.zeros(3, dtype=np.int64)
+    step, signatures = np.zeros((2, 3, 2), dtype=np.int32), [Signature.empty()]
+    sketch.observe(step, ids, owners, signatures)
+    refused("owners: number 1 is 1", lambda: sketch.observe(step, ids, np.array([0, 1, 0]), signatures))
+    refused("token ids: number 0 is -1", lambda: sketch.observe(step, ids - 1, owners, signatures))
+    refused("picks are int64", lambda: sketch.observe(step.astype(np.int64), ids, owners, signatures))
+    refused("picks are", lambda: sketch.observe(step.repeat(2, axis=2)[:, :, ::2], ids, owners, signatures))
+    refused("owners are", lambda: sketch.observe(step, ids, np.zeros(6, dtype=np.int64)[::2], signatures))

@@ -50,12 +50,17 @@ class Setting:
     def read(self, value: object, source: str) -> Any:
         """The value as the field holds it; what a variable holds is parsed. Raises ConfigError."""
         variable = source == self.variable
-        parsed = str(value).split(",") if variable and self.many else value
+        parsed = items(str(value)) if variable and self.many else value
         try:
             return converted(parsed, self.kind, strict=not variable)
         except msgspec.ValidationError:
             message = f"{self.name} is {value!r}; it must be {allowed_values(self.kind)}"
             raise ConfigError(f"{source}: {message}") from None
+
+
+def items(text: str) -> list[str]:
+    """What stands between the commas of a variable."""
+    return [item for part in text.split(",") if (item := part.strip())]
 
 
 def settings_of(section: str, config: type[Section]) -> Iterator[Setting]:

@@ -55,6 +55,8 @@ def test_every_kind_of_value_is_read_from_the_environment() -> None:
     assert config.access.metrics_key is True
     assert (config.life.drain_s, config.engine.max_running) == (1.5, 7)
     assert config.access.cors_origins == ("https://a", "https://b")
+    for text, origins in (("", ()), (" https://a, https://b\n", ("https://a", "https://b"))):
+        assert choose(None, {f"{PREFIX}CORS_ORIGINS": text}, {}).config().access.cors_origins == origins
 
 
 @pytest.mark.parametrize(

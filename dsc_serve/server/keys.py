@@ -16,6 +16,7 @@ import msgspec
 
 from dsc_serve.config import ConfigError
 from dsc_serve.sampling_params import ParameterError
+from dsc_serve.settings import items
 from dsc_serve.terms import Terms
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def new_key(name: str) -> tuple[str, str]:
 def parse_environment(text: str) -> dict[str, Key]:
     """Keys by name from NAME:KEY,NAME:KEY. Raises ConfigError, which never shows a key."""
     keys: dict[str, Key] = {}
-    for number, entry in enumerate(filter(None, text.split(",")), 1):
+    for number, entry in enumerate(items(text), 1):
         name, colon, key = entry.partition(":")
         if not (name and colon) or len(key) < SHORTEST:
             raise ConfigError(f"API key {number} must be NAME:KEY, with a key of at least {SHORTEST} characters")

@@ -172,6 +172,14 @@ def test_what_is_wrong_in_a_key_file_is_named(write: Write, text: str, words: st
     assert words in str(error.value)
 
 
+def test_blanks_around_keys_of_the_environment_are_not_part_of_them() -> None:
+    keys = parse_environment(f"alice:{ALICE}, bob:{BOB}\n")
+    assert {name: key.sha256 for name, key in keys.items()} == {
+        "alice": digest(ALICE.encode()),
+        "bob": digest(BOB.encode()),
+    }
+
+
 @pytest.mark.parametrize("text", ["nokey", "name:", ":secret-secret-secret", "name:short-secret", f"a:{ALICE},a:{BOB}"])
 def test_what_is_wrong_with_a_key_of_the_environment_is_said_without_showing_it(text: str) -> None:
     with pytest.raises(ConfigError) as error:

@@ -273,7 +273,7 @@ class ChatRequest(GenerationFields):
             raise bad_request(field, f"{field} is {limit} but max_tokens is {self.max_tokens}; send one of the two")
         if limit is not None and limit < 1:
             raise bad_request(field, f"{field} is {limit}; it must be at least 1")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs", "top_logprobs is set; it may only be when logprobs is true")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(max_tokens=limit, logprobs=logprobs)

@@ -136,3 +136,10 @@ def test_a_model_without_tokenizer_or_template_cannot_chat(engine: FakeEngine, t
         response = chat(app)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
         assert f"no {missing}" in response.json()["error"]["message"]
+
+
+def test_no_alternatives_to_log_probabilities_that_nobody_asked_for_are_nothing_to_refuse(app: FastAPI) -> None:
+    for fields in ({"top_logprobs": 0}, {"top_logprobs": 0, "logprobs": False}):
+        response = chat(app, max_tokens=2, **fields)
+        assert response.status_code == 200
+        assert response.json()["choices"][0]["logprobs"] is None

@@ -65,6 +65,8 @@ class LLM:
         itl_target_ms: float = 0.0,
         prefix_cache: bool = True,
         kernels: str = "auto",
+        router_precision: Literal["auto", "exact", "int8-certified"] = "auto",
+        head_precision: Literal["auto", "exact", "int8-certified"] = "auto",
         grouping: Literal["auto", "always", "off"] = "auto",
     ) -> None:
         config = EngineConfig(
@@ -80,6 +82,8 @@ class LLM:
             itl_target_ms=itl_target_ms,
             prefix_cache=prefix_cache,
             kernels=kernels,
+            router_precision=router_precision,
+            head_precision=head_precision,
             grouping=grouping,
         )
         self.tokenizer = Tokenizer.load(resolve_model(config.model))

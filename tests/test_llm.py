@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dsc_serve import LLM, SamplingParams
+from dsc_serve.config import EngineConfig
 from dsc_serve.sampling_params import ParameterError
 
 
@@ -88,3 +90,7 @@ def test_a_failed_step_reaches_every_call_it_belongs_to(
             next(stream)
         assert not llm.engine.has_work
         assert llm.generate([[4, 5]], SamplingParams(max_tokens=2, ignore_eos=True))[0].finish_reason == "length"
+
+
+def test_it_takes_every_setting_of_the_engine() -> None:
+    assert set(EngineConfig.__struct_fields__) == inspect.signature(LLM).parameters.keys()

@@ -60,9 +60,10 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     step_ms: median of steps that nothing is timed in; ipc_ms: of telling the API process, by a socket. parts: means of
     timed steps, in the engine process; beside: in the API process, which shares the machine. operators: the share of
-    operators in the wall time of the timed steps. weight_bytes: of all weights that a step reads, each once;
-    bandwidth: bytes/s of reading as many bytes of another weight, by medians between the steps; read_ratio: step_ms
-    over reading all weights at that rate. flops_per_s: of large products.
+    operators in the wall time of the timed steps. weight_bytes: of all weights that a step needs, each once, in the
+    model's dtype; bandwidth: bytes/s of reading as many bytes of another weight, by medians between the steps;
+    weights_ratio: step_ms over reading these weights at that rate. read_bytes: of those that are screened only the
+    int8 is read; read_ratio: step_ms over reading so much. flops_per_s: of large products.
     """
 
     running: int
@@ -73,8 +74,10 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     beside: list[Part]
     operators: float
     weight_bytes: float
+    read_bytes: float
     bandwidth: float
     flops_per_s: float
+    weights_ratio: float
     read_ratio: float
 
 
@@ -202,7 +205,7 @@ def profile(
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
-    weights = weight_bytes(model, running, greedy=not temperature)
+    weights, read = weight_bytes(model, running), read_bytes(model, running, greedy=not temperature)
     reading = Reading(weights, model)
     flops = gemm_rate(model.dtype, model.device, rate_seconds)
     with Talk(requests, tokenizer) as talk:
@@ -237,9 +240,11 @@ def profile(
         beside=[part(name) for name in BESIDE],
         operators=sum(clock.spent[name] for name in OPERATORS) / wall,
         weight_bytes=weights,
+        read_bytes=read,
         bandwidth=reading.bandwidth,
         flops_per_s=flops,
-        read_ratio=step * reading.bandwidth / weights,
+        weights_ratio=step * reading.bandwidth / weights,
+        read_ratio=step * reading.bandwidth / read,
     )
 
 
@@ -351,8 +356,16 @@ def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, 
     return found
 
 
-def weight_bytes(model: Decoder, batch: int, greedy: bool) -> float:
-    """Of all weights that a step reads, each once."""
+def weight_bytes(model: Decoder, batch: int) -> float:
+    """Of all weights that a step needs, each once, in the model's dtype."""
+    c, e = model.config, model.dtype.itemsize
+    ffn = sum(phase.bytes for phase in phases(c, batch, expected_distinct(c, batch), e))
+    attention = c.hidden_size * (2 * c.query_size + 2 * c.kv_size) * e
+    return c.num_hidden_layers * (ffn + attention) + c.vocab_size * c.hidden_size * e
+
+
+def read_bytes(model: Decoder, batch: int, greedy: bool) -> float:
+    """Of all weights that a step reads, each once; of those that it screens, the int8."""
     return sum(size for name, (size, _) in work(model, batch, 0.0, greedy).items() if name != "attention")
 
 
@@ -362,7 +375,8 @@ def format_profiles(found: list[StepProfile]) -> str:
         lines += [
             f"{p.running} running, {p.sampling}: a step takes {p.step_ms:.3f} ms and telling of it {p.ipc_ms:.3f} ms; "
             f"operators are {p.operators:.1%} of the wall time",
-            f"its weights are {p.weight_bytes / 1e6:.1f} MB: the step takes {p.read_ratio:.2f} times reading them once "
+            f"its weights are {p.weight_bytes / 1e6:.1f} MB: the step takes {p.weights_ratio:.2f} times reading them "
+            f"once; with screening it reads {p.read_bytes / 1e6:.1f} MB, {p.read_ratio:.2f} times "
             f"({p.bandwidth / 1e9:.1f} GB/s; products {p.flops_per_s / 1e9:.0f} GFLOP/s)",
             f"{'part':<16}{'us':>10}{'share':>9}{'MB':>9}{'MFLOP':>9}{'least us':>10}",
         ]

@@ -19,6 +19,7 @@ from dsc_serve.bench.step_profile import (
     SAMPLINGS,
     context_needed,
     profile,
+    read_bytes,
     weight_bytes,
     work,
 )
@@ -92,7 +93,7 @@ def test_bytes_and_flops_by_hand() -> None:
     assert found["head"] == (c.vocab_size * d * e, 2 * c.vocab_size * d)
     assert found["experts"] == pytest.approx((layers * (5 * d + 2 * expert) * e, 2 * layers * (5 * d + 2 * expert)))
     weights = layers * (4 * d * d + 5 * d + 2 * expert) + c.vocab_size * d
-    assert weight_bytes(model, 1, greedy=True) == pytest.approx(weights * e)
+    assert weight_bytes(model, 1) == read_bytes(model, 1, greedy=True) == pytest.approx(weights * e)
 
 
 def test_the_command_writes_what_it_prints(small_model: Callable[..., Path], tmp_path: Path) -> None:

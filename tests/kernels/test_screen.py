@@ -119,6 +119,14 @@ def test_the_set_is_the_exact_routers(dtype: torch.dtype, batch: int) -> None:
     assert torch.equal(screened.routed(x)[1].long(), reference.select(logits, 4, 30.0)[1])
 
 
+@pytest.mark.parametrize("precision", ["exact", "int8-certified"])
+def test_logits_truncated_at_zero_are_all_equal(precision: native.RouterPrecision) -> None:
+    native.use_router(precision)
+    g = torch.Generator().manual_seed(6)
+    made = layer(torch.randn(300, 16, generator=g), torch.randn(300, generator=g), tau=0.0)
+    assert made.routed(torch.randn(9, 16, generator=g))[1].tolist() == [[0, 1, 2, 3]] * 9
+
+
 def test_few_rows_are_scored_again_and_counted() -> None:
     g = torch.Generator().manual_seed(2)
     screened = layer((torch.randn(1500, 384, generator=g) / 20).bfloat16())

@@ -51,7 +51,10 @@ struct Bounds {
 };
 
 // What the K best logits reach when K of them reach `bound`, in a selection that truncates: −∞ where nothing is left out.
-INLINE float attainable(float bound, float tau) { return bound > tau ? tau : (bound > -tau ? bound : -INFINITY); }
+INLINE float attainable(float bound, float tau) {
+  float truncated = bound > tau ? tau : bound;
+  return truncated > -tau ? truncated : -INFINITY;
+}
 
 // The k-th largest of 64 numbers that are no NaN: the largest of all is taken off its column until k are gone.
 INLINE float kth_of_64(vf a, vf b, vf c, vf d, int k) {

@@ -83,8 +83,7 @@ struct SecondDigits {
   }
 };
 
-// A token in steps of its largest value / 127, shifted by 128, and what that leaves out; with `outliers`, of the largest
-// that is not set apart. A token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
+// A token in steps of its largest value that is not set apart / 127, shifted by 128, and what that leaves out. A token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
 template <typename T>
 INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outliers& outliers) {
   typedef uint8_t bytes __attribute__((vector_size(16)));
@@ -119,7 +118,7 @@ INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outlier
   return {rstd, rstd * step, rstd * norm * UP, rstd * sqrtf(sum(left)) * UP};
 }
 
-// Sums of `count` tokens with P panels start from their second digits.
+// The sums of TT tokens with P panels start from what their second digits give.
 template <int P, int TT>
 INLINE void add_outliers(const Outliers* tokens, const int8_t* w, int64_t panel, vi (&acc)[P][TT]) {
   for (int t = 0; t < TT; t++) {

@@ -83,7 +83,8 @@ struct SecondDigits {
   }
 };
 
-// A token in steps of its largest value that is not set apart / 127, shifted by 128, and what that leaves out. A token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
+// A token in steps of its largest value that is not set apart / 127, shifted by 128, and what that leaves out. A
+// token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
 template <typename T>
 INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outliers& outliers) {
   typedef uint8_t bytes __attribute__((vector_size(16)));

@@ -179,6 +179,7 @@ class Talk:
             self._texts[delta.request_id].push(delta.token_ids)
 
 
+@torch.inference_mode()  # as in the engine process
 def profile(
     model: Decoder,
     config: EngineConfig,

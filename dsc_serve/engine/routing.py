@@ -78,13 +78,13 @@ class RoutingWatch:
         for layer, trace in zip(self._layers, self._traces, strict=True):
             layer.trace = trace if on else None
 
-    def note(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64]) -> None:
-        """The layers have been told to compute this; token_ids [T] stay as they are until the next step begins."""
+    def note(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
+        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
         if not self._watching:
             return
-        self._noted = [request for request, _ in work], [count for _, count in work], token_ids
+        self._noted = [request for request, _ in work], [count for _, count in work], token_ids[:tokens]
         if self._away is not None:
-            self._away.fetch(len(token_ids))
+            self._away.fetch(tokens)
 
     def settle(self) -> None:
         """Take in the step that was noted last, if it has not been."""

@@ -28,6 +28,7 @@ from dsc_serve.sampling_params import Limits
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
 
 Work = Sequence[tuple[Request, int]]
+Held = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # ids, positions, blocks, offsets, tables, contexts
 
 
 @dataclass
@@ -69,14 +70,17 @@ class Inputs:
         self.tokens, self.tables, self.contexts = (
             torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
         )
+        # The same memory for the host to write: to numpy each view of a tensor is a new array.
+        self.columns, self._tables, self.rows = tuple(self.tokens.numpy()), self.tables.numpy(), self.contexts.numpy()
         self._held: list[NDArray[np.int64] | None] = [None] * requests
+        self._last: tuple[tuple[int, int], Held] | None = None  # steps of one size follow each other
         self._copies = None if on_host else [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
         self._copied = None if on_host else torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def hold(self, row: int, table: NDArray[np.int64]) -> None:
         """Let a row of the tables begin with a request's, which is a new array whenever it changes."""
         if self._held[row] is not table:
-            self.tables.numpy()[row, : len(table)] = table
+            self._tables[row, : len(table)] = table
             self._held[row] = table
 
     def wait(self) -> None:
@@ -92,27 +96,26 @@ class Inputs:
         self.tables[start:end, 0] = block
         self.contexts[start:end] = 1
 
-    def held(self, tokens: int, requests: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `tokens` columns and `requests` rows, where the model computes."""
-        own = self._copies or (self.tokens, self.tables, self.contexts)
-        return own[0][:, :tokens], own[1][:requests], own[2][:requests]
+    def held(self, tokens: int, requests: int) -> Held:
+        """Where the model computes: the first `tokens` of each column, then `requests` rows of tables and contexts."""
+        if self._last is None or self._last[0] != (tokens, requests):
+            columns, tables, contexts = self._copies or (self.tokens, self.tables, self.contexts)
+            ids, positions, blocks, offsets = columns[:, :tokens]
+            self._last = (
+                (tokens, requests),
+                (ids, positions, blocks, offsets, tables[:requests], contexts[:requests]),
+            )
+        return self._last[1]
 
-    def on_device(self, tokens: int, requests: int) -> tuple[Tensor, Tensor, Tensor]:
+    def on_device(self, tokens: int, requests: int) -> Held:
         """The same, after copying them there."""
-        held = self.held(tokens, requests)
-        if self._copied is not None:
-            parts = self.tokens[:, :tokens], self.tables[:requests], self.contexts[:requests]
-            for target, source in zip(held, parts, strict=True):
-                target.copy_(source, non_blocking=True)
+        if self._copies is not None and self._copied is not None:
+            columns, tables, contexts = self._copies
+            columns[:, :tokens].copy_(self.tokens[:, :tokens], non_blocking=True)
+            tables[:requests].copy_(self.tables[:requests], non_blocking=True)
+            contexts[:requests].copy_(self.contexts[:requests], non_blocking=True)
             self._copied.record()
-        return held
-
-
-def step_batch(
-    tokens: Tensor, tables: Tensor, contexts: Tensor, decodes: int, longest: int, chunks: tuple[Chunk, ...]
-) -> StepBatch:
-    ids, places, blocks, offsets = tokens
-    return StepBatch(ids, places, blocks, offsets, tables, contexts, decodes, longest, chunks)
+        return self.held(tokens, requests)
 
 
 class Runner:
@@ -143,14 +146,19 @@ class Runner:
     def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
         return DecodeGraphs(
             sizes,
-            lambda size: step_batch(*self._inputs.held(size, size), size, self._longest, ()),
+            lambda size: StepBatch(*self._inputs.held(size, size), size, self._longest, ()),
             lambda batch: self.model.hidden(batch, self.pools),
             capture,
         )
 
-    @torch.inference_mode()
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
+        if torch.is_inference_mode_enabled():  # the engine's loop switches once: switching takes 1 % of a short step
+            return self._run(work)
+        with torch.inference_mode():
+            return self._run(work)
+
+    def _run(self, work: Work) -> StepResult:
         started = time.perf_counter()
         ordered = sorted(work, key=lambda pair: pair[1] > 1)
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
@@ -158,7 +166,7 @@ class Runner:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
         hidden = self._hidden(ordered, picks)
         if self.routing is not None:
-            self.routing.note(ordered, self._inputs.tokens[0, : hidden.shape[0]].numpy())
+            self.routing.note(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
@@ -192,17 +200,19 @@ class Runner:
             return self.graphs.replay(padded)[:size]
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
         longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(step_batch(*inputs, decodes, longest, chunks), self.pools, picks)
+        return self.model.hidden(StepBatch(*inputs, decodes, longest, chunks), self.pools, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
-        token_ids, positions, slot_blocks, slot_offsets = self._inputs.tokens.numpy()
-        contexts = self._inputs.contexts.numpy()
+        token_ids, positions, slot_blocks, slot_offsets = self._inputs.columns
+        contexts, size = self._inputs.rows, self.block_size
         single = [request for request, _ in ordered[:decodes]]
+        computed = [request.computed for request in single]
         token_ids[:decodes] = [request.tokens[request.computed] for request in single]
-        positions[:decodes] = [request.computed for request in single]
-        slot_blocks[:decodes] = [request.blocks[request.computed // self.block_size] for request in single]
-        contexts[:decodes] = positions[:decodes] + 1
+        positions[:decodes] = computed
+        slot_blocks[:decodes] = [request.blocks[request.computed // size] for request in single]
+        slot_offsets[:decodes] = [position % size for position in computed]
+        contexts[:decodes] = [position + 1 for position in computed]
         for row, (request, _) in enumerate(ordered):
             self._inputs.hold(row, request.table)
         chunks, start = [], decodes
@@ -211,11 +221,11 @@ class Runner:
             new = slice(start, start + count)
             token_ids[new] = request.tokens[first:end]
             positions[new] = np.arange(first, end)
-            slot_blocks[new] = request.table[positions[new] // self.block_size]
+            slot_blocks[new] = request.table[positions[new] // size]
+            slot_offsets[new] = positions[new] % size
             contexts[row] = end
             chunks.append(Chunk(row, start, count, end))
             start += count
-        np.remainder(positions[:start], self.block_size, out=slot_offsets[:start])
         return tuple(chunks)
 
     def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:

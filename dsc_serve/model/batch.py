@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,8 +16,7 @@ class Chunk(NamedTuple):
     context: int
 
 
-@dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NamedTuple):
     """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1.
 
     token_ids, positions, slot_blocks, slot_offsets: int64 [T]; where each token's key and value go in the KV pool.

@@ -15,6 +15,7 @@ import threading
 import time
 
 import msgspec
+import torch
 
 from dsc_serve.config import ConfigError, default_threads
 from dsc_serve.engine.engine import Engine, prepare_model
@@ -188,7 +189,8 @@ def main(descriptor: int) -> int:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
     process = EngineProcess(connection, engine)
-    with contextlib.closing(process), contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)
+    with contextlib.closing(process), hung_up, torch.inference_mode():
         process.send(model_info(model, engine))
         process.run()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -65,6 +66,9 @@ class Asked(NamedTuple):
         return int(self.grouped), address(self.picks), address(self.weights), address(self.signal)
 
 
+NOTHING = Asked()
+
+
 class Stack:
     """Blocks of native layers of one dtype. While `measure` is on, `spent` says where the time of calls goes.
 
@@ -77,6 +81,7 @@ class Stack:
         self._ffns = [b.ffn for b in blocks]
         self._kept: list[object] = list(blocks)
         self._pools: Pools = ()
+        self._checked: tuple[Tensor, ...] = ()
         self._addresses = array("q")
         self._laps: Tensor | None = None
         size = first.out.d // first.heads
@@ -141,34 +146,42 @@ class Stack:
         block, where all FFN layers are DSC's.
         """
         tokens, sequences = ids.shape[0], tables.shape[0]
-        columns = ids, *slots
-        if any(
-            column.shape != (tokens,) or column.dtype != torch.int64 or not column.is_contiguous() for column in columns
-        ):
-            raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
-        check("tables", tables, (sequences, tables.shape[1]), torch.int64)
-        check("contexts", contexts, (sequences,), torch.int64, in_place=True)
+        inputs = ids, *slots, tables, contexts
+        if not same(inputs, self._checked):
+            self._check_inputs(*inputs)
         pool, block = self._use(pools)
-        if longest > tables.shape[1] * block or tables.stride(1) != 1:
+        if longest > tables.shape[1] * block:
             raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
         flat, wanted = array("q", chain.from_iterable(chunks)), self._wanted(asked, tokens)
         out = torch.empty(tokens, self.d, dtype=self.dtype)
         if tokens:
             threads, addresses = native.threads(), self._addresses
             module().run_stack(
-                *(self.capsule, out.data_ptr(), *(column.data_ptr() for column in columns)),
-                *(tables.data_ptr(), contexts.data_ptr(), flat.buffer_info()[0], addresses.buffer_info()[0]),
-                *(wanted.buffer_info()[0] if asked else 0, address(self._counters(threads))),
+                *(self.capsule, out.data_ptr(), *(tensor.data_ptr() for tensor in inputs)),
+                *(flat.buffer_info()[0], addresses.buffer_info()[0]),
+                *(wanted.buffer_info()[0] if wanted else 0, address(self._counters(threads))),
                 *(tokens, sequences, tables.shape[1], tables.stride(0), block, pool),
                 *(decodes, longest, len(flat) // 4, threads),
             )
         return out
 
+    def _check_inputs(self, *inputs: Tensor) -> None:
+        """Raise ValueError for ids, positions, blocks, offsets, tables and contexts that no call could take."""
+        *columns, tables, contexts = inputs
+        tokens, (sequences, width) = columns[0].shape[0], tables.shape
+        if any(c.shape != (tokens,) or c.dtype != torch.int64 or not c.is_contiguous() for c in columns):
+            raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
+        check("tables", tables, (sequences, width), torch.int64)
+        check("contexts", contexts, (sequences,), torch.int64, in_place=True)
+        if tables.stride(1) != 1:
+            raise ValueError(f"the rows of tables must be contiguous, but have strides {tables.stride()}")
+        self._checked = inputs
+
     def _use(self, pools: Pools) -> tuple[int, int]:
         """Take the addresses of pools, unless they are those of the last call; returns their blocks and block size."""
         if len(pools) != len(self._ffns):
             raise ValueError(f"pools of {len(pools)} blocks were given; expected {len(self._ffns)}")
-        if not self._pools or not all(map(lambda a, b: a is b, pools, self._pools)):
+        if not same(pools, self._pools):
             kv_heads, size = self._pool
             blocks, _, block, _ = pools[0][0].shape
             for pool in chain.from_iterable(pools):
@@ -181,11 +194,13 @@ class Stack:
     def _wanted(self, asked: Sequence[Asked] | None, tokens: int) -> array[int]:
         if asked and len(asked) != len(self._ffns):
             raise ValueError(f"{len(asked)} blocks are asked; expected {len(self._ffns)}")
-        for one, ffn in zip(asked or (), self._ffns, strict=False):
+        if not asked or same(asked, [NOTHING] * len(asked)):
+            return array("q")
+        for one, ffn in zip(asked, self._ffns, strict=True):
             if not isinstance(ffn, native.Ffn) or not ffn.atoms:
                 raise ValueError("only DSC layers can be asked for more than their output")
             ffn.check_asked(tokens, one.picks, one.weights, one.signal)
-        return array("q", chain.from_iterable(one.numbers for one in asked or ()))
+        return array("q", chain.from_iterable(one.numbers for one in asked))
 
     def _counters(self, threads: int) -> Tensor | None:
         """Where time is counted, with room for so many threads: there may be more than there were."""
@@ -205,3 +220,8 @@ class Stack:
         own, *threads = self._laps.view(-1, ROW).double().mul(1e-9).unbind()
         within = torch.stack(threads).mean(0).tolist()
         return dict(zip(PHASES, own.tolist(), strict=False)) | dict(zip(FFN_PHASES, within, strict=False))
+
+
+def same(these: Sequence[object], those: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plan, reference
 from dsc_kernels.memory import resident
-from dsc_kernels.stack import Asked
+from dsc_kernels.stack import NOTHING, Asked
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -108,8 +108,10 @@ class DscFfn:
         """What the layer is asked for besides its output with so many tokens; reporting: to tell picks to `noted`."""
         if reporting:
             return Asked.everything(tokens, self.config.atoms_per_token)
-        picks_to, signal = self.trace or (None, None)
-        return Asked(self.planner is not None and self.planner.grouped(tokens), picks_to, None, signal)
+        grouped = self.planner is not None and self.planner.grouped(tokens)
+        if self.trace is None:
+            return Asked(grouped) if grouped else NOTHING
+        return Asked(grouped, self.trace.picks, None, self.trace.signal)
 
     @property
     def shape(self) -> plan.Shape:

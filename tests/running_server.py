@@ -94,9 +94,9 @@ def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli
     printed.start()
     end = time.monotonic() + START_LIMIT_S
     while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        found = re.match(r"curl (http://127\.0\.0\.1:\d+)", line)  # the last line of the announcement
         if found:
-            return RunningServer(found.group(0), process, log, printed)
+            return RunningServer(found.group(1), process, log, printed)
     raise AssertionError(f"the server ended: {''.join(log)}")
 
 

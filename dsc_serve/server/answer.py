@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 
@@ -20,25 +21,31 @@ from dsc_serve.worker.messages import Routing, TokenLogprobs
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 # Clients that cut an answer into lines as Python cuts texts would cut an event in two at these.
+MARK = uuid4().hex  # where an event that is made beforehand has room for a text
 LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
 
 encode = msgspec.json.Encoder().encode
 
 
-def event(data: object) -> bytes:
-    """One server-sent event."""
+def one_line(data: object) -> bytes:
+    """The data as JSON that no client cuts into lines."""
     text = encode(data)
     if not text.isascii():
         for end, escaped in LINE_ENDS.items():
             text = text.replace(end, escaped)
-    return b"data: %b\n\n" % text
+    return text
+
+
+def event(data: object) -> bytes:
+    """One server-sent event."""
+    return b"data: %b\n\n" % one_line(data)
 
 
 @dataclass(slots=True)
 class Choice:
     """One generation. `echo` is the prompt's text where the answer begins with the prompt, else None.
 
-    outcome: why it ended; "error" where nobody says why.
+    outcome: why it ended; "error" where nobody says why. frame: what an event of nothing but text has around the text.
     """
 
     index: int
@@ -52,6 +59,7 @@ class Choice:
     cached_tokens: int = 0  # of its prompt
     outcome: str = "error"
     clock: Clock = field(default_factory=Clock)
+    frame: tuple[bytes, bytes] | None = None
 
 
 @dataclass(slots=True)
@@ -124,6 +132,20 @@ class Shape(ABC):
 
     def events(self, choice: Choice, news: News, usage: dict[str, Any] | None) -> bytes:
         return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, news)])
+
+    def is_plain(self, choice: Choice) -> bool:
+        """Whether the events between a choice's first and its last differ in nothing but their text."""
+        params = choice.params
+        reporting = params.logprobs is not None or params.prompt_logprobs is not None or params.routing != 0
+        return self.service.tokenizer is not None and not reporting and not self.continuous_usage
+
+    def text_event(self, choice: Choice, text: str) -> bytes:
+        """As `events` for a text alone, of a plain choice that has begun: made once and then filled in."""
+        if choice.frame is None:
+            before, after = self.events(choice, News([MARK]), None).split(encode(MARK))
+            choice.frame = before, after
+        before, after = choice.frame
+        return before + one_line(text) + after
 
     def usage_event(self, usage: dict[str, Any]) -> bytes:
         return event(self._chunk([], usage)) if self.include_usage else b""

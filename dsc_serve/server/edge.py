@@ -32,15 +32,17 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 class Exchange:
     """One HTTP request, from its arrival (in perf_counter seconds) to the end of its answer.
 
-    status is what the client got; key is whose it is, None where none is needed; lease holds its places.
+    status is what the client got; key is whose it is, None where none is needed; lease holds its places. send is the
+    server's own: parts of a body may take it past the layers of the app, which look at an answer's beginning only.
     """
 
-    def __init__(self, path: str, id: str, admission: Admission) -> None:
+    def __init__(self, path: str, id: str, admission: Admission, send: Send) -> None:
         # Unknown paths share one label: clients must not be able to create series.
         prefixes = {"/v1/models/{id}": MODEL_PREFIX, "/admin": ADMIN_PREFIX}
         known = next((name for name, prefix in prefixes.items() if path.startswith(prefix)), "other")
         self.endpoint = path if path in ENDPOINTS else known
         self.id = id
+        self.send = send
         self.arrived = time.perf_counter()
         self.status = CLIENT_CLOSED
         self.key: Key | None = None
@@ -63,7 +65,7 @@ class Edge:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         name = given if USABLE_ID.fullmatch(given) else uuid4().hex
-        exchange = scope[EXCHANGE] = Exchange(scope["path"], name, self.admission)
+        exchange = scope[EXCHANGE] = Exchange(scope["path"], name, self.admission, send)
         request_id.set(name)
         begun = False
 

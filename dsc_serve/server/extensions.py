@@ -61,14 +61,15 @@ class Clock:
 
     def note(self, delta: Delta, now: float) -> float | None:
         """Take in a delta; returns the time since the last token, or since the arrival, where it has tokens."""
-        self.queued_s = max(self.queued_s, delta.queued_s)
+        if delta.queued_s > self.queued_s:
+            self.queued_s = delta.queued_s
         if not delta.token_ids:
             return None
         passed = now - self.last
         if self.first is None:
             self.first = now
-        else:
-            self.longest = max(self.longest, passed)
+        elif passed > self.longest:
+            self.longest = passed
         self.last = now
         self.tokens += len(delta.token_ids)
         return passed

@@ -61,6 +61,7 @@ class Generation(Response):
         exchange: Exchange = scope[EXCHANGE]
         self._arrived = exchange.arrived
         self._terms = exchange.terms(self._shape.terms)
+        self._part = exchange.send
         exchange.lease.charge(self._prompt_tokens)
         self._service.metrics.prompt_tokens += self._prompt_tokens
         answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
@@ -125,6 +126,13 @@ class Generation(Response):
         except OSError as error:
             raise ClientGoneError from error
 
+    async def _send_event(self, data: bytes) -> None:
+        """Send one whole event of an answer that has begun. Raises ClientGoneError."""
+        try:
+            await self._part({"type": "http.response.body", "body": data, "more_body": True})
+        except OSError as error:
+            raise ClientGoneError from error
+
     async def _follow_all(self, emit: Emit) -> None:
         """Run all choices at once to their ends. The first failure ends them all."""
         if len(self._choices) == 1:
@@ -157,8 +165,9 @@ class Generation(Response):
         """Whether the choice came to its end."""
         text, metrics = choice.text, self._service.metrics
         tokens_only = self._service.tokenizer is None
+        plain = self._stream and self._shape.is_plain(choice)
         news = News()
-        begun = False
+        begun = told = False
         async for delta in deltas:
             reason = delta.finish_reason
             choice.outcome = reason or choice.outcome
@@ -181,7 +190,12 @@ class Generation(Response):
                 news.token_ids.extend(choice.prompt)
             begun = begun or bool(delta.token_ids)
             before = text.token_count
-            news.text.append(text.push(delta.token_ids))
+            new = text.push(delta.token_ids)
+            if plain and told and reason is None and not text.stopped:
+                if new:
+                    await self._send_event(self._shape.text_event(choice, new))
+                continue
+            news.text.append(new)
             if reason is not None:
                 news.text.append(text.finish())
             if text.stopped:
@@ -195,7 +209,7 @@ class Generation(Response):
             news.finish_reason = reason
             if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(news.text))):
                 await emit(choice, news)
-                news = News()
+                news, told = News(), True
             if reason is not None:
                 return True
         return False

@@ -34,10 +34,11 @@ class IncrementalDetokenizer:
         """The text that became certain with these tokens; possibly none."""
         text = ""
         for token_id in token_ids:
-            if self._tokenizer.visible(token_id, self._skip):
-                piece = self._tokenizer.token_bytes if self._started else self._tokenizer.leading_bytes
+            if self._started:
+                text += self._utf8.decode(self._tokenizer.shown_bytes(token_id, self._skip))
+            elif self._tokenizer.visible(token_id, self._skip):
                 self._started = True
-                text += self._utf8.decode(piece(token_id))
+                text += self._utf8.decode(self._tokenizer.leading_bytes(token_id))
         return text
 
     def flush(self) -> str:

@@ -41,6 +41,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that can be released now."""
+        if not self._stops:
+            return text
         if self.found is not None:
             return ""
         if not self._held and self._first.isdisjoint(text):

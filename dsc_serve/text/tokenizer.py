@@ -120,6 +120,10 @@ class Tokenizer:
         """Bytes of a token at the start of a text, where some tokenizers drop the space before a word."""
         return self._pieces.leading(token_id)
 
+    def shown_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        """Bytes that a token adds to the text before it where decoding shows the token, else none."""
+        return b"" if skip_special_tokens and token_id in self._special else self._pieces.following(token_id)
+
     def token_text(self, token_id: int) -> str:
         r"""A token's own text for showing it alone.
 

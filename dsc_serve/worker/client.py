@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,30 @@ LATE_S = 1.0  # how much later than the engine this process ends a request that 
 TIMEOUTS = ("queue_timeout_s", "timeout_s")
 
 
+class Mailbox:
+    """What comes for one reader, in order. A queue without locks or limits: one is filled for every token."""
+
+    def __init__(self) -> None:
+        self._unread: deque[Delta | EngineDiedError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._unread)
+
+    def put(self, news: Delta | EngineDiedError) -> None:
+        self._unread.append(news)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def get(self) -> Delta | EngineDiedError:
+        """The next, once there is one."""
+        while not self._unread:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._unread.popleft()
+
+
 @dataclass
 class Pending:
     """A request that has not ended. begun: it has said something. tries: engines that it was submitted to.
@@ -26,7 +51,7 @@ class Pending:
     """
 
     submit: Submit
-    news: asyncio.Queue[Delta | EngineDiedError] = field(default_factory=asyncio.Queue)
+    news: Mailbox = field(default_factory=Mailbox)
     begun: bool = False
     tries: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -140,8 +165,8 @@ class EngineClient:
         if pending is None:
             return
         pending.begun = True
-        if pending.news.qsize() < self._max_unread:
-            pending.news.put_nowait(delta)
+        if len(pending.news) < self._max_unread:
+            pending.news.put(delta)
             return
         self.finish(delta.request_id, "abort")
         self._end(delta.request_id, f"the client left {self._max_unread} steps' tokens unread")
@@ -164,7 +189,7 @@ class EngineClient:
         may_have_begun = pending.begun or self._connection is not None
         if request_id in self._pending and not (name == "queue_timeout_s" and may_have_begun):
             self.finish(request_id, "abort")
-            self._pending.pop(request_id).news.put_nowait(Delta(request_id, [], "timeout", error=terms.overdue(name)))
+            self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=terms.overdue(name)))
 
     def _end(self, request_id: str, reason: str) -> None:
-        self._pending.pop(request_id).news.put_nowait(EngineDiedError(reason))
+        self._pending.pop(request_id).news.put(EngineDiedError(reason))

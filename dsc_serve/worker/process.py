@@ -6,6 +6,7 @@ Started by the supervisor as `python -m dsc_serve.worker.process FD`; FD is its 
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import signal
 import socket
@@ -188,12 +189,19 @@ def main(descriptor: int) -> int:
     except (ConfigError, CheckpointError, MemoryError, RuntimeError) as error:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
+    freeze()
     process = EngineProcess(connection, engine)
     hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with contextlib.closing(process), hung_up, torch.inference_mode():
         process.send(model_info(model, engine))
         process.run()
     return 0
+
+
+def freeze() -> None:
+    """Leave what there is now out of every later garbage collection: a full one would hold a step up for 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def timeval(seconds: float) -> bytes:

@@ -7,9 +7,12 @@ import itertools
 import json
 import re
 
+import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from serving import live, post_bytes
+
+from dsc_serve.server.answer import Shape
 
 
 def exchange(app: FastAPI, request: bytes, stop: bytes) -> bytes:
@@ -76,3 +79,40 @@ def test_line_ends_in_the_text_do_not_break_the_events(app: FastAPI, engine: Fak
     answer = exchange(app, request, b"0\r\n\r\n").decode()
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: {")]
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/completions", {"prompt": "hi", "echo": True, "stream_options": {"include_usage": True}}),
+        ("/v1/completions", {"prompt": ["hi", "ho"], "stop": "z", "dsc": {}}),
+        ("/v1/completions", {"prompt": "hi", "stop": "本 q end"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "dsc": {}}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "hi"}], "stream_options": {"include_usage": True}},
+        ),
+    ],
+)
+def test_events_filled_in_are_those_that_are_written_whole(
+    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, object]
+) -> None:
+    text = list('é "quoted" \\ \u2028 \x00 日本 q end'.encode())
+    engine.script = lambda prompt, params: [*text[:5], 256, *text[5:]]  # a special token has no text
+
+    def events(written_whole: bool) -> list[str]:
+        with monkeypatch.context() as patch:
+            if written_whole:
+                patch.setattr(Shape, "is_plain", lambda self, choice: False)
+            answer = exchange(
+                app, post_bytes(path, {**fields, "stream": True, "max_tokens": 99}), b"0\r\n\r\n"
+            ).decode()
+        lines = [line for line in answer.split("\n") if line.startswith("data: ")]
+        unnamed = [re.sub(r'"id":"[^"]*","created":\d+', "", line) for line in lines]
+        return [re.sub(r'_ms":[0-9.]+', '_ms"', line) for line in unnamed]
+
+    filled, whole = events(False), events(True)
+    assert len(filled) > 15
+    assert sorted(filled) == sorted(whole)  # several choices come in any order
+    assert filled == whole or isinstance(fields.get("prompt"), list)

@@ -42,7 +42,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: a number, or a distribution as in `lengths`; None: the questions of sharegpt whole, else 64.
     output_tokens: max_tokens of requests, likewise; None: as long as the answers of sharegpt, else 64.
     prefix_tokens, prefixes: each prompt begins with one of so many beginnings of that length, drawn evenly.
-    ignore_eos: generate all output tokens; left out of requests when False.
+    ignore_eos: generate all output tokens, and show the special ones; left out of requests when False.
     goodput: limits in milliseconds that a request must keep to count in request_goodput, such as ("ttft:100",).
     seed: of the prompts and arrivals, and with a temperature above 0 of the sampling.
     """
@@ -230,7 +230,7 @@ def encode_requests(endpoint: Endpoint, model: str, asks: Iterator[Ask], config:
         "stream_options": {"include_usage": True},
     }
     if config.ignore_eos:
-        fields["ignore_eos"] = True
+        fields |= {"ignore_eos": True, "skip_special_tokens": False}  # after an end every token may be a special one
     for index, ask in enumerate(asks):
         if config.temperature > 0:
             fields["seed"] = config.seed + index

@@ -61,6 +61,7 @@ def test_requests_are_what_was_configured(serve: Serve) -> None:
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
+            "skip_special_tokens": False,
         }
         assert exchange.headers["authorization"] == "Bearer secret"
     other = serve()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")  # as browsers send it
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
 
@@ -184,6 +186,13 @@ class AccessConfig(Section, frozen=True, kw_only=True):
     cors_origins: Annotated[
         tuple[str, ...], Meta(description="Origins whose web pages may call the API, such as https://chat.example.")
     ] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                allowed = "allowed: * or a scheme and a host in small letters, such as https://chat.example:8443"
+                raise ConfigError(f"cors_origins has {origin!r}, which no browser sends; {allowed}")
 
 
 class LifeConfig(Section, frozen=True, kw_only=True):

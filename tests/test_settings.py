@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dsc_serve.cli import main
-from dsc_serve.config import API_KEYS, PREFIX, ConfigError, LifeConfig, ServerConfig, engine_environment
+from dsc_serve.config import API_KEYS, PREFIX, AccessConfig, ConfigError, LifeConfig, ServerConfig, engine_environment
 from dsc_serve.settings import SECTIONS, SETTINGS, choose, document, settings_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -100,11 +101,16 @@ def test_settings_that_do_not_go_together_are_named() -> None:
 
 
 def test_what_is_printed_says_the_same_when_it_is_read(write: Write) -> None:
-    result = serve("some-model", "--print-config", "--cors-origins", 'a"b', "--cors-origins", "c", DSC_SERVE__PORT="9")
+    origins = "--cors-origins", 'https://a"b', "--cors-origins", "https://c"
+    result = serve("some-model", "--print-config", *origins, DSC_SERVE__PORT="9")
     assert result.exit_code == 0
     assert "port = 9  # DSC_SERVE__PORT" in result.output
     again = choose(write(result.output), {}, {}).config()
-    assert (again.port, again.engine.model, again.access.cors_origins) == (9, "some-model", ('a"b', "c"))
+    assert (again.port, again.engine.model, again.access.cors_origins) == (
+        9,
+        "some-model",
+        ('https://a"b', "https://c"),
+    )
     assert tomllib.loads(result.output).keys() == SECTIONS.keys()
     defaults = choose(write(serve("--print-config").output), {}, {}).config()
     assert defaults == ServerConfig()
@@ -120,3 +126,9 @@ def test_keys_are_neither_printed_nor_passed_to_the_engine(monkeypatch: pytest.M
 
 def test_the_document_is_current() -> None:
     assert document() == DOCUMENT.read_text(encoding="utf-8"), "run: dsc-serve settings > docs/configuration.md"
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example/", "chat.example", "https://Chat.example", "https://", ""])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match=f"cors_origins has {re.escape(repr(origin))}, .* allowed: "):
+        AccessConfig(cors_origins=("https://good.example:8443", origin))

@@ -36,7 +36,7 @@ RESERVED_FILES = 64  # for all that is not a connection
 
 
 def serve(config: ServerConfig) -> None:
-    """Serve until SIGINT or SIGTERM, then stop the engine. Prints the address and how to try it.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then stop the engine. Prints the address and how to try it.
 
     Raises ConfigError, TokenizerError or EngineStartError when it cannot start.
     """
@@ -62,7 +62,7 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
         asked[asked[0].is_set()].set()
         starting.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop)
     try:
         await asyncio.wait((starting,))  # the supervisor limits it
@@ -86,6 +86,12 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
     finally:
         starting.cancel()
         await supervisor.stop()
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Those that ask the server to stop; that of a closed terminal unless, as by nohup, it was asked to be ignored."""
+    outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *(() if outlives_terminal else (signal.SIGHUP,))]
 
 
 async def drain(service: Service, limit_s: float, at_once: asyncio.Event) -> None:

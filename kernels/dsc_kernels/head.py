@@ -44,7 +44,7 @@ class Head(native.Linear):
     """A native head [words, d] with a bias [words] or none.
 
     Screened, it is also kept in int8: half as many bytes and products per token, and a few panels of 16 words that are
-    multiplied again. When these are more than an eighth of all, on average, it goes back to multiplying everything.
+    multiplied again. While these are more than an eighth of all for a thread, it mostly multiplies everything.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -83,29 +83,38 @@ def test_rows_and_tokens_that_are_not_finite_touch_no_others(value: float) -> No
     assert torch.equal(got[unharmed], clean[unharmed])
 
 
-def test_few_panels_are_multiplied_again_and_counted(precision: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_panels_are_multiplied_again_and_counted(precision: str, threads: int) -> None:
     g = torch.Generator().manual_seed(2)
-    made = head.Head((torch.randn(20000, 384, generator=g) / 20).bfloat16())
+    weight = torch.randn(20000, 384, generator=g) / 20
+    weight[10000:, 0] -= 1  # the second thread's words: no likely ones, and all alike
+    made = head.Head(weight.bfloat16())
     x = torch.randn(100, 384, generator=g)
     x[:, [5, 6, 200]] *= 40  # without a second digit for these, most words would be nominees
-    made.largest(x.bfloat16())
+    x[:, 0] = 20
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    got = made.largest(x.bfloat16()).tolist()
+    torch.set_num_threads(before)
+    assert got == first_largest(made(x.bfloat16(), out_dtype=torch.float32))
     if precision == "exact":
         assert made.screen.counts is None
         return
     assert made.screen.counts is not None
-    panels, tokens = made.screen.counts.tolist()
+    panels, tokens, *_ = made.screen.counts.tolist()
     assert tokens == 100
     assert 1 <= panels / tokens < 12
 
 
 def test_a_head_that_screening_does_not_help_is_multiplied_out(precision: str) -> None:
-    """All words are alike, so all are nominees; after 256 tokens no more are counted."""
+    """All words are alike, so all are nominees: it is found out in 8 calls, and tried again after 512."""
     made = head.Head(torch.ones(2000, 16))
-    for _ in range(5):
-        assert made.largest(torch.ones(100, 16)).tolist() == [0] * 100
-    if precision != "exact":
-        assert made.screen.counts is not None
-        assert made.screen.counts.tolist() == [300 * 125, 300]
+    for calls, screened in ((9, 8), (511, 8), (1, 9), (10, 16)):
+        for _ in range(calls):
+            assert made.largest(torch.ones(3, 16)).tolist() == [0] * 3
+        if precision != "exact":
+            assert made.screen.counts is not None
+            assert made.screen.counts[:2].tolist() == [3 * 125 * screened, 3 * screened]
 
 
 def test_auto_screens_large_heads_where_int8_is_fast() -> None:

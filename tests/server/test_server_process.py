@@ -119,7 +119,7 @@ def test_it_says_where_it_is_and_how_to_try_it(start: Start) -> None:
     check_end(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_and_its_engine(start: Start, number: signal.Signals) -> None:
     process = start()
     address_of(process)
@@ -127,7 +127,7 @@ def test_a_signal_ends_it_and_its_engine(start: Start, number: signal.Signals) -
     check_end(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_while_the_engine_starts(start: Start, number: signal.Signals) -> None:
     process = start(start_s=60)
     assert read_line(process) == "starting"

@@ -36,52 +36,34 @@ struct Best {
   }
 };
 
-constexpr int NOMINEES = 256;  // of one token and thread; a token with more of them is multiplied out
-
+// The panels of 16 outputs in which one thread finds that a token's largest output may be.
 struct Nominees {
-  int64_t count;  // NOMINEES + 1: too many
-  float bound;    // the best lower bound so far
-  float margin;   // the largest error of any output
-  float gate;     // bound − margin: a logit below it belongs to no nominee
-  float uppers[NOMINEES];
-  int32_t places[NOMINEES];
+  float* shared;    // the best lower bound that any thread has found for the token; whoever is late only nominates more
+  float* uppers;    // [the thread's panels]: a panel's largest upper bound
+  int32_t* panels;
+  int64_t count;
+  float margin;     // the largest error of any output
+  float bound;      // the best lower bound that is known here
+  float gate;       // bound − margin: a panel of logits below it is none
 
-  INLINE void clear(float largest_error) {
-    count = 0;
-    bound = gate = -INFINITY;
-    margin = largest_error;
-  }
-
-  INLINE bool too_many() const { return count > NOMINEES; }
-
-  INLINE void drop_below() {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; i++) {
-      uppers[kept] = uppers[i];
-      places[kept] = places[i];
-      kept += !(uppers[i] < bound);
+  INLINE void raise(float lower) {
+    float best;
+    __atomic_load(shared, &best, __ATOMIC_RELAXED);
+    if (lower > best) {
+      best = lower;
+      __atomic_store(shared, &best, __ATOMIC_RELAXED);
     }
-    count = kept;
+    bound = best > bound ? best : bound;
+    gate = bound - margin;
   }
 
   __attribute__((noinline)) void take(vf logit, vf error, int64_t n) {
-    if (too_many()) return;
     vf lower = logit - error, upper = logit + error;
-    uint32_t kept = ~below(upper, bound) & 0xffff;
-    for (int lane = 0; lane < LANES; lane++) bound = lower[lane] > bound ? lower[lane] : bound;
-    gate = bound - margin;
-    if (count + LANES > NOMINEES) drop_below();
-    for (; kept; kept &= kept - 1) {
-      int lane = __builtin_ctz(kept);
-      float most = upper[lane] == upper[lane] ? upper[lane] : INFINITY;
-      if (most < bound) continue;
-      if (count == NOMINEES) {
-        count = NOMINEES + 1;
-        return;
-      }
-      uppers[count] = most;
-      places[count++] = (int32_t)n + lane;
-    }
+    raise(largest(lower == lower ? lower : splat(-INFINITY)));
+    float most = largest(upper == upper ? upper : splat(INFINITY));
+    if (most < bound) return;
+    uppers[count] = most;
+    panels[count++] = (int32_t)(n / LANES);
   }
 };
 
@@ -107,10 +89,22 @@ INLINE void start(const Nomination& sink, const int8_t* w, int64_t panel, int64_
   add_outliers(sink.outliers + t, w, panel, acc);
 }
 
-// Screening that leaves more than an eighth of the panels to be multiplied again costs more than it saves.
+// Screening costs more than it saves where a thread multiplies more than an eighth of all panels again. So after WATCHED
+// calls in which it did, on average, everything is multiplied for PAUSE calls, and then it is tried again.
+constexpr int64_t WATCHED = 8, PAUSE = 512;
+
 INLINE bool screening_pays(const Head& a) {
-  const int64_t* counts = a.screen.counts;
-  return a.screen.packed && (counts[1] < 256 || counts[0] / counts[1] < panel_count(a.n) / 8 + 1);
+  if (!a.screen.packed) return false;
+  int64_t& calls = a.screen.counts[3];
+  return calls >= 0 || ++calls > 0;
+}
+
+INLINE void watch_screening(const Head& a, int64_t multiplied) {
+  int64_t &panels = a.screen.counts[2], &calls = a.screen.counts[3];
+  panels += multiplied / (a.batch < a.threads ? a.batch : a.threads);
+  if (++calls < WATCHED) return;
+  calls = panels > WATCHED * panel_count(a.n) / 8 ? -PAUSE : 0;
+  panels = 0;
 }
 
 template <typename T>
@@ -122,6 +116,8 @@ struct HeadBuffers {
   Outliers* outliers;
   uint8_t* shifted;
   Nominees* nominees;  // [threads, tokens]
+  float *bounds, *uppers;  // [tokens] and [tokens, panels], of which each thread has its part
+  int32_t* panels;
   int64_t shifted_stride, size;
 
   INLINE HeadBuffers(const Head& a, bool screened, char* scratch) {
@@ -138,6 +134,9 @@ struct HeadBuffers {
       outliers = (Outliers*)take(a.batch * sizeof *outliers);
       shifted = (uint8_t*)take(a.batch * shifted_stride);
       nominees = (Nominees*)take(a.threads * a.batch * sizeof *nominees);
+      bounds = (float*)take(a.batch * sizeof *bounds);
+      uppers = (float*)take(a.batch * panel_count(a.n) * sizeof *uppers);
+      panels = (int32_t*)take(a.batch * panel_count(a.n) * sizeof *panels);
     } else {
       values = (float*)take(a.threads * a.batch * LANES * 4);
       places = (int32_t*)take(a.threads * a.batch * LANES * 4);
@@ -185,48 +184,29 @@ struct BestOfPanel {
   }
 };
 
-// A token's place from what the threads have nominated; returns how many panels were multiplied for it.
+// A token's place from what the threads have nominated; returns how many panels were multiplied for it. The first of
+// them, that of the largest upper bound, leaves few others.
 template <typename T>
 INLINE int64_t elect(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t threads) {
   Best best;
   BestOfPanel sink = {a.bias, best};
-  int64_t panels = panel_count(a.n), stride = row_stride<T>(a.d), multiplied = 0;
-  float bound = -INFINITY;
-  bool all = false;
-  for (int64_t w = 0; w < threads; w++) {
-    const Nominees& own = b.nominees[w * a.batch + t];
-    all |= own.too_many();
-    bound = own.bound > bound ? own.bound : bound;
-  }
-  if (all) {
-    multiply<T>((const T*)a.w, b.x + t * stride, stride, nullptr, 1, a.d, sink, 0, panels);
-    a.out[t] = best.place;
-    return panels;
-  }
-  for (int64_t w = 0; w < threads; w++) {
-    Nominees& own = b.nominees[w * a.batch + t];
-    own.bound = bound;
-    own.drop_below();
-  }
-  for (;;) {
-    float most = -INFINITY;
-    int64_t panel = -1;
-    for (int64_t w = 0; w < threads; w++) {
-      const Nominees& own = b.nominees[w * a.batch + t];
-      for (int64_t i = 0; i < own.count; i++)
-        if (own.uppers[i] > most) {
-          most = own.uppers[i];
-          panel = own.places[i] / LANES;
-        }
-    }
-    if (panel < 0 || most < best.value) break;
+  int64_t stride = row_stride<T>(a.d), multiplied = 0, first = -1;
+  float most = -INFINITY;
+  auto multiply_one = [&](int64_t panel) __attribute__((always_inline)) {
     multiply<T>((const T*)a.w, b.x + t * stride, stride, nullptr, 1, a.d, sink, panel, panel + 1);
     multiplied++;
-    for (int64_t w = 0; w < threads; w++) {
-      Nominees& own = b.nominees[w * a.batch + t];
-      for (int64_t i = 0; i < own.count; i++)
-        if (own.places[i] / LANES == panel) own.uppers[i] = -INFINITY;
-    }
+  };
+  for (int64_t w = 0; w < threads; w++) {
+    const Nominees& own = b.nominees[w * a.batch + t];
+    for (int64_t i = 0; i < own.count; i++)
+      if (own.uppers[i] > most) most = own.uppers[i], first = own.panels[i];
+  }
+  if (first >= 0) multiply_one(first);
+  for (int64_t w = 0; w < threads; w++) {
+    const Nominees& own = b.nominees[w * a.batch + t];
+    for (int64_t i = 0; i < own.count; i++)
+      if (own.panels[i] != first && !(own.uppers[i] < b.bounds[t] || own.uppers[i] < best.value))
+        multiply_one(own.panels[i]);
   }
   a.out[t] = best.place;
   return multiplied;
@@ -242,11 +222,16 @@ void largest_screened(const Head& a) {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     Nominees* own = b.nominees + id * a.batch;
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < a.batch; t++)
+    for (int64_t t = 0; t < a.batch; t++) {
       b.readings[t] = quantise((const T*)a.x + t * a.d, a.d, 1, b.shifted + t * b.shifted_stride, b.outliers[t]);
-    for (int64_t t = 0; t < a.batch; t++)
-      own[t].clear(b.readings[t].from_weights * a.largest_error + b.readings[t].from_input * a.largest_norm +
-                   a.screen.slack);
+      b.bounds[t] = -INFINITY;
+    }
+    for (int64_t t = 0; t < a.batch; t++) {
+      const Reading& r = b.readings[t];
+      int64_t place = t * panels + part(panels, id, n);
+      float margin = r.from_weights * a.largest_error + r.from_input * a.largest_norm + a.screen.slack;
+      own[t] = {b.bounds + t, b.uppers + place, b.panels + place, 0, margin, -INFINITY, -INFINITY};
+    }
     multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, a.batch, a.d,
                      Nomination{b.readings, a.bias, a.screen, own, b.outliers}, part(panels, id, n), part(panels, id + 1, n));
 #pragma omp barrier
@@ -255,6 +240,7 @@ void largest_screened(const Head& a) {
   }
   __atomic_fetch_add(&a.screen.counts[0], multiplied, __ATOMIC_RELAXED);
   __atomic_fetch_add(&a.screen.counts[1], a.batch, __ATOMIC_RELAXED);
+  watch_screening(a, multiplied);
 }
 
 template <typename T>

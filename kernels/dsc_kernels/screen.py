@@ -25,8 +25,8 @@ UP = 1 + 1e-5  # for the rounding of the norms themselves
 class Screen:
     """What `cpu/api.h` calls a Screen. tensors: rows, packed, steps, shifts, errors, norms; none without screening.
 
-    counts: int64 [4], the rows (of a head: panels of 16) that were scored again and the tokens that this was for, since
-    the layer was made; of a head then what `cpu/head.h` goes by when it stops screening for a while.
+    counts: int64 [2], the rows (of a head: panels of 16) that were scored again and the tokens that this was for, since
+    the layer was made; a head's are int64 [4], and say then what it stops screening by, for a while.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -58,7 +58,7 @@ def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
             padded(norms),
         ),
         slack + 1e-30,
-        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(2 if rows else 4, dtype=torch.int64),
     )
 
 

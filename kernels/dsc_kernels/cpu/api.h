@@ -24,7 +24,7 @@ struct Screen {
   const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
   const float *errors, *norms;
   float slack;            // of the bias and the last additions
-  int64_t* counts;        // [4]: rows (of a head: panels) scored again, and the tokens they were of; two of a head's own
+  int64_t* counts;        // rows (of a head: panels) scored again, and the tokens they were of; two more of a head's
 };
 
 // Where each token's largest output is.

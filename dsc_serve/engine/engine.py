@@ -65,6 +65,8 @@ class Engine:
         self.counters = Counters()
         self.report = StepReport()
         self.routing = routing
+        if routing is not None:
+            routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
         self._eos = frozenset(eos)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)

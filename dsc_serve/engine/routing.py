@@ -1,7 +1,8 @@
 """What requests pick: signatures for policies, sharing for the planners, figures for people; a step late.
 
 Layers write their picks into buffers that stay where they are. A step's are read when the next one begins, when they
-have long arrived: nothing waits for them. Steps of single tokens, which are short, are watched now and then only.
+have long arrived: nothing waits for them. Steps are watched now and then only: one that is takes some hundred
+microseconds longer. Where a policy goes by what requests pick, so is every step with a chunk of a prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 from dsc_serve.engine.usage import Usage
 from dsc_serve.model.ffn.dsc import DscFfn, Trace
 
-WATCHED = 8  # of so many steps of single tokens one is watched; steps with chunks of prompts always are
+WATCHED = 8  # of so many steps one is watched
 SAMPLED = 4  # every so many watched steps one layer is looked at closely, in turn
 SMOOTHING = 0.25  # weight of a new sample
 FORESEEN = 64  # requests that get a prediction after one step, where they came before there was any
@@ -34,10 +35,12 @@ Recorder = Callable[[NDArray[np.int32]], None]
 class RoutingWatch:
     """Watches the DSC layers of one model through steps of at most `step_tokens` tokens.
 
-    recorder: where set, every step is watched, and it gets a copy of the picks int32 [layers, tokens, K].
+    recorder: where set, every step is watched, and it gets a copy of the picks int32 [layers, tokens, K]. predicts:
+    whether a new request gets a signature of what it is expected to pick.
     """
 
     recorder: Recorder | None = None
+    predicts: bool = False
 
     def __init__(self, layers: Sequence[DscFfn], step_tokens: int, vocab_size: int) -> None:
         shape = layers[0].shape
@@ -56,7 +59,9 @@ class RoutingWatch:
         self._reports = [LayerRouting(0, 0) for _ in layers]
 
     def expect(self, request: Request) -> None:
-        """Predict what a new request will pick; later, where nothing has been picked so far."""
+        """Predict what a new request will pick, where anybody asks; later, where nothing has been picked so far."""
+        if not self.predicts:
+            return
         if self.sketch.tokens:
             request.signature = self.sketch.predict(request.tokens)
         else:
@@ -66,7 +71,8 @@ class RoutingWatch:
         """A step begins: take in the last one, and decide whether to watch this one."""
         self.settle()
         self._unwatched += 1
-        watching = tokens > requests or self._unwatched >= WATCHED or self.recorder is not None
+        prompts = self.predicts and tokens > requests
+        watching = prompts or self._unwatched >= WATCHED or self.recorder is not None
         if watching:
             self._unwatched = 0
         if watching != self._watching:

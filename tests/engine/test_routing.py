@@ -97,7 +97,9 @@ def run(llm: LLM) -> None:
 
 
 def test_requests_carry_what_they_picked(small_model: Callable[..., Path], kernels: str) -> None:
-    with LLM(str(small_model()), kernels=kernels, step_tokens=8, max_running=4, grouping="always") as llm:
+    with LLM(
+        str(small_model()), kernels=kernels, step_tokens=8, max_running=4, grouping="always", policy="affinity"
+    ) as llm:
         routing, steps = recorded(llm)
         short = llm.engine.add("short", [5, 6, 7], GREEDY)
         long = llm.engine.add("long", list(range(20)), GREEDY)
@@ -123,13 +125,20 @@ def test_requests_carry_what_they_picked(small_model: Callable[..., Path], kerne
         assert predicted is not None and bits(again.signature) == bits(predicted)
 
 
-def test_single_tokens_are_watched_now_and_then_and_the_sums_say_how_often(small_model: Callable[..., Path]) -> None:
-    with LLM(str(small_model())) as llm:
+@pytest.mark.parametrize("policy", ["fcfs", "affinity"])
+def test_steps_are_watched_now_and_then_and_the_sums_say_how_often(
+    small_model: Callable[..., Path], policy: str
+) -> None:
+    with LLM(str(small_model()), policy=policy) as llm:
         routing = llm.engine.routing
         assert routing is not None
         llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=41, ignore_eos=True))
         report = routing.report()
         assert (report.steps, report.tokens) == (1 + 40 // 8, 3 + 40 // 8)
+        llm.generate([[4, 5, 6, 7]], SamplingParams(temperature=0, max_tokens=1))
+        again = routing.report()
+        asked = policy == "affinity"
+        assert (again.steps - report.steps, again.tokens - report.tokens) == (asked, 4 * asked)
 
 
 @pytest.mark.skipif(native.active() is None, reason="the screen is native")
@@ -220,7 +229,7 @@ def test_planted_routing_shares_as_computed_by_hand(tmp_path: Path, kernels: str
 
 
 def test_requests_that_came_first_get_their_prediction_after_the_first_step(small_model: Callable[..., Path]) -> None:
-    with LLM(str(small_model()), max_running=1, step_tokens=8) as llm:
+    with LLM(str(small_model()), max_running=1, step_tokens=8, policy="affinity") as llm:
         requests: list[Request] = [llm.engine.add(str(i), [1, 2, 3], GREEDY) for i in range(3)]
         assert [request.signature for request in requests] == [None] * 3
         llm.engine.step()

@@ -11,7 +11,7 @@ from dsc_serve.engine.policies.shortest_prefill import shortest_prefill
 
 POLICIES: dict[str, Policy] = {
     "fcfs": Policy(fcfs),
-    "affinity": Policy(affinity),
+    "affinity": Policy(affinity, by_picks=True),
     "shortest-prefill": Policy(shortest_prefill),
     "priority": Policy(priority, priority_lane, priority_rank),
     "fair": Policy(fair, tenant_lane, tenant_rank),

@@ -113,8 +113,12 @@ class Levels(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """plan: the pure function. lane: where in the queue a request waits. rank: the order of the lanes, lowest first."""
+    """plan: the pure function. lane: where in the queue a request waits. rank: the order of the lanes, lowest first.
+
+    by_picks: whether it goes by what requests pick, or are expected to.
+    """
 
     plan: Callable[[View, Budget], Plan]
     lane: Callable[[Terms], Hashable] = lambda terms: 0
     rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0
+    by_picks: bool = False

@@ -29,6 +29,13 @@ struct Walk {
 // Rows needed soon are asked for ahead of time: blocks are too short for the processor to guess the next.
 template <typename T>
 INLINE void fetch(const T* pool, const int64_t* places, int64_t count, int64_t size) {
+  if (size * sizeof(T) == 128) {
+    for (int64_t i = 0; i < count; i++) {
+      __builtin_prefetch(pool + places[i], 0, 2);
+      __builtin_prefetch(pool + places[i] + size / 2, 0, 2);
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; i++)
     for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + places[i] + c, 0, 2);
 }
@@ -36,7 +43,7 @@ INLINE void fetch(const T* pool, const int64_t* places, int64_t count, int64_t s
 // What one query head has gathered so far: its sums are over values weighted by e^(score − highest).
 struct Gathered {
   float highest, total;
-  float sums[];  // [size]
+  float sums[];  // [size]; where columns are `paired`, the even ones of 32 and then their odd ones
 };
 
 INLINE int64_t gathered_bytes(int64_t size) { return aligned(sizeof(Gathered) + size * sizeof(float)); }
@@ -85,6 +92,30 @@ INLINE float soften(float* scores, int64_t count, Gathered& g) {
 // A sum of weights as a factor. Where no key has any weight the sums are 0, and stay 0.
 INLINE float inverse_of(float total) { return total == 0 ? 0.0f : 1.0f / total; }
 
+// Neighbouring bfloat16 are told apart faster than they are widened in order.
+template <typename T>
+INLINE bool paired(int64_t size) {
+  return sizeof(T) == 2 && size % (4 * LANES) == 0;
+}
+
+INLINE void gather_pairs(const float*, const int64_t*, const float*, int64_t, int64_t, float, float*) {}
+
+INLINE void gather_pairs(const bf16* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
+                         float fading, float* sums) {
+  for (int64_t c = 0; c < size; c += 4 * LANES) {
+    vf acc[4];
+    for (int p = 0; p < 4; p++) acc[p] = fading * load(sums + c + p * LANES);
+    for (int64_t i = 0; i < count; i++)
+      for (int p = 0; p < 4; p += 2) {
+        vf even, odd;
+        load_pairs(values + places[i] + c + p * LANES, even, odd);
+        acc[p] += weights[i] * even;
+        acc[p + 1] += weights[i] * odd;
+      }
+    for (int p = 0; p < 4; p++) store(sums + c + p * LANES, acc[p]);
+  }
+}
+
 template <typename T>
 INLINE void gather(const T* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
                    float fading, float* sums) {
@@ -100,6 +131,23 @@ INLINE void gather(const T* values, const int64_t* places, const float* weights,
     vf acc = fading * load_up_to(sums + c, size - c);
     for (int64_t i = 0; i < count; i++) acc += weights[i] * load_up_to(values + places[i] + c, size - c);
     store_up_to(sums + c, acc, size - c);
+  }
+}
+
+INLINE void write_pairs(const Gathered&, int64_t, float*) {}
+
+INLINE void write_pairs(const Gathered& g, int64_t size, bf16* out) {
+  vf factor = splat(inverse_of(g.total));
+  for (int64_t c = 0; c < size; c += 2 * LANES)
+    store_pairs(out + c, load(g.sums + c) * factor, load(g.sums + c + LANES) * factor);
+}
+
+template <typename T>
+INLINE void write(const Gathered& g, int64_t size, T* out) {
+  if (paired<T>(size)) return write_pairs(g, size, out);
+  for (int64_t c = 0; c < size; c += LANES) {
+    vf sum = load_up_to(g.sums + c, size - c) * inverse_of(g.total);
+    store_up_to(out + c, sum, size - c);
   }
 }
 
@@ -138,15 +186,14 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* scrat
         else
           score(q + g * a.size, keys, places[held], rows, a.size, a.scale, scores);
         float fading = soften(scores, rows, *gathered(g));
-        gather(values, places[held], scores, rows, a.size, fading, gathered(g)->sums);
+        if (paired<T>(a.size))
+          gather_pairs(values, places[held], scores, rows, a.size == 64 ? 64 : a.size, fading, gathered(g)->sums);
+        else
+          gather(values, places[held], scores, rows, a.size, fading, gathered(g)->sums);
       }
     }
     T* out = (T*)a.out + i * a.group * a.size;
-    for (int64_t g = 0; g < a.group; g++)
-      for (int64_t c = 0; c < a.size; c += LANES) {
-        vf sum = load_up_to(gathered(g)->sums + c, a.size - c) * inverse_of(gathered(g)->total);
-        store_up_to(out + g * a.size + c, sum, a.size - c);
-      }
+    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.size, out + g * a.size);
   }
 }
 

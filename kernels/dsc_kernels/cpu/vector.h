@@ -29,13 +29,29 @@ INLINE vf load(const bf16* p) {
 
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-// Round to nearest even; a NaN stays one.
-INLINE void store(bf16* p, vf v) {
+// The bits of bfloat16: to nearest even; a NaN stays one.
+INLINE vu halved(vf v) {
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vu nan = (bits >> 16) | 0x40;
-  vh h = __builtin_convertvector(v != v ? nan : rounded, vh);
+  return v != v ? nan : rounded;
+}
+
+INLINE void store(bf16* p, vf v) {
+  vh h = __builtin_convertvector(halved(v), vh);
   memcpy(p, &h, sizeof h);
+}
+
+// 32 numbers in turn from two vectors.
+INLINE void load_pairs(const bf16* p, vf& even, vf& odd) {
+  vu pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
+}
+
+INLINE void store_pairs(bf16* p, vf even, vf odd) {
+  vu pairs = halved(even) | halved(odd) << 16;
+  memcpy(p, &pairs, sizeof pairs);
 }
 
 INLINE float to_float(float x) { return x; }

@@ -71,7 +71,7 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
         client = starting.result()
         app = create_app(config, client, tokenizer, ring)
         text = announcement(config, listener, client.model, tokenizer is not None)
-        gc.freeze()  # a full collection of all that has been loaded would hold every stream up for 0.05 s
+        gc.freeze()  # a full collection of all that has been loaded would hold every stream up
         server = Server(app, config, lambda: print(text, flush=True))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         reading = asyncio.create_task(ring.keep_current())

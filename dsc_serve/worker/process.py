@@ -199,7 +199,7 @@ def main(descriptor: int) -> int:
 
 
 def freeze() -> None:
-    """Leave what there is now out of every later garbage collection: a full one would hold a step up for 0.1 s."""
+    """Leave what there is now out of every later garbage collection: a full one would hold a step up."""
     gc.collect()
     gc.freeze()
 

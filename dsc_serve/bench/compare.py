@@ -196,6 +196,7 @@ def load_config(
         vocab_size=comparison.vocab_size,
         prompt_tokens=comparison.prompt_tokens,
         output_tokens=comparison.output_tokens,
+        temperature=comparison.temperature,
         ignore_eos=system.ignore_eos,
         goodput=tuple(f"{name}:{limit:g}" for name, limit in comparison.limits.items()),
         seed=zlib.crc32(f"{comparison.seed} {load} {value:g} {number}".encode()),  # no load's prompts are another's

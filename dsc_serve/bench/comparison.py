@@ -75,6 +75,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rate_seconds: of each. limits: in milliseconds, which a request must keep to count in goodput.
     profiled: numbers of running requests at which a step of ours is taken apart; empty: none.
     prompt_file, tokenizer: as in `bench serve`; without them prompts are random ids below vocab_size.
+    temperature: of all requests; 0 is greedy.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     threads: Annotated[int, Meta(ge=0)] = 0
     prompt_tokens: COUNT = 48
     output_tokens: COUNT = 64
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
     prompt_file: str = ""
     tokenizer: str = ""
     vocab_size: COUNT = 50000

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from dsc_serve.bench.comparison import Expectation
-from dsc_serve.bench.results import Ratio, Results
+from dsc_serve.bench.comparison import LEAST_REQUESTS, Expectation
+from dsc_serve.bench.machine import IDLE_LOAD
+from dsc_serve.bench.results import Ratio, Results, Row
 from dsc_serve.bench.summary import FEW
 
 EVEN = 0.02  # a median this close to 1 is no difference, and so is one whose rounds lie on both sides of 1
@@ -43,7 +44,7 @@ def counted(number: float, noun: str) -> str:
 
 
 def sentences(results: Results) -> list[str]:
-    """The subject against the baseline, then against every other system."""
+    """The subject against the baseline, then against every other system; other forms of it against the baseline."""
     subject, baseline = str(results.comparison["subject"]), str(results.comparison["baseline"])
     measured = results.measured()
     if subject not in measured:
@@ -53,9 +54,21 @@ def sentences(results: Results) -> list[str]:
     for other in dict.fromkeys(others):
         for figure in COMPARED if other == baseline else COMPARED[:2]:
             found.append(one_sentence(results, subject, other, figure))
+    for form in other_forms(results, subject, baseline):
+        found += [one_sentence(results, form, baseline, figure) for figure in COMPARED[:2] if baseline in measured]
     found += goodput_sentences(results, subject, baseline)
     found += [text for name in measured for text in reservations(results, name)]
+    load = results.machine.get("load_before")
+    if load is not None and load > IDLE_LOAD:
+        found.append(f"In the minute before the run something else used the machine: load average {load:g}.")
     return [text for text in found if text]
+
+
+def other_forms(results: Results, subject: str, baseline: str) -> list[str]:
+    """Measured systems with the subject's kind of FFN, such as the same model with another router."""
+    kinds = {system["name"]: system.get("ffn") for system in results.comparison.get("system", ())}
+    own = kinds.get(subject)
+    return [name for name in results.measured() if own and kinds.get(name) == own and name not in (subject, baseline)]
 
 
 def one_sentence(results: Results, subject: str, other: str, figure: str) -> str:
@@ -98,7 +111,8 @@ def goodput_sentences(results: Results, subject: str, baseline: str) -> list[str
         for name in dict.fromkeys((subject, baseline)):
             kept = [share for row in results.of(name, "open", value) if (share := row.kept) is not None]
             if kept:
-                parts.append(f"{name} {statistics.median(kept):.0%} of its requests")
+                rounds = f"{min(kept):.0%} to {max(kept):.0%}"
+                parts.append(f"{name} {statistics.median(kept):.0%} of its requests (rounds {rounds})")
         if parts:
             found.append(f"Within the limits at {value:g} times the baseline's peak: {', '.join(parts)}.")
     return found
@@ -114,6 +128,8 @@ def reservations(results: Results, name: str) -> list[str]:
         found.append(f"{counted(failed, 'request')} to {name} failed: {', '.join(sorted(reasons))}.")
     if lost := sum(not row.counts for row in rows):
         found.append(f"{counted(lost, 'closed loop')} of {name} lost too many requests to count in any figure.")
+    if cut := sum(row.figures["completed"] + row.figures["failed"] < asked_for(results, row) for row in closed):
+        found.append(f"{counted(cut, 'closed loop')} of {name} ended at the time limit, before all requests were sent.")
     if (rounds := len({row.round for row in rows})) < results.rounds:
         found.append(f"{name} was measured in {rounds} of {results.rounds} rounds.")
     if any(row.figures.get("uncounted") for row in rows):
@@ -126,6 +142,11 @@ def reservations(results: Results, name: str) -> list[str]:
             "none waits."
         )
     return found
+
+
+def asked_for(results: Results, row: Row) -> float:
+    """Requests of a closed loop in one round."""
+    return max(float(LEAST_REQUESTS), row.value * float(results.comparison["waves"]))
 
 
 def unequal_work(results: Results, name: str, total: str, asked: str) -> str:
@@ -146,14 +167,20 @@ class Check:
         self.expected, self.ratio = expected, ratio
 
     @property
-    def met(self) -> bool | None:
-        """None where it was not measured."""
+    def reached(self) -> str:
+        """ "yes" where every round reaches it, "by the median" where only that does, "no", or "not measured"."""
         if self.ratio is None:
-            return None
+            return "not measured"
+        if self._reaches(self.ratio.median):
+            every = self._reaches(self.ratio.low) and self._reaches(self.ratio.high)
+            return "yes" if every else "by the median"
+        return "no"
+
+    def _reaches(self, value: float) -> bool:
         if self.expected.at_most is not None:
-            return self.ratio.median <= self.expected.at_most
+            return value <= self.expected.at_most
         assert self.expected.at_least is not None
-        return self.ratio.median >= self.expected.at_least
+        return value >= self.expected.at_least
 
     @property
     def demand(self) -> str:

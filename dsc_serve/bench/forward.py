@@ -21,7 +21,7 @@ from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe
 from dsc_serve.bench.layer import with_threads
-from dsc_serve.bench.machine import describe_machine, load_average
+from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, load_average
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.config import ModelConfig
@@ -185,4 +185,10 @@ def format_forward(result: ForwardResult) -> str:
     }
     command = " ".join(["dsc-serve bench forward", *(f"--{name} {value}" for name, value in options.items())])
     where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items())
-    return "\n".join([*lines, "", f"`{command}`, {result.date}; {where}."])
+    load = machine["load_before"]
+    busy = (
+        f" Something else ran in the minute before it began (load average {load})."
+        if isinstance(load, float) and load > IDLE_LOAD
+        else ""
+    )
+    return "\n".join([*lines, "", f"`{command}`, {result.date}; {where}.{busy}"])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_serve.bench.machine import describe_machine, last_level_cache, load_average, usable_cores
+from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.bench.oracle import Expected, Verdict, expected, verdict
 from dsc_serve.bench.roofline import Phase, Rates, phases, screened, stored_bytes, synchronizer
 from dsc_serve.bench.systems import (
@@ -47,7 +47,6 @@ RATE_SECONDS = 0.3
 MIN_REPEATS = 3
 MIN_LAYERS, MAX_LAYERS = 8, 64
 CHECKED_TOKENS = 64  # compared with the oracle at least, over as many of the first 8 layers as that takes
-IDLE_LOAD = 0.5
 IMPOSSIBLE_SHARE = 1.1  # of the overlapped roofline; beyond it, the ceilings were measured too low
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY")  # where set, they change figures
 

@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+IDLE_LOAD = 0.5  # load average up to which a machine counts as idle
+
 
 def cpu_name() -> str:
     """The processor's name as the system gives it."""

@@ -61,4 +61,5 @@ def moved(results: Results, file: Path) -> list[str]:
         if name in now and abs(now[name] / was - 1) > MOVED
     ]
     lines += [f"not measured now: {name}" for name in known.ratios if name not in now]
+    lines += [f"not kept: {name}: {ratio:.2f} now" for name, ratio in now.items() if name not in known.ratios]
     return lines or [f"nothing moved by more than {MOVED:.0%} since {known.date} ({len(known.ratios)} ratios)"]

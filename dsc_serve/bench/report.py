@@ -96,10 +96,11 @@ def blocks(results: Results) -> list[Block]:
 def told(results: Results) -> str:
     c = results.comparison
     prompts = f"cut from {Path(c['prompt_file']).name}" if c["prompt_file"] else "random token ids"
-    asked, done = c["rounds"], results.rounds
+    asked, done, temperature = c["rounds"], results.rounds, c.get("temperature", 0.0)
+    drawn = f"drawn at temperature {temperature:g}" if temperature else "greedy"
     return (
         f"{c['waves']} requests of each stream and round (at least {LEAST_REQUESTS} together), prompts of "
-        f"{c['prompt_tokens']} tokens ({prompts}), {c['output_tokens']} output tokens, greedy; the same prompts for "
+        f"{c['prompt_tokens']} tokens ({prompts}), {c['output_tokens']} output tokens, {drawn}; the same prompts for "
         f"all. Medians over {done} {'' if done == asked else f'of {asked} '}interleaved rounds, also of each round's "
         f"percentiles. {chance(done)}"
     )
@@ -119,9 +120,8 @@ def expected(results: Results) -> list[Block]:
     def row(check: Check) -> Cells:
         wanted, ratio = check.expected, check.ratio
         measured = "–" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        met = {None: "not measured", True: "yes", False: "no"}[check.met]
         name = f"{wanted.figure}, {wanted.subject} / {wanted.against}"
-        return name, f"{wanted.streams}", check.demand, measured, met
+        return name, f"{wanted.streams}", check.demand, measured, check.reached
 
     found = checks(results)
     head = ("ratio", "streams", "aim", "median (rounds)", "reached")
@@ -185,7 +185,7 @@ def open_tables(results: Results) -> list[Block]:
     head = ("load", *(f"{value:g}" for value in points))
     made: list[Block] = []
     for title, figures in {
-        "Requests per second: offered, completed, within the limits": (
+        "Requests per second: mean rate of the arrivals, completed, within the limits": (
             "request_rate",
             "request_throughput",
             "request_goodput",
@@ -231,9 +231,12 @@ def inside(results: Results) -> list[Block]:
             each = [f"{parts[part] / 1e3 / int(running):,.1f}" if part in parts else "" for part in PARTS]
             read.append((system.name, running, f"{step['distinct']:g}", *each, f"{sum(parts.values()) / 1e6:.1f}"))
     text = (
-        "Decode steps of the engine alone, without HTTP; means, with the parts timed. rest: schedule, pack, embed, "
-        "sample, commit. Bytes are those of weights, each row that a step touches counted once (of a head screened in "
-        "int8 without the few rows that are multiplied again); picks are those of the model on its own tokens."
+        "Decode steps of the engine alone, without HTTP; means, with the parts timed. Each system was profiled once, "
+        "one after the other and not in rounds: compare the parts of one row; attention and head are the same work in "
+        "every system, so what differs in them between rows is the machine's unrest. rest: everything else, from "
+        "scheduling to handing the tokens on. Bytes are those of weights, each row that a step touches counted once "
+        "(of a head screened in int8 without the few rows that are multiplied again); picks are those of the model on "
+        "its own tokens."
     )
     return [
         Paragraph(text),

@@ -221,7 +221,7 @@ def profile(
             plain.append(middle - start)
             told.append(time.perf_counter() - middle)
             talk.receive(size)
-        clock, wall = timed_steps(engine, model, talk, steps)
+        clock, wall = timed_steps(engine, model, talk, steps, reading)
     context = PROMPT_TOKENS + WARM_STEPS + 1.5 * steps
     least = work(model, running, context, greedy=not temperature)
 
@@ -249,8 +249,8 @@ def profile(
     )
 
 
-def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int) -> tuple[Clock, float]:
-    """Seconds of steps by part, and of the steps with telling the API process."""
+def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading: Reading) -> tuple[Clock, float]:
+    """Seconds of steps by part, and of the steps with telling the API process, with reads between as in other steps."""
     clock, wall = Clock(), 0.0
     runner, scheduler = engine.runner, engine.scheduler
     assert isinstance(runner, Runner)
@@ -269,7 +269,9 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int) -> tuple
         if model.stack is not None:
             model.stack.measure(True)
             stack.callback(model.stack.measure, False)
-        for _ in range(steps):
+        for i in range(steps):
+            if i % STEPS_PER_READ == 0:
+                reading.sample()
             start = time.perf_counter()
             deltas = engine.step()
             with clock.part("ipc"):

@@ -176,9 +176,8 @@ def test_what_was_measured_before_an_end_is_kept_and_every_server_stopped(
 
 
 def test_open_loads_are_the_same_in_every_round_and_prompts_never() -> None:
-    comparison = msgspec.convert(
-        {**tomllib.loads(COMPARISON), "system": [{"name": n, "ffn": "dsc"} for n in ("fast", "slow")]}, Comparison
-    )
+    systems = [{"name": n, "ffn": "dsc"} for n in ("fast", "slow")]
+    comparison = msgspec.convert({**tomllib.loads(COMPARISON), "system": systems, "temperature": 0.7}, Comparison)
     results = Results(title="", date="", client="", machine={}, comparison={})
     for number, rate in enumerate((10.0, 30.0)):
         figures = {"completed": 12, "failed": 0, "request_throughput": rate}
@@ -191,6 +190,7 @@ def test_open_loads_are_the_same_in_every_round_and_prompts_never() -> None:
         for number in range(3)
     ]
     assert len({load.seed for load in loads}) == len(loads)
+    assert {load.temperature for load in loads} == {0.7}
 
 
 def test_prompts_that_cannot_be_made_are_said_before_anything_starts(tmp_path: Path) -> None:

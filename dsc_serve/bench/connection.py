@@ -59,7 +59,7 @@ class Endpoint:
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection; one exchange at a time."""
+    """One keep-alive connection; one exchange at a time. heard: whether the present or last one was answered at all."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -68,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._status = 0
         self._keep = False
+        self.heard = False
 
     @classmethod
     async def open(cls, endpoint: Endpoint) -> Connection:
@@ -92,7 +93,7 @@ class Connection(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self._on_body = on_body
         self._parser = httptools.HttpResponseParser(self)
-        self._keep = False
+        self._keep = self.heard = False
         try:
             self._transport.write(request)
             return await self._done
@@ -118,6 +119,7 @@ class Connection(asyncio.Protocol):
         if self._done is None:  # bytes that nobody asked for
             self.close()
             return
+        self.heard = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
@@ -153,10 +155,23 @@ class Connections:
         self._idle: list[Connection] = []
 
     async def exchange(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
-        """As Connection.exchange, on an idle connection or a new one. Also raises OSError when none can be made."""
-        while self._idle and not self._idle[-1].usable:
-            self._idle.pop()
-        connection = self._idle.pop() if self._idle else await Connection.open(self._endpoint)
+        """As Connection.exchange, on an idle connection or a new one. Also raises OSError when none can be made.
+
+        Where an idle one ends without a word of an answer, its server was closing it when the request came: that is no
+        failure, and the request goes out once more.
+        """
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                try:
+                    return await self._exchange(connection, request, on_body)
+                except DisconnectError:
+                    if connection.heard:
+                        raise
+                    break
+        return await self._exchange(await Connection.open(self._endpoint), request, on_body)
+
+    async def _exchange(self, connection: Connection, request: bytes, on_body: Callable[[bytes], None]) -> int:
         try:
             return await connection.exchange(request, on_body)
         finally:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc_serve.bench.connection import Endpoint, EventReader, ProtocolError
+from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, EventReader, ProtocolError
 from dsc_serve.config import ConfigError
 
 STREAM = (
@@ -48,3 +49,36 @@ def test_requests_carry_what_servers_need() -> None:
 def test_urls_of_other_forms_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="it must be of the form http://host:port"):
         Endpoint(url)
+
+
+@pytest.mark.parametrize(("said", "requests"), [(b"", 3), (b"HTTP/1.1 200 OK\r\n", 2)])
+def test_a_connection_that_was_closed_while_idle_costs_no_request(said: bytes, requests: int) -> None:
+    """The server answers the first request, and ends the connection at the second: before or within its answer."""
+    got: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            got.append(len(got))
+            if len(got) == 2:
+                writer.write(said)
+                await writer.drain()
+                writer.close()
+                return
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        endpoint = Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        body = bytearray()
+        with Connections(endpoint) as connections:
+            assert await connections.exchange(endpoint.request("GET", "/"), body.extend) == 200
+            if said:
+                with pytest.raises(DisconnectError):
+                    await connections.exchange(endpoint.request("GET", "/"), body.extend)
+            else:
+                assert await connections.exchange(endpoint.request("GET", "/"), body.extend) == 200
+                assert body == b"okok"
+        server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert len(got) == requests

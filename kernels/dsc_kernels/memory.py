@@ -39,7 +39,8 @@ class Arena:
 
 def mapped(size: int) -> Tensor:
     """A new anonymous mapping of at least so many bytes, beginning at a huge page."""
-    mapping = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has a setting of its own, never by default
+    mapping = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE, private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: pages of the usual size then
             mapping.madvise(mmap.MADV_HUGEPAGE)

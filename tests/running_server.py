@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 START_LIMIT_S = 90
+SCRAPES = 10
 
 
 @dataclass
@@ -26,6 +27,7 @@ class RunningServer:
     process: subprocess.Popen[str]
     log: list[str]
     printed: threading.Thread
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(limits=httpx.Limits(max_keepalive_connections=0)))
 
     @property
     def pid(self) -> int:
@@ -37,17 +39,24 @@ class RunningServer:
         return int(children[0])
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return self.client.get(self.url + path, timeout=10)
 
     def post(self, path: str, **body: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+        return self.client.post(self.url + path, json=body, timeout=60)
 
     def metric(self, name: str) -> float:
-        """One sample of /metrics, its labels as they are written there."""
-        for line in self.get("/metrics").text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[-1])
+        """One sample of /metrics, its labels as they are written there.
+
+        A busy engine that does not answer a scrape in time is left out of it: then it is asked again.
+        """
+        for _ in range(SCRAPES):
+            if (value := self.metrics().get(name)) is not None:
+                return value
         raise KeyError(name)
+
+    def metrics(self) -> dict[str, float]:
+        lines = self.get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
 
     def wait_until(self, condition: Callable[[], bool], limit_s: float = 10) -> None:
         end = time.monotonic() + limit_s
@@ -56,7 +65,8 @@ class RunningServer:
             time.sleep(0.05)
 
     def idle(self) -> bool:
-        return self.metric("dsc_serve_requests_running") == self.metric("dsc_serve_requests_waiting") == 0
+        found = self.metrics()
+        return found.get("dsc_serve_requests_running") == found.get("dsc_serve_requests_waiting") == 0
 
 
 def cpu_seconds(pid: int) -> float:
@@ -93,11 +103,15 @@ def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli
     printed = threading.Thread(target=read, daemon=True)
     printed.start()
     end = time.monotonic() + START_LIMIT_S
-    while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
-        found = re.match(r"curl (http://127\.0\.0\.1:\d+)", line)  # the last line of the announcement
-        if found:
-            return RunningServer(found.group(1), process, log, printed)
-    raise AssertionError(f"the server ended: {''.join(log)}")
+    try:
+        while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
+            found = re.match(r"curl (http://127\.0\.0\.1:\d+)", line)  # the last line of the announcement
+            if found:
+                return RunningServer(found.group(1), process, log, printed)
+        raise AssertionError(f"the server ended: {''.join(log)}")
+    except BaseException:
+        process.kill()
+        raise
 
 
 def stop_server(server: RunningServer) -> int:

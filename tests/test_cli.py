@@ -10,6 +10,9 @@ from click.testing import CliRunner, Result
 from small_models import DATA
 
 from dsc_serve.cli import main
+from dsc_serve.config import resolve_model
+from dsc_serve.model.config import DscConfig, load_config
+from dsc_serve.model.decoder import parameter_counts
 
 
 def run(*arguments: str) -> Result:
@@ -49,9 +52,12 @@ def test_inspect_describes_the_embedded_model() -> None:
     result = run("inspect")
     assert result.exit_code == 0
     rows = dict(line.split(maxsplit=1) for line in result.output.splitlines())
-    assert rows["parameters"].startswith("6,567,936 in all, 5,007,360 active")
-    assert rows["ffn"].startswith("dsc (algorithm 2), 4 of 512 atoms")
-    assert "[512, 256]" in rows["bank"]
+    config = load_config(resolve_model("dsc-tiny"))
+    assert isinstance(config.ffn, DscConfig)
+    total, active = parameter_counts(config)
+    assert rows["parameters"].startswith(f"{total:,} in all, {active:,} active")
+    assert rows["ffn"].startswith(f"dsc (algorithm 2), {config.ffn.atoms_per_token} of {config.ffn.num_atoms} atoms")
+    assert f"[{config.ffn.num_atoms}, {config.hidden_size}]" in rows["bank"]
     assert "max |γ|" in rows["certificate"]
     assert {"kernels", "tokenizer", "architecture", "dtype"} <= rows.keys()
 

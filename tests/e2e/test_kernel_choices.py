@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +27,21 @@ HIDDEN_AVX512 = pytest.param(
 def run_tests(kernels: str, *options: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", *options]
     environment = {**os.environ, "DSC_SERVE__KERNELS": kernels}
-    done = subprocess.run(command, env=environment, cwd=FOLDER, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # where it was cut short its servers run on
+    assert process.returncode == 0, output
 
 
 @pytest.mark.timeout(400)

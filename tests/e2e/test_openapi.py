@@ -16,6 +16,7 @@ from small_models import small_config, wide_tensors
 
 from dsc_serve.config import resolve_model
 from dsc_serve.model.checkpoint import save_checkpoint
+from dsc_serve.model.config import load_config
 from dsc_serve.server.description import EXAMPLES
 
 CHECKS = (
@@ -28,7 +29,7 @@ CHECKS = (
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A random model of 64 positions with the embedded model's tokenizer: answers are short, and of every kind."""
     folder, embedded = tmp_path_factory.mktemp("openapi") / "small", resolve_model("dsc-tiny")
-    config = small_config(vocab_size=4096, max_position_embeddings=64, eos_token_id=0)
+    config = small_config(vocab_size=load_config(embedded).vocab_size, max_position_embeddings=64, eos_token_id=0)
     save_checkpoint(config, wide_tensors(config), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded / name, folder / name)
@@ -58,10 +59,11 @@ def test_every_route_with_a_body_has_examples(tiny: RunningServer) -> None:
     assert {path for path, item in paths.items() if "post" in item} == EXAMPLES.keys()
 
 
+SHORT = pytest.param("examples,fuzzing", 60, 250, marks=pytest.mark.timeout(600))
 LONG = pytest.param("examples,coverage,fuzzing", 2200, 10_000, marks=[pytest.mark.full, pytest.mark.timeout(3000)])
 
 
-@pytest.mark.parametrize(("phases", "examples", "least"), [("examples,fuzzing", 60, 250), LONG])
+@pytest.mark.parametrize(("phases", "examples", "least"), [SHORT, LONG])
 def test_nothing_made_from_the_document_breaks_the_server_or_the_document(
     small: RunningServer, phases: str, examples: int, least: int, tmp_path: Path
 ) -> None:

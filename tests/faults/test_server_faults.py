@@ -33,10 +33,10 @@ def start() -> Iterator[Start]:
 
 
 def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -> None:
-    server = start()
+    server = start("--drain-s", "60")
 
     async def run() -> None:
-        streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 120}) for i in range(32)]
+        streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 400}) for i in range(32)]
         tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
         await all_begun(streams)
         for pid in (server.engine_pid, server.pid):  # as service managers do

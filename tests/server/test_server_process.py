@@ -137,7 +137,7 @@ def test_a_signal_ends_it_while_the_engine_starts(start: Start, number: signal.S
 
 def test_an_engine_that_does_not_start_is_its_caller_s_error(start: Start) -> None:
     process = start(fail=True)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert output.split("\n") == ["starting", "engine stopped", "failed: no engine today", "False", ""]
 
 

@@ -132,5 +132,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits x headᵀ. x [B, d], head [V, d], targets int64 [B]."""
+    if not torch.is_grad_enabled():
+        x, head = x.detach(), head.detach()  # else a leaf asks for the gradient that nobody takes
     loss: Tensor = _HeadLoss.apply(x, head, targets)  # type: ignore[no-untyped-call]
     return loss

@@ -8,6 +8,7 @@ import pytest
 import torch
 from naive import logits as naive_logits
 from small_models import small_config, wide_tensors
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.functions import causal_attention, compose, head_loss
@@ -44,6 +45,13 @@ def test_head(monkeypatch: pytest.MonkeyPatch) -> None:
     x, head, targets = wide(9, 5), wide(6, 5, seed=1), torch.tensor([0, 5, 2, 2, 1, 3, 4, 0, 5])
     torch.testing.assert_close(head_loss(x, head, targets), torch.nn.functional.cross_entropy(x @ head.T, targets))
     assert torch.autograd.gradcheck(lambda *args: head_loss(*args, targets), (x, head))
+
+
+def test_a_look_at_the_loss_computes_no_gradient() -> None:
+    x, head, targets = wide(9, 5), wide(6, 5, seed=1), torch.tensor([0, 5, 2, 2, 1, 3, 4, 0, 5])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head_loss(x, head, targets)
+    assert counter.get_total_flops() == 2 * x.numel() * len(head)
 
 
 @pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])

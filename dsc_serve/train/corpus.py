@@ -147,7 +147,10 @@ def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, fold
         if corpus.fingerprint != fingerprint:
             raise TrainError(f"{folder}: holds tokens of other texts or settings; name another run folder")
         return corpus
-    (folder / HELD_OUT).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # what a preparation that failed has left behind
+    for name in (TOKENIZER_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    (folder / HELD_OUT).mkdir(parents=True)
     parts = {source_name(file): split(read_text(file), settings.held_out) for file in files}
     for name, (train, held) in parts.items():
         if not train or not held:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsc_serve.train.corpus import Corpus, Sampler, prepare, split, text_files
+from dsc_serve.train.corpus import Corpus, Sampler, prepare, split, text_files, train_tokenizer
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import DataSettings, TrainError
 
@@ -79,6 +79,22 @@ def test_a_given_tokenizer_is_used(texts: list[Path], corpus: Corpus, tmp_path: 
     assert again.tokenizer.eos_token_id == corpus.tokenizer.eos_token_id
     with pytest.raises(TrainError, match="more than vocab_size"):
         prepare(texts, given, 300, tmp_path / "small")
+
+
+def test_a_preparation_that_failed_leaves_nothing_to_the_next(texts: list[Path], tmp_path: Path) -> None:
+    backend = train_tokenizer([paragraphs(50)], 300)
+    given = tmp_path / "given"
+    given.mkdir()
+    backend.save(str(given / "tokenizer.json"))
+    (given / "tokenizer_config.json").write_text('{"chat_template": "theirs"}')
+    (tmp_path / "data" / "held_out").mkdir(parents=True)
+    (tmp_path / "data" / "held_out" / "other.txt").write_text("of another text")
+    with pytest.raises(TrainError, match="more than vocab_size"):
+        prepare(texts, DataSettings(tokenizer=str(given)), 290, tmp_path / "data")
+    corpus = prepare(texts, DataSettings(), VOCABULARY, tmp_path / "data")
+    assert corpus.tokenizer.eos_token_id is not None
+    assert "theirs" not in (corpus.folder / "tokenizer_config.json").read_text()
+    assert [file.name for file in sorted((corpus.folder / "held_out").iterdir())] == ["a.txt", "b.txt"]
 
 
 def test_an_epoch_visits_every_window_once() -> None:

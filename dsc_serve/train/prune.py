@@ -14,7 +14,7 @@ from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_fil
 from dsc_serve.model.config import DscConfig, ModelConfig, load_config
 from dsc_serve.text.chat import TEMPLATE_FILE
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from dsc_serve.train.evaluation import Evaluation, evaluate, windows_of
+from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.network import Network
 from dsc_serve.train.settings import LossSettings, TrainError
@@ -38,12 +38,14 @@ class Pruned:
 
 
 def usage_on(config: ModelConfig, tensors: dict[str, Tensor], ids: list[int]) -> Usage:
-    """How often each atom is picked over full-context windows of token ids, computed in float32."""
+    """How often each atom is picked over all token ids, in windows of the whole context, computed in float32."""
     network = Network(config, torch.float32, torch.device("cpu"))
     usage = Usage()
-    for window in windows_of(ids, config.max_position_embeddings):
+    length, targets = config.max_position_embeddings, [*ids, ids[-1]]  # a window's last token is only a target
+    for start in range(0, len(ids), length):
+        window = torch.tensor([targets[start : start + length + 1]])
         with torch.no_grad():
-            usage.add(network(tensors, torch.tensor([window]), Pass(LossSettings(), training=False)).layers)
+            usage.add(network(tensors, window, Pass(LossSettings(), training=False)).layers)
     return usage
 
 

@@ -16,7 +16,7 @@ from dsc_serve.model.config import DscConfig, load_config
 from dsc_serve.train.corpus import prepare
 from dsc_serve.train.ffn import TRAINED, Pass, Trace
 from dsc_serve.train.optimiser import Optimiser
-from dsc_serve.train.prune import prune
+from dsc_serve.train.prune import prune, usage_on
 from dsc_serve.train.revive import revive
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import DataSettings, LossSettings, OptimiserSettings, TrainError
@@ -55,6 +55,13 @@ def test_prune_drops_what_is_never_picked_and_changes_nothing(model: Path, tmp_p
     before, after = found.losses["text"]
     assert after.loss == pytest.approx(before.loss, abs=1e-6)
     assert after.tokens == before.tokens > 1000
+
+
+@pytest.mark.parametrize("tokens", [5, 96, 97, 110])
+def test_every_token_of_the_calibration_text_counts_to_its_end(tokens: int) -> None:
+    config = small_config("dsc")
+    usage = usage_on(config, wide_tensors(config), [i % config.vocab_size for i in range(tokens)])
+    assert [int(picks.sum()) for picks in usage.picks] == [tokens * 3] * config.num_hidden_layers
 
 
 def test_prune_on_the_command_line(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ HIDDEN = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "up", "gat
 
 
 def parameter_groups(names: Mapping[str, Tensor], settings: OptimiserSettings) -> dict[str, list[str]]:
-    """Names by group: "router" (no decay, its own rate), "hidden" (Muon's, empty for AdamW), "matrix", "vector"."""
+    """Names by group: "router" (no decay, its own rate), "hidden" (Muon's, empty for AdamW), "matrix", "vector".
+
+    γ decays with the matrices: the reference script, which goes by dimensions, holds it as [1, 1, d].
+    """
     groups: dict[str, list[str]] = {"router": [], "hidden": [], "matrix": [], "vector": []}
     for name, tensor in names.items():
         if ".mlp.router." in name:
@@ -23,7 +26,8 @@ def parameter_groups(names: Mapping[str, Tensor], settings: OptimiserSettings) -
         elif settings.kind == "muon" and name.endswith(HIDDEN):
             groups["hidden"].append(name)
         else:
-            groups["matrix" if tensor.dim() > 1 else "vector"].append(name)
+            decays = tensor.dim() > 1 or name.endswith(".mlp.gamma")
+            groups["matrix" if decays else "vector"].append(name)
     return groups
 
 

@@ -21,7 +21,9 @@ def test_groups_are_the_papers() -> None:
     assert sorted(name for group in groups.values() for name in group) == sorted(tensors)
     assert {name.split(".mlp.")[1] for name in groups["router"]} == {"router.weight", "router.bias"}
     assert not groups["hidden"]
-    assert all(tensors[name].dim() > 1 for name in groups["matrix"])
+    gammas = {name for name in tensors if name.endswith("gamma")}
+    assert len(gammas) == 2 and gammas <= set(groups["matrix"])
+    assert all(tensors[name].dim() > 1 for name in set(groups["matrix"]) - gammas)
     assert all(tensors[name].dim() == 1 for name in groups["vector"])
     hidden = parameter_groups(tensors, OptimiserSettings(kind="muon"))["hidden"]
     assert "model.layers.0.mlp.static.up_proj.weight" in hidden

@@ -16,6 +16,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY = click.Path(path_type=Path)
 PRESETS = ("embedded", "paper", "smoke", "study")
+STUDY_GIVES = {
+    "run.seed": "--seeds gives it",
+    "run.evaluate_steps": "the study looks ten times a run",
+    "budget.kind": "the study runs every kind",
+    "budget.k": "--depths gives it for DSC",
+}
 
 text_option = click.option(
     "--text", "texts", type=ANY, multiple=True, help="Text file (.txt, .txt.xz) or a folder of them; repeatable."
@@ -110,16 +116,20 @@ def study_command(
     """
     from dsc_serve.train.clock import seconds
     from dsc_serve.train.corpus import text_files
-    from dsc_serve.train.settings import load_settings, preset_file
+    from dsc_serve.train.settings import MAX_SEED, load_settings, preset_file
     from dsc_serve.train.study import Study
     from dsc_serve.train.study_report import charts, table
 
+    given = STUDY_GIVES | ({} if time_limit is None else {"schedule.steps": "--time-limit plans them"})
+    for field in (change.partition("=")[0] for change in changes):
+        if field in given:
+            raise click.UsageError(f"--set {field}: {given[field]}")
     study = Study(
         load_settings(preset_file("study"), changes),
         text_files(texts),
         out,
-        seeds=numbers("--seeds", seeds),
-        depths=numbers("--depths", depths),
+        seeds=numbers("--seeds", seeds, 0, MAX_SEED),
+        depths=numbers("--depths", depths, 1),
         time_limit=None if time_limit is None else seconds(time_limit),
         report=lambda line: click.echo(line, err=True),
     )
@@ -136,14 +146,14 @@ def study_command(
         charts(out, result["runs"], markdown.parent)
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas."""
+def numbers(option: str, text: str, least: int, most: int = 99_999) -> list[int]:
+    """Different whole numbers separated by commas."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 0:
-        raise click.UsageError(f"{option} is {text!r}; expected whole numbers such as 0,1")
+    if not found or min(found) < least or max(found) > most or len(set(found)) < len(found):
+        raise click.UsageError(f"{option} is {text!r}; expected different numbers from {least} to {most:,}")
     return found
 
 

@@ -13,10 +13,14 @@ from pydantic import Field, ValidationError, model_validator
 from dsc_serve.config import ConfigError
 from dsc_serve.model.budget import Budget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
+from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.schema import Size, Strict
 
+MAX_SEED = 999_999
+BUDGET_OFF = 0.03  # share by which a model's parameters may differ from what [budget] asks for
 PRESETS = ("embedded", "paper", "smoke", "study")
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -59,8 +63,8 @@ class OptimiserSettings(Strict):
     rate: Positive = 6e-4
     hidden_rate: Positive = 6e-4
     router_rate: Literal["paper", "script"] = "paper"
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    momentum: Share = 0.95
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    momentum: Decay = 0.95
     weight_decay: NotNegative = 0.02
     clip: Positive = 1.0
 
@@ -121,7 +125,7 @@ class RunSettings(Strict):
     the run after which none is revived. samples: prompts whose continuations the run's report shows.
     """
 
-    seed: Annotated[int, Field(ge=0, le=999_999)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     export: Literal["float32", "bfloat16"] = "bfloat16"
     threads: Count = 0
@@ -145,6 +149,13 @@ class TrainSettings(Strict):
     losses: LossSettings = LossSettings()
     run: RunSettings = RunSettings()
 
+    @model_validator(mode="after")
+    def _ends(self) -> TrainSettings:
+        for name in ("bos_token_id", "eos_token_id"):
+            if name in self.model:
+                raise ValueError(f"model.{name} is given, but the tokenizer gives it; leave it out")
+        return self
+
     def model_config_for(self, eos_token_id: int | None) -> ModelConfig:
         """The architecture. Raises TrainError naming the field that is wrong."""
         fields = dict(self.model)
@@ -166,6 +177,8 @@ class TrainSettings(Strict):
             raise TrainError(
                 f"a phase's length is {longest}; max_position_embeddings allows {config.max_position_embeddings}"
             )
+        if self.budget is not None:
+            _check_budget(config, self.budget)
         return config
 
     def _solved(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -182,9 +195,34 @@ class TrainSettings(Strict):
             solve = getattr(budget, b.kind)
             ffn = solve() if b.k is None or b.kind == "dense" else solve(b.k)
         except ValueError as error:
-            raise TrainError(f"[budget] {error}") from None
+            reason = one_line(error) if isinstance(error, ValidationError) else error
+            raise TrainError(f"[budget] {reason}") from None
         solved: dict[str, Any] = ffn.model_dump()
         return solved
+
+
+def _check_budget(config: ModelConfig, budget: BudgetSettings) -> None:
+    total, active = parameter_counts(config)
+    name, asked, found = "active", budget.active, active
+    if budget.kind == "dense":
+        name, asked, found = "total", budget.total, total
+    if abs(found / asked - 1) <= BUDGET_OFF:
+        return
+    plain = {
+        "position_embedding_type": "learned",
+        "norm_type": "layernorm",
+        "mlp_gated": False,
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "attention_bias": False,
+        "attention_output_bias": False,
+    }
+    others = [f"{field} = {value}" for field in plain if (value := getattr(config, field)) != plain[field]]
+    raise TrainError(
+        f"[budget] {name} is {asked:g} parameters, but the model has {found:,}: the solver counts learned positions, "
+        "LayerNorm, two matrices an MLP, ungrouped queries and no biases; "
+        f"here {', '.join(others) or 'the sizes are too small for it'}"
+    )
 
 
 def load_settings(source: Path, changes: Sequence[str] = ()) -> TrainSettings:

@@ -59,6 +59,8 @@ class Study:
         self.settings, self.budget, self.texts, self.folder = settings, settings.budget, texts, folder
         self.seeds, self.entries = list(seeds), entries(depths)
         self.limit, self.report = time_limit, report
+        for entry in self.entries:
+            self._settings_of(entry, self.seeds[0], settings.schedule.steps).model_config_for(None)
 
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet; returns and writes results.json."""
@@ -84,11 +86,14 @@ class Study:
     def folder_of(self, entry: str, seed: int) -> Path:
         return self.folder / f"{entry}-seed{seed}"
 
-    def _trainer(self, entry: Entry, seed: int, steps: int, folder: Path | None = None) -> Trainer:
+    def _settings_of(self, entry: Entry, seed: int, steps: int) -> TrainSettings:
         budget = self.budget.model_copy(update={"kind": entry.kind, "k": entry.k})
         schedule = self.settings.schedule.model_copy(update={"steps": steps})
         run = self.settings.run.model_copy(update={"seed": seed, "evaluate_steps": max(1, steps // EVALUATIONS)})
-        settings = self.settings.model_copy(update={"budget": budget, "schedule": schedule, "run": run})
+        return self.settings.model_copy(update={"budget": budget, "schedule": schedule, "run": run})
+
+    def _trainer(self, entry: Entry, seed: int, steps: int, folder: Path | None = None) -> Trainer:
+        settings = self._settings_of(entry, seed, steps)
         return Trainer(settings, self.texts, folder or self.folder_of(entry.name, seed), data=self.folder / "data")
 
     def _plan(self) -> dict[str, Any]:

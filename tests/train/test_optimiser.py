@@ -12,7 +12,15 @@ from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.train import command
 from dsc_serve.train.optimiser import Optimiser, parameter_groups, rate_factor
-from dsc_serve.train.settings import PRESETS, OptimiserSettings, Phase, ScheduleSettings, load_settings, preset_file
+from dsc_serve.train.settings import (
+    PRESETS,
+    OptimiserSettings,
+    Phase,
+    ScheduleSettings,
+    TrainError,
+    load_settings,
+    preset_file,
+)
 
 
 def test_groups_are_the_papers() -> None:
@@ -88,6 +96,19 @@ def test_the_papers_preset_has_the_papers_sizes() -> None:
     dense = load_settings(preset_file("paper"), ["budget.kind=dense"]).model_config_for(None).ffn
     assert isinstance(dense, DenseConfig)
     assert dense.size == 2611
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_a_budget_that_the_frame_breaks_is_refused(kind: str) -> None:
+    gated = ["budget.k=2", f"budget.kind={kind}", "model.mlp_gated=true"]
+    with pytest.raises(TrainError, match=r"\[budget\] (active|total) is .* but the model has .*mlp_gated = True"):
+        load_settings(preset_file("study"), gated).model_config_for(0)
+
+
+def test_a_budget_without_room_is_told_in_one_line() -> None:
+    tight = load_settings(preset_file("study"), ["budget.kind=dense", "budget.total=1428900", "budget.active=1428900"])
+    with pytest.raises(TrainError, match=r"^\[budget\] size: .* greater than or equal to 1 \(got 0\)$"):
+        tight.model_config_for(0)
 
 
 def test_the_embedded_model_fits_in_forty_megabytes() -> None:

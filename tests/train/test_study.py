@@ -73,6 +73,31 @@ def test_what_does_not_finish_in_time_is_named(tmp_path: Path) -> None:
     assert found["skipped"] == [f"{name}, seed 0" for name in ("dsc-k1", "moe-k2", "molora-k2", "dense")]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "run.seed=3"], "--set run.seed: --seeds gives it"),
+        (["--set", "run.evaluate_steps=3"], "--set run.evaluate_steps"),
+        (["--set", "budget.kind=moe"], "--set budget.kind"),
+        (["--set", "budget.k=8"], "--set budget.k"),
+        (["--set", "schedule.steps=8", "--time-limit", "1h"], "--set schedule.steps: --time-limit plans them"),
+        (["--depths", "0,1"], "--depths is '0,1'"),
+        (["--depths", "4,4"], "--depths is '4,4'"),
+        (["--depths", "4,9999"], "fewer than K = 9999"),
+        (["--seeds", "1,1"], "--seeds is '1,1'"),
+        (["--seeds", "1000000"], "--seeds is '1000000'"),
+        (["--set", "model.mlp_gated=true"], "mlp_gated = True"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_anything_is_done(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    result = study(tmp_path, *arguments)
+    assert result.exit_code != 0
+    assert words in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_gives_mean_and_half_range() -> None:
     assert spread([1.0, 1.5]) == "1.2500 ± 0.2500"
     assert spread([2.0]) == "2.0000"

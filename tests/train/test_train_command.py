@@ -159,6 +159,8 @@ def test_a_damaged_checkpoint_is_named(damage: bytes, tmp_path: Path) -> None:
         (["--preset", "smoke", "--set", "budget.total=1e6", "--set", "budget.active=5e5"], "leave one out"),
         (["--preset", "smoke", "--set", "model.max_position_embeddings=64"], "a phase's length is 128"),
         (["--preset", "smoke", "--set", "schedule.phases=[]"], "schedule"),
+        (["--preset", "smoke", "--set", "optimiser.betas=[0.9,1.0]"], "optimiser.betas.1: Input should be less than 1"),
+        (["--preset", "smoke", "--set", "model.eos_token_id=3"], "model.eos_token_id is given"),
         (["nowhere.toml"], "no such file"),
     ],
 )

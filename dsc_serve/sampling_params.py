@@ -17,7 +17,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
 ALL_ATOMS = -1
 MAX_PICKS = 2**20  # that one request may have reported
-MAX_GRAMMAR = 2**17  # characters
+MAX_GRAMMAR = 2**15  # characters; compiling a JSON schema takes time by the square of its size
 
 
 class ParameterError(ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import msgspec
@@ -80,6 +81,8 @@ class Service:
         self.created = int(time.time())
         longest = 0
         self._grammars: Grammars | None = None
+        # One at a time, as the engine compiles them again: were more let through, it could not keep pace.
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         if tokenizer is not None:
             self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
@@ -123,7 +126,8 @@ class Service:
             if self._grammars is None:
                 message = "structured_outputs cannot be used: this model has no tokenizer"
                 raise ParameterError("structured_outputs", message)
-            await asyncio.to_thread(self._grammars.constraint, asked)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiling, self._grammars.constraint, asked)
         except ParameterError as error:
             raise from_parameter(error, names) from None
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, chat, complete
+from serving import app_around, chat, client_of, complete, until
 
 from dsc_serve.sampling_params import MAX_GRAMMAR, StructuredOutputs
+from dsc_serve.text.grammar import Grammars
 
 Ask = Callable[..., httpx.Response]
 BOTH = pytest.mark.parametrize("ask_for", [complete, chat])
@@ -116,6 +120,34 @@ def test_what_cannot_be_used_is_refused_with_the_reason(
 
 
 def test_without_a_tokenizer_it_is_refused(engine: FakeEngine) -> None:
+def test_grammars_are_compiled_one_at_a_time_and_hold_nobody_else_up(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, most, others = 0, 0, threading.Event()
+
+    def slow(self: Grammars, asked: StructuredOutputs) -> None:
+        nonlocal compiling, most
+        compiling += 1
+        most = max(most, compiling)
+        assert others.wait(10)
+        compiling -= 1
+
+    monkeypatch.setattr(Grammars, "constraint", slow)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with client_of(app) as client:
+            body = {"prompt": "hi", "structured_outputs": {"regex": "a"}}
+            asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)]
+            await until(lambda: compiling)
+            assert (await client.post("/detokenize", json={"tokens": [97]})).status_code == 200
+            others.set()
+            assert [response.status_code for response in await asyncio.gather(*asking)] == [200] * 3
+
+    asyncio.run(run())
+    assert most == 1
+
+
     response = complete(app_around(engine, None), prompt=[1], structured_outputs={"regex": "a"})
     assert response.status_code == 400
     assert "tokenizer" in response.json()["error"]["message"]

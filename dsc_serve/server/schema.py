@@ -147,7 +147,9 @@ class GenerationFields(EngineFields):
     def names(self) -> Mapping[str, str]:
         whole = self.dsc is None or self.dsc.top_k_atoms is None
         routing = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms"}
-        return routing if self.response_format is None else {**routing, "structured_outputs": "response_format"}
+        if self.response_format is None or self.structured_outputs is not None:
+            return routing
+        return {**routing, "structured_outputs": "response_format"}
 
     @property
     def include_usage(self) -> bool:

@@ -80,6 +80,7 @@ def test_it_reaches_the_engine(
             "strin",
         ),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {}, "response_format": {"type": "text"}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", "look-around"),
@@ -119,7 +120,6 @@ def test_what_cannot_be_used_is_refused_with_the_reason(
     assert engine.submitted == []
 
 
-def test_without_a_tokenizer_it_is_refused(engine: FakeEngine) -> None:
 def test_grammars_are_compiled_one_at_a_time_and_hold_nobody_else_up(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +148,7 @@ def test_grammars_are_compiled_one_at_a_time_and_hold_nobody_else_up(
     assert most == 1
 
 
+def test_without_a_tokenizer_it_is_refused(engine: FakeEngine) -> None:
     response = complete(app_around(engine, None), prompt=[1], structured_outputs={"regex": "a"})
     assert response.status_code == 400
     assert "tokenizer" in response.json()["error"]["message"]

@@ -161,9 +161,10 @@ def document() -> str:
         "",
         f"API keys come from `key_file` or from the variable `{API_KEYS}`, as `NAME:KEY,NAME:KEY`. In the",
         "file each has a table, which `dsc-serve key NAME` prints. Beside `sha256`, the hash of the key, it may have",
-        "`weight` and `priority`, for the policies `fair` and `priority`; `streams`, `requests_per_minute` and",
-        "`tokens_per_minute` (0: no limit; left out: as in `[limits]`); `cache_salt`, to share cached prefixes only",
-        "with keys of the same salt; `admin`, which opens `/admin/state`.",
+        "`weight` and `priority`, for the policies `fair` and `priority` (a request can only make itself less urgent",
+        "than its key); `streams`, `requests_per_minute` and `tokens_per_minute` (0: no limit; left out: as in",
+        "`[limits]`); `cache_salt`, to share cached prefixes only with keys of the same salt; `admin`, which opens",
+        "`/admin/state`.",
     ]
     for section, config in SECTIONS.items():
         lines += ["", f"## [{section}]", "", (config.__doc__ or "").split("\n")[0], ""]

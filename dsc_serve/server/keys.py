@@ -26,7 +26,7 @@ LOOK_S = 1.0
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One key. weight: its share of a busy engine; priority: lower is served earlier.
+    """One key. weight: its share of a busy engine; priority: lower is served earlier, where a request asks for none.
 
     streams, requests_per_minute and tokens_per_minute bound its generations; 0: no limit, None: the server's default.
     cache_salt: its prompts share cached prefixes with those of keys that have the same one, and no others.
@@ -56,7 +56,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
         A request may make itself less urgent than its key, not more, and keep its prompts apart from others of its key.
         """
-        priority = max(self.priority, asked.priority)
+        priority = max(self.priority, asked.priority) if asked.priority else self.priority
         salt = digest(f"{digest(self.cache_salt.encode())}{asked.cache_salt}".encode())
         return msgspec.structs.replace(asked, tenant=self.name, weight=self.weight, priority=priority, cache_salt=salt)
 

@@ -99,6 +99,18 @@ def test_the_key_says_for_whom_the_engine_works_and_how_urgently(guarded: FastAP
     assert (bob.tenant, bob.weight, bob.priority) == ("bob", 1.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "priority"), [(-5, None, -5), (-5, 2, 2), (-5, -7, -5), (3, None, 3), (3, 1, 3), (3, 4, 4)]
+)
+def test_a_request_may_be_less_urgent_than_its_key_but_not_more(
+    engine: FakeEngine, write: Write, own: int, asked: int | None, priority: int
+) -> None:
+    engine.policy = "priority"
+    app = app_around(engine, None, KeyRing(write(entry("alice", ALICE, priority=own)), ""))
+    assert generate(app, ALICE, priority=asked).status_code == 200
+    assert engine.terms[0].priority == priority
+
+
 def test_prompts_share_cached_prefixes_only_with_keys_of_the_same_salt(engine: FakeEngine, write: Write) -> None:
     text = entry("alice", ALICE, cache_salt="'a'") + entry("bob", BOB) + entry("root", ROOT, cache_salt="'a'")
     app = app_around(engine, None, KeyRing(write(text), ""))

@@ -11,7 +11,7 @@ import ray
 from ray import serve
 from starlette.types import Message
 
-from dsc_serve.config import ServerConfig, environment_keys, resolve_model
+from dsc_serve.config import ServerConfig, resolve_model
 from dsc_serve.scale.call import Call, Part, Taken
 from dsc_serve.server.app import create_app
 from dsc_serve.server.keys import KeyRing
@@ -42,7 +42,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._open = contextlib.ExitStack()
         self._open.enter_context(logging_to(config.log))
-        ring = KeyRing(config.access.key_file, environment_keys())
+        ring = KeyRing.of(config)
         tokenizer = Tokenizer.load(resolve_model(config.engine.model))
         engine = msgspec.structs.replace(config.engine, threads=config.engine.threads or assigned_cores())
         self._supervisor = EngineSupervisor(engine, config.life, config.limits.max_unread, command)

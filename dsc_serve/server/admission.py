@@ -115,6 +115,11 @@ class Lease:
             self._account.held += count
             self._account.requests.charge(count)
 
+    @property
+    def streams(self) -> int:
+        """Generations that the key may have at a time; 0: no limit."""
+        return 0 if self._account is None else self._account.streams
+
     def charge(self, tokens: int) -> None:
         if self._account is not None:
             self._account.tokens.charge(tokens)
@@ -169,9 +174,9 @@ class Admission:
 
     def admit(self, lease: Lease, count: int, param: str) -> None:
         """Take places for `count` generations. Raises ApiError; 400, naming `param`, when there never are so many."""
-        if count > self.permits.capacity:
-            message = f"{param} asks for {count} generations at once; this server holds at most {self.permits.capacity}"
-            raise bad_request(param, message)
+        for most, what in ((self.permits.capacity, "this server holds"), (lease.streams, "this key may have")):
+            if 0 < most < count:
+                raise bad_request(param, f"{param} asks for {count} generations at once; {what} at most {most}")
         self.check_open()
         lease.take(count)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.config import ConfigError
+from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, environment_keys
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.settings import items
 from dsc_serve.terms import Terms
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST = 16  # characters of a key, which is hashed once: only keys that cannot be guessed are safe so
 LOOK_S = 1.0
+PER_KEY = ("streams_per_key", "requests_per_minute", "tokens_per_minute")
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,6 +112,17 @@ class KeyRing:
         self.required = bool(key_file or environment)
         self._stamp = self._look()
         self._keys = self._read()
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> KeyRing:
+        """The keys of a server. Raises ConfigError, too where there are none and a setting would do nothing."""
+        ring = cls(config.access.key_file, environment_keys())
+        asked = {"metrics_key": config.access.metrics_key, **{name: getattr(config.limits, name) for name in PER_KEY}}
+        for name, value in asked.items():
+            if value and not ring.required:
+                allowed = f"without API keys it does nothing: set key_file or {API_KEYS}, or leave it out"
+                raise ConfigError(f"{name} is {json.dumps(value)}; {allowed}")
+        return ring
 
     def find(self, token: bytes) -> Key | None:
         """The key that a client has sent. Takes the same time for any that is wrong."""

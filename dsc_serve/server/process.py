@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from dsc_serve.config import ConfigError, ServerConfig, environment_keys, resolve_model
+from dsc_serve.config import ConfigError, ServerConfig, resolve_model
 from dsc_serve.server.admission import SHUTTING_DOWN
 from dsc_serve.server.app import create_app, served_name
 from dsc_serve.server.keys import KeyRing
@@ -40,7 +40,7 @@ def serve(config: ServerConfig) -> None:
 
     Raises ConfigError, TokenizerError or EngineStartError when it cannot start.
     """
-    ring = KeyRing(config.access.key_file, environment_keys())
+    ring = KeyRing.of(config)
     check_tls(config)
     tokenizer = Tokenizer.load(resolve_model(config.engine.model))
     raise_file_limit()

@@ -16,10 +16,10 @@ from fastapi import FastAPI
 from serving import app_around, ask, client_of, complete, until
 
 from dsc_serve.cli import main
-from dsc_serve.config import AccessConfig, ConfigError, LimitConfig
+from dsc_serve.config import API_KEYS, AccessConfig, ConfigError, LimitConfig, ServerConfig
 from dsc_serve.server.admission import Admission, Permits, Rate
 from dsc_serve.server.errors import ApiError
-from dsc_serve.server.keys import Key, KeyRing, digest, parse_environment
+from dsc_serve.server.keys import PER_KEY, Key, KeyRing, digest, parse_environment
 from dsc_serve.settings import document
 
 ALICE, BOB, ROOT = "alice-has-a-long-key", "bob-has-a-long-key-too", "the-administrator-s-key"
@@ -239,6 +239,32 @@ def test_a_key_s_streams_are_bounded_and_another_key_s_are_not_affected(engine: 
             assert (await post(ALICE, 2)).status_code == 200
 
     asyncio.run(run())
+
+
+def test_more_choices_than_a_key_may_ever_have_are_its_client_s_error(engine: FakeEngine, write: Write) -> None:
+    app = app_around(engine, None, KeyRing(write(entry("alice", ALICE, streams=2)), ""))
+    for fields, param in (({"n": 3}, "n"), ({"prompt": [[1], [2], [3]]}, "prompt")):
+        refused = generate(app, ALICE, **fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert "this key may have at most 2" in refused.json()["error"]["message"]
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    "section",
+    [AccessConfig(metrics_key=True), *(LimitConfig(**{name: 3}) for name in PER_KEY)],
+)
+def test_settings_that_would_do_nothing_without_keys_are_named(
+    section: AccessConfig | LimitConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(API_KEYS, raising=False)
+    config = ServerConfig(**{"access" if isinstance(section, AccessConfig) else "limits": section})
+    with pytest.raises(ConfigError, match=r"(metrics_key is true|_per_(key|minute) is 3); without API keys it does"):
+        KeyRing.of(config)
+    monkeypatch.setenv(API_KEYS, f"alice:{ALICE}")
+    assert KeyRing.of(config).required
+    monkeypatch.delenv(API_KEYS)
+    assert not KeyRing.of(ServerConfig()).required
 
 
 def test_requests_a_minute_are_bounded(engine: FakeEngine, write: Write) -> None:

@@ -70,7 +70,7 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
             return
         client = starting.result()
         app = create_app(config, client, tokenizer, ring)
-        text = announcement(config, listener, client.model, tokenizer is not None)
+        text = announcement(config, listener, client.model, tokenizer is not None, ring.required)
         gc.freeze()  # a full collection of all that has been loaded would hold every stream up
         server = Server(app, config, lambda: print(text, flush=True))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -191,7 +191,9 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def announcement(config: ServerConfig, listener: socket.socket, model: ModelInfo, has_tokenizer: bool) -> str:
+def announcement(
+    config: ServerConfig, listener: socket.socket, model: ModelInfo, has_tokenizer: bool, needs_key: bool
+) -> str:
     """Where the server is and what it serves, and a command to try it."""
     port = listener.getsockname()[1]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
@@ -202,9 +204,10 @@ def announcement(config: ServerConfig, listener: socket.socket, model: ModelInfo
     )
     prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.limits.vocab_size)))
     body = json.dumps({"prompt": prompt, "max_tokens": 32})
+    key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return (
         f"dsc-serve: {here} serves {served_name(config)}, {model.total_parameters / 1e6:.1f} M parameters, "
         f"{model.active_parameters / 1e6:.1f} M active (kernels: {model.kernels}; {model.dtype}, {model.device}, "
         f"{model.threads} threads)\n"
-        f"curl {there}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"curl {there}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'"
     )

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_engine import FakeEngine
 from serving import post_bytes
 
-from dsc_serve.config import ConfigError
-from dsc_serve.server.process import bind
+from dsc_serve.config import ConfigError, ServerConfig
+from dsc_serve.server.process import announcement, bind
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -117,6 +118,12 @@ def test_it_says_where_it_is_and_how_to_try_it(start: Start) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 32
     process.terminate()
     check_end(process)
+
+
+def test_where_keys_are_needed_the_command_to_try_it_has_a_place_for_one() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        texts = [announcement(ServerConfig(), listener, FakeEngine().model, True, needed) for needed in (True, False)]
+    assert ["-H 'Authorization: Bearer KEY' -H 'Content-Type: " in text for text in texts] == [True, False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

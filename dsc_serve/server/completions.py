@@ -108,12 +108,13 @@ async def create_completion(service: Service, request: Request) -> Response:
     shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0
+    context, most = service.engine.model.limits.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS
     for name, prompt in prompts.items():
         if choices:
             await asyncio.sleep(0)  # many prompts take a while: let the tokens of other requests pass
         ids = await service.encode(prompt, name) if isinstance(prompt, str) else prompt
         own = params
-        if fields.max_tokens is None and len(ids) + DEFAULT_MAX_TOKENS > service.engine.model.limits.max_tokens:
+        if fields.max_tokens is None and min(most, context - len(ids)) < DEFAULT_MAX_TOKENS:
             own = msgspec.structs.replace(params, max_tokens=None)  # a default must not refuse what fits without it
         own = service.measure(ids, own, {**fields.names, "prompt": name})
         echo = echoed(service.tokenizer, prompt, params) if fields.echo else None

@@ -352,6 +352,12 @@ def test_an_output_without_a_bound_of_its_own_gets_the_server_s(engine: FakeEngi
     assert response.json()["usage"]["completion_tokens"] == 30
 
 
+def test_a_default_that_nobody_sent_is_not_refused(engine: FakeEngine, tokenizer: Any) -> None:
+    app = app_around(engine, tokenizer, max_output_tokens=8)
+    assert complete(app).json()["usage"]["completion_tokens"] == 8
+    assert complete(app, max_tokens=16).status_code == 400
+
+
 def test_other_origins_are_let_in_only_where_they_are_named(app: FastAPI, engine: FakeEngine) -> None:
     named = app_around(engine, None, KeyRing("", f"a:{ALICE}"), AccessConfig(cors_origins=("https://chat.example",)))
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}

@@ -152,7 +152,7 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     body_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's body to arrive.")] = 60.0
     keep_alive_s: Annotated[int, Meta(ge=1, description="Seconds that a connection may idle.")] = 30
     send_timeout_s: Annotated[
-        float, Meta(ge=0.1, description="Seconds that a send may wait for a slow reader; then it is hung up on.")
+        float, Meta(ge=0.1, description="Seconds in which a client must read 48 KiB, or all; else it is hung up on.")
     ] = 30.0
     send_buffer_bytes: Annotated[
         int, Meta(ge=4096, description="Bytes that the system may hold for a connection that reads too slowly.")

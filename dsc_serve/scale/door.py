@@ -42,7 +42,7 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        app.state.config = self._config
+        app.state.config, app.state.reading = self._config, 0
         errors.install(app)
         app.add_route("/{path:path}", self.pass_on, ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
         return app

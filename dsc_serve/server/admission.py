@@ -162,13 +162,7 @@ class Admission:
     def check_open(self) -> None:
         """Raises ApiError where no generation at all can be let in: 503 while draining, 429 when the house is full."""
         if self.draining:
-            raise ApiError(
-                503,
-                SHUTTING_DOWN,
-                type="server_error",
-                code="shutting_down",
-                headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
-            )
+            raise shutting_down()
         if self.permits.full:
             self.permits.take(1)
 
@@ -179,6 +173,11 @@ class Admission:
                 raise bad_request(param, f"{param} asks for {count} generations at once; {what} at most {most}")
         self.check_open()
         lease.take(count)
+
+
+def shutting_down() -> ApiError:
+    headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
+    return ApiError(503, SHUTTING_DOWN, type="server_error", code="shutting_down", headers=headers)
 
 
 def too_many(message: str, code: str, wait_s: float = RETRY_AFTER_S) -> ApiError:

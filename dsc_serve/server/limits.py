@@ -9,11 +9,13 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from dsc_serve.config import ServerConfig
+from dsc_serve.server.admission import too_many
 from dsc_serve.server.errors import ApiError, bad_request, shown
 
 log = logging.getLogger(__name__)
 
 MAX_DRAINED = 4  # times the largest body that is kept
+MAX_READING = 2**28  # bytes that one app keeps of bodies that have not arrived whole: their requests have no place yet
 
 
 def check_headers(request: Request) -> None:
@@ -33,10 +35,11 @@ def check_headers(request: Request) -> None:
 async def read_body(request: Request) -> bytes:
     """The whole body of a JSON request.
 
-    Raises ApiError: 400 for wrong headers or no body, 413 beyond the server's limit, 408 when it takes too long; and
-    ClientDisconnect.
+    Raises ApiError: 400 for wrong headers or no body, 413 beyond the server's limit, 429 where too much is being read
+    already, 408 when it takes too long; and ClientDisconnect. `app.state.reading` is what is being read, in bytes.
     """
-    config: ServerConfig = request.app.state.config
+    state = request.app.state
+    config: ServerConfig = state.config
     limit, timeout_s = config.limits.max_body_bytes, config.limits.body_timeout_s
     check_headers(request)
     announced = request.headers.get("content-length", "")
@@ -44,7 +47,7 @@ async def read_body(request: Request) -> bytes:
     if too_large and "expect" in request.headers:  # the client waits for leave to send, so nothing is on its way
         raise body_too_large(limit)
     chunks: list[bytes] = []
-    size = 0
+    size = kept = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -57,10 +60,16 @@ async def read_body(request: Request) -> bytes:
                 if size > limit or too_large:
                     too_large = True
                     chunks.clear()
+                    state.reading -= kept
+                    kept = 0
                     if size > MAX_DRAINED * limit:
                         raise body_too_large(limit)
                 else:
                     chunks.append(chunk)
+                    kept += len(chunk)
+                    state.reading += len(chunk)
+                    if state.reading > max(MAX_READING, limit):
+                        raise too_many("the server is reading as many requests as it has memory for", "queue_full")
                 if not message.get("more_body", False):
                     break
     except TimeoutError:
@@ -70,6 +79,8 @@ async def read_body(request: Request) -> bytes:
             code="request_timeout",
             headers={"Connection": "close"},
         ) from None
+    finally:
+        state.reading -= kept
     if too_large:
         raise body_too_large(limit)
     if not size:

@@ -11,6 +11,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from dsc_serve.config import LimitConfig
 from dsc_serve.server.errors import ApiError
 
+# What the transport's marks ask of a stream that waits: only when so much has been read may it go on.
+PROGRESS = 48 * 1024
 FRAMING = (b"content-length", b"transfer-encoding")
 
 
@@ -27,6 +29,7 @@ class Connection(HttpToolsProtocol):
         self._awaits_head = True
         self._head_bytes = self._unparsed = 0  # of the head that is being parsed; since the last whole head
         self._stuck_since: float | None = None
+        self._unread = 0  # bytes, when that was noted
         self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -92,7 +95,7 @@ class Connection(HttpToolsProtocol):
         self._awaits_head = True
 
     def pause_writing(self) -> None:
-        self._stuck_since = self.loop.time()
+        self._note_unread(self.loop.time())
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -119,11 +122,17 @@ class Connection(HttpToolsProtocol):
             self._refuse(400, "the request is not valid HTTP/1.1", "invalid_http")
 
     def hang_up_if_stuck(self, now: float) -> None:
-        """Drop a client that for too long has read too little of its answer, or nothing of an answer that is over."""
-        if self._stuck_since is None and self.transport.is_closing():
-            self._stuck_since = now
-        elif self._stuck_since is not None and now - self._stuck_since > self._limits.send_timeout_s:
+        """Drop a client that for too long has read too little of its answer, be it over or not."""
+        if self._stuck_since is None:
+            if self.transport.is_closing():
+                self._note_unread(now)
+        elif self.transport.get_write_buffer_size() <= self._unread - PROGRESS:
+            self._note_unread(now)
+        elif now - self._stuck_since > self._limits.send_timeout_s:
             self.transport.abort()
+
+    def _note_unread(self, now: float) -> None:
+        self._stuck_since, self._unread = now, self.transport.get_write_buffer_size()
 
     def _time_head(self) -> None:
         self._head_timer = self.loop.call_later(self._limits.header_timeout_s, self._head_is_late)

@@ -13,11 +13,12 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dsc_serve.sampling_params import ParameterError
+from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.answer import Choice, News, Shape, encode, event
 from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
 from dsc_serve.server.service import Service
-from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,12 @@ class Generation(Response):
             async with aclosing(deltas):
                 if not await self._follow_deltas(choice, deltas, emit):
                     raise engine_failure("the engine ended the request without a reason")
+        except UnreadError as error:
+            choice.outcome = "abort"
+            raise out_of_time(str(error), "client_too_slow") from error
         except (EngineDiedError, ConnectionError) as error:
+            if self._service.admission.draining:
+                raise shutting_down() from error
             raise engine_down(str(error)) from error
         except (asyncio.CancelledError, ClientGoneError):
             choice.outcome = "abort"
@@ -236,9 +242,9 @@ class Generation(Response):
         }
 
 
-def out_of_time(message: str) -> ApiError:
+def out_of_time(message: str, code: str = "timeout") -> ApiError:
     """Not an error of the server's: the time was the client's own. OpenAI's clients would ask again by themselves."""
-    return ApiError(408, message, type="timeout_error", code="timeout", headers={"x-should-retry": "false"})
+    return ApiError(408, message, type="timeout_error", code=code, headers={"x-should-retry": "false"})
 
 
 def engine_failure(message: str) -> ApiError:

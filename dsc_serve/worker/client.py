@@ -19,6 +19,10 @@ LATE_S = 1.0  # how much later than the engine this process ends a request that 
 TIMEOUTS = ("queue_timeout_s", "timeout_s")
 
 
+class UnreadError(EngineDiedError):
+    """A request was ended since nobody read what it had to say."""
+
+
 class Mailbox:
     """What comes for one reader, in order. A queue without locks or limits: one is filled for every token."""
 
@@ -105,7 +109,7 @@ class EngineClient:
         self._connection, self.trouble = None, reason
         for request_id, pending in list(self._pending.items()):
             if pending.begun or pending.tries >= MAX_TRIES:
-                self._end(request_id, reason)
+                self._end(request_id, EngineDiedError(reason))
 
     def give_up(self, reason: str) -> None:
         """No engine will be attached any more."""
@@ -116,14 +120,15 @@ class EngineClient:
         """End every request with this reason."""
         for request_id in list(self._pending):
             self.finish(request_id, "abort")
-            self._end(request_id, reason)
+            self._end(request_id, EngineDiedError(reason))
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
-        Raises EngineDiedError when the engine is not running, or ends before the request does.
+        Raises EngineDiedError when the engine is not running, or ends before the request does; UnreadError when the
+        iterator was left behind.
         """
         if self._connection is None:
             raise EngineDiedError(self.trouble)
@@ -169,7 +174,7 @@ class EngineClient:
             pending.news.put(delta)
             return
         self.finish(delta.request_id, "abort")
-        self._end(delta.request_id, f"the client left {self._max_unread} steps' tokens unread")
+        self._end(delta.request_id, UnreadError(f"the client left {self._max_unread} steps' tokens unread"))
 
     def _submit(self, pending: Pending) -> None:
         assert self._connection is not None
@@ -191,5 +196,5 @@ class EngineClient:
             self.finish(request_id, "abort")
             self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=terms.overdue(name)))
 
-    def _end(self, request_id: str, reason: str) -> None:
-        self._pending.pop(request_id).news.put(EngineDiedError(reason))
+    def _end(self, request_id: str, error: EngineDiedError) -> None:
+        self._pending.pop(request_id).news.put(error)

@@ -19,6 +19,7 @@ from dsc_serve.config import ConfigError, ServerConfig
 from dsc_serve.server.process import check_tls
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+SEND_TIMEOUT_S, BUFFER = 1.0, 2**15
 POST = post_bytes("/v1/completions", {"prompt": [1], "max_tokens": 3})
 
 
@@ -194,6 +195,34 @@ def test_a_client_that_leaves_its_answer_unread_is_hung_up_on_though_the_answer_
         assert service_of(app).permits.held == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("ending", [b"keep-alive", b"close"])
+def test_a_client_that_reads_steadily_gets_a_large_answer_whole(engine: FakeEngine, ending: bytes) -> None:
+    fields = {"prompt": [1], "max_tokens": 500, "logprobs": 20, "n": 5}
+    request = post_bytes("/v1/completions", fields).replace(b"\r\n", b"\r\nConnection: %b\r\n" % ending, 1)
+
+    async def run() -> float:
+        loop = asyncio.get_running_loop()
+        async with live(app_around(engine, None, send_timeout_s=SEND_TIMEOUT_S), send_buffer=BUFFER) as port:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", port))
+                await loop.sock_sendall(client, request)
+                answer = await loop.sock_recv(client, BUFFER)
+                head, _, _ = answer.partition(b"\r\n\r\n")
+                found = re.search(rb"content-length: (\d+)", head)
+                assert found is not None
+                begun = loop.time()
+                while len(answer) < len(head) + 4 + int(found[1]):
+                    await asyncio.sleep(0.05)
+                    part = await loop.sock_recv(client, BUFFER)
+                    assert part, "hung up on"
+                    answer += part
+                return loop.time() - begun
+
+    assert asyncio.run(run()) > 2 * SEND_TIMEOUT_S
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import chat, complete, events_of, service_of
+from serving import chat, client_of, complete, events_of, service_of, until
 
-from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.server.process import drain
+from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
 
 Ask = Callable[..., httpx.Response]
@@ -71,6 +73,27 @@ def test_a_broken_connection_to_the_engine_means_it_is_down(app: FastAPI, engine
     engine.raises = error
     assert complete(app).status_code == 503
     assert complete(app, stream=True).status_code == 503
+
+
+def test_a_stream_that_is_not_read_is_its_client_s_failure(app: FastAPI, engine: FakeEngine) -> None:
+    engine.raises = UnreadError("the client left 8 steps' tokens unread")
+    response = complete(app)
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "client_too_slow")
+    assert response.headers["x-should-retry"] == "false"
+
+
+def test_what_is_cut_off_by_the_end_of_the_server_is_told_so(app: FastAPI, engine: FakeEngine) -> None:
+    engine.delay_s = 0.01
+
+    async def run() -> httpx.Response:
+        async with client_of(app) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", json={"prompt": "hi", "stream": True}))
+            await until(lambda: service_of(app).metrics.generated_tokens > 2)
+            await drain(service_of(app), 0, asyncio.Event())
+            return await asking
+
+    last = events_of(asyncio.run(run()))[-1]["error"]
+    assert (last["code"], last["message"]) == ("shutting_down", "the server is shutting down")
 
 
 def test_an_end_without_a_reason_is_a_failure(app: FastAPI, engine: FakeEngine) -> None:

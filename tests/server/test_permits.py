@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from serving import MAX_RUNNING, MAX_WAITING, client_of, complete, service_of, until
 
+from dsc_serve.config import LimitConfig, ServerConfig
+from dsc_serve.server import limits
 from dsc_serve.server.admission import Permits
 from dsc_serve.server.errors import ApiError
 
@@ -105,3 +109,34 @@ def test_requests_that_arrive_together_are_counted_before_any_of_them_waits(app:
 
     statuses = asyncio.run(run())
     assert sorted(statuses) == [200] * CAPACITY + [429] * (2 * CAPACITY)
+
+
+def test_bodies_that_are_being_read_together_have_a_limit(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_READING", 2000)
+    app.state.config = ServerConfig(limits=LimitConfig(max_body_bytes=1500))
+    rest, headers = asyncio.Event(), {"content-type": "application/json"}
+    whole = b'{"prompt": "hi"}'.ljust(1200)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield whole[:1000]
+        await rest.wait()
+        yield whole[1000:]
+
+    async def run() -> None:
+        async with client_of(app) as client:
+
+            def post(body: bytes | AsyncIterator[bytes]) -> asyncio.Task[httpx.Response]:
+                return asyncio.create_task(client.post("/v1/completions", content=body, headers=headers))
+
+            slow = post(slowly())
+            await until(lambda: app.state.reading == 1000)
+            refused = await post(whole)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert (await post(b'{"prompt": "hi"}')).status_code == 200
+            assert (await post(whole + b" " * 800)).status_code == 413
+            rest.set()
+            assert (await slow).status_code == 200
+            assert (await post(whole)).status_code == 200
+            assert app.state.reading == 0
+
+    asyncio.run(run())

@@ -146,7 +146,7 @@ class EngineSupervisor:
                 last = stats
             self.client.trouble = trouble if silent >= life.stall_s else ""
             if silent >= life.hang_s:
-                return f"the engine hangs: {trouble}"
+                return f"the engine hangs: {trouble}; where its steps take so long, raise hang_s or lower step_tokens"
 
     async def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:

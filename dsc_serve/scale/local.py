@@ -72,8 +72,10 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def deploy(config: ServeDeploySchema) -> None:
-    """Bring the applications of the cluster to this state, replica by replica. Raises StartError."""
+def deploy(config: ServeDeploySchema, stop: threading.Event) -> bool:
+    """Bring the applications of the cluster to this state, replica by replica. False: `stop` was set before they were
+    there. Raises StartError.
+    """
     http = config.http_options.model_dump(exclude_unset=True)
     serve.start(proxy_location=config.proxy_location, http_options={"port": 8000, **http, "host": ADDRESS})
     _get_global_client().deploy_apps(config)
@@ -83,8 +85,9 @@ def deploy(config: ServeDeploySchema) -> None:
         if ApplicationStatus.DEPLOY_FAILED in states:
             raise StartError("\n".join(a.message for a in serve.status().applications.values()))
         if len(states) == len(config.applications) and set(states) == {ApplicationStatus.RUNNING}:
-            return
-        time.sleep(LOOK_S)
+            return True
+        if stop.wait(LOOK_S):
+            return False
     raise StartError(f"the applications did not come up within {START_S:g} s")
 
 
@@ -99,20 +102,20 @@ def run(file: Path) -> None:
     with cluster():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, note)
-        deploy(config)
-        announce(config, file)
+        if deploy(config, stop):
+            announce(config, file)
         while not stop.wait(LOOK_S):
             if reload.is_set():
                 reload.clear()
-                update(file)
+                update(file, stop)
 
 
-def update(file: Path) -> None:
+def update(file: Path, stop: threading.Event) -> None:
     """What cannot be used or does not come up is told; what runs goes on."""
     try:
         config = load(file)
-        deploy(config)
-        announce(config, file)
+        if deploy(config, stop):
+            announce(config, file)
     except (ConfigError, StartError) as error:
         print(f"dsc-serve: {error}", flush=True)
 

@@ -97,7 +97,8 @@ class Replica:
         try:
             await self._app(call.scope(), receive, send)
         finally:
-            if not complete:
+            task = asyncio.current_task()
+            if not complete and task is not None and not task.cancelling():  # else nobody reads any more
                 await messages.put(BROKEN)
 
     def check_health(self) -> None:
@@ -125,5 +126,8 @@ def collected(message: Message, messages: asyncio.Queue[Message]) -> tuple[bytes
     pieces: list[bytes] = [message.get("body", b"")]
     while message.get("more_body", False) and not messages.empty():
         message = messages.get_nowait()
+        if message is BROKEN:
+            messages.put_nowait(message)  # told after what came before it
+            return b"".join(pieces), False
         pieces.append(message.get("body", b""))
     return b"".join(pieces), not message.get("more_body", False)

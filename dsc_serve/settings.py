@@ -110,8 +110,11 @@ class Chosen:
         return "\n".join(lines) + "\n"
 
 
-def choose(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]) -> Chosen:
-    """Settings from a TOML file, PREFIX variables and flags (None: not given). Raises ConfigError."""
+def choose(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, object], source: str = "") -> Chosen:
+    """Settings from a TOML file, PREFIX variables and flags (None: not given). Raises ConfigError.
+
+    source: where what is given as flags comes from, if not from the command line.
+    """
     chosen = Chosen()
     if file is not None:
         read_file(file, chosen)
@@ -122,7 +125,7 @@ def choose(file: Path | None, environment: Mapping[str, str], flags: Mapping[str
         chosen.put(variables[variable], text, variable)
     for name, value in flags.items():
         if value not in (None, ()):
-            chosen.put(name, value, SETTINGS[name].flag)
+            chosen.put(name, value, source or SETTINGS[name].flag)
     return chosen
 
 

@@ -54,5 +54,5 @@ def read(args: Mapping[str, Any]) -> tuple[ServerConfig, ScaleConfig]:
             unknown(name, "args", "a setting", known)
         else:
             server[name] = value
-    chosen = choose(None, environment(), server)
+    chosen = choose(None, environment(), server, "args")
     return chosen.config(), ScaleConfig(**scale)

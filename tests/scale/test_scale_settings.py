@@ -24,7 +24,7 @@ def test_settings_of_both_kinds_are_read() -> None:
         ({"max_runing": 8}, "max_runing is not a setting; did you mean max_running"),
         ({"routing": "best"}, "routing is 'best'; it must be one of affinity, round-robin"),
         ({"load_factor": 0.5}, "load_factor is 0.5; it must be a number of at least 1"),
-        ({"max_running": "many"}, "max_running is 'many'; it must be an integer"),
+        ({"max_running": "many"}, "args: max_running is 'many'; it must be an integer"),
     ],
 )
 def test_others_are_refused_by_name(args: dict[str, Any], message: str) -> None:

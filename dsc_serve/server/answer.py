@@ -20,8 +20,8 @@ from dsc_serve.worker.messages import Routing, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
-# Clients that cut an answer into lines as Python cuts texts would cut an event in two at these.
 MARK = uuid4().hex  # where an event that is made beforehand has room for a text
+# Clients that cut an answer into lines as Python cuts texts would cut an event in two at these.
 LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
 
 encode = msgspec.json.Encoder().encode

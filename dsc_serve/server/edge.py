@@ -36,12 +36,11 @@ class Exchange:
     server's own: parts of a body may take it past the layers of the app, which look at an answer's beginning only.
     """
 
-    def __init__(self, path: str, id: str, admission: Admission, send: Send) -> None:
+    def __init__(self, path: str, admission: Admission, send: Send) -> None:
         # Unknown paths share one label: clients must not be able to create series.
         prefixes = {"/v1/models/{id}": MODEL_PREFIX, "/admin": ADMIN_PREFIX}
         known = next((name for name, prefix in prefixes.items() if path.startswith(prefix)), "other")
         self.endpoint = path if path in ENDPOINTS else known
-        self.id = id
         self.send = send
         self.arrived = time.perf_counter()
         self.status = CLIENT_CLOSED
@@ -65,7 +64,7 @@ class Edge:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         name = given if USABLE_ID.fullmatch(given) else uuid4().hex
-        exchange = scope[EXCHANGE] = Exchange(scope["path"], name, self.admission, send)
+        exchange = scope[EXCHANGE] = Exchange(scope["path"], self.admission, send)
         request_id.set(name)
         begun = False
 

@@ -23,7 +23,8 @@ TopAtoms = Annotated[int, Field(ge=1, le=1024)]
 
 class TermsFields(Fields):
     """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
-    the engine; a request that has not ended by then ends with an error.
+    the engine; a request that has not ended by then ends with an error, or, once it has begun to answer, with the
+    finish reason `timeout`.
     """
 
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None

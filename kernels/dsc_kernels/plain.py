@@ -13,6 +13,7 @@ from dsc_kernels import grouping, reference
 from dsc_kernels.native import Activation
 
 ACTIVATIONS = reference.ACTIVATIONS
+WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -53,6 +54,14 @@ def compose_add(
     return static.float() + torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
 
 
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ with its float32 sums, which are not rounded to x's and the weight's narrower dtype."""
+    if x.device.type != "cpu":
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    wide = x.float()
+    return torch.cat([F.linear(wide, rows.float()) for rows in torch.split(weight, WIDE_ROWS)], dim=1)
+
+
 class Linear:
     """out = act(x Wᵀ + bias) + residual, W [n, d]."""
 
@@ -67,7 +76,12 @@ class Linear:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """x [B, d] → [B, n]."""
-        y = ACTIVATIONS[activation](F.linear(x, self.weight, self.bias))
+        if out_dtype == torch.float32 and x.dtype.itemsize < 4:
+            y = wide_product(x, self.weight)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        y = ACTIVATIONS[activation](y)
         if residual is not None:
             y = y + residual
         return y if out_dtype is None else y.to(out_dtype)

@@ -284,6 +284,19 @@ def test_linear_is_x_times_the_transposed_weight() -> None:
     assert half(x.bfloat16(), out_dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_outputs_of_narrow_weights_are_not_rounded(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(rows, 64, generator=g).to(dtype) for rows in (5, plain.WIDE_ROWS + 300))
+    bias = torch.randn(len(weight), generator=g).to(dtype)
+    head = plain.Linear(weight, bias)
+    want = F.linear(x.float(), weight.float(), bias.float())
+    got = head(x, out_dtype=torch.float32)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(head.largest(x), want.argmax(dim=1))
+
+
 def test_a_nan_logit_ranks_below_every_number() -> None:
     logits = torch.tensor([[math.nan, -50.0, 3.0, math.nan, -math.inf]])
     assert plain.select(logits, 3, TAU)[1].tolist() == [[2, 1, 4]]

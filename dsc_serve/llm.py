@@ -138,18 +138,20 @@ class LLM:
         (ids,) = self._listed([prompt])
         resolve_max_tokens(ids, params, self.engine.limits)
         TextStream(self.tokenizer, ids, params)
+        self.engine.constraint(params)
         return self._follow(ids, params)
 
     def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
         """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
         track = self._submit(ids, params, 0)
         try:
-            while track.news or track.output.finish_reason is None:
-                if track.news:
+            while True:
+                while track.news:
                     yield track.news.popleft()
-                else:
-                    self._step()
-            track.check()
+                track.check()
+                if track.output.finish_reason is not None:
+                    return
+                self._step()
         finally:
             self._drop([track])
 

@@ -157,7 +157,8 @@ class Engine:
         for request, _ in work:
             prompt_logprobs = result.prompt_logprobs.get(request.id)
             routing = result.routing.get(request.id)
-            if request.id not in ended and prompt_logprobs is None and routing is None:
+            failed = request.id in done.errors or request.id in result.stuck
+            if failed or (request.id not in ended and prompt_logprobs is None and routing is None):
                 continue
             token = result.tokens.get(request.id)
             entry = result.logprobs.get(request.id)

@@ -103,19 +103,33 @@ def test_stop_strings_and_the_limit_cut_a_text(llm: LLM) -> None:
 def test_a_grammar_that_cannot_be_used_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(ParameterError, match="unclosed"):
         llm.generate("x", SamplingParams(structured_outputs=StructuredOutputs(regex="(a")))
+    with pytest.raises(ParameterError, match="unclosed"):
+        llm.stream("x", SamplingParams(structured_outputs=StructuredOutputs(regex="(a")))
     assert not llm.engine.has_work
 
 
+def ambiguous() -> StructuredOutputs:
+    """A grammar that cannot be followed far."""
+    rules = "\n".join(f'a{i}: "y" "{i}"' for i in range(3000))
+    return StructuredOutputs(grammar="start: " + " | ".join(f'"x" a{i}' for i in range(3000)) + "\n" + rules)
+
+
 def test_a_stuck_request_fails_alone(llm: LLM) -> None:
-    ambiguous = "start: " + " | ".join(f'"x" a{i}' for i in range(3000))
-    ambiguous += "\n" + "\n".join(f'a{i}: "y" "{i}"' for i in range(3000))
-    stuck = llm.stream("x", SamplingParams(structured_outputs=StructuredOutputs(grammar=ambiguous)))
+    stuck = llm.stream("x", SamplingParams(structured_outputs=ambiguous()))
     well = llm.stream("x", SamplingParams(structured_outputs=PHONE, max_tokens=100))
     first = next(well)
     with pytest.raises(RuntimeError, match="followed further"):
         list(stuck)
     assert is_phone(first.text + "".join(new.text for new in well))
     assert not llm.engine.has_work
+
+
+def test_nothing_follows_the_error_of_a_stuck_request(llm: LLM) -> None:
+    llm.engine.add("stuck", [5, 6, 7], SamplingParams(structured_outputs=ambiguous(), routing=1))
+    news = []
+    while llm.engine.has_work:
+        news += llm.engine.step()
+    assert [delta.finish_reason == "error" for delta in news] == [False] * (len(news) - 1) + [True]
 
 
 def test_a_mask_touches_the_rows_of_its_requests_alone(llm: LLM) -> None:

@@ -27,24 +27,24 @@ class BuiltLayers:
     """Layers that own copies of their weights, by the weights they were built of, until one of those is gone.
 
     A weight is known by its storage, place and version; inference tensors have no version, so changes to those in place
-    are not seen. Layers that hold the weights themselves cost nothing to build, and would keep them alive.
+    are not seen. A weak reference keeps what a storage is known by from being another's. Layers that hold the weights
+    themselves cost nothing to build, and would keep them alive.
     """
 
     def __init__(self) -> None:
-        self._layers: dict[Key, tuple[ops.Layer, StorageWeakRef]] = {}
+        self._layers: dict[Key, tuple[ops.Layer, list[StorageWeakRef]]] = {}
 
     def get(self, settings: Key, weights: tuple[Tensor | None, ...], build: Callable[[], ops.Layer]) -> ops.Layer:
-        """The layer of these weights; the first of them is one that layers copy."""
+        """The layer of these weights, of which it copies one at least."""
         key = (ops.chosen(), native.active(), settings, *map(identity, weights))
         held = self._layers.get(key)
         if held is not None:
             return held[0]
         layer = build()
         if getattr(layer, "owns_weights", False):
-            assert weights[0] is not None
-            self._layers = {k: v for k, v in self._layers.items() if not v[1].expired()}  # type: ignore[no-untyped-call]
-            storage = StorageWeakRef(weights[0].untyped_storage())  # type: ignore[no-untyped-call]
-            self._layers[key] = layer, storage
+            self._layers = {k: v for k, v in self._layers.items() if not any(ref.expired() for ref in v[1])}  # type: ignore[no-untyped-call]
+            storages = (w.untyped_storage() for w in weights if w is not None)
+            self._layers[key] = layer, [StorageWeakRef(storage) for storage in storages]  # type: ignore[no-untyped-call]
         return layer
 
     def clear(self) -> None:

@@ -125,6 +125,18 @@ def test_layers_are_packed_once_and_anew_when_a_weight_changes() -> None:
     assert len(library.layers) == 1, "layers outlive their weights"
 
 
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+def test_a_weight_where_another_lay_is_not_taken_for_it() -> None:
+    library.layers.clear()
+    x, residual, up, gate, down, *rest = arguments("dsc_layer", torch.float32, 3, 16, 9, 2)
+    for number in range(8):  # a storage that is freed leaves its place to the next one
+        changed = down + number
+        got = torch.ops.dsc.dsc_layer(x, residual, up, gate, changed, *rest)
+        assert error(got, reference.dsc_layer(*wide((x, residual, up, gate, changed, *rest)))) < 1e-5
+        del changed
+    assert len(library.layers) == 1, "layers outlive one of their weights"
+
+
 def test_what_a_layer_is_built_for_decides_who_computes(kernels: str) -> None:
     library.layers.clear()
     torch.ops.dsc.dsc_layer(*arguments("dsc_layer", torch.float32, 3, 16, 9, 2))

@@ -155,10 +155,18 @@ def gguf_config(
 
 
 def rope_scaling(metadata: Metadata, architecture: str, divisors: Tensor | None) -> dict[str, Any] | None:
-    kind = f"{architecture}.rope.scaling.type"
-    if metadata.get(kind) == "linear":
-        return {"rope_type": "linear", "factor": metadata.need(f"{architecture}.rope.scaling.factor", (int, float))}
-    metadata.refuse(kind, "none", "none, linear, and llama3's scaling by rope_freqs")
+    """Linear where no type is named, by the factor or by what older files call it, as llama.cpp reads them."""
+    rope = f"{architecture}.rope."
+    kind, name = f"{rope}scaling.type", f"{rope}scaling.factor"
+    if metadata.get(kind) not in (None, "linear"):
+        metadata.refuse(kind, "none", "none, linear, and llama3's scaling by rope_freqs")
+    else:
+        if metadata.get(name) is None:
+            name = f"{rope}scale_linear"
+        if metadata.get(name) not in (None, 0, 1):
+            if divisors is not None:
+                metadata.refuse(name, 1, "1 in a file with rope_freqs")
+            return {"rope_type": "linear", "factor": metadata.need(name, (int, float))}
     return None if divisors is None else {"rope_type": "divisors", "divisors": divisors.tolist()}
 
 

@@ -172,6 +172,37 @@ def test_frequency_divisors_become_rope_scaling(tmp_path: Path) -> None:
     assert scaling is not None and scaling.model_dump() == {"rope_type": "divisors", "divisors": divisors.tolist()}
 
 
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.factor": 0.0}, None),
+        ({"scale_linear": 1.0}, None),
+    ],
+    ids=str,
+)
+def test_linear_scaling_is_read_as_llama_cpp_reads_it(
+    fields: dict[str, str | float], factor: float | None, tmp_path: Path
+) -> None:
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), byte_level_vocabulary(), change=rope(fields))
+    scaling = import_gguf(tmp_path / "m.gguf", tmp_path / "out").rope_scaling
+    assert (scaling and scaling.model_dump()) == (factor and {"rope_type": "linear", "factor": factor})
+
+
+def rope(fields: dict[str, str | float]) -> Change:
+    def change(writer: gguf.GGUFWriter) -> None:
+        for name, value in fields.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(f"llama.rope.{name}", value)  # type: ignore[arg-type]
+
+    return change
+
+
 def test_a_byte_level_tokenizer_comes_back_with_its_template(tmp_path: Path) -> None:
     vocabulary = byte_level_vocabulary()
     write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
@@ -205,6 +236,11 @@ def refused_tensor(writer: gguf.GGUFWriter) -> None:
     writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, dtype=np.float32))
 
 
+def scaled_twice(writer: gguf.GGUFWriter) -> None:
+    rope({"scale_linear": 4.0})(writer)
+    writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     ("architecture", "vocabulary", "change", "message"),
     [
@@ -216,6 +252,7 @@ def refused_tensor(writer: gguf.GGUFWriter) -> None:
         ("llama", {}, lambda w: w.add_expert_count(4), "llama.expert_count is 4; supported: models without experts"),
         ("llama", {}, lambda w: w.add_rope_dimension_count(8), "llama.rope.dimension_count is 8; supported: rotary"),
         ("llama", {}, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scaling.type is 'yarn'; supp"),
+        ("llama", {}, scaled_twice, "llama.rope.scale_linear is 4.0; supported: 1 in a file with rope_freqs"),
         ("llama", {}, refused_tensor, "tensor blk.0.attn_sinks.weight does not belong to this architecture"),
     ],
 )

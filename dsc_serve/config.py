@@ -77,7 +77,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Checkpoint folder, or an embedded model's name.")] = EMBEDDED_MODEL
     dtype: Annotated[
         Literal["auto", "float32", "fp32", "bfloat16", "bf16"],
-        Meta(description="Compute in this dtype; auto: as stored, where the device is fast in it."),
+        Meta(description="Compute in this dtype; auto: as stored (float16: bfloat16), where the device is fast in it."),
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
     threads: Annotated[int, Meta(ge=0, description="Compute threads; 0: all cores.")] = 0
@@ -326,9 +326,11 @@ def available_memory() -> int:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     else:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (read_text(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used, statistics = (read_text(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat"))
     if limit.isdecimal() and used.isdecimal():
-        available = min(available, max(0, int(limit) - int(used)))
+        counts = dict(line.split(" ", 1) for line in statistics.splitlines())
+        held = int(used) - int(counts.get("inactive_file", 0))  # files that were read once, which give way
+        available = min(available, max(0, int(limit) - max(0, held)))
     return available
 
 

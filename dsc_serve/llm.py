@@ -44,9 +44,9 @@ class RequestOutput:
 class LLM:
     """A model and its engine. `LLM()` is the embedded model.
 
-    model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, where
-    the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`; threads and
-    kernels are the process's, so the last LLM made decides them for all.
+    model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16
+    as bfloat16, where the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`;
+    threads and kernels are the process's, so the last LLM made decides them for all.
     Raises ConfigError and CheckpointError in one line.
     """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from dsc_serve import config as configuration
 from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, PREFIX, AccessConfig, ConfigError, LifeConfig, ServerConfig, engine_environment
 from dsc_serve.settings import SECTIONS, SETTINGS, choose, document, settings_of
@@ -132,3 +133,24 @@ def test_the_document_is_current() -> None:
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match=f"cors_origins has {re.escape(repr(origin))}, .* allowed: "):
         AccessConfig(cors_origins=("https://good.example:8443", origin))
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 << 10),
+        ({"max": "max", "current": "100"}, 8000 << 10),
+        ({"max": "5000", "current": "3000"}, 2000),
+        ({"max": "5000", "current": "3000", "stat": "anon 1000\ninactive_file 1800\nactive_file 200"}, 3800),
+        ({"max": "5000", "current": "6000", "stat": "inactive_file 0"}, 0),
+        ({"max": "5000", "current": "100", "stat": "inactive_file 200"}, 5000),
+    ],
+    ids=str,
+)
+def test_files_that_were_read_leave_a_container_s_memory_available(
+    files: dict[str, str], available: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB"}
+    texts |= {f"/sys/fs/cgroup/memory.{name}": text for name, text in files.items()}
+    monkeypatch.setattr(configuration, "read_text", lambda path: texts.get(path, ""))
+    assert configuration.available_memory() == available

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, re
 from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
 KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
@@ -209,8 +212,13 @@ def prepare_model(config: EngineConfig) -> Decoder:
         head.use(config.head_precision)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    device = DEVICES[config.device]
+    for name in ("router_precision", "head_precision"):
+        if getattr(config, name) == "int8-certified" and ops.implementation(torch.float32, device) is not native:
+            what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
+            raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())
-    model = load_model(resolve_model(config.model), DTYPES[config.dtype], DEVICES[config.device])
+    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device)
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)
@@ -222,8 +230,14 @@ def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     c = model.config
     per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
-    context = c.max_position_embeddings
-    return max(context, min(config.max_running * context, int(KV_SHARE[config.device] * free) // per_token))
+    context, fitting = c.max_position_embeddings, int(KV_SHARE[config.device] * free) // per_token
+    if fitting < context:
+        log.warning(
+            "the KV pool's %d tokens, one whole context, are more than %d %% of the %d MiB that are free; "
+            "set kv_tokens to choose its size",
+            *(context, 100 * KV_SHARE[config.device], free >> 20),
+        )
+    return max(context, min(config.max_running * context, fitting))
 
 
 def collected(request: Request) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json, save_config
 from dsc_serve.model.decoder import Decoder, tensor_shapes
+
+log = logging.getLogger(__name__)
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,7 +88,11 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[DTYPES[name]]
     if stored == torch.float32:
         return torch.float32
-    return torch.bfloat16 if device.type != "cpu" or has_native_bfloat16() else torch.float32
+    if device.type == "cpu" and not has_native_bfloat16():
+        return torch.float32
+    if stored == torch.float16:
+        log.warning("the float16 weights are rounded to bfloat16; with dtype float32 they are computed with as stored")
+    return torch.bfloat16
 
 
 def load_model(folder: Path, dtype: str, device: torch.device) -> Decoder:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fake import fake_engine
 
+from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
+from dsc_serve.engine import engine as engine_module
+from dsc_serve.engine.engine import default_kv_tokens, prepare_model
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.terms import Terms
@@ -111,6 +115,28 @@ def test_settings_that_make_no_sense_are_named() -> None:
 def test_a_missing_device_is_named(small_model: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="finds no CUDA device"):
         LLM(str(small_model()), device="cuda")
+
+
+@pytest.mark.parametrize("name", ["router_precision", "head_precision"])
+def test_a_precision_that_the_kernels_do_not_have_is_refused(name: str, small_model: Callable[..., Path]) -> None:
+    settings: dict[str, Any] = {"model": str(small_model()), name: "int8-certified"}
+    with pytest.raises(ConfigError, match=rf"{name} is 'int8-certified', which .*plain torch.*: auto, exact"):
+        prepare_model(EngineConfig(kernels="plain", **settings))
+    for kernels in native.available():
+        prepare_model(EngineConfig(kernels=kernels, **settings))
+    prepare_model(EngineConfig())  # these are settings of the whole process
+
+
+def test_a_pool_of_one_context_that_takes_more_than_its_share_is_told(
+    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(model=str(small_model()), max_running=2)
+    model, one = prepare_model(config), 2 * 2 * 32 * 4 * 48
+    for free, tokens, told in ((50 * one, 96, 0), (5 * one, 48, 0), (5 * one - 1, 48, 1), (0, 48, 2)):
+        monkeypatch.setattr(engine_module, "available_memory", lambda free=free: free)
+        assert default_kv_tokens(model, config) == tokens
+        assert len(caplog.records) == told
+    assert "KV pool's 48 tokens, one whole context, are more than 20 % of the 0 MiB" in caplog.text
 
 
 def test_crowded_real_model_gives_the_same_tokens_as_alone_under_every_policy(

@@ -14,6 +14,7 @@ from small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve import LLM
+from dsc_serve.model import checkpoint
 from dsc_serve.model.checkpoint import load_model, save_checkpoint
 from dsc_serve.model.config import CheckpointError, load_config
 from dsc_serve.model.reference import import_reference
@@ -213,3 +214,14 @@ def test_a_state_dict_may_hold_the_tied_head_too(tmp_path: Path) -> None:
     for weights, out in ((DATA / "dsc.weights.safetensors", "a"), (tmp_path / "w.safetensors", "b")):
         import_reference(weights, DATA / "dsc.config.json", tmp_path / out)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("fast", "dtype", "told"), [(True, torch.bfloat16, 1), (False, torch.float32, 0)])
+def test_it_is_told_where_float16_is_rounded(
+    fast: bool, dtype: torch.dtype, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint, "has_native_bfloat16", lambda: fast)
+    assert checkpoint.choose_dtype("auto", torch.float16, CPU) == dtype
+    assert checkpoint.choose_dtype("float32", torch.float16, CPU) == torch.float32
+    checkpoint.choose_dtype("auto", torch.bfloat16, CPU)
+    assert len(caplog.records) == told

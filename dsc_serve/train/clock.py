@@ -7,7 +7,7 @@ import time
 
 from dsc_serve.config import ConfigError
 
-MARGIN_S = 15.0  # for the last step, the last checkpoint and the export
+MARGIN_S = 15.0  # for the last checkpoint and the export
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -23,12 +23,13 @@ class Clock:
     """Counts the seconds of all of a run's starts.
 
     limit: seconds for everything, or None. `began`: the second at which training itself began; `reserve`: seconds that
-    the end will take. A run with a limit is as far as its time between both; without one, as far as its steps.
+    the end will take; `longest`: seconds from one step to the next, at most, so that a last one fits too. A run with a
+    limit is as far as its time between these; without one, as far as its steps.
     """
 
     def __init__(self, limit: float | None, steps: int) -> None:
         self.limit, self.steps = limit, steps
-        self.before, self.began, self.reserve = 0.0, 0.0, 0.0
+        self.before, self.began, self.reserve, self.longest = 0.0, 0.0, 0.0, 0.0
         self._start = time.monotonic()
 
     @property
@@ -39,5 +40,5 @@ class Clock:
         """The part of the run that is done before this step; 1 or more when it is over."""
         if self.limit is None:
             return step / self.steps
-        room = self.limit - self.reserve - MARGIN_S - self.began
+        room = self.limit - self.reserve - self.longest - MARGIN_S - self.began
         return (self.spent - self.began) / room if room > 0 else 1.0

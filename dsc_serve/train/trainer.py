@@ -94,7 +94,7 @@ class Trainer:
             self._resume(state)
         lost = max((line["seconds"] for line in read_log(folder / LOG)), default=0.0)
         self.clock.before = max(self.clock.before, lost)
-        self.record = Record(folder / LOG, self.step)
+        self.record = Record(folder / LOG, self.step or -1)  # the look before the first step is taken again
 
     def run(self, give_up: float | None = None) -> dict[str, Any] | None:
         """Train to the end and export; returns what summary.json says. A finished run only returns it.
@@ -115,6 +115,7 @@ class Trainer:
                 )
         run, progress = self.settings.run, Progress(self.clock.share(self.step))
         saved = logged = self.clock.spent
+        counted = self.tokens
         losses: list[float] = []
         while (share := self.clock.share(self.step)) < 1:
             if give_up is not None and self.clock.spent > give_up:
@@ -122,16 +123,16 @@ class Trainer:
                 return None
             phase = next(phase for phase in self.settings.schedule.phases if share < phase.until)
             factor = rate_factor(self.step, share, self.settings.schedule)
-            before = self.clock.spent
+            began = self.clock.spent
             loss, norm = self._step(phase, factor)
-            self.stepping += self.clock.spent - before
+            self.stepping += self.clock.spent - began
             losses.append(loss)
             if self.step % run.log_steps == 0:
-                speed = len(losses) * phase.step_tokens / (self.clock.spent - logged)
+                speed = (self.tokens - counted) / (self.clock.spent - logged)
                 line = self._line(sum(losses) / len(losses), norm, factor, phase.length, speed)
                 self.record.write(line)
                 progress.show(self.clock.share(self.step), line)
-                losses, logged, self.recent = [], self.clock.spent, Usage()
+                losses, logged, counted, self.recent = [], self.clock.spent, self.tokens, Usage()
             if self.step % run.evaluate_steps == 0:
                 before = self.clock.spent
                 self._evaluate()
@@ -139,6 +140,7 @@ class Trainer:
             if self.clock.spent - saved > run.checkpoint_s:
                 self._save()
                 saved = self.clock.spent
+            self.clock.longest = max(self.clock.longest, self.clock.spent - began)
         progress.close()
         self._save()
         return self._finish()
@@ -235,6 +237,7 @@ class Trainer:
         line = {
             "step": self.step,
             "seconds": round(self.clock.spent, 1),
+            "tokens": self.tokens,
             "held_out_loss": round(found.loss, 5),
             "held_out_bits_per_byte": round(found.bits_per_byte, 5),
         }
@@ -272,7 +275,7 @@ class Trainer:
         self.sampler.drawn = state["drawn"]
         self.since_revival = Usage(state["picks"])
         self.clock.began, self.clock.reserve = state["began"], state["reserve"]
-        self.clock.before = state["spent"]
+        self.clock.before, self.clock.longest = state["spent"], state.get("longest", 0.0)
 
     def _save(self) -> None:
         state = {
@@ -286,6 +289,7 @@ class Trainer:
             "began": self.clock.began,
             "reserve": self.clock.reserve,
             "spent": self.clock.spent,
+            "longest": self.clock.longest,
             "threads": torch.get_num_threads(),
         }
         save_state(state, self.folder / "state.pt")

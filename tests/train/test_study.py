@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from stepped_time import SteppedTime
+from torch import Tensor
 
 from dsc_serve.cli import main
+from dsc_serve.train.corpus import Sampler
 from dsc_serve.train.sentences import paragraphs
+from dsc_serve.train.study import MARGIN, PROBE_STEPS
 from dsc_serve.train.study_report import spread, table
 
 SMALL = [
@@ -54,13 +58,35 @@ def test_every_kind_is_trained_and_reported(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == found["runs"]
 
 
-def test_steps_are_planned_from_the_time_limit(tmp_path: Path) -> None:
-    result = study(tmp_path, "--time-limit", "15s", "--seeds", "0", "--depths", "1")
+def test_steps_are_planned_from_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SteppedTime(monkeypatch, lambda run, _: 1 if run.config.ffn.kind == "dsc" else 2)
+    arguments = ["--time-limit", "400s", "--seeds", "0", "--depths", "1", "--set", "run.checkpoint_s=1000"]
+    result = study(tmp_path, *arguments)
     assert result.exit_code == 0, result.output
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["steps"] == plan["steps"] >= 20
-    assert found["seconds"] < 60
+    probes = (1 + PROBE_STEPS) * 7
+    assert plan == {"steps": int(MARGIN * (400 - probes) / 7), "spent": probes}
+    assert found["steps"] == plan["steps"]
+    assert found["skipped"] == []
+    assert found["seconds"] == probes + 7 * plan["steps"] < 400
+
+
+def test_every_kind_sees_the_same_windows_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[int]]] = []
+    take = Sampler.take
+
+    def recorded(self: Sampler, count: int, length: int) -> Tensor:
+        windows = take(self, count, length)
+        seen.append(windows.tolist())
+        return windows
+
+    monkeypatch.setattr(Sampler, "take", recorded)
+    result = study(tmp_path, "--set", "schedule.steps=3", "--seeds", "0,1", "--depths", "1")
+    assert result.exit_code == 0, result.output
+    runs = [seen[start : start + 3] for start in range(0, len(seen), 3)]
+    assert runs == [runs[0]] * 4 + [runs[4]] * 4
+    assert len({str(windows) for windows in runs[0] + runs[4]}) == 6
 
 
 def test_what_does_not_finish_in_time_is_named(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def draw_filtered(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor, u: T
     """
     vocabulary = weights.shape[1]
     head = min(CANDIDATES, vocabulary)
-    values, ids = weights.topk(head, dim=1)
+    values, ids = plain.largest(weights, head)
     cumulative = values.double().cumsum(dim=1)
     limit = torch.minimum(k, (weights >= min_p).sum(dim=1, keepdim=True))
     within_head = cumulative.gather(1, k.clamp(max=head) - 1)

@@ -24,11 +24,16 @@ def order_keys(values: Tensor) -> Tensor:
     return (ordered.to(torch.int64) << 32) | columns
 
 
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of float32 values [B, M], falling, and where they are, int64 [B, k]; ties in order."""
+    places = (values.shape[1] - 1) - (order_keys(values).topk(k, dim=1).values & 0xFFFFFFFF)
+    return values.gather(1, places), places
+
+
 def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     """`reference.select` for float32 logits [B, M] without sorting a row; a NaN ranks below every number."""
     clamped = logits.clamp(-tau, tau) + 0.0  # + 0.0 makes −0 and 0 tie, as numbers do
-    keys = order_keys(torch.where(clamped.isnan(), -torch.inf, clamped))
-    atoms = (clamped.shape[1] - 1) - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+    _, atoms = largest(torch.where(clamped.isnan(), -torch.inf, clamped), k)
     return clamped.gather(1, atoms), atoms
 
 

@@ -216,9 +216,8 @@ def test_each_token_of_the_kept_set_gets_exactly_its_share(row: Row) -> None:
     drawn = row.drawn(u)
     assert drawn.tolist() == sorted(drawn.tolist()), "the distribution is not inverted in vocabulary order"
     share = drawn.bincount(minlength=row.size)
-    chosen = share > 0
-    assert torch.equal(share[chosen].float(), 8 * weights[chosen])
-    assert weights[chosen].sort().values.tolist() == sorted(weights[kept].tolist())
+    assert share.nonzero().flatten().tolist() == kept
+    assert torch.equal(share[kept].float(), 8 * weights[kept])
     edges = row.drawn(torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64))
     assert edges.tolist() == [int(drawn[0]), int(drawn[-1])]
 
@@ -237,17 +236,13 @@ def test_the_threshold_path_keeps_the_definitions_set_ties_in_vocabulary_order(b
 @settings(max_examples=60, deadline=None)
 @given(row=rows(CANDIDATES + 1, 500))
 def test_large_vocabularies_draw_from_the_definitions_set(row: Row) -> None:
-    """Whichever path serves: the kept weights are the definition's, and above their least the tokens too."""
+    """Whichever path serves."""
     weights, kept = row.weights, row.kept
     places = torch.linspace(0, len(kept) - 1, 12).long()
     cumulative = weights[kept].double().cumsum(0)
     u = (cumulative - weights[kept].double() / 2)[places] / cumulative[-1]
     drawn = row.drawn(torch.cat([u, torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64)]))
-    least = weights[kept].min()
-    assert (weights[drawn] >= least).all()
-    tied = (weights == least).sum() > (weights[kept] == least).sum()
-    if not tied:
-        assert drawn.tolist() == [kept[i] for i in places] + [kept[0], kept[-1]]
+    assert drawn.tolist() == [kept[i] for i in places] + [kept[0], kept[-1]]
 
 
 @pytest.mark.parametrize(("size", "wide"), [(8, 0), (600, 1)])
@@ -256,11 +251,7 @@ def test_where_top_p_is_reached_exactly_no_further_token_is_kept(size: int, wide
     columns = (torch.full((32, 1), size), torch.full((32, 1), 0.5, dtype=torch.float64), torch.zeros(32, 1))
     drawn = draw_filtered(torch.ones(32, size), *columns, u)
     assert sum(wide_rows) == 32 * wide
-    if wide:
-        assert drawn.tolist() == (u * half).long().flatten().tolist()
-    else:
-        assert sorted(drawn.bincount().tolist())[-half:] == [32 // half] * half
-        assert len(drawn.unique()) == half
+    assert drawn.tolist() == (u * half).long().flatten().tolist()
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 300}, {"top_p": 0.999}, {"min_p": 1e-30}, {"top_k": 5}], ids=str)

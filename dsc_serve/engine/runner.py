@@ -111,7 +111,8 @@ class Inputs:
         """The same, after copying them there."""
         if self._copies is not None and self._copied is not None:
             columns, tables, contexts = self._copies
-            columns[:, :tokens].copy_(self.tokens[:, :tokens], non_blocking=True)
+            for there, here in zip(columns, self.tokens, strict=True):  # what is in one piece needs no other memory
+                there[:tokens].copy_(here[:tokens], non_blocking=True)
             tables[:requests].copy_(self.tables[:requests], non_blocking=True)
             contexts[:requests].copy_(self.contexts[:requests], non_blocking=True)
             self._copied.record()

@@ -72,15 +72,17 @@ class PretendedGpu(TorchDispatchMode):
         if packet in INDEXING and any(t is not None and t.dtype == torch.bool for t in args[1]):
             raise WaitedError(f"{func} with a mask, whose size is what it holds")
         if packet in COPIES:
-            self._watch_copy(func, args, kwargs)
+            self._watch_copy(func, args, kwargs, tensors)
         elif any(t.dim() and not on_device(t) for t in tensors):
             raise WaitedError(f"{func} of tensors on the host and on the device")
 
-    def _watch_copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _watch_copy(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         if func.overloadpacket is aten.copy_:
             there, source = on_device(args[0]), args[1]
         else:
             there, source = kwargs.get("device", args[0].device) == DEVICE, args[0]
+        if on_device(source) != there and not all(t.is_contiguous() for t in tensors if not on_device(t)):
+            raise WaitedError(f"{func} of what is not in one piece on the host, which goes by pageable memory")
         if on_device(source) and not there:
             at_once = len(args) > 2 and args[2]
             if not at_once or args[0].untyped_storage().data_ptr() not in self.pinned:

@@ -163,6 +163,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "host operand": lambda t: t + torch.ones(3),
     "pageable copy": lambda t: t + torch.tensor([1.0, 2.0, 3.0]).to(DEVICE),
     "blocking copy": lambda t: t.copy_(torch.ones(3).pin_memory()),
+    "copy in pieces": lambda t: t.expand(2, 3)[:, :2].copy_(torch.ones(2, 3).pin_memory()[:, :2], non_blocking=True),
     "copy to the host": lambda t: torch.zeros(3).copy_(t),
     "pageable copy to the host": lambda t: torch.zeros(3).copy_(t, non_blocking=True),
 }

@@ -23,7 +23,9 @@ KEPT_GRAMMARS = 32
 # A model that may put any amount of white space between two tokens of JSON may never come to its end.
 WHITESPACE = r" |\n[ \t]{0,20}"
 APPENDED = re.compile("<state>|<non-verbose/>|<backtrace>")
-LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+# Each item is compared with all others of its place: at the default of 50,000 a grammar of two thousand characters can
+# hold a step up for many seconds. Schemas that keep below the library's 2,000 items in a place need far fewer.
+LIMITS = llguidance.LLParserLimits(verbose_errors=False, step_max_items=5000)
 
 
 class GrammarStuckError(RuntimeError):

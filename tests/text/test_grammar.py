@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_choice_is_one_of_the_choices(
 
 
 def test_thousands_of_choices_may_be_given(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    choices = tuple(f"choice {i}" for i in range(9000))
+    choices = tuple(f"choice {i}" for i in range(2900))
     assert written(grammars, tokenizer, StructuredOutputs(choice=choices), 1) in choices
 
 
@@ -143,11 +144,20 @@ def test_a_grammar_that_no_token_can_follow_is_stuck(tokenizer: Tokenizer) -> No
 
 
 def test_a_grammar_beyond_its_limits_is_stuck(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    ambiguous = "start: " + " | ".join(f'"x" a{i}' for i in range(3000))
-    ambiguous += "\n" + "\n".join(f'a{i}: "y" "{i}"' for i in range(3000))
-    constraint, x = grammars.constraint(StructuredOutputs(grammar=ambiguous)), tokenizer.encode("x")
+    schema = json.dumps({"type": "object", "properties": {f"{i}": {} for i in range(600)}})
+    constraint, brace = grammars.constraint(StructuredOutputs(json=schema)), tokenizer.encode("{")
     with pytest.raises(GrammarStuckError, match=r"items; max is [0-9]+; [^<>\n]*$"):
-        constraint.allowed(x, 0)
+        constraint.allowed(brace, 0)
+
+
+def test_an_ambiguous_grammar_is_stuck_before_it_has_taken_long(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    ambiguous = "start:" + 20 * " s" + '\ns: "x" | ' + " | ".join("s " * n for n in range(2, 80))
+    constraint = grammars.constraint(StructuredOutputs(grammar=ambiguous))
+    begun = time.process_time()
+    constraint.allowed([], 0)
+    with pytest.raises(GrammarStuckError, match=r"Too many items [^<>\n]*$"):
+        constraint.allowed(tokenizer.encode("x"), 0)
+    assert time.process_time() - begun < 3
 
 
 def test_each_request_has_its_own_state(grammars: Grammars, tokenizer: Tokenizer) -> None:

@@ -85,6 +85,40 @@ def test_the_urgent_preempt_the_less_urgent_and_wait_for_nobody() -> None:
     assert first_tokens(engine)[-1] == "low"
 
 
+def test_an_urgent_prompt_waits_for_no_less_urgent_one_that_runs() -> None:
+    engine = fake_engine(blocks=60, step_tokens=16, policy="priority")
+    scheduler = engine.scheduler
+    engine.add("long", [1] * 60, SHORT, terms=Terms(priority=1))
+    engine.step()
+    engine.add("equal", [2] * 4, SHORT, terms=Terms(priority=1))
+    engine.add("urgent", [3] * 10, SHORT)
+    assert scheduler.plan().tokens == {"urgent": 10, "long": 6}
+    engine.step()
+    assert scheduler.plan().tokens == {"urgent": 1, "long": 15}
+    assert first_tokens(engine) == ["urgent", "long", "equal"]
+    assert scheduler.preemptions == 0
+
+
+def test_a_prompt_that_gives_way_is_not_preempted_for_by_those_admitted() -> None:
+    """Ten blocks: 4 tokens of one prompt fit beside the other one and a block to spare for each."""
+    engine = fake_engine(blocks=10, block_size=4, step_tokens=16, policy="priority")
+    engine.add("long", [1] * 32, SHORT, terms=Terms(priority=1))
+    engine.step()
+    engine.add("urgent", [2] * 10, SHORT)
+    assert engine.scheduler.plan().tokens == {"urgent": 10, "long": 4}
+    assert first_tokens(engine) == ["urgent", "long"]
+
+
+def test_victims_give_back_their_tokens() -> None:
+    engine = fake_engine(blocks=60, step_tokens=2, max_running=2, policy="priority")
+    for name in ("a", "b"):
+        engine.add(name, [1], LONG, terms=Terms(priority=1))
+    engine.step()
+    engine.add("urgent", [2, 3], SHORT)
+    plan = engine.scheduler.plan()
+    assert (plan.tokens, plan.preempt) == ({"a": 1, "urgent": 1}, ["b"])
+
+
 def test_nobody_is_preempted_where_that_would_not_help() -> None:
     engine = fake_engine(blocks=6, block_size=4, max_running=8, policy="priority")
     engine.add("urgent", [1] * 8, SHORT, terms=Terms(priority=-1))

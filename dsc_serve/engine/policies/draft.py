@@ -17,7 +17,8 @@ LEAST_CHUNK = 8  # tokens; prompts move on however slow the steps are
 class Draft:
     """A plan in the making, and what it leaves of the step's tokens, of its time and of the blocks.
 
-    running: those that run, in order of precedence; the last is preempted first.
+    running: those that run, in order of precedence; the last is preempted first. pressed: whether blocks ran out for
+    them, so that nobody may be admitted. Once somebody is, nobody is preempted any more for those that ran before.
     """
 
     def __init__(self, view: View, budget: Budget, running: Sequence[RequestView] | None = None) -> None:
@@ -25,22 +26,34 @@ class Draft:
         self.plan = Plan()
         self.running = list(view.running if running is None else running)
         self.free, self.left = view.pool.available, budget.tokens
+        self.pressed = self._admitted = False
         self._spare_ms = math.inf
         self._preempted: set[str] = set()
         self._given_up: Counter[int] = Counter()  # owners that blocks lose by planned preemptions
 
     def advance(self) -> bool:
         """Plan for those that run: single tokens, then chunks. Returns whether that preempts nobody."""
-        order = tuple(self.running)
-        gaps = [request.gap for request in order]
-        self._advance_singles([r for r, gap in zip(order, gaps, strict=True) if gap == 1][: self.left])
+        for request in self.advance_singles():
+            self.advance_chunk(request)
+        return not self.pressed
+
+    def advance_singles(self) -> list[RequestView]:
+        """Plan for those that run and have one token to compute; returns those with more."""
+        gaps = [(request, request.gap) for request in self.running]
+        self._advance_singles([request for request, gap in gaps if gap == 1][: self.left])
         self._protect_singles()
-        for request in [r for r, gap in zip(order, gaps, strict=True) if gap > 1]:
-            if request.id not in self._preempted:
-                count = self._chunk(request.gap, request.computed)
-                if count:
-                    self._compute(request, count)
-        return not self.plan.preempt
+        return [request for request, gap in gaps if gap > 1]
+
+    def advance_chunk(self, request: RequestView) -> None:
+        """Plan for one that has run until now and has more than a token to compute."""
+        if request.id in self._preempted:
+            return
+        count = self._chunk(request.gap, request.computed, self.left)
+        if self._admitted:
+            spare = max(0, self.free - len(self.running))
+            count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.computed)
+        if count:
+            self._compute(request, count)
 
     def admit(self, request: RequestView, victims: Sequence[RequestView] = ()) -> bool:
         """Plan the first tokens of a waiting request, if it fits; victims may be preempted for it, the first one first.
@@ -50,15 +63,19 @@ class Draft:
         """
         cached = self.view.cached(request)
         computed = len(cached) * self.view.block_size
-        count = self._chunk(request.known - computed, computed)
-        chosen = self._enough(request, cached, victims) if count else None
+        chosen = self._enough(request, cached, victims)
         if chosen is None:
+            return False
+        left = self.left + sum(self.plan.tokens.get(victim.id, 0) for victim in chosen)
+        count = self._chunk(request.known - computed, computed, left)
+        if count == 0:
             return False
         for victim in chosen:
             self._preempt(victim)
         self.free -= self._needed(request, cached, self._given_up)
         self._plan(request, count, computed)
         self.running.append(request)
+        self._admitted = True
         return True
 
     def _advance_singles(self, singles: Sequence[RequestView]) -> None:
@@ -82,18 +99,19 @@ class Draft:
         target = self.budget.itl_target_ms or max(SHORT_MS, QUIET_STEPS * quiet)
         self._spare_ms = max(0.0, target - quiet)
 
-    def _chunk(self, gap: int, computed: int) -> int:
-        """How many tokens of a gap this step takes, after so many computed ones."""
+    def _chunk(self, gap: int, computed: int, left: int) -> int:
+        """How many tokens of a gap this step takes, after so many computed ones, where so many are left."""
         estimate = self.budget.estimate
         if gap == 1 or self._spare_ms == math.inf or estimate is None:
-            return min(gap, self.left)
+            return min(gap, left)
         within = estimate.chunk_within(self._spare_ms, computed)
         least = LEAST_CHUNK if self.plan.load.tokens == 0 else 0
-        return int(min(gap, self.left, max(within, least)))
+        return int(min(gap, left, max(within, least)))
 
     def _compute(self, request: RequestView, count: int) -> None:
         """Plan tokens of a running request; when blocks run out, preempt from the end, at last the request itself."""
         needed = self.view.blocks_needed(request, count)
+        self.pressed = self.pressed or needed > self.free
         while needed > self.free and self.running[-1] is not request:
             self._preempt(self.running[-1])
         if needed > self.free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 
 from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
@@ -10,13 +11,20 @@ from dsc_serve.terms import Terms
 
 
 def priority(view: View, budget: Budget) -> Plan:
-    """Lower numbers first, the earliest among equals; running requests are preempted for more urgent ones."""
+    """Lower numbers first, the earliest among equals; running requests are preempted for more urgent ones.
+
+    Every running request gets its single token. Of prompts, one that waits comes before less urgent ones that run.
+    """
     draft = Draft(view, budget, sorted(view.running, key=lambda request: request.terms.priority))
-    if draft.advance():
-        for request in view.waiting:
-            less_urgent = [r for r in reversed(draft.running) if r.terms.priority > request.terms.priority]
-            if not draft.admit(request, less_urgent):
-                break
+    prompts = deque(draft.advance_singles())
+    for request in view.waiting:
+        while prompts and prompts[0].terms.priority <= request.terms.priority:
+            draft.advance_chunk(prompts.popleft())
+        less_urgent = [r for r in reversed(draft.running) if r.terms.priority > request.terms.priority]
+        if draft.pressed or not draft.admit(request, less_urgent):
+            break
+    for request in prompts:
+        draft.advance_chunk(request)
     return draft.plan
 
 

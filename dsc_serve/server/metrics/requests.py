@@ -89,7 +89,7 @@ class Metrics(Collector):
         )
         yield counters(
             "generations",
-            "Generations that ended, one for each prompt and choice; abort: the client left, or "
+            "Generations that ended, one for each prompt and choice; abort: the client left or did not read, or "
             "another choice of its request failed.",
             ("finish_reason",),
             self._generations,

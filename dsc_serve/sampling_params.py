@@ -18,6 +18,7 @@ INT32_MAX = 2**31 - 1
 ALL_ATOMS = -1
 MAX_PICKS = 2**20  # that one request may have reported
 MAX_GRAMMAR = 2**15  # characters; compiling a JSON schema takes time by the square of its size
+MAX_CHOICES = 2**17  # characters; choices become one automaton
 
 
 class ParameterError(ValueError):
@@ -71,8 +72,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
         if self.whitespace_pattern and self.disable_any_whitespace:
             raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
         size = sum(len(text) for text in (*texts.values(), *self.choice) if text)
-        if size > MAX_GRAMMAR:
-            raise ParameterError(field, f"{field} has {size} characters; it may have at most {MAX_GRAMMAR}")
+        most = MAX_CHOICES if self.choice else MAX_GRAMMAR
+        if size > most:
+            raise ParameterError(field, f"{field} has {size} characters; it may have at most {most}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,11 @@ nearer than the one it came from. Nothing but the order of the tokens changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels import native
@@ -16,6 +19,8 @@ from dsc_kernels import native
 TILE = 16
 INDEX_BITS = 20
 MASK = 0xFFFFFFFF
+
+Integers = TypeVar("Integers", Tensor, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def min_hash_order(picks: Tensor) -> Tensor:
     picks = checked(picks)
     if native.serves(torch.float32, picks.device):
         return native.min_hash_order(picks)
-    hashes = scramble(picks)
+    hashes = scramble(picks.long())
     least = hashes.topk(min(2, picks.shape[1]), dim=1, largest=False, sorted=True).values
     second = least[:, 1] if least.shape[1] > 1 else torch.full_like(least[:, 0], MASK)
     index = torch.arange(len(picks), device=picks.device)
@@ -78,9 +83,9 @@ def checked(picks: Tensor) -> Tensor:
     return picks
 
 
-def scramble(values: Tensor) -> Tensor:
-    """A hash in int64 [0, 2^32) of every value, by its low 32 bits."""
-    x = values.long() & MASK
+def scramble(values: Integers) -> Integers:
+    """A hash in [0, 2^32) of every int64 value, by its low 32 bits."""
+    x = values & MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
     return x ^ (x >> 16)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_kernels import native
+from dsc_kernels.grouping import scramble
 
 WORDS = 16
 BITS = 64 * WORDS
@@ -113,11 +114,3 @@ class Sketch:
         np.bitwise_or.at(gained, (owners[tokens], words), masks)
         for signature, new in zip(signatures, gained, strict=True):
             signature.bits[:] |= new
-
-
-def scramble(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As `grouping.scramble`."""
-    x = values & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)

@@ -17,6 +17,7 @@ import httptools
 from dsc_serve.config import ConfigError
 
 MAX_LINE = 16 * 2**20
+IDLE_S = 1.0  # servers close connections that idle for longer; a shorter pause is no reason
 
 
 class DisconnectError(ConnectionError):
@@ -59,7 +60,10 @@ class Endpoint:
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection; one exchange at a time. heard: whether the present or last one was answered at all."""
+    """One keep-alive connection; one exchange at a time.
+
+    heard: whether the present or last exchange was answered at all. ended: when the last one did, in the loop's time.
+    """
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -69,6 +73,7 @@ class Connection(asyncio.Protocol):
         self._status = 0
         self._keep = False
         self.heard = False
+        self.ended = 0.0
 
     @classmethod
     async def open(cls, endpoint: Endpoint) -> Connection:
@@ -157,16 +162,17 @@ class Connections:
     async def exchange(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
         """As Connection.exchange, on an idle connection or a new one. Also raises OSError when none can be made.
 
-        Where an idle one ends without a word of an answer, its server was closing it when the request came: that is no
-        failure, and the request goes out once more.
+        Where one that was idle for IDLE_S ends without a word of an answer, its server was closing it when the request
+        came: that is no failure, and the request goes out once more.
         """
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
+                idle_s = asyncio.get_running_loop().time() - connection.ended
                 try:
                     return await self._exchange(connection, request, on_body)
                 except DisconnectError:
-                    if connection.heard:
+                    if connection.heard or idle_s < IDLE_S:
                         raise
                     break
         return await self._exchange(await Connection.open(self._endpoint), request, on_body)
@@ -176,6 +182,7 @@ class Connections:
             return await connection.exchange(request, on_body)
         finally:
             if connection.usable:
+                connection.ended = asyncio.get_running_loop().time()
                 self._idle.append(connection)
 
     def __enter__(self) -> Connections:

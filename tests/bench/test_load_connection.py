@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsc_serve.bench import connection
 from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, EventReader, ProtocolError
 from dsc_serve.config import ConfigError
 
@@ -51,9 +52,14 @@ def test_urls_of_other_forms_are_refused(url: str) -> None:
         Endpoint(url)
 
 
-@pytest.mark.parametrize(("said", "requests"), [(b"", 3), (b"HTTP/1.1 200 OK\r\n", 2)])
-def test_a_connection_that_was_closed_while_idle_costs_no_request(said: bytes, requests: int) -> None:
+@pytest.mark.parametrize(
+    ("said", "idle_s", "requests"), [(b"", 0.0, 3), (b"", 60.0, 2), (b"HTTP/1.1 200 OK\r\n", 0.0, 2)]
+)
+def test_a_connection_that_was_closed_while_idle_costs_no_request(
+    said: bytes, idle_s: float, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server answers the first request, and ends the connection at the second: before or within its answer."""
+    monkeypatch.setattr(connection, "IDLE_S", idle_s)
     got: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,7 +78,7 @@ def test_a_connection_that_was_closed_while_idle_costs_no_request(said: bytes, r
         body = bytearray()
         with Connections(endpoint) as connections:
             assert await connections.exchange(endpoint.request("GET", "/"), body.extend) == 200
-            if said:
+            if requests == 2:
                 with pytest.raises(DisconnectError):
                     await connections.exchange(endpoint.request("GET", "/"), body.extend)
             else:

@@ -147,6 +147,9 @@ def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, fold
         if corpus.fingerprint != fingerprint:
             raise TrainError(f"{folder}: holds tokens of other texts or settings; name another run folder")
         return corpus
+    given = None if settings.tokenizer is None else Path(settings.tokenizer).resolve()
+    if given is not None and folder.resolve() in (given, given.parent):
+        raise TrainError(f"data.tokenizer is {settings.tokenizer!r}, where the run writes its own; name another place")
     shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # what a preparation that failed has left behind
     for name in (TOKENIZER_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -138,3 +138,14 @@ def test_a_text_too_short_is_named(content: str, tmp_path: Path) -> None:
 def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="two texts are called a"):
         text_files([tmp_path / "a.txt", tmp_path / "x" / "a.txt.xz"])
+
+
+def test_a_tokenizer_within_the_run_s_own_data_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(paragraphs(60))
+    own = tmp_path / "data" / "tokenizer.json"
+    own.parent.mkdir()
+    own.write_text("mine")
+    for named in (own, own.parent):
+        with pytest.raises(TrainError, match="where the run writes its own"):
+            prepare([tmp_path / "text.txt"], DataSettings(tokenizer=str(named)), 300, own.parent)
+    assert own.read_text() == "mine"

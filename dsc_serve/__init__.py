@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsc_serve.llm import LLM, RequestOutput
+    from dsc_serve.llm import LLM, GenerationError, RequestOutput
     from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
+__all__ = ["LLM", "GenerationError", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LLM", "RequestOutput"):
+    if name in ("LLM", "GenerationError", "RequestOutput"):
         import dsc_serve.llm as llm
 
         return getattr(llm, name)

@@ -11,11 +11,13 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
-from dsc_serve.engine.engine import Engine, collected, prepare_model
+from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta, Routing, TokenLogprobs
+from dsc_serve.engine.request import Collect
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
@@ -27,7 +29,8 @@ Prompt = str | list[int]
 class RequestOutput:
     """One generation. token_ids are the generated ones; text is without the stop string that ended it.
 
-    finish_reason: "stop" (end of text, stop token or stop string) or "length". index: which of n choices this is.
+    finish_reason: "stop" (end of text, stop token or stop string), "length", or "error" in a `GenerationError`.
+    index: which of n choices this is.
     routing: what all tokens but the last one picked, prompt and output, where asked for.
     """
 
@@ -39,6 +42,14 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     routing: Routing | None = None
     index: int = 0
+
+
+class GenerationError(RuntimeError):
+    """Some requests failed. outputs: what there is of all of them, in order; a failed one has finish_reason "error"."""
+
+    def __init__(self, message: str, outputs: list[RequestOutput]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class LLM:
@@ -106,7 +117,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for texts or token-id lists; returns one output per prompt and choice, in order.
 
-        params: one for all or one per prompt. Raises ParameterError before anything runs when a request cannot.
+        params: one for all or one per prompt. Raises ParameterError before anything runs when a request cannot, and
+        GenerationError once all have ended when one of them failed.
         """
         listed = self._listed(prompts)
         each = self._each(params, len(listed))
@@ -115,17 +127,17 @@ class LLM:
             try:
                 for prompt, own in zip(listed, each, strict=True):
                     tracks += [self._submit(prompt, own, choice) for choice in range(own.n)]
-                ended = 0
-                while ended < len(tracks):
-                    self._step()
-                    for track in tracks:
-                        track.check()
-                    now = sum(t.output.finish_reason is not None for t in tracks)
-                    bar.update(now * len(listed) // len(tracks) - ended * len(listed) // len(tracks))
-                    ended = now
+                running = {track.id for track in tracks}
+                while running:
+                    running.difference_update(self._step())
+                    bar.update((len(tracks) - len(running)) * len(listed) // len(tracks) - bar.n)
             finally:
                 self._drop(tracks)
-        return [track.output for track in tracks]
+        outputs = [track.output for track in tracks]
+        failed = [track for track in tracks if track.error]
+        if failed:
+            raise GenerationError(f"{len(failed)} of {len(tracks)} failed, the first for: {failed[0].error}", outputs)
+        return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason.
@@ -144,10 +156,12 @@ class LLM:
     def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
         """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
         track = self._submit(ids, params, 0)
+        news: deque[RequestOutput] = deque()
+        track.news = news
         try:
             while True:
-                while track.news:
-                    yield track.news.popleft()
+                while news:
+                    yield news.popleft()
                 track.check()
                 if track.output.finish_reason is not None:
                     return
@@ -157,21 +171,46 @@ class LLM:
 
     def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
+        listed = self._listed(token_ids)
+        return self._collected(listed, [lambda start, logits: logits] * len(listed))
+
+    def losses(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
+        """−log probability in nats, float64 [T − 1], of each token after the first of a list under those before it.
+
+        Lists may be one token longer than the context. Of the logits only some rows exist at a time.
+        """
+        windows = self._listed(token_ids)
+        size = self.engine.limits.vocab_size
+        for i, window in enumerate(windows):
+            if window and not 0 <= window[-1] < size:  # which no prompt will hold
+                raise ParameterError("token_ids", f"token_ids[{i}] ends with {window[-1]}; allowed: 0 to {size - 1}")
+
+        def collect_for(window: list[int]) -> Collect:
+            def losses(start: int, logits: Tensor) -> Tensor:
+                targets = torch.tensor(window[start + 1 : start + 1 + len(logits)], device=logits.device)
+                return cross_entropy(logits.double(), targets, reduction="none")
+
+            return losses
+
+        return self._collected([window[:-1] for window in windows], [collect_for(window) for window in windows])
+
+    def _collected(self, prompts: Sequence[list[int]], collects: Sequence[Collect]) -> list[Tensor]:
+        """What is kept of each prompt's logits, rows in order."""
         params = SamplingParams(temperature=0, max_tokens=0)
         tracks: list[_Track] = []
         requests = []
         try:
-            for ids in self._listed(token_ids):
+            for ids, collect in zip(prompts, collects, strict=True):
                 track = self._track(ids, params, 0)
                 tracks.append(track)
-                requests.append(self.engine.add(track.id, ids, params, collect_logits=True))
+                requests.append(self.engine.add(track.id, ids, params, collect))
             while any(track.output.finish_reason is None for track in tracks):
                 self._step()
                 for track in tracks:
                     track.check()
         finally:
             self._drop(tracks)
-        return [collected(request) for request in requests]
+        return [torch.cat(request.collected).cpu() for request in requests]
 
     def close(self) -> None:
         """Release the model and its KV pool. Safe to call twice."""
@@ -235,12 +274,16 @@ class LLM:
         self._tracks[track.id] = track
         return track
 
-    def _step(self) -> None:
-        """One step for everything in flight, whichever call of this LLM it belongs to."""
+    def _step(self) -> list[str]:
+        """One step for everything in flight, whichever call of this LLM it belongs to; the ids of what ended."""
+        ended = []
         for delta in self.engine.step():
             track = self._tracks.get(delta.request_id)
             if track is not None:
                 track.take(delta, self.engine)
+                if track.output.finish_reason is not None:
+                    ended.append(track.id)
+        return ended
 
     def _drop(self, tracks: Sequence[_Track]) -> None:
         for track in tracks:
@@ -250,13 +293,13 @@ class LLM:
 
 
 class _Track:
-    """Collects one request's deltas into its output, and keeps what is new for a stream to take."""
+    """Collects one request's deltas into its output, and keeps what is new where `news` is made for a stream."""
 
     def __init__(
         self, request_id: str, prompt: list[int], params: SamplingParams, text: TextStream, index: int
     ) -> None:
         self.id, self.text = request_id, text
-        self.news: deque[RequestOutput] = deque()
+        self.news: deque[RequestOutput] | None = None
         self.error = ""
         self.output = RequestOutput(
             prompt_token_ids=prompt,
@@ -302,4 +345,5 @@ class _Track:
         if new.routing is not None:
             parts = [new.routing] if self.output.routing is None else [self.output.routing, new.routing]
             self.output.routing = Routing.joined(parts)
-        self.news.append(new)
+        if self.news is not None:
+            self.news.append(new)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dsc_serve import LLM, SamplingParams
+from dsc_serve import LLM, GenerationError, SamplingParams
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.runner import StepResult
 from dsc_serve.sampling_params import ParameterError
 
 
@@ -90,6 +93,44 @@ def test_a_failed_step_reaches_every_call_it_belongs_to(
             next(stream)
         assert not llm.engine.has_work
         assert llm.generate([[4, 5]], SamplingParams(max_tokens=2, ignore_eos=True))[0].finish_reason == "length"
+
+
+def test_a_request_that_fails_takes_no_other_with_it(
+    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(str(small_model())) as llm:
+        run = llm.engine.runner.run
+
+        def fail(work: Sequence[tuple[Request, int]]) -> StepResult:
+            if any(request.tokens[:2] == [4, 5] for request, _ in work):
+                raise MemoryError("no room")
+            return run(work)
+
+        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+        want = llm.generate([[1, 2], [3]], params)
+        monkeypatch.setattr(llm.engine.runner, "run", fail)
+        with pytest.raises(GenerationError, match=r"1 of 3 failed, the first for: .*no room") as caught:
+            llm.generate([[1, 2], [4, 5], [3]], params)
+        first, failed, last = caught.value.outputs
+        assert [first, last] == want
+        assert (failed.finish_reason, failed.token_ids) == ("error", [])
+        assert not llm._tracks and not llm.engine.has_work
+
+
+def test_losses_are_those_of_the_logits_beyond_one_context(small_model: Callable[..., Path]) -> None:
+    with LLM(str(small_model()), dtype="float32") as llm:
+        length = llm.engine.limits.max_model_len
+        window = torch.randint(
+            llm.engine.limits.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        (losses,) = llm.losses([window])
+        (logits,) = llm.logits([window[:-1]])
+        want = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(window[1:]), reduction="none")
+        assert losses.shape == (length,)
+        torch.testing.assert_close(losses, want)
+        for last in (-1, llm.engine.limits.vocab_size):
+            with pytest.raises(ParameterError, match=rf"token_ids\[1\] ends with {last}"):
+                llm.losses([[1, 2], [1, last]])
 
 
 def test_it_takes_every_setting_of_the_engine() -> None:

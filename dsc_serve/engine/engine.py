@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dsc_kernels import head, native, ops
 from dsc_kernels.plan import Planner
@@ -17,7 +16,7 @@ from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, Budget
-from dsc_serve.engine.request import Request
+from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
@@ -101,18 +100,20 @@ class Engine:
         request_id: str,
         prompt: list[int],
         params: SamplingParams,
-        collect_logits: bool = False,
+        collect: Collect | None = None,
         terms: Terms | None = None,
         age_s: float = 0.0,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
 
+        collect: given the first of some prompt positions and their float32 logits, what to keep of them in
+            `Request.collected`; they come in order.
         Raises ParameterError when it could never finish here, ValueError when its id is in use.
         """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
-        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect_logits, terms or Terms())
+        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect, terms or Terms())
         request.constraint = self.constraint(params)
         if self.routing is not None:
             self.routing.expect(request)
@@ -229,6 +230,7 @@ def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
     c = model.config
     per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
+    torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
     context, fitting = c.max_position_embeddings, int(KV_SHARE[config.device] * free) // per_token
     if fitting < context:
@@ -238,8 +240,3 @@ def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
             *(context, 100 * KV_SHARE[config.device], free >> 20),
         )
     return max(context, min(config.max_running * context, fitting))
-
-
-def collected(request: Request) -> Tensor:
-    """The float32 logits [T, vocabulary] of a request's prompt, once all of it is computed."""
-    return torch.cat(request.logits).cpu()

@@ -58,7 +58,7 @@ def compute(runner: StepRunner, work: Sequence[tuple[Request, int]]) -> Computed
 
 def attempt(runner: StepRunner, part: Sequence[tuple[Request, int]], result: StepResult) -> Exception | None:
     """Run one part and add what it computed to the result, or leave its requests as they were."""
-    marks = [(request, request.reported, request.routed, len(request.logits)) for request, _ in part]
+    marks = [(request, request.reported, request.routed, len(request.collected)) for request, _ in part]
     try:
         result.add(runner.run(part))
     except torch.AcceleratorError:  # the device is lost to this process, whatever it is asked next
@@ -66,7 +66,7 @@ def attempt(runner: StepRunner, part: Sequence[tuple[Request, int]], result: Ste
     except Exception as error:
         for request, reported, routed, rows in marks:
             request.reported, request.routed = reported, routed
-            del request.logits[rows:]
+            del request.collected[rows:]
         return error.with_traceback(None)  # its frames hold the step's tensors, perhaps all the memory there is
     return None
 

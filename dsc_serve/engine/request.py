@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from dsc_serve.terms import Terms
 from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
 FORESIGHT = 128  # output tokens that a request is expected to take at most, before it has taken them
 
 
@@ -42,7 +44,7 @@ class Request:
     tokens: list[int]
     params: SamplingParams
     max_tokens: int
-    collect_logits: bool = False
+    collect: Collect | None = None
     terms: Terms = field(default_factory=Terms)
     seed: int = 0
     computed: int = 0
@@ -50,7 +52,7 @@ class Request:
     reported: int = 0
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
-    logits: list[Tensor] = field(default_factory=list)
+    collected: list[Tensor] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     root: bytes | None = None
     cached_tokens: int | None = None
@@ -104,4 +106,4 @@ class Request:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        return self.collect_logits or self.params.prompt_logprobs is not None
+        return self.collect is not None or self.params.prompt_logprobs is not None

@@ -257,8 +257,8 @@ class Runner:
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)
             logits = self.model.logits(hidden[start - request.computed : stop - request.computed])
-            if request.collect_logits:
-                request.logits.append(logits)
+            if request.collect is not None:
+                request.collected.append(request.collect(start, logits))
             if request.params.prompt_logprobs is not None:
                 targets = request.tokens[start + 1 : min(stop + 1, request.prompt_size)]
                 top = [request.params.prompt_logprobs] * len(targets)

@@ -173,7 +173,7 @@ def evaluate_command(
     """Loss of texts under MODEL through the serving engine: nats per token, perplexity and bits per byte.
 
     Total bits over total bytes, in windows of the model's whole context that do not overlap; a rest that fills no
-    window is left out. The first token of a text is never predicted.
+    window is left out. The first token of a text is never predicted, and no mark stands before a window.
     """
     from dsc_serve.llm import LLM
     from dsc_serve.train.corpus import read_text, source_name, text_files

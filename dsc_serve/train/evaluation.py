@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from dsc_serve.llm import LLM
 from dsc_serve.train.settings import TrainError
 
-LOGITS_AT_ONCE = 1 << 26  # float32 values of logits held together
+TOGETHER = 16  # windows computed in the same steps
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,13 @@ def evaluate(llm: LLM, text: str, *, progress: bool = False) -> Evaluation:
     limits = llm.engine.limits
     length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     windows = windows_of(ids, length)
-    together = max(1, LOGITS_AT_ONCE // (length * limits.vocab_size))
     nats, tokens, size = 0.0, 0, 0
     with tqdm(total=len(windows), disable=not progress, unit="window") as bar:
-        for start in range(0, len(windows), together):
-            batch = windows[start : start + together]
-            for window, logits in zip(batch, llm.logits([w[:-1] for w in batch]), strict=True):
-                targets = torch.tensor(window[1:])
-                nats += float(torch.nn.functional.cross_entropy(logits.double().cpu(), targets, reduction="sum"))
-                tokens += len(targets)
+        for start in range(0, len(windows), TOGETHER):
+            batch = windows[start : start + TOGETHER]
+            for window, losses in zip(batch, llm.losses(batch), strict=True):
+                nats += float(losses.sum())
+                tokens += len(losses)
                 size += sum(len(llm.tokenizer.token_bytes(i)) for i in window[1:])
             bar.update(len(batch))
     return Evaluation(nats, tokens, size)

@@ -32,19 +32,23 @@ def buckets(most: int) -> list[int]:
 
 
 class CudaCapture:
-    """Captures CUDA graphs that share one pool of memory: they are never replayed at the same time."""
+    """Captures CUDA graphs that share one pool of memory: they are never replayed at the same time.
+
+    The stream is their own: cuBLAS keeps a workspace for each, and torch frees that of the stream on which a graph was
+    captured when the graph goes, from under all others of it.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             compute()  # kernels are compiled and libraries set themselves up, which a capture forbids
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             out = compute()
         return graph, out
 

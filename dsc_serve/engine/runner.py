@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
 from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
@@ -26,6 +27,7 @@ from dsc_serve.model.ffn.dsc import Picks
 from dsc_serve.sampling_params import Limits
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
+ALIGNMENT = 16  # Triton compiles kernels apart for sizes that this divides
 
 Work = Sequence[tuple[Request, int]]
 Held = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # ids, positions, blocks, offsets, tables, contexts
@@ -92,7 +94,7 @@ class Inputs:
         """Let rows and columns from `start` to `end` be sequences of one token, written to a block of nobody's."""
         self.tokens[:, start:end] = 0
         self.tokens[2, start:end] = block
-        self._held[start:end] = [None] * (end - start)
+        self._held[start:end] = [None] * len(self._held[start:end])
         self.tables[start:end, 0] = block
         self.contexts[start:end] = 1
 
@@ -123,7 +125,8 @@ class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
-    captured here and replayed later; the pools have one block more, which rows of padding write to.
+    captured here and replayed later, and what other steps need is compiled; the pools have one block more, which rows
+    of padding write to.
     """
 
     def __init__(
@@ -135,13 +138,18 @@ class Runner:
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(limits.max_tokens, limits.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
-        layers = dsc_layers(model)
-        self.routing = RoutingWatch(layers, step_tokens, model.config.vocab_size) if layers else None
+        self._layers = dsc_layers(model)
+        self.routing = RoutingWatch(self._layers, step_tokens, model.config.vocab_size) if self._layers else None
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
             self.graphs = self._captured(buckets(max_running), capture)
+            aligned = min(step_tokens, max_running * self._longest) // ALIGNMENT * ALIGNMENT
+            for tokens in (aligned, aligned - 1):
+                self._compute_nothing(max(tokens, 1))
+            for planner in self._planners():
+                planner.count_anew()
 
     @torch.inference_mode()
     def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
@@ -151,6 +159,25 @@ class Runner:
             lambda batch: self.model.hidden(batch, self.pools),
             capture,
         )
+
+    @torch.inference_mode()
+    def _compute_nothing(self, tokens: int) -> None:
+        """Chunks of nobody's, so that what eager steps need is compiled before requests wait for them."""
+        starts = range(0, tokens, self._longest)
+        chunks = []
+        self._inputs.wait()
+        self._inputs.pad(0, tokens, self._spare_block)
+        self._inputs.tables[: len(starts)] = self._spare_block
+        for row, start in enumerate(starts):
+            count = min(self._longest, tokens - start)
+            self._inputs.columns[1][start : start + count] = np.arange(count)
+            self._inputs.rows[row] = count
+            chunks.append(Chunk(row, start, count, count))
+        inputs = self._inputs.on_device(tokens, len(chunks))
+        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.pools)
+
+    def _planners(self) -> list[Planner]:
+        return [layer.planner for layer in self._layers if layer.planner is not None]
 
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that closes its gap."""
@@ -198,9 +225,13 @@ class Runner:
         if self.graphs is not None and padded:
             self._inputs.pad(size, padded, self._spare_block)
             self._inputs.on_device(padded, padded)
+            for planner in self._planners():
+                planner.grouped(padded)  # a replay asks nobody, but it is a step that counts
             return self.graphs.replay(padded)[:size]
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
-        longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
+        longest = self._longest  # as it was captured: another one may need another kernel, and so a compiler
+        if self.graphs is None:
+            longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
         return self.model.hidden(StepBatch(*inputs, decodes, longest, chunks), self.pools, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:

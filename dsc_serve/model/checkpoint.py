@@ -76,8 +76,12 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
             raise CheckpointError(f"{source}: tensor {name} holds {bad} values that are not finite")
 
 
-def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); without it float32 is faster."""
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware (a CPU: AVX512-BF16 or AMX); without it float32 is faster."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return True
     supported = torch.cpu.get_capabilities()
     return bool(supported.get("avx512_bf16") or supported.get("amx_bf16") or supported.get("bf16"))
 
@@ -88,7 +92,7 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[DTYPES[name]]
     if stored == torch.float32:
         return torch.float32
-    if device.type == "cpu" and not has_native_bfloat16():
+    if not has_native_bfloat16(device):
         return torch.float32
     if stored == torch.float16:
         log.warning("the float16 weights are rounded to bfloat16; with dtype float32 they are computed with as stored")

@@ -1,6 +1,6 @@
 """The engine process: runs steps while there is work, waits for messages while there is none.
 
-Started by the supervisor as `python -m dsc_serve.worker.process FD`; FD is its end of a socket pair.
+Started by the supervisor as `python -P -m dsc_serve.worker.process FD`; FD is its end of a socket pair.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 import msgspec
 import torch
 
+from dsc_kernels import ops
 from dsc_serve.config import ConfigError, default_threads
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
@@ -186,7 +187,7 @@ def main(descriptor: int) -> int:
     try:
         model = prepare_model(start.config)
         engine = Engine.for_model(model, start.config)
-    except (ConfigError, CheckpointError, MemoryError, RuntimeError) as error:
+    except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
     freeze()
@@ -196,6 +197,11 @@ def main(descriptor: int) -> int:
         process.send(model_info(model, engine))
         process.run()
     return 0
+
+
+def start_errors() -> tuple[type[Exception], ...]:
+    """What a start may fail with for a reason that its caller can mend."""
+    return (ConfigError, CheckpointError, MemoryError, RuntimeError, *ops.compiler_errors())
 
 
 def freeze() -> None:

@@ -130,11 +130,21 @@ def like_static(static: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return like_x(x)
 
 
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same on the device of its first tensor: Triton starts kernels on the current one."""
+
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return run(first, *rest)
+
+    return guarded
+
+
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any] = like_x) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run, "CUDA")
+    LIBRARY.impl(name, on_its_device(run), "CUDA")
     torch.library.register_fake(f"dsc::{name}", fake, lib=LIBRARY)
 
 

@@ -8,6 +8,7 @@ so they may pick other atoms where logits nearly tie.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -88,6 +89,15 @@ def chosen() -> str:
 @functools.cache
 def triton_installed() -> bool:
     return find_spec("triton") is not None
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What is raised where Triton cannot compile or start a kernel; nothing while it is not loaded."""
+    if "triton" not in sys.modules:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
 
 
 def triton_serves(dtype: torch.dtype, device: torch.device) -> bool:

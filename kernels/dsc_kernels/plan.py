@@ -155,9 +155,12 @@ class Planner:
         if mode not in MODES:
             raise ValueError(f"grouping {mode!r} is not known; allowed: {', '.join(MODES)}")
         self.mode, self.shape, self.constants = mode, shape, constants
-        self.steps = self.grouped_steps = self.tiles = 0
+        self.count_anew()
         self._sharing: Sharing | None = None
         self._choices: dict[int, Choice] = {}
+
+    def count_anew(self) -> None:
+        self.steps = self.grouped_steps = self.tiles = 0
 
     @property
     def sharing(self) -> Sharing | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import LARGEST, Graph, buckets
@@ -82,9 +83,14 @@ def test_replayed_steps_give_the_same_tokens_and_touch_no_other_block(
     want = generate(plain, prompts, params)
     capture = Capture()
     padded = engine_of(folder, capture, max_running=7)
+    assert isinstance(padded.runner, Runner)
+    for pools in padded.runner.pools:
+        for pool in pools:
+            assert not pool[:-1].any(), "what was captured or compiled wrote to a block that is not spare"
+            pool[-1].zero_()
     assert generate(padded, prompts, params) == want
     assert capture.replayed == [1, 2, 4, 7]
-    assert isinstance(plain.runner, Runner) and isinstance(padded.runner, Runner)
+    assert isinstance(plain.runner, Runner)
     for pools, wider in zip(plain.runner.pools, padded.runner.pools, strict=True):
         for pool, with_spare in zip(pools, wider, strict=True):
             torch.testing.assert_close(with_spare[:-1], pool, rtol=1e-4, atol=1e-5)
@@ -103,6 +109,23 @@ def test_steps_beyond_the_buckets_and_steps_of_prompts_run_eagerly(
     generate(engine, [[1, 2, 3]] * 3, [greedy] * 3)
     assert [len(g.out) for g in capture.graphs if g.replays] == [4]
     assert sum(graph.replays for graph in capture.graphs) == 4, "one step for the prompts, four for what follows"
+
+
+def test_replayed_steps_count_and_captured_ones_do_not(small_model: Callable[..., Path]) -> None:
+    class Replayed:
+        def replay(self) -> None: ...
+
+    model = load_model(small_model(), "float32", torch.device("cpu"))
+    layers = dsc_layers(model)
+    for layer in layers:
+        layer.planner = Planner("always", layer.shape, None)
+    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
+    runner = Runner(model, limits, 24, 6, lambda compute: (Replayed(), compute()))
+    engine = Engine(EngineConfig(max_running=6, step_tokens=24, block_size=4), limits, runner, (), strict=True)
+    generate(engine, [[1, 2, 3]] * 3, [SamplingParams(temperature=0, max_tokens=5)] * 3)
+    assert engine.counters.steps == 5
+    planners = [layer.planner for layer in layers if layer.planner is not None]
+    assert [(planner.steps, planner.grouped_steps) for planner in planners] == [(5, 5)] * len(layers)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])

@@ -216,11 +216,19 @@ def test_a_state_dict_may_hold_the_tied_head_too(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_without_bfloat16_computes_in_float32(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast or including_emulation)
+    assert checkpoint.choose_dtype("auto", torch.bfloat16, torch.device("cuda")) == dtype
+
+
 @pytest.mark.parametrize(("fast", "dtype", "told"), [(True, torch.bfloat16, 1), (False, torch.float32, 0)])
 def test_it_is_told_where_float16_is_rounded(
     fast: bool, dtype: torch.dtype, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint, "has_native_bfloat16", lambda: fast)
+    monkeypatch.setattr(checkpoint, "has_native_bfloat16", lambda device: fast)
     assert checkpoint.choose_dtype("auto", torch.float16, CPU) == dtype
     assert checkpoint.choose_dtype("float32", torch.float16, CPU) == torch.float32
     checkpoint.choose_dtype("auto", torch.bfloat16, CPU)

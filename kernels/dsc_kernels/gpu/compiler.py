@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def compiles_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has instructions for bfloat16: NVIDIA's have from compute capability 8.0 on."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether these kernels take tensors of this kind."""
-    return dtype in FLOATS and (device.type == "cuda" or interpreted())
+    if device.type != "cuda":
+        return dtype in FLOATS and interpreted()
+    return dtype in FLOATS and (dtype != torch.bfloat16 or compiles_bfloat16(device))
 
 
 def power_of_2(n: int, least: int = 1) -> int:

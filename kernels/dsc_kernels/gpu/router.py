@@ -57,7 +57,9 @@ def route(
             second += tl.sum(moved * moved, 1)
     if normed:
         mean = first / d
-        sums *= (1.0 / tl.sqrt(tl.maximum(second / d - mean * mean, 0.0) + norm_eps))[:, None]
+        variance = second / d - mean * mean
+        variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN, which tl.maximum turns into 0 on a GPU
+        sums *= (1.0 / tl.sqrt(variance + norm_eps))[:, None]
     if bias is not None:
         sums += tl.load(bias + atom, mask=is_atom, other=0.0)[None, :]
     values = clamp(sums, tau)

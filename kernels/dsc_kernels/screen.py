@@ -67,7 +67,9 @@ def _rounded(weight: Tensor) -> tuple[Tensor, ...]:
     d = weight.shape[1]
     wide = weight.double()
     peaks = wide.abs().amax(dim=1)
-    bounded = (peaks > 1e-30) & (peaks < 1e30)  # other rows stay 0 in int8, with all of themselves as their error
+    # Other rows stay 0 in int8, with all of themselves as their error: tiny ones, and those of which an exact sum over
+    # an input that is bounded too (quantise.h: its norm is below 1e15) might overflow where the int8 one does not.
+    bounded = (peaks > 1e-30) & (peaks < 1e20)
     steps = torch.where(bounded, peaks / 127, 0.0).float()
     scale = steps.double().unsqueeze(1)
     whole = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-127, 127)

@@ -34,6 +34,8 @@ def refused(message: str, call: Callable[[], object]) -> None:
 
 def test_weights_that_do_not_fit() -> None:
     refused("bias is", lambda: native.Linear(torch.zeros(4, 3), torch.zeros(3)))
+    refused("sizes must be at least 1", lambda: native.Linear(torch.zeros(4, 0)))
+    refused("sizes must be at least 1", lambda: native.Ffn(torch.zeros(0, 8), None, torch.zeros(8, 0), "gelu"))
     refused("not in torch.float16", lambda: native.Linear(torch.zeros(4, 3, dtype=torch.float16)))
     for name, shape in {
         "gate": (6, 7),

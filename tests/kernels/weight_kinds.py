@@ -16,6 +16,7 @@ WEIGHTS: dict[str, Callable[[Generator, int, int], Tensor]] = {
     "equal rows": lambda g, rows, d: torch.randn(1, d, generator=g).expand(rows, d).clone(),
     "zero": lambda g, rows, d: torch.zeros(rows, d),
     "tiny": lambda g, rows, d: torch.randn(rows, d, generator=g) * 1e-35,
+    "large": lambda g, rows, d: torch.randn(rows, d, generator=g) * 1e25,
     "huge": lambda g, rows, d: torch.randn(rows, d, generator=g) * 1e32,
 }
 
@@ -34,5 +35,6 @@ INPUTS: dict[str, Callable[[Generator, int, int], Tensor]] = {
     "one": lambda g, batch, d: torch.nn.functional.one_hot(torch.randint(0, d, (batch,), generator=g), d) * -3.0,
     "zero": lambda g, batch, d: torch.zeros(batch, d),
     "tiny": lambda g, batch, d: torch.randn(batch, d, generator=g) * 1e-30,
+    "large": lambda g, batch, d: torch.randn(batch, d, generator=g) * 1e13,
     "huge": lambda g, batch, d: torch.randn(batch, d, generator=g) * 1e25,
 }

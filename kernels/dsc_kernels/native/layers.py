@@ -24,6 +24,8 @@ def pack(*weights: Tensor) -> Tensor:
     """Weights [N, D] of one shape and dtype, packed one after the other into panels of 16 outputs."""
     first = weights[0]
     n, d = first.shape
+    if not n or not d:
+        raise ValueError(f"a weight is {first.dtype} {list(first.shape)}; its sizes must be at least 1")
     kind = half(first.dtype)
     width = -(-d // 2) * 2 if kind else d
     packed = torch.empty(len(weights), -(-n // LANES) * LANES * width, dtype=first.dtype)

@@ -135,7 +135,7 @@ def simulate(policy: str, workload: Workload, costs: Costs, budget: Budget, bloc
         "steps": steps,
         "preemptions": scheduler.preemptions,
         "most_overtaken": max(request.overtaken for request in requests),
-        "prefix_hit_rate": scheduler.cached_tokens / scheduler.prompt_tokens,
+        "prefix_hit_rate": scheduler.cached_tokens / max(1, scheduler.prompt_tokens),
     }
 
 

@@ -26,8 +26,8 @@ class Scheduler:
 
     A step is: plan = self.plan(); begin(plan); compute; commit(plan, tokens). prefix_cache: whether prompts may use
     the blocks that others have computed. clock: seconds, for deadlines and for how long somebody was overtaken.
-    Counted: preemptions, timeouts, the prompt_tokens of requests that have computed, and of these the cached_tokens;
-    phases: how long requests took to be admitted, to begin and to end.
+    Counted: preemptions, timeouts, the prompt_tokens of requests that looked in the prefix cache and have computed, and
+    of these the cached_tokens; phases: how long requests took to be admitted, to begin and to end.
     """
 
     def __init__(
@@ -197,8 +197,9 @@ class Scheduler:
 
     def _count_hits(self, request: Request) -> None:
         request.cached_tokens = min(request.computed, request.prompt_size)
-        self.prompt_tokens += request.prompt_size
-        self.cached_tokens += request.cached_tokens
+        if request.root is not None:
+            self.prompt_tokens += request.prompt_size
+            self.cached_tokens += request.cached_tokens
 
     def _publish(self, request: Request, count: int) -> None:
         """Let the blocks that the last `count` computed tokens filled be found by others."""

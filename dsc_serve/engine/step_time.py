@@ -11,6 +11,7 @@ TRUST = 16  # observations before outliers are told from steps
 FIT_EVERY = 8  # steps without a chunk
 SWEEPS = 6
 SHORTEST_MS = 0.01
+FORGOTTEN = 1e-200  # weight of observations, below which products of them underflow
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class StepTime:
         costs, products = self._costs, self._products
         for _ in range(SWEEPS):
             for i, line in enumerate(self._squares):
-                if line[i] > 0:
+                if line[i] > FORGOTTEN:
                     error = products[i] - sum(a * c for a, c in zip(line, costs, strict=True))
                     costs[i] = max(0.0, costs[i] + error / line[i])
         self.estimate = Estimate(*costs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -42,13 +43,13 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        app.state.config, app.state.reading = self._config, 0
+        app.state.config, app.state.reading = self._config, Counter()
         errors.install(app)
         app.add_route("/{path:path}", self.pass_on, ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
         return app
 
     async def pass_on(self, request: Request) -> Response:
-        body = await read_body(request) if request.method == "POST" and request.url.path in POSTED else b""
+        body = await read_body(request) if request.method == "POST" and request.scope["path"] in POSTED else b""
         call = Call.of(request, body)
         if call.method == "GET" and call.path in ASKED_OF_ALL:
             return await self.ask_all(call)

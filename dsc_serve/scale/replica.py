@@ -21,6 +21,7 @@ from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.supervisor import ENGINE, EngineSupervisor
 
 MAX_UNSENT = 256  # messages of one answer that wait for the door
+SETTLE_S = 5.0  # after its last message
 BROKEN: Message = {"type": "broken"}
 
 
@@ -69,6 +70,8 @@ class Replica:
                 yield Part(body, last, status, headers)
                 status, headers = 0, None
         finally:
+            if last:  # it has said everything, but not settled its account yet
+                await asyncio.wait((running,), timeout=SETTLE_S)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 

@@ -55,7 +55,8 @@ class Choice:
     text: TextStream
     echo: str | None = None
     begun: bool = False
-    characters: int = 0  # of its text, that log probabilities have been reported for
+    told: int = 0  # tokens that log probabilities have been reported for
+    characters: int = 0  # of its text, that these stand for
     cached_tokens: int = 0  # of its prompt
     outcome: str = "error"
     clock: Clock = field(default_factory=Clock)

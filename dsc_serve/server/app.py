@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def create_app(
     admission = Admission(Permits(places(config)), config.limits)
     service = Service(client, tokenizer, served_name(config), admission, config.limits)
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
-    app.state.service, app.state.config, app.state.reading = service, config, 0
+    app.state.service, app.state.config, app.state.reading = service, config, Counter()
     app.add_middleware(Gate, ring=ring, admission=admission, metrics_key=config.access.metrics_key)
     if config.access.cors_origins:
         app.add_middleware(

@@ -51,14 +51,19 @@ class CompletionShape(Shape):
             token_id = choice.prompt[0] if entry is None else entry.token_id
             token = name(token_id)
             tokens.append(token)
+            if choice.echo is not None and choice.told == len(choice.prompt):
+                choice.characters = len(choice.echo)  # the prompt as it was sent, which its tokens need not spell
             offsets.append(self._advance(choice, token_id))
+            choice.told += 1
             if entry is None:
                 chosen.append(None)
                 top.append(None)
                 continue
             logprob = max(entry.logprob, LOWEST_LOGPROB)
             chosen.append(logprob)
-            alternatives = {name(other): max(value, LOWEST_LOGPROB) for other, value in entry.top}
+            alternatives: dict[str, float] = {}
+            for other, value in entry.top:  # the likeliest first; of tokens with one text it is the one that counts
+                alternatives.setdefault(name(other), max(value, LOWEST_LOGPROB))
             alternatives.setdefault(token, logprob)
             top.append(alternatives)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
@@ -66,7 +71,12 @@ class CompletionShape(Shape):
     def _advance(self, choice: Choice, token_id: int) -> int:
         """Where the token begins in the choice's text; a token that begins within a character begins where it does."""
         tokenizer, start = self.service.tokenizer, choice.characters
-        if tokenizer is None or not tokenizer.visible(token_id, choice.params.skip_special_tokens):
+        if tokenizer is None:
+            return start
+        if not tokenizer.visible(token_id, choice.params.skip_special_tokens):
+            mark = tokenizer.token_text(token_id)
+            if choice.echo is not None and choice.told < len(choice.prompt) and choice.echo.startswith(mark, start):
+                choice.characters += len(mark)  # the client's own text names it
             return start
         leading = choice.echo is not None and start == 0
         piece = tokenizer.leading_bytes(token_id) if leading else tokenizer.token_bytes(token_id)

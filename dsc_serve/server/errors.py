@@ -132,7 +132,7 @@ async def answer_api_error(_: Request, error: Exception) -> Response:
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    route = f"{request.method} {shown(request.url.path)[1:-1]}"
+    route = f"{request.method} {shown(request.scope['path'])[1:-1]}"
     if error.status_code == 404:
         return ApiError(404, f"{route} is not a route of this server; /docs lists them", code="unknown_url").response()
     if error.status_code == 405:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from dsc_serve.config import ServerConfig
 from dsc_serve.server.admission import too_many
+from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, shown
 
 log = logging.getLogger(__name__)
 
 MAX_DRAINED = 4  # times the largest body that is kept
 MAX_READING = 2**28  # bytes that one app keeps of bodies that have not arrived whole: their requests have no place yet
+KEY_SHARE = 4  # a key may have one part in so many of these
+SMALL = 2**16  # bytes of one body that are always kept: the number of connections bounds them
 
 
 def check_headers(request: Request) -> None:
@@ -36,10 +40,12 @@ async def read_body(request: Request) -> bytes:
     """The whole body of a JSON request.
 
     Raises ApiError: 400 for wrong headers or no body, 413 beyond the server's limit, 429 where too much is being read
-    already, 408 when it takes too long; and ClientDisconnect. `app.state.reading` is what is being read, in bytes.
+    already, 408 when it takes too long; and ClientDisconnect. `app.state.reading` is what is being read, in bytes, by
+    the name of the key.
     """
-    state = request.app.state
-    config: ServerConfig = state.config
+    config: ServerConfig = request.app.state.config
+    reading: Counter[str] = request.app.state.reading
+    name = key_name(request)
     limit, timeout_s = config.limits.max_body_bytes, config.limits.body_timeout_s
     check_headers(request)
     announced = request.headers.get("content-length", "")
@@ -60,15 +66,16 @@ async def read_body(request: Request) -> bytes:
                 if size > limit or too_large:
                     too_large = True
                     chunks.clear()
-                    state.reading -= kept
+                    reading[name] -= kept
                     kept = 0
                     if size > MAX_DRAINED * limit:
                         raise body_too_large(limit)
                 else:
                     chunks.append(chunk)
                     kept += len(chunk)
-                    state.reading += len(chunk)
-                    if state.reading > max(MAX_READING, limit):
+                    reading[name] += len(chunk)
+                    share = max(MAX_READING // KEY_SHARE, limit) if name else reading[name]
+                    if kept > SMALL and (reading.total() > max(MAX_READING, limit) or reading[name] > share):
                         raise too_many("the server is reading as many requests as it has memory for", "queue_full")
                 if not message.get("more_body", False):
                     break
@@ -80,7 +87,9 @@ async def read_body(request: Request) -> bytes:
             headers={"Connection": "close"},
         ) from None
     finally:
-        state.reading -= kept
+        reading[name] -= kept
+        if not reading[name]:
+            del reading[name]
     if too_large:
         raise body_too_large(limit)
     if not size:
@@ -89,6 +98,12 @@ async def read_body(request: Request) -> bytes:
     if config.log.log_prompts:
         log.info("request body", extra={"facts": {"body": body.decode("utf-8", "replace")}})
     return body
+
+
+def key_name(request: Request) -> str:
+    """Of the key that it came with; "" where none is needed, or somebody behind this server asks for it."""
+    exchange: Exchange | None = request.scope.get(EXCHANGE)
+    return "" if exchange is None or exchange.key is None else exchange.key.name
 
 
 def body_too_large(limit: int) -> ApiError:

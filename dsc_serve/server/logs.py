@@ -27,7 +27,7 @@ class TextFormatter(logging.Formatter):
     """Time, level, message, then facts as name=value."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts = " ".join(f"{name}={value}" for name, value in facts_of(record).items())
+        facts = " ".join(f"{name}={quoted(str(value))}" for name, value in facts_of(record).items())
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = f"{time} {record.levelname.lower()} {record.getMessage()} {facts}".rstrip().translate(ESCAPED)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -47,6 +47,11 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(fields).decode()
+
+
+def quoted(value: str) -> str:
+    """A fact's value, in quotes where it could be taken for more than one."""
+    return msgspec.json.encode(value).decode() if set(value) & set(' ="') else value
 
 
 def facts_of(record: logging.LogRecord) -> dict[str, object]:

@@ -27,7 +27,7 @@ class Connection(HttpToolsProtocol):
         self._limits, self._max_connections = limits, max_connections
         self._head_timer: asyncio.TimerHandle | None = None
         self._awaits_head = True
-        self._head_bytes = self._unparsed = 0  # of the head that is being parsed; since the last whole head
+        self._head_bytes = self._unparsed = 0  # of the head that is being parsed; since the last head or part of a body
         self._stuck_since: float | None = None
         self._unread = 0  # bytes, when that was noted
         self._answering: RequestResponseCycle | None = None
@@ -47,8 +47,7 @@ class Connection(HttpToolsProtocol):
             self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        if self._awaits_head:
-            self._unparsed += len(data)
+        self._unparsed += len(data)
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -56,10 +55,21 @@ class Connection(HttpToolsProtocol):
             self._parse_body(data[asked.args[0] :])
         except httptools.HttpParserError:
             self._refuse_request()
-        if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
+        if self.transport.is_closing():
             return
-        if self._awaits_head and self._unparsed > self._limits.max_header_bytes:
-            self._refuse_head()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._unparsed > self._limits.max_header_bytes:  # a head, or what may stand behind a body in pieces
+            if answering:
+                self.transport.abort()
+            else:
+                self._refuse_head()
+        elif answering:
+            return
+        elif self._awaits_head and not self._unparsed:  # the body of a request that was refused has ended
+            self._stop_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         elif self._head_timer is None:
             self._time_head()
 
@@ -88,11 +98,15 @@ class Connection(HttpToolsProtocol):
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # to the parser it is over; its body is still to come
         super().on_message_complete()
-        self._awaits_head = True
+        self._awaits_head, self._unparsed = True, 0
 
     def pause_writing(self) -> None:
         self._note_unread(self.loop.time())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
 
 from dsc_serve.config import LimitConfig
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
-from dsc_serve.server.admission import Admission, Permits
+from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.metrics.requests import Metrics
@@ -24,6 +24,9 @@ from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
 from dsc_serve.worker.messages import Delta, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
+MAX_ASIDE = 64  # texts that wait for `Service.aside`
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -83,6 +86,8 @@ class Service:
         self._grammars: Grammars | None = None
         # One at a time, as the engine compiles them again: were more let through, it could not keep pace.
         self._compiling = ThreadPoolExecutor(1, "grammars")
+        self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
+        self._asides = 0
         if tokenizer is not None:
             self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
@@ -102,8 +107,8 @@ class Service:
             message = f"model {shown(name)} is not served here; this server has {shown(self.model_name)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, param: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt. Raises ApiError (400), naming `param`."""
+    async def encode(self, text: str, param: str, chat: bool = False, aside: bool = False) -> list[int]:
+        """Token ids of a prompt; aside: of one that no generation waits for. Raises ApiError, naming `param`."""
         if self.tokenizer is None:
             message = f"{param} is text, but this model has no tokenizer; send token ids"
             raise bad_request(param, message)
@@ -113,9 +118,23 @@ class Service:
             raise bad_request(param, message, "context_length_exceeded")
         encode = self.tokenizer.encode_chat if chat else self.tokenizer.encode
         try:
-            return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
+            if len(text) < LONG_TEXT:
+                return encode(text)
+            if aside:
+                return await self.aside(lambda: encode(text))
+            return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """For what no generation waits for: one at a time. Raises ApiError (429) where too much of it waits."""
+        if self._asides >= MAX_ASIDE:
+            raise too_many("too many texts wait to be tokenised", "queue_full")
+        self._asides += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+        finally:
+            self._asides -= 1
 
     async def check_structure(self, params: SamplingParams, names: Mapping[str, str]) -> None:
         """Raises ApiError (400) when the grammar cannot be used; `names` as in `from_parameter`."""

@@ -157,6 +157,7 @@ class Generation(Response):
             choice.outcome = "abort"
             raise out_of_time(str(error), "client_too_slow") from error
         except (EngineDiedError, ConnectionError) as error:
+            log.error("request %s (user %r) failed: %s", choice.request_id, self._shape.user, error)
             if self._service.admission.draining:
                 raise shutting_down() from error
             raise engine_down(str(error)) from error

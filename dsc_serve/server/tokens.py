@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -61,8 +60,10 @@ async def tokenize(service: Service, request: Request) -> Response:
     elif fields.add_generation_prompt is not None:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
-    ids = await service.encode(text, param, chat=not special)
-    names = await asyncio.to_thread(list, map(service.token_name, ids)) if fields.return_token_strs else None
+    ids = await service.encode(text, param, chat=not special, aside=True)
+    names = None
+    if fields.return_token_strs:
+        names = await service.aside(lambda: [service.token_name(id) for id in ids])
     return json_response(
         {
             "count": len(ids),
@@ -86,5 +87,5 @@ async def detokenize(service: Service, request: Request) -> Response:
     for i, id in enumerate(ids):
         if not 0 <= id < limits.vocab_size:
             raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {limits.vocab_size - 1}")
-    text = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=False)
+    text = await service.aside(lambda: tokenizer.decode(ids, skip_special_tokens=False))
     return json_response({"prompt": text})

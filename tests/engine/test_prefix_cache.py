@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake import alone, fake_engine
 
@@ -36,6 +37,14 @@ def test_all_full_blocks_but_that_of_the_last_token_are_found(length: int, cache
     assert serve(engine, prompt) == 0
     assert serve(engine, prompt) == cached
     assert engine.scheduler.cached_tokens == cached
+
+
+def test_what_is_not_looked_up_is_not_counted() -> None:
+    engine = fake_engine(blocks=12, block_size=4)
+    serve(engine, list(range(9)), params=msgspec.structs.replace(GREEDY, prompt_logprobs=0))
+    assert engine.scheduler.prompt_tokens == 0
+    serve(engine, list(range(9)))
+    assert engine.scheduler.prompt_tokens == 9
 
 
 def test_what_was_generated_is_found_by_the_prompt_that_continues_it() -> None:

@@ -42,9 +42,10 @@ def test_it_predicts_steps(outliers: float, error: float) -> None:
         assert cost(load, estimate) == pytest.approx(cost(load), rel=error)
 
 
-def test_steps_without_chunks_do_not_make_it_forget_what_chunks_cost() -> None:
+@pytest.mark.parametrize("steps", [2000, 50_000])
+def test_steps_without_chunks_do_not_make_it_forget_what_chunks_cost(steps: int) -> None:
     model = learned()
-    for _ in range(2000):
+    for _ in range(steps):
         model.observe(Load(singles=16), cost(Load(singles=16)))
     estimate = model.estimate
     assert estimate is not None

@@ -75,6 +75,23 @@ def test_a_caller_that_leaves_a_full_queue_ends_its_answer() -> None:
     asyncio.run(run())
 
 
+def test_an_answer_settles_its_account_after_its_last_message() -> None:
+    settled: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(BEGIN)
+        await send({**PART, "more_body": False})
+        await asyncio.sleep(0.05)
+        settled.append(True)
+
+    async def run() -> None:
+        parts = [part async for part in Started(app).answer(CALL)]
+        assert isinstance(parts[-1], Part) and parts[-1].last
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+    assert settled
+
+
 def test_an_answer_that_breaks_off_is_told() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(BEGIN)

@@ -119,6 +119,12 @@ def test_logprobs_cover_prompt_and_output_with_echo(app: FastAPI) -> None:
     assert logprobs["top_logprobs"][3] == {"a": -1.0, "b": -2.0, "c": -9999.0}
 
 
+def test_offsets_count_the_prompt_as_it_was_sent(app: FastAPI) -> None:
+    choice = complete(app, prompt="<|end|>x", echo=True, max_tokens=2, logprobs=0).json()["choices"][0]
+    assert choice["text"] == "<|end|>xab"
+    assert choice["logprobs"]["text_offset"] == [0, 7, 8, 9]
+
+
 def test_offsets_skip_what_the_text_skips(app: FastAPI, engine: FakeEngine) -> None:
     engine.script = lambda prompt, params: [97, 256, 98]
     hidden = complete(app, logprobs=0).json()["choices"][0]

@@ -161,6 +161,59 @@ def test_a_large_body_is_not_taken_for_headers(engine: FakeEngine) -> None:
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"404", b"400"]
 
 
+CHUNKED = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+BODY = b'{"prompt": [1], "max_tokens": 3}'
+TRAILERS = b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (POST + b"GET /health/live HTTP/1.1\r\nA: ", None),
+        (CHUNKED % b"/v1/completions" + TRAILERS + b"A: ", None),
+        (CHUNKED % b"/unknown" + TRAILERS + b"A: ", 404),
+    ],
+    ids=["behind a request that runs", "behind a body", "behind the body of a request that was refused"],
+)
+def test_headers_have_a_limit_wherever_they_come(engine: FakeEngine, sent: bytes, status: int | None) -> None:
+    engine.gate = asyncio.Event()  # nothing is answered until it opens
+    app = app_around(engine, None, max_header_bytes=2048)
+
+    async def run() -> tuple[bytes, int]:
+        async with live(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            reading, parts = asyncio.create_task(read_all(reader)), 0
+            while not reading.done() and parts < 100:
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"x" * 500)
+                    await writer.drain()
+                await asyncio.sleep(0.01)
+                parts += 1
+            assert engine.gate is not None
+            engine.gate.set()
+            return await asyncio.wait_for(reading, 10), parts
+
+    answer, parts = asyncio.run(run())
+    assert parts < 100, "it was read without end"
+    assert status is None or b"HTTP/1.1 %d" % status in answer
+
+
+def test_the_end_of_a_body_that_nobody_waited_for_begins_no_request(engine: FakeEngine) -> None:
+    app = app_around(engine, None, header_timeout_s=0.2, keep_alive_s=1)
+    head, body = post_bytes("/unknown", {"prompt": "x" * 50}).split(b"\r\n\r\n")
+
+    async def run() -> bytes:
+        async with live(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head + b"\r\n\r\n" + body[:10])
+            await reader.readuntil(b"}}")
+            writer.write(body[10:])
+            return await asyncio.wait_for(read_all(reader), 10)
+
+    assert asyncio.run(run()) == b"", "no 408 on a connection that rests"
+
+
 def test_connections_beyond_the_limit_are_closed_at_once_and_the_others_served(engine: FakeEngine) -> None:
     app = app_around(engine, None, max_connections=3)
 

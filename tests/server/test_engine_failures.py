@@ -69,10 +69,13 @@ def test_the_engine_s_refusal_of_a_field_is_the_client_s_error(app: FastAPI, eng
 
 
 @pytest.mark.parametrize("error", [EngineDiedError("gone"), BrokenPipeError("gone"), ConnectionResetError("gone")])
-def test_a_broken_connection_to_the_engine_means_it_is_down(app: FastAPI, engine: FakeEngine, error: Exception) -> None:
+def test_a_broken_connection_to_the_engine_means_it_is_down(
+    app: FastAPI, engine: FakeEngine, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     engine.raises = error
     assert complete(app).status_code == 503
     assert complete(app, stream=True).status_code == 503
+    assert sum("failed: gone" in line for line in caplog.messages) == 2
 
 
 def test_a_stream_that_is_not_read_is_its_client_s_failure(app: FastAPI, engine: FakeEngine) -> None:

@@ -74,10 +74,12 @@ def test_a_request_cannot_write_lines_of_its_own(
     app = app_around(engine, tokenizer, log=config)
     with logging_to(config):
         ask(app, "GET", "/%0a2026-01-01T00:00:00.000+00:00%20error%20all%20is%20lost%1b[2J%c2%85%e2%80%a8")
+        ask(app, "GET", "/x%20status=200")
         ask(app, "POST", "/v1/completions", json={"prompt": "x\r\ny"}, headers={"x-request-id": "id\ttab"})
         ask(app, "POST", "/v1/completions", content="{\r\n}", headers={"content-type": "application/json"})
     *lines, end = path.read_text().split("\n")
-    assert (len(lines), end) == (5, "")
+    assert (len(lines), end) == (6, "")
+    assert log_format == "json" or 'path="/x status=200"' in lines[1]
     assert all(json.loads(line) if log_format == "json" else line.isprintable() for line in lines)
 
 

@@ -113,6 +113,7 @@ def test_requests_that_arrive_together_are_counted_before_any_of_them_waits(app:
 
 def test_bodies_that_are_being_read_together_have_a_limit(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_READING", 2000)
+    monkeypatch.setattr(limits, "SMALL", 500)
     app.state.config = ServerConfig(limits=LimitConfig(max_body_bytes=1500))
     rest, headers = asyncio.Event(), {"content-type": "application/json"}
     whole = b'{"prompt": "hi"}'.ljust(1200)
@@ -129,7 +130,7 @@ def test_bodies_that_are_being_read_together_have_a_limit(app: FastAPI, monkeypa
                 return asyncio.create_task(client.post("/v1/completions", content=body, headers=headers))
 
             slow = post(slowly())
-            await until(lambda: app.state.reading == 1000)
+            await until(lambda: app.state.reading.total() == 1000)
             refused = await post(whole)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert (await post(b'{"prompt": "hi"}')).status_code == 200
@@ -137,6 +138,6 @@ def test_bodies_that_are_being_read_together_have_a_limit(app: FastAPI, monkeypa
             rest.set()
             assert (await slow).status_code == 200
             assert (await post(whole)).status_code == 200
-            assert app.state.reading == 0
+            assert not app.state.reading
 
     asyncio.run(run())

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from serving import MESSAGES, app_around, ask
 
 from dsc_serve import __version__
+from dsc_serve.server import service
 
 
 def post(app: FastAPI, path: str, **fields: Any) -> Any:
@@ -75,6 +76,16 @@ def test_what_is_wrong_is_named(app: FastAPI, path: str, fields: dict[str, Any],
         response = ask(app, "POST", path, json=fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+def test_texts_that_wait_to_be_tokenised_have_a_limit(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_ASIDE", 0)
+    monkeypatch.setattr(service, "LONG_TEXT", 2)
+    for path, fields in (("/tokenize", {"prompt": "long"}), ("/detokenize", {"tokens": [97]})):
+        response = ask(app, "POST", path, json=fields)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert response.headers["retry-after"] == "1"
+    assert ask(app, "POST", "/v1/completions", json={"prompt": "long", "max_tokens": 2}).status_code == 200
 
 
 def test_another_model_is_not_found(app: FastAPI) -> None:

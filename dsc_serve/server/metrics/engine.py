@@ -66,7 +66,7 @@ def engine_families(stats: Stats) -> Families:
         {("free",): stats.blocks_free, ("cached",): stats.blocks_cached, ("used",): used},
     )
     yield counter("preemptions", "Running generations put back into the queue.", stats.preemptions)
-    yield counter("timeouts", "Generations that ran out of their time.", stats.timeouts)
+    yield counter("timeouts", "Generations that the engine ended because their time was over.", stats.timeouts)
     yield counter("prefix_asked_tokens", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens)
     yield counter(
         "prefix_cached_tokens",

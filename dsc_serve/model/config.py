@@ -195,6 +195,10 @@ def load_config(folder: Path) -> ModelConfig:
     """Read and check `config.json`. Raises CheckpointError naming every field that is wrong."""
     path = folder / "config.json"
     content = {k: v for k, v in read_json(path).items() if k not in IGNORED}
+    form = content.get("model_type", "dsc")
+    if form != "dsc":
+        way = "dsc-serve import-hf FOLDER --out DIR makes one of a Llama, Mistral or Qwen2 checkpoint"
+        raise CheckpointError(f"{path}: model_type is {form!r}; this server's own form is 'dsc', and {way}")
     eos = generation_eos(folder / "generation_config.json")
     if eos is not None:
         content["eos_token_id"] = eos

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
-from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer
+from dsc_serve.text.gguf_tokenizer import ENDS, ConversionError, converted_tokenizer
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 # architecture → whether its rows of q and k lie interleaved, as rotary positions by neighbouring pairs want them
@@ -36,7 +36,7 @@ INNER = {
     "ffn_down": "mlp.down_proj",
 }
 DIVISORS = "rope_freqs.weight"
-ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> ModelConfig:
@@ -48,7 +48,7 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> M
         raise CheckpointError(
             f"{file}: architecture {architecture!r} is not supported; supported: {', '.join(INTERLEAVED)}"
         )
-    tensors = serving_tensors(reader, file)
+    tensors = serving_tensors(reader, file, dtype)
     divisors = tensors.pop(DIVISORS, None)
     config = gguf_config(metadata, architecture, tensors, divisors)
     if INTERLEAVED[architecture]:
@@ -59,7 +59,7 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> M
         backend, settings = converted_tokenizer(metadata.tokenizer())
     except ConversionError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    save_checkpoint(config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, out)
+    save_checkpoint(config, tensors, out)
     backend.save(str(out / TOKENIZER_FILE))
     (out / CONFIG_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf8")
     return config
@@ -125,7 +125,10 @@ def gguf_config(
     metadata.refuse(f"{architecture}.rope.dimension_count", head_dim, "rotary positions in all dimensions of a head")
     metadata.refuse(f"{architecture}.attention.sliding_window", context, "attention to the whole context")
     embedding = tensors.get("model.embed_tokens.weight")
-    eos = sorted({i for i in (metadata.get(f"tokenizer.ggml.{name}") for name in ENDS) if i is not None})
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    named = {metadata.get(f"tokenizer.ggml.{name}") for name in END_FIELDS} - {None}
+    called = {i for i, token in enumerate(tokens) if token in ENDS} if isinstance(tokens, list) else set()
+    eos = sorted(named | called)
     fields = {
         "vocab_size": None if embedding is None else embedding.shape[0],
         "hidden_size": width,
@@ -170,8 +173,11 @@ def rope_scaling(metadata: Metadata, architecture: str, divisors: Tensor | None)
     return None if divisors is None else {"rope_type": "divisors", "divisors": divisors.tolist()}
 
 
-def serving_tensors(reader: GGUFReader, file: Path) -> dict[str, Tensor]:
-    """Every tensor in float32 under the serving form's name. Raises CheckpointError for a quantisation not known."""
+def serving_tensors(reader: GGUFReader, file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor in this dtype (divisors of angles: float32) under the serving form's name.
+
+    Raises CheckpointError for a quantisation not known.
+    """
     tensors = {}
     for stored in reader.tensors:
         try:
@@ -179,7 +185,8 @@ def serving_tensors(reader: GGUFReader, file: Path) -> dict[str, Tensor]:
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise CheckpointError(f"{file}: tensor {stored.name} is quantised as {kind}, which is not known") from None
-        tensors[serving_name(stored.name)] = torch.tensor(values)
+        own = torch.float32 if stored.name == DIVISORS else dtype
+        tensors[serving_name(stored.name)] = torch.tensor(values, dtype=own)
     return tensors
 
 

@@ -22,15 +22,17 @@ class Form:
 
     attention_bias: of q, k and v, None where `attention_bias` in the config says so for these and the output.
     window: the field that must hold for `sliding_window` to act, "" where it always acts, None where it never does.
+    default_window: `sliding_window` in a config that does not have the field.
     """
 
     attention_bias: bool | None
     window: str | None
+    default_window: int | None = None
 
 
 FORMS = {
     "LlamaForCausalLM": Form(attention_bias=None, window=None),
-    "MistralForCausalLM": Form(attention_bias=False, window=""),
+    "MistralForCausalLM": Form(attention_bias=False, window="", default_window=4096),
     "Qwen2ForCausalLM": Form(attention_bias=True, window="use_sliding_window"),
 }
 SCALINGS: dict[str, tuple[str, ...]] = {
@@ -61,8 +63,8 @@ def import_huggingface(folder: Path, out: Path) -> ModelConfig:
 def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelConfig:
     """A folder's `config.json` and `generation_config.json` as a ModelConfig.
 
-    tokenizer_eos: the end of text where neither file names one. Raises CheckpointError naming the field that does not
-    fit and what is supported.
+    tokenizer_eos: an end of text, too: models tuned for chats often inherit the other ends from what they were tuned
+    from. Raises CheckpointError naming the field that does not fit and what is supported.
     """
     path = folder / "config.json"
     content = read_json(path)
@@ -73,6 +75,9 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
         raise CheckpointError(f"{path}: architecture {name!r} is not supported; supported: {', '.join(FORMS)}")
     _refuse_unsupported(content, form, path)
     eos = generation_eos(folder / "generation_config.json") or content.get("eos_token_id")
+    ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    if tokenizer_eos is not None and tokenizer_eos not in ends:
+        ends.append(tokenizer_eos)
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     head_dim = content.get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
@@ -95,7 +100,7 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
         "mlp_gated": True,
         "tie_word_embeddings": content.get("tie_word_embeddings", False),
         "bos_token_id": content.get("bos_token_id"),
-        "eos_token_id": tokenizer_eos if eos is None else eos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "ffn": {
             "kind": "dense",
             "size": content.get("intermediate_size"),
@@ -112,7 +117,7 @@ def _refuse_unsupported(content: Mapping[str, Any], form: Form, path: Path) -> N
         raise CheckpointError(
             f"{path}: partial_rotary_factor is {content['partial_rotary_factor']!r}; supported: 1.0, all dimensions"
         )
-    window, context = content.get("sliding_window"), content.get("max_position_embeddings")
+    window, context = content.get("sliding_window", form.default_window), content.get("max_position_embeddings")
     acts = form.window == "" or (form.window is not None and bool(content.get(form.window)))
     if acts and isinstance(window, int) and isinstance(context, int) and window < context:
         raise CheckpointError(f"{path}: sliding_window is {window}, below the context of {context}; supported: none")

@@ -18,6 +18,11 @@ WORDS = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 DIGIT = r"\p{N}"
+# Tokens that end a text by what they are called, as llama.cpp has it: most files name only one of theirs as an end.
+ENDS = {
+    *("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>"),
+    *("<|call|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "< EOT >", "<｜end▁of▁sentence｜>"),
+}
 
 
 class ConversionError(ValueError):
@@ -89,6 +94,7 @@ def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
         raise
     except Exception as error:  # the library raises plain Exception
         raise ConversionError(f"tokenizer: {one_line(error)}") from error
+    kinds = [Kind.CONTROL if token in ENDS else kind for token, kind in zip(tokens, kinds, strict=True)]
     for kind in (Kind.CONTROL, Kind.USER_DEFINED):
         added = [
             AddedToken(token, normalized=False, special=kind == Kind.CONTROL)

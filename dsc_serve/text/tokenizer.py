@@ -26,6 +26,8 @@ class Tokenizer:
     the tokenizer does not have, as in a padded vocabulary, decode to nothing.
 
     vocab_size: one more than the highest token id. eos_token_id, bos_token_id: None where the model names none.
+    add_bos_token, add_eos_token: True or False where a prompt gets this token or does not, whatever
+        tokenizer.json says.
     chat_template: None where the model has none.
     Raises ValueError when the tokenizer's decoder is of an unsupported kind.
     """
@@ -36,7 +38,8 @@ class Tokenizer:
         *,
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
-        add_bos_token: bool = False,
+        add_bos_token: object = None,
+        add_eos_token: object = None,
         chat_template: ChatTemplate | None = None,
     ) -> None:
         # A tokenizer saved after training may still cut or fill its texts; a prompt must arrive whole.
@@ -49,10 +52,9 @@ class Tokenizer:
         self.chat_template = chat_template
         self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self._pieces = Pieces(backend, self.vocab_size)
-        own_prefix = backend.encode("", add_special_tokens=True).ids[:1]
-        self._prefix: list[int] = []
-        if add_bos_token and bos_token_id is not None and bos_token_id not in own_prefix:
-            self._prefix = [bos_token_id]
+        before, after = own_frame(backend)
+        framed = wanted(before, bos_token_id, add_bos_token), wanted(after, eos_token_id, add_eos_token)
+        self._frame = None if framed == (before, after) else framed
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -77,7 +79,8 @@ class Tokenizer:
                 backend,
                 eos_token_id=ids["eos_token"],
                 bos_token_id=ids["bos_token"],
-                add_bos_token=config.get("add_bos_token") is True,
+                add_bos_token=config.get("add_bos_token"),
+                add_eos_token=config.get("add_eos_token"),
                 chat_template=load_chat_template(folder, config, named),
             )
         except ChatTemplateError as error:
@@ -90,15 +93,16 @@ class Tokenizer:
 
         Raises TokenizerError when the text is not valid Unicode (a lone surrogate) or has no tokens for a part of it.
         """
+        framed = add_special_tokens and self._frame is not None
         try:
             # a batch of one: only batches release the interpreter's lock while they encode
-            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens and not framed)
             ids: list[int] = encoding.ids
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which is not valid Unicode") from error
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"the text cannot be encoded: {one_line(error)}") from error
-        return [*self._prefix, *ids] if add_special_tokens and self._prefix else ids
+        return [*self._frame[0], *ids, *self._frame[1]] if framed and self._frame is not None else ids
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template, which writes its special tokens itself. Raises TokenizerError."""
@@ -142,6 +146,25 @@ class Tokenizer:
     def visible(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether decoding shows the token."""
         return not (skip_special_tokens and token_id in self._special) and self._pieces.known(token_id)
+
+
+def own_frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that tokenizer.json puts before and behind a text."""
+    marks: list[int] = backend.encode("", add_special_tokens=True).ids
+    if marks:
+        text = next(iter(backend.get_vocab(with_added_tokens=False)), "")
+        within, ids = (backend.encode(text, add_special_tokens=framed).ids for framed in (False, True))
+        for start in range(len(marks) + 1):
+            if within and ids == [*marks[:start], *within, *marks[start:]]:
+                return marks[:start], marks[start:]
+    return marks, []
+
+
+def wanted(marks: list[int], token_id: int | None, add: object) -> list[int]:
+    """These special tokens with a token or without it; `add`: as the model's settings say, True, False or nothing."""
+    if add is True and token_id is not None and token_id not in marks:
+        return [token_id, *marks]
+    return [mark for mark in marks if mark != token_id] if add is False else marks
 
 
 def read_config(path: Path) -> dict[str, object]:

@@ -18,7 +18,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from dsc_serve.text.chat import TEMPLATE_FILE
+from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, read_config
 from dsc_serve.train.checkpoint import write_whole
 from dsc_serve.train.settings import DataSettings, TrainError
 
@@ -151,7 +152,7 @@ def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, fold
     if given is not None and folder.resolve() in (given, given.parent):
         raise TrainError(f"data.tokenizer is {settings.tokenizer!r}, where the run writes its own; name another place")
     shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # what a preparation that failed has left behind
-    for name in (TOKENIZER_FILE, CONFIG_FILE):
+    for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
         (folder / name).unlink(missing_ok=True)
     (folder / HELD_OUT).mkdir(parents=True)
     parts = {source_name(file): split(read_text(file), settings.held_out) for file in files}
@@ -199,8 +200,9 @@ def _tokenizer(
         if not file.is_file():
             raise TrainError(f"data.tokenizer is {settings.tokenizer!r}: no {TOKENIZER_FILE} there")
         shutil.copyfile(file, folder / TOKENIZER_FILE)
-        if (file.parent / CONFIG_FILE).is_file():
-            shutil.copyfile(file.parent / CONFIG_FILE, folder / CONFIG_FILE)
+        for name in (CONFIG_FILE, TEMPLATE_FILE):
+            if (file.parent / name).is_file():
+                shutil.copyfile(file.parent / name, folder / name)
     if not (folder / CONFIG_FILE).is_file():
         has_end = Backend.from_file(str(folder / TOKENIZER_FILE)).token_to_id(END_OF_TEXT) is not None
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "chat_template": CHAT_TEMPLATE}
@@ -208,6 +210,14 @@ def _tokenizer(
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf8")
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
+    if tokenizer.encode(""):  # training reads texts without such marks, so the model must be served without them
+        config = read_config(folder / CONFIG_FILE) | {"add_bos_token": False, "add_eos_token": False}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf8")
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer is not None
+    if marks := tokenizer.encode(""):
+        why = "which are not the bos_token in front or the eos_token behind, and cannot be left out"
+        raise TrainError(f"the tokenizer adds the tokens {marks} to every text, {why}")
     if tokenizer.vocab_size > vocab_size:
         raise TrainError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than vocab_size, {vocab_size}")
     return tokenizer

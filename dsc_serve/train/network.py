@@ -14,6 +14,8 @@ from dsc_serve.model.rope import rope_table
 from dsc_serve.train.ffn import TRAINED, Pass, Trace, Weights
 from dsc_serve.train.functions import causal_attention, head_loss, rotated
 
+SEEDS = 2**63  # beyond which torch takes none
+
 
 @dataclass
 class Outcome:
@@ -49,7 +51,7 @@ class Network:
             x = x + self._attention(own, self._norm(own, "input_layernorm", x))
             mlp = {k.removeprefix("mlp."): w for k, w in own.items() if k.startswith("mlp.")}
             routed = self._norm(own, "post_attention_layernorm", x).flatten(0, 1)
-            layer_mode = replace(mode, noise=mode.noise * config.num_hidden_layers + i)
+            layer_mode = replace(mode, noise=(mode.noise * config.num_hidden_layers + i) % SEEDS)
             y, trace = TRAINED[config.ffn.kind](config, mlp, routed, layer_mode)
             x = x + y.view_as(x)
             traces.append(trace)

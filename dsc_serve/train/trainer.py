@@ -189,7 +189,7 @@ class Trainer:
         rows = max(1, self.settings.schedule.micro_tokens // phase.length)
         for i, part in enumerate(torch.split(windows, rows)):
             weight = len(part) / len(windows)
-            noise = (self.settings.run.seed << 40) + (self.step << 8) + i
+            noise = (self.settings.run.seed << 40) + (self.step << 8) + i  # of the pass; each layer makes its own of it
             mode = Pass(self.settings.losses, noise=noise, frame=0.0 if i else 1 / weight)
             outcome = self.network(self.working, part, mode)
             ((outcome.loss + outcome.terms) * weight).backward()  # type: ignore[no-untyped-call]

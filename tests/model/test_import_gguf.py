@@ -218,6 +218,17 @@ def test_a_byte_level_tokenizer_comes_back_with_its_template(tmp_path: Path) -> 
     assert [tokens[i] for i in tokenizer.encode_chat(rendered)] == ["<start>", "Hello", "<end>"]
 
 
+def test_tokens_that_are_called_ends_are_ends(tmp_path: Path) -> None:
+    vocabulary = byte_level_vocabulary()
+    vocabulary["tokens"][318:], vocabulary["kinds"][318:] = ["<|im_end|>", "<|endoftext|>"], [1, 3]
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    found = import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert found.eos_token_ids == (vocabulary["eos_token_id"], 318, 319)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer is not None and tokenizer.encode("<|im_end|>")[-1] == 318
+    assert tokenizer.is_special(318) and tokenizer.is_special(319)
+
+
 def test_a_sentencepiece_tokenizer_comes_back(tmp_path: Path) -> None:
     vocabulary = sentencepiece_vocabulary()
     write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)

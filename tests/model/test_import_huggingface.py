@@ -118,9 +118,9 @@ def test_biases_are_where_the_architecture_has_them(
 
 @pytest.mark.parametrize(
     ("generation", "config_eos", "expected"),
-    [([3, 5], 7, (3, 5)), (4, 7, (4,)), (None, [7, 8], (7, 8)), (None, 7, (7,)), (None, None, (2,))],
+    [([3, 5], 7, (3, 5, 2)), (4, 7, (4, 2)), (None, [7, 2], (7, 2)), (None, 7, (7, 2)), (None, None, (2,))],
 )
-def test_end_of_text_of_generation_config_then_config_then_tokenizer(
+def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
     generation: Any, config_eos: Any, expected: tuple[int, ...], folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = folder(expected_tensors(), eos_token_id=config_eos)

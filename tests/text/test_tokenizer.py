@@ -125,6 +125,35 @@ def test_add_bos_token_is_honoured_once(model_folder: Folder, fresh_backend: tok
     assert tokenizer.encode("hi") == [0, *plain]
 
 
+@pytest.mark.parametrize(
+    ("said", "before", "after"),
+    [
+        ({}, [0], [1]),
+        ({"add_bos_token": False}, [], [1]),
+        ({"add_eos_token": False}, [0], []),
+        ({"add_bos_token": False, "add_eos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [0], [1]),
+        ({"add_bos_token": None}, [0], [1]),
+    ],
+)
+def test_the_settings_decide_which_marks_a_prompt_gets(
+    said: dict[str, object],
+    before: list[int],
+    after: list[int],
+    model_folder: Folder,
+    fresh_backend: tokenizers.Tokenizer,
+) -> None:
+    fresh_backend.post_processor = processors.TemplateProcessing(
+        "<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
+    )
+    tokenizer = Tokenizer.load(model_folder(fresh_backend, bos_token="<|bos|>", eos_token="<|eos|>", **said))
+    assert tokenizer is not None
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert tokenizer.encode("hi") == [*before, *plain, *after]
+    assert tokenizer.encode("") == [*before, *after]
+    assert tokenizer.encode_chat("hi") == plain
+
+
 def test_prompts_are_never_cut_or_padded(model_folder: Folder, fresh_backend: tokenizers.Tokenizer) -> None:
     backend = fresh_backend
     backend.enable_truncation(4)

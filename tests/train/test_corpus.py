@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
-from dsc_serve.train.corpus import Corpus, Sampler, prepare, split, text_files, train_tokenizer
+from dsc_serve.train.corpus import END_OF_TEXT, Corpus, Sampler, prepare, split, text_files, train_tokenizer
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import DataSettings, TrainError
 
@@ -39,6 +41,25 @@ def test_every_paragraph_is_trained_on_or_held_out() -> None:
     assert [len(stretch) for stretch in held] == [5, 5, 5, 5]
     both = [p for stretch in train + held for p in stretch]
     assert sorted(both) == sorted(text.split("\n\n"))
+
+
+def test_a_tokenizer_that_marks_texts_is_used_and_kept_without_its_marks(
+    texts: list[Path], corpus: Corpus, tmp_path: Path
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    backend = Backend.from_file(str(corpus.folder / "tokenizer.json"))
+    end = backend.token_to_id(END_OF_TEXT)
+    backend.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)])
+    backend.save(str(given / "tokenizer.json"))
+    (given / "tokenizer_config.json").write_text(f'{{"bos_token": "{END_OF_TEXT}"}}')
+    (given / "chat_template.jinja").write_text("{{ messages }}")
+    made = prepare(texts, DataSettings(tokenizer=str(given)), VOCABULARY, tmp_path / "made")
+    assert made.tokenizer.encode("It is") == corpus.tokenizer.encode("It is")
+    assert made.tokenizer.chat_template is not None
+    (given / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TrainError, match=rf"adds the tokens \[{end}\] to every text"):
+        prepare(texts, DataSettings(tokenizer=str(given)), VOCABULARY, tmp_path / "refused")
 
 
 def test_tokens_are_those_of_the_texts(texts: list[Path], corpus: Corpus, tmp_path: Path) -> None:

@@ -91,16 +91,20 @@ def main() -> None:
 
 
 @main.command(cls=ServeCommand, short_help="Serve a model over an OpenAI-compatible HTTP API.")
-@click.argument("model", required=False)
+@click.argument("folder", metavar="[MODEL]", required=False)
 @click.option("--config", "config_file", type=FILE, help="TOML file of settings; docs/configuration.md lists them.")
 @click.option("--print-config", is_flag=True, help="Print the settings that hold, with their sources, and exit.")
-@options_of(*SECTIONS, without=("model",))
-def serve(model: str | None, config_file: Path | None, print_config: bool, **options: Any) -> None:
+@options_of(*SECTIONS)
+def serve(folder: str | None, config_file: Path | None, print_config: bool, **options: Any) -> None:
     """Serve MODEL, a checkpoint folder or the embedded model's name, over an OpenAI-compatible HTTP API."""
     from dsc_serve.server.process import serve as serve_http
     from dsc_serve.worker.supervisor import EngineStartError
 
-    chosen = choose(config_file, environment(), {"model": model, **options})
+    if folder is not None:
+        if options["model"] is not None:
+            raise click.UsageError(f"MODEL is {folder!r} and --model is {options['model']!r}; give one of the two")
+        options["model"] = folder
+    chosen = choose(config_file, environment(), options)
     config = chosen.config()
     if print_config:
         click.echo(chosen.toml(), nl=False)

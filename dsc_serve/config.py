@@ -220,7 +220,7 @@ class LifeConfig(Section, frozen=True, kw_only=True):
 
 
 class LogConfig(Section, frozen=True, kw_only=True):
-    """What is logged, and where."""
+    """What the API process logs, and where; the engine's few warnings are plain lines on standard error."""
 
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="Lines for people, or one JSON object a line.")] = (
@@ -290,6 +290,8 @@ def resolve_model(name_or_path: str) -> Path:
     embedded = models_folder() / name_or_path
     if "/" not in name_or_path and embedded.is_dir():
         return embedded
+    if path.is_file() and path.suffix == ".gguf":
+        raise ConfigError(f"model {name_or_path!r} is a file; dsc-serve import-gguf FILE --out DIR converts it")
     names = sorted(p.name for p in models_folder().iterdir() if p.is_dir()) if models_folder().is_dir() else []
     raise ConfigError(
         f"model {name_or_path!r} is neither a folder nor an embedded model; embedded: {', '.join(names) or 'none'}"

@@ -11,14 +11,14 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP = 1024  # characters of one
 MAX_STOP_TOKENS = 1024
-MAX_CHOICES = 128
+MAX_CHOICES = 128  # n
 MAX_BIASES = 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
 ALL_ATOMS = -1
 MAX_PICKS = 2**20  # that one request may have reported
 MAX_GRAMMAR = 2**15  # characters; compiling a JSON schema takes time by the square of its size
-MAX_CHOICES = 2**17  # characters; choices become one automaton
+MAX_CHOICE_TEXT = 2**17  # characters of all choices; they become one automaton
 
 
 class ParameterError(ValueError):
@@ -72,7 +72,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
         if self.whitespace_pattern and self.disable_any_whitespace:
             raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
         size = sum(len(text) for text in (*texts.values(), *self.choice) if text)
-        most = MAX_CHOICES if self.choice else MAX_GRAMMAR
+        most = MAX_CHOICE_TEXT if self.choice else MAX_GRAMMAR
         if size > most:
             raise ParameterError(field, f"{field} has {size} characters; it may have at most {most}")
 

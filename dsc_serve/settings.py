@@ -162,12 +162,13 @@ def document() -> str:
         f"is the setting's in capitals after `{PREFIX}` (lists: commas between). An unknown name is an error.",
         "`dsc-serve serve --print-config` prints what holds, as such a file, with the source of every value.",
         "",
-        f"API keys come from `key_file` or from the variable `{API_KEYS}`, as `NAME:KEY,NAME:KEY`. In the",
-        "file each has a table, which `dsc-serve key NAME` prints. Beside `sha256`, the hash of the key, it may have",
-        "`weight` and `priority`, for the policies `fair` and `priority` (a request can only make itself less urgent",
-        "than its key); `streams`, `requests_per_minute` and `tokens_per_minute` (0: no limit; left out: as in",
-        "`[limits]`); `cache_salt`, to share cached prefixes only with keys of the same salt; `admin`, which opens",
-        "`/admin/state`.",
+        f"API keys come from `key_file` or from the variable `{API_KEYS}`, as `NAME:KEY,NAME:KEY`, each",
+        "of at least 16 characters; `dsc-serve key NAME` makes one. Those of the variable have the settings' limits",
+        "and do not open `/admin/state`. In the file each has a table, which that command prints, too. Beside",
+        "`sha256`, the key's hash, it may have `weight` and `priority`, for the policies `fair` and `priority` (a",
+        "request can only make itself less urgent than its key); `streams`, `requests_per_minute` and",
+        "`tokens_per_minute` (0: no limit; left out: as in `[limits]`); `cache_salt`, to share cached prefixes only",
+        "with keys of the same salt; `admin`, which opens `/admin/state`.",
     ]
     for section, config in SECTIONS.items():
         lines += ["", f"## [{section}]", "", (config.__doc__ or "").split("\n")[0], ""]

@@ -51,6 +51,7 @@ from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, re
         ("logprobs", 1.5),
         ("prompt_logprobs", -1),
         ("n", 0),
+        ("n", 129),
         ("n", 2.5),
     ],
 )

@@ -117,6 +117,14 @@ def test_what_is_printed_says_the_same_when_it_is_read(write: Write) -> None:
     assert defaults == ServerConfig()
 
 
+def test_a_model_may_be_named_with_or_without_its_flag() -> None:
+    for arguments in (["a-model"], ["--model", "a-model"]):
+        assert 'model = "a-model"  # --model' in serve(*arguments, "--print-config").output
+    result = serve("a-model", "--model", "another", "--print-config")
+    assert result.exit_code == 2
+    assert "MODEL is 'a-model' and --model is 'another'; give one of the two" in result.output
+
+
 def test_keys_are_neither_printed_nor_passed_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEYS, "someone:a-secret-of-some-length")
     result = CliRunner().invoke(main, ["serve", "--print-config"])

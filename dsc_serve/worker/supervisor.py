@@ -21,7 +21,8 @@ from dsc_serve.worker.messages import ModelInfo, Start, StartFailed, Stats, fram
 
 log = logging.getLogger(__name__)
 
-ENGINE = (sys.executable, "-m", "dsc_serve.worker.process")
+# -P: the modules that this process has, not what lies in the working directory under their names.
+ENGINE = (sys.executable, "-P", "-m", "dsc_serve.worker.process")
 STOP_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 30.0
 

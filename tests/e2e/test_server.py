@@ -143,6 +143,17 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_status(
         assert "Traceback" not in result.stderr
 
 
+def test_the_engine_takes_no_modules_from_the_working_directory(
+    golden_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('taken from the working directory')\n")
+    arguments = ["serve", str(golden_folder("dsc").resolve()), "--kernels", "abacus", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "dsc_serve.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "kernels 'abacus' are not available" in result.stderr
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_aborts_its_request(tiny: RunningServer, stream: bool) -> None:
     body = {"prompt": "On and on", "max_tokens": 900, "ignore_eos": True, "stream": stream}

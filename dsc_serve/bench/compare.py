@@ -30,9 +30,10 @@ from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
 
 MAKE_LIMIT_S = 600.0
+DYING_S = 1.0  # from when a server's connections break until its end can be seen, at most
 WARM_REQUESTS = 6  # before each: a system that waited while others ran begins slowly
 SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of figures that rows need not repeat
-CLI = (sys.executable, "-m", "dsc_serve.cli")
+CLI = (sys.executable, "-P", "-m", "dsc_serve.cli")
 
 Report = Callable[[str], None]
 Keep = Callable[[Results], None]
@@ -137,7 +138,7 @@ class Arena:
 
     def look_inside(self, system: System, folder: Path) -> None:
         contestant = self.contestants[system.name]
-        command = [sys.executable, "-m", "dsc_serve.bench.inside", str(folder), "--threads", str(self.threads)]
+        command = [sys.executable, "-P", "-m", "dsc_serve.bench.inside", str(folder), "--threads", str(self.threads)]
         if not system.ours:
             command.append("--foreign")
         else:
@@ -306,9 +307,9 @@ def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server]
     try:
         result = run_load(config)
     except LoadError as error:
-        arena.skip(system, servers[name].end() or str(error), " from here on")
+        arena.skip(system, servers[name].end(DYING_S) or str(error), " from here on")
         return None
-    if end := servers[name].end():
+    if end := servers[name].end(DYING_S if result.to_dict()["failed"] else 0.0):
         arena.skip(system, end, " from here on")
         return None
     taken = time.perf_counter() - begun

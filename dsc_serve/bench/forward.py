@@ -17,7 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops
+from dsc_kernels import native, ops
+from dsc_kernels.native import RouterPrecision
 from dsc_kernels.plan import Planner
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe
 from dsc_serve.bench.layer import with_threads
@@ -32,12 +33,13 @@ BLOCK = 16
 WARM = 2
 LIKE = 0.05  # relative distance of the last hidden states within which a layer computes the same, in bfloat16
 
-SYSTEMS = {  # name: FFN kind and the frozen layer that replaces ours, if any
-    "dense": ("dense", None),
-    "moe": ("moe", None),
-    "moe, loop": ("moe", ScriptMoe),
-    "dsc": ("dsc", None),
-    "dsc, script's layer": ("dsc", ScriptDsc),
+SYSTEMS: dict[str, tuple[str, Any, RouterPrecision]] = {  # FFN kind, the frozen layer in place of ours, DSC's router
+    "dense": ("dense", None, "auto"),
+    "moe": ("moe", None, "auto"),
+    "moe, loop": ("moe", ScriptMoe, "auto"),
+    "dsc": ("dsc", None, "auto"),
+    "dsc, exact router": ("dsc", None, "exact"),
+    "dsc, script's layer": ("dsc", ScriptDsc, "auto"),
 }
 
 
@@ -118,10 +120,16 @@ class Forward:
         return self.model.head(self.model.norm(self.hidden()), out_dtype=self.model.dtype)
 
 
-def build(kind: str, bench: ForwardBench, frozen: Any, tensors: Mapping[str, Tensor]) -> Decoder:
+def build(
+    kind: str, bench: ForwardBench, frozen: Any, tensors: Mapping[str, Tensor], router: RouterPrecision = "auto"
+) -> Decoder:
     """A model of the kind, its FFNs replaced by frozen ones where these are given."""
-    config = preset_config(bench.preset, kind)
-    model = Decoder(config, tensors, torch.bfloat16, torch.device("cpu"))
+    config, before = preset_config(bench.preset, kind), native.router_precision()
+    native.use_router(router)
+    try:
+        model = Decoder(config, tensors, torch.bfloat16, torch.device("cpu"))
+    finally:
+        native.use_router(before)
     for layer in dsc_layers(model):
         layer.planner = Planner("auto", layer.shape, constants(model.dtype))
     if frozen is not None:
@@ -141,11 +149,11 @@ def run_forward(bench: ForwardBench, report: Callable[[str], None] = lambda line
         result = ForwardResult(bench, machine | {"torch": str(torch.__version__), "kernels": ops.description()}, date)
         systems: dict[str, Forward] = {}
         wrong: dict[str, str] = {}
-        for name, (kind, frozen) in SYSTEMS.items():
+        for name, (kind, frozen, router) in SYSTEMS.items():
             report(f"{name}: building")
             config = preset_config(bench.preset, kind)
             tensors = dict(initial_tensors(config, bench.seed, torch.bfloat16))
-            systems[name] = Forward(build(kind, bench, frozen, tensors), whole_batch(config, bench))
+            systems[name] = Forward(build(kind, bench, frozen, tensors, router), whole_batch(config, bench))
             if frozen is not None:
                 ours, theirs = systems[kind].hidden().float(), systems[name].hidden().float()
                 distance = float((ours - theirs).norm() / ours.norm())

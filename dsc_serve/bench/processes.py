@@ -92,10 +92,13 @@ class Server:
             time.sleep(POLL_S)
         self.start_s = time.monotonic() - begun
 
-    def end(self) -> str | None:
-        """How it ended, with the last that it printed; None while it runs."""
-        status = self._process.poll()
-        return None if status is None else f"it ended with status {status}: {self.tail()}"
+    def end(self, within_s: float = 0.0) -> str | None:
+        """How it ended, with the last that it printed; None where it runs on for so long."""
+        try:
+            status = self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"it ended with status {status}: {self.tail()}"
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)

@@ -8,11 +8,15 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from dsc_kernels import native
+from dsc_kernels.native import RouterPrecision
 from dsc_serve.bench import forward
 from dsc_serve.bench.comparison import ComparisonError
 from dsc_serve.bench.forward import Forward, ForwardBench, build, run_forward, whole_batch
 from dsc_serve.bench.forward_command import forward_command
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.decoder import dsc_layers
+from dsc_serve.model.description import screens
 from dsc_serve.model.initial import initial_tensors, preset_config
 
 SMALL = ForwardBench(sequences=2, length=20, repeats=2, threads=1)
@@ -46,11 +50,21 @@ def test_every_system_gets_a_time_and_is_compared_with_our_moe(tmp_path: Path) -
     done = CliRunner().invoke(forward_command, [*options, "--json", str(file), "--into", str(document)])
     assert done.exit_code == 0, done.output
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert [row["system"] for row in rows] == ["dense", "moe", "moe, loop", "dsc", "dsc, script's layer"]
+    names = ["dense", "moe", "moe, loop", "dsc", "dsc, exact router", "dsc, script's layer"]
+    assert [row["system"] for row in rows] == names
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in rows)
     text = document.read_text(encoding="utf-8")
     assert "| moe, loop |" in text
     assert "`dsc-serve bench forward --sequences 2 --length 20 --repeats 2 --threads 1`, 20" in text and "cpu " in text
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels here")
+@pytest.mark.parametrize(("router", "screened"), [("exact", False), ("int8-certified", True)])
+def test_a_model_gets_the_router_that_is_asked_for(router: RouterPrecision, screened: bool) -> None:
+    config, before = forward.preset_config("paper", "dsc"), native.router_precision()
+    model = build("dsc", SMALL, None, dict(initial_tensors(config, 0, torch.bfloat16)), router)
+    assert [screens(layer) for layer in dsc_layers(model)] == [screened] * config.num_hidden_layers
+    assert native.router_precision() == before
 
 
 def test_a_wrong_layer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +75,7 @@ def test_a_wrong_layer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, x: Tensor) -> Tensor:
             return 3 * x
 
-    monkeypatch.setitem(forward.SYSTEMS, "moe, loop", ("moe", Wrong))
+    monkeypatch.setitem(forward.SYSTEMS, "moe, loop", ("moe", Wrong, "auto"))
     result = run_forward(SMALL)
     row = next(row for row in result.rows if row.system == "moe, loop")
     assert row.mean_ms is None and "differs from ours" in row.wrong

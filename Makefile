@@ -19,8 +19,9 @@ install: $(STAMP) ## make .venv and install the package, the test tools and the 
 
 $(STAMP): pyproject.toml setup.py $(wildcard kernels/dsc_kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=…"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -c 'from dsc_kernels import native; native.available() or print("No C++ kernels here: plain torch serves, more slowly. They need x86-64 with AVX2, g++ and the headers of Python.")'
 	@touch $@
 
 serve: install ## serve MODEL on 127.0.0.1:PORT

@@ -53,7 +53,7 @@ class Tokenizer:
         self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self._pieces = Pieces(backend, self.vocab_size)
         before, after = own_frame(backend)
-        framed = wanted(before, bos_token_id, add_bos_token), wanted(after, eos_token_id, add_eos_token)
+        framed = wanted(before, bos_token_id, add_bos_token), wanted(after[::-1], eos_token_id, add_eos_token)[::-1]
         self._frame = None if framed == (before, after) else framed
 
     @classmethod
@@ -161,7 +161,7 @@ def own_frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def wanted(marks: list[int], token_id: int | None, add: object) -> list[int]:
-    """These special tokens with a token or without it; `add`: as the model's settings say, True, False or nothing."""
+    """These marks, the outermost first, with a token or without it; `add`: as settings say, True, False or nothing."""
     if add is True and token_id is not None and token_id not in marks:
         return [token_id, *marks]
     return [mark for mark in marks if mark != token_id] if add is False else marks

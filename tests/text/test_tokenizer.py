@@ -154,6 +154,20 @@ def test_the_settings_decide_which_marks_a_prompt_gets(
     assert tokenizer.encode_chat("hi") == plain
 
 
+def test_marks_that_are_added_stand_outside_of_others(
+    model_folder: Folder, fresh_backend: tokenizers.Tokenizer
+) -> None:
+    user = fresh_backend.token_to_id("<|user|>")
+    fresh_backend.post_processor = processors.TemplateProcessing(
+        "<|user|> $A <|user|>", special_tokens=[("<|user|>", user)]
+    )
+    said = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "add_bos_token": True, "add_eos_token": True}
+    tokenizer = Tokenizer.load(model_folder(fresh_backend, **said))
+    assert tokenizer is not None
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert tokenizer.encode("hi") == [0, user, *plain, user, 1]
+
+
 def test_prompts_are_never_cut_or_padded(model_folder: Folder, fresh_backend: tokenizers.Tokenizer) -> None:
     backend = fresh_backend
     backend.enable_truncation(4)

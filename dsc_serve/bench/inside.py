@@ -137,7 +137,7 @@ def start_decoding(engine: Engine, vocabulary: int, running: int, steps: int) ->
     params = SamplingParams(temperature=0, max_tokens=steps + PROMPT_TOKENS + running, ignore_eos=True)
     for i in range(running):
         engine.add(str(i), [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)], params)
-    while engine.scheduler.waiting or any(request.gap > 1 for request in engine.scheduler.running.values()):
+    while engine.scheduler.waiting or any(request.num_uncomputed > 1 for request in engine.scheduler.running.values()):
         engine.step()
 
 

@@ -167,7 +167,7 @@ def distinct_atoms(requests: Iterable[Request]) -> int:
 
 
 def tokens_of(work: Work) -> dict[str, int]:
-    return {request.id: TOKEN for request, count in work if request.computed + count == request.known}
+    return {request.id: TOKEN for request, count in work if request.num_computed + count == request.num_tokens}
 
 
 def plan_commit_ms(policy: str, running: int, waiting: int = 0, steps: int = 200) -> float:
@@ -180,7 +180,7 @@ def plan_commit_ms(policy: str, running: int, waiting: int = 0, steps: int = 200
     for _, request in workload.arrivals(Costs(), running):
         request.max_tokens = 10**6
         scheduler.add(request)
-    while len(scheduler.running) < running or any(request.gap > 1 for request in scheduler.running.values()):
+    while len(scheduler.running) < running or any(request.num_uncomputed > 1 for request in scheduler.running.values()):
         timed_step(scheduler)
     times = []
     for _ in range(steps):

@@ -202,7 +202,7 @@ def profile(
         )
         prompt = rng.integers(0, model.config.vocab_size, PROMPT_TOKENS).tolist()
         requests[engine.add(str(i), prompt, params).id] = params
-    while any(request.gap > 1 for request in engine.scheduler.running.values()) or engine.scheduler.waiting:
+    while any(request.num_uncomputed > 1 for request in engine.scheduler.running.values()) or engine.scheduler.waiting:
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()

@@ -26,12 +26,15 @@ class StepPicks:
 
     def report(self, request: Request, start: int, count: int) -> Routing | None:
         """Of the request's tokens, `count` rows of the step from `start` on, what has not been reported before."""
-        skipped = max(request.routed - request.computed, 0)
+        skipped = max(request.routed - request.num_computed, 0)
         if skipped >= count:  # computed again after a preemption
             return None
         rows = slice(start + skipped, start + count)
         k = None if request.params.routing == ALL_ATOMS else request.params.routing
-        request.routed = request.computed + count
+        request.routed = request.num_computed + count
         return Routing.packed(
-            request.computed + skipped, self._atoms[rows, :, :k], self._coefficients[rows, :, :k], self._signal[rows]
+            request.num_computed + skipped,
+            self._atoms[rows, :, :k],
+            self._coefficients[rows, :, :k],
+            self._signal[rows],
         )

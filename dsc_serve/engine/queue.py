@@ -121,7 +121,7 @@ class Accounts:
         """Settle a request that has ended: it is charged for what it took, not for what was expected."""
         tenant = request.terms.tenant
         if request.charged:
-            self._add(request, request.known - (request.cached_tokens or 0) - request.charged)
+            self._add(request, request.num_tokens - (request.cached_tokens or 0) - request.charged)
         self._present[tenant] -= 1
         if self._present[tenant] == 0:
             del self._present[tenant]

@@ -47,7 +47,7 @@ class Request:
     collect: Collect | None = None
     terms: Terms = field(default_factory=Terms)
     seed: int = 0
-    computed: int = 0
+    num_computed: int = 0
     routed: int = 0
     reported: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -71,13 +71,13 @@ class Request:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
 
     @property
-    def known(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.tokens)
 
     @property
-    def gap(self) -> int:
+    def num_uncomputed(self) -> int:
         """Tokens known but not yet computed."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed
 
     @property
     def output_size(self) -> int:

@@ -202,7 +202,7 @@ class Runner:
         for request, count in ordered:
             if request.wants_prompt_logits and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
-            if request.computed + count == request.known and request.max_tokens > 0:
+            if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
                 rows.append(start + count - 1)
                 requests.append(request)
             start += count
@@ -231,7 +231,7 @@ class Runner:
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
         longest = self._longest  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
-            longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
+            longest = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
         return self.model.hidden(StepBatch(*inputs, decodes, longest, chunks), self.pools, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
@@ -239,17 +239,17 @@ class Runner:
         token_ids, positions, slot_blocks, slot_offsets = self._inputs.columns
         contexts, size = self._inputs.rows, self.block_size
         single = [request for request, _ in ordered[:decodes]]
-        computed = [request.computed for request in single]
-        token_ids[:decodes] = [request.tokens[request.computed] for request in single]
-        positions[:decodes] = computed
-        slot_blocks[:decodes] = [request.blocks[request.computed // size] for request in single]
-        slot_offsets[:decodes] = [position % size for position in computed]
-        contexts[:decodes] = [position + 1 for position in computed]
+        num_computed = [request.num_computed for request in single]
+        token_ids[:decodes] = [request.tokens[request.num_computed] for request in single]
+        positions[:decodes] = num_computed
+        slot_blocks[:decodes] = [request.blocks[request.num_computed // size] for request in single]
+        slot_offsets[:decodes] = [position % size for position in num_computed]
+        contexts[:decodes] = [position + 1 for position in num_computed]
         for row, (request, _) in enumerate(ordered):
             self._inputs.hold(row, request.table)
         chunks, start = [], decodes
         for row, (request, count) in enumerate(ordered[decodes:], decodes):
-            first, end = request.computed, request.computed + count
+            first, end = request.num_computed, request.num_computed + count
             new = slice(start, start + count)
             token_ids[new] = request.tokens[first:end]
             positions[new] = np.arange(first, end)
@@ -282,12 +282,12 @@ class Runner:
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
         """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
-        first = max(request.computed, request.reported)
-        end = min(request.computed + hidden.shape[0], request.prompt_size)
+        first = max(request.num_computed, request.reported)
+        end = min(request.num_computed + hidden.shape[0], request.prompt_size)
         entries: list[TokenLogprobs | None] = [None] if first == 0 else []
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)
-            logits = self.model.logits(hidden[start - request.computed : stop - request.computed])
+            logits = self.model.logits(hidden[start - request.num_computed : stop - request.num_computed])
             if request.collect is not None:
                 request.collected.append(request.collect(start, logits))
             if request.params.prompt_logprobs is not None:

@@ -45,13 +45,15 @@ class FakeRunner:
         for request, count in work:
             if request.id in self.fail_on:
                 raise RuntimeError("out of luck")
-            for position in range(request.computed, request.computed + count):
+            for position in range(request.num_computed, request.num_computed + count):
                 block = request.blocks[position // self.block_size]
                 self.pool[block][position % self.block_size] = request.tokens[position]
         for request, count in work:
-            if request.computed + count < request.known or request.max_tokens == 0:
+            if request.num_computed + count < request.num_tokens or request.max_tokens == 0:
                 continue
-            held = [self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(request.known)]
+            held = [
+                self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(request.num_tokens)
+            ]
             assert held == request.tokens, "the KV pool does not hold what the request knows"
             result.tokens[request.id] = self.sampler(hashed_logits(held)[None].clone(), [request])[0]
         return result

@@ -45,9 +45,9 @@ def tokens_served(policy: str, tenants: list[Tenant], running: int, step_tokens:
                 scheduler.add(Request(name, len(tokens), tokens, SamplingParams(), most, terms=terms))
         plan = scheduler.plan()
         work = scheduler.begin(plan)
-        tokens_now = {r.id: rng.randrange(99) for r, count in work if r.computed + count == r.known}
+        tokens_now = {r.id: rng.randrange(99) for r, count in work if r.num_computed + count == r.num_tokens}
         for request, count in work:
-            prompt = min(count, max(0, request.prompt_size - request.computed))
+            prompt = min(count, max(0, request.prompt_size - request.num_computed))
             served[request.terms.tenant] += prompt + (request.id in tokens_now)
         for name, reason in scheduler.commit(plan, tokens_now, frozenset()).items():
             if reason is not None:

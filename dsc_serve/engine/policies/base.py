@@ -22,11 +22,11 @@ class RequestView(Protocol):
     @property
     def terms(self) -> Terms: ...
     @property
-    def known(self) -> int: ...
+    def num_tokens(self) -> int: ...
     @property
-    def computed(self) -> int: ...
+    def num_computed(self) -> int: ...
     @property
-    def gap(self) -> int: ...
+    def num_uncomputed(self) -> int: ...
     @property
     def blocks(self) -> Sequence[int]: ...
     @property
@@ -69,11 +69,11 @@ class View:
 
     def blocks_needed(self, request: RequestView, tokens: int) -> int:
         """Blocks to allocate before so many more of a running request's tokens can be computed."""
-        return max(0, blocks_for(request.computed + tokens, self.block_size) - len(request.blocks))
+        return max(0, blocks_for(request.num_computed + tokens, self.block_size) - len(request.blocks))
 
     def cached(self, request: RequestView) -> list[int]:
         """The blocks that a waiting request would find in the prefix cache; its last token is computed in any case."""
-        return self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        return self.pool.match(request.names[: (request.num_tokens - 1) // self.block_size])
 
 
 @dataclass(frozen=True)

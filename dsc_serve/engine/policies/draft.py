@@ -39,19 +39,19 @@ class Draft:
 
     def advance_singles(self) -> list[RequestView]:
         """Plan for those that run and have one token to compute; returns those with more."""
-        gaps = [(request, request.gap) for request in self.running]
-        self._advance_singles([request for request, gap in gaps if gap == 1][: self.left])
+        uncomputed = [(request, request.num_uncomputed) for request in self.running]
+        self._advance_singles([request for request, num_uncomputed in uncomputed if num_uncomputed == 1][: self.left])
         self._protect_singles()
-        return [request for request, gap in gaps if gap > 1]
+        return [request for request, num_uncomputed in uncomputed if num_uncomputed > 1]
 
     def advance_chunk(self, request: RequestView) -> None:
         """Plan for one that has run until now and has more than a token to compute."""
         if request.id in self._preempted:
             return
-        count = self._chunk(request.gap, request.computed, self.left)
+        count = self._chunk(request.num_uncomputed, request.num_computed, self.left)
         if self._admitted:
             spare = max(0, self.free - len(self.running))
-            count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.computed)
+            count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.num_computed)
         if count:
             self._compute(request, count)
 
@@ -62,25 +62,25 @@ class Draft:
         admission does not cause preemption at once.
         """
         cached = self.view.cached(request)
-        computed = len(cached) * self.view.block_size
+        num_computed = len(cached) * self.view.block_size
         chosen = self._enough(request, cached, victims)
         if chosen is None:
             return False
         left = self.left + sum(self.plan.tokens.get(victim.id, 0) for victim in chosen)
-        count = self._chunk(request.known - computed, computed, left)
+        count = self._chunk(request.num_tokens - num_computed, num_computed, left)
         if count == 0:
             return False
         for victim in chosen:
             self._preempt(victim)
         self.free -= self._needed(request, cached, self._given_up)
-        self._plan(request, count, computed)
+        self._plan(request, count, num_computed)
         self.running.append(request)
         self._admitted = True
         return True
 
     def _advance_singles(self, singles: Sequence[RequestView]) -> None:
         size = self.view.block_size
-        full = [request for request in singles if request.computed % size == 0]
+        full = [request for request in singles if request.num_computed % size == 0]
         needed = sum([self.view.blocks_needed(request, 1) for request in full])
         if needed > self.free:
             for request in singles:
@@ -99,14 +99,14 @@ class Draft:
         target = self.budget.itl_target_ms or max(SHORT_MS, QUIET_STEPS * quiet)
         self._spare_ms = max(0.0, target - quiet)
 
-    def _chunk(self, gap: int, computed: int, left: int) -> int:
+    def _chunk(self, num_uncomputed: int, num_computed: int, left: int) -> int:
         """How many tokens of a gap this step takes, after so many computed ones, where so many are left."""
         estimate = self.budget.estimate
-        if gap == 1 or self._spare_ms == math.inf or estimate is None:
-            return min(gap, left)
-        within = estimate.chunk_within(self._spare_ms, computed)
+        if num_uncomputed == 1 or self._spare_ms == math.inf or estimate is None:
+            return min(num_uncomputed, left)
+        within = estimate.chunk_within(self._spare_ms, num_computed)
         least = LEAST_CHUNK if self.plan.load.tokens == 0 else 0
-        return int(min(gap, left, max(within, least)))
+        return int(min(num_uncomputed, left, max(within, least)))
 
     def _compute(self, request: RequestView, count: int) -> None:
         """Plan tokens of a running request; when blocks run out, preempt from the end, at last the request itself."""
@@ -117,21 +117,21 @@ class Draft:
         if needed > self.free:
             self._preempt(request)
             return
-        self._plan(request, count, request.computed)
+        self._plan(request, count, request.num_computed)
         self.free -= needed
 
-    def _plan(self, request: RequestView, count: int, computed: int) -> None:
+    def _plan(self, request: RequestView, count: int, num_computed: int) -> None:
         self.plan.tokens[request.id] = count
-        self.plan.load.add(count, computed)
+        self.plan.load.add(count, num_computed)
         self.left -= count
         if count > 1 and self.budget.estimate is not None:
-            self._spare_ms = max(0.0, self._spare_ms - self.budget.estimate.chunk_ms(count, computed))
+            self._spare_ms = max(0.0, self._spare_ms - self.budget.estimate.chunk_ms(count, num_computed))
 
     def _preempt(self, request: RequestView) -> None:
         self.free += self._released(request, self._given_up) + self._planned_blocks(request)
         count = self.plan.tokens.pop(request.id, 0)
         if count:
-            self.plan.load.add(count, request.computed, -1)
+            self.plan.load.add(count, request.num_computed, -1)
         self.left += count
         self.running.remove(request)
         self._preempted.add(request.id)
@@ -155,7 +155,7 @@ class Draft:
         """Blocks that a waiting request takes from the available ones."""
         owners = self.view.pool.owners
         idle = sum(owners(block) == given_up[block] for block in cached)
-        return blocks_for(request.known, self.view.block_size) - len(cached) + idle
+        return blocks_for(request.num_tokens, self.view.block_size) - len(cached) + idle
 
     def _released(self, request: RequestView, given_up: Counter[int]) -> int:
         """Blocks that nobody else owns once this request is preempted."""

@@ -12,6 +12,6 @@ def shortest_prefill(view: View, budget: Budget) -> Plan:
     draft = Draft(view, budget)
     if draft.advance() and draft.left and len(draft.running) < budget.running:
         window = list(view.waiting)
-        merits = [len(view.cached(request)) * view.block_size - request.known for request in window]
+        merits = [len(view.cached(request)) * view.block_size - request.num_tokens for request in window]
         admit_best(draft, window, merits)
     return draft.plan

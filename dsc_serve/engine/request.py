@@ -53,8 +53,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     collected: list[Tensor] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    root: bytes | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
+    hash_seed: bytes | None = None
     cached_tokens: int | None = None
     queued_s: float = 0.0
     arrived: float = 0.0

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
-from dsc_serve.engine.kv_cache import BlockPool, block_name, blocks_for, root_name
+from dsc_serve.engine.kv_cache import BlockPool, block_hash, blocks_for, hash_seed
 from dsc_serve.engine.policies import Budget, Plan, Policy, View
 from dsc_serve.engine.queue import Accounts, Queue
 from dsc_serve.engine.request import NO_BLOCKS, Request
@@ -53,8 +53,8 @@ class Scheduler:
         """Queue a request that arrived so long ago."""
         request.arrived = self.clock() - age_s
         if self._secret is not None and not request.wants_prompt_rows:
-            request.root = root_name(self._secret, request.terms.cache_salt)
-            self._name_blocks(request, request.num_tokens // self.block_size)
+            request.hash_seed = hash_seed(self._secret, request.terms.cache_salt)
+            self._hash_blocks(request, request.num_tokens // self.block_size)
         self.accounts.enter(request)
         self._deadlines.add(request)
         self.waiting.push(request)
@@ -110,7 +110,7 @@ class Scheduler:
             if request.cached_tokens is None:
                 self._count_hits(request)
             request.num_computed += count
-            if request.num_computed % size < count and request.root is not None:
+            if request.num_computed % size < count and request.hash_seed is not None:
                 self._publish(request, count)
             token = tokens.get(request_id)
             if token is not None:
@@ -178,7 +178,7 @@ class Scheduler:
         self.accounts.charge(request)
         self.waiting.rerank(request.terms)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
-        request.blocks = self.pool.match(request.names[: (request.num_tokens - 1) // self.block_size])
+        request.blocks = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
         self.pool.share(request.blocks)
         request.num_computed = len(request.blocks) * self.block_size
         request.table = np.array(request.blocks, dtype=np.int64)
@@ -186,7 +186,7 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """Whether there are blocks to admit a waiting request, beside one to spare for each that runs."""
-        found = self.pool.match(request.names[: (request.num_tokens - 1) // self.block_size])
+        found = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
         shared = sum(self.pool.owners(block) > 0 for block in found)
         needed = blocks_for(request.num_tokens, self.block_size) - shared
         return needed + len(self.running) <= self.pool.available
@@ -197,23 +197,25 @@ class Scheduler:
 
     def _count_hits(self, request: Request) -> None:
         request.cached_tokens = min(request.num_computed, request.prompt_size)
-        if request.root is not None:
+        if request.hash_seed is not None:
             self.prompt_tokens += request.prompt_size
             self.cached_tokens += request.cached_tokens
 
     def _publish(self, request: Request, count: int) -> None:
         """Let the blocks that the last `count` computed tokens filled be found by others."""
         full = request.num_computed // self.block_size
-        self._name_blocks(request, full)
+        self._hash_blocks(request, full)
         for i in range((request.num_computed - count) // self.block_size, full):
-            self.pool.publish(request.blocks[i], request.names[i])
+            self.pool.publish(request.blocks[i], request.block_hashes[i])
 
-    def _name_blocks(self, request: Request, full: int) -> None:
+    def _hash_blocks(self, request: Request, full: int) -> None:
         """Extend the names of a request's blocks to its first `full` ones."""
-        assert request.root is not None
-        for i in range(len(request.names), full):
-            parent = request.names[-1] if request.names else request.root
-            request.names.append(block_name(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size]))
+        assert request.hash_seed is not None
+        for i in range(len(request.block_hashes), full):
+            parent = request.block_hashes[-1] if request.block_hashes else request.hash_seed
+            request.block_hashes.append(
+                block_hash(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size])
+            )
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)

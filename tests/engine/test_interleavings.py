@@ -144,7 +144,7 @@ class Interleavings(RuleBasedStateMachine):
         pool, runner = self.scheduler.pool, self.engine.runner
         assert isinstance(runner, FakeRunner)
         for request in self.scheduler.running.values():
-            for i, block in enumerate(pool.match(request.names)):
+            for i, block in enumerate(pool.match(request.block_hashes)):
                 held = request.tokens[i * self.scheduler.block_size : (i + 1) * self.scheduler.block_size]
                 assert runner.pool[block] == held
 

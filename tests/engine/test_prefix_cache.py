@@ -11,7 +11,7 @@ from fake import alone, fake_engine
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.kv_cache import BlockPool, block_name, root_name
+from dsc_serve.engine.kv_cache import BlockPool, block_hash, hash_seed
 from dsc_serve.terms import Terms
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -107,16 +107,16 @@ def test_a_preempted_request_finds_its_own_blocks_and_is_counted_once() -> None:
 
 def test_the_longest_unused_end_of_a_prefix_is_forgotten_first() -> None:
     pool = BlockPool(4)
-    names = [root_name(b"secret", "")]
+    hashes = [hash_seed(b"secret", "")]
     for i in range(3):
-        names.append(block_name(names[-1], [i]))
+        hashes.append(block_hash(hashes[-1], [i]))
     blocks = pool.allocate(3)
-    for block, name in zip(blocks, names[1:], strict=True):
+    for block, name in zip(blocks, hashes[1:], strict=True):
         pool.publish(block, name)
     pool.release(blocks)
     assert (pool.free, pool.cached) == (1, 3)
     pool.allocate(2)
-    assert pool.match(names[1:]) == blocks[:2]
+    assert pool.match(hashes[1:]) == blocks[:2]
     pool.share(blocks[:2])
     assert (pool.available, pool.owners(blocks[0])) == (0, 1)
     with pytest.raises(MemoryError, match="1 KV blocks wanted, 0 are available"):

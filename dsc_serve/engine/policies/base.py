@@ -30,7 +30,7 @@ class RequestView(Protocol):
     @property
     def blocks(self) -> Sequence[int]: ...
     @property
-    def names(self) -> Sequence[bytes]: ...
+    def block_hashes(self) -> Sequence[bytes]: ...
     @property
     def arrived(self) -> float: ...
     @property
@@ -49,7 +49,7 @@ class PoolView(Protocol):
     @property
     def available(self) -> int: ...
     def owners(self, block: int) -> int: ...
-    def match(self, names: Sequence[bytes]) -> list[int]: ...
+    def match(self, block_hashes: Sequence[bytes]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class View:
 
     def cached(self, request: RequestView) -> list[int]:
         """The blocks that a waiting request would find in the prefix cache; its last token is computed in any case."""
-        return self.pool.match(request.names[: (request.num_tokens - 1) // self.block_size])
+        return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
 
 
 @dataclass(frozen=True)

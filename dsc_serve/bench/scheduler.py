@@ -17,7 +17,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.engine.step_time import Estimate, Load
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 BLOCK_SIZE = 16
 WORDS = 16  # of a signature
@@ -79,8 +79,10 @@ class Workload:
             if rng.random() < 0.5:
                 tokens = systems[rng.integers(SYSTEM_PROMPTS)] + tokens
             params = SamplingParams(max_tokens=int(outputs[i]), ignore_eos=True, seed=i)
-            terms = Terms(tenant=f"tenant-{tenants[i]}", priority=URGENT if rng.random() < 0.1 else NORMAL)
-            request = Request(str(i), len(tokens), tokens, params, int(outputs[i]), terms=terms)
+            scheduling = SchedulingParams(
+                tenant=f"tenant-{tenants[i]}", priority=URGENT if rng.random() < 0.1 else NORMAL
+            )
+            request = Request(str(i), len(tokens), tokens, params, int(outputs[i]), scheduling=scheduling)
             picked = topics[rng.integers(TOPICS)] & (rng.random(64 * WORDS) < 0.9) | (rng.random(64 * WORDS) < 0.002)
             request.signature = np.packbits(picked).view(np.uint64)
             found.append((float(times[i]), request))
@@ -141,8 +143,8 @@ def simulate(policy: str, workload: Workload, costs: Costs, budget: Budget, bloc
 
 def figures(requests: Sequence[Request], arrived: Mapping[int, float], seen: Recorder, end: float) -> Figures:
     ttft = np.array([seen.first[r.id] - arrived[i] for i, r in enumerate(requests)])
-    urgent = np.array([r.terms.priority == URGENT for r in requests])
-    busiest = np.array([r.terms.tenant == "tenant-0" for r in requests])
+    urgent = np.array([r.scheduling.priority == URGENT for r in requests])
+    busiest = np.array([r.scheduling.tenant == "tenant-0" for r in requests])
     gaps = np.array(seen.gaps)
 
     def ms(values: NDArray[np.float64], percent: float) -> float | None:

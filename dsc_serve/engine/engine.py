@@ -26,7 +26,7 @@ from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ class Engine:
         prompt: list[int],
         params: SamplingParams,
         collect: Collect | None = None,
-        terms: Terms | None = None,
+        scheduling: SchedulingParams | None = None,
         age_s: float = 0.0,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
@@ -113,7 +113,9 @@ class Engine:
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
         max_tokens = resolve_max_tokens(prompt, params, self.limits)
-        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect, terms or Terms())
+        request = Request(
+            request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
+        )
         request.constraint = self.constraint(params)
         if self.routing is not None:
             self.routing.expect(request)
@@ -190,7 +192,7 @@ class Engine:
         return Delta(request_id, [], "error", error=reason, error_field=FIELD)
 
     def _expired(self, request: Request, field: str) -> Delta:
-        error, cached_tokens = request.terms.overdue(field), request.cached_tokens or 0
+        error, cached_tokens = request.scheduling.overdue(field), request.cached_tokens or 0
         return Delta(request.id, [], "timeout", error=error, cached_tokens=cached_tokens)
 
     def _check(self) -> None:

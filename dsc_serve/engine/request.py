@@ -13,7 +13,7 @@ from torch import Tensor
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.tally import Tally
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -45,7 +45,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     collect: Collect | None = None
-    terms: Terms = field(default_factory=Terms)
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     seed: int = 0
     num_computed: int = 0
     routed: int = 0

@@ -53,7 +53,7 @@ class Scheduler:
         """Queue a request that arrived so long ago."""
         request.arrived = self.clock() - age_s
         if self._secret is not None and not request.wants_prompt_rows:
-            request.hash_seed = hash_seed(self._secret, request.terms.cache_salt)
+            request.hash_seed = hash_seed(self._secret, request.scheduling.cache_salt)
             self._hash_blocks(request, request.num_tokens // self.block_size)
         self.accounts.enter(request)
         self._deadlines.add(request)
@@ -132,7 +132,7 @@ class Scheduler:
         if request is not None:
             self._release(request)
             self.accounts.leave(request)
-            self.waiting.rerank(request.terms)
+            self.waiting.rerank(request.scheduling)
             self._deadlines.prune(len(self.running) + len(self.waiting))
             if request.begun_at is not None:
                 self.phases.decode.observe(self.clock() - request.begun_at)
@@ -176,7 +176,7 @@ class Scheduler:
             request.queued_s = self.clock() - request.arrived
             self.phases.queue.observe(request.queued_s)
         self.accounts.charge(request)
-        self.waiting.rerank(request.terms)
+        self.waiting.rerank(request.scheduling)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
         request.blocks = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
         self.pool.share(request.blocks)

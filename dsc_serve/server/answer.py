@@ -89,7 +89,7 @@ class Shape(ABC):
         self.include_usage, self.continuous_usage = fields.include_usage, fields.continuous_usage
         self.id = answer_id
         self.user = fields.user
-        self.terms = fields.terms(service.engine.model.policy)
+        self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 

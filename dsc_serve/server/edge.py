@@ -11,11 +11,11 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import GENERATIONS, Admission, Lease
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, internal_error
 from dsc_serve.server.keys import Key, KeyRing
 from dsc_serve.server.metrics.requests import Metrics
-from dsc_serve.terms import Terms
 
 log = logging.getLogger("dsc_serve.requests")
 
@@ -47,8 +47,8 @@ class Exchange:
         self.key: Key | None = None
         self.lease = Lease(admission.permits, None)
 
-    def terms(self, asked: Terms) -> Terms:
-        return asked if self.key is None else self.key.terms(asked)
+    def scheduling(self, asked: SchedulingParams) -> SchedulingParams:
+        return asked if self.key is None else self.key.scheduling(asked)
 
 
 class Edge:

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from dsc_serve.sampling_params import ALL_ATOMS
+from dsc_serve.scheduling_params import MAX_PRIORITY, MAX_TIMEOUT_S
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.fields import Fields
-from dsc_serve.terms import MAX_PRIORITY, MAX_TIMEOUT_S
 from dsc_serve.worker.messages import Delta, Routing
 
 DIGITS = 7  # of a float32 below 1
@@ -21,7 +21,7 @@ DIGITS = 7  # of a float32 below 1
 TopAtoms = Annotated[int, Field(ge=1, le=1024)]
 
 
-class TermsFields(Fields):
+class SchedulingFields(Fields):
     """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
     the engine; a request that has not ended by then ends with an error, or, once it has begun to answer, with the
     finish reason `timeout`.
@@ -31,7 +31,7 @@ class TermsFields(Fields):
     deadline_ms: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S * 1000)] | None = None
 
 
-class DscFields(TermsFields):
+class DscFields(SchedulingFields):
     """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings.
 
     return_routing: tell what every token but the last one picked. top_k_atoms: only so many atoms per layer, the

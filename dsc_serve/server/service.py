@@ -13,11 +13,11 @@ from fastapi import Request
 
 from dsc_serve.config import LimitConfig
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.metrics.requests import Metrics
-from dsc_serve.terms import Terms
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.grammar import Grammars
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def heartbeat_age_s(self) -> float: ...
 
     def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...

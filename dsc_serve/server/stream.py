@@ -61,7 +61,7 @@ class Generation(Response):
         """Raises ApiError where nothing has been sent yet."""
         exchange: Exchange = scope[EXCHANGE]
         self._arrived = exchange.arrived
-        self._terms = exchange.terms(self._shape.terms)
+        self._scheduling = exchange.scheduling(self._shape.scheduling)
         self._part = exchange.send
         exchange.lease.charge(self._prompt_tokens)
         self._service.metrics.prompt_tokens += self._prompt_tokens
@@ -149,7 +149,7 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._terms)
+            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
             async with aclosing(deltas):
                 if not await self._follow_deltas(choice, deltas, emit):
                     raise engine_failure("the engine ended the request without a reason")

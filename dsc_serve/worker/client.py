@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.connection import Connection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
 from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
@@ -123,7 +123,7 @@ class EngineClient:
             self._end(request_id, EngineDiedError(reason))
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
@@ -134,7 +134,9 @@ class EngineClient:
             raise EngineDiedError(self.trouble)
         if request_id in self._pending:
             raise ValueError(f"request id {request_id!r} is in use")
-        pending = self._pending[request_id] = Pending(Submit(request_id, prompt, params, terms or Terms()))
+        pending = self._pending[request_id] = Pending(
+            Submit(request_id, prompt, params, scheduling or SchedulingParams())
+        )
         timers, ended = self._timers(pending), False
         try:
             self._submit(pending)
@@ -184,17 +186,17 @@ class EngineClient:
         self._connection.send(pending.submit)
 
     def _timers(self, pending: Pending) -> list[asyncio.TimerHandle]:
-        limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.terms, name)) is not None}
+        limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.scheduling, name)) is not None}
         later = asyncio.get_running_loop().call_later
         return [later(limit + LATE_S, self._time_out, pending, name) for name, limit in limits.items()]
 
     def _time_out(self, pending: Pending, name: str) -> None:
         """End a request whose time was up LATE_S ago. Only where there is no engine it is known not to have begun."""
-        request_id, terms = pending.submit.request_id, pending.submit.terms
+        request_id, scheduling = pending.submit.request_id, pending.submit.scheduling
         may_have_begun = pending.begun or self._connection is not None
         if request_id in self._pending and not (name == "queue_timeout_s" and may_have_begun):
             self.finish(request_id, "abort")
-            self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=terms.overdue(name)))
+            self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=scheduling.overdue(name)))
 
     def _end(self, request_id: str, error: EngineDiedError) -> None:
         self._pending.pop(request_id).news.put(error)

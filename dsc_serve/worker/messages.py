@@ -17,7 +17,7 @@ from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.sampling_params import Limits, SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20
@@ -38,7 +38,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     request_id: str
     prompt: list[int]
     params: SamplingParams
-    terms: Terms = Terms()
+    scheduling: SchedulingParams = SchedulingParams()
     age_s: float = 0.0
 
 

@@ -151,7 +151,11 @@ class EngineProcess:
         if isinstance(message, Submit):
             try:
                 self.engine.add(
-                    message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
+                    message.request_id,
+                    message.prompt,
+                    message.params,
+                    scheduling=message.scheduling,
+                    age_s=message.age_s,
                 )
             except (ParameterError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""

@@ -15,13 +15,13 @@ from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 OVERTAKEN, OVERTAKE_S = 3, 5.0
 SHARED = [[(7 * i + j) % VOCABULARY for j in range(30)] for i in range(2)]
 SLOW = Estimate(step=1.0, single=4.0, token=1.5, pair=0.1)
 TERMS = st.builds(
-    Terms,
+    SchedulingParams,
     tenant=st.sampled_from("abc"),
     weight=st.sampled_from([0.5, 1.0, 3.0]),
     priority=st.integers(-1, 1),
@@ -36,7 +36,7 @@ class Sent:
     prompt: list[int]
     max_tokens: int
     stops: tuple[int, ...]
-    terms: Terms
+    scheduling: SchedulingParams
     tokens: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     aborted: bool = False
@@ -74,8 +74,8 @@ class Interleavings(RuleBasedStateMachine):
         self.scheduler.clock = lambda: self.now
         self.sent: dict[str, Sent] = {}
 
-    @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), terms=TERMS)
-    def arrive(self, data: st.DataObject, shared: int, which: list[int], terms: Terms) -> None:
+    @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), scheduling=TERMS)
+    def arrive(self, data: st.DataObject, shared: int, which: list[int], scheduling: SchedulingParams) -> None:
         room = self.engine.limits.max_tokens
         beginning = which[: min(shared, room - 1)]
         tail = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=room - len(beginning))
@@ -85,8 +85,8 @@ class Interleavings(RuleBasedStateMachine):
         asks = data.draw(st.sampled_from([None, None, None, 0]))
         params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=stops, prompt_logprobs=asks)
         request_id = str(len(self.sent))
-        self.sent[request_id] = Sent(prompt, max_tokens, stops, terms)
-        request = self.engine.add(request_id, prompt, params, terms=terms)
+        self.sent[request_id] = Sent(prompt, max_tokens, stops, scheduling)
+        request = self.engine.add(request_id, prompt, params, scheduling=scheduling)
         signature = data.draw(st.sampled_from([None, 0b11, 0b1100]))
         request.signature = None if signature is None else np.array([signature], dtype=np.uint64)
 

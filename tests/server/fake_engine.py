@@ -12,7 +12,7 @@ import numpy as np
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.sampling_params import ALL_ATOMS, Limits, SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Delta, ModelInfo, Routing, Stats, TokenLogprobs
 
@@ -63,7 +63,7 @@ class FakeEngine:
         self.tokens_per_step = 1
         self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3)
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
-        self.terms: list[Terms] = []
+        self.scheduling: list[SchedulingParams] = []
         self.finished: list[tuple[str, str]] = []
         self.aborted: list[str] = []
         self.running = 0
@@ -91,14 +91,14 @@ class FakeEngine:
         )
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
     ) -> AsyncGenerator[Delta, None]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")
         assert request_id not in [name for name, _, _ in self.submitted]
         assert params.n == 1
         self.submitted.append((request_id, prompt, params))
-        self.terms.append(terms or Terms())
+        self.scheduling.append(scheduling or SchedulingParams())
         self.running += 1
         ended = False
         try:

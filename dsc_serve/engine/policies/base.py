@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.step_time import Estimate, Load
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 
 class RequestView(Protocol):
@@ -20,7 +20,7 @@ class RequestView(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def terms(self) -> Terms: ...
+    def scheduling(self) -> SchedulingParams: ...
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -119,6 +119,6 @@ class Policy:
     """
 
     plan: Callable[[View, Budget], Plan]
-    lane: Callable[[Terms], Hashable] = lambda terms: 0
+    lane: Callable[[SchedulingParams], Hashable] = lambda scheduling: 0
     rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0
     by_picks: bool = False

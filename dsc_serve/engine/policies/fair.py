@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
 from dsc_serve.engine.policies.draft import Draft
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 
 def fair(view: View, budget: Budget) -> Plan:
@@ -27,13 +27,13 @@ def fair(view: View, budget: Budget) -> Plan:
         if following is None:
             heapq.heappop(lanes)
         else:
-            charged = level + request.claim / request.terms.weight
+            charged = level + request.claim / request.scheduling.weight
             heapq.heapreplace(lanes, (charged, number, following, waiting))
     return draft.plan
 
 
-def tenant_lane(terms: Terms) -> Hashable:
-    return terms.tenant
+def tenant_lane(scheduling: SchedulingParams) -> Hashable:
+    return scheduling.tenant
 
 
 def tenant_rank(lane: Hashable, levels: Levels) -> float:

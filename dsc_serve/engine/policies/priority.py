@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
 from dsc_serve.engine.policies.draft import Draft
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 
 def priority(view: View, budget: Budget) -> Plan:
@@ -15,12 +15,12 @@ def priority(view: View, budget: Budget) -> Plan:
 
     Every running request gets its single token. Of prompts, one that waits comes before less urgent ones that run.
     """
-    draft = Draft(view, budget, sorted(view.running, key=lambda request: request.terms.priority))
+    draft = Draft(view, budget, sorted(view.running, key=lambda request: request.scheduling.priority))
     prompts = deque(draft.advance_singles())
     for request in view.waiting:
-        while prompts and prompts[0].terms.priority <= request.terms.priority:
+        while prompts and prompts[0].scheduling.priority <= request.scheduling.priority:
             draft.advance_chunk(prompts.popleft())
-        less_urgent = [r for r in reversed(draft.running) if r.terms.priority > request.terms.priority]
+        less_urgent = [r for r in reversed(draft.running) if r.scheduling.priority > request.scheduling.priority]
         if draft.pressed or not draft.admit(request, less_urgent):
             break
     for request in prompts:
@@ -28,8 +28,8 @@ def priority(view: View, budget: Budget) -> Plan:
     return draft.plan
 
 
-def priority_lane(terms: Terms) -> Hashable:
-    return terms.priority
+def priority_lane(scheduling: SchedulingParams) -> Hashable:
+    return scheduling.priority
 
 
 def priority_rank(lane: Hashable, levels: Levels) -> float:

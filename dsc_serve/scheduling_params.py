@@ -13,7 +13,7 @@ MAX_TIMEOUT_S = 7 * 24 * 3600.0
 MAX_SALT = 256
 
 
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulingParams(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler may know of a request besides its tokens.
 
     tenant: whom the work is charged to ("": nobody in particular). weight: the tenant's share, relative to others'.

@@ -9,7 +9,7 @@ from fake_engine import FakeEngine
 from fastapi import FastAPI
 from serving import complete, events_of
 
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.messages import Delta
 
 LATE = Delta("", [], "timeout", error="the request did not end within its timeout_s of 2 s")
@@ -18,8 +18,8 @@ LATE = Delta("", [], "timeout", error="the request did not end within its timeou
 def test_the_engine_learns_the_terms(app: FastAPI, engine: FakeEngine) -> None:
     engine.policy = "priority"
     complete(app, user="anna", priority=-3, queue_timeout_s=1.5, timeout_s=9, cache_salt="pepper")
-    expected = Terms(tenant="anna", priority=-3, queue_timeout_s=1.5, timeout_s=9.0, cache_salt="pepper")
-    assert engine.terms == [expected]
+    expected = SchedulingParams(tenant="anna", priority=-3, queue_timeout_s=1.5, timeout_s=9.0, cache_salt="pepper")
+    assert engine.scheduling == [expected]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class LLM:
         if params.n != 1:
             raise ParameterError("n", f"n is {params.n}; a stream has one choice")
         (ids,) = self._listed([prompt])
-        resolve_max_tokens(ids, params, self.engine.limits)
+        resolve_max_tokens(ids, params, self.engine.capacity)
         TextStream(self.tokenizer, ids, params)
         self.engine.constraint(params)
         return self._follow(ids, params)
@@ -180,7 +180,7 @@ class LLM:
         Lists may be one token longer than the context. Of the logits only some rows exist at a time.
         """
         windows = self._listed(token_ids)
-        size = self.engine.limits.vocab_size
+        size = self.engine.capacity.vocab_size
         for i, window in enumerate(windows):
             if window and not 0 <= window[-1] < size:  # which no prompt will hold
                 raise ParameterError("token_ids", f"token_ids[{i}] ends with {window[-1]}; allowed: 0 to {size - 1}")

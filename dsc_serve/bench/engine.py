@@ -56,7 +56,7 @@ class Harness:
         self._count = 0
 
     def prompt(self, tokens: int) -> list[int]:
-        return [int(token) for token in self._rng.integers(0, self.engine.limits.vocab_size, tokens)]
+        return [int(token) for token in self._rng.integers(0, self.engine.capacity.vocab_size, tokens)]
 
     def add(self, prompt: list[int], max_tokens: int) -> str:
         self._count += 1

@@ -25,7 +25,7 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        limits: Limits,
+        capacity: EngineCapacity,
         runner: StepRunner,
         eos: tuple[int, ...],
         strict: bool = False,
@@ -60,9 +60,9 @@ class Engine:
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
-        self.config, self.limits, self.runner, self.strict = config, limits, runner, strict
+        self.config, self.capacity, self.runner, self.strict = config, capacity, runner, strict
         budget = Budget(config.step_tokens, config.max_running, config.itl_target_ms)
-        pool = BlockPool(limits.num_blocks)
+        pool = BlockPool(capacity.num_blocks)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
         self.report = StepReport()
@@ -71,12 +71,12 @@ class Engine:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
         self._eos = frozenset(eos)
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, capacity.vocab_size, eos)
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
         """An engine that runs a loaded model, with a KV pool of its own."""
-        limits = Limits(
+        capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
@@ -85,9 +85,9 @@ class Engine:
             atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
         )
         capture = capture_for(model.dtype, model.device)
-        runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
-        engine = cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
@@ -112,7 +112,7 @@ class Engine:
         """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
-        max_tokens = resolve_max_tokens(prompt, params, self.limits)
+        max_tokens = resolve_max_tokens(prompt, params, self.capacity)
         request = Request(
             request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
         )

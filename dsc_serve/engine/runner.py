@@ -24,7 +24,7 @@ from dsc_serve.engine.sampler import Sampler, logprobs, takes_likeliest, to_devi
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
 ALIGNMENT = 16  # Triton compiles kernels apart for sizes that this divides
@@ -130,13 +130,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Decoder, limits: Limits, step_tokens: int, max_running: int, capture: Capture | None = None
+        self,
+        model: Decoder,
+        capacity: EngineCapacity,
+        step_tokens: int,
+        max_running: int,
+        capture: Capture | None = None,
     ) -> None:
-        self.model, self.block_size = model, limits.block_size
-        self._spare_block, self._longest = limits.num_blocks, limits.max_tokens
-        self.pools = model.kv_pools(limits.num_blocks + (capture is not None), limits.block_size)
+        self.model, self.block_size = model, capacity.block_size
+        self._spare_block, self._longest = capacity.num_blocks, capacity.max_tokens
+        self.pools = model.kv_pools(capacity.num_blocks + (capture is not None), capacity.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
-        width = blocks_for(limits.max_tokens, limits.block_size)
+        width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
         self._layers = dsc_layers(model)
         self.routing = RoutingWatch(self._layers, step_tokens, model.config.vocab_size) if self._layers else None

@@ -124,7 +124,7 @@ def create_app(
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    limits = service.engine.model.limits
+    limits = service.engine.model.capacity
     return {
         "id": service.model_name,
         "object": "model",

@@ -118,7 +118,7 @@ async def create_completion(service: Service, request: Request) -> Response:
     shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0
-    context, most = service.engine.model.limits.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS
+    context, most = service.engine.model.capacity.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS
     for name, prompt in prompts.items():
         if choices:
             await asyncio.sleep(0)  # many prompts take a while: let the tokens of other requests pass

@@ -202,7 +202,7 @@ def announcement(
         f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         for host in (config.host, reachable)
     )
-    prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.limits.vocab_size)))
+    prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.capacity.vocab_size)))
     body = json.dumps({"prompt": prompt, "max_tokens": 32})
     key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return (

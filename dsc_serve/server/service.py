@@ -89,9 +89,9 @@ class Service:
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
         self._asides = 0
         if tokenizer is not None:
-            self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
+            self._grammars = Grammars(tokenizer, engine.model.capacity.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
-        self._max_characters = longest * engine.model.limits.max_tokens
+        self._max_characters = longest * engine.model.capacity.max_tokens
 
     @property
     def permits(self) -> Permits:
@@ -113,7 +113,7 @@ class Service:
             message = f"{param} is text, but this model has no tokenizer; send token ids"
             raise bad_request(param, message)
         if len(text) > self._max_characters:  # encoding it to learn that it does not fit can take seconds
-            limit = self.engine.model.limits.max_tokens
+            limit = self.engine.model.capacity.max_tokens
             message = f"{param} has {len(text)} characters, which is more than {limit} tokens can hold"
             raise bad_request(param, message, "context_length_exceeded")
         encode = self.tokenizer.encode_chat if chat else self.tokenizer.encode
@@ -164,7 +164,7 @@ class Service:
         Raises ApiError (400) when the engine could never hold the request, or this server allows less; `names` as in
         `from_parameter`.
         """
-        limits = self.engine.model.limits
+        limits = self.engine.model.capacity
         try:
             self._check_limits(prompt, params)
             room, most = limits.max_tokens - len(prompt), self.limits.max_output_tokens

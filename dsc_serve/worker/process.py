@@ -73,7 +73,7 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
 def model_info(model: Decoder, engine: Engine) -> ModelInfo:
     total, active = parameter_counts(model.config)
     return ModelInfo(
-        limits=engine.limits,
+        capacity=engine.capacity,
         dtype=str(model.dtype).removeprefix("torch."),
         device=engine.config.device,
         threads=engine.config.threads or default_threads(),

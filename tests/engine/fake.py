@@ -17,7 +17,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import StepResult
 from dsc_serve.engine.sampler import Sampler
 from dsc_serve.engine.step_time import Estimate, Load, StepTime
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 
 VOCABULARY = 29
 EOS = 0
@@ -95,8 +95,8 @@ def fake_engine(
         prefix_cache=prefix_cache,
     )
     runner = FakeRunner(blocks, block_size, fail_on)
-    limits = Limits(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
-    engine = Engine(config, limits, runner, (EOS,), strict)
+    capacity = EngineCapacity(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
+    engine = Engine(config, capacity, runner, (EOS,), strict)
     engine.scheduler.step_time = FixedStepTime(estimate)
     engine.scheduler.clock = lambda: 0.0
     return engine

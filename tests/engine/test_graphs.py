@@ -17,7 +17,7 @@ from dsc_serve.engine.graphs import LARGEST, Graph, buckets
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
-from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams
 
 
 class Recorded:
@@ -56,9 +56,11 @@ def test_a_bucket_holds_every_step_up_to_the_largest(most: int) -> None:
 
 def engine_of(folder: Path, capture: Capture | None, max_running: int) -> Engine:
     model = load_model(folder, "float32", torch.device("cpu"))
-    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
+    capacity = EngineCapacity(
+        model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4
+    )
     config = EngineConfig(max_running=max_running, step_tokens=24, block_size=4)
-    return Engine(config, limits, Runner(model, limits, 24, max_running, capture), (), strict=True)
+    return Engine(config, capacity, Runner(model, capacity, 24, max_running, capture), (), strict=True)
 
 
 def generate(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -119,9 +121,11 @@ def test_replayed_steps_count_and_captured_ones_do_not(small_model: Callable[...
     layers = dsc_layers(model)
     for layer in layers:
         layer.planner = Planner("always", layer.shape, None)
-    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
-    runner = Runner(model, limits, 24, 6, lambda compute: (Replayed(), compute()))
-    engine = Engine(EngineConfig(max_running=6, step_tokens=24, block_size=4), limits, runner, (), strict=True)
+    capacity = EngineCapacity(
+        model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4
+    )
+    runner = Runner(model, capacity, 24, 6, lambda compute: (Replayed(), compute()))
+    engine = Engine(EngineConfig(max_running=6, step_tokens=24, block_size=4), capacity, runner, (), strict=True)
     generate(engine, [[1, 2, 3]] * 3, [SamplingParams(temperature=0, max_tokens=5)] * 3)
     assert engine.counters.steps == 5
     planners = [layer.planner for layer in layers if layer.planner is not None]

@@ -76,7 +76,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), scheduling=TERMS)
     def arrive(self, data: st.DataObject, shared: int, which: list[int], scheduling: SchedulingParams) -> None:
-        room = self.engine.limits.max_tokens
+        room = self.engine.capacity.max_tokens
         beginning = which[: min(shared, room - 1)]
         tail = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=room - len(beginning))
         prompt = beginning + data.draw(tail)

@@ -193,7 +193,7 @@ def test_the_pool_takes_its_share_of_the_devices_memory(
     runner = engine.runner
     assert isinstance(runner, Runner)
     held = sum(pool.numel() * pool.element_size() for pools in runner.pools for pool in pools)
-    assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.limits.num_blocks
+    assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.capacity.num_blocks
 
 
 def test_the_bank_lies_on_the_device_once(

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import ALL_ATOMS, Limits, SamplingParams
+from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Delta, ModelInfo, Routing, Stats, TokenLogprobs
@@ -61,7 +61,7 @@ class FakeEngine:
         self.mute_stats = False
         self.gate: asyncio.Event | None = None
         self.tokens_per_step = 1
-        self.limits = Limits(VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3)
+        self.capacity = EngineCapacity(VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3)
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.scheduling: list[SchedulingParams] = []
         self.finished: list[tuple[str, str]] = []
@@ -80,7 +80,7 @@ class FakeEngine:
     @property
     def model(self) -> ModelInfo:
         return ModelInfo(
-            limits=self.limits,
+            capacity=self.capacity,
             dtype="float32",
             device="cpu",
             threads=1,

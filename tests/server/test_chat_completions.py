@@ -60,7 +60,7 @@ def test_a_chat_may_go_on_to_the_context_s_end(app: FastAPI, engine: FakeEngine)
     body = chat(app).json()
     assert engine.submitted[0][2].max_tokens is None
     assert body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"]["total_tokens"] == engine.limits.max_tokens
+    assert body["usage"]["total_tokens"] == engine.capacity.max_tokens
 
 
 @pytest.mark.parametrize(

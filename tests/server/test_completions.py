@@ -211,7 +211,7 @@ def test_without_a_tokenizer_stop_strings_are_refused(bare: FastAPI) -> None:
 
 
 def test_a_long_text_is_encoded_like_a_short_one(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    engine.limits = type(engine.limits)(300, 40000, 4000, 16)
+    engine.capacity = type(engine.capacity)(300, 40000, 4000, 16)
     body = complete(app_around(engine, tokenizer), prompt="x" * 20000, max_tokens=1).json()
     assert body["usage"]["prompt_tokens"] == 20000
 

@@ -11,7 +11,7 @@ from fake_engine import FakeEngine
 from fastapi import FastAPI
 from serving import app_around, ask, chat, complete, events_of
 
-from dsc_serve.sampling_params import ALL_ATOMS, Limits
+from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.messages import Delta
@@ -161,7 +161,7 @@ def test_a_term_may_be_given_in_one_place_only(app: FastAPI) -> None:
 
 @BOTH
 def test_a_model_without_dsc_layers_says_so(engine: FakeEngine, tokenizer: Tokenizer, ask_for: Ask) -> None:
-    engine.limits = Limits(300, 512, num_blocks=64, block_size=16)
+    engine.capacity = EngineCapacity(300, 512, num_blocks=64, block_size=16)
     error = ask_for(app_around(engine, tokenizer), dsc={"return_routing": True}).json()["error"]
     assert error["param"] == "dsc.return_routing"
     assert "no DSC layers" in error["message"]

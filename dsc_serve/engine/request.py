@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
-from dsc_serve.engine.tally import Tally
+from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import Constraint
@@ -65,7 +65,7 @@ class Request:
     signature: NDArray[np.uint64] | None = None
     seen: Signature | None = None
     constraint: Constraint | None = None
-    tallies: dict[int, Tally] = field(default_factory=dict)
+    token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
@@ -88,11 +88,11 @@ class Request:
         """Whether the grammar allows nothing more."""
         return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
 
-    def tally(self, start: int) -> Tally:
+    def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position on."""
-        if start not in self.tallies:
-            self.tallies[start] = Tally(start)
-        return self.tallies[start].follow(self.tokens)
+        if start not in self.token_counts_from:
+            self.token_counts_from[start] = TokenCounts(start)
+        return self.token_counts_from[start].follow(self.tokens)
 
     @property
     def claim(self) -> int:

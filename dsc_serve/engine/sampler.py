@@ -77,11 +77,11 @@ class Sampler:
             ids = to_device(torch.tensor(list(p.logit_bias)), device)
             row[ids] += to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), device)
         if p.repetition_penalty != 1:
-            ids = to_device(torch.from_numpy(request.tally(0).tokens), device)
+            ids = to_device(torch.from_numpy(request.token_counts(0).tokens), device)
             values = row[ids]
             row[ids] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and request.output_size:
-            output = request.tally(request.prompt_size)
+            output = request.token_counts(request.prompt_size)
             amount = torch.from_numpy(output.counts).to(row.dtype) * p.frequency_penalty + p.presence_penalty
             row[to_device(torch.from_numpy(output.tokens), device)] -= to_device(amount, device)
         if request.output_size < p.min_tokens:

@@ -12,7 +12,7 @@ from test_scheduler import first_tokens
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
-from dsc_serve.engine.policies.draft import LEAST_CHUNK
+from dsc_serve.engine.policies.plan_builder import LEAST_CHUNK
 from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams

@@ -14,7 +14,7 @@ SHORT_MS = 6.0
 LEAST_CHUNK = 8  # tokens; prompts move on however slow the steps are
 
 
-class Draft:
+class PlanBuilder:
     """A plan in the making, and what it leaves of the step's tokens, of its time and of the blocks.
 
     running: those that run, in order of precedence; the last is preempted first. pressed: whether blocks ran out for

@@ -260,7 +260,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
             (scheduler.step_time, "observe", "schedule"),
             (runner, "pack", "pack"),
             (model, "hidden", "blocks"),
-            (model, "likeliest", "head"),
+            (model, "argmax_tokens", "head"),
             (model, "logits", "head"),
             (runner, "sampler", "sample"),
             *((runner.routing, method, "watch routing") for method in ("begin", "note") if runner.routing is not None),

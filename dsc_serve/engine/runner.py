@@ -20,7 +20,7 @@ from dsc_serve.engine.output import Routing, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
-from dsc_serve.engine.sampler import Sampler, logprobs, takes_likeliest, to_device
+from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
@@ -213,8 +213,8 @@ class Runner:
             start += count
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
-            if all(map(takes_likeliest, requests)):
-                tokens = sampler.read(self.model.likeliest(needed))
+            if all(map(is_greedy, requests)):
+                tokens = sampler.read(self.model.argmax_tokens(needed))
                 result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
             else:
                 self._sample(self.model.logits(needed), requests, result)

@@ -36,7 +36,7 @@ def finalise(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def takes_likeliest(request: Request) -> bool:
+def is_greedy(request: Request) -> bool:
     """Whether a request's next token is that of the largest logit, and nothing else of the logits is asked for."""
     p = request.params
     changed = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1

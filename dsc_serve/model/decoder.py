@@ -183,7 +183,7 @@ class Decoder:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
         return self.head(self.norm(hidden), out_dtype=torch.float32)
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
+    def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
         return self.head.largest(self.norm(hidden))
 

@@ -110,10 +110,10 @@ class Forward:
 
     def __init__(self, model: Decoder, batch: StepBatch) -> None:
         self.model, self._batch = model, batch
-        self._pools = model.kv_pools(int(batch.block_tables.numel()), BLOCK)
+        self._kv_caches = model.new_kv_caches(int(batch.block_tables.numel()), BLOCK)
 
     def hidden(self) -> Tensor:
-        return self.model.hidden(self._batch, self._pools)
+        return self.model.hidden(self._batch, self._kv_caches)
 
     def __call__(self) -> Tensor:
         """Logits [tokens, vocabulary] in the model's dtype, of every position, as in training and in the paper."""

@@ -192,7 +192,7 @@ def profile(
     """Measure `steps` steps without and as many with timers, and this machine's rates before and after."""
     engine = Engine.for_model(model, config)
     assert isinstance(engine.runner, Runner)
-    for pool in chain.from_iterable(engine.runner.pools):
+    for pool in chain.from_iterable(engine.runner.kv_caches):
         pool.zero_()  # memory that nobody has written to yet is slow the first time
     rng = np.random.default_rng(0)
     requests, (temperature, top_p) = {}, SAMPLINGS[sampling]

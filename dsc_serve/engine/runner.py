@@ -138,8 +138,8 @@ class Runner:
         capture: Capture | None = None,
     ) -> None:
         self.model, self.block_size = model, capacity.block_size
-        self._spare_block, self._longest = capacity.num_blocks, capacity.max_tokens
-        self.pools = model.kv_pools(capacity.num_blocks + (capture is not None), capacity.block_size)
+        self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
+        self.kv_caches = model.new_kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
@@ -150,7 +150,7 @@ class Runner:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
             self.graphs = self._captured(buckets(max_running), capture)
-            aligned = min(step_tokens, max_running * self._longest) // ALIGNMENT * ALIGNMENT
+            aligned = min(step_tokens, max_running * self._max_context_len) // ALIGNMENT * ALIGNMENT
             for tokens in (aligned, aligned - 1):
                 self._compute_nothing(max(tokens, 1))
             for planner in self._planners():
@@ -160,26 +160,26 @@ class Runner:
     def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
         return DecodeGraphs(
             sizes,
-            lambda size: StepBatch(*self._inputs.held(size, size), size, self._longest, ()),
-            lambda batch: self.model.hidden(batch, self.pools),
+            lambda size: StepBatch(*self._inputs.held(size, size), size, self._max_context_len, ()),
+            lambda batch: self.model.hidden(batch, self.kv_caches),
             capture,
         )
 
     @torch.inference_mode()
     def _compute_nothing(self, tokens: int) -> None:
         """Chunks of nobody's, so that what eager steps need is compiled before requests wait for them."""
-        starts = range(0, tokens, self._longest)
+        starts = range(0, tokens, self._max_context_len)
         chunks = []
         self._inputs.wait()
         self._inputs.pad(0, tokens, self._spare_block)
         self._inputs.tables[: len(starts)] = self._spare_block
         for row, start in enumerate(starts):
-            count = min(self._longest, tokens - start)
+            count = min(self._max_context_len, tokens - start)
             self._inputs.columns[1][start : start + count] = np.arange(count)
             self._inputs.rows[row] = count
             chunks.append(Chunk(row, start, count, count))
         inputs = self._inputs.on_device(tokens, len(chunks))
-        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.pools)
+        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.kv_caches)
 
     def _planners(self) -> list[Planner]:
         return [layer.planner for layer in self._layers if layer.planner is not None]
@@ -234,10 +234,12 @@ class Runner:
                 planner.grouped(padded)  # a replay asks nobody, but it is a step that counts
             return self.graphs.replay(padded)[:size]
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
-        longest = self._longest  # as it was captured: another one may need another kernel, and so a compiler
+        max_context_len = (
+            self._max_context_len
+        )  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
-            longest = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(StepBatch(*inputs, decodes, longest, chunks), self.pools, picks)
+            max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
+        return self.model.hidden(StepBatch(*inputs, decodes, max_context_len, chunks), self.kv_caches, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""

@@ -132,7 +132,7 @@ class Decoder:
         out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
         return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
-    def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
+    def new_kv_caches(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
@@ -142,18 +142,18 @@ class Decoder:
         return [(pool(), pool()) for _ in self.blocks]
 
     def hidden(
-        self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
+        self, batch: StepBatch, kv_caches: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
     ) -> Tensor:
         """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
         if self.stack is not None:
-            return self._stacked(self.stack, batch, pools, picks)
+            return self._stacked(self.stack, batch, kv_caches, picks)
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for block, (keys, values) in zip(self.blocks, pools, strict=True):
+        for block, (keys, values) in zip(self.blocks, kv_caches, strict=True):
             x = block.attention(block.norm1(x), batch, keys, values, residual=x)
             if picks is None:
                 x = block.ffn(block.norm2(x), residual=x)
@@ -167,14 +167,14 @@ class Decoder:
         self,
         stack: Stack,
         batch: StepBatch,
-        pools: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
         picks: list[Picks] | None,
     ) -> Tensor:
         b, layers = batch, dsc_layers(self)
         asked = [layer.asked(b.token_ids.shape[0], picks is not None) for layer in layers]
         slots = b.positions, b.slot_blocks, b.slot_offsets
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, slots, b.block_tables, *contexts, pools, asked or None)
+        x = stack(b.token_ids, slots, b.block_tables, *contexts, kv_caches, asked or None)
         if picks is not None:
             picks += [layer.noted(own.picked) for layer, own in zip(layers, asked, strict=True)]
         return x

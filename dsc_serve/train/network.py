@@ -31,11 +31,11 @@ class Network:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
-        self.angles: tuple[Tensor, ...] = ()
+        self.cos_sin_cache: tuple[Tensor, ...] = ()
         if config.position_embedding_type == "rope":
             size, positions = config.head_dim, config.max_position_embeddings
-            angles = rope_table(size, positions, config.rope_theta, config.rope_scaling)
-            self.angles = angles.to(device=device, dtype=dtype).unbind(1)
+            cos_sin_cache = rope_table(size, positions, config.rope_theta, config.rope_scaling)
+            self.cos_sin_cache = cos_sin_cache.to(device=device, dtype=dtype).unbind(1)
 
     def __call__(self, weights: Weights, windows: Tensor, mode: Pass) -> Outcome:
         """windows int64 [N, T + 1]: each token but the first is a target; T is at most the model's context."""
@@ -76,8 +76,8 @@ class Network:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         q = q * c.head_dim**-0.5
-        if self.angles:
-            cos, sin = (table[:length] for table in self.angles)
+        if self.cos_sin_cache:
+            cos, sin = (table[:length] for table in self.cos_sin_cache)
             q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         if heads != kv_heads:
             k, v = (z.repeat_interleave(heads // kv_heads, dim=1) for z in (k, v))

@@ -86,15 +86,15 @@ def test_replayed_steps_give_the_same_tokens_and_touch_no_other_block(
     capture = Capture()
     padded = engine_of(folder, capture, max_running=7)
     assert isinstance(padded.runner, Runner)
-    for pools in padded.runner.pools:
-        for pool in pools:
+    for kv_caches in padded.runner.kv_caches:
+        for pool in kv_caches:
             assert not pool[:-1].any(), "what was captured or compiled wrote to a block that is not spare"
             pool[-1].zero_()
     assert generate(padded, prompts, params) == want
     assert capture.replayed == [1, 2, 4, 7]
     assert isinstance(plain.runner, Runner)
-    for pools, wider in zip(plain.runner.pools, padded.runner.pools, strict=True):
-        for pool, with_spare in zip(pools, wider, strict=True):
+    for kv_caches, wider in zip(plain.runner.kv_caches, padded.runner.kv_caches, strict=True):
+        for pool, with_spare in zip(kv_caches, wider, strict=True):
             torch.testing.assert_close(with_spare[:-1], pool, rtol=1e-4, atol=1e-5)
             assert bool(with_spare[-1].any()), "the rows of padding went elsewhere"
 
@@ -137,11 +137,11 @@ def test_the_weights_stay_where_they_are_while_serving(kernels: str, small_model
     ops.use(kernels)
     engine = engine_of(small_model(), None, max_running=6)
     assert isinstance(engine.runner, Runner)
-    layers, pools = dsc_layers(engine.runner.model), engine.runner.pools
+    layers, kv_caches = dsc_layers(engine.runner.model), engine.runner.kv_caches
 
     def addresses() -> list[int]:
         banks = [t.data_ptr() for layer in layers for t in (layer.u, layer.v)]
-        return banks + [pool.data_ptr() for pair in pools for pool in pair]
+        return banks + [pool.data_ptr() for pair in kv_caches for pool in pair]
 
     before = addresses()
     generate(engine, [[1, 2, 3, 4, 5]] * 6, [SamplingParams(temperature=0, max_tokens=8)] * 6)

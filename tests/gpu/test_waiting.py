@@ -87,7 +87,7 @@ def engine_on(
     )
     model = prepare_model(config)
     engine = Engine.for_model(model, config, strict=True)
-    assert all(on_device(pool) for pools in engine.runner.pools for pool in pools)  # type: ignore[attr-defined]
+    assert all(on_device(pool) for pools in engine.runner.kv_caches for pool in pools)  # type: ignore[attr-defined]
     return engine, graphs
 
 
@@ -192,7 +192,7 @@ def test_the_pool_takes_its_share_of_the_devices_memory(
     engine, _ = engine_on(gpu, folder, monkeypatch)
     runner = engine.runner
     assert isinstance(runner, Runner)
-    held = sum(pool.numel() * pool.element_size() for pools in runner.pools for pool in pools)
+    held = sum(pool.numel() * pool.element_size() for pools in runner.kv_caches for pool in pools)
     assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.capacity.num_blocks
 
 

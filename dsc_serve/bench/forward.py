@@ -130,14 +130,14 @@ def build(
         model = Decoder(config, tensors, torch.bfloat16, torch.device("cpu"))
     finally:
         native.use_router(before)
-    for layer in dsc_layers(model):
-        layer.planner = Planner("auto", layer.shape, constants(model.dtype))
+    for ffn in dsc_layers(model):
+        ffn.planner = Planner("auto", ffn.shape, constants(model.dtype))
     if frozen is not None:
         model.stack = None  # block by block, so that the replaced layers are asked
-        for i, block in enumerate(model.blocks):
+        for i, layer in enumerate(model.layers):
             prefix = f"model.layers.{i}.mlp."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            cast(Any, block).ffn = Replaced(frozen(config, own))
+            cast(Any, layer).ffn = Replaced(frozen(config, own))
     return model
 
 

@@ -113,10 +113,10 @@ def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int
 def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> float:
     """Mean over layers and decode steps of the different atoms, adapters or experts that `running` requests pick."""
     parts: Any = model
-    stack, ffns = model.stack, [Watched(block.ffn) for block in model.blocks]
+    stack, ffns = model.stack, [Watched(layer.ffn) for layer in model.layers]
     model.stack = None  # block by block, so that every FFN's input is seen
-    for block, ffn in zip(parts.blocks, ffns, strict=True):
-        block.ffn = ffn
+    for layer, ffn in zip(parts.layers, ffns, strict=True):
+        layer.ffn = ffn
     try:
         engine = Engine.for_model(model, config)
         start_decoding(engine, model.config.vocab_size, running, ROUTED_STEPS)
@@ -127,8 +127,8 @@ def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> 
         return statistics.mean(counts)
     finally:
         model.stack = stack
-        for block, ffn in zip(parts.blocks, ffns, strict=True):
-            block.ffn = ffn.inner
+        for layer, ffn in zip(parts.layers, ffns, strict=True):
+            layer.ffn = ffn.inner
 
 
 def start_decoding(engine: Engine, vocabulary: int, running: int, steps: int) -> None:

@@ -221,7 +221,7 @@ class Runner:
         return result
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
-        """The blocks' output [T, d] for a step, replayed where its size was captured."""
+        """The layers' output [T, d] for a step, replayed where its size was captured."""
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)

@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-norm blocks of attention and a configured FFN kind, final norm and head."""
+"""The decoder: embeddings, pre-norm layers of attention and a configured FFN kind, final norm and head."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Norm:
         return ops.norm(x, *self.weights)
 
 
-class Block:
+class DecoderLayer:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
 
@@ -96,7 +96,7 @@ class Decoder:
             if learned
             else rope_table(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling).to(device)
         )
-        self.blocks = []
+        self.layers = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
             attention = Attention(config, self.rope, *self._attention_weights(f"{layer}.self_attn.", put))
@@ -107,16 +107,16 @@ class Decoder:
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
-            self.blocks.append(Block(norms[0], attention, norms[1], ffn))
+            self.layers.append(DecoderLayer(norms[0], attention, norms[1], ffn))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
-            [(block.norm1.weights, block.norm2.weights) for block in self.blocks],
-            [(block.attention.qkv, block.attention.out) for block in self.blocks],
+            [(layer.norm1.weights, layer.norm2.weights) for layer in self.layers],
+            [(layer.attention.qkv, layer.attention.out) for layer in self.layers],
             c.num_attention_heads,
             c.num_key_value_heads,
             self.rope,
-            [block.ffn.layer for block in self.blocks],
+            [layer.ffn.layer for layer in self.layers],
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
@@ -139,12 +139,12 @@ class Decoder:
         def pool() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [(pool(), pool()) for _ in self.blocks]
+        return [(pool(), pool()) for _ in self.layers]
 
     def hidden(
         self, batch: StepBatch, kv_caches: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
     ) -> Tensor:
-        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
+        """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
@@ -153,13 +153,13 @@ class Decoder:
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for block, (keys, values) in zip(self.blocks, kv_caches, strict=True):
-            x = block.attention(block.norm1(x), batch, keys, values, residual=x)
+        for layer, (keys, values) in zip(self.layers, kv_caches, strict=True):
+            x = layer.attention(layer.norm1(x), batch, keys, values, residual=x)
             if picks is None:
-                x = block.ffn(block.norm2(x), residual=x)
+                x = layer.ffn(layer.norm2(x), residual=x)
             else:
-                assert isinstance(block.ffn, DscFfn)
-                x, picked = block.ffn.routed(block.norm2(x), residual=x)
+                assert isinstance(layer.ffn, DscFfn)
+                x, picked = layer.ffn.routed(layer.norm2(x), residual=x)
                 picks.append(picked)
         return x
 
@@ -190,4 +190,4 @@ class Decoder:
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:
     """The DSC layers of a model, in order."""
-    return [block.ffn for block in model.blocks if isinstance(block.ffn, DscFfn)]
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, DscFfn)]

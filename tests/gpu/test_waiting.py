@@ -141,7 +141,7 @@ def test_plain_torch_is_not_captured_and_its_mixture_of_experts_waits(
     engine, graphs = engine_on(gpu, small_model(kind), monkeypatch, kernels="plain")
     runner = engine.runner
     assert isinstance(runner, Runner) and runner.graphs is None and graphs == []
-    assert isinstance(runner.model.blocks[0].ffn.layer, plain.Moe if kind == "moe" else plain.Ffn)
+    assert isinstance(runner.model.layers[0].ffn.layer, plain.Moe if kind == "moe" else plain.Ffn)
     params = [SamplingParams(max_tokens=3)] * 2
     if kind == "moe":
         with pytest.raises(WaitedError, match="bincount"):
@@ -200,7 +200,7 @@ def test_the_bank_lies_on_the_device_once(
     gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, _ = engine_on(gpu, small_model(), monkeypatch)
-    for block in engine.runner.model.blocks:  # type: ignore[attr-defined]
-        assert isinstance(block.ffn, DscFfn)
-        assert block.ffn.layer.u is block.ffn.u and block.ffn.layer.v is block.ffn.v  # type: ignore[attr-defined]
-        assert on_device(block.ffn.u)
+    for layer in engine.runner.model.layers:  # type: ignore[attr-defined]
+        assert isinstance(layer.ffn, DscFfn)
+        assert layer.ffn.layer.u is layer.ffn.u and layer.ffn.layer.v is layer.ffn.v  # type: ignore[attr-defined]
+        assert on_device(layer.ffn.u)

@@ -32,7 +32,7 @@ def test_greedy_ids_match(method: str, tmp_path: Path) -> None:
     greedy = load_file(DATA / f"{method}.io.safetensors")["greedy_ids"]
     half = greedy.shape[1] // 2
     with LLM(str(folder), dtype="float32", kernels="triton", threads=1) as llm:
-        blocks = llm.engine.runner.model.blocks  # type: ignore[attr-defined]
+        blocks = llm.engine.runner.model.layers  # type: ignore[attr-defined]
         assert all(isinstance(block.ffn.layer, layers.Ffn | layers.Moe) for block in blocks)
         assert ops.implementation(torch.float32, torch.device("cpu")) is layers
         bank = addresses(blocks)

@@ -64,7 +64,7 @@ class Choice:
 
 
 @dataclass(slots=True)
-class News:
+class ChoiceUpdate:
     """What a choice has to say: everything when it is answered whole, else what came since its last event.
 
     logprobs: of the prompt's tokens, where they are asked for, then of the generated ones; None for a first token.
@@ -77,7 +77,7 @@ class News:
     finish_reason: str | None = None
 
 
-class Shape(ABC):
+class ResponseFormatter(ABC):
     """How an endpoint writes its answers."""
 
     kind: str
@@ -108,31 +108,31 @@ class Shape(ABC):
             choices.append(Choice(start + i, request_id, prompt, own, text, echo))
         return choices
 
-    def extension(self, choice: Choice, news: News) -> dict[str, Any]:
+    def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for."""
         if not self.extended:
             return {}
         entry: dict[str, Any] = {}
-        routing = routing_entry(news.routing, choice.prompt, choice.text.kept_tokens)
+        routing = routing_entry(update.routing, choice.prompt, choice.text.kept_tokens)
         if routing is not None:
             entry["routing"] = routing
-        if news.finish_reason is not None:
+        if update.finish_reason is not None:
             entry["timings"] = choice.clock.timings(choice.cached_tokens)
         return {"dsc": entry} if entry else {}
 
     @abstractmethod
-    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+    def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         """An entry of `choices` in a whole answer."""
 
     @abstractmethod
-    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def pieces(self, choice: Choice, update: ChoiceUpdate) -> list[dict[str, Any]]:
         """Entries of `choices`, one for each event that tells the news."""
 
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
-    def events(self, choice: Choice, news: News, usage: dict[str, Any] | None) -> bytes:
-        return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, news)])
+    def events(self, choice: Choice, update: ChoiceUpdate, usage: dict[str, Any] | None) -> bytes:
+        return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, update)])
 
     def is_plain(self, choice: Choice) -> bool:
         """Whether the events between a choice's first and its last differ in nothing but their text."""
@@ -143,7 +143,7 @@ class Shape(ABC):
     def text_event(self, choice: Choice, text: str) -> bytes:
         """As `events` for a text alone, of a plain choice that has begun: made once and then filled in."""
         if choice.frame is None:
-            before, after = self.events(choice, News([MARK]), None).split(encode(MARK))
+            before, after = self.events(choice, ChoiceUpdate([MARK]), None).split(encode(MARK))
             choice.frame = before, after
         before, after = choice.frame
         return before + one_line(text) + after

@@ -60,10 +60,10 @@ async def tokenize(service: Service, request: Request) -> Response:
     elif fields.add_generation_prompt is not None:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
-    ids = await service.encode(text, param, chat=not special, aside=True)
+    ids = await service.encode(text, param, chat=not special, low_priority=True)
     names = None
     if fields.return_token_strs:
-        names = await service.aside(lambda: [service.token_name(id) for id in ids])
+        names = await service.run_low_priority(lambda: [service.token_name(id) for id in ids])
     return json_response(
         {
             "count": len(ids),
@@ -87,5 +87,5 @@ async def detokenize(service: Service, request: Request) -> Response:
     for i, id in enumerate(ids):
         if not 0 <= id < capacity.vocab_size:
             raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {capacity.vocab_size - 1}")
-    text = await service.aside(lambda: tokenizer.decode(ids, skip_special_tokens=False))
+    text = await service.run_low_priority(lambda: tokenizer.decode(ids, skip_special_tokens=False))
     return json_response({"prompt": text})

@@ -33,8 +33,8 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self._unread)
 
-    def put(self, news: Delta | EngineDiedError) -> None:
-        self._unread.append(news)
+    def put(self, delta: Delta | EngineDiedError) -> None:
+        self._unread.append(delta)
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -55,7 +55,7 @@ class Pending:
     """
 
     submit: Submit
-    news: Mailbox = field(default_factory=Mailbox)
+    deltas: Mailbox = field(default_factory=Mailbox)
     begun: bool = False
     tries: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -142,12 +142,12 @@ class EngineClient:
             self._submit(pending)
             while not ended:
                 # ended by the engine's finish, by its death, or by the caller's cancellation
-                news = await pending.news.get()
-                if isinstance(news, EngineDiedError):
+                delta = await pending.deltas.get()
+                if isinstance(delta, EngineDiedError):
                     ended = True
-                    raise news
-                ended = news.finish_reason is not None
-                yield news
+                    raise delta
+                ended = delta.finish_reason is not None
+                yield delta
         finally:
             for timer in timers:
                 timer.cancel()
@@ -172,8 +172,8 @@ class EngineClient:
         if pending is None:
             return
         pending.begun = True
-        if len(pending.news) < self._max_unread:
-            pending.news.put(delta)
+        if len(pending.deltas) < self._max_unread:
+            pending.deltas.put(delta)
             return
         self.finish(delta.request_id, "abort")
         self._end(delta.request_id, UnreadError(f"the client left {self._max_unread} steps' tokens unread"))
@@ -196,7 +196,7 @@ class EngineClient:
         may_have_begun = pending.begun or self._connection is not None
         if request_id in self._pending and not (name == "queue_timeout_s" and may_have_begun):
             self.finish(request_id, "abort")
-            self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=scheduling.overdue(name)))
+            self._pending.pop(request_id).deltas.put(Delta(request_id, [], "timeout", error=scheduling.overdue(name)))
 
     def _end(self, request_id: str, error: EngineDiedError) -> None:
-        self._pending.pop(request_id).news.put(error)
+        self._pending.pop(request_id).deltas.put(error)

@@ -17,7 +17,7 @@ from small_models import small_config, wide_tensors
 from dsc_serve.config import resolve_model
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import load_config
-from dsc_serve.server.description import EXAMPLES
+from dsc_serve.server.openapi import EXAMPLES
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"

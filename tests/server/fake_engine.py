@@ -134,11 +134,11 @@ class FakeEngine:
                 break
             step = kept[i : i + self.tokens_per_step]
             logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
-            news = Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens, queued_s=0.25)
+            delta = Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens, queued_s=0.25)
             if params.routing:
                 new = len(step) - (i == 0)  # the prompt's last token is not computed again
-                news.routing = routing_of(len(prompt) + max(i - 1, 0), new, params)
-            deltas.append(news)
+                delta.routing = routing_of(len(prompt) + max(i - 1, 0), new, params)
+            deltas.append(delta)
         if self.fail_after is not None:
             return [*deltas, msgspec.structs.replace(self.error, request_id=request_id)]
         if self.ends_silently:

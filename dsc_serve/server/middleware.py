@@ -51,7 +51,7 @@ class Exchange:
         return asked if self.key is None else self.key.scheduling(asked)
 
 
-class Edge:
+class RequestLogMiddleware:
     """The ASGI layer that names, counts and logs every HTTP request once, and takes back what it holds at its end."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, admission: Admission, log_requests: bool) -> None:
@@ -103,7 +103,7 @@ class Edge:
             log.info("request", extra={"facts": facts})
 
 
-class Gate:
+class AuthMiddleware:
     """The ASGI layer that lets a request in only with a key where one is needed, and a generation where one has room.
 
     Both are told before the body is read.

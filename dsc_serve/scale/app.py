@@ -10,7 +10,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from dsc_serve.config import ServerConfig, places
-from dsc_serve.scale.door import Door
+from dsc_serve.scale.proxy import Proxy
 from dsc_serve.scale.replica import Replica
 from dsc_serve.scale.settings import ScaleConfig, read
 from dsc_serve.worker.supervisor import ENGINE
@@ -48,7 +48,7 @@ def application(config: ServerConfig, scale: ScaleConfig, command: Sequence[str]
         ),
     )
     doors = serve.deployment(
-        serve.ingress()(Door),
+        serve.ingress()(Proxy),
         name="door",
         max_ongoing_requests=MAX_AT_DOOR,
         graceful_shutdown_timeout_s=limit_s + scale.take_s,

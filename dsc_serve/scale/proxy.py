@@ -34,12 +34,12 @@ REPLICA = b"x-dsc-replica"
 POSTED = GENERATIONS | {"/tokenize", "/detokenize"}
 
 
-class Door:
+class Proxy:
     """Any number of them may stand side by side: each counts its own requests. No torch in its process."""
 
     def __init__(self, replicas: DeploymentHandle, config: ServerConfig, scale: ScaleConfig) -> None:
         self._replicas, self._config = replicas, config
-        self._queue = Queue(scale.door_waiting, scale.take_s)
+        self._queue = ProxyQueue(scale.door_waiting, scale.take_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -53,7 +53,7 @@ class Door:
         call = Call.of(request, body)
         if call.method == "GET" and call.path in ASKED_OF_ALL:
             return await self.ask_all(call)
-        return Passage(self._replicas.options(stream=True), call, self._queue)
+        return ProxiedResponse(self._replicas.options(stream=True), call, self._queue)
 
     async def ask_all(self, call: Call) -> Response:
         """One answer out of those of all replicas that answer in time. Raises ApiError (503) when none does."""
@@ -77,7 +77,7 @@ class Door:
         return Response(first.body, first.status, headers=headers_of(first))
 
 
-class Queue:
+class ProxyQueue:
     """The requests of a door that no replica has taken yet."""
 
     def __init__(self, most: int, limit_s: float) -> None:
@@ -85,7 +85,7 @@ class Queue:
         self._waiting = 0
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncIterator[None]:
         """Wait in the queue while the block runs. Raises ApiError: 429 where it is full, 503 after too long."""
         if self._waiting >= self._most:
             raise too_many(f"no replica has room, and {self._waiting} requests wait for one", "queue_full")
@@ -99,11 +99,11 @@ class Queue:
             self._waiting -= 1
 
 
-class Passage(Response):
+class ProxiedResponse(Response):
     """One request through one replica. A replica that dies with a request that it has not begun to answer has it
     taken over by another; an answer that has begun ends with an error event."""
 
-    def __init__(self, replicas: DeploymentHandle, call: Call, queue: Queue) -> None:
+    def __init__(self, replicas: DeploymentHandle, call: Call, queue: ProxyQueue) -> None:
         super().__init__()
         self._replicas, self._call, self._queue = replicas, call, queue
         self._begun = self._streams = False
@@ -134,7 +134,7 @@ class Passage(Response):
         for remaining in reversed(range(MAX_TRIES)):
             parts = self._replicas.answer.remote(self._call)
             try:
-                async with self._queue.place():
+                async with self._queue.slot():
                     taken = await anext(parts)
                 async for part in parts:
                     await self._send(part, taken.replica, send)

@@ -16,7 +16,7 @@ from dsc_serve.scale.settings import ScaleConfig, read
 from dsc_serve.worker.supervisor import ENGINE
 
 ROUTERS = {
-    "affinity": "dsc_serve.scale.routing.AffinityRouter",
+    "affinity": "dsc_serve.scale.replica_router.PrefixRouter",
     "round-robin": "ray.serve.experimental.round_robin_router.RoundRobinRouter",
 }
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # the server has a log of its own

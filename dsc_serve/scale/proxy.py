@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
 from dsc_serve.config import ServerConfig
-from dsc_serve.scale.call import Call, Headers, Part
+from dsc_serve.scale.call import AnswerPart, Call, Headers
 from dsc_serve.scale.scrape import merged
 from dsc_serve.scale.settings import ScaleConfig
 from dsc_serve.server import errors
@@ -63,7 +63,7 @@ class Proxy:
             )
         except (RayError, DeploymentUnavailableError, TimeoutError):
             answers = []
-        parts: dict[str, Part] = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        parts: dict[str, AnswerPart] = dict(answer for answer in answers if not isinstance(answer, BaseException))
         if not parts:
             raise engine_down("no replica answers")
         well = {name: part for name, part in parts.items() if part.status == 200}
@@ -149,7 +149,7 @@ class ProxiedResponse(Response):
             finally:
                 parts.cancel()
 
-    async def _send(self, part: Part, replica: str, send: Send) -> None:
+    async def _send(self, part: AnswerPart, replica: str, send: Send) -> None:
         if part.headers is not None:
             self._begun = True
             self._streams = any(value.startswith(b"text/event-stream") for _, value in part.headers)
@@ -163,6 +163,6 @@ def plain(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name != REQUEST_ID.encode()]
 
 
-def headers_of(part: Part) -> dict[str, str]:
+def headers_of(part: AnswerPart) -> dict[str, str]:
     pairs = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in plain(part.headers or []))
     return {name: value for name, value in pairs if name != "content-length"}

@@ -9,49 +9,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc_serve.scale.affinity import BLOCK, MAX_LINKS, POINTS, Affinity, Bound, Memory, Ring, chain_of, order
-from dsc_serve.scale.call import affinity_of
+from dsc_serve.scale.call import placement_key
+from dsc_serve.scale.placement import (
+    LINK_BYTES,
+    MAX_LINKS,
+    POINTS,
+    Bound,
+    PlacementKey,
+    PrefixMemory,
+    Ring,
+    chain_of,
+    order,
+)
 
 NAMES = [f"replica-{i}" for i in range(10)]
 IDLE = dict.fromkeys(NAMES, 0)
 BOUND = Bound(factor=1.25, slack=8)
 
 
-def asked(tenant: str = "", prompt: str = "") -> Affinity:
-    return affinity_of(tenant, json.dumps({"prompt": prompt}).encode())
+def asked(tenant: str = "", prompt: str = "") -> PlacementKey:
+    return placement_key(tenant, json.dumps({"prompt": prompt}).encode())
 
 
-@given(st.binary(max_size=4 * BLOCK), st.binary(max_size=2 * BLOCK), st.binary(max_size=2 * BLOCK))
+@given(st.binary(max_size=4 * LINK_BYTES), st.binary(max_size=2 * LINK_BYTES), st.binary(max_size=2 * LINK_BYTES))
 def test_chains_agree_exactly_as_far_as_prompts_do(start: bytes, one: bytes, other: bytes) -> None:
     first, second = start + one, start + other
     chains = chain_of(first), chain_of(second)
-    assert [len(chain) for chain in chains] == [len(first) // BLOCK, len(second) // BLOCK]
+    assert [len(chain) for chain in chains] == [len(first) // LINK_BYTES, len(second) // LINK_BYTES]
     for i, (a, b) in enumerate(zip(*chains, strict=False), 1):
-        assert (a == b) == (first[: i * BLOCK] == second[: i * BLOCK])
+        assert (a == b) == (first[: i * LINK_BYTES] == second[: i * LINK_BYTES])
 
 
 def test_a_chain_is_bounded_and_salted() -> None:
-    assert len(chain_of(b"x" * BLOCK * (MAX_LINKS + 5))) == MAX_LINKS
-    assert not set(chain_of(b"x" * BLOCK, b"mine")) & set(chain_of(b"x" * BLOCK, b"yours"))
+    assert len(chain_of(b"x" * LINK_BYTES * (MAX_LINKS + 5))) == MAX_LINKS
+    assert not set(chain_of(b"x" * LINK_BYTES, b"mine")) & set(chain_of(b"x" * LINK_BYTES, b"yours"))
 
 
 def test_whose_a_request_is_and_what_it_begins_with() -> None:
     system = {"role": "system", "content": "You are helpful. " * 20}
     one = json.dumps({"messages": [system, {"role": "user", "content": "Why?"}]}).encode()
     two = json.dumps({"messages": [system, {"role": "user", "content": "How?"}], "user": "ada"}).encode()
-    shared = len(json.dumps(system)) // BLOCK
-    assert affinity_of("Bearer a", one).chain[:shared] == affinity_of("Bearer a", two).chain[:shared]
-    assert affinity_of("Bearer a", one).tenant != affinity_of("Bearer b", one).tenant
-    assert affinity_of("Bearer a", two).tenant == "Bearer a ada"
+    shared = len(json.dumps(system)) // LINK_BYTES
+    assert placement_key("Bearer a", one).chain[:shared] == placement_key("Bearer a", two).chain[:shared]
+    assert placement_key("Bearer a", one).tenant != placement_key("Bearer b", one).tenant
+    assert placement_key("Bearer a", two).tenant == "Bearer a ada"
     ids = json.dumps({"prompt": list(range(500))}).encode()
-    assert len(affinity_of("", ids).chain) > 4
+    assert len(placement_key("", ids).chain) > 4
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": "no"}', b'{"user": 7}', b"\xff"])
 def test_a_body_that_cannot_be_read_still_finds_a_replica(body: bytes) -> None:
-    affinity = affinity_of("Bearer a", body)
-    assert affinity == Affinity("Bearer a")
-    assert set(order(affinity, Ring(NAMES), (), IDLE, BOUND)) <= set(NAMES)
+    placement = placement_key("Bearer a", body)
+    assert placement == PlacementKey("Bearer a")
+    assert set(order(placement, Ring(NAMES), (), IDLE, BOUND)) <= set(NAMES)
 
 
 def test_keys_spread_evenly_and_few_move_when_a_replica_leaves() -> None:
@@ -72,11 +82,11 @@ def test_a_walk_meets_every_replica_once() -> None:
 
 
 def test_who_holds_the_longest_known_beginning_is_asked_first() -> None:
-    ring, memory = Ring(NAMES), Memory()
+    ring, memory = Ring(NAMES), PrefixMemory()
     system = "You are helpful. " * 30
     short, long = asked("ada", system), asked("ada", system + "Tell me of ships. " * 30)
-    memory.note(short.chain, NAMES[3])
-    memory.note(long.chain, NAMES[7])
+    memory.record(short.chain, NAMES[3])
+    memory.record(long.chain, NAMES[7])
     assert memory.holders(asked("bob", system + "Tell me of ships. " * 40).chain, NAMES) == (NAMES[7],)
     assert memory.holders(short.chain, NAMES) == (NAMES[3],)
     assert memory.holders(short.chain[:-1], NAMES) == (NAMES[7], NAMES[3])
@@ -86,12 +96,12 @@ def test_who_holds_the_longest_known_beginning_is_asked_first() -> None:
 
 
 def test_a_holder_that_is_too_busy_is_passed_over() -> None:
-    ring, affinity = Ring(NAMES), asked("ada", "x" * 1000)
+    ring, placement = Ring(NAMES), asked("ada", "x" * 1000)
     loads = {**IDLE, NAMES[7]: 8}
-    found = order(affinity, ring, {NAMES[7]}, loads, BOUND)
-    assert found[0] == next(name for name in ring.walk(affinity.key or 0) if name != NAMES[7])
+    found = order(placement, ring, {NAMES[7]}, loads, BOUND)
+    assert found[0] == next(name for name in ring.walk(placement.key or 0) if name != NAMES[7])
     assert NAMES[7] not in found
-    assert order(affinity, ring, {NAMES[7]}, {**IDLE, NAMES[7]: 7}, BOUND)[0] == NAMES[7]
+    assert order(placement, ring, {NAMES[7]}, {**IDLE, NAMES[7]: 7}, BOUND)[0] == NAMES[7]
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=len(NAMES)), st.integers(0, 2**32), st.integers(0, 9))
@@ -109,17 +119,17 @@ def test_requests_with_nothing_in_common_go_where_least_is_done() -> None:
 
 
 def test_one_popular_beginning_is_shared_out_within_the_bound() -> None:
-    ring, memory, loads = Ring(NAMES), Memory(), dict(IDLE)
-    affinity = asked("everybody", "The same long question. " * 30)
+    ring, memory, loads = Ring(NAMES), PrefixMemory(), dict(IDLE)
+    placement = asked("everybody", "The same long question. " * 30)
     for _ in range(200):
-        name = order(affinity, ring, memory.holders(affinity.chain, NAMES), loads, BOUND)[0]
-        memory.note(affinity.chain, name)
+        name = order(placement, ring, memory.holders(placement.chain, NAMES), loads, BOUND)[0]
+        memory.record(placement.chain, name)
         loads[name] += 1
     assert max(loads.values()) <= 1.25 * 201 / len(NAMES) + 1
 
 
 def test_the_memory_is_bounded_and_forgets_the_oldest() -> None:
-    memory = Memory(size=10)
+    memory = PrefixMemory(size=10)
     for i in range(20):
-        memory.note([i], NAMES[0])
+        memory.record([i], NAMES[0])
     assert [i for i in range(20) if memory.holders([i], NAMES)] == list(range(10, 20))

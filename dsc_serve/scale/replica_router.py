@@ -7,16 +7,16 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from dsc_serve.scale.affinity import Affinity, Bound, Memory, Ring, order
 from dsc_serve.scale.call import Call
+from dsc_serve.scale.placement import Bound, PlacementKey, PrefixMemory, Ring, order
 
 
-class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
+class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Sends a `Call` where its prompt's beginning was computed. Each door has one, which counts its own requests."""
 
     def initialize_state(self, factor: float, slack: int) -> None:
         self._bound = Bound(factor, slack)
-        self._memory = Memory()
+        self._memory = PrefixMemory()
         self._ring = Ring(())
         self._loads: Counter[str] = Counter()
         self._assigned: dict[str, str] = {}  # replicas by request
@@ -29,10 +29,10 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
             return []
         if self._ring.names != by_name.keys():
             self._ring = Ring(by_name)
-        affinity = Affinity() if pending_request is None else affinity_of(pending_request)
-        holders = self._memory.holders(affinity.chain, by_name)
+        placement = PlacementKey() if pending_request is None else placement_key(pending_request)
+        holders = self._memory.holders(placement.chain, by_name)
         loads = {name: self._loads[name] for name in by_name}
-        names = order(affinity, self._ring, holders, loads, self._bound)
+        names = order(placement, self._ring, holders, loads, self._bound)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
             self._assign(pending_request, names[0])
@@ -40,7 +40,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: object) -> None:
         name = replica_id.unique_id
-        self._memory.note(affinity_of(pending_request).chain, name)
+        self._memory.record(placement_key(pending_request).chain, name)
         if self._assigned.get(pending_request.metadata.internal_request_id, name) != name:
             self._assign(pending_request, name)
 
@@ -63,6 +63,6 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
                 del self._loads[name]
 
 
-def affinity_of(request: PendingRequest) -> Affinity:
+def placement_key(request: PendingRequest) -> PlacementKey:
     call = next((argument for argument in request.args if isinstance(argument, Call)), None)
-    return Affinity() if call is None else call.affinity
+    return PlacementKey() if call is None else call.placement

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-BLOCK = 128  # bytes of a prompt in one link of its chain, about two KV blocks
+LINK_BYTES = 128  # bytes of a prompt in one link of its chain, about two KV blocks
 MAX_LINKS = 96
 POINTS = 64  # of each replica on the ring
 REMEMBERED = 65_536  # prefixes
@@ -23,7 +23,7 @@ ASKED = 4  # replicas on the way from a request's place, should the first have n
 
 
 @dataclass(frozen=True)
-class Affinity:
+class PlacementKey:
     """What a request has in common with others: whose it is ("": nobody's), and the links of its prompt's chain."""
 
     tenant: str = ""
@@ -59,8 +59,8 @@ def chain_of(prompt: bytes, salt: bytes = b"") -> tuple[int, ...]:
     salt: prompts of different salts share nothing.
     """
     running, links = blake2b(salt, digest_size=8), []
-    for start in range(0, min(len(prompt) // BLOCK, MAX_LINKS) * BLOCK, BLOCK):
-        running.update(prompt[start : start + BLOCK])
+    for start in range(0, min(len(prompt) // LINK_BYTES, MAX_LINKS) * LINK_BYTES, LINK_BYTES):
+        running.update(prompt[start : start + LINK_BYTES])
         links.append(int.from_bytes(running.digest(), "big"))
     return tuple(links)
 
@@ -70,14 +70,14 @@ class Ring:
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = frozenset(names)
-        places = sorted((position(f"{name}#{i}".encode()), name) for name in self.names for i in range(POINTS))
-        self._places = [place for place, _ in places]
-        self._owners = [name for _, name in places]
+        points = sorted((position(f"{name}#{i}".encode()), name) for name in self.names for i in range(POINTS))
+        self._points = [point for point, _ in points]
+        self._owners = [name for _, name in points]
 
     def walk(self, key: int) -> Iterator[str]:
         """Every replica once, clockwise from the key."""
         seen: set[str] = set()
-        start = bisect.bisect(self._places, key)
+        start = bisect.bisect(self._points, key)
         for i in range(len(self._owners)):
             owner = self._owners[(start + i) % len(self._owners)]
             if owner not in seen:
@@ -87,7 +87,7 @@ class Ring:
                 return
 
 
-class Memory:
+class PrefixMemory:
     """Which replicas were last given a prompt with which beginning. Bounded; the oldest is forgotten first."""
 
     def __init__(self, size: int = REMEMBERED) -> None:
@@ -101,7 +101,7 @@ class Memory:
                 return found
         return ()
 
-    def note(self, chain: Sequence[int], name: str) -> None:
+    def record(self, chain: Sequence[int], name: str) -> None:
         for link in chain:
             others = tuple(other for other in self._holders.get(link, ()) if other != name)
             self._holders[link] = (name, *others)[:HOLDERS]
@@ -111,13 +111,13 @@ class Memory:
 
 
 def order(
-    affinity: Affinity, ring: Ring, holders: Collection[str], loads: Mapping[str, int], bound: Bound
+    placement: PlacementKey, ring: Ring, holders: Collection[str], loads: Mapping[str, int], bound: Bound
 ) -> list[str]:
     """The replicas to ask, one after the other: holders within the bound, the ring's first within it, the least busy.
 
     loads: requests in flight by replica; the ring has the same names.
     """
-    key = affinity.key
+    key = placement.key
     if key is None:
         return heapq.nsmallest(ASKED, loads, key=loads.__getitem__)
     most = bound.most(loads.values())

@@ -128,7 +128,7 @@ class Arena:
             self.report(f"{system.name}: its model")
             try:
                 folder = self.folders[system.name] = model_folder(system, self.comparison, self.work)
-                self.look_inside(system, folder)
+                self.inspect_folder(system, folder)
             except (StartError, OSError, subprocess.TimeoutExpired) as error:
                 self.skip(system, str(error))
                 continue
@@ -136,9 +136,17 @@ class Arena:
             command = serve_command(system, folder, 8000, self.threads)
             contestant.command = shown(command, system.environment, self.work)
 
-    def look_inside(self, system: System, folder: Path) -> None:
+    def inspect_folder(self, system: System, folder: Path) -> None:
         contestant = self.contestants[system.name]
-        command = [sys.executable, "-P", "-m", "dsc_serve.bench.inside", str(folder), "--threads", str(self.threads)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "dsc_serve.bench.inspect_model",
+            str(folder),
+            "--threads",
+            str(self.threads),
+        ]
         if not system.ours:
             command.append("--foreign")
         else:

@@ -18,7 +18,7 @@ class Contestant(msgspec.Struct, kw_only=True):
     """One system of a comparison.
 
     skipped: why it was not measured, or not to the end; empty where it was. command: as it was started. description:
-    see `inside.describe`. steps: see `inside.decode_step`, by running requests. memory_bytes: of all its processes
+    see `inspect_model.describe`. steps: see `inspect_model.decode_step`, by running requests. memory_bytes: of all its processes
     after the first round. start_s: seconds until it answered.
     """
 

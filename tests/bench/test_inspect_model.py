@@ -8,8 +8,8 @@ import torch
 from small_models import SMALL_FFN, small_config, wide_tensors
 
 from dsc_kernels import head, native
-from dsc_serve.bench import inside
-from dsc_serve.bench.inside import Routers, bytes_read, look_inside
+from dsc_serve.bench import inspect_model
+from dsc_serve.bench.inspect_model import Routers, bytes_read, inspect_folder
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.decoder import parameter_counts
 
@@ -17,14 +17,14 @@ from dsc_serve.model.decoder import parameter_counts
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TIMED_STEPS", "ROUTED_STEPS"):
-        monkeypatch.setattr(inside, name, 3)
+        monkeypatch.setattr(inspect_model, name, 3)
 
 
 @pytest.mark.parametrize("kind", SMALL_FFN)
 def test_a_step_is_taken_apart(tmp_path: Path, kind: str) -> None:
     config = small_config(kind, max_position_embeddings=256)
     save_checkpoint(config, wide_tensors(config), tmp_path)
-    found = look_inside(tmp_path, (1, 3), 1, "auto")
+    found = inspect_folder(tmp_path, (1, 3), 1, "auto")
     description, steps = found["description"], found["steps"]
     assert isinstance(description, dict) and isinstance(steps, dict) and set(steps) == {"1", "3"}
     assert (description["parameters"], description["active"]) == parameter_counts(config)
@@ -73,6 +73,6 @@ def test_bytes_follow_what_the_engine_chose_not_what_was_asked(tmp_path: Path, m
     save_checkpoint(config, {name: tensor.bfloat16() for name, tensor in wide_tensors(config).items()}, tmp_path)
     monkeypatch.setattr(native.layers, "screens", lambda router, k: True)  # as "auto" decides for wide routers
     monkeypatch.setattr(head, "screens", lambda words, d: True)
-    found = look_inside(tmp_path, (1,), 1, "auto")
+    found = inspect_folder(tmp_path, (1,), 1, "auto")
     steps: Any = found["steps"]
     assert steps["1"]["bytes"]["router"] == 2 * 37 * 32 and steps["1"]["bytes"]["head"] == 61 * 32

@@ -1,6 +1,6 @@
 """One model from inside: what it is, where a decode step's time goes, and the bytes of weights that a step reads.
 
-Run as a process of its own (`python -m dsc_serve.bench.inside`), so that a comparison's client stays free of torch.
+Run as a process of its own (`python -m dsc_serve.bench.inspect_model`), so that a comparison's client stays free of torch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def describe(model: Decoder) -> dict[str, object]:
     }
 
 
-def look_inside(folder: Path, running: tuple[int, ...], threads: int, router: str) -> dict[str, object]:
+def inspect_folder(folder: Path, running: tuple[int, ...], threads: int, router: str) -> dict[str, object]:
     """What a folder of ours holds, and its steps by the number of running requests."""
     # the whole prompt of every request in one step at most, and room for all that is generated
     config = EngineConfig(
@@ -185,7 +185,7 @@ def main(model: str, running: tuple[int, ...], threads: int, router: str, foreig
     if foreign:
         found = {"description": describe_foreign(Path(model)), "steps": {}, "torch": ""}
     else:
-        found = look_inside(resolve_model(model), running, threads, router)
+        found = inspect_folder(resolve_model(model), running, threads, router)
     click.echo(json.dumps(found))
 
 

@@ -199,7 +199,7 @@ class Runner:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
         hidden = self._hidden(ordered, picks)
         if self.routing is not None:
-            self.routing.note(ordered, self._inputs.columns[0], hidden.shape[0])
+            self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)

@@ -60,7 +60,7 @@ class Clock:
     longest: float = 0.0
     tokens: int = 0
 
-    def note(self, delta: Delta, now: float) -> float | None:
+    def record(self, delta: Delta, now: float) -> float | None:
         """Take in a delta; returns the time since the last token, or since the arrival, where it has tokens."""
         if delta.queued_s > self.queued_s:
             self.queued_s = delta.queued_s

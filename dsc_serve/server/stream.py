@@ -181,7 +181,7 @@ class Generation(Response):
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
-            passed = choice.clock.note(delta, time.perf_counter() - self._arrived)
+            passed = choice.clock.record(delta, time.perf_counter() - self._arrived)
             if passed is not None:
                 if begun:
                     metrics.inter_token.observe(passed / len(delta.token_ids))

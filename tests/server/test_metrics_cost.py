@@ -124,7 +124,7 @@ DELTA = Delta("a", [1])
 def one_step(metrics: Metrics) -> None:
     """What the HTTP edge counts of a step: a token for each request, and the end of one of them."""
     for clock in CLOCKS:
-        passed = clock.note(DELTA, 0.004)
+        passed = clock.record(DELTA, 0.004)
         assert passed is not None
         metrics.inter_token.observe(passed / len(DELTA.token_ids))
         metrics.generated_tokens += len(DELTA.token_ids)

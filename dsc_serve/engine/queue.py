@@ -22,7 +22,7 @@ class Queue:
         self._lane, self._rank = lane, rank
         self._lanes: dict[Hashable, OrderedDict[str, Request]] = {}
         self._keys: dict[str, Hashable] = {}
-        self._places: dict[Hashable, tuple[float, int]] = {}
+        self._sort_keys: dict[Hashable, tuple[float, int]] = {}
         self._order: list[tuple[float, int, Hashable]] = []
         self._created = 0
 
@@ -60,8 +60,8 @@ class Queue:
         if key not in self._lanes:
             self._lanes[key] = OrderedDict()
             self._created += 1
-            self._places[key] = self._rank(key), self._created
-            insort(self._order, (*self._places[key], key))
+            self._sort_keys[key] = self._rank(key), self._created
+            insort(self._order, (*self._sort_keys[key], key))
         self._lanes[key][request.id] = request
         if front:
             self._lanes[key].move_to_end(request.id, last=False)
@@ -79,15 +79,15 @@ class Queue:
     def rerank(self, scheduling: SchedulingParams) -> None:
         """Put the lane of these terms where its rank now says."""
         key = self._lane(scheduling)
-        if key in self._places and self._places[key][0] != self._rank(key):
+        if key in self._sort_keys and self._sort_keys[key][0] != self._rank(key):
             _, created = self._displace(key)
-            self._places[key] = self._rank(key), created
-            insort(self._order, (*self._places[key], key))
+            self._sort_keys[key] = self._rank(key), created
+            insort(self._order, (*self._sort_keys[key], key))
 
     def _displace(self, key: Hashable) -> tuple[float, int]:
-        place = self._places.pop(key)
-        del self._order[bisect_left(self._order, place, key=lambda entry: entry[:2])]
-        return place
+        sort_key = self._sort_keys.pop(key)
+        del self._order[bisect_left(self._order, sort_key, key=lambda entry: entry[:2])]
+        return sort_key
 
 
 class Accounts:

@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from dsc_serve.config import ServerConfig, places
+from dsc_serve.config import ServerConfig, generation_slots
 from dsc_serve.scale.proxy import Proxy
 from dsc_serve.scale.replica import Replica
 from dsc_serve.scale.settings import ScaleConfig, read
@@ -32,7 +32,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: ServerConfig, scale: ScaleConfig, command: Sequence[str] = ENGINE) -> Application:
     """Doors and replicas; a Serve config file may change the options of both. command: as in EngineSupervisor."""
-    room = places(config)
+    room = generation_slots(config)
     limit_s = config.life.drain_s + STOP_S
     kwargs = {"factor": scale.load_factor, "slack": scale.load_slack} if scale.routing == "affinity" else {}
     replicas = serve.deployment(

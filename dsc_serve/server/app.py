@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from dsc_serve import __version__
-from dsc_serve.config import ServerConfig, places
+from dsc_serve.config import ServerConfig, generation_slots
 from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
@@ -38,7 +38,7 @@ def create_app(
 ) -> FastAPI:
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
-    admission = Admission(Permits(places(config)), config.limits)
+    admission = Admission(Permits(generation_slots(config)), config.limits)
     service = Service(client, tokenizer, served_name(config), admission, config.limits)
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()

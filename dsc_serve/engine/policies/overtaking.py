@@ -21,7 +21,7 @@ def admit_best(builder: PlanBuilder, window: Sequence[RequestView], merits: Sequ
     left = list(range(len(window)))
     refused: set[int] = set()
     while left and len(refused) < MOST_REFUSED and builder.left and len(builder.running) < builder.budget.running:
-        last = next((place for place, i in enumerate(left) if due[i]), len(left) - 1)
+        last = next((at for at, i in enumerate(left) if due[i]), len(left) - 1)
         open_to = [i for i in left[: last + 1] if i not in refused]
         if not open_to:
             return

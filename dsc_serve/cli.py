@@ -121,12 +121,12 @@ def serve(folder: str | None, config_file: Path | None, print_config: bool, **op
 def serve_ray(file: Path) -> None:
     """Serve what FILE, a Ray Serve config such as deploy/ray/serve.yaml, says. SIGHUP reads it again and updates."""
     try:
-        from dsc_serve.scale.local import StartError, run
+        from dsc_serve.scale.local import LocalStartError, run
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}; pip install 'dsc-serve[ray]'") from None
     try:
         run(file)
-    except StartError as error:
+    except LocalStartError as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
-from dsc_serve.engine.output import Delta, Routing, TokenLogprobs
+from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
 from dsc_serve.engine.request import Collect
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
@@ -40,7 +40,7 @@ class RequestOutput:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    routing: Routing | None = None
+    routing: RoutingSlice | None = None
     index: int = 0
 
 
@@ -344,6 +344,6 @@ class _Track:
             self.output.prompt_logprobs += new.prompt_logprobs
         if new.routing is not None:
             parts = [new.routing] if self.output.routing is None else [self.output.routing, new.routing]
-            self.output.routing = Routing.joined(parts)
+            self.output.routing = RoutingSlice.joined(parts)
         if self.news is not None:
             self.news.append(new)

@@ -15,7 +15,7 @@ from typing import Any
 Send = Callable[[float], Coroutine[Any, Any, None]]
 
 
-class Budget:
+class RequestBudget:
     """How many requests may still start, and until when (seconds from now)."""
 
     def __init__(self, requests: int, duration_s: float) -> None:
@@ -46,7 +46,7 @@ class Pace:
     duration_s: float = 1.0
 
 
-async def closed_loop(send: Send, budget: Budget, pace: Pace) -> None:
+async def closed_loop(send: Send, budget: RequestBudget, pace: Pace) -> None:
     """`concurrency` streams, each sending its next request as soon as its last has ended."""
 
     async def stream() -> None:
@@ -58,7 +58,7 @@ async def closed_loop(send: Send, budget: Budget, pace: Pace) -> None:
             streams.create_task(stream())
 
 
-async def start_at(send: Send, budget: Budget, times: Iterator[float]) -> None:
+async def start_at(send: Send, budget: RequestBudget, times: Iterator[float]) -> None:
     """Start a request at each of `times`, seconds from now in rising order, however the others fare."""
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as requests:
@@ -94,20 +94,20 @@ def ramp_times(pace: Pace) -> Iterator[float]:
             yield 2 * expected / (pace.rate + math.sqrt(pace.rate**2 + 2 * slope * expected))
 
 
-async def poisson(send: Send, budget: Budget, pace: Pace) -> None:
+async def poisson(send: Send, budget: RequestBudget, pace: Pace) -> None:
     """Requests at `rate`, each independent of the others and of how the server fares."""
     await start_at(send, budget, gamma_times(replace(pace, burstiness=1.0)))
 
 
-async def gamma(send: Send, budget: Budget, pace: Pace) -> None:
+async def gamma(send: Send, budget: RequestBudget, pace: Pace) -> None:
     """Requests at `rate`, more or less evenly spread than Poisson's, by `burstiness`."""
     await start_at(send, budget, gamma_times(pace))
 
 
-async def ramp(send: Send, budget: Budget, pace: Pace) -> None:
+async def ramp(send: Send, budget: RequestBudget, pace: Pace) -> None:
     """Requests at a rate that changes evenly."""
     await start_at(send, budget, ramp_times(pace))
 
 
-Arrivals = Callable[[Send, Budget, Pace], Awaitable[None]]
+Arrivals = Callable[[Send, RequestBudget, Pace], Awaitable[None]]
 ARRIVALS: dict[str, Arrivals] = {"closed": closed_loop, "poisson": poisson, "gamma": gamma, "ramp": ramp}

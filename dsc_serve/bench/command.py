@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dsc_serve.bench.arrivals import ARRIVALS
-from dsc_serve.bench.exchange import Outcome
+from dsc_serve.bench.exchange import RequestOutcome
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.overload import format_overload, run_overload
 from dsc_serve.bench.summary import format_table, record_line
@@ -79,7 +79,7 @@ def serve_command(url: str, json_file: Path | None, records: Path | None, **sett
     Streams completions from it and prints throughput and latencies as a client sees them. Ends with status 1 when no
     request succeeded.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     try:
         # options have the names of LoadConfig's fields
         result = run_load(LoadConfig(url=url, **settings), outcomes.append)  # type: ignore[arg-type]

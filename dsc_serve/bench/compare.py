@@ -18,14 +18,14 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError, System
+from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
 from dsc_serve.bench.lengths import parse_lengths
 from dsc_serve.bench.load import LoadConfig, LoadError, run_load
 from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
 from dsc_serve.bench.made_up_tokenizer import save_tokenizer
-from dsc_serve.bench.processes import Server, StartError, cpu_seconds, free_port, memory_bytes, running
+from dsc_serve.bench.processes import ServerProcess, ServerStartError, cpu_seconds, free_port, memory_bytes, running
 from dsc_serve.bench.prompts import ask_source
-from dsc_serve.bench.results import Contestant, Results, Row
+from dsc_serve.bench.results import Contestant, ResultRow, Results
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
 
@@ -43,15 +43,17 @@ def run_tool(command: Sequence[str]) -> str:
     """What a command of ours prints. Raises StartError."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_LIMIT_S, check=False)
     if done.returncode:
-        raise StartError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}")
+        raise ServerStartError(
+            f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-1000:]}"
+        )
     return done.stdout
 
 
-def model_folder(system: System, comparison: Comparison, work: Path) -> Path:
+def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> Path:
     """The system's model; one of random weights is made where there is none yet. Raises StartError."""
     if system.folder:
         if system.ours and not Path(system.folder).is_dir():
-            raise StartError(f"its folder {system.folder} does not exist")
+            raise ServerStartError(f"its folder {system.folder} does not exist")
         return Path(system.folder)
     form = system.form or system.ffn
     folder = work / f"{comparison.preset}-{form}"
@@ -69,7 +71,7 @@ def model_folder(system: System, comparison: Comparison, work: Path) -> Path:
     return folder
 
 
-def serve_command(system: System, folder: Path, port: int, threads: int) -> list[str]:
+def serve_command(system: ComparedSystem, folder: Path, port: int, threads: int) -> list[str]:
     """How the system is started."""
     if not system.ours:
         values = {"folder": str(folder), "port": str(port), "threads": str(threads)}
@@ -89,7 +91,7 @@ def shown(command: Sequence[str], environment: Mapping[str, str], work: Path) ->
     return text.replace(" ".join(CLI), "dsc-serve").replace(f"{work}/", "").replace(f"{Path.cwd()}/", "")
 
 
-def program_version(system: System) -> str:
+def program_version(system: ComparedSystem) -> str:
     """What the program of another system says of its version, in one line; empty where it says nothing."""
     if system.ours:
         return f"dsc-serve {version('dsc-serve')}"
@@ -108,7 +110,7 @@ def program_version(system: System) -> str:
     return f"{Path(system.command[0]).name} {lines[-1][:80]}" if lines and not done.returncode else ""
 
 
-class Arena:
+class ComparisonRun:
     """The systems of one comparison, and how to have them run."""
 
     def __init__(self, comparison: Comparison, work: Path, report: Report) -> None:
@@ -129,14 +131,14 @@ class Arena:
             try:
                 folder = self.folders[system.name] = model_folder(system, self.comparison, self.work)
                 self.inspect_folder(system, folder)
-            except (StartError, OSError, subprocess.TimeoutExpired) as error:
+            except (ServerStartError, OSError, subprocess.TimeoutExpired) as error:
                 self.skip(system, str(error))
                 continue
             contestant.version = ", ".join(filter(None, (program_version(system), contestant.version)))
             command = serve_command(system, folder, 8000, self.threads)
             contestant.command = shown(command, system.environment, self.work)
 
-    def inspect_folder(self, system: System, folder: Path) -> None:
+    def inspect_folder(self, system: ComparedSystem, folder: Path) -> None:
         contestant = self.contestants[system.name]
         command = [
             sys.executable,
@@ -157,17 +159,17 @@ class Arena:
         contestant.description, contestant.steps = found["description"], found["steps"]
         contestant.version = f"torch {found['torch']}" if system.ours else ""
 
-    def skip(self, system: System, reason: str, when: str = "") -> None:
+    def skip(self, system: ComparedSystem, reason: str, when: str = "") -> None:
         self.contestants[system.name].skipped = reason
         self.report(f"{system.name} is skipped{when}: {reason}")
 
-    def taking_part(self) -> list[System]:
+    def taking_part(self) -> list[ComparedSystem]:
         """The systems that run, the baseline first: what it completes sets the rates of open loads."""
         systems = [system for system in self.comparison.system if not self.contestants[system.name].skipped]
         return sorted(systems, key=lambda system: system.name != self.comparison.baseline)
 
     @contextmanager
-    def started(self, system: System) -> Iterator[Server | None]:
+    def started(self, system: ComparedSystem) -> Iterator[ServerProcess | None]:
         """The system's server, stopped at the end; None where it does not come up, which skips it."""
         contestant, port = self.contestants[system.name], free_port()
         command = serve_command(system, self.folders[system.name], port, self.threads)
@@ -175,17 +177,17 @@ class Arena:
         with ExitStack() as stack:
             server = None
             try:
-                server = Server(command, system.environment, port, log)
+                server = ServerProcess(command, system.environment, port, log)
                 stack.enter_context(running(server, self.comparison.start_timeout_s))
                 contestant.start_s = round(server.start_s, 2)
-            except (StartError, OSError) as error:
+            except (ServerStartError, OSError) as error:
                 self.skip(system, str(error))
                 server = None
             yield server
 
 
 def load_config(
-    comparison: Comparison, system: System, url: str, load: str, value: float, number: int, rate: float
+    comparison: Comparison, system: ComparedSystem, url: str, load: str, value: float, number: int, rate: float
 ) -> LoadConfig:
     """A load of a round; equal for all systems but for where it goes. rate: requests per second of an open one."""
     closed = load == "closed"
@@ -233,7 +235,7 @@ def run_comparison(
     not measured wait idle. keep: is given the results after each load, so that whatever stops the rest loses nothing.
     Failures of single systems skip them; raises ComparisonError for what stops all."""
     check_prompts(comparison)
-    arena = Arena(comparison, work, report)
+    arena = ComparisonRun(comparison, work, report)
     results = Results(
         title=comparison.title,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,7 +275,7 @@ def run_comparison(
     return results
 
 
-def rotated(systems: list[System], number: int) -> list[System]:
+def rotated(systems: list[ComparedSystem], number: int) -> list[ComparedSystem]:
     """Another one comes first in each round, and every second round runs backwards: what a system leaves behind, such
     as threads that spin for a while, is not always felt by the same one."""
     step = -1 if number % 2 else 1
@@ -281,7 +283,7 @@ def rotated(systems: list[System], number: int) -> list[System]:
 
 
 def measure_round(
-    arena: Arena, results: Results, servers: Mapping[str, Server], number: int, save: Callable[[], None]
+    arena: ComparisonRun, results: Results, servers: Mapping[str, ServerProcess], number: int, save: Callable[[], None]
 ) -> None:
     """Every load on every running system, load by load."""
     comparison = arena.comparison
@@ -307,7 +309,9 @@ def measure_round(
         contestant.memory_bytes = contestant.memory_bytes or memory_bytes(servers[system.name].pids())
 
 
-def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server], system: System) -> Row | None:
+def measured_row(
+    arena: ComparisonRun, config: LoadConfig, servers: Mapping[str, ServerProcess], system: ComparedSystem
+) -> ResultRow | None:
     """One load on one system, with what the servers used meanwhile; None where its server does not answer or has ended,
     which skips the system from here on."""
     name = system.name
@@ -324,7 +328,7 @@ def measured_row(arena: Arena, config: LoadConfig, servers: Mapping[str, Server]
     used = {other: max(0.0, cpu_seconds(server.pids()) - before[other]) / taken for other, server in servers.items()}
     figures: dict[str, Any] = {key: value for key, value in result.to_dict().items() if key not in SHARED}
     figures["client_cpu"] = result.client["client_cpu"]
-    return Row(
+    return ResultRow(
         system=name,
         load="closed",
         value=0,

@@ -25,7 +25,7 @@ class ComparisonError(ValueError):
     """A comparison that cannot be run as asked; one line that says why."""
 
 
-class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One server. Ours where there is no `command`.
 
     folder: the model to serve. Where it is empty, one of random weights is made at the comparison's preset: of our
@@ -81,7 +81,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     title: str
     subject: str
     baseline: str
-    system: tuple[System, ...]
+    system: tuple[ComparedSystem, ...]
     preset: PresetName = "paper"
     threads: Annotated[int, Meta(ge=0)] = 0
     prompt_tokens: COUNT = 48

@@ -59,7 +59,7 @@ class Endpoint:
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One keep-alive connection; one exchange at a time.
 
     heard: whether the present or last exchange was answered at all. ended: when the last one did, in the loop's time.
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.ended = 0.0
 
     @classmethod
-    async def open(cls, endpoint: Endpoint) -> Connection:
+    async def open(cls, endpoint: Endpoint) -> ClientConnection:
         """Connect. Raises OSError."""
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(cls, endpoint.host, endpoint.port, ssl=endpoint.tls)
@@ -157,7 +157,7 @@ class Connections:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._idle: list[Connection] = []
+        self._idle: list[ClientConnection] = []
 
     async def exchange(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
         """As Connection.exchange, on an idle connection or a new one. Also raises OSError when none can be made.
@@ -175,9 +175,9 @@ class Connections:
                     if connection.heard or idle_s < IDLE_S:
                         raise
                     break
-        return await self._exchange(await Connection.open(self._endpoint), request, on_body)
+        return await self._exchange(await ClientConnection.open(self._endpoint), request, on_body)
 
-    async def _exchange(self, connection: Connection, request: bytes, on_body: Callable[[bytes], None]) -> int:
+    async def _exchange(self, connection: ClientConnection, request: bytes, on_body: Callable[[bytes], None]) -> int:
         try:
             return await connection.exchange(request, on_body)
         finally:

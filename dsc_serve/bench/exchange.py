@@ -13,28 +13,28 @@ from dsc_serve.bench.connection import Connections, DisconnectError, EventReader
 MAX_ERROR_BODY = 64 * 2**10
 
 
-class Choice(msgspec.Struct):
+class StreamedChoice(msgspec.Struct):
     text: str | None = None
     token_ids: list[int] | None = None
 
 
-class Usage(msgspec.Struct):
+class StreamedUsage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class Event(msgspec.Struct):
+class StreamedEvent(msgspec.Struct):
     """One event of a streamed completion; fields that are not measured are left unread."""
 
-    choices: list[Choice] = []
-    usage: Usage | None = None
+    choices: list[StreamedChoice] = []
+    usage: StreamedUsage | None = None
     error: object = None
 
 
-event_decoder = msgspec.json.Decoder(Event)
+event_decoder = msgspec.json.Decoder(StreamedEvent)
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one request. Times in seconds, from the moment it was due.
 
     failure: None, or the reason in a few fixed words; `detail` is then one example of what was said.
@@ -67,7 +67,7 @@ class StreamRecord:
     def __init__(self) -> None:
         self.error = ""
         self.done = False
-        self.usage: Usage | None = None
+        self.usage: StreamedUsage | None = None
         self.token_times: list[float] = []
         self.last_choice = 0.0
         self._reader = EventReader()
@@ -94,17 +94,17 @@ class StreamRecord:
                 if choice.text or choice.token_ids:
                     self.token_times.append(now)
 
-    def outcome(self, due: float) -> Outcome:
+    def outcome(self, due: float) -> RequestOutcome:
         """The measured request, once its answer is whole and its status was 200."""
         if self.error:
-            return Outcome(failure="error event", detail=self.error)
+            return RequestOutcome(failure="error event", detail=self.error)
         if not self.done:
-            return Outcome(failure="incomplete stream", detail="the answer ended without [DONE]")
+            return RequestOutcome(failure="incomplete stream", detail="the answer ended without [DONE]")
         if not self.token_times:
-            return Outcome(failure="no tokens", detail="no event carried text or token_ids")
+            return RequestOutcome(failure="no tokens", detail="no event carried text or token_ids")
         times = self.token_times
         counted = self.usage is not None and self.usage.completion_tokens > 0
-        return Outcome(
+        return RequestOutcome(
             ttft=times[0] - due,
             latency=self.last_choice - due,
             gaps=tuple(after - before for before, after in itertools.pairwise(times)),
@@ -130,28 +130,28 @@ def error_body(body: bytes) -> str:
         return error_message(body.decode("utf-8", "replace"))
 
 
-async def measure_request(connections: Connections, request: bytes, due: float, timeout_s: float) -> Outcome:
+async def measure_request(connections: Connections, request: bytes, due: float, timeout_s: float) -> RequestOutcome:
     """Send one streaming request and follow it to its end. Never raises for what the server or the network does."""
     sent = time.perf_counter()
     outcome = await follow(connections, request, due, timeout_s)
     return msgspec.structs.replace(outcome, due=due, queued=sent - due)
 
 
-async def follow(connections: Connections, request: bytes, due: float, timeout_s: float) -> Outcome:
+async def follow(connections: Connections, request: bytes, due: float, timeout_s: float) -> RequestOutcome:
     record = StreamRecord()
     try:
         async with asyncio.timeout(timeout_s):
             status = await connections.exchange(request, record.on_body)
     except TimeoutError:
-        return Outcome(failure="timeout", detail=f"no end within {timeout_s:g} s")
+        return RequestOutcome(failure="timeout", detail=f"no end within {timeout_s:g} s")
     except DisconnectError as error:
         # A server that closes the connection after its last event has said everything.
-        return record.outcome(due) if record.done else Outcome(failure="disconnect", detail=str(error))
+        return record.outcome(due) if record.done else RequestOutcome(failure="disconnect", detail=str(error))
     except ProtocolError as error:
-        return Outcome(failure="malformed answer", detail=str(error))
+        return RequestOutcome(failure="malformed answer", detail=str(error))
     except OSError as error:
-        return Outcome(failure="cannot connect", detail=str(error))
+        return RequestOutcome(failure="cannot connect", detail=str(error))
     if status != 200:
         latency = time.perf_counter() - due
-        return Outcome(failure=f"HTTP {status}", detail=error_body(record.start_of_body), latency=latency)
+        return RequestOutcome(failure=f"HTTP {status}", detail=error_body(record.start_of_body), latency=latency)
     return record.outcome(due)

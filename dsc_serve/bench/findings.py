@@ -6,7 +6,7 @@ import statistics
 
 from dsc_serve.bench.comparison import LEAST_REQUESTS, Expectation
 from dsc_serve.bench.machine import IDLE_LOAD
-from dsc_serve.bench.results import Ratio, Results, Row
+from dsc_serve.bench.results import Ratio, ResultRow, Results
 from dsc_serve.bench.summary import FEW
 
 EVEN = 0.02  # a median this close to 1 is no difference, and so is one whose rounds lie on both sides of 1
@@ -144,7 +144,7 @@ def reservations(results: Results, name: str) -> list[str]:
     return found
 
 
-def asked_for(results: Results, row: Row) -> float:
+def asked_for(results: Results, row: ResultRow) -> float:
     """Requests of a closed loop in one round."""
     return max(float(LEAST_REQUESTS), row.value * float(results.comparison["waves"]))
 

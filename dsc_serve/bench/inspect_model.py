@@ -37,7 +37,7 @@ SHOWN = {
 }  # parts of a step's profile by what they are called here
 
 
-class Watched:
+class RecordingFfn:
     """Stands in for an FFN; `seen` is the input of its last call."""
 
     def __init__(self, inner: Any) -> None:
@@ -113,7 +113,7 @@ def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int
 def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> float:
     """Mean over layers and decode steps of the different atoms, adapters or experts that `running` requests pick."""
     parts: Any = model
-    stack, ffns = model.stack, [Watched(layer.ffn) for layer in model.layers]
+    stack, ffns = model.stack, [RecordingFfn(layer.ffn) for layer in model.layers]
     model.stack = None  # block by block, so that every FFN's input is seen
     for layer, ffn in zip(parts.layers, ffns, strict=True):
         layer.ffn = ffn

@@ -25,12 +25,12 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.bench.oracle import Expected, Verdict, expected, verdict
-from dsc_serve.bench.roofline import Phase, Rates, phases, screened, stored_bytes, synchronizer
+from dsc_serve.bench.roofline import Rates, RooflinePhase, phases, screened, stored_bytes, synchronizer
 from dsc_serve.bench.systems import (
     PATHS,
     PLAIN_MOE,
     SCREENED,
-    System,
+    LayerSystem,
     Weights,
     build_system,
     describe_sizes,
@@ -143,7 +143,7 @@ class Measured:
     batch: int
     seconds: float | None
     checked: Verdict
-    layer: list[Phase]
+    layer: list[RooflinePhase]
     rotated: int
 
 
@@ -159,7 +159,7 @@ def last_level_cache_of(device: torch.device) -> int:
 
 
 def interleaved_medians(
-    systems: Sequence[System],
+    systems: Sequence[LayerSystem],
     x: Tensor,
     repeats: int,
     seconds: float,
@@ -168,7 +168,7 @@ def interleaved_medians(
 ) -> list[float]:
     """Median seconds per layer of each system; stops before `repeats` when `seconds` are over, but not before 3."""
 
-    def timed(system: System, calls: int) -> float:
+    def timed(system: LayerSystem, calls: int) -> float:
         system.run(x, 1)  # wakes threads and fills the instruction cache; its weights are not used again soon
         sync()
         start = time.perf_counter()
@@ -189,7 +189,7 @@ def interleaved_medians(
     return [statistics.median(s) for s in samples]
 
 
-def check(system: System, x: Tensor, wanted: Sequence[Expected], dtype: torch.dtype) -> Verdict:
+def check(system: LayerSystem, x: Tensor, wanted: Sequence[Expected], dtype: torch.dtype) -> Verdict:
     """The system's first layers on x against what is wanted of them; a system that raises is wrong too."""
     try:
         outputs = [layer(x) for layer in system.layers[: len(wanted)]]
@@ -203,13 +203,13 @@ class Group:
     """The systems of one FFN kind, with the weights that its oracle needs."""
 
     config: ModelConfig
-    systems: list[System]
+    systems: list[LayerSystem]
     weights: list[Weights]
     rotated: int
 
     def measure(
-        self, x: Tensor, dtype: torch.dtype, injected: Sequence[System] = ()
-    ) -> list[tuple[System, Verdict, list[Phase]]]:
+        self, x: Tensor, dtype: torch.dtype, injected: Sequence[LayerSystem] = ()
+    ) -> list[tuple[LayerSystem, Verdict, list[RooflinePhase]]]:
         """Every system's verdict on x, and the phases of the layer with the picks that x makes."""
         checked = self.weights[: math.ceil(CHECKED_TOKENS / x.shape[0])]
         wanted = [expected(self.config, weights, x) for weights in checked]
@@ -298,7 +298,7 @@ def run_layer_bench(
     bench: LayerBench,
     command: str = "",
     report: Callable[[str], None] = lambda line: None,
-    injected: dict[str, list[System]] | None = None,
+    injected: dict[str, list[LayerSystem]] | None = None,
 ) -> LayerResult[LayerRow]:
     """Measure every system at every batch size; `report` hears of progress, `injected` adds systems by kind."""
     with with_threads(bench.threads):
@@ -306,7 +306,7 @@ def run_layer_bench(
 
 
 def _measure(
-    bench: LayerBench, command: str, report: Callable[[str], None], injected: dict[str, list[System]]
+    bench: LayerBench, command: str, report: Callable[[str], None], injected: dict[str, list[LayerSystem]]
 ) -> LayerResult[LayerRow]:
     dtype, device = bench.torch_dtype, bench.torch_device
     result: LayerResult[LayerRow] = begin(command, device)

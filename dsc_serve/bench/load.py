@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 import msgspec
 from tqdm import tqdm
 
-from dsc_serve.bench.arrivals import ARRIVALS, Budget, Pace
+from dsc_serve.bench.arrivals import ARRIVALS, Pace, RequestBudget
 from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, ProtocolError
-from dsc_serve.bench.exchange import Outcome, error_body, measure_request
+from dsc_serve.bench.exchange import RequestOutcome, error_body, measure_request
 from dsc_serve.bench.lengths import Lengths, parse_lengths
 from dsc_serve.bench.machine import describe_machine, load_average
 from dsc_serve.bench.prompts import Ask, ask_source
@@ -135,7 +135,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run_load(config: LoadConfig, watch: Callable[[Outcome], None] = lambda outcome: None) -> LoadResult:
+def run_load(config: LoadConfig, watch: Callable[[RequestOutcome], None] = lambda outcome: None) -> LoadResult:
     """Put the load on the server and measure it; `watch` is told of each measured request when it has ended.
 
     Raises ConfigError and TokenizerError when prompts cannot be made, LoadError when the server does not answer.
@@ -145,7 +145,7 @@ def run_load(config: LoadConfig, watch: Callable[[Outcome], None] = lambda outco
         return runner.run(measure(config, watch))
 
 
-async def measure(config: LoadConfig, watch: Callable[[Outcome], None] = lambda outcome: None) -> LoadResult:
+async def measure(config: LoadConfig, watch: Callable[[RequestOutcome], None] = lambda outcome: None) -> LoadResult:
     """`run_load` for code that has an event loop of its own."""
     asks = ask_source(
         prompt_file=config.prompt_file,
@@ -165,11 +165,11 @@ async def measure(config: LoadConfig, watch: Callable[[Outcome], None] = lambda 
         warmup = config.concurrency if config.warmup is None else config.warmup
         await drive(connections, requests, config, warmup, lambda _: None)
         client = describe_machine() | {"load_average_start": load_average()}
-        outcomes: list[Outcome] = []
+        outcomes: list[RequestOutcome] = []
         # disable=None: a bar on a terminal, nothing elsewhere
         with tqdm(total=config.requests, unit="req", disable=None, dynamic_ncols=True) as bar:
 
-            def record(outcome: Outcome) -> None:
+            def record(outcome: RequestOutcome) -> None:
                 outcomes.append(outcome)
                 watch(outcome)
                 bar.update()
@@ -198,7 +198,7 @@ async def drive(
     requests: Iterator[bytes],
     config: LoadConfig,
     count: int,
-    record: Callable[[Outcome], None],
+    record: Callable[[RequestOutcome], None],
 ) -> None:
     """Send up to `count` requests by the configured profile, and tell `record` what became of each."""
 
@@ -217,7 +217,7 @@ async def drive(
         config.end_rate or config.request_rate,
         config.duration_s,
     )
-    await ARRIVALS[config.arrivals](send, Budget(count, config.duration_s), pace)
+    await ARRIVALS[config.arrivals](send, RequestBudget(count, config.duration_s), pace)
 
 
 def encode_requests(endpoint: Endpoint, model: str, asks: Iterator[Ask], config: LoadConfig) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ POLL_S = 0.1
 LOG_TAIL = 15  # lines
 
 
-class StartError(RuntimeError):
+class ServerStartError(RuntimeError):
     """A server that did not come up; with the end of what it printed."""
 
 
@@ -59,7 +59,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-class Server:
+class ServerProcess:
     """A running server at `url`. start_s: seconds until it answered."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> None:
@@ -84,11 +84,11 @@ class Server:
         while True:
             answers = self._answers()
             if (end := self.end()) is not None:
-                raise StartError(end)  # even after an answer, which another program on this port may have given
+                raise ServerStartError(end)  # even after an answer, which another program on this port may have given
             if answers:
                 break
             if time.monotonic() - begun > limit_s:
-                raise StartError(f"no answer to GET /v1/models within {limit_s:g} s: {self.tail()}")
+                raise ServerStartError(f"no answer to GET /v1/models within {limit_s:g} s: {self.tail()}")
             time.sleep(POLL_S)
         self.start_s = time.monotonic() - begun
 
@@ -128,7 +128,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(server: Server, limit_s: float) -> Iterator[Server]:
+def running(server: ServerProcess, limit_s: float) -> Iterator[ServerProcess]:
     """A server that answers; it is stopped at the end, and also where it does not come up."""
     try:
         server.wait(limit_s)

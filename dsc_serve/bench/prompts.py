@@ -65,7 +65,7 @@ class Words:
         return " ".join(parts)
 
 
-class Tokens:
+class TokenPrompts:
     """Counts and cuts texts by a tokenizer's tokens; cut ends may shift a server's own count by a few."""
 
     unit = "tokens"
@@ -81,7 +81,7 @@ class Tokens:
         return self._tokenizer.decode(parts).strip("�")
 
 
-def stretches(path: Path, counter: Words | Tokens, rng: random.Random) -> Cut:
+def stretches(path: Path, counter: Words | TokenPrompts, rng: random.Random) -> Cut:
     """Cuts stretches from random places of a text."""
     parts = counter.split(read_text(path, "prompt_file"))
 
@@ -147,7 +147,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def shared_asks(
     questions: list[Question],
-    counter: Words | Tokens,
+    counter: Words | TokenPrompts,
     prompt: Lengths | None,
     output: Lengths | None,
     rng: random.Random,
@@ -181,7 +181,7 @@ def ask_source(
     conversations' own, elsewhere DEFAULT_LENGTH. Raises ConfigError and TokenizerError.
     """
     rng = random.Random(seed)
-    counter = Tokens(load_tokenizer(Path(tokenizer))) if tokenizer else Words()
+    counter = TokenPrompts(load_tokenizer(Path(tokenizer))) if tokenizer else Words()
     if sharegpt is not None:
         return shared_asks(read_questions(Path(sharegpt)), counter, prompt_tokens, output_tokens, rng)
     cut = random_ids(vocab_size, rng) if prompt_file is None else stretches(Path(prompt_file), counter, rng)

@@ -64,7 +64,7 @@ class Chart:
     svg: str
 
 
-Block = Heading | Paragraph | Items | Table | Chart
+Element = Heading | Paragraph | Items | Table | Chart
 
 
 def figure(value: float | None) -> str:
@@ -76,9 +76,9 @@ def figure(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def blocks(results: Results) -> list[Block]:
+def elements(results: Results) -> list[Element]:
     """The whole report but its title."""
-    made: list[Block] = [Heading("What was found"), Items(sentences(results)), *expected(results)]
+    made: list[Element] = [Heading("What was found"), Items(sentences(results)), *expected(results)]
     made += [Heading("Closed loops"), Paragraph(told(results)), *closed_tables(results), *charts(results, "closed")]
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
@@ -116,7 +116,7 @@ def chance(rounds: int) -> str:
     )
 
 
-def expected(results: Results) -> list[Block]:
+def expected(results: Results) -> list[Element]:
     def row(check: Check) -> Cells:
         wanted, ratio = check.expected, check.ratio
         measured = "–" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -128,7 +128,7 @@ def expected(results: Results) -> list[Block]:
     return [Table("What was aimed at", head, [row(check) for check in found])] if found else []
 
 
-def closed_tables(results: Results) -> list[Block]:
+def closed_tables(results: Results) -> list[Element]:
     points = results.points("closed")
     head = ("streams", *(f"{value:g}" for value in points))
 
@@ -180,10 +180,10 @@ def used(results: Results, points: Sequence[float]) -> Table:
     return Table("Cores used (server, client, waiting systems)", ("streams", *(f"{v:g}" for v in points)), rows)
 
 
-def open_tables(results: Results) -> list[Block]:
+def open_tables(results: Results) -> list[Element]:
     points = results.points("open")
     head = ("load", *(f"{value:g}" for value in points))
-    made: list[Block] = []
+    made: list[Element] = []
     for title, figures in {
         "Requests per second: mean rate of the arrivals, completed, within the limits": (
             "request_rate",
@@ -202,8 +202,8 @@ def open_tables(results: Results) -> list[Block]:
     return made
 
 
-def charts(results: Results, load: str) -> list[Block]:
-    made: list[Block] = []
+def charts(results: Results, load: str) -> list[Element]:
+    made: list[Element] = []
     label = "streams" if load == "closed" else "load, as a multiple of the baseline's peak"
     for name, (title, y_label, own_load, one) in CHARTS.items():
         if own_load != load:
@@ -219,7 +219,7 @@ def charts(results: Results, load: str) -> list[Block]:
     return made
 
 
-def inside(results: Results) -> list[Block]:
+def inside(results: Results) -> list[Element]:
     taken = [system for system in results.systems if system.steps]
     if not taken:
         return [Paragraph("No step was taken apart.")]
@@ -305,7 +305,7 @@ li { overflow-wrap: anywhere }
 def html_page(results: Results) -> str:
     """One self-contained page."""
     parts: list[str] = []
-    made = blocks(results)
+    made = elements(results)
     for at, block in enumerate(made):
         if isinstance(block, Chart) and not isinstance(made[at - 1], Chart):
             parts.append('<div class="charts">')
@@ -319,7 +319,7 @@ def html_page(results: Results) -> str:
     )
 
 
-def html_block(block: Block) -> str:
+def html_block(block: Element) -> str:
     if isinstance(block, Heading):
         return f"<h2>{escape(block.text)}</h2>"
     if isinstance(block, Paragraph):
@@ -336,7 +336,7 @@ def html_block(block: Block) -> str:
 def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
     """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`."""
     parts = []
-    for block in blocks(results):
+    for block in elements(results):
         if isinstance(block, Heading):
             parts.append(f"### {block.text}")
         elif isinstance(block, Paragraph):
@@ -355,7 +355,7 @@ def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
 
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:
     """Those charts as SVG files whose names begin with the stem's."""
-    for block in blocks(results):
+    for block in elements(results):
         if isinstance(block, Chart) and block.name in names:
             stem.with_name(f"{stem.name}-{block.name}.svg").write_text(block.svg, encoding="utf-8")
 

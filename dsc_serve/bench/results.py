@@ -33,7 +33,7 @@ class Contestant(msgspec.Struct, kw_only=True):
     steps: dict[str, dict[str, Any]] = {}
 
 
-class Row(msgspec.Struct, kw_only=True):
+class ResultRow(msgspec.Struct, kw_only=True):
     """One load on one system in one round.
 
     value: streams of a closed loop, or the multiple of the baseline's peak of an open one. figures: see
@@ -71,7 +71,7 @@ class Results(msgspec.Struct, kw_only=True):
     machine: dict[str, Any]
     comparison: dict[str, Any]
     systems: list[Contestant] = []
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
 
     def measured(self) -> list[str]:
         """The systems that were measured, in order."""
@@ -86,7 +86,7 @@ class Results(msgspec.Struct, kw_only=True):
         rows = (row for row in self.of(system, load, value) if row.counts)
         return {row.round: row.figures[figure] for row in rows if row.figures.get(figure) is not None}
 
-    def of(self, system: str, load: str, value: float) -> list[Row]:
+    def of(self, system: str, load: str, value: float) -> list[ResultRow]:
         """All rounds of one load on one system."""
         return [row for row in self.rows if (row.system, row.load, row.value) == (system, load, value)]
 

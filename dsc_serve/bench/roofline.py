@@ -44,7 +44,7 @@ GEMM_SHAPES = {
 
 
 @dataclass(frozen=True)
-class Phase:
+class RooflinePhase:
     """A part of a layer that must end before the next begins: bytes it reads at least, and its FLOPs.
 
     Products of int8 count as FLOPs of the run's dtype in the proportion of their sizes.
@@ -55,30 +55,30 @@ class Phase:
     flops: float
 
 
-def screened(layer: Sequence[Phase], element: int) -> list[Phase]:
+def screened(layer: Sequence[RooflinePhase], element: int) -> list[RooflinePhase]:
     """The phases of a DSC layer whose router is screened in int8: the rows that are picked are scored again."""
     router, static, bank = layer
-    again = Phase("again", bank.bytes / 2, bank.flops / 2)
-    return [Phase("router", router.bytes / element, router.flops / element), static, again, bank]
+    again = RooflinePhase("again", bank.bytes / 2, bank.flops / 2)
+    return [RooflinePhase("router", router.bytes / element, router.flops / element), static, again, bank]
 
 
-def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> list[Phase]:
+def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> list[RooflinePhase]:
     """A layer's phases at B = batch tokens that pick `distinct` different atoms, adapters or experts."""
     c, d, matrices = config.ffn, config.hidden_size, 3 if config.mlp_gated else 2
 
-    def product(name: str, rows: int) -> Phase:
-        return Phase(name, rows * d * element, 2 * batch * rows * d)
+    def product(name: str, rows: int) -> RooflinePhase:
+        return RooflinePhase(name, rows * d * element, 2 * batch * rows * d)
 
     if isinstance(c, DscConfig):
-        bank = Phase("bank", 2 * distinct * d * element, 4 * batch * c.atoms_per_token * d)
+        bank = RooflinePhase("bank", 2 * distinct * d * element, 4 * batch * c.atoms_per_token * d)
         return [product("router", c.num_atoms), product("static", matrices * c.static_size), bank]
     if isinstance(c, MoloraConfig):
         picked = batch * c.adapters_per_token * c.rank
-        bank = Phase("bank", 2 * distinct * c.rank * d * element, 4 * picked * d)
+        bank = RooflinePhase("bank", 2 * distinct * c.rank * d * element, 4 * picked * d)
         return [product("router", c.num_adapters), product("static", matrices * c.static_size), bank]
     if isinstance(c, MoeConfig):
         size = matrices * c.expert_size * d
-        experts = Phase("experts", distinct * size * element, 2 * batch * c.experts_per_token * size)
+        experts = RooflinePhase("experts", distinct * size * element, 2 * batch * c.experts_per_token * size)
         return [product("router", c.num_experts), experts]
     return [product("static", matrices * c.size)]
 
@@ -100,7 +100,7 @@ class Rates:
             )
         self.gemm = max(self.gemm, gemm_rate(dtype, device, seconds))
 
-    def seconds(self, layer: Sequence[Phase], size: int) -> tuple[float, float]:
+    def seconds(self, layer: Sequence[RooflinePhase], size: int) -> tuple[float, float]:
         """The roofline time of a layer whose rotated weights are `size` bytes: phases added up, and overlapped.
 
         Its bandwidth is the best seen over a buffer about as large or larger.

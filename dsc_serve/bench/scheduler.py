@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dsc_serve.engine.kv_cache import BlockPool
-from dsc_serve.engine.policies import POLICIES, Budget, Plan
+from dsc_serve.engine.policies import POLICIES, Plan, StepBudget
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.engine.step_time import Estimate, Load
@@ -107,7 +107,9 @@ class Recorder:
             self.last[request_id] = now
 
 
-def simulate(policy: str, workload: Workload, costs: Costs, budget: Budget, blocks: int, prefix_cache: bool) -> Figures:
+def simulate(
+    policy: str, workload: Workload, costs: Costs, budget: StepBudget, blocks: int, prefix_cache: bool
+) -> Figures:
     """Serve the workload with a scheduler whose clock moves by what each step costs; latencies in milliseconds."""
     now = 0.0
     pool = BlockPool(blocks)
@@ -177,7 +179,7 @@ def plan_commit_ms(policy: str, running: int, waiting: int = 0, steps: int = 200
 
     With waiting ones a request ends after each step, so that every plan has to choose one to admit.
     """
-    scheduler = Scheduler(POLICIES[policy], Budget(4 * running, running), BlockPool(2**20), BLOCK_SIZE)
+    scheduler = Scheduler(POLICIES[policy], StepBudget(4 * running, running), BlockPool(2**20), BLOCK_SIZE)
     workload = Workload(requests=running + waiting, prompt_tokens=24, output_tokens=48)
     for _, request in workload.arrivals(Costs(), running):
         request.max_tokens = 10**6
@@ -205,7 +207,7 @@ def timed_step(scheduler: Scheduler) -> float:
 
 
 def compare(
-    policies: Sequence[str], workload: Workload, costs: Costs, budget: Budget, blocks: int, prefix_cache: bool
+    policies: Sequence[str], workload: Workload, costs: Costs, budget: StepBudget, blocks: int, prefix_cache: bool
 ) -> dict[str, object]:
     """Everything that `dsc-serve bench scheduler` tells."""
     shapes = {"running_64": (64, 0), "running_1024": (1024, 0), "running_64_waiting_10000": (64, 10_000)}

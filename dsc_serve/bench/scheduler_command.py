@@ -53,7 +53,7 @@ def scheduler_command(
     Also prints what planning and committing a step takes on this machine.
     """
     from dsc_serve.bench.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
-    from dsc_serve.engine.policies import POLICIES, Budget
+    from dsc_serve.engine.policies import POLICIES, StepBudget
 
     for policy in policies:
         if policy not in POLICIES:
@@ -62,7 +62,7 @@ def scheduler_command(
         raise click.ClickException(f"--step-tokens {step_tokens} must be at least --max-running {max_running}")
     if blocks * BLOCK_SIZE < LONGEST:
         raise click.ClickException(f"--blocks {blocks} must be at least {-(-LONGEST // BLOCK_SIZE)}, for one request")
-    budget = Budget(step_tokens, max_running, itl_target_ms)
+    budget = StepBudget(step_tokens, max_running, itl_target_ms)
     workload = Workload(requests=requests, load=load, seed=seed)
     result = compare(policies or tuple(POLICIES), workload, Costs(), budget, blocks, prefix_cache)
     if json_file is not None:

@@ -21,7 +21,7 @@ import torch
 
 from dsc_kernels import native, ops
 from dsc_kernels.screen import NO_SCREEN
-from dsc_serve.bench.roofline import Phase, gemm_rate, phases, screened
+from dsc_serve.bench.roofline import RooflinePhase, gemm_rate, phases, screened
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta
@@ -44,7 +44,7 @@ PARTS = ("schedule", "pack", *OPERATORS, "watch routing", "other", "ipc")
 BESIDE = ("receive", "detokenise")
 
 
-class Part(msgspec.Struct, frozen=True):
+class StepPart(msgspec.Struct, frozen=True):
     """A part of a step: microseconds, and where it reads weights or keys and values the bytes, FLOPs and the least
     microseconds that these take, reading and computing at the same time."""
 
@@ -70,8 +70,8 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     sampling: str
     step_ms: float
     ipc_ms: float
-    parts: list[Part]
-    beside: list[Part]
+    parts: list[StepPart]
+    beside: list[StepPart]
     operators: float
     weight_bytes: float
     read_bytes: float
@@ -115,7 +115,7 @@ def output_tokens(steps: int) -> int:
     return 2 * steps + WARM_STEPS + 2 * PROMPT_TOKENS
 
 
-class Clock:
+class PartTimer:
     """Seconds by name."""
 
     def __init__(self) -> None:
@@ -225,10 +225,10 @@ def profile(
     context = PROMPT_TOKENS + WARM_STEPS + 1.5 * steps
     least = work(model, running, context, greedy=not temperature)
 
-    def part(name: str) -> Part:
+    def part(name: str) -> StepPart:
         size, count = least.get(name, (0.0, 0.0))
         seconds = max(size / reading.bandwidth, count / flops)
-        return Part(name, 1e6 * clock.spent[name] / steps, size, count, 1e6 * seconds)
+        return StepPart(name, 1e6 * clock.spent[name] / steps, size, count, 1e6 * seconds)
 
     clock.spent["other"] = wall - sum(clock.spent[name] for name in PARTS)
     step = statistics.median(plain)
@@ -249,9 +249,9 @@ def profile(
     )
 
 
-def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading: Reading) -> tuple[Clock, float]:
+def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading: Reading) -> tuple[PartTimer, float]:
     """Seconds of steps by part, and of the steps with telling the API process, with reads between as in other steps."""
-    clock, wall = Clock(), 0.0
+    clock, wall = PartTimer(), 0.0
     runner, scheduler = engine.runner, engine.scheduler
     assert isinstance(runner, Runner)
     with ExitStack() as stack:
@@ -285,7 +285,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
     return clock, wall
 
 
-def split_blocks(clock: Clock, model: Decoder) -> None:
+def split_blocks(clock: PartTimer, model: Decoder) -> None:
     """The blocks' time by what the native stack counted; without one it is all "static"."""
     blocks = clock.spent.pop("blocks")
     spent = {} if model.stack is None else model.stack.spent
@@ -328,14 +328,14 @@ def screens_head(model: Decoder) -> bool:
     return getattr(model.head, "screen", NO_SCREEN) is not NO_SCREEN
 
 
-def ffn_phases(model: Decoder, batch: int) -> list[Phase]:
+def ffn_phases(model: Decoder, batch: int) -> list[RooflinePhase]:
     """One FFN layer's, its int8 router counted as such."""
     element = model.dtype.itemsize
     found = phases(model.config, batch, expected_distinct(model.config, batch), element)
     if not screens_router(model):
         return found
     router, static, again, bank = screened(found, element)
-    return [Phase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
+    return [RooflinePhase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
 
 
 def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, tuple[float, float]]:

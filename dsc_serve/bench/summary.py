@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from dsc_serve.bench.exchange import Outcome
+from dsc_serve.bench.exchange import RequestOutcome
 from dsc_serve.config import ConfigError
 
 MEASURES = {
@@ -107,14 +107,14 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     return limits
 
 
-def keeps(outcome: Outcome, limits: Mapping[str, float]) -> bool:
+def keeps(outcome: RequestOutcome, limits: Mapping[str, float]) -> bool:
     """Whether a completed request's times are all within their limits; a single token has no time per token."""
     times = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.latency}
     return all(times[name] <= limit for name, limit in limits.items())
 
 
 def summarize(
-    outcomes: Iterable[Outcome],
+    outcomes: Iterable[RequestOutcome],
     duration: float,
     *,
     date: str,
@@ -166,7 +166,7 @@ def summarize(
     )
 
 
-def record_line(outcome: Outcome, begun: float) -> bytes:
+def record_line(outcome: RequestOutcome, begun: float) -> bytes:
     """One measured request as a line of JSON; start_s: when it was due, in seconds after `begun`; itl_ms: all gaps."""
     record: dict[str, object] = {
         "start_s": round(outcome.due - begun, 6),

@@ -25,7 +25,15 @@ from dsc_serve.bench.layer import (
     with_threads,
 )
 from dsc_serve.bench.roofline import Rates, phases, stored_bytes, synchronizer
-from dsc_serve.bench.systems import Layer, System, Weights, build_system, layer_config, random_input, random_weights
+from dsc_serve.bench.systems import (
+    Layer,
+    LayerSystem,
+    Weights,
+    build_system,
+    layer_config,
+    random_input,
+    random_weights,
+)
 from dsc_serve.model.config import DscConfig, ModelConfig
 
 ATOMS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -107,8 +115,8 @@ def _measure(
         assert system is not None
         group = Group(config, [system], weights, stored_bytes(weights))
         parts = [
-            System("dsc", "router", [router_alone(w, dtype, device, path == "native") for w in weights]),
-            System("dsc", "static", [static_alone(w, device) for w in weights]),
+            LayerSystem("dsc", "router", [router_alone(w, dtype, device, path == "native") for w in weights]),
+            LayerSystem("dsc", "static", [static_alone(w, device) for w in weights]),
         ]
         rates.measure([group.rotated], config.hidden_size, dtype, device, RATE_SECONDS)
         for batch in bench.batches:
@@ -121,7 +129,7 @@ def _measure(
     return result
 
 
-def _row(bench: LayerBench, group: Group, parts: Sequence[System], x: Tensor, rates: Rates) -> SweepRow:
+def _row(bench: LayerBench, group: Group, parts: Sequence[LayerSystem], x: Tensor, rates: Rates) -> SweepRow:
     [(system, checked, layer)] = group.measure(x, bench.torch_dtype)
     shuffle, sync = random.Random(bench.seed).shuffle, synchronizer(x.device)
     timed = [*parts, system] if checked.wrong is None else list(parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plain
 from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe, SortedMoe
-from dsc_serve.model.budget import Budget
+from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.initial import PRESETS, preset_config
@@ -18,7 +18,7 @@ from dsc_serve.model.initial import PRESETS, preset_config
 Layer = Callable[[Tensor], Tensor]
 Weights = dict[str, Tensor]
 
-TINY = Budget(39072, 31072, 64, 16, 2, 32)  # for tests: d 32, DSC with 66 atoms
+TINY = ParameterBudget(39072, 31072, 64, 16, 2, 32)  # for tests: d 32, DSC with 66 atoms
 CONFIGS = (*PRESETS, "tiny")
 
 # How far a path's router logits may be from exact ones; within it, another selection is as right.
@@ -40,7 +40,7 @@ PLAIN_MOE = ("moe", "sorted")
 
 
 @dataclass
-class System:
+class LayerSystem:
     """One FFN kind through one path; `layers` hold different weights and are run in turn."""
 
     kind: str
@@ -141,7 +141,7 @@ def build_layer(
 
 def build_system(
     config: ModelConfig, path: str, weights: Sequence[Weights], dtype: torch.dtype, device: torch.device
-) -> System | None:
+) -> LayerSystem | None:
     """A kind through a path with one layer per item of weights; None where the path is not there."""
     layers: list[Layer] = []
     for stored in weights:
@@ -151,4 +151,4 @@ def build_system(
         layers.append(layer)
     kind = config.ffn.kind
     rounded = (kind, path) in FROZEN and dtype == torch.bfloat16
-    return System(kind, path, layers, BFLOAT16_ROUTER if rounded else EXACT_ROUTER)
+    return LayerSystem(kind, path, layers, BFLOAT16_ROUTER if rounded else EXACT_ROUTER)

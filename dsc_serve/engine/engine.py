@@ -15,7 +15,7 @@ from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
-from dsc_serve.engine.policies import POLICIES, Budget
+from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
@@ -61,7 +61,7 @@ class Engine:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
         self.config, self.capacity, self.runner, self.strict = config, capacity, runner, strict
-        budget = Budget(config.step_tokens, config.max_running, config.itl_target_ms)
+        budget = StepBudget(config.step_tokens, config.max_running, config.itl_target_ms)
         pool = BlockPool(capacity.num_blocks)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()

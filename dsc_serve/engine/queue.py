@@ -12,7 +12,7 @@ from dsc_serve.scheduling_params import SchedulingParams
 MAX_DEPARTED = 1024
 
 
-class Queue:
+class WaitingQueue:
     """Waiting requests by lane, in order of arrival, and the lanes in order of rank: lowest first, then oldest.
 
     lane: which lane a request waits in. rank: a lane's rank, looked up when it comes into being and at `rerank`.

@@ -21,8 +21,8 @@ from dsc_kernels.plan import Sharing
 from dsc_kernels.sketch import Signature, Sketch
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
-from dsc_serve.engine.usage import Usage
-from dsc_serve.model.ffn.dsc import DscFfn, Trace
+from dsc_serve.engine.usage import AtomUsage
+from dsc_serve.model.ffn.dsc import DscFfn, PickBuffers
 
 WATCHED = 8  # of so many steps one is watched
 SAMPLED = 4  # every so many watched steps one layer is looked at closely, in turn
@@ -48,14 +48,14 @@ class RoutingWatch:
         self._layers, self._shape = layers, shape
         self._traced = torch.zeros(len(layers), step_tokens, shape.k, dtype=torch.int32, device=device)
         self._signals = torch.zeros(len(layers), step_tokens, device=device)
-        self._traces = [Trace(*pair) for pair in zip(self._traced, self._signals, strict=True)]
+        self._traces = [PickBuffers(*pair) for pair in zip(self._traced, self._signals, strict=True)]
         self._copies = None if device.type == "cpu" else PinnedCopies(self._traced, self._signals)
         self._watching, self._unwatched = False, WATCHED
         self._trace(self._copies is not None)  # captured steps write theirs always
         self._recorded: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
         self._unforeseen: deque[Request] = deque()
         self.sketch = Sketch(len(layers), shape.atoms, shape.k, vocab_size)
-        self._usage = Usage(self.sketch.counts, shape.k)
+        self._usage = AtomUsage(self.sketch.counts, shape.k)
         self._reports = [LayerRouting(0, 0) for _ in layers]
 
     def expect(self, request: Request) -> None:

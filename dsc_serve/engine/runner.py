@@ -16,7 +16,7 @@ from dsc_serve.engine import sampler
 from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
-from dsc_serve.engine.output import Routing, TokenLogprobs
+from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
@@ -46,7 +46,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
-    routing: dict[str, Routing] = field(default_factory=dict)
+    routing: dict[str, RoutingSlice] = field(default_factory=dict)
     forward_s: float = 0.0
 
     def add(self, other: StepResult) -> None:

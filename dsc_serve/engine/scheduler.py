@@ -12,8 +12,8 @@ import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
 from dsc_serve.engine.kv_cache import BlockPool, block_hash, blocks_for, hash_seed
-from dsc_serve.engine.policies import Budget, Plan, Policy, View
-from dsc_serve.engine.queue import Accounts, Queue
+from dsc_serve.engine.policies import Plan, Policy, StepBudget, View
+from dsc_serve.engine.queue import Accounts, WaitingQueue
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.engine.step_report import HELD_BACK, PhaseReport
 from dsc_serve.engine.step_time import StepTime
@@ -33,7 +33,7 @@ class Scheduler:
     def __init__(
         self,
         policy: Policy,
-        budget: Budget,
+        budget: StepBudget,
         pool: BlockPool,
         block_size: int,
         prefix_cache: bool = True,
@@ -42,7 +42,7 @@ class Scheduler:
         self.policy, self.budget, self.pool, self.block_size, self.clock = policy, budget, pool, block_size, clock
         self.running: dict[str, Request] = {}
         self.accounts = Accounts()
-        self.waiting = Queue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
+        self.waiting = WaitingQueue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
         self.step_time = StepTime()
         self.preemptions = self.timeouts = self.prompt_tokens = self.cached_tokens = 0
         self.phases = PhaseReport()

@@ -12,11 +12,11 @@ import msgspec
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
-from dsc_serve.server.extensions import Clock, routing_entry
+from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
 from dsc_serve.text.stream import TextStream
-from dsc_serve.worker.messages import Routing, TokenLogprobs
+from dsc_serve.worker.messages import RoutingSlice, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -59,7 +59,7 @@ class Choice:
     characters: int = 0  # of its text, that these stand for
     cached_tokens: int = 0  # of its prompt
     outcome: str = "error"
-    clock: Clock = field(default_factory=Clock)
+    clock: GenerationTimes = field(default_factory=GenerationTimes)
     frame: tuple[bytes, bytes] | None = None
 
 
@@ -73,7 +73,7 @@ class ChoiceUpdate:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    routing: list[Routing] = field(default_factory=list)
+    routing: list[RoutingSlice] = field(default_factory=list)
     finish_reason: str | None = None
 
 

@@ -21,7 +21,7 @@ from dsc_serve.server.errors import json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
-from dsc_serve.server.service import Engine, Service
+from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.stream import engine_down
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
@@ -34,7 +34,7 @@ def served_name(config: ServerConfig) -> str:
 
 
 def create_app(
-    config: ServerConfig, client: Engine, tokenizer: Tokenizer | None, ring: KeyRing | None = None
+    config: ServerConfig, client: EngineHandle, tokenizer: Tokenizer | None, ring: KeyRing | None = None
 ) -> FastAPI:
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")

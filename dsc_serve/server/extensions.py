@@ -13,7 +13,7 @@ from dsc_serve.sampling_params import ALL_ATOMS
 from dsc_serve.scheduling_params import MAX_PRIORITY, MAX_TIMEOUT_S
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.fields import Fields
-from dsc_serve.worker.messages import Delta, Routing
+from dsc_serve.worker.messages import Delta, RoutingSlice
 
 DIGITS = 7  # of a float32 below 1
 
@@ -51,7 +51,7 @@ class DscFields(SchedulingFields):
 
 
 @dataclass(slots=True)
-class Clock:
+class GenerationTimes:
     """When the tokens of one generation came, in seconds from the request's arrival at the server."""
 
     queued_s: float = 0.0
@@ -96,14 +96,14 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 3)
 
 
-def routing_entry(parts: Sequence[Routing], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
+def routing_entry(parts: Sequence[RoutingSlice], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
     """What tokens picked, strongest atoms first: lists over tokens, layers and atoms. None where there is no news.
 
     Of the output's last token nothing is told: it need not have been computed.
     """
     if not parts:
         return None
-    routing, size = Routing.joined(parts), len(prompt)
+    routing, size = RoutingSlice.joined(parts), len(prompt)
     start, end = routing.start, min(routing.start + routing.shape[0], size + max(len(output) - 1, 0))
     if end <= start:
         return None

@@ -29,7 +29,7 @@ MAX_LOW_PRIORITY = 64  # texts that wait for `Service.run_low_priority`
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class EngineHandle(Protocol):
     """What the server needs of an engine; `worker.client.EngineClient` is one."""
 
     @property
@@ -69,7 +69,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineHandle,
         tokenizer: Tokenizer | None,
         model_name: str,
         admission: Admission,

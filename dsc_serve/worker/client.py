@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.worker.connection import Connection
+from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
 from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
 
@@ -74,8 +74,8 @@ class EngineClient:
         self.gave_up = False
         self.restarts = 0
         self._max_unread = max_unread
-        self._connection: Connection | None = None
-        self._latest: Connection | None = None
+        self._connection: EngineConnection | None = None
+        self._latest: EngineConnection | None = None
         self._pending: dict[str, Pending] = {}
 
     @property
@@ -98,7 +98,7 @@ class EngineClient:
     def in_flight(self) -> int:
         return len(self._pending)
 
-    def attach(self, connection: Connection) -> None:
+    def attach(self, connection: EngineConnection) -> None:
         """Serve through this connection from now on, the requests that were kept for it first."""
         self._connection, self._latest, self.trouble = connection, connection, ""
         for pending in self._pending.values():

@@ -12,7 +12,7 @@ import msgspec
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.output import Delta as Delta
-from dsc_serve.engine.output import Routing as Routing
+from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from dsc_serve.bench import compare
 from dsc_serve.bench.compare_command import compare_command, report_command
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError, System
+from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
 from dsc_serve.bench.load import LoadConfig
-from dsc_serve.bench.results import Results, Row, load_results
+from dsc_serve.bench.results import ResultRow, Results, load_results
 from dsc_serve.bench.summary import LoadResult
 
 SERVER = Path(__file__).parent / "answering_server.py"
@@ -181,7 +181,7 @@ def test_open_loads_are_the_same_in_every_round_and_prompts_never() -> None:
     results = Results(title="", date="", client="", machine={}, comparison={})
     for number, rate in enumerate((10.0, 30.0)):
         figures = {"completed": 12, "failed": 0, "request_throughput": rate}
-        results.rows.append(Row(system="slow", load="closed", value=1, round=number, figures=figures))
+        results.rows.append(ResultRow(system="slow", load="closed", value=1, round=number, figures=figures))
         assert compare.peak_rate(results, "slow") == 10.0
     points = [("closed", 8.0), ("closed", 108.0), ("open", 0.8), ("open", 0.85), ("open", 8.0)]
     loads = [
@@ -203,7 +203,7 @@ def test_prompts_that_cannot_be_made_are_said_before_anything_starts(tmp_path: P
 
 
 def test_every_system_comes_first_and_none_always_follows_the_same() -> None:
-    systems = [System(name=name, ffn="dsc") for name in "abcd"]
+    systems = [ComparedSystem(name=name, ffn="dsc") for name in "abcd"]
     orders = [[system.name for system in compare.rotated(systems, number)] for number in range(4)]
     assert [order[0] for order in orders] == ["a", "b", "c", "d"]
     assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)

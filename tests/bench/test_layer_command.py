@@ -17,7 +17,7 @@ from dsc_serve.bench.layer import LayerBench, LayerBenchError, rotation_layers, 
 from dsc_serve.bench.layer_command import layer_command as command
 from dsc_serve.bench.layer_table import format_layers
 from dsc_serve.bench.plot import line_chart
-from dsc_serve.bench.systems import CONFIGS, PATHS, System
+from dsc_serve.bench.systems import CONFIGS, PATHS, LayerSystem
 
 SMALL = ["--config", "tiny", "--repeats", "2", "--layers", "2", "--seconds", "1", "--threads", "1"]
 FIELDS = {
@@ -76,7 +76,10 @@ def test_a_wrong_system_gets_no_time_and_is_named() -> None:
     def crash(x: Tensor) -> Tensor:
         raise RuntimeError("no kernel")
 
-    injected = {"dsc": [System("dsc", "nonsense", [nonsense] * 2)], "moe": [System("moe", "crash", [crash] * 2)]}
+    injected = {
+        "dsc": [LayerSystem("dsc", "nonsense", [nonsense] * 2)],
+        "moe": [LayerSystem("moe", "crash", [crash] * 2)],
+    }
     bench = LayerBench(config="tiny", batches=(4,), repeats=1, layers=2, seconds=0.1, threads=1)
     result = run_layer_bench(bench, injected=injected)
     rows = {(row.system, row.path): row for row in result.rows}
@@ -144,7 +147,7 @@ def test_layers_are_run_in_rotation() -> None:
     def layer_of(i: int) -> layer_command.Any:
         return lambda x: seen.append(i)
 
-    system = System("dsc", "native", [layer_of(i) for i in range(3)])
+    system = LayerSystem("dsc", "native", [layer_of(i) for i in range(3)])
     x = torch.zeros(1, 1)
     system.run(x, 2)
     system.run(x, 5)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_serve import LLM, RequestOutput, SamplingParams
-from dsc_serve.engine.output import Routing
+from dsc_serve.engine.output import RoutingSlice
 from dsc_serve.sampling_params import MAX_PICKS, EngineCapacity, ParameterError, resolve_max_tokens
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12))]
 
 
-def routed(llm: LLM, prompt: list[int], **fields: object) -> tuple[RequestOutput, Routing]:
+def routed(llm: LLM, prompt: list[int], **fields: object) -> tuple[RequestOutput, RoutingSlice]:
     (output,) = llm.generate([prompt], SamplingParams(**fields))  # type: ignore[arg-type]
     assert output.routing is not None
     return output, output.routing

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsc_serve.engine.kv_cache import BlockPool
-from dsc_serve.engine.policies import POLICIES, Budget
+from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.sampling_params import SamplingParams
@@ -29,7 +29,7 @@ def tokens_served(policy: str, tenants: list[Tenant], running: int, step_tokens:
     tenants: weight, longest prompt and longest output of each.
     """
     rng = random.Random(seed)
-    scheduler = Scheduler(POLICIES[policy], Budget(step_tokens, running), BlockPool(4000), 8)
+    scheduler = Scheduler(POLICIES[policy], StepBudget(step_tokens, running), BlockPool(4000), 8)
     served: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     owner: dict[str, int] = {}

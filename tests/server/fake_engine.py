@@ -14,7 +14,7 @@ from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.client import EngineDiedError
-from dsc_serve.worker.messages import Delta, ModelInfo, Routing, Stats, TokenLogprobs
+from dsc_serve.worker.messages import Delta, ModelInfo, RoutingSlice, Stats, TokenLogprobs
 
 VOCAB = 300
 CONTEXT = 512
@@ -35,13 +35,13 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, [(97 + i, -1.0 - i if i < 2 else -math.inf) for i in range(count)])
 
 
-def routing_of(start: int, count: int, params: SamplingParams) -> Routing:
+def routing_of(start: int, count: int, params: SamplingParams) -> RoutingSlice:
     """Atoms that say where they are from: 100 · position + 10 · layer + rank."""
     k = 3 if params.routing == ALL_ATOMS else params.routing
     places = np.arange(start, start + count)[:, None, None] * 100 + np.arange(2)[None, :, None] * 10
     atoms = places + np.arange(k)[None, None]
     coefficients, signal = np.full(atoms.shape, 0.25, np.float32), np.full(atoms.shape[:2], 1.5, np.float32)
-    return Routing.packed(start, atoms, coefficients, signal)
+    return RoutingSlice.packed(start, atoms, coefficients, signal)
 
 
 class FakeEngine:

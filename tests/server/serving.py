@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from dsc_serve.config import AccessConfig, EngineConfig, LimitConfig, LogConfig, ServerConfig
 from dsc_serve.server.app import create_app
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.process import Server, bind
+from dsc_serve.server.process import HttpServer, bind
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 async def live(app: FastAPI, send_buffer: int = 0) -> AsyncIterator[int]:
     """Serve over a real socket in this event loop; yields the port."""
     listening = asyncio.Event()
-    server = app.state.server = Server(app, app.state.config, listening.set)
+    server = app.state.server = HttpServer(app, app.state.config, listening.set)
     with bind("127.0.0.1", 0, send_buffer) as listener:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve(sockets=[listener]))

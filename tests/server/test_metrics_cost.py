@@ -12,7 +12,7 @@ from dsc_serve.config import EngineConfig, LifeConfig
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.admission import Permits
-from dsc_serve.server.extensions import Clock
+from dsc_serve.server.extensions import GenerationTimes
 from dsc_serve.server.metrics.document import NewEngine
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.worker.messages import Delta, Stats, frame
@@ -117,7 +117,7 @@ def median_ratio(spent: Sequence[float], of: Sequence[float]) -> float:
     return statistics.median(part / whole for part, whole in zip(spent, of, strict=True))
 
 
-CLOCKS = [Clock(first=0.0) for _ in range(RUNNING)]
+CLOCKS = [GenerationTimes(first=0.0) for _ in range(RUNNING)]
 DELTA = Delta("a", [1])
 
 

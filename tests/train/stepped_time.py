@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import pytest
 
-from dsc_serve.train.settings import Phase
+from dsc_serve.train.settings import TrainingPhase
 from dsc_serve.train.trainer import Trainer
 
 
 class SteppedTime:
     """In the place of the trainer's `time`. seconds: what a step of a phase takes in this run."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, seconds: Callable[[Trainer, Phase], float]) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, seconds: Callable[[Trainer, TrainingPhase], float]) -> None:
         self.now = 0.0
         step = Trainer._step
 
-        def paced(run: Trainer, phase: Phase, factor: float) -> tuple[float, float]:
+        def paced(run: Trainer, phase: TrainingPhase, factor: float) -> tuple[float, float]:
             self.now += seconds(run, phase)
             return step(run, phase, factor)
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dsc_serve.engine.policies.base import Budget, Plan, RequestView, View
+from dsc_serve.engine.policies.base import Plan, RequestView, StepBudget, View
 from dsc_serve.engine.policies.overtaking import admit_best
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def affinity(view: View, budget: Budget) -> Plan:
+def affinity(view: View, budget: StepBudget) -> Plan:
     """As fcfs, but of the waiting requests those first that need the fewest atoms besides those of the running ones.
 
     Within the overtaking bound. A request whose atoms are unknown counts as an average one.

@@ -77,7 +77,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Budget:
+class StepBudget:
     """What a step may hold: tokens, and requests that run at once.
 
     itl_target_ms: how long a step with single tokens may take, where chunks can be cut to it; 0: QUIET_STEPS times a
@@ -118,7 +118,7 @@ class Policy:
     by_picks: whether it goes by what requests pick, or are expected to.
     """
 
-    plan: Callable[[View, Budget], Plan]
+    plan: Callable[[View, StepBudget], Plan]
     lane: Callable[[SchedulingParams], Hashable] = lambda scheduling: 0
     rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0
     by_picks: bool = False

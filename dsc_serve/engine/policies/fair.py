@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 
-from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
+from dsc_serve.engine.policies.base import Levels, Plan, StepBudget, View
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 from dsc_serve.scheduling_params import SchedulingParams
 
 
-def fair(view: View, budget: Budget) -> Plan:
+def fair(view: View, budget: StepBudget) -> Plan:
     """As fcfs, but each admission goes to the tenant that has been charged the least per unit of its weight."""
     builder = PlanBuilder(view, budget)
     if not builder.advance() or len(builder.running) >= budget.running:

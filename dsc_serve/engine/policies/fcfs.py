@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dsc_serve.engine.policies.base import Budget, Plan, View
+from dsc_serve.engine.policies.base import Plan, StepBudget, View
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def fcfs(view: View, budget: Budget) -> Plan:
+def fcfs(view: View, budget: StepBudget) -> Plan:
     """Running requests go on, the one admitted last is preempted first; waiting ones are admitted as they came."""
     builder = PlanBuilder(view, budget)
     if builder.advance():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsc_serve.engine.policies.base import Budget, RequestView, View
+from dsc_serve.engine.policies.base import RequestView, StepBudget, View
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 MOST_REFUSED = 8  # requests that do not fit, after which no more are tried
@@ -35,7 +35,7 @@ def admit_best(builder: PlanBuilder, window: Sequence[RequestView], merits: Sequ
         left.remove(best)
 
 
-def is_due(request: RequestView, view: View, budget: Budget) -> bool:
+def is_due(request: RequestView, view: View, budget: StepBudget) -> bool:
     """Whether a waiting request has been overtaken by as many, or for as long, as anybody may be."""
     if request.overtaken == 0:
         return False

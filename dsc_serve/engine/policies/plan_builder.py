@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dsc_serve.engine.kv_cache import blocks_for
-from dsc_serve.engine.policies.base import Budget, Plan, RequestView, View
+from dsc_serve.engine.policies.base import Plan, RequestView, StepBudget, View
 
 QUIET_STEPS = 1.6
 SHORT_MS = 6.0
@@ -21,7 +21,7 @@ class PlanBuilder:
     them, so that nobody may be admitted. Once somebody is, nobody is preempted any more for those that ran before.
     """
 
-    def __init__(self, view: View, budget: Budget, running: Sequence[RequestView] | None = None) -> None:
+    def __init__(self, view: View, budget: StepBudget, running: Sequence[RequestView] | None = None) -> None:
         self.view, self.budget = view, budget
         self.plan = Plan()
         self.running = list(view.running if running is None else running)

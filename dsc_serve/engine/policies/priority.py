@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
-from dsc_serve.engine.policies.base import Budget, Levels, Plan, View
+from dsc_serve.engine.policies.base import Levels, Plan, StepBudget, View
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 from dsc_serve.scheduling_params import SchedulingParams
 
 
-def priority(view: View, budget: Budget) -> Plan:
+def priority(view: View, budget: StepBudget) -> Plan:
     """Lower numbers first, the earliest among equals; running requests are preempted for more urgent ones.
 
     Every running request gets its single token. Of prompts, one that waits comes before less urgent ones that run.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dsc_serve.engine.policies.base import Budget, Plan, View
+from dsc_serve.engine.policies.base import Plan, StepBudget, View
 from dsc_serve.engine.policies.overtaking import admit_best
 from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def shortest_prefill(view: View, budget: Budget) -> Plan:
+def shortest_prefill(view: View, budget: StepBudget) -> Plan:
     """As fcfs, but of the waiting requests those with the fewest uncached tokens first, within the overtaking bound."""
     builder = PlanBuilder(view, budget)
     if builder.advance() and builder.left and len(builder.running) < budget.running:

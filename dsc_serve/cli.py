@@ -364,13 +364,13 @@ def calibrate(threads: int, dtype: str) -> None:
 
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
-    from dsc_serve.bench.batching_command import batching_command
-    from dsc_serve.bench.command import overload_command, serve_command
-    from dsc_serve.bench.compare_command import compare_command, peer_model_command, report_command
-    from dsc_serve.bench.engine_command import engine_command
-    from dsc_serve.bench.forward_command import forward_command
-    from dsc_serve.bench.layer_command import layer_command
-    from dsc_serve.bench.scheduler_command import scheduler_command
+    from dsc_serve.bench.compare.command import compare_command, peer_model_command, report_command
+    from dsc_serve.bench.layer.command import layer_command
+    from dsc_serve.bench.load.command import overload_command, serve_command
+    from dsc_serve.bench.step.batching_command import batching_command
+    from dsc_serve.bench.step.engine_command import engine_command
+    from dsc_serve.bench.step.forward_command import forward_command
+    from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 

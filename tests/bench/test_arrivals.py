@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dsc_serve.bench.arrivals import Pace, RequestBudget, gamma_times, poisson, ramp_times
+from dsc_serve.bench.load.arrivals import Pace, RequestBudget, gamma_times, poisson, ramp_times
 
 
 def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:

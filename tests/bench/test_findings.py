@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.compare_command import report_command
-from dsc_serve.bench.comparison import ComparisonError
-from dsc_serve.bench.findings import checks, sentences, verdict
-from dsc_serve.bench.ratios import keep, moved
-from dsc_serve.bench.report import elements, html_page, markdown, put_into
-from dsc_serve.bench.results import Contestant, Ratio, ResultRow, Results, load_results, save_results
+from dsc_serve.bench.compare.command import report_command
+from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.compare.findings import checks, sentences, verdict
+from dsc_serve.bench.compare.ratios import keep, moved
+from dsc_serve.bench.compare.report import elements, html_page, markdown, put_into
+from dsc_serve.bench.compare.results import Contestant, Ratio, ResultRow, Results, load_results, save_results
 
 COMPLETED = 40
 

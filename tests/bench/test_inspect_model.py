@@ -8,8 +8,8 @@ import torch
 from small_models import SMALL_FFN, small_config, wide_tensors
 
 from dsc_kernels import head, native
-from dsc_serve.bench import inspect_model
-from dsc_serve.bench.inspect_model import Routers, bytes_read, inspect_folder
+from dsc_serve.bench.step import inspect_model
+from dsc_serve.bench.step.inspect_model import Routers, bytes_read, inspect_folder
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.decoder import parameter_counts
 

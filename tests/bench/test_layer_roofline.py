@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsc_serve.bench.roofline import Rates, RooflinePhase, phases
-from dsc_serve.bench.systems import layer_config
+from dsc_serve.bench.layer.roofline import Rates, RooflinePhase, phases
+from dsc_serve.bench.layer.systems import layer_config
 from dsc_serve.model.config import DscConfig, MoeConfig, MoloraConfig
 
 PAPER = {kind: layer_config("paper", kind) for kind in ("dsc", "moe", "molora", "dense")}

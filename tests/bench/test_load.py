@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.bench.exchange import RequestOutcome
-from dsc_serve.bench.load import LoadConfig, LoadError, run_load
-from dsc_serve.bench.summary import LoadResult, format_table
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
+from dsc_serve.bench.load.summary import LoadResult, format_table
 from dsc_serve.config import ConfigError
 
 Serve = Callable[..., Any]

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from dsc_serve.bench.exchange import RequestOutcome
-from dsc_serve.bench.summary import (
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.summary import (
     LoadResult,
     Spread,
     format_table,

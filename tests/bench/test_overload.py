@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dsc_serve.bench.exchange import RequestOutcome
-from dsc_serve.bench.overload import Overload, format_overload
-from dsc_serve.bench.summary import LoadResult, summarize
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.overload import Overload, format_overload
+from dsc_serve.bench.load.summary import LoadResult, summarize
 
 
 def result(outcomes: list[RequestOutcome], rate: float | None = None) -> LoadResult:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.scheduler import Costs, Workload, plan_commit_ms, simulate
-from dsc_serve.bench.scheduler_command import table
+from dsc_serve.bench.step.scheduler import Costs, Workload, plan_commit_ms, simulate
+from dsc_serve.bench.step.scheduler_command import table
 from dsc_serve.cli import main
 from dsc_serve.engine.policies import StepBudget
 

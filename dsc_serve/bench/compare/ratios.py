@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.bench.results import Results
+from dsc_serve.bench.compare.results import Results
 
 KEPT = ("median_itl_ms", "output_throughput")
 MOVED = 0.1  # of a ratio, from which on it is said

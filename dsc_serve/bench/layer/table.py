@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dsc_serve.bench.layer import LayerResult, LayerRow, Row
+from dsc_serve.bench.layer.measurement import LayerResult, LayerRow, Row
+from dsc_serve.bench.layer.sweep import SweepRow
 from dsc_serve.bench.plot import Point, line_chart
-from dsc_serve.bench.sweep import SweepRow
 
 TABLES: list[tuple[str, Callable[[LayerRow], float | None], str]] = [
     ("microseconds per layer", lambda row: row.us, ".0f"),

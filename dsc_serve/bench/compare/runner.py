@@ -18,14 +18,21 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
-from dsc_serve.bench.lengths import parse_lengths
-from dsc_serve.bench.load import LoadConfig, LoadError, run_load
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
+from dsc_serve.bench.compare.processes import (
+    ServerProcess,
+    ServerStartError,
+    cpu_seconds,
+    free_port,
+    memory_bytes,
+    running,
+)
+from dsc_serve.bench.compare.results import Contestant, ResultRow, Results
+from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
+from dsc_serve.bench.load.lengths import parse_lengths
+from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
+from dsc_serve.bench.load.prompts import ask_source
 from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
-from dsc_serve.bench.made_up_tokenizer import save_tokenizer
-from dsc_serve.bench.processes import ServerProcess, ServerStartError, cpu_seconds, free_port, memory_bytes, running
-from dsc_serve.bench.prompts import ask_source
-from dsc_serve.bench.results import Contestant, ResultRow, Results
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
 
@@ -144,7 +151,7 @@ class ComparisonRun:
             sys.executable,
             "-P",
             "-m",
-            "dsc_serve.bench.inspect_model",
+            "dsc_serve.bench.step.inspect_model",
             str(folder),
             "--threads",
             str(self.threads),

@@ -8,7 +8,7 @@ import time
 
 import msgspec
 
-from dsc_serve.bench.connection import Connections, DisconnectError, EventReader, ProtocolError
+from dsc_serve.bench.load.connection import Connections, DisconnectError, EventReader, ProtocolError
 
 MAX_ERROR_BODY = 64 * 2**10
 

@@ -90,7 +90,7 @@ def machine(model: Decoder) -> dict[str, object]:
 
 
 def profile_steps(model: Decoder, config: EngineConfig, running: tuple[int, ...], steps: int) -> object:
-    from dsc_serve.bench.step_profile import SAMPLINGS, context_needed, format_profiles, profile
+    from dsc_serve.bench.step.profile import SAMPLINGS, context_needed, format_profiles, profile
     from dsc_serve.text.tokenizer import Tokenizer
 
     needed, context = context_needed(steps), model.config.max_position_embeddings
@@ -120,7 +120,7 @@ def measure_prompts(
     requests: int,
     itl_target_ms: float,
 ) -> dict[str, object]:
-    from dsc_serve.bench.engine import DECODED, Harness, long_prompt, shared_prefix
+    from dsc_serve.bench.step.harness import DECODED, Harness, long_prompt, shared_prefix
 
     context = model.config.max_position_embeddings
     if max(long_tokens + 2, system_tokens + own_tokens + 1, DECODED) > context:

@@ -56,9 +56,9 @@ def layer_command(sweep: str | None, json_file: Path | None, plot_file: Path | N
     Sizes are equal in active parameters (the dense one: in total parameters, as in the paper). Every system's output
     is first compared with a float64 reference; a wrong one gets no time. Ends with status 1 when any is wrong.
     """
-    from dsc_serve.bench.layer import BATCHES, LayerBench, LayerBenchError, LayerResult, run_layer_bench
-    from dsc_serve.bench.layer_table import chart_layers, chart_sweep, format_layers, format_sweep
-    from dsc_serve.bench.sweep import SWEEP_BATCHES, run_sweep
+    from dsc_serve.bench.layer.measurement import BATCHES, LayerBench, LayerBenchError, LayerResult, run_layer_bench
+    from dsc_serve.bench.layer.sweep import SWEEP_BATCHES, run_sweep
+    from dsc_serve.bench.layer.table import chart_layers, chart_sweep, format_layers, format_sweep
 
     options["batches"] = options["batches"] or (SWEEP_BATCHES if sweep else BATCHES)
     command = command_line(sweep, options)

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
-from dsc_serve.bench.oracle import Expected, Verdict, expected, verdict
-from dsc_serve.bench.roofline import Rates, RooflinePhase, phases, screened, stored_bytes, synchronizer
-from dsc_serve.bench.systems import (
+from dsc_serve.bench.layer.oracle import Expected, Verdict, expected, verdict
+from dsc_serve.bench.layer.roofline import Rates, RooflinePhase, phases, screened, stored_bytes, synchronizer
+from dsc_serve.bench.layer.systems import (
     PATHS,
     PLAIN_MOE,
     SCREENED,
@@ -38,6 +37,7 @@ from dsc_serve.bench.systems import (
     random_input,
     random_weights,
 )
+from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.model.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}

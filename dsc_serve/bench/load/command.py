@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from dsc_serve.bench.arrivals import ARRIVALS
-from dsc_serve.bench.exchange import RequestOutcome
-from dsc_serve.bench.load import LoadConfig, LoadError, run_load
-from dsc_serve.bench.overload import format_overload, run_overload
-from dsc_serve.bench.summary import format_table, record_line
+from dsc_serve.bench.load.arrivals import ARRIVALS
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
+from dsc_serve.bench.load.overload import format_overload, run_overload
+from dsc_serve.bench.load.summary import format_table, record_line
 from dsc_serve.config import ConfigError
 from dsc_serve.output_file import OUTPUT_FILE
 from dsc_serve.text.tokenizer import TokenizerError

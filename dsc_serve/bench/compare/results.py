@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from dsc_serve.bench.comparison import ComparisonError
+from dsc_serve.bench.compare.comparison import ComparisonError
 
 MOST_FAILED = 0.1  # of a closed loop's requests; with more gone it was another load than the one asked for
 

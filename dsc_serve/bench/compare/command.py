@@ -44,11 +44,11 @@ def compare_command(
 
     COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm or smollm2.
     """
-    from dsc_serve.bench.compare import run_comparison
-    from dsc_serve.bench.comparison import load_comparison
-    from dsc_serve.bench.findings import sentences
-    from dsc_serve.bench.ratios import keep, moved
-    from dsc_serve.bench.results import Results, save_results
+    from dsc_serve.bench.compare.comparison import load_comparison
+    from dsc_serve.bench.compare.findings import sentences
+    from dsc_serve.bench.compare.ratios import keep, moved
+    from dsc_serve.bench.compare.results import Results, save_results
+    from dsc_serve.bench.compare.runner import run_comparison
 
     if keep_ratios and ratios is None:
         raise click.ClickException("--keep-ratios needs --ratios FILE")
@@ -91,8 +91,8 @@ def compare_command(
 
 
 def write_report(results: object, out: Path) -> None:
-    from dsc_serve.bench.report import CHARTS, html_page, write_charts
-    from dsc_serve.bench.results import Results
+    from dsc_serve.bench.compare.report import CHARTS, html_page, write_charts
+    from dsc_serve.bench.compare.results import Results
 
     assert isinstance(results, Results)
     (out / "report.html").write_text(html_page(results), encoding="utf-8")
@@ -110,8 +110,8 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     With --into, the tables replace what stands between the lines "<!-- NAME: begin -->" and "<!-- NAME: end -->";
     charts are written as SVG into the folder plots beside the document.
     """
-    from dsc_serve.bench.report import markdown, put_into, write_charts
-    from dsc_serve.bench.results import load_results
+    from dsc_serve.bench.compare.report import markdown, put_into, write_charts
+    from dsc_serve.bench.compare.results import load_results
 
     results = load_results(folder / RESULTS)
     if into is None:
@@ -133,7 +133,7 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
 @click.option("--seed", default=0, help="Seed of the weights.")
 def peer_model_command(out: Path, form: str, preset: str, seed: int) -> None:
     """Write a model of random weights for other servers to OUT: as large as ours of a preset, with a tokenizer."""
-    from dsc_serve.bench.peer_model import write_peer_model
+    from dsc_serve.bench.compare.peer_model import write_peer_model
 
     count = write_peer_model(form, preset, out, seed)
     click.echo(f"{out}: {form}, {count:,} parameters")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
-from dsc_serve.bench.layer import (
+from dsc_serve.bench.layer.measurement import (
     RATE_SECONDS,
     Group,
     LayerBench,
@@ -24,8 +24,8 @@ from dsc_serve.bench.layer import (
     rotation_layers,
     with_threads,
 )
-from dsc_serve.bench.roofline import Rates, phases, stored_bytes, synchronizer
-from dsc_serve.bench.systems import (
+from dsc_serve.bench.layer.roofline import Rates, phases, stored_bytes, synchronizer
+from dsc_serve.bench.layer.systems import (
     Layer,
     LayerSystem,
     Weights,

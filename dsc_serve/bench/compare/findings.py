@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Expectation
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, Expectation
+from dsc_serve.bench.compare.results import Ratio, ResultRow, Results
+from dsc_serve.bench.load.summary import FEW
 from dsc_serve.bench.machine import IDLE_LOAD
-from dsc_serve.bench.results import Ratio, ResultRow, Results
-from dsc_serve.bench.summary import FEW
 
 EVEN = 0.02  # a median this close to 1 is no difference, and so is one whose rounds lie on both sides of 1
 

@@ -1,6 +1,6 @@
 """One model from inside: what it is, where a decode step's time goes, and the bytes of weights that a step reads.
 
-Run as a process of its own (`python -m dsc_serve.bench.inspect_model`), so that a comparison's client stays free of torch.
+Run as a process of its own (`python -m dsc_serve.bench.step.inspect_model`), so that a comparison's client stays free of torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from dsc_serve.bench.peer_model import describe_foreign
-from dsc_serve.bench.roofline import phases, screened
-from dsc_serve.bench.step_profile import PROMPT_TOKENS, context_needed, profile, screens_head, screens_router
+from dsc_serve.bench.compare.peer_model import describe_foreign
+from dsc_serve.bench.layer.roofline import phases, screened
+from dsc_serve.bench.step.profile import PROMPT_TOKENS, context_needed, profile, screens_head, screens_router
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.model.checkpoint import weight_files

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dsc_serve.bench.layer_command import numbers
+from dsc_serve.bench.layer.command import numbers
 from dsc_serve.config import EMBEDDED_MODEL, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -35,7 +35,7 @@ def batching_command(model: str, text_file: Path | None, json_file: Path | None,
 
     Also simulates, from the atoms really picked, a bank of which only a part lies in fast memory.
     """
-    from dsc_serve.bench.batching import BatchingBench, format_batching, run_batching
+    from dsc_serve.bench.step.batching import BatchingBench, format_batching, run_batching
     from dsc_serve.text.tokenizer import Tokenizer
 
     tokens = None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dsc_serve.bench.load import LoadConfig, LoadError, run_load
-from dsc_serve.bench.summary import LoadResult
+from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
+from dsc_serve.bench.load.summary import LoadResult
 
 REFUSAL = "HTTP 429"
 

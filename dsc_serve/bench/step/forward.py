@@ -20,8 +20,8 @@ from torch import Tensor
 from dsc_kernels import native, ops
 from dsc_kernels.native import RouterPrecision
 from dsc_kernels.plan import Planner
-from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe
-from dsc_serve.bench.layer import with_threads
+from dsc_serve.bench.layer.frozen import ScriptDsc, ScriptMoe
+from dsc_serve.bench.layer.measurement import with_threads
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, load_average
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.calibration import constants

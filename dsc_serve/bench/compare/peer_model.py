@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsc_serve.bench.made_up_tokenizer import save_tokenizer
+from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
 from dsc_serve.model.config import DenseConfig, ModelConfig, MoeConfig
 from dsc_serve.model.initial import STD, preset_config
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from dsc_serve.bench.summary import LIMITED
+from dsc_serve.bench.load.summary import LIMITED
 
 FOLDER = Path(__file__).parent / "comparisons"
 LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything

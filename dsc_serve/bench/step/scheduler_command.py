@@ -52,7 +52,7 @@ def scheduler_command(
 
     Also prints what planning and committing a step takes on this machine.
     """
-    from dsc_serve.bench.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
+    from dsc_serve.bench.step.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
     from dsc_serve.engine.policies import POLICIES, StepBudget
 
     for policy in policies:

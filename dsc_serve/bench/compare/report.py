@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparisonError
-from dsc_serve.bench.findings import Check, checks, sentences
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparisonError
+from dsc_serve.bench.compare.findings import Check, checks, sentences
+from dsc_serve.bench.compare.results import Contestant, Results
 from dsc_serve.bench.plot import Point, line_chart
-from dsc_serve.bench.results import Contestant, Results
 
 Cells = Sequence[str]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.bench.lengths import Lengths, parse_lengths
+from dsc_serve.bench.load.lengths import Lengths, parse_lengths
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import Tokenizer
 

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 import msgspec
 from tqdm import tqdm
 
-from dsc_serve.bench.arrivals import ARRIVALS, Pace, RequestBudget
-from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, ProtocolError
-from dsc_serve.bench.exchange import RequestOutcome, error_body, measure_request
-from dsc_serve.bench.lengths import Lengths, parse_lengths
+from dsc_serve.bench.load.arrivals import ARRIVALS, Pace, RequestBudget
+from dsc_serve.bench.load.connection import Connections, DisconnectError, Endpoint, ProtocolError
+from dsc_serve.bench.load.exchange import RequestOutcome, error_body, measure_request
+from dsc_serve.bench.load.lengths import Lengths, parse_lengths
+from dsc_serve.bench.load.prompts import Ask, ask_source
+from dsc_serve.bench.load.summary import LoadResult, parse_limits, summarize
 from dsc_serve.bench.machine import describe_machine, load_average
-from dsc_serve.bench.prompts import Ask, ask_source
-from dsc_serve.bench.summary import LoadResult, parse_limits, summarize
 from dsc_serve.config import ConfigError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from dsc_serve.bench.exchange import RequestOutcome
+from dsc_serve.bench.load.exchange import RequestOutcome
 from dsc_serve.config import ConfigError
 
 MEASURES = {

@@ -21,7 +21,7 @@ import torch
 
 from dsc_kernels import native, ops
 from dsc_kernels.screen import NO_SCREEN
-from dsc_serve.bench.roofline import RooflinePhase, gemm_rate, phases, screened
+from dsc_serve.bench.layer.roofline import RooflinePhase, gemm_rate, phases, screened
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta

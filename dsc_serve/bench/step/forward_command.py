@@ -28,8 +28,8 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
 
     The paper's own measurement: 16 sequences of 256 tokens, bfloat16, logits of every position, the mean of 50.
     """
-    from dsc_serve.bench.forward import ForwardBench, format_forward, run_forward
-    from dsc_serve.bench.report import put_into
+    from dsc_serve.bench.compare.report import put_into
+    from dsc_serve.bench.step.forward import ForwardBench, format_forward, run_forward
 
     if into is not None:
         put_into(into.read_text(encoding="utf-8"), "forward", "")  # its place is looked for before the measurement

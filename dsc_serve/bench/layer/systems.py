@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native, ops, plain
-from dsc_serve.bench.frozen import ScriptDsc, ScriptMoe, SortedMoe
+from dsc_serve.bench.layer.frozen import ScriptDsc, ScriptMoe, SortedMoe
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.ffn import KINDS

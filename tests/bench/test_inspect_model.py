@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SMALL_FFN, small_config, wide_tensors
+from support.small_models import SMALL_FFN, small_config, wide_tensors
 
 from dsc_kernels import head, native
 from dsc_serve.bench.step import inspect_model

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import psutil
-from ray_cluster import Cluster
-from running_server import start_server, stop_server
-from streams import Stream
+from support.ray_cluster import Cluster
+from support.running_server import start_server, stop_server
+from support.streams import Stream
 
 from dsc_serve.scale.call import placement_key
 from dsc_serve.scale.placement import Bound, PrefixMemory, Ring, order

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubectl import kubectl
+from support.kubectl import kubectl
 
 from dsc_serve.config import LifeConfig
 from dsc_serve.server.middleware import HEALTH

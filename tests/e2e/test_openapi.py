@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_server import RunningServer, start_server, stop_server
-from small_models import small_config, wide_tensors
+from support.running_server import RunningServer, start_server, stop_server
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.config import resolve_model
 from dsc_serve.model.checkpoint import save_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake import fake_engine
+from support.fake_runner import fake_engine
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.sampling_params import ParameterError, SamplingParams

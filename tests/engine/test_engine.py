@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake import fake_engine
+from support.fake_runner import fake_engine
 
 from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams

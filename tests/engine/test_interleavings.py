@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from fake import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.fake_runner import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sampling_cases import logits_of
+from support.sampling_cases import logits_of
 from torch import Tensor
 
 from dsc_serve import LLM, SamplingParams

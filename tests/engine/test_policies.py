@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake import fake_engine
+from support.fake_runner import fake_engine
 from test_scheduler import first_tokens
 
 from dsc_serve.engine.engine import Engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake import alone, fake_engine
+from support.fake_runner import alone, fake_engine
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.engine.engine import Engine

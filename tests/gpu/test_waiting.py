@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
+from support.pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
 from torch import Tensor
 
 from dsc_kernels import ops, plain

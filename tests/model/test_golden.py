@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import METHODS
+from support.small_models import METHODS
 from torch import Tensor
 
 from dsc_kernels import native

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, ask, client_of, complete, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, client_of, complete, until
 
 from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, AccessConfig, ConfigError, LimitConfig, ServerConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, saying
 from fastapi import FastAPI
-from serving import app_around, chat, events_of
+from support.fake_engine import FakeEngine, saying
+from support.serving import app_around, chat, events_of
 
 from dsc_serve.text.tokenizer import Tokenizer
 

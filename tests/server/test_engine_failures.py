@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import chat, client_of, complete, events_of, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import chat, client_of, complete, events_of, service_of, until
 
 from dsc_serve.server.process import drain
 from dsc_serve.worker.client import EngineDiedError, UnreadError

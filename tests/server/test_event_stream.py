@@ -8,9 +8,9 @@ import json
 import re
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import live, post_bytes
+from support.fake_engine import FakeEngine
+from support.serving import live, post_bytes
 
 from dsc_serve.server.answer import ResponseFormatter
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, ask, chat, complete, events_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, chat, complete, events_of
 
 from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity
 from dsc_serve.scheduling_params import SchedulingParams

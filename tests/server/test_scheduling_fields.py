@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import complete, events_of
+from support.fake_engine import FakeEngine
+from support.serving import complete, events_of
 
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.messages import Delta

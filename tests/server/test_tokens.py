@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MESSAGES, app_around, ask
+from support.fake_engine import FakeEngine
+from support.serving import MESSAGES, app_around, ask
 
 from dsc_serve import __version__
 from dsc_serve.server import service

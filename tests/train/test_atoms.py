@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.cli import main
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files

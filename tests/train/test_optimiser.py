@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig
 from dsc_serve.model.decoder import parameter_counts

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from stepped_time import SteppedTime
+from support.stepped_time import SteppedTime
 
 from dsc_serve.train.clock import MARGIN_S
 from dsc_serve.train.record import read_log

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from stepped_time import SteppedTime
+from support.stepped_time import SteppedTime
 from torch import Tensor
 
 from dsc_serve.cli import main

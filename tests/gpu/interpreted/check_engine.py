@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import honest  # noqa: F401  sets the interpreter up before any kernel is defined
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import DATA
+from support import honest  # noqa: F401  sets the interpreter up before any kernel is defined
+from support.small_models import DATA
 
 from dsc_kernels import ops
 from dsc_kernels.gpu import layers

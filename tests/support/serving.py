@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from fake_engine import FakeEngine
 from fastapi import FastAPI
 
 from dsc_serve.config import AccessConfig, EngineConfig, LimitConfig, LogConfig, ServerConfig
@@ -18,6 +17,7 @@ from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.process import HttpServer, bind
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
+from support.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 MAX_WAITING, MAX_RUNNING = 6, 2

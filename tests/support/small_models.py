@@ -11,7 +11,7 @@ from torch import Tensor
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import tensor_shapes
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 METHODS = ("dsc", "standard_moe", "dense")
 
 SMALL_FFN: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import yaml
-from programs import program
+
+from support.programs import program
 
 START_LIMIT_S = 60
 

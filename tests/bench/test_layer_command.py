@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsc_kernels import native
 from dsc_serve.bench.layer import command, measurement, sweep
-from dsc_serve.bench.layer.command import command as bench_layer
+from dsc_serve.bench.layer.command import layer_command as bench_layer
 from dsc_serve.bench.layer.measurement import LayerBench, LayerBenchError, rotation_layers, run_layer_bench
 from dsc_serve.bench.layer.systems import CONFIGS, PATHS, LayerSystem
 from dsc_serve.bench.layer.table import format_layers

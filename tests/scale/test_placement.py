@@ -78,7 +78,7 @@ def test_keys_spread_evenly_and_few_move_when_a_replica_leaves() -> None:
 def test_a_walk_meets_every_replica_once() -> None:
     ring = Ring(NAMES)
     assert sorted(ring.walk(2**64 - 1)) == sorted(NAMES)
-    assert len(ring._places) == POINTS * len(NAMES)
+    assert len(ring._points) == POINTS * len(NAMES)
 
 
 def test_who_holds_the_longest_known_beginning_is_asked_first() -> None:

@@ -75,7 +75,7 @@ def test_all_of_it_is_less_than_3_percent_of_a_step() -> None:
     engine = engine_at_work()
     stats = stats_of(engine, 0)
     ask_engine_s = seconds_of(lambda: frame(stats_of(engine, 0)))
-    routing = Spent(engine.routing, "begin", "note")
+    routing = Spent(engine.routing, "begin", "record")
     report: Any = Reported(engine)
     counts = Spent(report, "add")
     engine.report = report

@@ -263,7 +263,11 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
             (model, "argmax_tokens", "head"),
             (model, "logits", "head"),
             (runner, "sampler", "sample"),
-            *((runner.routing, method, "watch routing") for method in ("begin", "note") if runner.routing is not None),
+            *(
+                (runner.routing, method, "watch routing")
+                for method in ("begin", "record")
+                if runner.routing is not None
+            ),
         ):
             stack.enter_context(clock.on(owner, method, name))
         if model.stack is not None:

@@ -27,21 +27,16 @@ Prompt = str | list[int]
 
 @dataclass
 class RequestOutput:
-    """One generation. token_ids are the generated ones; text is without the stop string that ended it.
-
-    finish_reason: "stop" (end of text, stop token or stop string), "length", or "error" in a `GenerationError`.
-    index: which of n choices this is.
-    routing: what all tokens but the last one picked, prompt and output, where asked for.
-    """
+    """One generation."""
 
     prompt_token_ids: list[int]
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    routing: RoutingSlice | None = None
-    index: int = 0
+    text: str = ""  # without the stop string that ended it
+    token_ids: list[int] = field(default_factory=list)  # the generated ones
+    finish_reason: str | None = None  # stop (end of text, stop token or string), length, or error: `GenerationError`
+    logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # None for the first, which nothing precedes
+    routing: RoutingSlice | None = None  # what all tokens but the last picked, prompt and output, where asked for
+    index: int = 0  # which of n choices this is
 
 
 class GenerationError(RuntimeError):

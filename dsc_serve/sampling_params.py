@@ -211,17 +211,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineCapacity(msgspec.Struct, frozen=True):
-    """What one engine can hold: the vocabulary, the context, and the KV pool in blocks of `block_size` tokens.
-
-    atoms_per_token: atoms that a token picks in each of the layers; 0 where they are not DSC layers.
-    """
+    """What one engine can hold."""
 
     vocab_size: int
-    max_model_len: int
-    num_blocks: int
-    block_size: int
+    max_model_len: int  # the model's context
+    num_blocks: int  # of the KV pool
+    block_size: int  # tokens in one
     layers: int = 0
-    atoms_per_token: int = 0
+    atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
 
     @property
     def max_tokens(self) -> int:

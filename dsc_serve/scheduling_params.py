@@ -1,4 +1,4 @@
-"""On what terms a request is served: for whom, how urgently, within what time. Free of torch."""
+"""How a request is scheduled: for whom, how urgently, within what time. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ MAX_SALT = 256
 
 
 class SchedulingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler may know of a request besides its tokens.
+    """What the scheduler may know of a request besides its tokens. Times are from its arrival at the engine.
 
-    tenant: whom the work is charged to ("": nobody in particular). weight: the tenant's share, relative to others'.
-    priority: lower is served earlier. queue_timeout_s: seconds until the request must have begun to compute, and
-    timeout_s: until it must have ended, both from its arrival at the engine (None: no limit).
-    cache_salt: prompts share cached prefixes only where their salts are equal.
     Raises ParameterError naming a field that cannot be used.
     """
 
-    tenant: str = ""
-    weight: float = 1.0
-    priority: int = 0
-    queue_timeout_s: float | None = None
-    timeout_s: float | None = None
-    cache_salt: str = ""
+    tenant: str = ""  # whom the work is charged to; "": nobody in particular
+    weight: float = 1.0  # the tenant's share, relative to others'
+    priority: int = 0  # lower is served earlier
+    queue_timeout_s: float | None = None  # until it must have begun to compute; None: no limit
+    timeout_s: float | None = None  # until it must have ended; None: no limit
+    cache_salt: str = ""  # prompts share cached prefixes only where their salts are equal
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):

@@ -29,7 +29,7 @@ class Deadlines:
                 heapq.heappush(self._heap, (request.arrived + seconds, next(self._numbers), request, field))
 
     def due(self, now: float) -> list[tuple[Request, str]]:
-        """The live requests that are out of time, each with the field of its terms that says so."""
+        """The live requests that are out of time, each with the field of its scheduling that says so."""
         found: dict[str, tuple[Request, str]] = {}
         while self._heap and self._heap[0][0] <= now:
             _, _, request, field = heapq.heappop(self._heap)

@@ -24,14 +24,11 @@ class StepRunner(Protocol):
 
 @dataclass
 class Computed:
-    """What became of a step: its result, the requests that failed and why, and those of which less was computed.
-
-    errors: by request id; these requests must end. fewer: tokens computed instead of the planned number.
-    """
+    """What became of a step."""
 
     result: StepResult = field(default_factory=StepResult)
-    errors: dict[str, Exception] = field(default_factory=dict)
-    fewer: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)  # by request id; these requests must end
+    fewer: dict[str, int] = field(default_factory=dict)  # tokens computed instead of the planned number
 
 
 def compute(runner: StepRunner, work: Sequence[tuple[Request, int]]) -> Computed:

@@ -21,15 +21,14 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 class RoutingSlice(msgspec.Struct, array_like=True):
     """What consecutive tokens of a request picked: the k strongest atoms of each layer, strongest first.
 
-    start: the position of the first token. shape: tokens, layers, k. Packed in little-endian order: atoms int32
-    [tokens, layers, k], coefficients float32 [tokens, layers, k], signal float32 [tokens, layers].
+    The arrays are packed in little-endian order.
     """
 
-    start: int
-    shape: tuple[int, int, int]
-    atoms: bytes
-    coefficients: bytes
-    signal: bytes
+    start: int  # the position of the first token
+    shape: tuple[int, int, int]  # tokens, layers, k
+    atoms: bytes  # int32 [tokens, layers, k]
+    coefficients: bytes  # float32 [tokens, layers, k]
+    signal: bytes  # float32 [tokens, layers]
 
     @classmethod
     def packed(
@@ -57,23 +56,17 @@ class RoutingSlice(msgspec.Struct, array_like=True):
 
 
 class Delta(msgspec.Struct, array_like=True):
-    """News of one request: tokens that one step added, and why it ended if it did.
-
-    finish_reason: None while it runs, else "stop", "length", "abort", "timeout" or "error"; with the last two, `error`
-    says what and `error_field` names the request's field that is to blame ("" where none is).
-    logprobs has one entry per token where asked for; prompt_logprobs come as the prompt is computed, in order, over one
-    or more deltas (None for the first prompt token, which nothing precedes). cached_tokens: of the prompt, those that
-    were found in the prefix cache, once the request has begun. queued_s: seconds that it waited for that.
-    routing: of the tokens that the step computed, where asked for.
-    """
+    """What one step has to say of one request."""
 
     request_id: str
     token_ids: list[int]
-    finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    error: str = ""
-    error_field: str = ""
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    routing: RoutingSlice | None = None
+    finish_reason: str | None = None  # None while it runs, else stop, length, abort, timeout or error
+    logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = (
+        None  # in order, over one or more deltas; None: the first token
+    )
+    error: str = ""  # of finish reasons timeout and error: what happened
+    error_field: str = ""  # and the request's field that is to blame, if any
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache, once the request has begun
+    queued_s: float = 0.0  # that it waited for that
+    routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for

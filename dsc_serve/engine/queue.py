@@ -77,7 +77,7 @@ class WaitingQueue:
         return request
 
     def rerank(self, scheduling: SchedulingParams) -> None:
-        """Put the lane of these terms where its rank now says."""
+        """Put the lane of a request with these where its rank now says."""
         key = self._lane(scheduling)
         if key in self._sort_keys and self._sort_keys[key][0] != self._rank(key):
             _, created = self._displace(key)

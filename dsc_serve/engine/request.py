@@ -23,49 +23,35 @@ FORESIGHT = 128  # output tokens that a request is expected to take at most, bef
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A sequence that grows until it ends.
-
-    tokens: prompt and output, all that is known. computed: how many of them the KV cache holds; the next steps close
-    the gap. blocks: the KV blocks it owns, in order; table: the same as an array. max_tokens: most output tokens,
-    already bounded by the context. reported: prompt positions whose logits have been reported; recomputing after a
-    preemption must not repeat them. routed: positions whose picks have been reported.
-    names: the names of its full blocks, as far as they have been needed; root: what they begin with (None: it neither
-    finds nor leaves a prefix). cached_tokens: of the prompt, found in the prefix cache; None before its first step has
-    been committed. arrived: the clock's seconds at its arrival; queued_s: from then to its first admission; begun_at:
-    at its first token. overtaken: requests of its lane that came later and were admitted earlier; overtaken_at: when
-    the first was. charged: tokens that its tenant has been charged for it. signature: uint64 [16], a bitmap of the
-    atoms that its tokens pick (hashed over all layers), seen or predicted; None while nothing is known. seen: the
-    signature of what it has picked, once it has. constraint: where its output stands in the grammar that it has to
-    follow, if any. tallies: by the position that they begin at, where penalties ask for them.
-    """
+    """A sequence that grows until it ends: each step brings `num_computed` closer to `num_tokens`."""
 
     id: str
     prompt_size: int
-    tokens: list[int]
+    tokens: list[int]  # prompt and output
     params: SamplingParams
-    max_tokens: int
+    max_tokens: int  # most output tokens, already bounded by the context
     collect: Collect | None = None
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     seed: int = 0
-    num_computed: int = 0
-    routed: int = 0
-    reported: int = 0
-    blocks: list[int] = field(default_factory=list)
-    table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
-    collected: list[Tensor] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
-    hash_seed: bytes | None = None
-    cached_tokens: int | None = None
-    queued_s: float = 0.0
-    arrived: float = 0.0
-    begun_at: float | None = None
-    overtaken: int = 0
-    overtaken_at: float = 0.0
-    charged: int = 0
-    signature: NDArray[np.uint64] | None = None
-    seen: Signature | None = None
-    constraint: Constraint | None = None
-    token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)
+    num_computed: int = 0  # tokens that the KV cache holds
+    routed: int = 0  # positions whose picks have been reported
+    reported: int = 0  # prompt positions whose logits have been; recomputing after a preemption must not repeat them
+    blocks: list[int] = field(default_factory=list)  # the KV blocks it owns, in order
+    table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # the same as an array
+    collected: list[Tensor] = field(default_factory=list)  # what `collect` kept
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they have been needed
+    hash_seed: bytes | None = None  # what these begin with; None: it neither finds nor leaves a prefix
+    cached_tokens: int | None = None  # of the prompt, from the prefix cache; None until its first step is committed
+    queued_s: float = 0.0  # from its arrival to its first admission
+    arrived: float = 0.0  # the clock's seconds
+    begun_at: float | None = None  # the clock's seconds at its first token
+    overtaken: int = 0  # requests of its lane that came later and were admitted earlier
+    overtaken_at: float = 0.0  # when the first was
+    charged: int = 0  # tokens that its tenant has been charged for it
+    signature: NDArray[np.uint64] | None = None  # [16], atoms that its tokens pick, seen or predicted; None: not known
+    seen: Signature | None = None  # of what it has picked, once it has
+    constraint: Constraint | None = None  # where its output stands in the grammar that it has to follow
+    token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)  # by first position, for penalties
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
@@ -76,7 +62,7 @@ class Request:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens known but not yet computed."""
+        """Tokens that the next steps compute."""
         return len(self.tokens) - self.num_computed
 
     @property

@@ -6,40 +6,28 @@ import msgspec
 
 
 class LayerRouting(msgspec.Struct, array_like=True):
-    """One layer. distinct: different atoms of a step, summed over the watched steps. grouped_tiles: tiles of 16 tokens
-    that were composed in grouped order.
+    """One layer. What has a default is sampled every few steps; the last three are of late (see `usage`)."""
 
-    The rest is sampled every few steps. arrival, grouped: ρ, the different atoms of a 16-token tile per pick, as tokens
-    come and in grouped order. signal: mean S of a token. Of late (see `usage`): dead, the share of atoms never picked;
-    top, the share of picks that fall on the hottest 1 % of atoms; entropy, relative to that of uniform picks.
-    """
-
-    distinct: int
-    grouped_tiles: int
-    arrival: float = 1.0
-    grouped: float = 1.0
-    signal: float = 0.0
-    dead: float = 1.0
-    top: float = 0.0
-    entropy: float = 0.0
+    distinct: int  # different atoms of a step, summed over the watched steps
+    grouped_tiles: int  # tiles of 16 tokens that were composed in grouped order
+    arrival: float = 1.0  # ρ, the different atoms of a tile per pick, as tokens come
+    grouped: float = 1.0  # and in grouped order
+    signal: float = 0.0  # mean S of a token
+    dead: float = 1.0  # share of atoms never picked
+    top: float = 0.0  # share of picks that fall on the hottest 1 % of atoms
+    entropy: float = 0.0  # relative to that of uniform picks
 
 
 class RoutingReport(msgspec.Struct, array_like=True):
-    """All layers since the start. steps: watched ones; tokens: computed in them; bank_bytes and router_bytes: read in
-    them at least, each row of a step once.
+    """All layers since the start."""
 
-    composed: compositions, one for each step and layer; grouped: of these, in grouped order. rescored: router rows that
-    the int8 screen could not rule out; screened: the tokens, once for each layer, that this was for. picks_per_atom:
-    how many the usage of late is of.
-    """
-
-    steps: int
-    tokens: int
-    bank_bytes: int
-    router_bytes: int
+    steps: int  # that were watched
+    tokens: int  # computed in them
+    bank_bytes: int  # read in them at least, each row of a step once
+    router_bytes: int  # the same of the router
     layers: list[LayerRouting]
-    composed: int = 0
-    grouped: int = 0
-    rescored: int = 0
-    screened: int = 0
-    picks_per_atom: float = 0.0
+    composed: int = 0  # compositions, one for each step and layer
+    grouped: int = 0  # of these, in grouped order
+    rescored: int = 0  # router rows that the int8 screen could not rule out
+    screened: int = 0  # tokens, once for each layer, that this was for
+    picks_per_atom: float = 0.0  # that the usage of late is of

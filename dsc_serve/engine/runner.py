@@ -35,19 +35,14 @@ Held = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # ids, positions, 
 
 @dataclass
 class StepResult:
-    """What one step computed, by request id.
+    """What one step computed, by request id."""
 
-    tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
-    prompt_logprobs: of prompt tokens that this step reached, where asked for. stuck: why a request cannot go on.
-    routing: what the tokens that this step computed picked, where asked for. forward_s: until the blocks' output.
-    """
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
-    stuck: dict[str, str] = field(default_factory=dict)
-    routing: dict[str, RoutingSlice] = field(default_factory=dict)
-    forward_s: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
+    prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
+    stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
+    routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
+    forward_s: float = 0.0  # until the layers' output
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
@@ -185,7 +180,7 @@ class Runner:
         return [layer.planner for layer in self._layers if layer.planner is not None]
 
     def run(self, work: Work) -> StepResult:
-        """Compute the given number of new tokens of each request and sample where that closes its gap."""
+        """Compute the given number of new tokens of each request and sample where that is all of them."""
         if torch.is_inference_mode_enabled():  # the engine's loop switches once: switching takes 1 % of a short step
             return self._run(work)
         with torch.inference_mode():

@@ -139,7 +139,7 @@ class Scheduler:
         return request
 
     def expire(self) -> list[tuple[Request, str]]:
-        """End the requests that are out of time; returns them with the field of their terms that says so."""
+        """End the requests that are out of time; returns them with the field of theirs that says so."""
         expired = self._deadlines.due(self.clock())
         for request, _ in expired:
             self.finish(request.id)

@@ -14,20 +14,18 @@ HELD_BACK = ("preempted", "running", "blocks", "step")  # what requests wait for
 
 
 class StepReport(msgspec.Struct, array_like=True):
-    """All steps since the start. seconds: of whole steps; tokens and requests: computed in one.
+    """All steps since the start, and their parts, summed.
 
-    The parts, summed: schedule, from deadlines to allocated blocks; forward, from inputs to the last block's output (on
-    a GPU, until it is told to compute that); sample, the head and the choice of tokens (there, with the wait for them);
-    output, committing and telling.
+    On a GPU, forward ends when the device has been told what to compute, and sample holds the wait for it.
     """
 
-    schedule_s: float = 0.0
-    forward_s: float = 0.0
-    sample_s: float = 0.0
-    output_s: float = 0.0
-    seconds: Histogram = msgspec.field(default_factory=partial(Histogram, STEP_EDGES_S))
-    tokens: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))
-    requests: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))
+    schedule_s: float = 0.0  # from deadlines to allocated blocks
+    forward_s: float = 0.0  # from inputs to the last layer's output
+    sample_s: float = 0.0  # the head and the choice of tokens
+    output_s: float = 0.0  # committing and telling
+    seconds: Histogram = msgspec.field(default_factory=partial(Histogram, STEP_EDGES_S))  # of whole steps
+    tokens: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
+    requests: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
 
     def add(self, started: float, scheduled: float, computed: float, forward_s: float, tokens: Collection[int]) -> None:
         """Count a step that ends now; the times are of perf_counter, the tokens those of its requests."""
@@ -42,9 +40,8 @@ class StepReport(msgspec.Struct, array_like=True):
 
 
 class PhaseReport(msgspec.Struct, array_like=True):
-    """Seconds of requests since the start: queue, from arrival to admission; prefill, from there to the first token;
-    decode, from there to the end."""
+    """Seconds of requests since the start."""
 
-    queue: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))
-    prefill: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))
-    decode: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))
+    queue: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))  # from arrival to admission
+    prefill: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))  # then to the first token
+    decode: Histogram = msgspec.field(default_factory=partial(Histogram, PHASE_EDGES_S))  # then to the end

@@ -21,9 +21,9 @@ class Load:
     A chunk of n tokens after c computed ones attends n · c + n² / 2 pairs.
     """
 
-    singles: int = 0
-    tokens: int = 0
-    pairs: float = 0.0
+    singles: int = 0  # requests with one token
+    tokens: int = 0  # of chunks
+    pairs: float = 0.0  # of a chunk's token and one that it attends
 
     def add(self, count: int, num_computed: int, times: int = 1) -> None:
         """Add (or, with −1 times, take away) a request's share of the step."""

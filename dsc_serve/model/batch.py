@@ -8,28 +8,23 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    """Several new tokens of one sequence: `length` rows of the batch from `start`, the sequence's row of the tables."""
+    """Several new tokens of one sequence."""
 
-    row: int
-    start: int
-    length: int
-    context: int
+    row: int  # of the block tables, the sequence's
+    start: int  # the first of its rows of the batch
+    length: int  # how many
+    context: int  # tokens cached after the step
 
 
 class StepBatch(NamedTuple):
-    """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1.
+    """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1."""
 
-    token_ids, positions, slot_blocks, slot_offsets: int64 [T]; where each token's key and value go in the KV pool.
-    block_tables: int64 [S, W], padded with any valid block. context_lens: int64 [S], tokens cached after the step.
-    decode_context: the largest context of the one-token sequences. chunks: the sequences with several new tokens.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_blocks: Tensor
-    slot_offsets: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    slot_blocks: Tensor  # int64 [T], blocks of the KV pool that the tokens' keys and values go to
+    slot_offsets: Tensor  # int64 [T], and where in them
+    block_tables: Tensor  # int64 [S, W], padded with any valid block
+    context_lens: Tensor  # int64 [S], tokens cached after the step
     decodes: int
-    decode_context: int
-    chunks: tuple[Chunk, ...]
+    decode_context: int  # the largest context of the one-token sequences
+    chunks: tuple[Chunk, ...]  # the sequences with several new tokens

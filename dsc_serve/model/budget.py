@@ -12,18 +12,18 @@ MAX_EXPERTS = 255
 
 @dataclass(frozen=True)
 class ParameterBudget:
-    """A network's frame and its parameter targets: V vocabulary, T positions, L layers, d width; counts of parameters.
+    """A network's frame and its targets.
 
     The frame is the reference script's: learned positions, LayerNorm, four d × d matrices of attention a layer.
     """
 
-    total: float
-    active: float
-    vocab_size: int
-    context: int
-    layers: int
-    width: int
-    tied: bool = True
+    total: float  # parameters
+    active: float  # parameters that a token uses
+    vocab_size: int  # V
+    context: int  # T, positions
+    layers: int  # L
+    width: int  # d
+    tied: bool = True  # whether the head is the embedding
 
     def __post_init__(self) -> None:
         if self.total < self.active:

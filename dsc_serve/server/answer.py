@@ -43,36 +43,30 @@ def event(data: object) -> bytes:
 
 @dataclass(slots=True)
 class Choice:
-    """One generation. `echo` is the prompt's text where the answer begins with the prompt, else None.
-
-    outcome: why it ended; "error" where nobody says why. frame: what an event of nothing but text has around the text.
-    """
+    """One generation."""
 
     index: int
     request_id: str
     prompt: list[int]
     params: SamplingParams
     text: TextStream
-    echo: str | None = None
+    echo: str | None = None  # the prompt's text, where the answer begins with it
     begun: bool = False
     told: int = 0  # tokens that log probabilities have been reported for
     characters: int = 0  # of its text, that these stand for
     cached_tokens: int = 0  # of its prompt
-    outcome: str = "error"
+    outcome: str = "error"  # why it ended; "error" where nobody says why
     clock: GenerationTimes = field(default_factory=GenerationTimes)
-    frame: tuple[bytes, bytes] | None = None
+    frame: tuple[bytes, bytes] | None = None  # around the text of an event of nothing but text
 
 
 @dataclass(slots=True)
 class ChoiceUpdate:
-    """What a choice has to say: everything when it is answered whole, else what came since its last event.
-
-    logprobs: of the prompt's tokens, where they are asked for, then of the generated ones; None for a first token.
-    """
+    """What a choice has to say: everything when it is answered whole, else what came since its last event."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, where asked for, then of it
     routing: list[RoutingSlice] = field(default_factory=list)
     finish_reason: str | None = None
 

@@ -54,10 +54,10 @@ class DscFields(SchedulingFields):
 class GenerationTimes:
     """When the tokens of one generation came, in seconds from the request's arrival at the server."""
 
-    queued_s: float = 0.0
-    first: float | None = None
-    last: float = 0.0
-    longest: float = 0.0
+    queued_s: float = 0.0  # before it was admitted
+    first: float | None = None  # token
+    last: float = 0.0  # token
+    longest: float = 0.0  # pause between two
     tokens: int = 0
 
     def record(self, delta: Delta, now: float) -> float | None:

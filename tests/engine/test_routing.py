@@ -87,7 +87,7 @@ def recorded(llm: LLM) -> tuple[RoutingWatch, list[Picks]]:
     routing = llm.engine.routing
     assert routing is not None
     steps: list[Picks] = []
-    routing.recorder = steps.append
+    routing.on_picks = steps.append
     return routing, steps
 
 

@@ -15,22 +15,17 @@ MOST_FAILED = 0.1  # of a closed loop's requests; with more gone it was another 
 
 
 class Contestant(msgspec.Struct, kw_only=True):
-    """One system of a comparison.
-
-    skipped: why it was not measured, or not to the end; empty where it was. command: as it was started. description:
-    see `inspect_model.describe`. steps: see `inspect_model.decode_step`, by running requests. memory_bytes: of all its processes
-    after the first round. start_s: seconds until it answered.
-    """
+    """One system of a comparison."""
 
     name: str
-    command: str = ""
-    skipped: str = ""
+    command: str = ""  # as it was started
+    skipped: str = ""  # why it was not measured, or not to the end; empty where it was
     version: str = ""
     weights: str = ""
-    start_s: float = 0.0
-    memory_bytes: int = 0
-    description: dict[str, Any] = {}
-    steps: dict[str, dict[str, Any]] = {}
+    start_s: float = 0.0  # until it answered
+    memory_bytes: int = 0  # of all its processes after the first round
+    description: dict[str, Any] = {}  # see `inspect_model.describe`
+    steps: dict[str, dict[str, Any]] = {}  # by running requests; see `inspect_model.decode_step`
 
 
 class ResultRow(msgspec.Struct, kw_only=True):

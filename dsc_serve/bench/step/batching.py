@@ -178,7 +178,7 @@ def measure(
     assert watch is not None
     seen: list[Picks] = []
     warm(engine, prompts[0])
-    watch.recorder = seen.append
+    watch.on_picks = seen.append
     before = watch.report()
     params = SamplingParams(max_tokens=output, temperature=0.8, ignore_eos=True, seed=1)
     for i, prompt in enumerate(prompts):
@@ -193,7 +193,7 @@ def measure(
         for delta in deltas:
             stamps.setdefault(delta.request_id, []).append(now - started)
     took = time.perf_counter() - started
-    watch.recorder = None
+    watch.on_picks = None
     after = watch.report()
     tokens, watched = after.tokens - before.tokens, after.steps - before.steps
     distinct = sum(a.distinct - b.distinct for a, b in zip(after.layers, before.layers, strict=True))

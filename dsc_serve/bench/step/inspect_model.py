@@ -1,6 +1,7 @@
 """One model from inside: what it is, where a decode step's time goes, and the bytes of weights that a step reads.
 
-Run as a process of its own (`python -m dsc_serve.bench.step.inspect_model`), so that a comparison's client stays free of torch.
+Run as a process of its own (`python -m dsc_serve.bench.step.inspect_model`), so that a comparison's client stays free
+of torch.
 """
 
 from __future__ import annotations

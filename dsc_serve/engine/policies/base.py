@@ -54,18 +54,14 @@ class PoolView(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """The scheduler's state, not a copy: running requests in order of admission, waiting ones in the queue's order.
+    """The scheduler's state, not a copy."""
 
-    waiting yields a bounded window of the queue, and lanes as many of its lanes: each one's rank and its requests in
-    order of arrival. now: the clock's seconds.
-    """
-
-    running: Sequence[RequestView]
-    waiting: Iterable[RequestView]
-    lanes: Iterable[tuple[float, Iterable[RequestView]]]
+    running: Sequence[RequestView]  # in order of admission
+    waiting: Iterable[RequestView]  # a bounded window of the queue, in its order
+    lanes: Iterable[tuple[float, Iterable[RequestView]]]  # as many of its lanes: rank, and requests as they arrived
     pool: PoolView
     block_size: int
-    now: float = 0.0
+    now: float = 0.0  # the clock's seconds
 
     def blocks_needed(self, request: RequestView, tokens: int) -> int:
         """Blocks to allocate before so many more of a running request's tokens can be computed."""
@@ -78,31 +74,23 @@ class View:
 
 @dataclass(frozen=True)
 class StepBudget:
-    """What a step may hold: tokens, and requests that run at once.
-
-    itl_target_ms: how long a step with single tokens may take, where chunks can be cut to it; 0: QUIET_STEPS times a
-    step without chunks, at least SHORT_MS. estimate: what steps are expected to take (None: nothing is known yet).
-    overtaken, overtake_s: a waiting request may be overtaken by so many, and no later than so long after the first.
-    """
+    """What a step may hold, and how far a waiting request may be overtaken."""
 
     tokens: int
-    running: int
-    itl_target_ms: float = 0.0
-    estimate: Estimate | None = None
-    overtaken: int = 32
-    overtake_s: float = 2.0
+    running: int  # requests at once
+    itl_target_ms: float = 0.0  # a step with single tokens is cut to it; 0: QUIET_STEPS quiet ones, at least SHORT_MS
+    estimate: Estimate | None = None  # what steps are expected to take; None: nothing is known yet
+    overtaken: int = 32  # by so many
+    overtake_s: float = 2.0  # and no later than so long after the first
 
 
 @dataclass
 class Plan:
-    """One step: tokens to compute per request, and before that the requests to preempt.
+    """One step."""
 
-    A request in `tokens` that is not running yet is admitted by it. load: what the step computes.
-    """
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    preempt: list[str] = field(default_factory=list)
-    load: Load = field(default_factory=Load)
+    tokens: dict[str, int] = field(default_factory=dict)  # to compute per request; one that does not run is admitted
+    preempt: list[str] = field(default_factory=list)  # before that
+    load: Load = field(default_factory=Load)  # what the step computes
 
 
 class Levels(Protocol):
@@ -113,12 +101,9 @@ class Levels(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """plan: the pure function. lane: where in the queue a request waits. rank: the order of the lanes, lowest first.
+    """Who is computed when."""
 
-    by_picks: whether it goes by what requests pick, or are expected to.
-    """
-
-    plan: Callable[[View, StepBudget], Plan]
-    lane: Callable[[SchedulingParams], Hashable] = lambda scheduling: 0
-    rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0
-    by_picks: bool = False
+    plan: Callable[[View, StepBudget], Plan]  # a pure function
+    lane: Callable[[SchedulingParams], Hashable] = lambda scheduling: 0  # where in the queue a request waits
+    rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0  # the order of the lanes, lowest first
+    by_picks: bool = False  # whether it goes by what requests pick, or are expected to

@@ -100,7 +100,7 @@ class PlanBuilder:
         self._spare_ms = max(0.0, target - quiet)
 
     def _chunk(self, num_uncomputed: int, num_computed: int, left: int) -> int:
-        """How many tokens of a gap this step takes, after so many computed ones, where so many are left."""
+        """How many of the uncomputed tokens this step takes, where so many are left of its own."""
         estimate = self.budget.estimate
         if num_uncomputed == 1 or self._spare_ms == math.inf or estimate is None:
             return min(num_uncomputed, left)

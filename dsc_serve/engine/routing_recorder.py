@@ -1,0 +1,96 @@
+"""What a step's tokens pick: the layers write it into buffers that stay where they are.
+
+It is read when the next step begins: by then it has long arrived, and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsc_serve.engine.request import Request
+from dsc_serve.model.ffn.dsc import DscFfn, PickBuffers
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStep:
+    """A step that was watched, on the host."""
+
+    requests: list[Request]  # in the order of their tokens
+    owners: NDArray[np.int64]  # [T]: which of the requests a token belongs to
+    token_ids: NDArray[np.int64]  # [T]
+    picks: Tensor  # int32 [layers, T, K]
+    signals: Tensor  # float32 [layers, T]
+
+
+class PickRecorder:
+    """Records the picks of steps of at most `step_tokens` tokens, while it is told to watch."""
+
+    def __init__(self, layers: Sequence[DscFfn], step_tokens: int) -> None:
+        device, k = layers[0].u.device, layers[0].shape.k
+        self._layers = layers
+        self._picks = torch.zeros(len(layers), step_tokens, k, dtype=torch.int32, device=device)
+        self._signals = torch.zeros(len(layers), step_tokens, device=device)
+        self._traces = [PickBuffers(*pair) for pair in zip(self._picks, self._signals, strict=True)]
+        self._copies = None if device.type == "cpu" else PinnedCopies(self._picks, self._signals)
+        self._watching = False
+        self._recorded: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
+        self._trace(self._copies is not None)  # captured steps write theirs always
+
+    def watch(self, watching: bool) -> None:
+        """Whether the steps from now on are recorded."""
+        if watching != self._watching:
+            self._watching = watching
+            if self._copies is None:
+                self._trace(watching)
+
+    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
+        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
+        if not self._watching:
+            return
+        self._recorded = [request for request, _ in work], [count for _, count in work], token_ids[:tokens]
+        if self._copies is not None:
+            self._copies.fetch(tokens)
+
+    def take(self) -> RecordedStep | None:
+        """The step that was recorded last, once."""
+        if self._recorded is None:
+            return None
+        (requests, counts, token_ids), self._recorded = self._recorded, None
+        tokens = len(token_ids)
+        picks, signals = self._picks, self._signals
+        if self._copies is not None:
+            picks, signals = self._copies.arrived(tokens)
+        owners = np.arange(len(requests)) if tokens == len(requests) else np.repeat(range(len(requests)), counts)
+        return RecordedStep(requests, owners, token_ids, picks[:, :tokens], signals[:, :tokens])
+
+    def _trace(self, on: bool) -> None:
+        for layer, trace in zip(self._layers, self._traces, strict=True):
+            layer.trace = trace if on else None
+
+
+class PinnedCopies:
+    """Picks on a device, and the pinned copies of a step's that travel to the host while it goes on."""
+
+    def __init__(self, picks: Tensor, signals: Tensor) -> None:
+        self._sources = picks, signals
+        self._copies = [torch.zeros(t.numel(), dtype=t.dtype, pin_memory=True) for t in self._sources]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def fetch(self, tokens: int) -> None:
+        for source, copy in zip(self._sources, self._copies, strict=True):
+            part = source[:, :tokens].reshape(-1)
+            copy[: part.numel()].copy_(part, non_blocking=True)
+        self._done.record()
+
+    def arrived(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """What was fetched: picks [layers, tokens, K] and signals [layers, tokens] on the host."""
+        self._done.synchronize()
+        layers, _, k = self._sources[0].shape
+        picks, signals = self._copies
+        return picks[: layers * tokens * k].view(layers, tokens, k), signals[: layers * tokens].view(layers, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -160,28 +161,28 @@ class Engine:
         if not done.errors and not done.fewer:
             self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started))
         self._check()
-        for request, _ in work:
-            prompt_logprobs = result.prompt_logprobs.get(request.id)
-            routing = result.routing.get(request.id)
-            failed = request.id in done.errors or request.id in result.stuck
-            if failed or (request.id not in ended and prompt_logprobs is None and routing is None):
-                continue
-            token = result.tokens.get(request.id)
-            entry = result.logprobs.get(request.id)
-            deltas.append(
-                Delta(
-                    request.id,
-                    [] if token is None else [token],
-                    ended.get(request.id),
-                    None if entry is None else [entry],
-                    prompt_logprobs,
-                    cached_tokens=request.cached_tokens or 0,
-                    queued_s=request.queued_s,
-                    routing=routing,
-                )
-            )
+        deltas += [delta for request, _ in work if (delta := self._progress(request, done, ended)) is not None]
         self.report.add(started, scheduled, computed, result.forward_s, plan.tokens.values())
         return deltas
+
+    def _progress(self, request: Request, done: Computed, ended: Mapping[str, str | None]) -> Delta | None:
+        """What a step has to say of a request that it computed; None where nothing, or where it has failed."""
+        result, request_id = done.result, request.id
+        prompt_logprobs, routing = result.prompt_logprobs.get(request_id), result.routing.get(request_id)
+        failed = request_id in done.errors or request_id in result.stuck
+        if failed or (request_id not in ended and prompt_logprobs is None and routing is None):
+            return None
+        token, entry = result.tokens.get(request_id), result.logprobs.get(request_id)
+        return Delta(
+            request_id,
+            [] if token is None else [token],
+            ended.get(request_id),
+            None if entry is None else [entry],
+            prompt_logprobs,
+            cached_tokens=request.cached_tokens or 0,
+            queued_s=request.queued_s,
+            routing=routing,
+        )
 
     def _failed(self, request_id: str, error: Exception) -> Delta:
         self.scheduler.finish(request_id)

@@ -16,7 +16,7 @@ from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
 from dsc_serve.text.stream import TextStream
-from dsc_serve.worker.messages import RoutingSlice, TokenLogprobs
+from dsc_serve.worker.messages import Delta, RoutingSlice, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -69,6 +69,18 @@ class ChoiceUpdate:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, where asked for, then of it
     routing: list[RoutingSlice] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def add(self, delta: Delta, text: str, kept: int, finish_reason: str | None) -> None:
+        """Take in a delta: the text that it added, and its first `kept` tokens, which are those before a stop."""
+        self.text.append(text)
+        self.token_ids.extend(delta.token_ids[:kept])
+        if delta.prompt_logprobs:
+            self.logprobs.extend(delta.prompt_logprobs)
+        if delta.logprobs:
+            self.logprobs.extend(delta.logprobs[:kept])
+        if delta.routing is not None:
+            self.routing.append(delta.routing)
+        self.finish_reason = finish_reason
 
 
 class ResponseFormatter(ABC):

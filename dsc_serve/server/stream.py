@@ -151,8 +151,7 @@ class Generation(Response):
         try:
             deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
             async with aclosing(deltas):
-                if not await self._follow_deltas(choice, deltas, emit):
-                    raise engine_failure("the engine ended the request without a reason")
+                await self._follow_deltas(choice, deltas, emit)
         except UnreadError as error:
             choice.outcome = "abort"
             raise out_of_time(str(error), "client_too_slow") from error
@@ -168,9 +167,9 @@ class Generation(Response):
             clock = choice.clock
             self._service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
 
-    async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> bool:
-        """Whether the choice came to its end."""
-        text, metrics = choice.text, self._service.metrics
+    async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> None:
+        """Emit what is new of a choice until it ends. Raises ApiError where it fails, or ends without a reason."""
+        text = choice.text
         tokens_only = self._service.tokenizer is None
         plain = self._stream and self._formatter.is_plain(choice)
         update = ChoiceUpdate()
@@ -181,17 +180,7 @@ class Generation(Response):
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
-            passed = choice.clock.record(delta, time.perf_counter() - self._arrived)
-            if passed is not None:
-                if begun:
-                    metrics.inter_token.observe(passed / len(delta.token_ids))
-                else:
-                    metrics.first_token.observe(passed)
-                metrics.generated_tokens += len(delta.token_ids)
-            if delta.routing is not None:
-                update.routing.append(delta.routing)
-            if delta.prompt_logprobs:
-                update.logprobs.extend(delta.prompt_logprobs)
+            self._measure(choice, delta, begun)
             if not begun and choice.echo is not None and (delta.token_ids or reason):
                 update.text.append(choice.echo)
                 update.token_ids.extend(choice.prompt)
@@ -202,24 +191,31 @@ class Generation(Response):
                 if new:
                     await self._send_event(self._formatter.text_event(choice, new))
                 continue
-            update.text.append(new)
             if reason is not None:
-                update.text.append(text.finish())
+                new += text.finish()
             if text.stopped:
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
                 choice.outcome = reason = "stop"
-            kept = text.token_count - before
-            update.token_ids.extend(delta.token_ids[:kept])
-            if delta.logprobs:
-                update.logprobs.extend(delta.logprobs[:kept])
-            update.finish_reason = reason
+            update.add(delta, new, text.token_count - before, reason)
             if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(update.text))):
                 await emit(choice, update)
                 update, told = ChoiceUpdate(), True
             if reason is not None:
-                return True
-        return False
+                return
+        raise engine_failure("the engine ended the request without a reason")
+
+    def _measure(self, choice: Choice, delta: Delta, begun: bool) -> None:
+        """Count a delta's tokens, and how long they took."""
+        metrics = self._service.metrics
+        passed = choice.clock.record(delta, time.perf_counter() - self._arrived)
+        if passed is None:
+            return
+        if begun:
+            metrics.inter_token.observe(passed / len(delta.token_ids))
+        else:
+            metrics.first_token.observe(passed)
+        metrics.generated_tokens += len(delta.token_ids)
 
     def _failure(self, delta: Delta) -> ApiError:
         if delta.finish_reason == "timeout":

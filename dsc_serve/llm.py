@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -47,51 +49,39 @@ class GenerationError(RuntimeError):
         self.outputs = outputs
 
 
+def signature() -> inspect.Signature:
+    """Of `LLM`, for help() and editors: the engine's settings with their defaults, the first three also by position."""
+    first = ("model", "device", "dtype")
+    defaults = {name: getattr(EngineConfig(), name) for name in EngineConfig.kinds()}
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    names = (*first, *(name for name in defaults if name not in first))
+    return inspect.Signature([inspect.Parameter(n, kinds[n not in first], default=defaults[n]) for n in names])
+
+
 class LLM:
     """A model and its engine. `LLM()` is the embedded model.
 
     model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16
-    as bfloat16, where the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`;
-    threads and kernels are the process's, so the last LLM made decides them for all.
-    Raises ConfigError and CheckpointError in one line.
+    as bfloat16, where the device is fast in it), "float32" or "bfloat16". settings: further ones of `EngineConfig`, by
+    name; threads and kernels are the process's, so the last LLM made decides them for all.
+    Raises ConfigError and CheckpointError in one line, TypeError for a name that is no setting.
     """
+
+    __signature__ = signature()
 
     def __init__(
         self,
         model: str = EMBEDDED_MODEL,
         device: Literal["cpu", "cuda"] = "cpu",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        *,
-        threads: int = 0,
-        max_running: int = 64,
-        step_tokens: int = 512,
-        block_size: int = 16,
-        kv_tokens: int = 0,
-        policy: str = "fcfs",
-        itl_target_ms: float = 0.0,
-        prefix_cache: bool = True,
-        kernels: str = "auto",
-        router_precision: Literal["auto", "exact", "int8-certified"] = "auto",
-        head_precision: Literal["auto", "exact", "int8-certified"] = "auto",
-        grouping: Literal["auto", "always", "off"] = "auto",
+        **settings: Any,
     ) -> None:
-        config = EngineConfig(
-            model=str(model),
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            max_running=max_running,
-            step_tokens=step_tokens,
-            block_size=block_size,
-            kv_tokens=kv_tokens,
-            policy=policy,
-            itl_target_ms=itl_target_ms,
-            prefix_cache=prefix_cache,
-            kernels=kernels,
-            router_precision=router_precision,
-            head_precision=head_precision,
-            grouping=grouping,
-        )
+        for name in settings:
+            if name not in EngineConfig.kinds():
+                close = difflib.get_close_matches(name, EngineConfig.kinds(), 1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EngineConfig.kinds())}"
+                raise TypeError(f"{name} is not a setting of the engine; {hint}")
+        config = EngineConfig(model=str(model), device=device, dtype=dtype, **settings)
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
         self._engine: Engine | None = Engine.for_model(prepare_model(config), config)
         self._ids = itertools.count()

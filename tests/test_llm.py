@@ -134,4 +134,22 @@ def test_losses_are_those_of_the_logits_beyond_one_context(small_model: Callable
 
 
 def test_it_takes_every_setting_of_the_engine() -> None:
-    assert set(EngineConfig.__struct_fields__) == inspect.signature(LLM).parameters.keys()
+    changed = {
+        "dtype": "float32",
+        "threads": 1,
+        "max_running": 3,
+        "step_tokens": 17,
+        "policy": "fair",
+        "grouping": "off",
+    }
+    settings = {name: getattr(EngineConfig(), name) for name in EngineConfig.__struct_fields__} | changed
+    with LLM(**settings) as llm:
+        assert llm.engine.config == EngineConfig(**settings)
+    assert set(settings) == inspect.signature(LLM).parameters.keys()
+
+
+def test_a_name_that_is_no_setting_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(TypeError, match="max_runing is not a setting of the engine; did you mean max_running"):
+        LLM(max_runing=2)
+    with pytest.raises(TypeError, match="colour is not a setting of the engine; known: model, dtype, device"):
+        LLM(colour="red")

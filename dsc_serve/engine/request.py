@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.tally import Tally
+from dsc_serve.grammars.follower import Constraint
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.terms import Terms
-from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
@@ -36,7 +36,8 @@ class Request:
     the first was. charged: tokens that its tenant has been charged for it. signature: uint64 [16], a bitmap of the
     atoms that its tokens pick (hashed over all layers), seen or predicted; None while nothing is known. seen: the
     signature of what it has picked, once it has. constraint: where its output stands in the grammar that it has to
-    follow, if any. tallies: by the position that they begin at, where penalties ask for them.
+    follow, if any; held: it sits steps out
+    until the grammar has answered. tallies: by the position that they begin at, where penalties ask for them.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Request:
     signature: NDArray[np.uint64] | None = None
     seen: Signature | None = None
     constraint: Constraint | None = None
+    held: bool = False
     tallies: dict[int, Tally] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,9 +86,25 @@ class Request:
         return len(self.tokens) - self.prompt_size
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the grammar allows nothing more."""
-        return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
+    def due(self) -> int:
+        """Tokens that the next step may compute."""
+        return 0 if self.held else len(self.tokens) - self.computed
+
+    @property
+    def may_sample(self) -> bool:
+        """Whether it is known which tokens may follow, and there is one."""
+        return self.constraint is None or (self.constraint.ready and not self.constraint.complete)
+
+    def append(self, token: int) -> None:
+        """Take in a token of its output."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
+
+    def close(self) -> None:
+        """It has ended. Safe to call twice."""
+        if self.constraint is not None:
+            self.constraint.close()
 
     def tally(self, start: int) -> Tally:
         """How often each token occurs from this position on."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
-from dsc_serve.engine.grammar import constrain
+from dsc_serve.engine.constraints import answered, constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import Routing, TokenLogprobs
@@ -39,6 +39,7 @@ class StepResult:
 
     tokens: the sampled token of every request whose gap closed. logprobs: of that token, where asked for.
     prompt_logprobs: of prompt tokens that this step reached, where asked for. stuck: why a request cannot go on.
+    late: requests that were computed and not sampled, since their grammar has not answered, or allows nothing more.
     routing: what the tokens that this step computed picked, where asked for. forward_s: until the blocks' output.
     """
 
@@ -46,6 +47,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
     routing: dict[str, Routing] = field(default_factory=dict)
     forward_s: float = 0.0
 
@@ -55,6 +57,7 @@ class StepResult:
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
         self.stuck |= other.stuck
+        self.late |= other.late
         self.routing |= other.routing
         self.forward_s += other.forward_s
 
@@ -206,6 +209,11 @@ class Runner:
                 rows.append(start + count - 1)
                 requests.append(request)
             start += count
+        if not all(request.may_sample for request in requests):
+            may = answered(requests, result.forward_s)
+            result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
+            rows = [row for row, known in zip(rows, may, strict=True) if known]
+            requests = [request for request in requests if request.id not in result.late]
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
             if all(map(takes_likeliest, requests)):

@@ -19,10 +19,9 @@ from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
 from dsc_serve.server.description import describe
 from dsc_serve.server.edge import REQUEST_ID, Edge, Gate
-from dsc_serve.server.errors import json_response
+from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.service import Engine, Service
-from dsc_serve.server.stream import engine_down
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer

@@ -39,7 +39,7 @@ class Draft:
 
     def advance_singles(self) -> list[RequestView]:
         """Plan for those that run and have one token to compute; returns those with more."""
-        gaps = [(request, request.gap) for request in self.running]
+        gaps = [(request, request.due) for request in self.running]
         self._advance_singles([request for request, gap in gaps if gap == 1][: self.left])
         self._protect_singles()
         return [request for request, gap in gaps if gap > 1]
@@ -48,7 +48,7 @@ class Draft:
         """Plan for one that has run until now and has more than a token to compute."""
         if request.id in self._preempted:
             return
-        count = self._chunk(request.gap, request.computed, self.left)
+        count = self._chunk(request.due, request.computed, self.left)
         if self._admitted:
             spare = max(0, self.free - len(self.running))
             count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.computed)

@@ -60,6 +60,7 @@ class Member:
             tell(threading.get_native_id())
             try:
                 self._matcher = compiled(asked, tokens)
+                self._matcher.compute_bitmask()  # what this takes every output would take at its beginning
             except BaseException as error:  # a panic of the library is not an Exception
                 faults.append(error)
 

@@ -87,16 +87,14 @@ class Followers:
 
     def settle(self) -> list[End]:
         """Let those go on that have their answer; returns those that have come to their end, or cannot go on."""
-        ends = []
-        for request in list(self._requests.values()):
-            if not self._lives(request):
-                self._requests.pop(request.id)
-                self._held_since.pop(request.id, None)
-                continue
-            end = self._end(request)
-            if end is not None:
-                ends.append(end)
-        return ends
+        self.prune()
+        return [end for request in self._requests.values() if (end := self._end(request)) is not None]
+
+    def prune(self) -> None:
+        """Forget those that have ended."""
+        for request in [request for request in self._requests.values() if not self._lives(request)]:
+            del self._requests[request.id]
+            self._held_since.pop(request.id, None)
 
     def wait(self) -> bool:
         """Where nobody else is computed: wait for one of those that sit out. Returns whether there are any."""

@@ -146,7 +146,9 @@ class Engine:
 
     def finish(self, request_id: str) -> bool:
         """End a request wherever it stands. Returns whether there was one."""
-        return self.scheduler.finish(request_id) is not None
+        found = self.scheduler.finish(request_id) is not None
+        self.followers.prune()
+        return found
 
     def step(self) -> list[Delta]:
         """Plan, compute and commit one step; returns the news of the requests it moved.
@@ -199,6 +201,7 @@ class Engine:
             )
         if result.late:
             deltas += self._settled()
+        self.followers.prune()
         self.report.add(started, scheduled, computed, result.forward_s, plan.tokens.values())
         return deltas
 
@@ -219,6 +222,7 @@ class Engine:
 
     def _ended(self, end: End) -> Delta:
         self.scheduler.finish(end.request.id)
+        self.followers.prune()
         news = Delta(end.request.id, [], end.finish_reason, cached_tokens=end.request.cached_tokens or 0)
         news.error, news.error_field = end.error, FIELD if end.error else ""
         return news

@@ -135,9 +135,7 @@ class Grammars:
         ends: Sequence[int] = (),
         limits: GrammarLimits | None = None,
     ) -> None:
-        limits = limits or GrammarLimits()
-        begin = Begin(tokenizer.to_json(), vocab_size, tuple(ends), limits.timeout_s, limits.memory_bytes)
-        self._inner = _Grammars(begin, limits)
+        self._inner = _Grammars(tokenizer, vocab_size, tuple(ends), limits or GrammarLimits())
         weakref.finalize(self, self._inner.close)
 
     def start(self) -> None:
@@ -184,11 +182,11 @@ class Grammars:
 class _Grammars:
     """What the thread holds on to; `Grammars` goes when nobody uses it, and takes this with it."""
 
-    def __init__(self, begin: Begin, limits: GrammarLimits) -> None:
-        self.vocab_size = begin.vocab_size
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...], limits: GrammarLimits) -> None:
+        self.vocab_size = vocab_size
         self.lock = threading.Condition(threading.RLock())
         self.by_id: dict[int, Grammar] = {}
-        self._begin, self._limits = begin, limits
+        self._tokenizer, self._ends, self._limits = tokenizer, ends, limits
         self._by_key: dict[bytes, Grammar] = {}
         self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
         self._ids, self._uses = itertools.count(), itertools.count()
@@ -200,7 +198,9 @@ class _Grammars:
             if self._closed:
                 raise RuntimeError("these grammars are closed")
             if self._link is None or self._link.closed:
-                self._link = Link(self._begin, self.lock, self._heard, self._ended, self._lost)
+                limits, text = self._limits, self._tokenizer.to_json()
+                begin = Begin(text, self.vocab_size, self._ends, limits.timeout_s, limits.memory_bytes)
+                self._link = Link(begin, self.lock, self._heard, self._ended, self._lost)
             return self._link
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from dsc_serve.config import ConfigError, default_threads
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.grammars.follower import GrammarsFullError
+from dsc_serve.grammars.schema import FIELD
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
@@ -166,6 +167,7 @@ class EngineProcess:
                 )
             except (ParameterError, GrammarsFullError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
+                field = FIELD if isinstance(error, GrammarsFullError) else field
                 self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):

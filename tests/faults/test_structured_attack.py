@@ -124,7 +124,8 @@ def test_an_attack_by_grammars_is_not_noticed(server: RunningServer, seconds: in
     print(
         f"\n{len(attacks)} attacks, the slowest answered after {slowest[2]:.2f} s; neighbours: median gap {ratio:.2f} "
         f"times quiet, largest {max(gaps):.3f} s (quiet {max(quiet):.3f}); {len(honest)} ordinary schemas, the "
-        f"slowest first token after {slowest_honest:.2f} s; server {largest['server']:.0f} MB, engine {largest['engine']:.0f} MB"
+        f"slowest first token after {slowest_honest:.2f} s; server {largest['server']:.0f} MB, "
+        f"engine {largest['engine']:.0f} MB"
     )
     assert [one for neighbour in neighbours for one in neighbour.refused] == []
     assert server.metric("dsc_serve_engine_restarts_total") == 0

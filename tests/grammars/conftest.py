@@ -8,7 +8,7 @@ import pytest
 from text.conftest import metaspace_backend
 
 from dsc_serve.config import resolve_model
-from dsc_serve.grammars.follower import Grammars
+from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
 END = 0
@@ -29,6 +29,7 @@ def tokenizer(request: pytest.FixtureRequest, bytes_tokenizer: Tokenizer) -> Tok
 
 @pytest.fixture(scope="session")
 def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
-    made = Grammars(tokenizer, tokenizer.vocab_size, (END,))
+    # What is tested with these is what they say, not how fast a busy machine is.
+    made = Grammars(tokenizer, tokenizer.vocab_size, (END,), GrammarLimits(timeout_s=60.0))
     yield made
     made.close()

@@ -185,7 +185,7 @@ def test_those_used_last_are_kept(make: Callable[..., Grammars], monkeypatch: py
 
 
 def test_all_of_them_together_are_bounded(make: Callable[..., Grammars]) -> None:
-    grammars = make(kept_bytes=16 * 2**20)
+    grammars = make(kept_bytes=16 * 2**20, timeout_s=30.0)
     held = grammars.constraint(quick("held"))
     for i in range(12):
         grammars.compile(quick(f"name{i}"))

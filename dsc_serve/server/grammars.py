@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
 from dsc_serve.server.admission import too_many
 from dsc_serve.server.disconnect import client_gone
-from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import engine_down, from_parameter
+from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.worker.connection import EngineDiedError
 from dsc_serve.worker.messages import GrammarChecked
 

@@ -57,7 +57,7 @@ def answer_with(asked: dict[int, asyncio.Future[T]], ticket: int, message: T) ->
         answer.set_result(message)
 
 
-class Connection:
+class EngineConnection:
     """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason.
 
     heard: when the engine last sent anything, in monotonic seconds.

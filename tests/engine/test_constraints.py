@@ -77,16 +77,16 @@ def to_the_end(llm: LLM) -> list[Delta]:
 def test_a_late_request_sits_out_and_then_goes_on_where_it_was(llm: LLM) -> None:
     added(llm, "alone", None)
     alone = [token for delta in to_the_end(llm) for token in delta.token_ids]
-    grammar = Grammar(llm.engine.limits.vocab_size)
+    grammar = Grammar(llm.engine.capacity.vocab_size)
     grammar.late_for = [2]
     late = added(llm, "late", grammar)
     other = added(llm, "other", None)
     steps(llm, 4)
     assert late.output_size == 2 and late.held
     assert other.output_size == 4
-    computed = llm.engine.scheduler.step_time, late.computed
+    computed = llm.engine.scheduler.step_time, late.num_computed
     steps(llm, 1)
-    assert late.computed == computed[1] and other.output_size == 5, "it was computed although it sits out"
+    assert late.num_computed == computed[1] and other.output_size == 5, "it was computed although it sits out"
     grammar.ready = True
     to_the_end(llm)
     assert late.tokens[3:] == other.tokens[3:] == alone
@@ -94,7 +94,7 @@ def test_a_late_request_sits_out_and_then_goes_on_where_it_was(llm: LLM) -> None
 
 
 def test_others_wait_for_a_late_answer_a_part_of_their_step_at_most(llm: LLM) -> None:
-    grammar = Grammar(llm.engine.limits.vocab_size)
+    grammar = Grammar(llm.engine.capacity.vocab_size)
     grammar.late_for = list(range(1, 7))
     added(llm, "late", grammar)
     added(llm, "other", None, max_tokens=4)
@@ -106,7 +106,7 @@ def test_others_wait_for_a_late_answer_a_part_of_their_step_at_most(llm: LLM) ->
 
 
 def test_whoever_is_alone_waits_for_its_answer_without_computing(llm: LLM) -> None:
-    grammar = Grammar(llm.engine.limits.vocab_size)
+    grammar = Grammar(llm.engine.capacity.vocab_size)
     grammar.late_for = [1]
     added(llm, "late", grammar)
     before = llm.engine.counters.steps
@@ -118,7 +118,7 @@ def test_whoever_is_alone_waits_for_its_answer_without_computing(llm: LLM) -> No
 @pytest.mark.parametrize("late", [False, True])
 def test_a_text_is_whole_when_nothing_may_follow(llm: LLM, late: bool) -> None:
     for limit, reason in ((6, "stop"), (3, "stop"), (2, "length")):
-        grammar = Grammar(llm.engine.limits.vocab_size, ends_after=3)
+        grammar = Grammar(llm.engine.capacity.vocab_size, ends_after=3)
         grammar.late_for = [limit if limit < 3 else 3] * late
         request = added(llm, "whole", grammar, max_tokens=limit)
         found = steps(llm, 8)
@@ -130,7 +130,7 @@ def test_a_text_is_whole_when_nothing_may_follow(llm: LLM, late: bool) -> None:
 
 
 def test_an_error_that_comes_late_ends_the_request_alone(llm: LLM) -> None:
-    grammar = Grammar(llm.engine.limits.vocab_size)
+    grammar = Grammar(llm.engine.capacity.vocab_size)
     grammar.late_for = [2]
     added(llm, "late", grammar)
     other = added(llm, "other", None)

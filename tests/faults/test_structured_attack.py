@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from running_server import RunningServer, memory_mb, start_server, stop_server
+from support.running_server import RunningServer, memory_mb, start_server, stop_server
 
 ATTACKERS = str(Path(__file__).with_name("attackers.py"))
 NEIGHBOURS = 2

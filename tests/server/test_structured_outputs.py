@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, chat, client_of, complete, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, chat, client_of, complete, service_of, until
 
 from dsc_serve.sampling_params import MAX_GRAMMAR, StructuredOutputs
 from dsc_serve.server.grammars import PER_KEY, WAITING_PER_KEY

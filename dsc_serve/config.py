@@ -123,6 +123,15 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             "head in int8 and finds the same; auto: what is faster."
         ),
     ] = "auto"
+    grammar_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=60, description="Seconds to compile a structured output's grammar; beyond it: 400.")
+    ] = 2.0
+    grammar_memory_mb: Annotated[
+        int, Meta(ge=16, le=65536, description="MiB that one grammar may take, compiled and followed.")
+    ] = 192
+    grammars_memory_mb: Annotated[
+        int, Meta(ge=16, le=65536, description="MiB of all grammars together; the longest unused go first.")
+    ] = 512
     grouping: Annotated[
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
@@ -310,6 +319,18 @@ def engine_environment(threads: int) -> dict[str, str]:
     env.setdefault("GOMP_SPINCOUNT", "3000")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
+
+
+def grammar_environment() -> dict[str, str]:
+    """Environment of the process that forks others for grammars: nothing in it may start a thread by itself."""
+    env = {name: value for name, value in os.environ.items() if name != API_KEYS}
+    return env | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",  # else a thread takes address space that counts as memory
+    }
 
 
 def default_threads() -> int:

@@ -135,7 +135,7 @@ class LLM:
         (ids,) = self._listed([prompt])
         resolve_max_tokens(ids, params, self.engine.capacity)
         TextStream(self.tokenizer, ids, params)
-        self.engine.constraint(params)
+        self.engine.check(params)
         return self._follow(ids, params)
 
     def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
@@ -199,6 +199,8 @@ class LLM:
 
     def close(self) -> None:
         """Release the model and its KV pool. Safe to call twice."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -245,6 +247,7 @@ class LLM:
 
     def _submit(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
         own = params.for_choice(choice)
+        self.engine.check(own)
         track = self._track(prompt, own, choice)
         try:
             self.engine.add(track.id, prompt, own)

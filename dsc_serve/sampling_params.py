@@ -40,7 +40,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
         which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
         Lark's or GBNF's syntax, that begins with `start` or `root`.
     whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space, or a line break and an
-        indent of up to 20). disable_any_whitespace: nothing may.
+        indent of up to 20). disable_any_whitespace: nothing may. disable_additional_properties: objects whose schema
+        names properties have no others, unless it says so itself.
     """
 
     json: str | None = None
@@ -50,6 +51,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
 
     def __post_init__(self) -> None:
         field = "structured_outputs"
@@ -69,6 +71,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
             )
         if (self.whitespace_pattern or self.disable_any_whitespace) and set_[0] not in ("json", "json_object"):
             raise ParameterError(field, f"{field} has white space settings together with {set_[0]}; they are for JSON")
+        if self.disable_additional_properties and set_[0] != "json":
+            raise ParameterError(
+                field, f"{field} has disable_additional_properties together with {set_[0]}; it is for json"
+            )
         if self.whitespace_pattern and self.disable_any_whitespace:
             raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
         size = sum(len(text) for text in (*texts.values(), *self.choice) if text)

@@ -12,6 +12,7 @@ import torch
 from dsc_kernels import head, native, ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
+from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
@@ -22,13 +23,14 @@ from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.engine.step_report import StepReport
+from dsc_serve.grammars.follower import Constraint, GrammarLimits, Grammars
+from dsc_serve.grammars.schema import FIELD
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,10 @@ class Engine:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
         self._eos = frozenset(eos)
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, capacity.vocab_size, eos)
+        self.grammars: Grammars | None = None
+        if tokenizer is not None:
+            self.grammars = Grammars(tokenizer, capacity.vocab_size, eos, grammar_limits(config))
+        self.followers = Followers(lambda request: self.scheduler.get(request.id) is request)
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
@@ -109,7 +114,8 @@ class Engine:
 
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
-        Raises ParameterError when it could never finish here, ValueError when its id is in use.
+        Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
+        too many grammars wait before its own.
         """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
@@ -117,26 +123,35 @@ class Engine:
         request = Request(
             request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
         )
-        request.constraint = self.constraint(params)
+        request.constraint = self._constraint(params)
         if self.routing is not None:
             self.routing.expect(request)
         self.scheduler.add(request, age_s)
+        if request.constraint is not None:
+            self.followers.add(request)
         return request
 
-    def constraint(self, params: SamplingParams) -> Constraint | None:
-        """What the output has to follow. Asking beforehand, in any thread, saves `add` the time of compiling it.
+    def check(self, params: SamplingParams) -> None:
+        """Wait until it is known whether a request's grammar can be used. Raises ParameterError where it cannot."""
+        if params.structured_outputs is not None:
+            self.usable_grammars().compile(params.structured_outputs)
 
-        Raises ParameterError.
-        """
-        if params.structured_outputs is None:
-            return None
-        if self._grammars is None:
+    def usable_grammars(self) -> Grammars:
+        """Raises ParameterError where this model can follow none."""
+        if self.grammars is None:
             raise ParameterError(FIELD, f"{FIELD} cannot be used: this model has no tokenizer")
-        return self._grammars.constraint(params.structured_outputs)
+        return self.grammars
+
+    def close(self) -> None:
+        """End the processes of grammars. Safe to call twice."""
+        if self.grammars is not None:
+            self.grammars.close()
 
     def finish(self, request_id: str) -> bool:
         """End a request wherever it stands. Returns whether there was one."""
-        return self.scheduler.finish(request_id) is not None
+        found = self.scheduler.finish(request_id) is not None
+        self.followers.prune()
+        return found
 
     def step(self) -> list[Delta]:
         """Plan, compute and commit one step; returns the news of the requests it moved.
@@ -145,9 +160,12 @@ class Engine:
         """
         started = time.perf_counter()
         deltas = [self._expired(request, field) for request, field in self.scheduler.expire()]
+        deltas += self._settled()
         if not self.has_work:
             return deltas
         plan = self.scheduler.plan()
+        if not plan.tokens and self.followers.wait():
+            return deltas + self._settled()
         work = self.scheduler.begin(plan)
         scheduled = time.perf_counter()
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
@@ -156,12 +174,18 @@ class Engine:
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
         plan.tokens.update(done.fewer)
+        for request_id in result.late:  # its last token is computed again when it can be sampled
+            plan.tokens[request_id] -= 1
+            self.followers.hold(request_id)
         ended = self.scheduler.commit(plan, result.tokens, self._eos)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started))
         self._check()
         deltas += [delta for request, _ in work if (delta := self._progress(request, done, ended)) is not None]
+        if result.late:
+            deltas += self._settled()
+        self.followers.prune()
         self.report.add(started, scheduled, computed, result.forward_s, plan.tokens.values())
         return deltas
 
@@ -192,6 +216,20 @@ class Engine:
         self.scheduler.finish(request_id)
         return Delta(request_id, [], "error", error=reason, error_field=FIELD)
 
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        asked = params.structured_outputs
+        return None if asked is None else self.usable_grammars().constraint(asked)
+
+    def _settled(self) -> list[Delta]:
+        return [self._ended(end) for end in self.followers.settle()] if self.followers else []
+
+    def _ended(self, end: End) -> Delta:
+        self.scheduler.finish(end.request.id)
+        self.followers.prune()
+        news = Delta(end.request.id, [], end.finish_reason, cached_tokens=end.request.cached_tokens or 0)
+        news.error, news.error_field = end.error, FIELD if end.error else ""
+        return news
+
     def _expired(self, request: Request, field: str) -> Delta:
         error, cached_tokens = request.scheduling.overdue(field), request.cached_tokens or 0
         return Delta(request.id, [], "timeout", error=error, cached_tokens=cached_tokens)
@@ -204,6 +242,10 @@ class Engine:
             raise AssertionError(fault)
         self.counters.repairs += 1
         self.scheduler.pool = BlockPool(self.scheduler.pool.total)  # nothing runs or waits: every block is free
+
+
+def grammar_limits(config: EngineConfig) -> GrammarLimits:
+    return GrammarLimits(config.grammar_timeout_s, config.grammar_memory_mb << 20, config.grammars_memory_mb << 20)
 
 
 def prepare_model(config: EngineConfig) -> Decoder:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.token_counts import TokenCounts
+from dsc_serve.grammars.follower import Constraint
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
@@ -51,6 +51,7 @@ class Request:
     signature: NDArray[np.uint64] | None = None  # [16], atoms that its tokens pick, seen or predicted; None: not known
     seen: Signature | None = None  # of what it has picked, once it has
     constraint: Constraint | None = None  # where its output stands in the grammar that it has to follow
+    held: bool = False  # it sits steps out until the grammar has answered
     token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)  # by first position, for penalties
 
     def __post_init__(self) -> None:
@@ -70,9 +71,25 @@ class Request:
         return len(self.tokens) - self.prompt_size
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the grammar allows nothing more."""
-        return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
+    def due(self) -> int:
+        """Tokens that the next step may compute."""
+        return 0 if self.held else len(self.tokens) - self.num_computed
+
+    @property
+    def may_sample(self) -> bool:
+        """Whether it is known which tokens may follow, and there is one."""
+        return self.constraint is None or (self.constraint.ready and not self.constraint.complete)
+
+    def append(self, token: int) -> None:
+        """Take in a token of its output."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
+
+    def close(self) -> None:
+        """It has ended. Safe to call twice."""
+        if self.constraint is not None:
+            self.constraint.close()
 
     def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position on."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
-from dsc_serve.engine.grammar import constrain
+from dsc_serve.engine.constraints import answered, constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
@@ -41,6 +41,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
+    late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
     forward_s: float = 0.0  # until the layers' output
 
@@ -50,6 +51,7 @@ class StepResult:
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
         self.stuck |= other.stuck
+        self.late |= other.late
         self.routing |= other.routing
         self.forward_s += other.forward_s
 
@@ -206,6 +208,11 @@ class Runner:
                 rows.append(start + count - 1)
                 requests.append(request)
             start += count
+        if not all(request.may_sample for request in requests):
+            may = answered(requests, result.forward_s)
+            result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
+            rows = [row for row, known in zip(rows, may, strict=True) if known]
+            requests = [request for request in requests if request.id not in result.late]
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
             if all(map(is_greedy, requests)):

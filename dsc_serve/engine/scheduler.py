@@ -116,7 +116,7 @@ class Scheduler:
             if token is not None:
                 if request.begun_at is None:
                     self._begin(request)
-                request.tokens.append(token)
+                request.append(token)
                 ended[request_id] = reason = end_of(request, token, eos)
             elif request.num_uncomputed == 0:
                 ended[request_id] = reason = "length"  # max_tokens is 0: the prompt was all that was asked for
@@ -131,6 +131,7 @@ class Scheduler:
         request = self.running.pop(request_id, None) or self.waiting.pop(request_id)
         if request is not None:
             self._release(request)
+            request.close()
             self.accounts.leave(request)
             self.waiting.rerank(request.scheduling)
             self._deadlines.prune(len(self.running) + len(self.waiting))
@@ -227,6 +228,6 @@ def end_of(request: Request, token: int, eos: frozenset[int]) -> str | None:
     params = request.params
     if (token in eos and not params.ignore_eos) or token in params.stop_token_ids:
         return "stop"
-    if request.constraint is not None and request.is_complete:
-        return "stop"
+    if request.constraint is not None:
+        return None  # its grammar will say whether its text is whole
     return "length" if len(request.tokens) - request.prompt_size >= request.max_tokens else None

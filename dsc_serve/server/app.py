@@ -17,12 +17,11 @@ from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
-from dsc_serve.server.errors import json_response
+from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
 from dsc_serve.server.service import EngineHandle, Service
-from dsc_serve.server.stream import engine_down
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer

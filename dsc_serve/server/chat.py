@@ -97,8 +97,8 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     fields = ChatRequest.parse(await read_body(request))
     service.check_model(fields.model)
     params = fields.params()
+    await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
     service.admit(request, params.n, "n")
-    await service.check_structure(params, fields.names)
     prompt = await service.encode(rendered(service, fields.messages), "messages", chat=True)
     params = service.apply_limits(prompt, params, fields.names)
     formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)

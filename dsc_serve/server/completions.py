@@ -113,8 +113,8 @@ async def create_completion(service: Service, request: Request) -> Response:
     service.check_model(fields.model)
     params = fields.params()
     prompts = one_by_one(fields.prompt)
+    await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
     service.admit(request, len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
-    await service.check_structure(params, fields.names)
     formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0

@@ -150,6 +150,10 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed on this request; its log has the cause", type="server_error")
 
 
+def engine_down(message: str) -> ApiError:
+    return ApiError(503, message or "the engine is down", type="server_error", code="engine_down")
+
+
 def install(app: FastAPI) -> None:
     """Every error of `app` leaves in the one form."""
     app.add_exception_handler(ApiError, answer_api_error)

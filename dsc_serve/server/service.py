@@ -12,16 +12,16 @@ import msgspec
 from fastapi import Request
 
 from dsc_serve.config import LimitConfig
-from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
+from dsc_serve.server.grammars import GrammarChecks
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.text.chat import ChatTemplate
-from dsc_serve.text.grammar import Grammars
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
-from dsc_serve.worker.messages import Delta, ModelInfo, Stats
+from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
 MAX_LOW_PRIORITY = 64  # texts that wait for `Service.run_low_priority`
@@ -63,6 +63,8 @@ class EngineHandle(Protocol):
 
     async def stats(self, timeout_s: float = 1.0) -> Stats: ...
 
+    async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked: ...
+
 
 class Service:
     """One served model."""
@@ -83,13 +85,10 @@ class Service:
         self.metrics = Metrics(engine, admission.permits)
         self.created = int(time.time())
         longest = 0
-        self._grammars: Grammars | None = None
-        # One at a time, as the engine compiles them again: were more let through, it could not keep pace.
-        self._compiling = ThreadPoolExecutor(1, "grammars")
+        self.grammars = GrammarChecks(engine, tokenizer is not None)
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
         self._low_priority = 0
         if tokenizer is not None:
-            self._grammars = Grammars(tokenizer, engine.model.capacity.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
         self._max_characters = longest * engine.model.capacity.max_tokens
 
@@ -135,20 +134,6 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._aside, work)
         finally:
             self._low_priority -= 1
-
-    async def check_structure(self, params: SamplingParams, names: Mapping[str, str]) -> None:
-        """Raises ApiError (400) when the grammar cannot be used; `names` as in `from_parameter`."""
-        asked = params.structured_outputs
-        if asked is None:
-            return
-        try:
-            if self._grammars is None:
-                message = "structured_outputs cannot be used: this model has no tokenizer"
-                raise ParameterError("structured_outputs", message)
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._compiling, self._grammars.constraint, asked)
-        except ParameterError as error:
-            raise from_parameter(error, names) from None
 
     def admit(self, request: Request, count: int, param: str) -> None:
         """Take places for `count` generations until the request's answer ends; do so before what takes long.

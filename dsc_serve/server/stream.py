@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
-from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
+from dsc_serve.server.disconnect import client_gone
+from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, engine_down, from_parameter, internal_error
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError, UnreadError
@@ -246,13 +247,3 @@ def out_of_time(message: str, code: str = "timeout") -> ApiError:
 
 def engine_failure(message: str) -> ApiError:
     return ApiError(500, message, type="server_error", code="engine_error")
-
-
-def engine_down(message: str) -> ApiError:
-    return ApiError(503, message or "the engine is down", type="server_error", code="engine_down")
-
-
-async def client_gone(receive: Receive) -> None:
-    """Return when the client has left. The framework watches for this only while it streams."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

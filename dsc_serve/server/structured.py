@@ -53,7 +53,7 @@ class StructuredOutputsFields(Fields):
     grammar: str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool | None = None
-    disable_additional_properties: Annotated[Any, Only(False)] = None
+    disable_additional_properties: bool | None = None
     structural_tag: Annotated[Any, Only()] = None
 
 
@@ -73,6 +73,7 @@ def structured_outputs(
             grammar=fields.grammar,
             whitespace_pattern=fields.whitespace_pattern,
             disable_any_whitespace=fields.disable_any_whitespace or False,
+            disable_additional_properties=fields.disable_additional_properties or False,
         )
     if response_format is None:
         return None

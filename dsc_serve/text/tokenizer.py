@@ -88,6 +88,11 @@ class Tokenizer:
         except ValueError as error:
             raise TokenizerError(f"{path}: {error}") from error
 
+    def to_json(self) -> str:
+        """The tokenizer alone, as tokenizer.json holds it."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt.
 

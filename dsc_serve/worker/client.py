@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
-from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
+from dsc_serve.worker.messages import Delta, Finish, GrammarChecked, ModelInfo, Stats, Submit
 
 MAX_TRIES = 2  # a request that two engines died with may be what kills them
 LATE_S = 1.0  # how much later than the engine this process ends a request that is out of time
@@ -159,6 +159,15 @@ class EngineClient:
         """End a request in the engine. Safe to call twice, and for a request that has already ended."""
         if self._connection is not None:
             self._connection.send(Finish(request_id, reason))
+
+    async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked:
+        """Whether a grammar can be used, once it has been compiled. Leaving early stops that.
+
+        Raises EngineDiedError when the engine is gone, or goes.
+        """
+        if self._connection is None:
+            raise EngineDiedError(self.trouble)
+        return await self._connection.check_grammar(asked)
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         """The engine's state now. Raises TimeoutError when it does not answer, EngineDiedError when it is gone."""

@@ -6,14 +6,19 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
+from dsc_serve.sampling_params import StructuredOutputs
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,
+    CheckGrammar,
     Delta,
+    ForgetGrammar,
     FromEngine,
+    GrammarChecked,
     ModelInfo,
     Shutdown,
     Stats,
@@ -23,6 +28,8 @@ from dsc_serve.worker.messages import (
     frame,
     from_engine_decoder,
 )
+
+T = TypeVar("T")
 
 
 class EngineDiedError(RuntimeError):
@@ -43,6 +50,13 @@ async def receive(reader: asyncio.StreamReader) -> FromEngine:
         raise EngineDiedError(f"the engine's messages cannot be read: {error}") from error
 
 
+def answer_with(asked: dict[int, asyncio.Future[T]], ticket: int, message: T) -> None:
+    """Tell who asked, where somebody still waits."""
+    answer = asked.get(ticket)
+    if answer is not None and not answer.done():
+        answer.set_result(message)
+
+
 class EngineConnection:
     """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason.
 
@@ -60,6 +74,7 @@ class EngineConnection:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader, self._writer, self._on_delta = reader, writer, on_delta
         self._stats: dict[int, asyncio.Future[Stats]] = {}
+        self._checks: dict[int, asyncio.Future[GrammarChecked]] = {}
         self._tickets = itertools.count()
         self._pump = asyncio.create_task(self._receive())
 
@@ -81,12 +96,28 @@ class EngineConnection:
         finally:
             self._stats.pop(ticket, None)
 
+    async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked:
+        """Whether a grammar can be used. Leaving early stops its compilation. Raises EngineDiedError."""
+        if self.lost.done():
+            raise EngineDiedError(self.lost.result())
+        ticket = next(self._tickets)
+        answer: asyncio.Future[GrammarChecked] = asyncio.get_running_loop().create_future()
+        self._checks[ticket] = answer
+        try:
+            self.send(CheckGrammar(ticket, asked))
+            return await answer
+        finally:
+            self._checks.pop(ticket, None)
+            if not answer.done() or answer.cancelled():
+                self.send(ForgetGrammar(ticket))
+
     def lose(self, reason: str) -> None:
         """End the connection. Safe to call twice: the first reason stands."""
         if self.lost.done():
             return
         self.lost.set_result(reason)
-        for answer in self._stats.values():
+        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._checks.values()]
+        for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineDiedError(reason))
         self._pump.cancel()
@@ -105,10 +136,10 @@ class EngineConnection:
                 if isinstance(message, StepDone):
                     for delta in message.deltas:
                         self._on_delta(delta)
-                elif isinstance(message, Stats) and message.ticket in self._stats:
-                    answer = self._stats[message.ticket]
-                    if not answer.done():
-                        answer.set_result(message)
+                elif isinstance(message, Stats):
+                    answer_with(self._stats, message.ticket, message)
+                elif isinstance(message, GrammarChecked):
+                    answer_with(self._checks, message.ticket, message)
         except EngineDiedError as error:
             self.lose(str(error))
         except Exception as error:

@@ -16,7 +16,7 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import EngineCapacity, SamplingParams
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 
 HEADER = struct.Struct("<I")
@@ -50,6 +50,19 @@ class Finish(msgspec.Struct, tag=True, array_like=True):
 
 
 class StatsRequest(msgspec.Struct, tag=True, array_like=True):
+    ticket: int
+
+
+class CheckGrammar(msgspec.Struct, tag=True, array_like=True):
+    """Have a grammar compiled, and tell by a `GrammarChecked` whether it can be used."""
+
+    ticket: int
+    asked: StructuredOutputs
+
+
+class ForgetGrammar(msgspec.Struct, tag=True, array_like=True):
+    """Nobody waits for this check any more."""
+
     ticket: int
 
 
@@ -103,8 +116,16 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     held_back: dict[str, int] = {}
 
 
-ToEngine = Start | Submit | Finish | StatsRequest | Shutdown
-FromEngine = ModelInfo | StartFailed | StepDone | Stats
+class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
+    """error: "" where the grammar can be used. full: it has not been looked at, since too many wait."""
+
+    ticket: int
+    error: str
+    full: bool = False
+
+
+ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | Shutdown
+FromEngine = ModelInfo | StartFailed | StepDone | Stats | GrammarChecked
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

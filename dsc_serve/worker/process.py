@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 import torch
@@ -22,15 +23,20 @@ from dsc_kernels import ops
 from dsc_serve.config import ConfigError, default_threads
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
+from dsc_serve.grammars.follower import GrammarsFullError
+from dsc_serve.grammars.schema import FIELD
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,
+    CheckGrammar,
     Finish,
+    ForgetGrammar,
     FromEngine,
+    GrammarChecked,
     ModelInfo,
     Shutdown,
     Start,
@@ -116,7 +122,8 @@ class EngineProcess:
 
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self.connection, self.engine = connection, engine
-        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | GrammarChecked | None] = queue.SimpleQueue()
+        self._checks: dict[int, Callable[[], None]] = {}
         self._reader = threading.Thread(target=self._receive, name="inbox", daemon=True)
         self._reader.start()
 
@@ -126,7 +133,11 @@ class EngineProcess:
                 message = self._inbox.get(block=not self.engine.has_work)  # nothing to time out: idle until told
                 if message is None or isinstance(message, Shutdown):
                     return
-                self._handle(message)
+                if isinstance(message, GrammarChecked):
+                    self._checks.pop(message.ticket, None)
+                    self.send(message)
+                else:
+                    self._handle(message)
             except queue.Empty:
                 deltas = self.engine.step()
                 if deltas:
@@ -139,6 +150,7 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self._reader.join(CLOSE_LIMIT_S)
+        self.engine.close()
 
     def send(self, message: FromEngine) -> None:
         self.connection.sendall(frame(message))
@@ -157,22 +169,35 @@ class EngineProcess:
                     scheduling=message.scheduling,
                     age_s=message.age_s,
                 )
-            except (ParameterError, ValueError) as error:
+            except (ParameterError, GrammarsFullError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
+                field = FIELD if isinstance(error, GrammarsFullError) else field
                 self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):
                 self.tell([Delta(message.request_id, [], message.reason)])
         elif isinstance(message, StatsRequest):
             self.send(stats_of(self.engine, message.ticket))
+        elif isinstance(message, CheckGrammar):
+            self._check(message.ticket, message.asked)
+        elif isinstance(message, ForgetGrammar):
+            self._checks.pop(message.ticket, lambda: None)()
+
+    def _check(self, ticket: int, asked: StructuredOutputs) -> None:
+        """Answers by the inbox, which the thread of the grammars may put something into."""
+
+        def told(error: str) -> None:
+            self._inbox.put(GrammarChecked(ticket, error))
+
+        try:
+            self._checks[ticket] = self.engine.usable_grammars().check(asked, told)
+        except (ParameterError, GrammarsFullError) as error:
+            self.send(GrammarChecked(ticket, str(error), full=isinstance(error, GrammarsFullError)))
 
     def _receive(self) -> None:
         message: ToEngine | None = None
         try:
             while (message := read_frame(self.connection)) is not None:
-                if isinstance(message, Submit):
-                    with contextlib.suppress(ParameterError):  # `add` tells it to the client
-                        self.engine.constraint(message.params)
                 self._inbox.put(message)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             print(f"engine: the API process's messages cannot be read: {error}", file=sys.stderr)
@@ -194,6 +219,8 @@ def main(descriptor: int) -> int:
     except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
+    if engine.grammars is not None:
+        engine.grammars.start()  # so that the first grammar need not wait for its host
     freeze()
     process = EngineProcess(connection, engine)
     hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsc_serve import LLM, RequestOutput, SamplingParams
-from dsc_serve.engine.grammar import constrain
+from dsc_serve.engine.constraints import constrain
 from dsc_serve.engine.request import Request
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 
@@ -135,7 +135,7 @@ def test_nothing_follows_the_error_of_a_stuck_request(llm: LLM) -> None:
 def test_a_mask_touches_the_rows_of_its_requests_alone(llm: LLM) -> None:
     params = SamplingParams(structured_outputs=PHONE)
     free, bound = (Request(name, 2, [1, 2], params, 9) for name in ("free", "bound"))
-    bound.constraint = llm.engine.constraint(params)
+    bound.constraint = llm.engine._constraint(params)
     logits = torch.zeros(2, llm.engine.capacity.vocab_size)
     assert constrain(logits, [free, bound]) == {}
     assert torch.isfinite(logits[0]).all()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine
-from support.serving import app_around, chat, client_of, complete, until
+from support.serving import app_around, chat, client_of, complete, service_of, until
 
 from dsc_serve.sampling_params import MAX_GRAMMAR, StructuredOutputs
-from dsc_serve.text.grammar import Grammars
+from dsc_serve.server.grammars import PER_KEY, WAITING_PER_KEY
+from dsc_serve.server.keys import KeyRing
+from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.worker.messages import GrammarChecked
 
 Ask = Callable[..., httpx.Response]
 BOTH = pytest.mark.parametrize("ask_for", [complete, chat])
@@ -41,6 +42,10 @@ NAMED = {"name": "answer", "description": "d", "schema": SCHEMA, "strict": True}
         (
             {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
             StructuredOutputs(json_object=True, disable_any_whitespace=True),
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}},
+            StructuredOutputs(json=SCHEMA_TEXT, disable_additional_properties=True),
         ),
         (
             {"structured_outputs": {"json_object": True, "whitespace_pattern": "[ ]"}},
@@ -90,7 +95,7 @@ def test_it_reaches_the_engine(
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs", "empty"),
         ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice", "a list"),
-        ({"structured_outputs": {"grammar": "start ="}}, "structured_outputs", "::="),
+        ({"structured_outputs": {"grammar": "start ="}}, "structured_outputs", "start ="),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "an object or a string"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "EOF"),
         ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs", "not"),
@@ -120,32 +125,65 @@ def test_what_cannot_be_used_is_refused_with_the_reason(
     assert engine.submitted == []
 
 
-def test_grammars_are_compiled_one_at_a_time_and_hold_nobody_else_up(
-    app: FastAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiling, most, others = 0, 0, threading.Event()
-
-    def slow(self: Grammars, asked: StructuredOutputs) -> None:
-        nonlocal compiling, most
-        compiling += 1
-        most = max(most, compiling)
-        assert others.wait(10)
-        compiling -= 1
-
-    monkeypatch.setattr(Grammars, "constraint", slow)
-
+def test_a_grammar_that_is_compiled_holds_no_place(app: FastAPI, engine: FakeEngine) -> None:
     async def run() -> None:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        engine.gate = asyncio.Event()
         async with client_of(app) as client:
             body = {"prompt": "hi", "structured_outputs": {"regex": "a"}}
-            asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)]
-            await until(lambda: compiling)
-            assert (await client.post("/detokenize", json={"tokens": [97]})).status_code == 200
-            others.set()
-            assert [response.status_code for response in await asyncio.gather(*asking)] == [200] * 3
+            places = service_of(app).permits.capacity
+            asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(places + 4)]
+            await until(lambda: engine.checking == places + 4)
+            assert service_of(app).permits.held == 0
+            for task in asking[4:]:  # clients that leave
+                task.cancel()
+            await until(lambda: engine.checking == 4)
+            engine.gate.set()
+            assert [response.status_code for response in await asyncio.gather(*asking[:4])] == [200] * 4
 
     asyncio.run(run())
-    assert most == 1
+
+
+def test_a_key_has_few_grammars_compiled_at_a_time(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    ring = KeyRing("", ",".join(f"{name}:{f'key-{name}' * 4}" for name in "ab"))
+    app = app_around(engine, tokenizer, ring)
+
+    async def run() -> None:
+        engine.gate = asyncio.Event()
+        async with client_of(app) as client:
+
+            def ask_as(key: str) -> asyncio.Task[httpx.Response]:
+                body = {"prompt": "hi", "structured_outputs": {"regex": "a"}}
+                headers = {"Authorization": f"Bearer {key * 4}"}
+                return asyncio.create_task(client.post("/v1/completions", json=body, headers=headers))
+
+            greedy = [ask_as("key-a") for _ in range(PER_KEY + WAITING_PER_KEY + 1)]
+            refused = await greedy.pop()
+            assert refused.status_code == 429 and refused.headers["retry-after"]
+            assert "grammars of this key" in refused.json()["error"]["message"]
+            assert engine.checking == PER_KEY
+            other = ask_as("key-b")
+            await until(lambda: engine.checking == PER_KEY + 1)
+            engine.gate.set()
+            assert (await other).status_code == 200
+            await asyncio.gather(*greedy)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [(GrammarChecked(0, "", full=True), 429), (GrammarChecked(0, "structured_outputs cannot be used: slow"), 400)],
+)
+def test_what_the_engine_says_of_a_grammar_is_told(
+    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, answer: GrammarChecked, status: int
+) -> None:
+    async def check_grammar(asked: StructuredOutputs) -> GrammarChecked:
+        return answer
+
+    monkeypatch.setattr(engine, "check_grammar", check_grammar)
+    response = complete(app, structured_outputs={"regex": "a"})
+    assert response.status_code == status
+    assert engine.submitted == []
 
 
 def test_without_a_tokenizer_it_is_refused(engine: FakeEngine) -> None:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncGenerator, Callable
 
+import llguidance
 import msgspec
 import numpy as np
 
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, SamplingParams
+from dsc_serve.grammars.compile import compiled
+from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, ParameterError, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.client import EngineDiedError
-from dsc_serve.worker.messages import Delta, ModelInfo, RoutingSlice, Stats, TokenLogprobs
+from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, RoutingSlice, Stats, TokenLogprobs
 
 VOCAB = 300
+
 CONTEXT = 512
 Script = Callable[[list[int], SamplingParams], list[int]]
+
+
+@functools.cache
+def bytes_as_tokens() -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer("byte")
 
 
 def counting(prompt: list[int], params: SamplingParams) -> list[int]:
@@ -66,7 +75,7 @@ class FakeEngine:
         self.scheduling: list[SchedulingParams] = []
         self.finished: list[tuple[str, str]] = []
         self.aborted: list[str] = []
-        self.running = 0
+        self.running = self.checking = 0
         self.routing: RoutingReport | None = None
         self.step_report, self.phases = StepReport(), PhaseReport()
         self.alive = True
@@ -175,6 +184,22 @@ class FakeEngine:
     def _check_ended(self) -> None:
         if self.ended:
             raise EngineDiedError(self.ended)
+
+    async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked:
+        """Compiles it here and now."""
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        self.checking += 1
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+        finally:
+            self.checking -= 1
+        try:
+            compiled(asked, bytes_as_tokens())
+        except ParameterError as error:
+            return GrammarChecked(0, str(error))
+        return GrammarChecked(0, "")
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         if not self.alive:

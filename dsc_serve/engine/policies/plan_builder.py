@@ -39,7 +39,7 @@ class PlanBuilder:
 
     def advance_singles(self) -> list[RequestView]:
         """Plan for those that run and have one token to compute; returns those with more."""
-        uncomputed = [(request, request.num_uncomputed) for request in self.running]
+        uncomputed = [(request, request.due) for request in self.running]
         self._advance_singles([request for request, num_uncomputed in uncomputed if num_uncomputed == 1][: self.left])
         self._protect_singles()
         return [request for request, num_uncomputed in uncomputed if num_uncomputed > 1]
@@ -48,7 +48,7 @@ class PlanBuilder:
         """Plan for one that has run until now and has more than a token to compute."""
         if request.id in self._preempted:
             return
-        count = self._chunk(request.num_uncomputed, request.num_computed, self.left)
+        count = self._chunk(request.due, request.num_computed, self.left)
         if self._admitted:
             spare = max(0, self.free - len(self.running))
             count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.num_computed)

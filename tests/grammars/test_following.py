@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import numpy as np
 import pytest
+from grammars.conftest import END
+from grammars.drawing import answered, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsc_serve.config import resolve_model
+from dsc_serve.grammars.follower import Grammars
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
-from dsc_serve.text.grammar import KEPT_GRAMMARS, Grammars, GrammarStuckError
 from dsc_serve.text.tokenizer import Tokenizer
-
-END = 0
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    loaded = Tokenizer.load(resolve_model("dsc-tiny"))
-    assert loaded is not None
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, tokenizer.vocab_size, (END,))
-
-
-def written(grammars: Grammars, tokenizer: Tokenizer, asked: StructuredOutputs, seed: int, limit: int = 400) -> str:
-    """A text of allowed tokens, drawn with no model at all."""
-    constraint, draw = grammars.constraint(asked), np.random.default_rng(seed)
-    tokens = [5, 6]  # a prompt
-    while len(tokens) < limit:
-        token = int(draw.choice(np.flatnonzero(constraint.allowed(tokens, 2))))
-        if token == END:
-            break
-        tokens.append(token)
-        if constraint.complete(tokens, 2):
-            break
-    else:
-        raise AssertionError(f"no end: {tokenizer.decode(tokens[2:])!r}")
-    return tokenizer.decode(tokens[2:])
 
 
 @settings(deadline=None, max_examples=50)
@@ -114,58 +84,118 @@ def test_white_space_in_json_is_bounded_and_may_be_chosen(grammars: Grammars, to
     assert longest(whitespace_pattern="[ ]") == 1
 
 
+def single(tokenizer: Tokenizer, text: str) -> int:
+    """The token that is this text and nothing else."""
+    return next(i for i in range(1, tokenizer.vocab_size) if tokenizer.token_bytes(i) == text.encode())
+
+
 def test_only_an_end_of_text_that_the_grammar_allows_is_allowed(grammars: Grammars, tokenizer: Tokenizer) -> None:
     constraint = grammars.constraint(StructuredOutputs(regex="a|ab"))
-    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
-    assert not constraint.allowed([], 0)[END]
-    assert constraint.allowed([a], 0)[[END, b]].all()
-    assert not constraint.complete([a], 0)
-    assert constraint.complete([a, b], 0)
+    a, b = single(tokenizer, "a"), single(tokenizer, "b")
+    assert not answered(constraint).allowed[END]
+    constraint.push(a)
+    assert answered(constraint).allowed[[END, b]].all()
+    assert not constraint.complete
+    constraint.push(b)
+    assert answered(constraint).complete
 
 
 def test_a_model_without_an_end_of_text_ends_where_nothing_may_follow(tokenizer: Tokenizer) -> None:
-    constraint = Grammars(tokenizer, tokenizer.vocab_size).constraint(StructuredOutputs(regex="a|ab"))
-    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
-    assert np.flatnonzero(constraint.allowed([a], 0)).tolist() == [b]
-    assert constraint.complete([a, b], 0)
+    endless = Grammars(tokenizer, tokenizer.vocab_size)
+    constraint = endless.constraint(StructuredOutputs(regex="a|ab"))
+    constraint.push(single(tokenizer, "a"))
+    allowed = np.flatnonzero(answered(constraint).allowed)
+    assert {tokenizer.token_bytes(int(token)) for token in allowed} == {b"b"}
+    endless.close()
 
 
 def test_a_vocabulary_may_be_padded_or_cut(tokenizer: Tokenizer) -> None:
     for size in (tokenizer.vocab_size + 61, 300):
-        allowed = Grammars(tokenizer, size, (END,)).constraint(StructuredOutputs(regex="[a-c]+")).allowed([], 0)
+        sized = Grammars(tokenizer, size, (END,))
+        allowed = answered(sized.constraint(StructuredOutputs(regex="[a-c]+"))).allowed
         assert allowed.shape == (size,)
         assert not allowed[tokenizer.vocab_size :].any()
+        sized.close()
+
+
+def stuck(constraint: object) -> str:
+    error = answered(constraint).error  # type: ignore[arg-type]
+    assert re.fullmatch(r"structured_outputs cannot be followed further: [^<>\n]+", error), error
+    return error
 
 
 def test_a_grammar_that_no_token_can_follow_is_stuck(tokenizer: Tokenizer) -> None:
-    constraint = Grammars(tokenizer, 3, (END,)).constraint(StructuredOutputs(regex="abc"))
-    with pytest.raises(GrammarStuckError, match=r"^structured_outputs cannot be followed further: [^\n]{1,100}$"):
-        constraint.allowed([], 0)
+    small = Grammars(tokenizer, 3, (END,))
+    assert stuck(small.constraint(StructuredOutputs(regex="abc")))
+    small.close()
 
 
 def test_a_grammar_beyond_its_limits_is_stuck(grammars: Grammars, tokenizer: Tokenizer) -> None:
     schema = json.dumps({"type": "object", "properties": {f"{i}": {} for i in range(600)}})
-    constraint, brace = grammars.constraint(StructuredOutputs(json=schema)), tokenizer.encode("{")
-    with pytest.raises(GrammarStuckError, match=r"items; max is [0-9]+; [^<>\n]*$"):
-        constraint.allowed(brace, 0)
+    constraint = grammars.constraint(StructuredOutputs(json=schema))
+    constraint.push(single(tokenizer, "{"))
+    assert "items; max is" in stuck(constraint)
 
 
-def test_an_ambiguous_grammar_is_stuck_before_it_has_taken_long(grammars: Grammars, tokenizer: Tokenizer) -> None:
+def test_an_ambiguous_grammar_is_stuck(grammars: Grammars, tokenizer: Tokenizer) -> None:
     ambiguous = "start:" + 20 * " s" + '\ns: "x" | ' + " | ".join("s " * n for n in range(2, 80))
     constraint = grammars.constraint(StructuredOutputs(grammar=ambiguous))
-    begun = time.process_time()
-    constraint.allowed([], 0)
-    with pytest.raises(GrammarStuckError, match=r"Too many items [^<>\n]*$"):
-        constraint.allowed(tokenizer.encode("x"), 0)
-    assert time.process_time() - begun < 3
+    constraint.push(single(tokenizer, "x"))
+    assert "Too many items" in stuck(constraint)
 
 
 def test_each_request_has_its_own_state(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    asked = StructuredOutputs(regex="a[bc]")
+    asked = StructuredOutputs(regex="[ad][bc]")
     first, second = grammars.constraint(asked), grammars.constraint(asked)
-    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
-    first.allowed([a], 0)
-    assert second.allowed([], 0)[a] and not second.allowed([], 0)[b]
+    a, b = single(tokenizer, "a"), single(tokenizer, "b")
+    first.push(a)
+    assert answered(first).allowed[b] and not answered(first).allowed[a]
+    assert answered(second).allowed[a] and not answered(second).allowed[b]
+
+
+@pytest.mark.parametrize("text", ["Then, the quick fox", " leading", "'a", "▁x", "a  b", "é數\n\t"])
+def test_a_grammar_may_begin_with_any_text(grammars: Grammars, tokenizer: Tokenizer, text: str) -> None:
+    """Tokenizers that put a space before every text must not put one before a grammar's."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    for asked in (
+        StructuredOutputs(choice=(text,)),
+        StructuredOutputs(regex=re.escape(text)),
+        StructuredOutputs(grammar=f"start: {quoted} rest\nrest: /[0-9]?/"),
+        StructuredOutputs(json=json.dumps({"const": text})),
+    ):
+        drawn = written(grammars, tokenizer, asked, 3)
+        assert re.fullmatch(re.escape(text) + "[0-9]?", json.loads(drawn) if asked.json else drawn)
+
+
+@pytest.fixture(params=["special", "shown"])
+def mark(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> str:
+    """A text that is a token of its own, as the end of a text is."""
+    special = [tokenizer.token_bytes(i).decode() for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)]
+    return special[0] if request.param == "special" else f"a{special[-1]}b"
+
+
+def test_the_text_of_a_special_token_can_be_written(grammars: Grammars, tokenizer: Tokenizer, mark: str) -> None:
+    schemas = [{"const": mark}, {"enum": [mark]}, {"properties": {mark: {"const": 1}}, "required": [mark]}]
+    schemas[2] |= {"type": "object", "additionalProperties": False}
+    assert written(grammars, tokenizer, StructuredOutputs(choice=(mark,)), 1) == mark
+    for schema, value in zip(schemas, (mark, mark, {mark: 1}), strict=True):
+        assert json.loads(written(grammars, tokenizer, StructuredOutputs(json=json.dumps(schema)), 1)) == value
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        '?start: "a" | "b"',
+        '!start: "a" | "b"',
+        '// a comment ::= of ours\nstart: "a" | "b"',
+        'start: x\nx: "a" | "b"',
+        'root ::= "a" | "b"',
+        '# a comment: of ours\nroot ::= x\nx ::= "a" | "b"',
+        'root ::= x\nx-y ::= "a"\nx ::= x-y | "b"',
+    ],
+)
+def test_grammars_are_told_apart_by_their_rules(grammars: Grammars, tokenizer: Tokenizer, grammar: str) -> None:
+    assert written(grammars, tokenizer, StructuredOutputs(grammar=grammar), 1) in ("a", "b")
 
 
 def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
@@ -177,18 +207,6 @@ def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
         ({"grammar": "start: missing"}, "missing"),
     ):
         with pytest.raises(ParameterError, match=words) as error:
-            grammars.constraint(StructuredOutputs(**fields))  # type: ignore[arg-type]
+            grammars.compile(StructuredOutputs(**fields))  # type: ignore[arg-type]
         assert error.value.field == "structured_outputs"
         assert "\n" not in str(error.value)
-
-
-def test_a_grammar_in_use_is_not_compiled_again(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[StructuredOutputs] = []
-    inner = grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda asked: compiled.append(asked) or inner(asked))
-    popular = StructuredOutputs(regex="popular")
-    for i in range(KEPT_GRAMMARS + 1):
-        grammars.constraint(popular)
-        grammars.constraint(StructuredOutputs(regex=f"rare{i}"))
-    assert compiled.count(popular) == 1
-    assert len(grammars._kept) == KEPT_GRAMMARS

@@ -1,0 +1,136 @@
+"""Structured outputs in a step: tokens that may not follow are taken out of the logits before sampling.
+
+What may follow is computed beside the step, by the grammar's own process. A request whose answer is late sits out:
+nobody waits for it longer than PATIENCE of the step's own time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.sampler import to_device
+from dsc_serve.grammars.follower import wait
+
+PATIENCE = 0.25  # of a step's forward pass, what others wait for late answers
+PATIENCE_S = 0.002  # but no longer
+ALONE_S = 0.02  # what a step waits that nobody else is in
+DEMOTED_S = 0.05  # late for so long, a grammar is put behind all others
+LATE_S = 1.0  # late for so long in all, a request ends
+
+
+@dataclass(frozen=True)
+class End:
+    """How a request has ended that follows a grammar. error: "" where its text is whole."""
+
+    request: Request
+    finish_reason: str
+    error: str = ""
+
+
+def answered(requests: Sequence[Request], forward_s: float) -> list[bool]:
+    """Which of the requests that a step has computed may be sampled; waits a little for those that are late."""
+    late = [request.constraint for request in requests if request.constraint is not None and not request.may_sample]
+    open_ = [constraint for constraint in late if not constraint.ready]
+    if open_:
+        alone = len(late) == len(requests)
+        wait(open_, ALONE_S if alone else min(PATIENCE_S, PATIENCE * forward_s), any if alone else all)
+    return [request.may_sample for request in requests]
+
+
+def constrain(logits: Tensor, requests: Sequence[Request]) -> dict[str, str]:
+    """Set the logits [R, V] of tokens that may not follow to −∞, in place.
+
+    Returns why a request cannot go on, by id, for those that cannot.
+    """
+    stuck = {}
+    for i, request in enumerate(requests):
+        constraint = request.constraint
+        if constraint is None:
+            continue
+        if constraint.error:
+            stuck[request.id] = constraint.error
+            continue
+        allowed = torch.from_numpy(~constraint.allowed)
+        logits[i].masked_fill_(to_device(allowed, logits.device), -torch.inf)
+    return stuck
+
+
+class Followers:
+    """The requests that follow a grammar, from when they are added to when they have ended.
+
+    lives: whether a request is still the scheduler's.
+    """
+
+    def __init__(self, lives: Callable[[Request], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._lives, self._clock = lives, clock
+        self._requests: dict[str, Request] = {}
+        self._held_since: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        self._requests[request.id] = request
+
+    def hold(self, request_id: str) -> None:
+        """Let a request sit out until its grammar has answered."""
+        request = self._requests.get(request_id)
+        if request is not None and not request.held:
+            request.held = True
+            self._held_since[request_id] = self._clock()
+
+    def settle(self) -> list[End]:
+        """Let those go on that have their answer; returns those that have come to their end, or cannot go on."""
+        self.prune()
+        return [end for request in self._requests.values() if (end := self._end(request)) is not None]
+
+    def prune(self) -> None:
+        """Forget those that have ended."""
+        for request in [request for request in self._requests.values() if not self._lives(request)]:
+            del self._requests[request.id]
+            self._held_since.pop(request.id, None)
+
+    def wait(self) -> bool:
+        """Where nobody else is computed: wait for one of those that sit out. Returns whether there are any."""
+        held = [r.constraint for r in self._requests.values() if r.held and r.constraint is not None]
+        if held:
+            wait(held, ALONE_S, any)
+        return bool(held)
+
+    def _end(self, request: Request) -> End | None:
+        constraint = request.constraint
+        assert constraint is not None
+        if constraint.error:
+            return End(request, "error", constraint.error)
+        full = request.output_size >= request.max_tokens > 0
+        if not constraint.ready:
+            if full:
+                self.hold(request.id)  # whether its text is whole is not known yet
+            if request.held:
+                self._judge(request)
+            return End(request, "error", constraint.error) if constraint.error else None
+        if request.held:
+            request.held = False
+            constraint.late_s += self._clock() - self._held_since.pop(request.id)
+        if constraint.complete:
+            return End(request, "stop")
+        return End(request, "length") if full else None
+
+    def _judge(self, request: Request) -> None:
+        """What being late costs a request's grammar, and at last the request."""
+        constraint = request.constraint
+        assert constraint is not None
+        if not constraint.compiled:  # the host sees to it that this does not take long
+            self._held_since[request.id] = self._clock()
+            return
+        late_s = constraint.late_s + self._clock() - self._held_since[request.id]
+        if late_s > LATE_S:
+            constraint.give_up(f"its answers came {LATE_S:g} s later than the steps that waited for them")
+        elif late_s > DEMOTED_S:
+            constraint.demote()

@@ -1,0 +1,154 @@
+"""One grammar's process: compiles it, then says after every token of an output what may follow."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llguidance
+import numpy as np
+
+from dsc_serve.grammars.compile import compiled, reason
+from dsc_serve.grammars.messages import Answer, Compiled, Drop, FromGrammar, Open, encode, to_grammar
+from dsc_serve.grammars.schema import FIELD, unusable
+from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+
+LARGEST_PACKET = 2**18
+PAGE = resource.getpagesize()
+MEASURED_EVERY = 64  # answers
+OUT_OF_MEMORY = 77  # exit code
+STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
+
+
+class Output:
+    """How far one request's output has come."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self.matcher, self.count = matcher, 0
+
+    def push(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.matcher.consume_token(token)
+        self.count += len(tokens)
+
+
+class Member:
+    """Serves the outputs of one grammar until its socket is closed.
+
+    vocab_size: of the model; the library's vocabulary has one token more. ends: the model's ends of a text.
+    """
+
+    def __init__(self, connection: socket.socket, vocab_size: int, ends: Sequence[int], memory_bytes: int) -> None:
+        self._connection, self._vocab_size, self._ends = connection, vocab_size, list(ends)
+        self._outputs: dict[int, Output] = {}
+        self._at_first = private_bytes()
+        self._memory, self._answers = 0, 0
+        size = virtual_bytes() + memory_bytes + STACK_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def run(self, asked: StructuredOutputs, tokens: llguidance.LLTokenizer, tell: Callable[[int], None]) -> int:
+        """Returns the exit code. tell: called with the thread that compiles, and with 0 once it has."""
+        faults: list[BaseException] = []
+
+        def compile_() -> None:
+            # In a thread of its own, which others may put behind theirs: the answers that follow keep their rank.
+            tell(threading.get_native_id())
+            try:
+                self._matcher = compiled(asked, tokens)
+                self._matcher.compute_bitmask()  # what this takes every output would take at its beginning
+            except BaseException as error:  # a panic of the library is not an Exception
+                faults.append(error)
+
+        threading.stack_size(STACK_BYTES)
+        thread = threading.Thread(target=compile_)
+        thread.start()
+        thread.join()
+        if faults:
+            if isinstance(faults[0], MemoryError):
+                return OUT_OF_MEMORY
+            what = str(faults[0])
+            self._send(
+                Compiled(what if isinstance(faults[0], ParameterError) else str(unusable(reason(what)[:300])), 0)
+            )
+            return 0
+        tell(0)
+        self._send(Compiled("", self._measured()))
+        try:
+            while packet := self._connection.recv(LARGEST_PACKET):
+                self._take(packet)
+        except MemoryError:
+            return OUT_OF_MEMORY
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return 0
+
+    def _take(self, packet: bytes) -> None:
+        message = to_grammar.decode(packet)
+        if isinstance(message, Drop):
+            self._outputs.pop(message.output, None)
+            return
+        if isinstance(message, Open):
+            self._outputs[message.output] = Output(self._matcher.deep_copy())
+        output = self._outputs.get(message.output)
+        if output is not None:
+            self._send(self._answer(message.output, output, message.tokens))
+
+    def _answer(self, name: int, output: Output, tokens: Sequence[int]) -> Answer:
+        allowed, complete, error = b"", False, ""
+        try:
+            output.push(tokens)
+            matcher = output.matcher
+            complete = bool(matcher.is_stopped()) and not matcher.is_error()
+            if not complete:
+                allowed = self._allowed(matcher)
+                if matcher.is_error():
+                    error = f"{FIELD} cannot be followed further: {reason(matcher.get_error())}"
+                elif not any(allowed):
+                    error = f"{FIELD} cannot be followed further: no token of the model fits"
+        except MemoryError:
+            raise
+        except BaseException as fault:  # a panic of the library is not an Exception
+            error = f"{FIELD} cannot be followed further: {reason(str(fault))[:300]}"
+        if self._answers % MEASURED_EVERY == 0:
+            self._measured()
+        self._answers += 1
+        return Answer(name, output.count, allowed, complete, error, self._memory)
+
+    def _allowed(self, matcher: llguidance.LLMatcher) -> bytes:
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        marks = np.unpackbits(bits, count=self._vocab_size + 1, bitorder="little")
+        allowed, end = marks[:-1], marks[-1]
+        allowed[self._ends] = end
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+    def _measured(self) -> int:
+        self._memory = max(0, private_bytes() - self._at_first)
+        return self._memory
+
+    def _send(self, message: FromGrammar) -> None:
+        self._connection.sendall(encode(message))
+
+
+def virtual_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+
+
+def private_bytes() -> int:
+    """What this process holds that no other does; where the system does not tell, what it holds."""
+    try:
+        with open("/proc/self/smaps_rollup") as lines:  # noqa: PTH123  this is read in the middle of a step
+            return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    except OSError:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def quiet() -> None:
+    """Let nothing be printed: a panic of the library is told to its client, not to the server's log."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)

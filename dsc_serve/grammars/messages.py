@@ -1,0 +1,137 @@
+"""What the three parties say to each other: a follower (in the engine), the host, and a process for each grammar.
+
+Follower and host: a stream of frames. Follower and grammar: one message a packet. All in msgpack; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from dsc_serve.sampling_params import StructuredOutputs
+
+HEADER = struct.Struct("<I")
+
+
+class Begin(msgspec.Struct, tag=True, array_like=True):
+    """To a new host: the tokenizer, and what each grammar may take."""
+
+    tokenizer: str  # its tokenizer.json
+    vocab_size: int
+    ends: tuple[int, ...]  # tokens that end a text; allowed where the grammar is fulfilled, and nowhere else
+    timeout_s: float  # for compiling
+    memory_bytes: int  # above what every grammar's process begins with
+
+
+class Compile(msgspec.Struct, tag=True, array_like=True):
+    """To the host, together with the grammar's end of its socket."""
+
+    grammar: int
+    asked: StructuredOutputs
+
+
+class Demote(msgspec.Struct, tag=True, array_like=True):
+    """To the host: this grammar takes the processor from others."""
+
+    grammar: int
+
+
+class Kill(msgspec.Struct, tag=True, array_like=True):
+    """To the host."""
+
+    grammar: int
+
+
+class Ended(msgspec.Struct, tag=True, array_like=True):
+    """From the host: a grammar's process is no more. reason: "" where it was told to end."""
+
+    grammar: int
+    reason: str
+    cpu_s: float
+
+
+class Open(msgspec.Struct, tag=True, array_like=True):
+    """To a grammar: a new output, which has these tokens already."""
+
+    output: int
+    tokens: list[int]
+
+
+class Push(msgspec.Struct, tag=True, array_like=True):
+    """To a grammar: tokens that an output has grown by."""
+
+    output: int
+    tokens: list[int]
+
+
+class Drop(msgspec.Struct, tag=True, array_like=True):
+    """To a grammar: nobody wants to know more of this output."""
+
+    output: int
+
+
+class Compiled(msgspec.Struct, tag=True, array_like=True):
+    """From a grammar, once: whether it can be used. error: "" where it can."""
+
+    error: str
+    memory_bytes: int
+
+
+class Answer(msgspec.Struct, tag=True, array_like=True):
+    """From a grammar: what may follow an output.
+
+    count: the tokens that it had seen. allowed: one bit for each token of the vocabulary, little end first.
+    complete: nothing may follow. error: it cannot go on; "" where it can.
+    """
+
+    output: int
+    count: int
+    allowed: bytes
+    complete: bool
+    error: str
+    memory_bytes: int
+
+
+ToHost = Begin | Compile | Demote | Kill
+ToGrammar = Open | Push | Drop
+FromGrammar = Compiled | Answer
+
+encode = msgspec.msgpack.Encoder().encode
+to_host = msgspec.msgpack.Decoder(ToHost)
+from_host = msgspec.msgpack.Decoder(Ended)
+to_grammar = msgspec.msgpack.Decoder(ToGrammar)
+from_grammar = msgspec.msgpack.Decoder(FromGrammar)
+
+
+def framed(message: ToHost | Ended) -> bytes:
+    body = encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts a stream into messages as it arrives."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[Any]) -> None:
+        self._decoder, self._bytes = decoder, bytearray()
+
+    def add(self, piece: bytes) -> Iterator[Any]:
+        """The messages that end with this piece."""
+        self._bytes += piece
+        while len(self._bytes) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self._bytes)[0]
+            if len(self._bytes) < end:
+                return
+            body = bytes(self._bytes[HEADER.size : end])
+            del self._bytes[:end]
+            yield self._decoder.decode(body)
+
+    @property
+    def missing(self) -> int:
+        """Bytes to come until a message ends, or its header where that has not come."""
+        if len(self._bytes) < HEADER.size:
+            return HEADER.size - len(self._bytes)
+        size: int = HEADER.unpack_from(self._bytes)[0]
+        return HEADER.size + size - len(self._bytes)

@@ -1,0 +1,87 @@
+"""Whether a request's grammar can be used is known before the request takes a place: compiling may take seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
+from dsc_serve.server.admission import too_many
+from dsc_serve.server.disconnect import client_gone
+from dsc_serve.server.errors import engine_down, from_parameter
+from dsc_serve.server.middleware import EXCHANGE, Exchange
+from dsc_serve.worker.connection import EngineDiedError
+from dsc_serve.worker.messages import GrammarChecked
+
+FIELD = "structured_outputs"
+PER_KEY = 2  # grammars that one key has compiled at a time
+WAITING_PER_KEY = 16  # and that wait for that
+CHECK_LIMIT_S = 60.0  # for an engine that hangs
+
+
+class Engine(Protocol):
+    async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked: ...
+
+
+class GrammarChecks:
+    """Has grammars compiled, few at a time for each key, and stops where the client has left."""
+
+    def __init__(self, engine: Engine, has_tokenizer: bool) -> None:
+        self._engine, self._has_tokenizer = engine, has_tokenizer
+        self._asking: Counter[str] = Counter()
+        self._turns: dict[str, asyncio.Semaphore] = {}
+
+    async def check(self, request: Request, params: SamplingParams, names: Mapping[str, str]) -> None:
+        """Raises ApiError: 400 when the grammar cannot be used (`names` as in `from_parameter`), 429 where too many
+        wait, 503 without an engine; and ClientDisconnect.
+        """
+        asked = params.structured_outputs
+        if asked is None:
+            return
+        if not self._has_tokenizer:
+            message = f"{FIELD} cannot be used: this model has no tokenizer"
+            raise from_parameter(ParameterError(FIELD, message), names)
+        exchange: Exchange = request.scope[EXCHANGE]
+        name = "" if exchange.key is None else exchange.key.name
+        if name and self._asking[name] >= PER_KEY + WAITING_PER_KEY:
+            raise too_many(f"{self._asking[name]} grammars of this key wait to be compiled", "queue_full")
+        self._asking[name] += 1
+        try:
+            answer = await self._unless_gone(request, name, asked)
+        finally:
+            self._asking[name] -= 1
+            if not self._asking[name]:
+                del self._asking[name]
+                self._turns.pop(name, None)
+        if answer.full:
+            raise too_many("too many grammars wait to be compiled", "queue_full")
+        if answer.error:
+            raise from_parameter(ParameterError(FIELD, answer.error), names)
+
+    async def _unless_gone(self, request: Request, name: str, asked: StructuredOutputs) -> GrammarChecked:
+        checking = asyncio.create_task(self._in_turn(name, asked))
+        gone = asyncio.create_task(client_gone(request.receive))
+        try:
+            await asyncio.wait((checking, gone), timeout=CHECK_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            if checking.done():
+                return checking.result()
+            if gone.done():
+                raise ClientDisconnect
+            raise engine_down(f"the engine has not said within {CHECK_LIMIT_S:g} s whether the grammar can be used")
+        except EngineDiedError as error:
+            raise engine_down(str(error)) from error
+        finally:
+            checking.cancel()
+            gone.cancel()
+            await asyncio.gather(checking, gone, return_exceptions=True)
+
+    async def _in_turn(self, name: str, asked: StructuredOutputs) -> GrammarChecked:
+        if not name:
+            return await self._engine.check_grammar(asked)
+        async with self._turns.setdefault(name, asyncio.Semaphore(PER_KEY)):
+            return await self._engine.check_grammar(asked)

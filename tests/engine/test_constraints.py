@@ -1,0 +1,180 @@
+"""Requests whose grammar is late: they sit steps out, nobody waits for them, and who is late for too long ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsc_serve import LLM, SamplingParams
+from dsc_serve.engine.constraints import DEMOTED_S, LATE_S, Followers
+from dsc_serve.engine.output import Delta
+from dsc_serve.engine.request import Request
+
+
+class Grammar:
+    """Answers when it is told to; allows any token. ends_after: tokens after which nothing may follow."""
+
+    def __init__(self, vocab_size: int, ends_after: int = 10**9) -> None:
+        self.ready, self.compiled, self.error, self.late_s = True, True, "", 0.0
+        self.allowed = np.ones(vocab_size, dtype=np.bool_)
+        self.pushed: list[int] = []
+        self.demotions = self.closed = 0
+        self.waits: list[float] = []
+        self.late_for: list[int] = []  # numbers of tokens after which no answer comes by itself
+        self._ends_after = ends_after
+
+    @property
+    def complete(self) -> bool:
+        return self.ready and len(self.pushed) >= self._ends_after
+
+    def push(self, token: int) -> None:
+        self.pushed.append(token)
+        self.ready = len(self.pushed) not in self.late_for
+
+    def wait(self, enough: object, timeout_s: float) -> bool:
+        self.waits.append(timeout_s)
+        return False
+
+    def demote(self) -> None:
+        self.demotions += 1
+
+    def give_up(self, why: str) -> None:
+        self.error = why
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(dtype="float32", threads=1) as llm:
+        yield llm
+
+
+def added(llm: LLM, name: str, grammar: Grammar | None, max_tokens: int = 6) -> Request:
+    request = llm.engine.add(name, [5, 6, 7], SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+    if grammar is not None:
+        request.constraint = grammar  # type: ignore[assignment]
+        llm.engine.followers.add(request)
+    return request
+
+
+def steps(llm: LLM, count: int) -> list[Delta]:
+    return [delta for _ in range(count) for delta in llm.engine.step()]
+
+
+def to_the_end(llm: LLM) -> list[Delta]:
+    found = []
+    while llm.engine.has_work:
+        found += llm.engine.step()
+    assert len(llm.engine.followers) == 0
+    return found
+
+
+def test_a_late_request_sits_out_and_then_goes_on_where_it_was(llm: LLM) -> None:
+    added(llm, "alone", None)
+    alone = [token for delta in to_the_end(llm) for token in delta.token_ids]
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for = [2]
+    late = added(llm, "late", grammar)
+    other = added(llm, "other", None)
+    steps(llm, 4)
+    assert late.output_size == 2 and late.held
+    assert other.output_size == 4
+    computed = llm.engine.scheduler.step_time, late.num_computed
+    steps(llm, 1)
+    assert late.num_computed == computed[1] and other.output_size == 5, "it was computed although it sits out"
+    grammar.ready = True
+    to_the_end(llm)
+    assert late.tokens[3:] == other.tokens[3:] == alone
+    assert grammar.closed == 1 and grammar.late_s > 0
+
+
+def test_others_wait_for_a_late_answer_a_part_of_their_step_at_most(llm: LLM) -> None:
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for = list(range(1, 7))
+    added(llm, "late", grammar)
+    added(llm, "other", None, max_tokens=4)
+    found = steps(llm, 4)
+    assert [delta.request_id for delta in found] == ["late", "other", "other", "other", "other"]
+    assert grammar.waits and max(grammar.waits) <= 0.002
+    llm.engine.finish("late")
+    assert len(llm.engine.followers) == 0
+
+
+def test_whoever_is_alone_waits_for_its_answer_without_computing(llm: LLM) -> None:
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for = [1]
+    added(llm, "late", grammar)
+    before = llm.engine.counters.steps
+    steps(llm, 6)
+    assert llm.engine.counters.steps == before + 2  # its prompt, and the step that found no answer
+    llm.engine.finish("late")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_text_is_whole_when_nothing_may_follow(llm: LLM, late: bool) -> None:
+    for limit, reason in ((6, "stop"), (3, "stop"), (2, "length")):
+        grammar = Grammar(llm.engine.capacity.vocab_size, ends_after=3)
+        grammar.late_for = [limit if limit < 3 else 3] * late
+        request = added(llm, "whole", grammar, max_tokens=limit)
+        found = steps(llm, 8)
+        assert late == (found[-1].finish_reason is None)
+        grammar.ready = True
+        found += to_the_end(llm)
+        assert [delta.finish_reason for delta in found if delta.finish_reason] == [reason]
+        assert sum(len(delta.token_ids) for delta in found) == request.output_size == min(limit, 3)
+
+
+def test_an_error_that_comes_late_ends_the_request_alone(llm: LLM) -> None:
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for = [2]
+    added(llm, "late", grammar)
+    other = added(llm, "other", None)
+    found = steps(llm, 4)
+    grammar.error, grammar.ready = "structured_outputs cannot be followed further: it broke", True
+    found += to_the_end(llm)
+    (end,) = [delta for delta in found if delta.request_id == "late" and delta.finish_reason]
+    assert (end.finish_reason, end.error, end.error_field) == ("error", grammar.error, "structured_outputs")
+    assert other.output_size == 6
+
+
+def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> None:
+    now = [0.0]
+    request = Request("late", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    for _ in range(3):  # three times late, with a time between that counts for nothing
+        grammar.ready = False
+        followers.hold("late")
+        now[0] += DEMOTED_S / 2
+        assert followers.settle() == [] and request.held
+        grammar.ready = True
+        assert followers.settle() == [] and not request.held
+        now[0] += 10
+    assert grammar.late_s == pytest.approx(1.5 * DEMOTED_S) and grammar.demotions >= 1
+    grammar.ready = False
+    followers.hold("late")
+    now[0] += LATE_S
+    (end,) = followers.settle()
+    assert end.finish_reason == "error" and "1 s later than the steps" in end.error
+
+
+def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:
+    now = [0.0]
+    request = Request("early", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    grammar.ready = grammar.compiled = False
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    followers.hold("early")
+    now[0] += 5
+    assert followers.settle() == []
+    grammar.compiled = True
+    assert followers.settle() == [] and grammar.demotions == 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.model.rope import DivisorsRope, RopeScaling
 from dsc_serve.model.schema import Size, Strict
 
@@ -168,10 +169,10 @@ class ModelConfig(Strict):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError in one line."""
     try:
-        content = json.loads(path.read_text("utf8"))
+        content = parse_json(read_document(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except DocumentError as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object")

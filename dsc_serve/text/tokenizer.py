@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
 
+from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, one_line
 from dsc_serve.text.pieces import Pieces
 
@@ -172,8 +172,8 @@ def read_config(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = parse_json(read_document(path))
+    except (OSError, DocumentError) as error:
         raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{path} holds a {type(config).__name__}; it must hold a JSON object")

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
+from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, News, Shape, encode, event
 from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
@@ -63,7 +64,8 @@ class Generation(Response):
         self._arrived = exchange.arrived
         self._terms = exchange.terms(self._shape.terms)
         self._part = exchange.send
-        exchange.lease.charge(self._prompt_tokens)
+        room, field = self._service.engine.model.limits.max_tokens, self._shape.names.get("max_tokens", "max_tokens")
+        exchange.lease.reserve(claim(self._choices, self._prompt_tokens, room, exchange.lease.tokens, field))
         self._service.metrics.prompt_tokens += self._prompt_tokens
         answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
         gone = asyncio.create_task(client_gone(receive))
@@ -74,7 +76,7 @@ class Generation(Response):
             answer.cancel()
             gone.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-            exchange.lease.charge(self._usage()["completion_tokens"])
+            exchange.lease.settle(self._usage()["total_tokens"])
         exchange.status = self._outcome
         if not answer.cancelled():
             with suppress(ClientGoneError):

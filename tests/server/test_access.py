@@ -171,16 +171,6 @@ def test_requests_a_minute_are_bounded(engine: FakeEngine, write: Write) -> None
     assert generate(app, BOB).status_code == 200
 
 
-def test_tokens_a_minute_are_bounded_by_what_was_used(engine: FakeEngine, write: Write) -> None:
-    text = entry("alice", ALICE, tokens_per_minute=20)
-    app = app_around(engine, None, KeyRing(write(text), ""))
-    assert generate(app, ALICE, prompt=[1] * 5, max_tokens=5).status_code == 200
-    assert generate(app, ALICE, prompt=[1] * 4, max_tokens=16).status_code == 200
-    refused = generate(app, ALICE)
-    assert refused.status_code == 429
-    assert 30 <= int(refused.headers["retry-after"]) <= 34, "10 tokens over, and 3 s for each"
-
-
 def test_a_rate_fills_again_as_time_goes_by() -> None:
     now = 0.0
     rate = Rate(60, lambda: now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +52,26 @@ def load_tensors(files: list[Path]) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     return tensors
+
+
+class OwnMemory(Mapping[str, Tensor]):
+    """Tensors that are copied when they are asked for.
+
+    Those of a file lie where the file is mapped: they would follow whoever writes to it, and a file that is cut off
+    would end the process.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
@@ -106,7 +126,7 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> Decoder:
     check_tensors(tensors, tensor_shapes(config), folder)
     stored = tensors["model.embed_tokens.weight"].dtype
     try:
-        return Decoder(config, tensors, choose_dtype(dtype, stored, device), device)
+        return Decoder(config, OwnMemory(tensors), choose_dtype(dtype, stored, device), device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 

@@ -19,12 +19,13 @@ import msgspec
 import torch
 
 from dsc_kernels import ops
-from dsc_serve.config import ConfigError, default_threads
+from dsc_serve.config import ConfigError, default_threads, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
+from dsc_serve.model.fingerprint import Fingerprint
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.worker.messages import (
     HEADER,
@@ -70,7 +71,7 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
     return bytes(parts)
 
 
-def model_info(model: Decoder, engine: Engine) -> ModelInfo:
+def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
     total, active = parameter_counts(model.config)
     return ModelInfo(
         limits=engine.limits,
@@ -81,6 +82,7 @@ def model_info(model: Decoder, engine: Engine) -> ModelInfo:
         policy=engine.config.policy,
         total_parameters=total,
         active_parameters=active,
+        fingerprint=fingerprint,
     )
 
 
@@ -185,8 +187,10 @@ def main(descriptor: int) -> int:
         return 1
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))
     try:
+        seal = Fingerprint(resolve_model(start.config.model))
         model = prepare_model(start.config)
         engine = Engine.for_model(model, start.config)
+        fingerprint = seal.take()
     except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
@@ -194,7 +198,7 @@ def main(descriptor: int) -> int:
     process = EngineProcess(connection, engine)
     hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with contextlib.closing(process), hung_up, torch.inference_mode():
-        process.send(model_info(model, engine))
+        process.send(model_info(model, engine, fingerprint))
         process.run()
     return 0
 

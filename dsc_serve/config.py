@@ -298,6 +298,11 @@ def resolve_model(name_or_path: str) -> Path:
     )
 
 
+def child_environment() -> dict[str, str]:
+    """Environment of a process that has no use for API keys."""
+    return {name: value for name, value in os.environ.items() if name != API_KEYS}
+
+
 def engine_environment(threads: int) -> dict[str, str]:
     """Environment of an engine process with `threads` compute threads. Must be set before torch loads.
 
@@ -305,7 +310,7 @@ def engine_environment(threads: int) -> dict[str, str]:
     server, wants their core; threads that sleep at once wake too slowly for layers of 100 µs. So they spin for some
     microseconds and then sleep; `docs/kernels.md` has the figures.
     """
-    env = {name: value for name, value in os.environ.items() if name != API_KEYS}
+    env = child_environment()
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("GOMP_SPINCOUNT", "3000")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -75,8 +75,10 @@ def piece(
     return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def rendered(service: Service, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The messages as the one text that the model reads. Raises ApiError (400)."""
+async def rendered(
+    service: Service, messages: Sequence[Message], add_generation_prompt: bool = True, aside: bool = False
+) -> str:
+    """The messages as the one text that the model reads; aside: as in `Service.encode`. Raises ApiError (400)."""
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
@@ -87,7 +89,7 @@ def rendered(service: Service, messages: Sequence[Message], add_generation_promp
         for message in messages
     ]
     try:
-        return template.render(known, add_generation_prompt)
+        return await service.rendered(lambda: template.render(known, add_generation_prompt), aside)
     except ChatTemplateError as error:
         raise bad_request("messages", f"messages cannot be used: {error}") from None
 
@@ -99,7 +101,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     params = fields.params()
     service.admit(request, params.n, "n")
     await service.check_structure(params, fields.names)
-    prompt = await service.encode(rendered(service, fields.messages), "messages", chat=True)
+    prompt = await service.encode(await rendered(service, fields.messages), "messages", chat=True)
     params = service.measure(prompt, params, fields.names)
     shape = ChatShape(service, f"chatcmpl-{uuid4().hex}", fields)
     choices = shape.choices(prompt, params)

@@ -25,6 +25,7 @@ from dsc_serve.worker.messages import Delta, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
 MAX_ASIDE = 64  # texts that wait for `Service.aside`
+RENDERING = 2  # chats at a time, each in a process
 
 T = TypeVar("T")
 
@@ -87,6 +88,7 @@ class Service:
         # One at a time, as the engine compiles them again: were more let through, it could not keep pace.
         self._compiling = ThreadPoolExecutor(1, "grammars")
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
+        self._rendering = ThreadPoolExecutor(RENDERING, "templates")
         self._asides = 0
         if tokenizer is not None:
             self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
@@ -125,6 +127,17 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    def warm(self) -> None:
+        """Have ready what the first chat would wait for, in a while."""
+        if self.chat_template is not None:
+            self._rendering.submit(self.chat_template.warm)
+
+    async def rendered(self, work: Callable[[], str], aside: bool = False) -> str:
+        """What rendering a chat gives or raises; `aside` as in `encode`."""
+        if aside:
+            return await self.aside(work)
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, work)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """For what no generation waits for: one at a time. Raises ApiError (429) where too much of it waits."""

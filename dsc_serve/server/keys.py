@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, environment_keys
+from dsc_serve.config import API_KEYS, MOST, ConfigError, ServerConfig, environment_keys
 from dsc_serve.documents import DocumentError, parse_toml, read_document
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.settings import items
@@ -27,7 +27,6 @@ SHORTEST = 16  # characters of a key, which is hashed once: only keys that canno
 LOOK_S = 1.0
 SETTLE_S = 2.0  # a file that was written to so lately may be half of what it is going to be
 MAX_FILE = 2**20  # bytes
-MOST = 2**53  # of any limit: rates are floats
 PER_KEY = ("streams_per_key", "requests_per_minute", "tokens_per_minute")
 
 

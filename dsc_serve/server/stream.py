@@ -12,6 +12,7 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dsc_serve.panics import panics_as_errors
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
@@ -153,7 +154,9 @@ class Generation(Response):
         try:
             deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._terms)
             async with aclosing(deltas):
-                if not await self._follow_deltas(choice, deltas, emit):
+                with panics_as_errors():
+                    ended = await self._follow_deltas(choice, deltas, emit)
+                if not ended:
                     raise engine_failure("the engine ended the request without a reason")
         except UnreadError as error:
             choice.outcome = "abort"

@@ -26,6 +26,7 @@ from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
 from dsc_serve.model.fingerprint import Fingerprint
+from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.worker.messages import (
     HEADER,
@@ -152,10 +153,11 @@ class EngineProcess:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             try:
-                self.engine.add(
-                    message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
-                )
-            except (ParameterError, ValueError) as error:
+                with panics_as_errors():
+                    self.engine.add(
+                        message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
+                    )
+            except (ParameterError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
                 self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
         elif isinstance(message, Finish):
@@ -169,7 +171,8 @@ class EngineProcess:
         try:
             while (message := read_frame(self.connection)) is not None:
                 if isinstance(message, Submit):
-                    with contextlib.suppress(ParameterError):  # `add` tells it to the client
+                    # `add` tells it to the client
+                    with contextlib.suppress(ParameterError, PanicError), panics_as_errors():
                         self.engine.constraint(message.params)
                 self._inbox.put(message)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -188,8 +191,9 @@ def main(descriptor: int) -> int:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))
     try:
         seal = Fingerprint(resolve_model(start.config.model))
-        model = prepare_model(start.config)
-        engine = Engine.for_model(model, start.config)
+        with panics_as_errors():
+            model = prepare_model(start.config)
+            engine = Engine.for_model(model, start.config)
         fingerprint = seal.take()
     except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))

@@ -305,9 +305,15 @@ def environment_keys() -> str:
 
 
 def calibration_file() -> Path:
-    """Where `dsc-serve kernels calibrate` keeps what it measured: in the user's cache folder."""
+    """Where `dsc-serve kernels calibrate` keeps what it measured: in the user's cache folder.
+
+    Raises ConfigError where the user has none, as in a container that runs as some number.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "dsc-serve" / "calibration.json"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "dsc-serve" / "calibration.json"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set XDG_CACHE_HOME to keep calibrations there") from None
 
 
 def models_folder() -> Path:

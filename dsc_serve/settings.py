@@ -168,7 +168,10 @@ def document() -> str:
         "`sha256`, the key's hash, it may have `weight` and `priority`, for the policies `fair` and `priority` (a",
         "request can only make itself less urgent than its key); `streams`, `requests_per_minute` and",
         "`tokens_per_minute` (0: no limit; left out: as in `[limits]`); `cache_salt`, to share cached prefixes only",
-        "with keys of the same salt; `admin`, which opens `/admin/state`.",
+        "with keys of the same salt; `admin`, which opens `/admin/state`. The file is read again when it has changed",
+        "and been left alone for two seconds; while it cannot be used, the keys that it last held stay valid. Two",
+        "names with one key are an error. Tokens a minute are set aside before a request begins: its prompt and its",
+        "largest output.",
     ]
     for section, config in SECTIONS.items():
         lines += ["", f"## [{section}]", "", (config.__doc__ or "").split("\n")[0], ""]

@@ -48,7 +48,8 @@ class ChatTemplate:
         """The text to encode, ending where the assistant's answer begins if `add_generation_prompt`.
 
         Takes seconds at most, so servers call it in a thread. Raises ChatTemplateError when the template refuses the
-        messages, cannot handle them, or takes too much time or memory for them.
+        messages, cannot handle them, or takes too much time or memory for them; OSError when no process can be started,
+        which is nobody's messages' fault.
         """
         renderer = self._taken()
         try:
@@ -80,8 +81,6 @@ class ChatTemplate:
             return Renderer(self._source, self._special_tokens)
         except RendererError as error:
             raise ChatTemplateError(str(error)) from None
-        except OSError as error:
-            raise ChatTemplateError(f"no process can be started to render the chat template: {error}") from error
 
 
 def close_all(renderers: list[Renderer]) -> None:

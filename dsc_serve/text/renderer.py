@@ -86,19 +86,26 @@ def exactly(connection: socket.socket, size: int, end: float | None) -> bytes:
 
 
 class Renderer:
-    """One such process. Not for two threads at once. Raises RendererError where the template does not compile."""
+    """One such process. Not for two threads at once.
+
+    Raises RendererError where the template does not compile, OSError where there can be no more processes.
+    """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         self._connection = ours
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "dsc_serve.text.renderer", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=child_environment(),
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "dsc_serve.text.renderer", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    env=child_environment(),
+                    start_new_session=True,
+                )
+        except OSError:
+            ours.close()
+            raise
         try:
             self._ask(Start(template, dict(special_tokens), CPU_S))
         except BaseException:

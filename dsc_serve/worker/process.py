@@ -75,7 +75,7 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
 def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
     total, active = parameter_counts(model.config)
     return ModelInfo(
-        limits=engine.limits,
+        capacity=engine.capacity,
         dtype=str(model.dtype).removeprefix("torch."),
         device=engine.config.device,
         threads=engine.config.threads or default_threads(),
@@ -155,7 +155,11 @@ class EngineProcess:
             try:
                 with panics_as_errors():
                     self.engine.add(
-                        message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
+                        message.request_id,
+                        message.prompt,
+                        message.params,
+                        scheduling=message.scheduling,
+                        age_s=message.age_s,
                     )
             except (ParameterError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from running_server import RunningServer, memory_mb, start_server, stop_server
 from safetensors.torch import load_file, save
+from support.running_server import RunningServer, memory_mb, start_server, stop_server
 
 from dsc_serve.config import resolve_model
 

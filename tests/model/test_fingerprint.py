@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import SMALL_FFN
+from support.small_models import SMALL_FFN
 
 from dsc_kernels import ops
 from dsc_serve import LLM

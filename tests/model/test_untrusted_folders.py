@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import SMALL_FFN
+from support.small_models import SMALL_FFN
 
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine import room

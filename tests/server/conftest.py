@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 from access import Write
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around
+from support.fake_engine import FakeEngine
+from support.serving import app_around
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from dsc_serve.text.chat import ChatTemplate

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from access import ALICE, BOB, ROOT, Write, bearer, entry
-from fake_engine import FakeEngine
-from serving import app_around, ask, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, until
 
 from dsc_serve.config import ConfigError
 from dsc_serve.server.keys import KeyRing, digest, parse_environment

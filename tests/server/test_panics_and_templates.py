@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, chat, client_of, complete, events_of, service_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, chat, client_of, complete, events_of, service_of
 
 from dsc_serve.text import renderer
 from dsc_serve.text.chat import ChatTemplate

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 from access import ALICE, Write, bearer, entry
-from fake_engine import CONTEXT, FakeEngine, saying
 from fastapi import FastAPI
-from serving import MESSAGES, app_around, ask, client_of, service_of, until
+from support.fake_engine import CONTEXT, FakeEngine, saying
+from support.serving import MESSAGES, app_around, ask, client_of, service_of, until
 
 from dsc_serve.server.admission import Rate
 from dsc_serve.server.keys import KeyRing

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.worker.messages import (
     HEADER,
     Delta,
@@ -32,7 +32,7 @@ from dsc_serve.worker.messages import (
 # What the first token of a prompt makes this engine do.
 ANSWER, BEGIN, WAIT, DIE, HANG, STALL, FLOOD, AGE = range(8)
 INFO = ModelInfo(
-    limits=Limits(100, 100, 100, 1),
+    capacity=EngineCapacity(100, 100, 100, 1),
     dtype="",
     device="",
     threads=1,

@@ -12,7 +12,7 @@ from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.metrics.engine import Watched, engine_families, process_families
+from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Stats
@@ -32,7 +32,7 @@ class Metrics(Collector):
     ring: the keys that the app lets in.
     """
 
-    def __init__(self, engine: Watched, permits: Permits) -> None:
+    def __init__(self, engine: WatchedEngine, permits: Permits) -> None:
         self._engine, self._permits = engine, permits
         self.ring = KeyRing("", "")
         self._stats: Stats | None = None

@@ -12,6 +12,7 @@ import click
 
 from dsc_serve import __version__
 from dsc_serve.config import DTYPES, EMBEDDED_MODEL, EngineConfig, environment, resolve_model
+from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.settings import SECTIONS, SETTINGS, Setting, choose, document
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,7 +27,10 @@ class Command(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with panics_as_errors():
+                return super().invoke(ctx)
+        except PanicError as error:
+            raise click.ClickException(str(error)) from None
         except ValueError as error:
             if type(error).__module__.partition(".")[0] != "dsc_serve":
                 raise

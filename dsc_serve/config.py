@@ -21,6 +21,9 @@ from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
+# No setting overflows where it is used, and none is without any limit.
+MOST = 10**12
+LONGEST_S = 7 * 24 * 3600
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")  # as browsers send it
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
@@ -80,16 +83,17 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="Compute in this dtype; auto: as stored (float16: bfloat16), where the device is fast in it."),
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
-    threads: Annotated[int, Meta(ge=0, description="Compute threads; 0: all cores.")] = 0
-    max_running: Annotated[int, Meta(ge=1, description="Most requests in one step.")] = 64
+    threads: Annotated[int, Meta(ge=0, le=1024, description="Compute threads; 0: all cores.")] = 0
+    max_running: Annotated[int, Meta(ge=1, le=2**14, description="Most requests in one step.")] = 64
     step_tokens: Annotated[
-        int, Meta(ge=1, description="Most tokens computed in one step; longer prompts take several.")
+        int, Meta(ge=1, le=2**20, description="Most tokens computed in one step; longer prompts take several.")
     ] = 512
-    block_size: Annotated[int, Meta(ge=1, description="Tokens in one KV block.")] = 16
+    block_size: Annotated[int, Meta(ge=1, le=2**12, description="Tokens in one KV block.")] = 16
     kv_tokens: Annotated[
         int,
         Meta(
             ge=0,
+            le=MOST,
             description="Tokens the KV pool holds; 0: full contexts for all, within a fifth of free memory (GPU: 4/5).",
         ),
     ] = 0
@@ -100,6 +104,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
+            le=60_000,
             description="Prompts are cut so that a running request gets a token so often; 0: in 1.6 times a step "
             "without prompts, at least 6 ms.",
         ),
@@ -150,38 +155,55 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     """What the server lets in."""
 
     max_waiting: Annotated[
-        int, Meta(ge=0, description="Requests that may queue; beyond them clients get 429. 0: as many as may run.")
+        int,
+        Meta(
+            ge=0, le=2**20, description="Requests that may queue; beyond them clients get 429. 0: as many as may run."
+        ),
     ] = 0
     max_connections: Annotated[
-        int, Meta(ge=0, description="Open connections; more are closed at once. 0: what open files allow.")
+        int, Meta(ge=0, le=2**20, description="Open connections; more are closed at once. 0: what open files allow.")
     ] = 0
-    max_header_bytes: Annotated[int, Meta(ge=1024, description="Largest request line and headers.")] = 2**16
-    max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest body; beyond it clients get 413.")] = 8 * 2**20
-    header_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's headers to arrive.")] = 20.0
-    body_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's body to arrive.")] = 60.0
-    keep_alive_s: Annotated[int, Meta(ge=1, description="Seconds that a connection may idle.")] = 30
+    max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24, description="Largest request line and headers.")] = 2**16
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=2**30, description="Largest body; beyond it clients get 413.")] = (
+        8 * 2**20
+    )
+    header_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=LONGEST_S, description="Seconds for a request's headers to arrive.")
+    ] = 20.0
+    body_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=LONGEST_S, description="Seconds for a request's body to arrive.")
+    ] = 60.0
+    keep_alive_s: Annotated[int, Meta(ge=1, le=LONGEST_S, description="Seconds that a connection may idle.")] = 30
     send_timeout_s: Annotated[
-        float, Meta(ge=0.1, description="Seconds in which a client must read 48 KiB, or all; else it is hung up on.")
+        float,
+        Meta(
+            ge=0.1,
+            le=LONGEST_S,
+            description="Seconds in which a client must read 48 KiB, or all; else it is hung up on.",
+        ),
     ] = 30.0
     send_buffer_bytes: Annotated[
-        int, Meta(ge=4096, description="Bytes that the system may hold for a connection that reads too slowly.")
+        int,
+        Meta(ge=4096, le=2**28, description="Bytes that the system may hold for a connection that reads too slowly."),
     ] = 2**18
     max_unread: Annotated[
-        int, Meta(ge=1, description="Steps' news that may wait for a slow reader; then its request is ended.")
+        int, Meta(ge=1, le=2**20, description="Steps' news that may wait for a slow reader; then its request is ended.")
     ] = 4096
-    max_prompt_tokens: Annotated[int, Meta(ge=0, description="Longest prompt; 0: what the context holds.")] = 0
-    max_output_tokens: Annotated[int, Meta(ge=0, description="Largest max_tokens; 0: what the context holds.")] = 0
+    max_prompt_tokens: Annotated[int, Meta(ge=0, le=MOST, description="Longest prompt; 0: what the context holds.")] = 0
+    max_output_tokens: Annotated[
+        int, Meta(ge=0, le=MOST, description="Largest max_tokens; 0: what the context holds.")
+    ] = 0
     max_choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Largest n.")] = MAX_CHOICES
     max_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Most alternatives per token.")] = MAX_LOGPROBS
     max_stops: Annotated[int, Meta(ge=0, le=MAX_STOPS, description="Most stop texts.")] = MAX_STOPS
     streams_per_key: Annotated[
-        int, Meta(ge=0, description="Generations at a time for a key that says nothing else; 0: no limit.")
+        int, Meta(ge=0, le=MOST, description="Generations at a time for a key that says nothing else; 0: no limit.")
     ] = 0
     requests_per_minute: Annotated[
-        int, Meta(ge=0, description="Generations a minute for a key that says nothing else; 0: no limit.")
+        int, Meta(ge=0, le=MOST, description="Generations a minute for a key that says nothing else; 0: no limit.")
     ] = 0
     tokens_per_minute: Annotated[
-        int, Meta(ge=0, description="Prompt and output tokens a minute for such a key; 0: no limit.")
+        int, Meta(ge=0, le=MOST, description="Prompt and output tokens a minute for such a key; 0: no limit.")
     ] = 0
 
 
@@ -207,19 +229,33 @@ class AccessConfig(Section, frozen=True, kw_only=True):
 class LifeConfig(Section, frozen=True, kw_only=True):
     """How the engine is started, watched, restarted and ended."""
 
-    start_timeout_s: Annotated[float, Meta(ge=1, description="Seconds for the engine to load its model.")] = 300.0
-    ping_s: Annotated[float, Meta(ge=0.05, description="Seconds between looks at the engine.")] = 1.0
+    start_timeout_s: Annotated[
+        float, Meta(ge=1, le=LONGEST_S, description="Seconds for the engine to load its model.")
+    ] = 300.0
+    ping_s: Annotated[float, Meta(ge=0.05, le=3600, description="Seconds between looks at the engine.")] = 1.0
     stall_s: Annotated[
         float,
-        Meta(ge=0.1, description="Not ready when the engine has not answered, or not completed a step, for so long."),
+        Meta(
+            ge=0.1,
+            le=LONGEST_S,
+            description="Not ready when the engine has not answered, or not completed a step, for so long.",
+        ),
     ] = 5.0
-    hang_s: Annotated[float, Meta(ge=0.1, description="The engine is killed and restarted after so long.")] = 30.0
+    hang_s: Annotated[
+        float, Meta(ge=0.1, le=LONGEST_S, description="The engine is killed and restarted after so long.")
+    ] = 30.0
     max_restarts: Annotated[
-        int, Meta(ge=0, description="Restarts of the engine within restart_window_s; then the server gives up.")
+        int,
+        Meta(ge=0, le=1000, description="Restarts of the engine within restart_window_s; then the server gives up."),
     ] = 5
-    restart_window_s: Annotated[float, Meta(ge=1, description="See max_restarts.")] = 300.0
+    restart_window_s: Annotated[float, Meta(ge=1, le=LONGEST_S, description="See max_restarts.")] = 300.0
     drain_s: Annotated[
-        float, Meta(ge=0, description="Seconds that running requests have to finish once the server is told to stop.")
+        float,
+        Meta(
+            ge=0,
+            le=LONGEST_S,
+            description="Seconds that running requests have to finish once the server is told to stop.",
+        ),
     ] = 30.0
 
     def __post_init__(self) -> None:
@@ -278,9 +314,15 @@ def environment_keys() -> str:
 
 
 def calibration_file() -> Path:
-    """Where `dsc-serve kernels calibrate` keeps what it measured: in the user's cache folder."""
+    """Where `dsc-serve kernels calibrate` keeps what it measured: in the user's cache folder.
+
+    Raises ConfigError where the user has none, as in a container that runs as some number.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "dsc-serve" / "calibration.json"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "dsc-serve" / "calibration.json"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set XDG_CACHE_HOME to keep calibrations there") from None
 
 
 def models_folder() -> Path:
@@ -307,6 +349,11 @@ def resolve_model(name_or_path: str) -> Path:
     )
 
 
+def child_environment() -> dict[str, str]:
+    """Environment of a process that has no use for API keys."""
+    return {name: value for name, value in os.environ.items() if name != API_KEYS}
+
+
 def engine_environment(threads: int) -> dict[str, str]:
     """Environment of an engine process with `threads` compute threads. Must be set before torch loads.
 
@@ -314,7 +361,7 @@ def engine_environment(threads: int) -> dict[str, str]:
     server, wants their core; threads that sleep at once wake too slowly for layers of 100 µs. So they spin for some
     microseconds and then sleep; `docs/kernels.md` has the figures.
     """
-    env = {name: value for name, value in os.environ.items() if name != API_KEYS}
+    env = child_environment()
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("GOMP_SPINCOUNT", "3000")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")

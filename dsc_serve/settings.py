@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 import msgspec
 
 from dsc_serve.config import API_KEYS, PREFIX, ConfigError, Section, ServerConfig, allowed_values, converted
+from dsc_serve.documents import DocumentError, parse_toml, read_document
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def choose(file: Path | None, environment: Mapping[str, str], flags: Mapping[str
 
 def read_file(file: Path, chosen: Chosen) -> None:
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = parse_toml(read_document(file))
+    except (OSError, DocumentError) as error:
         raise ConfigError(f"{file} cannot be read as TOML: {error}") from None
     for section, table in document.items():
         if section not in SECTIONS:
@@ -168,7 +168,10 @@ def document() -> str:
         "`sha256`, the key's hash, it may have `weight` and `priority`, for the policies `fair` and `priority` (a",
         "request can only make itself less urgent than its key); `streams`, `requests_per_minute` and",
         "`tokens_per_minute` (0: no limit; left out: as in `[limits]`); `cache_salt`, to share cached prefixes only",
-        "with keys of the same salt; `admin`, which opens `/admin/state`.",
+        "with keys of the same salt; `admin`, which opens `/admin/state`. The file is read again when it has changed",
+        "and been left alone for two seconds; while it cannot be used, the keys that it last held stay valid. Two",
+        "names with one key are an error. Tokens a minute are set aside before a request begins: its prompt and its",
+        "largest output.",
     ]
     for section, config in SECTIONS.items():
         lines += ["", f"## [{section}]", "", (config.__doc__ or "").split("\n")[0], ""]

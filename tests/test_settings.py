@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from dsc_serve import config as configuration
 from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, PREFIX, AccessConfig, ConfigError, LifeConfig, ServerConfig, engine_environment
-from dsc_serve.settings import SECTIONS, SETTINGS, choose, document, settings_of
+from dsc_serve.settings import SECTIONS, SETTINGS, Setting, choose, document, settings_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
 Write = Callable[[str], Path]
@@ -162,3 +162,19 @@ def test_files_that_were_read_leave_a_container_s_memory_available(
     texts |= {f"/sys/fs/cgroup/memory.{name}": text for name, text in files.items()}
     monkeypatch.setattr(configuration, "read_text", lambda path: texts.get(path, ""))
     assert configuration.available_memory() == available
+
+
+@pytest.mark.parametrize("value", ["9" * 30, "9" * 400, "1e308", "inf", "nan", "-1", "99999999999999"])
+@pytest.mark.parametrize("setting", [s for s in SETTINGS.values() if s.type in (int, float)], ids=lambda s: s.name)
+def test_no_number_is_without_bounds(setting: Setting, value: str) -> None:
+    """A value that nothing can mean is refused where it is set, not where it overflows."""
+    with pytest.raises(ConfigError, match=rf"{setting.name} is .*; it must be .* at most "):
+        choose(None, {setting.variable: value}, {}).config()
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 10_000, "\udcff", "[server]\nport = 1e9"])
+def test_a_file_of_any_content_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"f\.toml") as refused:
+        choose(tmp_path / "f.toml", {}, {})
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300

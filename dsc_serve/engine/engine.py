@@ -19,6 +19,7 @@ from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.request import Collect, Request
+from dsc_serve.engine.room import check_room
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
@@ -264,6 +265,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())
+    check_room(resolve_model(config.model), config)
     model = load_model(resolve_model(config.model), DTYPES[config.dtype], device)
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):

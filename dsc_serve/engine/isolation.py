@@ -14,6 +14,7 @@ import torch
 
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import StepResult
+from dsc_serve.panics import panics_as_errors
 
 
 class StepRunner(Protocol):
@@ -57,7 +58,8 @@ def attempt(runner: StepRunner, part: Sequence[tuple[Request, int]], result: Ste
     """Run one part and add what it computed to the result, or leave its requests as they were."""
     marks = [(request, request.reported, request.routed, len(request.collected)) for request, _ in part]
     try:
-        result.add(runner.run(part))
+        with panics_as_errors():
+            result.add(runner.run(part))
     except torch.AcceleratorError:  # the device is lost to this process, whatever it is asked next
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from dsc_kernels import ops
 from dsc_kernels.calibrate import calibrate
 from dsc_kernels.plan import DeviceConstants, Level
-from dsc_serve.config import calibration_file
+from dsc_serve.config import ConfigError, calibration_file
 
 
 class CalibrationEntry(msgspec.Struct, frozen=True):
@@ -34,7 +34,7 @@ def stored() -> dict[str, CalibrationEntry]:
     """By key; nothing where the file is missing or unreadable: calibrating again replaces it."""
     try:
         return msgspec.json.decode(calibration_file().read_bytes(), type=dict[str, CalibrationEntry])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ConfigError, msgspec.MsgspecError):
         return {}
 
 
@@ -55,7 +55,7 @@ def constants(dtype: torch.dtype) -> DeviceConstants:
 
 def measure(dtype: torch.dtype) -> DeviceConstants:
     """Calibrate now, and keep the result beside those of other kernels, threads and dtypes."""
-    date = datetime.now(UTC).date().isoformat()
+    file, date = calibration_file(), datetime.now(UTC).date().isoformat()
     found = calibrate(dtype, f"measured {date}")
     entry = CalibrationEntry(
         gather=[(None if math.isinf(level.size) else level.size, level.seconds_per_byte) for level in found.gather],
@@ -65,7 +65,6 @@ def measure(dtype: torch.dtype) -> DeviceConstants:
         order_pick=found.order_pick,
         measured=date,
     )
-    file = calibration_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
     new.write_bytes(msgspec.json.format(msgspec.json.encode({**stored(), key(dtype): entry})))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json, save_config
 from dsc_serve.model.decoder import Decoder, tensor_shapes
+from dsc_serve.model.ffn import KINDS
+from dsc_serve.panics import PanicError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +46,34 @@ def load_tensors(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as source:
+            with panics_as_errors(), safe_open(file, framework="pt") as source:
                 for name in source.keys():  # noqa: SIM118  not a mapping
                     if name in tensors:
                         raise CheckpointError(f"{file}: tensor {name} is stored twice")
                     tensors[name] = source.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, PanicError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     return tensors
+
+
+class OwnMemory(Mapping[str, Tensor]):
+    """Tensors that are copied when they are asked for.
+
+    Those of a file lie where the file is mapped: they would follow whoever writes to it, and a file that is cut off
+    would end the process.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
@@ -74,6 +96,14 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{source}: tensor {name} holds {bad} values that are not finite")
+
+
+def check_count(config: ModelConfig, count: int, source: Path) -> None:
+    """Raises CheckpointError where so few tensors cannot be this model's, before each that is missing is looked for."""
+    layers, each = config.num_hidden_layers, len(KINDS[config.ffn.kind].shapes(config))
+    if layers * each > count:
+        needed = f"num_hidden_layers is {layers}, and the FFN of each has {each} tensors"
+        raise CheckpointError(f"{source}: {needed}; the weights hold {count} tensors in all")
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -103,10 +133,11 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> Decoder:
     """Read, check and prepare a checkpoint. dtype: "auto", "float32" or "bfloat16". Raises CheckpointError."""
     config = load_config(folder)
     tensors = load_tensors(weight_files(folder))
+    check_count(config, len(tensors), folder)
     check_tensors(tensors, tensor_shapes(config), folder)
     stored = tensors["model.embed_tokens.weight"].dtype
     try:
-        return Decoder(config, tensors, choose_dtype(dtype, stored, device), device)
+        return Decoder(config, OwnMemory(tensors), choose_dtype(dtype, stored, device), device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 

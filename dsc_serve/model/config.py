@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.model.rope import DivisorsRope, RopeScaling
-from dsc_serve.model.schema import Size, Strict
+from dsc_serve.model.schema import Layers, Parts, Size, Strict
 
 IGNORED = {
     "architectures",
@@ -20,6 +21,9 @@ IGNORED = {
     "dtype",
     "initializer_range",
 }
+
+
+MOST_SHOWN, MOST_CHARACTERS = 8, 80  # of the faults of a configuration, and of a value that is wrong
 
 
 class CheckpointError(ValueError):
@@ -56,7 +60,7 @@ class MoeConfig(Strict):
     """Mixture of experts: each token runs through the k experts of the largest probability."""
 
     kind: Literal["moe"] = "moe"
-    num_experts: Size
+    num_experts: Parts
     experts_per_token: Size
     expert_size: Size
     router_norm: bool = True
@@ -109,10 +113,10 @@ class ModelConfig(Strict):
     model_type: Literal["dsc"] = "dsc"
     vocab_size: Size
     hidden_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    head_dim: Annotated[int, Field(ge=16)]
+    head_dim: Annotated[int, Field(ge=16, le=2**16)]
     max_position_embeddings: Size
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -168,10 +172,10 @@ class ModelConfig(Strict):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError in one line."""
     try:
-        content = json.loads(path.read_text("utf8"))
+        content = parse_json(read_document(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except DocumentError as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object")
@@ -181,14 +185,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def one_line(error: ValidationError) -> str:
     """A pydantic error as one line: field, what is wrong, the value."""
     parts = []
-    for item in error.errors():
+    for item in error.errors()[:MOST_SHOWN]:
         # pydantic puts the kind of an FFN or of a scaling into the path
         tags = {"dsc", "moe", "molora", "dense", "linear", "llama3", "yarn", "divisors"}
         where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
         value = item.get("input")
-        shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {value!r})"
+        shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {shortened(value)})"
         parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
-    return "; ".join(parts)
+    more = error.error_count() - MOST_SHOWN
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def load_config(folder: Path) -> ModelConfig:

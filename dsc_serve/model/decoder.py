@@ -101,7 +101,7 @@ class Decoder:
             layer = f"model.layers.{i}"
             attention = Attention(config, self.rope, *self._attention_weights(f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             try:
                 ffn = KINDS[config.ffn.kind](config, own, dtype, device)
             except CheckpointError as error:

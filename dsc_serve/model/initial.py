@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dsc_serve.documents import DocumentError, parse_json
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.decoder import tensor_shapes
@@ -87,7 +87,7 @@ def changed_config(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
             allowed = [k for k in content if k != "ffn"] + [f"ffn.{k}" for k in content["ffn"] if k != "kind"]
             raise CheckpointError(f"--set {change}: expected FIELD=VALUE with one of {', '.join(allowed)}")
         try:
-            target[field] = json.loads(text)
-        except ValueError:
+            target[field] = parse_json(text)
+        except DocumentError:
             target[field] = text
     return checked_config(content, "--set")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsc_serve.model.schema import Size, Strict
 
+ROWS = 2**14  # of the table that are computed at a time
 Positive = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(ge=1)]
 
@@ -107,6 +108,10 @@ def rope_table(head_dim: int, positions: int, theta: float, scaling: RopeScaling
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is not None:
         frequencies = scaling.stretched(frequencies, theta)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     magnitude = scaling.magnitude if isinstance(scaling, YarnRope) else 1.0
-    return (magnitude * torch.stack((angles.cos(), angles.sin()), dim=1)).float()
+    table = torch.empty(positions, 2, frequencies.shape[0])
+    for start in range(0, positions, ROWS):  # float64 of all at once would take five times the table
+        rows = torch.arange(start, min(start + ROWS, positions), dtype=torch.float64)
+        angles = rows[:, None] * frequencies
+        table[start : start + ROWS] = magnitude * torch.stack((angles.cos(), angles.sin()), dim=1)
+    return table

@@ -6,7 +6,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Size = Annotated[int, Field(ge=1)]
+# Far beyond any model, and far below what overflows or takes all memory before it is compared with the weights.
+Size = Annotated[int, Field(ge=1, le=2**27)]
+Layers = Annotated[int, Field(ge=1, le=2**12)]
+Parts = Annotated[int, Field(ge=1, le=2**14)]  # of a layer, each with tensors of its own
 
 
 class Strict(BaseModel):

@@ -26,7 +26,6 @@ os.environ |= {
 
 import ray
 import yaml
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
@@ -47,7 +46,7 @@ def load(file: Path) -> ServeDeploySchema:
     """Raises ConfigError."""
     try:
         config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} is not a Serve config: {error}") from None
     http = config.http_options
     if "host" in http.model_fields_set and http.host not in (ADDRESS, "localhost"):

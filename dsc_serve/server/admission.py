@@ -48,21 +48,22 @@ class Permits:
 
 
 class Rate:
-    """So much a minute, a whole minute's worth of it at once. What is charged later may lead into debt."""
+    """So much a minute, a whole minute's worth of it at once. per_minute: 0 for no limit."""
 
     def __init__(self, per_minute: int, clock: Clock) -> None:
         self.per_minute = per_minute
         self._clock = clock
         self._level, self._at = float(per_minute), clock()
 
-    def wait_s(self) -> float:
-        """Seconds until one more is free; 0 when one is."""
+    def wait_s(self, amount: int = 1) -> float:
+        """Seconds until so many more are free; 0 when they are."""
         self._fill()
-        return max(0.0, (1 - self._level) * 60 / self.per_minute) if self.per_minute else 0.0
+        return max(0.0, (amount - self._level) * 60 / self.per_minute) if self.per_minute else 0.0
 
     def charge(self, amount: int) -> None:
+        """Below 0: give back."""
         self._fill()
-        self._level -= amount
+        self._level = min(self.per_minute, self._level - amount)
 
     def _fill(self) -> None:
         now = self._clock()
@@ -97,13 +98,24 @@ class Account:
             if wait_s := rate.wait_s():
                 raise too_many(f"this key has used the {rate.per_minute} {what} of a minute", "rate_limited", wait_s)
 
+    def reserve(self, tokens: int) -> Rate:
+        """Set tokens aside, and return what they are taken of. Raises ApiError (429) when not so many are left."""
+        rate = self.tokens
+        if wait_s := rate.wait_s(tokens):
+            left = f"of the {rate.per_minute} tokens that this key may use in a minute"
+            raise too_many(f"the request may take {tokens} tokens, which are not left {left}", "rate_limited", wait_s)
+        rate.charge(tokens)
+        return rate
+
 
 class Lease:
-    """The places that one exchange holds until it ends, and the key that pays for its tokens."""
+    """The places that one exchange holds until it ends, and the tokens that its key has set aside for it."""
 
     def __init__(self, permits: Permits, account: Account | None) -> None:
         self._permits, self._account = permits, account
         self._count = 0
+        self._rate: Rate | None = None  # that of the tokens, which a change of the key replaces
+        self._reserved = 0
 
     def take(self, count: int) -> None:
         """Raises ApiError (429); then nothing is taken."""
@@ -120,12 +132,25 @@ class Lease:
         """Generations that the key may have at a time; 0: no limit."""
         return 0 if self._account is None else self._account.streams
 
-    def charge(self, tokens: int) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens that the key may use in a minute; 0: no limit."""
+        return 0 if self._account is None else self._account.tokens.per_minute
+
+    def reserve(self, tokens: int) -> None:
+        """Set aside what the request may take at most. Raises ApiError (429); then nothing is taken."""
         if self._account is not None:
-            self._account.tokens.charge(tokens)
+            self._rate, self._reserved = self._account.reserve(tokens), tokens
+
+    def settle(self, tokens: int) -> None:
+        """Give back what is left of what was set aside when only so many have been taken."""
+        if self._rate is not None:
+            self._rate.charge(tokens - self._reserved)
+            self._rate = None
 
     def release(self) -> None:
-        """Safe to call twice."""
+        """Safe to call twice. What has not been settled is given back whole."""
+        self.settle(0)
         self._permits.release(self._count)
         if self._account is not None:
             self._account.held -= self._count

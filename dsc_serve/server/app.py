@@ -39,6 +39,7 @@ def create_app(
     ring = ring or KeyRing("", "")
     admission = Admission(Permits(generation_slots(config)), config.limits)
     service = Service(client, tokenizer, served_name(config), admission, config.limits)
+    service.metrics.ring = ring
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
     app.add_middleware(AuthMiddleware, ring=ring, admission=admission, metrics_key=config.access.metrics_key)

@@ -75,8 +75,10 @@ def piece(
     return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def rendered(service: Service, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The messages as the one text that the model reads. Raises ApiError (400)."""
+async def rendered(
+    service: Service, messages: Sequence[Message], add_generation_prompt: bool = True, low_priority: bool = False
+) -> str:
+    """The messages as the one text that the model reads; aside: as in `Service.encode`. Raises ApiError (400)."""
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
@@ -87,7 +89,7 @@ def rendered(service: Service, messages: Sequence[Message], add_generation_promp
         for message in messages
     ]
     try:
-        return template.render(known, add_generation_prompt)
+        return await service.rendered(lambda: template.render(known, add_generation_prompt), low_priority)
     except ChatTemplateError as error:
         raise bad_request("messages", f"messages cannot be used: {error}") from None
 
@@ -99,7 +101,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     params = fields.params()
     await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
     service.admit(request, params.n, "n")
-    prompt = await service.encode(rendered(service, fields.messages), "messages", chat=True)
+    prompt = await service.encode(await rendered(service, fields.messages), "messages", chat=True)
     params = service.apply_limits(prompt, params, fields.names)
     formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)
     choices = formatter.choices(prompt, params)

@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import secrets
-import tomllib
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, environment_keys
+from dsc_serve.config import API_KEYS, MOST, ConfigError, ServerConfig, environment_keys
+from dsc_serve.documents import DocumentError, parse_toml, read_document
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.settings import items
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 SHORTEST = 16  # characters of a key, which is hashed once: only keys that cannot be guessed are safe so
 LOOK_S = 1.0
+SETTLE_S = 2.0  # a file that was written to so lately may be half of what it is going to be
+MAX_FILE = 2**20  # bytes
 PER_KEY = ("streams_per_key", "requests_per_minute", "tokens_per_minute")
 
 
@@ -48,8 +52,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise ValueError("sha256 must be 64 hexadecimal digits in small letters")
         for field in ("streams", "requests_per_minute", "tokens_per_minute"):
-            if (getattr(self, field) or 0) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 0")
+            if not 0 <= (getattr(self, field) or 0) <= MOST:
+                raise ValueError(f"{field} is {getattr(self, field):.6g}; it must be at least 0 and at most {MOST}")
         SchedulingParams(weight=self.weight, priority=self.priority, cache_salt=self.cache_salt)
 
     def scheduling(self, asked: SchedulingParams) -> SchedulingParams:
@@ -75,6 +79,8 @@ def new_key(name: str) -> tuple[str, str]:
 def parse_environment(text: str) -> dict[str, Key]:
     """Keys by name from NAME:KEY,NAME:KEY. Raises ConfigError, which never shows a key."""
     keys: dict[str, Key] = {}
+    if text and not items(text):
+        raise ConfigError(f"{API_KEYS} is set but names no key; it must be NAME:KEY,NAME:KEY, or be left out")
     for number, entry in enumerate(items(text), 1):
         name, colon, key = entry.partition(":")
         if not (name and colon) or len(key) < SHORTEST:
@@ -82,14 +88,24 @@ def parse_environment(text: str) -> dict[str, Key]:
         if name in keys:
             raise ConfigError(f"API key {number} has the name {name!r}, as another has")
         keys[name] = Key(sha256=digest(key.encode()), name=name)
+    check_different(keys, API_KEYS)
     return keys
 
 
+def check_different(keys: Mapping[str, Key], source: str) -> None:
+    """Raises ConfigError where two names have one key: whose requests they are could not be told."""
+    names: dict[str, str] = {}
+    for name, key in keys.items():
+        other = names.setdefault(key.sha256, name)
+        if other != name:
+            raise ConfigError(f"{source}: {other} and {name} have the same key; each name needs its own")
+
+
 def parse_file(path: Path) -> dict[str, Key]:
-    """Keys by name from a TOML file with one table for each. Raises ConfigError."""
+    """Keys by name from a TOML file with one table for each, and at least one. Raises ConfigError."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        tables = parse_toml(read_document(path, MAX_FILE))
+    except (OSError, DocumentError) as error:
         raise ConfigError(f"key_file {path} cannot be read as TOML: {error}") from None
     keys = {}
     for name, table in tables.items():
@@ -98,20 +114,31 @@ def parse_file(path: Path) -> dict[str, Key]:
             if key.name:
                 raise ValueError("name is not a field; a key has the name of its table")
             keys[name] = msgspec.structs.replace(key, name=name)
-        except (msgspec.ValidationError, ParameterError, ValueError) as error:
+        except (msgspec.ValidationError, ParameterError, ValueError, OverflowError) as error:
             raise ConfigError(f"key_file {path}: {name}: {error}") from None
+    if not keys:
+        raise ConfigError(f"key_file {path} holds no key; `dsc-serve key NAME` makes one")
+    check_different(keys, f"key_file {path}")
     return keys
 
 
 class KeyRing:
-    """The keys that are valid now. required: whether a request must have one."""
+    """The keys that are valid now. required: whether a request must have one.
+
+    trouble: why the key file cannot be used as it is now, "" when it can; the keys that it last held stay valid.
+    """
 
     def __init__(self, key_file: str, environment: str) -> None:
         self._path = Path(key_file) if key_file else None
         self._fixed = parse_environment(environment)
         self.required = bool(key_file or environment)
+        self.trouble = ""
         self._stamp = self._look()
         self._keys = self._read()
+
+    @property
+    def count(self) -> int:
+        return len(self._keys)
 
     @classmethod
     def of(cls, config: ServerConfig) -> KeyRing:
@@ -133,31 +160,45 @@ class KeyRing:
         return found
 
     def reload(self) -> bool:
-        """Read the file again if it has changed; one that cannot be used leaves all keys as they were."""
+        """Read the file again if it has changed or could not be used; until it can, all keys stay as they were."""
         stamp = self._look()
-        if stamp == self._stamp:
+        if stamp == self._stamp and not self.trouble:
             return False
-        self._stamp = stamp
         try:
-            self._keys = self._read()
+            keys = self._read()
         except ConfigError as error:
-            log.error("API keys stay as they were: %s", error)
+            self._note(str(error))
             return False
-        log.info("%d API keys are valid now", len(self._keys))
+        self._keys, self._stamp, self.trouble = keys, stamp, ""
+        log.info("%d API keys are valid now", len(keys))
         return True
 
     async def keep_current(self) -> None:
-        """Look at the file for ever."""
+        """Look at the file for ever. One that is being written to is read when it has been left alone for a while."""
+        seen, since = self._stamp, 0.0
         while self._path is not None:
             await asyncio.sleep(LOOK_S)
-            await asyncio.to_thread(self.reload)
+            try:
+                stamp = await asyncio.to_thread(self._look)
+                if stamp != seen:
+                    seen, since = stamp, time.monotonic()
+                if time.monotonic() - since >= SETTLE_S:
+                    await asyncio.to_thread(self.reload)
+            except Exception as error:  # were this task to end, keys that are taken back would open for ever
+                self._note(f"key_file {self._path} cannot be looked at: {error}")
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _note(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            log.error("API keys stay as they were: %s", trouble)
+        self.trouble = trouble
+
+    def _look(self) -> tuple[int, ...] | None:
+        """What changes when the file, or what it is allowed to be read by, does."""
         try:
             found = os.stat(self._path) if self._path else None  # noqa: PTH116  follows a mounted secret's links
         except OSError:
             return None
-        return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+        return None if found is None else (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
     def _read(self) -> dict[str, Key]:
         """Raises ConfigError."""
@@ -165,4 +206,6 @@ class KeyRing:
         twice = keys.keys() & self._fixed.keys()
         if twice:
             raise ConfigError(f"key_file {self._path}: {min(twice)} is the name of a key in the environment too")
-        return keys | self._fixed
+        both = keys | self._fixed
+        check_different(both, f"key_file {self._path} and {API_KEYS}")
+        return both

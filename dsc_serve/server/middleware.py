@@ -11,6 +11,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsc_serve.panics import is_panic
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import GENERATIONS, Admission, Lease
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, internal_error
@@ -79,7 +80,9 @@ class RequestLogMiddleware:
         asked_for_head = scope["method"] == "HEAD"  # the connection leaves out the body
         try:
             await self.app({**scope, "method": "GET"} if asked_for_head else scope, receive, observed)
-        except Exception:
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             exchange.status = 500
             if begun:
                 raise

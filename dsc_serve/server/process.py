@@ -38,11 +38,13 @@ RESERVED_FILES = 64  # for all that is not a connection
 def serve(config: ServerConfig) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop the engine. Prints the address and how to try it.
 
-    Raises ConfigError, TokenizerError or EngineStartError when it cannot start.
+    Raises ConfigError, TokenizerError, ChatTemplateError or EngineStartError when it cannot start.
     """
     ring = KeyRing.of(config)
     check_tls(config)
     tokenizer = Tokenizer.load(resolve_model(config.engine.model))
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        tokenizer.chat_template.check()
     raise_file_limit()
     # Bound first: an address that is taken should not cost the time of loading a model.
     with (
@@ -71,6 +73,7 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
         client = starting.result()
         app = create_app(config, client, tokenizer, ring)
         text = announcement(config, listener, client.model, tokenizer is not None, ring.required)
+        app.state.service.warm()
         gc.freeze()  # a full collection of all that has been loaded would hold every stream up
         server = HttpServer(app, config, lambda: print(text, flush=True))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -25,6 +25,7 @@ from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
 MAX_LOW_PRIORITY = 64  # texts that wait for `Service.run_low_priority`
+RENDERING = 2  # chats at a time, each in a process
 
 T = TypeVar("T")
 
@@ -87,6 +88,7 @@ class Service:
         longest = 0
         self.grammars = GrammarChecks(engine, tokenizer is not None)
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
+        self._rendering = ThreadPoolExecutor(RENDERING, "templates")
         self._low_priority = 0
         if tokenizer is not None:
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
@@ -124,6 +126,17 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    def warm(self) -> None:
+        """Have ready what the first chat would wait for, in a while."""
+        if self.chat_template is not None:
+            self._rendering.submit(self.chat_template.warm)
+
+    async def rendered(self, work: Callable[[], str], low_priority: bool = False) -> str:
+        """What rendering a chat gives or raises; `run_low_priority` as in `encode`."""
+        if low_priority:
+            return await self.run_low_priority(work)
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, work)
 
     async def run_low_priority(self, work: Callable[[], T]) -> T:
         """For what no generation waits for: one at a time. Raises ApiError (429) where too much of it waits."""

@@ -12,8 +12,10 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dsc_serve.panics import panics_as_errors
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
+from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, engine_down, from_parameter, internal_error
@@ -64,7 +66,11 @@ class Generation(Response):
         self._arrived = exchange.arrived
         self._scheduling = exchange.scheduling(self._formatter.scheduling)
         self._part = exchange.send
-        exchange.lease.charge(self._prompt_tokens)
+        room, field = (
+            self._service.engine.model.capacity.max_tokens,
+            self._formatter.names.get("max_tokens", "max_tokens"),
+        )
+        exchange.lease.reserve(claim(self._choices, self._prompt_tokens, room, exchange.lease.tokens, field))
         self._service.metrics.prompt_tokens += self._prompt_tokens
         answer = asyncio.create_task(self._answer_stream(send) if self._stream else self._answer_whole(send))
         gone = asyncio.create_task(client_gone(receive))
@@ -75,7 +81,7 @@ class Generation(Response):
             answer.cancel()
             gone.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-            exchange.lease.charge(self._usage()["completion_tokens"])
+            exchange.lease.settle(self._usage()["total_tokens"])
         exchange.status = self._outcome
         if not answer.cancelled():
             with suppress(ClientGoneError):
@@ -152,7 +158,8 @@ class Generation(Response):
         try:
             deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
             async with aclosing(deltas):
-                await self._follow_deltas(choice, deltas, emit)
+                with panics_as_errors():
+                    await self._follow_deltas(choice, deltas, emit)
         except UnreadError as error:
             choice.outcome = "abort"
             raise out_of_time(str(error), "client_too_slow") from error

@@ -56,7 +56,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     text, param = fields.prompt or "", "prompt"
     if fields.messages is not None:
         param = "messages"
-        text = rendered(service, fields.messages, fields.add_generation_prompt is not False)
+        text = await rendered(service, fields.messages, fields.add_generation_prompt is not False, low_priority=True)
     elif fields.add_generation_prompt is not None:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens

@@ -2,95 +2,90 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import datetime
+import contextlib
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import jinja2
-import jinja2.nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from dsc_serve.documents import DocumentError, read_document
+from dsc_serve.text.renderer import Renderer, RendererError
+from dsc_serve.text.sandbox import Message, syntax_fault
+from dsc_serve.text.sandbox import one_line as one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
+MOST_TEMPLATE = 2**20  # bytes; the longest of the field has 2**14
 
 
 class ChatTemplateError(ValueError):
     """A chat template that is broken or that refuses the messages; one line."""
 
 
-class GenerationBlock(Extension):
-    """`{% generation %}` marks the text to train on; for serving it is nothing but its body."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as templates of the field expect it: without the HTML escapes of jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class ChatTemplate:
-    """A compiled chat template. Messages are dicts with at least `role` and `content`.
+    """A chat template. Messages are dicts with at least `role` and `content`.
 
     template: jinja2 source. special_tokens: names such as "bos_token" to their text, readable in the template.
-    Raises ChatTemplateError when the template does not compile.
+    It is rendered by processes of its own, as many as there are threads that render at once; they are started when
+    they are needed, and end with this object.
+    Raises ChatTemplateError when the template's syntax is wrong.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = strftime_now
-        try:
-            self._template = environment.from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ChatTemplateError(f"chat template, line {error.lineno}: {one_line(error)}") from error
-        self._special_tokens = dict(special_tokens)
+        if wrong := syntax_fault(template):
+            raise ChatTemplateError(wrong)
+        self._source, self._special_tokens = template, dict(special_tokens)
+        self._idle: list[Renderer] = []
+        weakref.finalize(self, close_all, self._idle)
 
-    def render(self, messages: list[dict[str, object]], add_generation_prompt: bool = True) -> str:
+    def check(self) -> None:
+        """Raises ChatTemplateError when the template does not compile, in time and memory that are bounded."""
+        self._started().close()
+
+    def warm(self) -> None:
+        """Have a process ready, so that the first text does not wait for it. Raises ChatTemplateError."""
+        self._idle.append(self._started())
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text to encode, ending where the assistant's answer begins if `add_generation_prompt`.
 
-        Raises ChatTemplateError when the template refuses the messages or cannot handle them.
+        Takes seconds at most, so servers call it in a thread. Raises ChatTemplateError when the template refuses the
+        messages, cannot handle them, or takes too much time or memory for them; OSError when no process can be started,
+        which is nobody's messages' fault.
         """
+        renderer = self._taken()
         try:
-            return self._template.render(
-                **self._special_tokens,
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise ChatTemplateError(f"chat template: {one_line(error)}") from error
-        except Exception as error:  # a template is a program: what its expressions raise depends on the messages
-            raise ChatTemplateError(f"chat template: {type(error).__name__}: {one_line(error)}") from error
+            text = renderer.render(messages, add_generation_prompt)
+        except RendererError as error:
+            if error.fatal:
+                renderer.close()
+            else:
+                self._idle.append(renderer)
+            raise ChatTemplateError(str(error)) from None
+        except BaseException:
+            renderer.close()
+            raise
+        self._idle.append(renderer)
+        return text
+
+    def _taken(self) -> Renderer:
+        """One that nobody else has."""
+        with contextlib.suppress(IndexError):
+            while True:
+                renderer = self._idle.pop()  # atomic: there are other threads
+                if renderer.alive:
+                    return renderer
+                renderer.close()
+        return self._started()
+
+    def _started(self) -> Renderer:
+        try:
+            return Renderer(self._source, self._special_tokens)
+        except RendererError as error:
+            raise ChatTemplateError(str(error)) from None
+
+
+def close_all(renderers: list[Renderer]) -> None:
+    while renderers:
+        renderers.pop().close()
 
 
 def default_template(value: object) -> str | None:
@@ -124,7 +119,10 @@ def load_chat_template(
     """
     path = folder / TEMPLATE_FILE
     try:
-        template = path.read_text(encoding="utf-8") if path.is_file() else default_template(config.get("chat_template"))
-    except (OSError, UnicodeDecodeError) as error:
+        in_file = path.exists()
+        template = read_document(path, MOST_TEMPLATE) if in_file else default_template(config.get("chat_template"))
+    except (OSError, DocumentError) as error:
         raise ChatTemplateError(f"{TEMPLATE_FILE} cannot be read: {one_line(error)}") from error
+    if template is not None and len(template) > MOST_TEMPLATE:
+        raise ChatTemplateError(f"chat_template has {len(template)} characters; at most {MOST_TEMPLATE} are allowed")
     return None if template is None else ChatTemplate(template, special_tokens)

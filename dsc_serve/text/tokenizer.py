@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
 
+from dsc_serve.documents import DocumentError, parse_json, read_document
+from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, one_line
 from dsc_serve.text.pieces import Pieces
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+MOST_TOKENS = 2**22  # a place is kept for each; vocabularies of the field have up to 2**18
 
 
 class TokenizerError(ValueError):
@@ -47,6 +49,8 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.vocab_size > MOST_TOKENS:
+            raise ValueError(f"it has a token of id {self.vocab_size - 1}; allowed: 0 to {MOST_TOKENS - 1}")
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
         self.chat_template = chat_template
@@ -63,7 +67,8 @@ class Tokenizer:
         if not path.is_file():
             return None
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            with panics_as_errors():
+                backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
         config = read_config(folder / CONFIG_FILE)
@@ -75,17 +80,18 @@ class Tokenizer:
             if token is not None and ids[name] is None:
                 raise TokenizerError(f"{folder / CONFIG_FILE}: {name} is {token!r}, which {path.name} does not have")
         try:
-            return cls(
-                backend,
-                eos_token_id=ids["eos_token"],
-                bos_token_id=ids["bos_token"],
-                add_bos_token=config.get("add_bos_token"),
-                add_eos_token=config.get("add_eos_token"),
-                chat_template=load_chat_template(folder, config, named),
-            )
+            with panics_as_errors():
+                return cls(
+                    backend,
+                    eos_token_id=ids["eos_token"],
+                    bos_token_id=ids["bos_token"],
+                    add_bos_token=config.get("add_bos_token"),
+                    add_eos_token=config.get("add_eos_token"),
+                    chat_template=load_chat_template(folder, config, named),
+                )
         except ChatTemplateError as error:
             raise TokenizerError(f"{folder}: {error}") from error
-        except ValueError as error:
+        except (ValueError, PanicError) as error:
             raise TokenizerError(f"{path}: {error}") from error
 
     def to_json(self) -> str:
@@ -101,7 +107,8 @@ class Tokenizer:
         framed = add_special_tokens and self._frame is not None
         try:
             # a batch of one: only batches release the interpreter's lock while they encode
-            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens and not framed)
+            with panics_as_errors():
+                (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens and not framed)
             ids: list[int] = encoding.ids
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which is not valid Unicode") from error
@@ -177,8 +184,8 @@ def read_config(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = parse_json(read_document(path))
+    except (OSError, DocumentError) as error:
         raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{path} holds a {type(config).__name__}; it must hold a JSON object")

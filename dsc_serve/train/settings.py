@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dsc_serve.config import ConfigError
+from dsc_serve.documents import DocumentError, parse_json, parse_toml, read_document
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
 from dsc_serve.model.decoder import parameter_counts
@@ -231,10 +230,10 @@ def load_settings(source: Path, changes: Sequence[str] = ()) -> TrainSettings:
     Raises ConfigError naming the field that is wrong.
     """
     try:
-        content = tomllib.loads(source.read_text("utf8"))
+        content = parse_toml(read_document(source))
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
-    except (OSError, ValueError) as error:
+    except DocumentError as error:
         raise ConfigError(f"{source}: not readable TOML: {error}") from None
     for change in changes:
         _change(content, change)
@@ -266,8 +265,8 @@ def _change(content: dict[str, Any], change: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"--set {change}: {section} is not a section")
     try:
-        target[field] = json.loads(text)
-    except ValueError:
+        target[field] = parse_json(text)
+    except DocumentError:
         target[field] = text
 
 

@@ -71,7 +71,7 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
 
 
 class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
-    """What the engine loaded. Sent once, when it is ready."""
+    """What the engine loaded. Sent once, when it is ready. fingerprint: see `model.fingerprint`; "": of no files."""
 
     capacity: EngineCapacity
     dtype: str
@@ -81,6 +81,7 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     policy: str
     total_parameters: int
     active_parameters: int
+    fingerprint: str = ""
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from dsc_kernels import ops
-from dsc_serve.config import ConfigError, default_threads
+from dsc_serve.config import ConfigError, default_threads, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.grammars.follower import GrammarsFullError
@@ -28,6 +28,8 @@ from dsc_serve.grammars.schema import FIELD
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
+from dsc_serve.model.fingerprint import Fingerprint
+from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 from dsc_serve.worker.messages import (
     HEADER,
@@ -76,7 +78,7 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
     return bytes(parts)
 
 
-def model_info(model: Decoder, engine: Engine) -> ModelInfo:
+def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
     total, active = parameter_counts(model.config)
     return ModelInfo(
         capacity=engine.capacity,
@@ -87,6 +89,7 @@ def model_info(model: Decoder, engine: Engine) -> ModelInfo:
         policy=engine.config.policy,
         total_parameters=total,
         active_parameters=active,
+        fingerprint=fingerprint,
     )
 
 
@@ -162,14 +165,15 @@ class EngineProcess:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             try:
-                self.engine.add(
-                    message.request_id,
-                    message.prompt,
-                    message.params,
-                    scheduling=message.scheduling,
-                    age_s=message.age_s,
-                )
-            except (ParameterError, GrammarsFullError, ValueError) as error:
+                with panics_as_errors():
+                    self.engine.add(
+                        message.request_id,
+                        message.prompt,
+                        message.params,
+                        scheduling=message.scheduling,
+                        age_s=message.age_s,
+                    )
+            except (ParameterError, GrammarsFullError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
                 field = FIELD if isinstance(error, GrammarsFullError) else field
                 self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
@@ -214,8 +218,11 @@ def main(descriptor: int) -> int:
         return 1
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))
     try:
-        model = prepare_model(start.config)
-        engine = Engine.for_model(model, start.config)
+        seal = Fingerprint(resolve_model(start.config.model))
+        with panics_as_errors():
+            model = prepare_model(start.config)
+            engine = Engine.for_model(model, start.config)
+        fingerprint = seal.take()
     except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))
         return 1
@@ -225,7 +232,7 @@ def main(descriptor: int) -> int:
     process = EngineProcess(connection, engine)
     hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with contextlib.closing(process), hung_up, torch.inference_mode():
-        process.send(model_info(model, engine))
+        process.send(model_info(model, engine, fingerprint))
         process.run()
     return 0
 

@@ -31,6 +31,10 @@ class EngineStartError(RuntimeError):
     """The engine did not come up; one line that says why."""
 
 
+class ModelChangedError(EngineStartError):
+    """The engine has loaded another model than the one that is served: its tokenizer and name would be wrong."""
+
+
 class EngineSupervisor:
     """One engine process at a time, and the client that is always connected to the present one.
 
@@ -48,6 +52,7 @@ class EngineSupervisor:
         self._connection: EngineConnection | None = None
         self._watch: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
+        self._fingerprint: str | None = None  # of the model that the first engine loaded
 
     async def start(self) -> EngineClient:
         """Start the engine, wait until its model is loaded, and watch it from then on. Raises EngineStartError."""
@@ -79,6 +84,7 @@ class EngineSupervisor:
         writer.write(frame(Start(self.config)))
         try:
             model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
+            self._check_same(model)
         except BaseException as error:
             writer.close()
             await self._kill()
@@ -88,6 +94,15 @@ class EngineSupervisor:
         self._connection = EngineConnection(reader, writer, model, self.client.take)
         self.client.attach(self._connection)
         return self._connection
+
+    def _check_same(self, model: ModelInfo) -> None:
+        """Raises ModelChangedError."""
+        if self._fingerprint not in (None, model.fingerprint):
+            what = (
+                "the model in its folder is not the one that this server was started with"  # clients hear it: no path
+            )
+            raise ModelChangedError(f"{what}; start the server again to serve it")
+        self._fingerprint = model.fingerprint
 
     async def _keep_running(self, connection: EngineConnection | None) -> None:
         while connection is not None:
@@ -112,11 +127,15 @@ class EngineSupervisor:
                 log.critical(message)
                 self.client.give_up(message)
                 return None
-            await asyncio.sleep(min(FIRST_BACKOFF_S * 4 ** len(self._restarts), LAST_BACKOFF_S))
+            await asyncio.sleep(min(FIRST_BACKOFF_S * 4.0 ** min(len(self._restarts), 9), LAST_BACKOFF_S))
             self._restarts.append(now)
             self.client.restarts += 1
             try:
                 connection = await self._start()
+            except ModelChangedError as error:  # which no further try mends
+                log.critical("the engine could not be started again: %s", error)
+                self.client.give_up(str(error))
+                return None
             except (EngineStartError, EngineDiedError, OSError) as error:
                 reason = str(error)
                 log.error("the engine could not be started again: %s", reason)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import tokenizers
+from access import Write
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine
 from support.serving import app_around
@@ -39,3 +43,17 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def app(engine: FakeEngine, tokenizer: Tokenizer) -> FastAPI:
     return app_around(engine, tokenizer)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes the key file, so that its time differs from what it was before."""
+
+    def file(text: str) -> str:
+        path = tmp_path / "keys.toml"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        path.write_text(text)
+        os.utime(path, ns=(before + 10**9, before + 10**9))
+        return str(path)
+
+    return file

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from access import ALICE, BOB, ROOT, Write, bearer, entry
 from click.testing import CliRunner
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine
@@ -19,40 +17,14 @@ from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, AccessConfig, ConfigError, LimitConfig, ServerConfig
 from dsc_serve.server.admission import Admission, Permits, Rate
 from dsc_serve.server.errors import ApiError
-from dsc_serve.server.keys import PER_KEY, Key, KeyRing, digest, parse_environment
+from dsc_serve.server.keys import PER_KEY, Key, KeyRing
 from dsc_serve.settings import document
-
-ALICE, BOB, ROOT = "alice-has-a-long-key", "bob-has-a-long-key-too", "the-administrator-s-key"
-Write = Callable[[str], str]
-
-
-def entry(name: str, key: str, **fields: Any) -> str:
-    lines = [f"{field} = {str(value).lower()}" for field, value in fields.items()]
-    return "\n".join([f"[{name}]", f'sha256 = "{digest(key.encode())}"', *lines, ""])
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes the key file, so that its time differs from what it was before."""
-
-    def file(text: str) -> str:
-        path = tmp_path / "keys.toml"
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        path.write_text(text)
-        os.utime(path, ns=(before + 10**9, before + 10**9))
-        return str(path)
-
-    return file
 
 
 @pytest.fixture
 def guarded(engine: FakeEngine, write: Write) -> FastAPI:
     text = entry("alice", ALICE, weight=2.5, priority=3) + entry("bob", BOB) + entry("root", ROOT, admin=True)
     return app_around(engine, None, KeyRing(write(text), ""), AccessConfig(metrics_key=True))
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
 
 
 def status(app: FastAPI, method: str, path: str, key: str = "", **options: Any) -> int:
@@ -126,84 +98,6 @@ def test_every_field_of_a_key_is_documented() -> None:
     assert all(f"`{field}`" in text for field in Key.__struct_fields__ if field != "name")
 
 
-def test_keys_come_and_go_without_a_restart(engine: FakeEngine, write: Write, caplog: pytest.LogCaptureFixture) -> None:
-    ring = KeyRing(write(entry("alice", ALICE)), f"env:{ROOT}")
-    app = app_around(engine, None, ring)
-
-    def valid() -> list[bool]:
-        return [status(app, "GET", "/v1/models", key) == 200 for key in (ALICE, BOB, ROOT)]
-
-    assert valid() == [True, False, True]
-    assert not ring.reload()
-    write(entry("bob", BOB))
-    assert ring.reload()
-    assert valid() == [False, True, True]
-    write("[broken")
-    assert not ring.reload()
-    assert valid() == [False, True, True]
-    assert "API keys stay as they were" in caplog.text
-    Path(write("")).unlink()
-    assert not ring.reload()
-    assert valid() == [False, True, True]
-    write("")
-    assert ring.reload()
-    assert valid() == [False, False, True]
-
-
-def test_the_file_is_looked_at_while_the_server_runs(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsc_serve.server.keys.LOOK_S", 0.01)
-    ring = KeyRing(write(entry("alice", ALICE)), "")
-
-    async def run() -> None:
-        reading = asyncio.create_task(ring.keep_current())
-        write(entry("bob", BOB))
-        await until(lambda: ring.find(BOB.encode()))
-        assert ring.find(ALICE.encode()) is None
-        reading.cancel()
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[a]\nsha256 = 'abc'", "a: sha256 must be 64 hexadecimal digits"),
-        (entry("a", ALICE, wieght=2), "a: Object contains unknown field `wieght`"),
-        (entry("a", ALICE, weight=0), "a: weight is 0.0; it must be a finite number above 0"),
-        (entry("a", ALICE) + "name = 'b'", "a: name is not a field"),
-        (entry("a", ALICE, cache_salt=repr("x" * 257)), "a: cache_salt is '257 characters'; it must be at most 256"),
-        (entry("a", ALICE, streams=-1), "a: streams is -1; it must be at least 0"),
-        (entry("a", ALICE, streams='"x"'), "a: Expected `int | null`, got `str`"),
-        ("a = 1", "a: Expected `object`, got `int`"),
-        (entry("env", ALICE), "env is the name of a key in the environment too"),
-    ],
-)
-def test_what_is_wrong_in_a_key_file_is_named(write: Write, text: str, words: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        KeyRing(write(text), f"env:{ROOT}")
-    assert words in str(error.value)
-
-
-def test_blanks_around_keys_of_the_environment_are_not_part_of_them() -> None:
-    keys = parse_environment(f"alice:{ALICE}, bob:{BOB}\n")
-    assert {name: key.sha256 for name, key in keys.items()} == {
-        "alice": digest(ALICE.encode()),
-        "bob": digest(BOB.encode()),
-    }
-
-
-@pytest.mark.parametrize("text", ["nokey", "name:", ":secret-secret-secret", "name:short-secret", f"a:{ALICE},a:{BOB}"])
-def test_what_is_wrong_with_a_key_of_the_environment_is_said_without_showing_it(text: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        parse_environment(text)
-    assert "secret" not in str(error.value) and ALICE not in str(error.value)
-
-
-def test_a_key_file_that_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"key_file /nowhere/keys\.toml cannot be read"):
-        KeyRing("/nowhere/keys.toml", "")
-
-
 def test_the_command_makes_keys_that_open(engine: FakeEngine, write: Write) -> None:
     made = CliRunner().invoke(main, ["key", "team.a"])
     key = made.stderr.split()[0]
@@ -275,16 +169,6 @@ def test_requests_a_minute_are_bounded(engine: FakeEngine, write: Write) -> None
     assert refused.json()["error"]["code"] == "rate_limited"
     assert 15 <= int(refused.headers["retry-after"]) <= 20
     assert generate(app, BOB).status_code == 200
-
-
-def test_tokens_a_minute_are_bounded_by_what_was_used(engine: FakeEngine, write: Write) -> None:
-    text = entry("alice", ALICE, tokens_per_minute=20)
-    app = app_around(engine, None, KeyRing(write(text), ""))
-    assert generate(app, ALICE, prompt=[1] * 5, max_tokens=5).status_code == 200
-    assert generate(app, ALICE, prompt=[1] * 4, max_tokens=16).status_code == 200
-    refused = generate(app, ALICE)
-    assert refused.status_code == 429
-    assert 30 <= int(refused.headers["retry-after"]) <= 34, "10 tokens over, and 3 s for each"
 
 
 def test_a_rate_fills_again_as_time_goes_by() -> None:

@@ -95,6 +95,13 @@ def address_of(process: subprocess.Popen[str]) -> str:
     return words[1]
 
 
+def wait_until(condition: Callable[[], bool], limit_s: float = 30) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not reached within {limit_s:g} s"
+        time.sleep(0.02)
+
+
 def check_end(process: subprocess.Popen[str], timeout_s: float = 10) -> None:
     rest, _ = process.communicate(timeout=timeout_s)
     assert rest.split("\n") == ["engine stopped", "False", ""]  # False: torch was never loaded
@@ -168,10 +175,11 @@ def test_a_request_that_does_not_end_is_cut_off(start: Start, signals: int, drai
     url = httpx.URL(address_of(process))
     with socket.create_connection((url.host, url.port or 0), timeout=30) as client:
         client.sendall(post_bytes("/v1/completions", {"prompt": [1]}))
-        time.sleep(0.3)
-        for _ in range(signals):
+        wait_until(lambda: "dsc_serve_permits_held 1.0" in httpx.get(url.join("/metrics")).text.splitlines())
+        process.terminate()
+        if signals == 2:  # one that comes before the first was taken in is no second one
+            wait_until(lambda: httpx.get(url.join("/health/ready")).status_code == 503)
             process.terminate()
-            time.sleep(0.3)
         with client.makefile("rb") as stream:
             answer = stream.read()  # to the end: the body may come after the head
         assert answer.startswith(b"HTTP/1.1 503 ")

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.worker.messages import (
     HEADER,
@@ -111,7 +113,8 @@ def main(starts: Path, good_starts: int, descriptor: int) -> None:
     if starts.stat().st_size > good_starts:
         engine.say(StartFailed("no more engines"))
         return
-    engine.say(INFO)
+    model = starts.with_name("model")  # what the folder is said to hold now
+    engine.say(msgspec.structs.replace(INFO, fingerprint=model.read_text() if model.exists() else ""))
     engine.run()
 
 

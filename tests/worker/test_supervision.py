@@ -229,6 +229,29 @@ def test_a_restart_loop_gives_up_and_says_so(supervised: Supervise, caplog: pyte
     assert any(record.levelname == "CRITICAL" and "gives up" in record.message for record in caplog.records)
 
 
+def test_another_model_in_the_folder_is_not_served_in_the_first_one_s_name(
+    supervised: Supervise, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        (tmp_path / "model").write_text("a")
+        async with supervised() as supervisor:
+            client = supervisor.client
+            os.kill(engine_pid(supervisor), signal.SIGKILL)
+            await until(lambda: client.restarts == 1 and client.alive)
+            assert await ask(client, "same", ANSWER)
+            (tmp_path / "model").write_text("b")
+            waiting = asyncio.create_task(ask(client, "waiting", WAIT))
+            await until(lambda: client.in_flight)
+            os.kill(engine_pid(supervisor), signal.SIGKILL)
+            with pytest.raises(EngineDiedError, match="is not the one that this server was started with"):
+                await waiting
+            assert client.gave_up and not client.alive
+            assert (tmp_path / "starts").stat().st_size == 3, "a model that is not the right one is not loaded again"
+
+    scenario(test())
+    assert any(record.levelname == "CRITICAL" and "is not the one" in record.message for record in caplog.records)
+
+
 def test_an_engine_that_never_came_up_is_its_starter_s_error(supervised: Supervise) -> None:
     async def test() -> None:
         with pytest.raises(EngineStartError, match="no more engines"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from dsc_serve.bench.load.summary import LIMITED
+from dsc_serve.documents import DocumentError, parse_toml, read_document
 
 FOLDER = Path(__file__).parent / "comparisons"
 LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything
@@ -147,11 +147,13 @@ def load_comparison(name: str) -> Comparison:
     """A comparison that comes with the package, or one's own file. Raises ComparisonError in one line."""
     path = FOLDER / f"{name}.toml" if name in included() else Path(name)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_document(path)
+    except (OSError, DocumentError) as error:
         allowed = ", ".join(included())
         raise ComparisonError(f"comparison {name!r} cannot be read: {error}; it must be a file or {allowed}") from None
-    except tomllib.TOMLDecodeError as error:
+    try:
+        content = parse_toml(text)
+    except DocumentError as error:
         raise ComparisonError(f"{path} is not TOML: {error}") from None
     try:
         return msgspec.convert(content, Comparison)

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
+from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.worker.client import EngineDiedError
@@ -26,10 +27,14 @@ STATS_TIMEOUT_S = 1.0
 
 
 class Metrics(Collector):
-    """Counts of the HTTP edge, each a plain number until it is scraped; the engine is asked at the scrape."""
+    """Counts of the HTTP edge, each a plain number until it is scraped; the engine is asked at the scrape.
+
+    ring: the keys that the app lets in.
+    """
 
     def __init__(self, engine: WatchedEngine, permits: Permits) -> None:
         self._engine, self._permits = engine, permits
+        self.ring = KeyRing("", "")
         self._stats: Stats | None = None
         self._heartbeat_age_s = 0.0
         self._requests: Counter[tuple[str, ...]] = Counter(
@@ -111,4 +116,10 @@ class Metrics(Collector):
         yield histogram("generation_output_tokens", "Tokens generated for a generation.", self._output_sizes)
         yield gauge("permits", "Places for generations in the house, running or waiting.", self._permits.capacity)
         yield gauge("permits_held", "Places taken; when all are, requests get 429.", self._permits.held)
+        yield gauge("api_keys", "API keys that are valid now.", self.ring.count)
+        yield gauge(
+            "key_file_unusable",
+            "1 while the key file cannot be used as it is; the keys that it last held stay valid.",
+            bool(self.ring.trouble),
+        )
         yield gauge("ready", "1 while /health/ready says so; 0 also while the server drains.", self._ready)

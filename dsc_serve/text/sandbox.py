@@ -1,0 +1,100 @@
+"""What a chat template can see and do while it is rendered. It is a program: it runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NoReturn
+
+import jinja2
+import jinja2.nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, object]
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}` marks the text to train on; for serving it is nothing but its body."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as templates of the field expect it: without the HTML escapes of jinja2's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def environment() -> jinja2.Environment:
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
+    )
+    made.filters["tojson"] = to_json
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
+    return made
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fault(error: BaseException) -> str:
+    """What is wrong with a template, or with the messages for it, in one line."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"chat template, line {error.lineno}: {one_line(error)}"
+    if isinstance(error, jinja2.TemplateError):
+        return f"chat template: {one_line(error)}"
+    if isinstance(error, RecursionError):
+        return "chat template: it is nested too deeply"
+    return f"chat template: {type(error).__name__}: {one_line(error)}"
+
+
+def syntax_fault(template: str) -> str:
+    """What is wrong with the source of a template, "" where nothing is seen without compiling it.
+
+    Compiling one computes its constants, of whatever size.
+    """
+    try:
+        environment().parse(template)
+    except Exception as error:  # a number of too many digits, a nesting that is too deep, …
+        return fault(error)
+    return ""
+
+
+class Sandbox:
+    """A compiled template. Raises what compiling raises."""
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        self._template = environment().from_string(template)
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Raises anything: what a template's expressions raise depends on the messages."""
+        return self._template.render(
+            **self._special_tokens,
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        )

@@ -146,6 +146,9 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     max_connections: Annotated[
         int, Meta(ge=0, description="Open connections; more are closed at once. 0: what open files allow.")
     ] = 0
+    max_requests_per_connection: Annotated[
+        int, Meta(ge=0, description="Requests on one connection, which then ends with the answer; 0: no limit.")
+    ] = 1000
     max_header_bytes: Annotated[int, Meta(ge=1024, description="Largest request line and headers.")] = 2**16
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest body; beyond it clients get 413.")] = 8 * 2**20
     header_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's headers to arrive.")] = 20.0

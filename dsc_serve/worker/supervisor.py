@@ -17,6 +17,7 @@ import msgspec
 from dsc_serve.config import EngineConfig, LifeConfig, default_threads, engine_environment
 from dsc_serve.worker.client import EngineClient
 from dsc_serve.worker.connection import Connection, EngineDiedError, receive
+from dsc_serve.worker.files import SpareFiles
 from dsc_serve.worker.messages import ModelInfo, Start, StartFailed, Stats, frame
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EngineSupervisor:
         self._connection: Connection | None = None
         self._watch: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
+        self._spare_files = SpareFiles()
 
     async def start(self) -> EngineClient:
         """Start the engine, wait until its model is loaded, and watch it from then on. Raises EngineStartError."""
@@ -63,19 +65,15 @@ class EngineSupervisor:
         if self._connection is not None:
             self._connection.shut_down("the server is shutting down")
         self.client.give_up("the server is shutting down")
+        self._spare_files.let_go()
         await self._end_process()
 
     async def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(*self._command, str(theirs.fileno())),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=engine_environment(self.config.threads),
-                start_new_session=True,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        self._spare_files.let_go()  # all that an engine takes is opened before anybody else has a turn
+        try:
+            reader, writer = await self._spawn()
+        finally:
+            self._spare_files.hold()
         writer.write(frame(Start(self.config)))
         try:
             model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
@@ -88,6 +86,19 @@ class EngineSupervisor:
         self._connection = Connection(reader, writer, model, self.client.take)
         self.client.attach(self._connection)
         return self._connection
+
+    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A new engine process, and the way to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(*self._command, str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=engine_environment(self.config.threads),
+                start_new_session=True,
+            )
+        return await asyncio.open_connection(sock=ours)
 
     async def _keep_running(self, connection: Connection | None) -> None:
         while connection is not None:
@@ -118,8 +129,9 @@ class EngineSupervisor:
             try:
                 connection = await self._start()
             except (EngineStartError, EngineDiedError, OSError) as error:
-                reason = str(error)
-                log.error("the engine could not be started again: %s", reason)
+                # Clients are told of the reason, and what failed to start may name files of this machine.
+                reason = "the engine could not be started again"
+                log.error("%s: %s", reason, error)
             else:
                 log.warning("the engine runs again")
                 return connection
@@ -134,6 +146,7 @@ class EngineSupervisor:
         while True:
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(asyncio.shield(connection.lost), life.ping_s)
+            self._spare_files.hold()
             try:
                 stats = await connection.stats(life.ping_s)
             except TimeoutError:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from serving import app_around, live, post_bytes, service_of, until
 
 from dsc_serve.config import ConfigError, ServerConfig
-from dsc_serve.server.process import check_tls
+from dsc_serve.server.process import tls_context
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 SEND_TIMEOUT_S, BUFFER = 1.0, 2**15
@@ -308,7 +308,8 @@ def test_with_a_certificate_the_server_speaks_https(engine: FakeEngine, certific
 
 def test_certificates_that_cannot_be_used_are_named(certificate: tuple[str, str]) -> None:
     cert, key = certificate
-    check_tls(ServerConfig(tls_cert=cert, tls_key=key))
+    assert tls_context(ServerConfig(tls_cert=cert, tls_key=key)) is not None
+    assert tls_context(ServerConfig()) is None
     for bad in (ServerConfig(tls_cert=key, tls_key=key), ServerConfig(tls_cert=cert, tls_key=str(Path(key) / "no"))):
         with pytest.raises(ConfigError, match=r"tls_cert .* cannot be used"):
-            check_tls(bad)
+            tls_context(bad)

@@ -1,0 +1,54 @@
+"""Connections that have still to agree on TLS: they count, and have no more time than headers have."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+from dsc_serve.server.protocol import Connection
+
+
+class Handshake(asyncio.Protocol):
+    """Becomes `connection` once TLS is agreed on. pending: all that have not come so far, which it is one of.
+
+    The event loop's own servers tell nobody of a connection before that: it would not count, and not end in time.
+    """
+
+    def __init__(
+        self, connection: Connection, context: ssl.SSLContext, pending: set[Handshake], most: int, limit_s: float
+    ) -> None:
+        self._connection, self._context, self._pending = connection, context, pending
+        self._most, self._limit_s = most, limit_s
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        if len(self._connection.connections) + len(self._pending) >= self._most:
+            transport.abort()
+            return
+        self._pending.add(self)
+        transport.pause_reading()  # nothing may come before there is somebody to decrypt it
+        self._task = asyncio.get_running_loop().create_task(self._agree(transport))
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _agree(self, transport: asyncio.Transport) -> None:
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport, self._connection, self._context, server_side=True, ssl_handshake_timeout=self._limit_s
+            )
+        except (OSError, RuntimeError):  # it is no TLS, or too late, or the client has left
+            transport.abort()
+        else:
+            assert secured is not None
+            if self._connection.lost:
+                secured.abort()
+            else:
+                self._connection.connection_made(secured)
+        finally:
+            self._pending.discard(self)

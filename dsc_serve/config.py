@@ -151,6 +151,13 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     ] = 1000
     max_header_bytes: Annotated[int, Meta(ge=1024, description="Largest request line and headers.")] = 2**16
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest body; beyond it clients get 413.")] = 8 * 2**20
+    max_body_values: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            description="Most values in a body; a quarter of them may be texts, an eighth lists and objects.",
+        ),
+    ] = 2**20
     header_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's headers to arrive.")] = 20.0
     body_timeout_s: Annotated[float, Meta(ge=0.1, description="Seconds for a request's body to arrive.")] = 60.0
     keep_alive_s: Annotated[int, Meta(ge=1, description="Seconds that a connection may idle.")] = 30

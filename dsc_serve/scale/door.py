@@ -22,7 +22,7 @@ from dsc_serve.scale.settings import ScaleConfig
 from dsc_serve.server import errors
 from dsc_serve.server.admission import GENERATIONS, too_many
 from dsc_serve.server.answer import event
-from dsc_serve.server.edge import HEALTH, REQUEST_ID
+from dsc_serve.server.edge import HEALTH, REQUEST_ID, Paths
 from dsc_serve.server.errors import ApiError, internal_error
 from dsc_serve.server.limits import read_body
 from dsc_serve.server.stream import DONE, client_gone, engine_down
@@ -45,6 +45,7 @@ class Door:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         app.state.config, app.state.reading = self._config, Counter()
         errors.install(app)
+        app.add_middleware(Paths)
         app.add_route("/{path:path}", self.pass_on, ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
         return app
 

@@ -18,7 +18,7 @@ from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
 from dsc_serve.server.description import describe
-from dsc_serve.server.edge import REQUEST_ID, Edge, Gate
+from dsc_serve.server.edge import REQUEST_ID, Edge, Gate, Paths
 from dsc_serve.server.errors import json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.service import Engine, Service
@@ -52,6 +52,7 @@ def create_app(
             expose_headers=[REQUEST_ID, "retry-after"],
         )
     app.add_middleware(Edge, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests)
+    app.add_middleware(Paths)  # the outermost: what is counted, let in and answered is one path
     errors.install(app)
 
     @app.post("/v1/completions")

@@ -279,6 +279,7 @@ class Connection(HttpToolsProtocol):
         error, self._fault = self._fault or self._head_too_large() or head.invalid("it is not valid HTTP/1.1"), None
         if self.pipeline and self.cycle.more_body:  # the queued one whose body it is
             self.pipeline.popleft()
+            assert self._answering is not None
             self.cycle = self.pipeline[0][0] if self.pipeline else self._answering
         if not self._busy or (self.cycle.more_body and not self.cycle.response_started):
             self._say(error)

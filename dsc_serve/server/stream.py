@@ -16,7 +16,7 @@ from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.answer import Choice, News, Shape, encode, event
 from dsc_serve.server.edge import EXCHANGE, Exchange
-from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
+from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error, without_paths
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
@@ -249,11 +249,11 @@ def out_of_time(message: str, code: str = "timeout") -> ApiError:
 
 
 def engine_failure(message: str) -> ApiError:
-    return ApiError(500, message, type="server_error", code="engine_error")
+    return ApiError(500, without_paths(message), type="server_error", code="engine_error")
 
 
 def engine_down(message: str) -> ApiError:
-    return ApiError(503, message or "the engine is down", type="server_error", code="engine_down")
+    return ApiError(503, without_paths(message) or "the engine is down", type="server_error", code="engine_down")
 
 
 async def client_gone(receive: Receive) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
-def until_close(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+def until_close(cycle: RequestResponseCycle, app: Any) -> Any:
     """`app`, whose answers to this request are sent as they are, without frames."""
     cycle.waiting_for_100_continue = False  # HTTP/1.0 knows of no answers before the answer
 

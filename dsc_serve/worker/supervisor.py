@@ -130,8 +130,8 @@ class EngineSupervisor:
                 connection = await self._start()
             except (EngineStartError, EngineDiedError, OSError) as error:
                 # Clients are told of the reason, and what failed to start may name files of this machine.
-                reason = "the engine could not be started again"
-                log.error("%s: %s", reason, error)
+                reason = "the engine could not be started again (the log says why)"
+                log.error("the engine could not be started again: %s", error)
             else:
                 log.warning("the engine runs again")
                 return connection

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import types
+from collections.abc import Coroutine, Generator
+from typing import Any
 
 from dsc_serve.server.protocol import Connection
 
@@ -28,22 +31,27 @@ class Handshake(asyncio.Protocol):
             transport.abort()
             return
         self._pending.add(self)
-        transport.pause_reading()  # nothing may come before there is somebody to decrypt it
-        self._task = asyncio.get_running_loop().create_task(self._agree(transport))
+        loop = asyncio.get_running_loop()
+        agreeing = loop.start_tls(
+            transport, self._connection, self._context, server_side=True, ssl_handshake_timeout=self._limit_s
+        )
+        # Begun at once: what the client sends may be read before a task has its first turn.
+        waits_for = agreeing.send(None)
+        self._task = loop.create_task(self._agree(rest_of(agreeing, waits_for)))
 
     def abort(self) -> None:
+        self._pending.discard(self)
         if self._transport is not None:
             self._transport.abort()
         if self._task is not None:
             self._task.cancel()
 
-    async def _agree(self, transport: asyncio.Transport) -> None:
+    async def _agree(self, agreeing: Coroutine[Any, None, asyncio.Transport | None]) -> None:
+        assert self._transport is not None
         try:
-            secured = await asyncio.get_running_loop().start_tls(
-                transport, self._connection, self._context, server_side=True, ssl_handshake_timeout=self._limit_s
-            )
+            secured = await agreeing
         except (OSError, RuntimeError):  # it is no TLS, or too late, or the client has left
-            transport.abort()
+            self._transport.abort()
         else:
             assert secured is not None
             if self._connection.lost:
@@ -52,3 +60,16 @@ class Handshake(asyncio.Protocol):
                 self._connection.connection_made(secured)
         finally:
             self._pending.discard(self)
+
+
+@types.coroutine
+def rest_of(
+    begun: Coroutine[Any, None, asyncio.Transport | None], waits_for: object
+) -> Generator[Any, None, asyncio.Transport | None]:
+    """What is left of a coroutine that has taken its first step, which ended with waiting for something."""
+    try:
+        yield waits_for
+    except BaseException as error:
+        begun.throw(error)
+    secured: asyncio.Transport | None = yield from begun
+    return secured

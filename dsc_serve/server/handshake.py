@@ -8,7 +8,7 @@ import types
 from collections.abc import Coroutine, Generator
 from typing import Any
 
-from dsc_serve.server.protocol import Connection
+from dsc_serve.server.protocol import HttpConnection
 
 
 class Handshake(asyncio.Protocol):
@@ -18,7 +18,7 @@ class Handshake(asyncio.Protocol):
     """
 
     def __init__(
-        self, connection: Connection, context: ssl.SSLContext, pending: set[Handshake], most: int, limit_s: float
+        self, connection: HttpConnection, context: ssl.SSLContext, pending: set[Handshake], most: int, limit_s: float
     ) -> None:
         self._connection, self._context, self._pending = connection, context, pending
         self._most, self._limit_s = most, limit_s

@@ -16,9 +16,9 @@ from starlette.requests import ClientDisconnect
 from dsc_serve.config import ServerConfig
 from dsc_serve.server import json_bounds
 from dsc_serve.server.admission import too_many
-from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, shown
 from dsc_serve.server.fields import Fields
+from dsc_serve.server.middleware import EXCHANGE, Exchange
 
 log = logging.getLogger(__name__)
 

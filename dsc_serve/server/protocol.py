@@ -36,7 +36,7 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-class Connection(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """One connection. The framework times only the pauses between requests; this times the headers too.
 
     It parses only as far as a short queue has room, and reads no more until it has parsed: what a client sends without
@@ -307,7 +307,7 @@ def has_left(transport: asyncio.Transport) -> bool:
 class Body:
     """Hears of one body, and of nothing that its parser finds behind it."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: HttpConnection) -> None:
         self._connection = connection
         self._over = False
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificate
-from running_server import RunningServer, start_server, stop_server
+from support.running_server import RunningServer, start_server, stop_server
 
 from dsc_serve.server.process import LEAST_CONNECTIONS, RESERVED_FILES
 from dsc_serve.worker.files import SpareFiles

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import app_around, ask, live
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, live
 
 from dsc_serve.server import json_bounds
 from dsc_serve.server.errors import ApiError

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificate
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, live, post_bytes, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, live, post_bytes, service_of, until
 
 from dsc_serve.config import ConfigError, LimitConfig, ServerConfig
 from dsc_serve.server.process import tls_context

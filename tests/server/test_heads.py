@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_engine import FakeEngine
-from serving import app_around, post_bytes
+from support.fake_engine import FakeEngine
+from support.serving import app_around, post_bytes
 from test_connections import said
 
 FIELDS = {"prompt": [1], "max_tokens": 3}

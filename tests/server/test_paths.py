@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, ask, client_of, complete, events_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, client_of, complete, events_of
 
 from dsc_serve.config import AccessConfig
 from dsc_serve.server.errors import without_paths

@@ -8,11 +8,11 @@ import re
 from collections.abc import AsyncIterator
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, live, post_bytes, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, live, post_bytes, service_of, until
 
-from dsc_serve.server.protocol import MAX_QUEUED, SLICE, Connection
+from dsc_serve.server.protocol import MAX_QUEUED, SLICE, HttpConnection
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 FIELDS = {"prompt": [1], "max_tokens": 3}
@@ -21,9 +21,9 @@ LONGEST_READ = 2**18
 BAD = b"GET / HTTP/1.1\r\nbad header\r\n\r\n"
 
 
-def connection_of(app: FastAPI) -> Connection:
+def connection_of(app: FastAPI) -> HttpConnection:
     (connection,) = app.state.server.server_state.connections
-    assert isinstance(connection, Connection)
+    assert isinstance(connection, HttpConnection)
     return connection
 
 

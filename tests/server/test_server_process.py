@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from serving import post_bytes
+from support.fake_engine import FakeEngine
+from support.serving import post_bytes
 
 from dsc_serve.config import ConfigError, ServerConfig
 from dsc_serve.server.keys import KeyRing
@@ -26,7 +26,7 @@ Start = Callable[..., subprocess.Popen[str]]
 PROGRAM = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from fake_engine import FakeEngine
+from support.fake_engine import FakeEngine
 from dsc_serve.config import ConfigError, EngineConfig, LifeConfig, ServerConfig
 from dsc_serve.server import process
 from dsc_serve.worker.supervisor import EngineStartError
@@ -74,7 +74,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         port: int = 0,
     ) -> subprocess.Popen[str]:
         program = PROGRAM.format(
-            tests=str(Path(__file__).parent),
+            tests=str(Path(__file__).parents[1]),
             folder=str(folder),
             start_s=start_s,
             delay_s=delay_s,

@@ -163,10 +163,22 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     max_connections: Annotated[
         int, Meta(ge=0, le=2**20, description="Open connections; more are closed at once. 0: what open files allow.")
     ] = 0
+    max_requests_per_connection: Annotated[
+        int,
+        Meta(ge=0, le=MOST, description="Requests on one connection, which then ends with the answer; 0: no limit."),
+    ] = 1000
     max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24, description="Largest request line and headers.")] = 2**16
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**30, description="Largest body; beyond it clients get 413.")] = (
         8 * 2**20
     )
+    max_body_values: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=2**30,
+            description="Most values in a body; a quarter of them may be texts, an eighth lists and objects.",
+        ),
+    ] = 2**20
     header_timeout_s: Annotated[
         float, Meta(ge=0.1, le=LONGEST_S, description="Seconds for a request's headers to arrive.")
     ] = 20.0

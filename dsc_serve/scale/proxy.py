@@ -25,7 +25,7 @@ from dsc_serve.server.answer import event
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import ApiError, engine_down, internal_error
 from dsc_serve.server.limits import read_body
-from dsc_serve.server.middleware import HEALTH, REQUEST_ID
+from dsc_serve.server.middleware import HEALTH, REQUEST_ID, Paths
 from dsc_serve.server.stream import DONE
 
 MAX_TRIES = 2  # a request that two replicas died with may be what kills them
@@ -46,6 +46,7 @@ class Proxy:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         app.state.config, app.state.reading = self._config, Counter()
         errors.install(app)
+        app.add_middleware(Paths)
         app.add_route("/{path:path}", self.pass_on, ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
         return app
 

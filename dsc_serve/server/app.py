@@ -19,7 +19,7 @@ from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
 from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, RequestLogMiddleware
+from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
 from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.tokens import detokenize, tokenize
@@ -54,6 +54,7 @@ def create_app(
     app.add_middleware(
         RequestLogMiddleware, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests
     )
+    app.add_middleware(Paths)  # the outermost: what is counted, let in and answered is one path
     errors.install(app)
 
     @app.post("/v1/completions")

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request
-from dsc_serve.server.limits import read_body
+from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import ChatRequest, Message
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -96,7 +96,7 @@ async def rendered(
 
 async def create_chat_completion(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
-    fields = ChatRequest.parse(await read_body(request))
+    fields = await read_fields(request, ChatRequest)
     service.check_model(fields.model)
     params = fields.params()
     await service.grammars.check(request, params, fields.names)  # which may take long, so without a place

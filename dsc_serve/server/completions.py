@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
-from dsc_serve.server.limits import read_body
+from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -89,8 +89,13 @@ def within_character(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
 
+def count_of(prompt: Prompt) -> int:
+    """Prompts that there are. `schema.check_prompt` has seen to it that a list holds one kind."""
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
 def one_by_one(prompt: Prompt) -> dict[str, str | list[int]]:
-    """The prompts by what the client calls them. `schema.check_prompt` has seen to it that a list holds one kind."""
+    """The prompts by what the client calls them."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     items: Sequence[int | str | list[int]] = prompt
@@ -109,12 +114,13 @@ def echoed(tokenizer: Tokenizer | None, prompt: str | list[int], params: Samplin
 
 async def create_completion(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
-    fields = CompletionRequest.parse(await read_body(request))
+    fields = await read_fields(request, CompletionRequest)
     service.check_model(fields.model)
     params = fields.params()
-    prompts = one_by_one(fields.prompt)
+    count = count_of(fields.prompt)
     await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
-    service.admit(request, len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
+    service.admit(request, count * params.n, "prompt" if count > 1 else "n")
+    prompts = one_by_one(fields.prompt)
     formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0

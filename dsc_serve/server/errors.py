@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ MAX_SHOWN = 60
 MAX_PARAM = 120
 UNION_MEMBERS = ("(text)", "(list)")
 MAX_DETAILED = 100
+PATH = re.compile(r"""(?<=['"])/[^'"\n]*/|(?<![\w/:.~-])/(?:[^\s/'",;:()\[\]]+/)+""")  # up to its last part
 CLIENT_CLOSED = 499  # never sent: it is how a request whose client has left is counted
 
 
@@ -77,6 +79,11 @@ def shown(value: object) -> str:
     text = msgspec.json.encode(value[:MAX_SHOWN]).decode() if isinstance(value, str) else str(value)
     text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+def without_paths(text: str) -> str:
+    """An inner error's text for a client, to whom the folders of this machine are nothing."""
+    return PATH.sub("…/", text)
 
 
 ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -151,7 +158,7 @@ def internal_error() -> ApiError:
 
 
 def engine_down(message: str) -> ApiError:
-    return ApiError(503, message or "the engine is down", type="server_error", code="engine_down")
+    return ApiError(503, without_paths(message) or "the engine is down", type="server_error", code="engine_down")
 
 
 def install(app: FastAPI) -> None:

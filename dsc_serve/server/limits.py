@@ -1,17 +1,23 @@
-"""The bodies that the server reads: how large, and how long they may take."""
+"""The bodies that the server reads: how large, of how much they are made, and how long they may take."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from dsc_serve.config import ServerConfig
+from dsc_serve.server import json_bounds
 from dsc_serve.server.admission import too_many
 from dsc_serve.server.errors import ApiError, bad_request, shown
+from dsc_serve.server.fields import Fields
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 
 log = logging.getLogger(__name__)
@@ -19,7 +25,13 @@ log = logging.getLogger(__name__)
 MAX_DRAINED = 4  # times the largest body that is kept
 MAX_READING = 2**28  # bytes that one app keeps of bodies that have not arrived whole: their requests have no place yet
 KEY_SHARE = 4  # a key may have one part in so many of these
-SMALL = 2**16  # bytes of one body that are always kept: the number of connections bounds them
+SMALL = 2**16  # bytes of one body that are always kept: the number of connections bounds them. Parsed at once, too
+
+F = TypeVar("F", bound=Fields)
+T = TypeVar("T")
+
+# Large bodies are parsed here, one at a time: the event loop has other clients' tokens to pass on.
+parsing = ThreadPoolExecutor(1, "bodies")
 
 
 def check_headers(request: Request) -> None:
@@ -36,8 +48,37 @@ def check_headers(request: Request) -> None:
         raise bad_request(None, f"content-encoding is {shown(encoding)}; the body must not be compressed")
 
 
+async def read_fields(request: Request, kind: type[F]) -> F:
+    """The fields of a JSON request. Raises ApiError, also for what is wrong with them, and ClientDisconnect."""
+    return await read(request, kind.parse)
+
+
 async def read_body(request: Request) -> bytes:
-    """The whole body of a JSON request.
+    """The whole body of a JSON request, for somebody else to parse. Raises ApiError and ClientDisconnect."""
+    return await read(request, lambda body: body)
+
+
+async def read(request: Request, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the body, which is not too large and not made of too much."""
+    limits = request.app.state.config.limits
+
+    def checked(body: bytes) -> T:
+        json_bounds.check(body, limits.max_body_values)
+        return parse(body)
+
+    async with whole_body(request) as body:
+        if len(body) <= SMALL:
+            return checked(body)
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(parsing, checked, body)
+        except TimeoutError:
+            raise too_many("too many large bodies wait to be parsed", "queue_full") from None
+
+
+@asynccontextmanager
+async def whole_body(request: Request) -> AsyncIterator[bytes]:
+    """The whole body of a JSON request; it counts as being read while the block runs.
 
     Raises ApiError: 400 for wrong headers or no body, 413 beyond the server's limit, 429 where too much is being read
     already, 408 when it takes too long; and ClientDisconnect. `app.state.reading` is what is being read, in bytes, by
@@ -55,7 +96,7 @@ async def read_body(request: Request) -> bytes:
     chunks: list[bytes] = []
     size = kept = 0
     try:
-        async with asyncio.timeout(timeout_s):
+        async with body_timeout(timeout_s):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
@@ -79,25 +120,30 @@ async def read_body(request: Request) -> bytes:
                         raise too_many("the server is reading as many requests as it has memory for", "queue_full")
                 if not message.get("more_body", False):
                     break
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"the body did not arrive within {timeout_s:g} s",
-            code="request_timeout",
-            headers={"Connection": "close"},
-        ) from None
+        if too_large:
+            raise body_too_large(limit)
+        if not size:
+            raise bad_request(None, "the body is empty; it must be a JSON object", "invalid_json")
+        body = b"".join(chunks)
+        chunks.clear()
+        if config.log.log_prompts:
+            log.info("request body", extra={"facts": {"body": body.decode("utf-8", "replace")}})
+        yield body
     finally:
         reading[name] -= kept
         if not reading[name]:
             del reading[name]
-    if too_large:
-        raise body_too_large(limit)
-    if not size:
-        raise bad_request(None, "the body is empty; it must be a JSON object", "invalid_json")
-    body = b"".join(chunks)
-    if config.log.log_prompts:
-        log.info("request body", extra={"facts": {"body": body.decode("utf-8", "replace")}})
-    return body
+
+
+@asynccontextmanager
+async def body_timeout(limit_s: float) -> AsyncIterator[None]:
+    """Raises ApiError (408) when the block takes too long."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        message, headers = f"the body did not arrive within {limit_s:g} s", {"Connection": "close"}
+        raise ApiError(408, message, code="request_timeout", headers=headers) from None
 
 
 def key_name(request: Request) -> str:

@@ -30,6 +30,18 @@ EXCHANGE = "dsc_serve.exchange"
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 
+class Paths:
+    """The ASGI layer that takes a path that ends with a slash for the same one without it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self.app(scope, receive, send)
+
+
 class Exchange:
     """One HTTP request, from its arrival (in perf_counter seconds) to the end of its answer.
 

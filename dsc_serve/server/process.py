@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
+import ipaddress
 import json
 import logging
-import resource
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from dsc_serve.config import ConfigError, ServerConfig, resolve_model
+from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, resolve_model
 from dsc_serve.server.admission import SHUTTING_DOWN
 from dsc_serve.server.app import create_app, served_name
+from dsc_serve.server.handshake import Handshake
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.logs import logging_to
 from dsc_serve.server.protocol import HttpConnection
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.worker.files import file_limit, raise_file_limit
 from dsc_serve.worker.messages import ModelInfo
 from dsc_serve.worker.supervisor import EngineSupervisor
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 2  # for answers that are complete to reach their clients when the server ends
 RESERVED_FILES = 64  # for all that is not a connection
+LEAST_CONNECTIONS = 16
+BACKLOG = 2048  # connections that the system holds until they are taken
 
 
 def serve(config: ServerConfig) -> None:
@@ -41,17 +45,19 @@ def serve(config: ServerConfig) -> None:
     Raises ConfigError, TokenizerError, ChatTemplateError or EngineStartError when it cannot start.
     """
     ring = KeyRing.of(config)
-    check_tls(config)
+    tls_context(config)
+    raise_file_limit()
+    most_connections(config)
     tokenizer = Tokenizer.load(resolve_model(config.engine.model))
     if tokenizer is not None and tokenizer.chat_template is not None:
         tokenizer.chat_template.check()
-    raise_file_limit()
-    # Bound first: an address that is taken should not cost the time of loading a model.
+    # Listened on first: an address that is taken should not cost the time of loading a model.
     with (
         bind(config.host, config.port, config.limits.send_buffer_bytes) as listener,
         logging_to(config.log),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        warn_if_open(listener, ring)
         runner.run(run_server(config, listener, tokenizer, ring))
 
 
@@ -120,12 +126,13 @@ class HttpServer(uvicorn.Server):
     """Says when it listens, hangs up on clients that are stuck, and leaves signals to its caller."""
 
     def __init__(self, app: FastAPI, config: ServerConfig, on_listening: Callable[[], None]) -> None:
-        limit = config.limits.max_connections or file_limit() - RESERVED_FILES
-        connection = functools.partial(HttpConnection, limits=config.limits, max_connections=limit)
+        self._limits, self._most = config.limits, most_connections(config)
+        self._tls = tls_context(config)
+        self._handshakes: set[Handshake] = set()
         super().__init__(
             uvicorn.Config(
                 app,
-                http=connection,  # type: ignore[arg-type]  # it is only called
+                http=self._connection,  # type: ignore[arg-type]  # it is only called
                 ws="none",
                 lifespan="off",
                 workers=1,
@@ -133,13 +140,17 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                ssl_certfile=config.tls_cert or None,
-                ssl_keyfile=config.tls_key or None,
                 timeout_keep_alive=config.limits.keep_alive_s,
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )
         self._on_listening = on_listening
+
+    def _connection(self, **options: Any) -> asyncio.Protocol:
+        connection = HttpConnection(limits=self._limits, max_connections=self._most, **options)
+        if self._tls is None:
+            return connection
+        return Handshake(connection, self._tls, self._handshakes, self._most, self._limits.header_timeout_s)
 
     async def on_tick(self, counter: int) -> bool:
         now = asyncio.get_running_loop().time()
@@ -152,13 +163,21 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._on_listening()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for handshake in list(self._handshakes):
+            handshake.abort()
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
 def bind(host: str, port: int, send_buffer: int = 0) -> socket.socket:
-    """A socket bound to the address, whose connections have a send buffer (0: the system's). Raises ConfigError."""
+    """A socket that listens on the address, whose connections have a send buffer (0: the system's). Raises ConfigError.
+
+    Of two sockets that are only bound, both would be: they share an address until one of them listens.
+    """
     listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -167,6 +186,7 @@ def bind(host: str, port: int, send_buffer: int = 0) -> socket.socket:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -174,24 +194,49 @@ def bind(host: str, port: int, send_buffer: int = 0) -> socket.socket:
     return listener
 
 
-def check_tls(config: ServerConfig) -> None:
-    """Raises ConfigError when the files of TLS cannot be used."""
-    if config.tls_cert:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
-        except OSError as error:  # ssl.SSLError is one
-            text = f"tls_cert {config.tls_cert!r} and tls_key {config.tls_key!r} cannot be used: {error}"
-            raise ConfigError(text) from None
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """The server's side of TLS; None where there is no certificate. Raises ConfigError where it cannot be used."""
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        text = f"tls_cert {config.tls_cert!r} and tls_key {config.tls_key!r} cannot be used: {error}"
+        raise ConfigError(text) from None
+    return context
 
 
-def file_limit() -> int:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+def most_connections(config: ServerConfig) -> int:
+    """Open connections that the server takes. Raises ConfigError where open files leave no room for them."""
+    files, asked = file_limit(), config.limits.max_connections
+    room = files - RESERVED_FILES
+    if room < LEAST_CONNECTIONS:
+        least = RESERVED_FILES + LEAST_CONNECTIONS
+        raise ConfigError(f"at most {files} files may be open (ulimit -n); it must be at least {least}")
+    if asked > room:
+        raise ConfigError(
+            f"max_connections is {asked}, but at most {files} files may be open (ulimit -n); it must be at most {room}"
+        )
+    return asked or room
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files, and so connections, as the system lets this process have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def warn_if_open(listener: socket.socket, ring: KeyRing) -> None:
+    """Say so in the log where anybody who reaches this machine may use the server."""
+    address = listener.getsockname()[0]
+    if not ring.required and not is_loopback(address):
+        log.warning(
+            "no API keys are set and %s is not a loopback address: whoever reaches it may use this server; set "
+            "key_file or %s",
+            address,
+            API_KEYS,
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def announcement(

@@ -18,7 +18,14 @@ from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
 from dsc_serve.server.disconnect import client_gone
-from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, engine_down, from_parameter, internal_error
+from dsc_serve.server.errors import (
+    CLIENT_CLOSED,
+    ApiError,
+    engine_down,
+    from_parameter,
+    internal_error,
+    without_paths,
+)
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError, UnreadError
@@ -253,4 +260,4 @@ def out_of_time(message: str, code: str = "timeout") -> ApiError:
 
 
 def engine_failure(message: str) -> ApiError:
-    return ApiError(500, message, type="server_error", code="engine_error")
+    return ApiError(500, without_paths(message), type="server_error", code="engine_error")

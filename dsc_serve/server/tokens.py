@@ -11,7 +11,7 @@ from pydantic import PlainValidator
 from dsc_serve.server.chat import rendered
 from dsc_serve.server.errors import bad_request, json_response
 from dsc_serve.server.fields import Fields
-from dsc_serve.server.limits import read_body
+from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import Messages, wrong_item
 from dsc_serve.server.service import Service
 
@@ -49,7 +49,7 @@ class DetokenizeRequest(Fields):
 
 async def tokenize(service: Service, request: Request) -> Response:
     """Raises ApiError."""
-    fields = TokenizeRequest.parse(await read_body(request))
+    fields = await read_fields(request, TokenizeRequest)
     service.check_model(fields.model)
     if (fields.prompt is None) is (fields.messages is None):
         raise bad_request("prompt", "prompt and messages are both set or both missing; send one of the two")
@@ -76,7 +76,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 async def detokenize(service: Service, request: Request) -> Response:
     """Special tokens are part of the text. Raises ApiError."""
-    fields = DetokenizeRequest.parse(await read_body(request))
+    fields = await read_fields(request, DetokenizeRequest)
     service.check_model(fields.model)
     tokenizer, ids, capacity = service.tokenizer, fields.tokens, service.engine.model.capacity
     if tokenizer is None:

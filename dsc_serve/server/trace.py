@@ -14,7 +14,7 @@ from dsc_serve.sampling_params import ALL_ATOMS, SamplingParams
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.extensions import TopAtoms
-from dsc_serve.server.limits import read_body
+from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import EngineFields, check_prompt
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -59,7 +59,7 @@ class TraceFormatter(ResponseFormatter):
 
 async def create_trace(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
-    fields = TraceRequest.parse(await read_body(request))
+    fields = await read_fields(request, TraceRequest)
     service.check_model(fields.model)
     params = SamplingParams(max_tokens=0, routing=fields.top_k_atoms or ALL_ATOMS)
     service.admit(request, 1, "prompt")

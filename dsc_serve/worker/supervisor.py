@@ -17,6 +17,7 @@ import msgspec
 from dsc_serve.config import EngineConfig, LifeConfig, default_threads, engine_environment
 from dsc_serve.worker.client import EngineClient
 from dsc_serve.worker.connection import EngineConnection, EngineDiedError, receive
+from dsc_serve.worker.files import SpareFiles
 from dsc_serve.worker.messages import ModelInfo, Start, StartFailed, Stats, frame
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class EngineSupervisor:
         self._connection: EngineConnection | None = None
         self._watch: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
+        self._spare_files = SpareFiles()
         self._fingerprint: str | None = None  # of the model that the first engine loaded
 
     async def start(self) -> EngineClient:
@@ -68,19 +70,15 @@ class EngineSupervisor:
         if self._connection is not None:
             self._connection.shut_down("the server is shutting down")
         self.client.give_up("the server is shutting down")
+        self._spare_files.let_go()
         await self._end_process()
 
     async def _start(self) -> EngineConnection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(*self._command, str(theirs.fileno())),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=engine_environment(self.config.threads),
-                start_new_session=True,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        self._spare_files.let_go()  # all that an engine takes is opened before anybody else has a turn
+        try:
+            reader, writer = await self._spawn()
+        finally:
+            self._spare_files.hold()
         writer.write(frame(Start(self.config)))
         try:
             model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
@@ -94,6 +92,19 @@ class EngineSupervisor:
         self._connection = EngineConnection(reader, writer, model, self.client.take)
         self.client.attach(self._connection)
         return self._connection
+
+    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A new engine process, and the way to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(*self._command, str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=engine_environment(self.config.threads),
+                start_new_session=True,
+            )
+        return await asyncio.open_connection(sock=ours)
 
     def _check_same(self, model: ModelInfo) -> None:
         """Raises ModelChangedError."""
@@ -137,8 +148,9 @@ class EngineSupervisor:
                 self.client.give_up(str(error))
                 return None
             except (EngineStartError, EngineDiedError, OSError) as error:
-                reason = str(error)
-                log.error("the engine could not be started again: %s", reason)
+                # Clients are told of the reason, and what failed to start may name files of this machine.
+                reason = "the engine could not be started again (the log says why)"
+                log.error("the engine could not be started again: %s", error)
             else:
                 log.warning("the engine runs again")
                 return connection
@@ -153,6 +165,7 @@ class EngineSupervisor:
         while True:
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(asyncio.shield(connection.lost), life.ping_s)
+            self._spare_files.hold()
             try:
                 stats = await connection.stats(life.ping_s)
             except TimeoutError:

@@ -68,6 +68,17 @@ def test_variables_are_the_servers(deploy: Path) -> None:
             assert variables <= known, variables - known
 
 
+def test_a_forgotten_secret_is_an_error(services: dict[str, dict[str, Any]]) -> None:
+    given = {name: service.get("environment", {}) for name, service in services.items()}
+    secrets = [given["server"][API_KEYS], given["moe"][API_KEYS], given["grafana"]["GF_SECURITY_ADMIN_PASSWORD"]]
+    for value in secrets:
+        assert re.fullmatch(r"\$\{[A-Z_]+:\?[^}]+\}", value), value
+    for service in given.values():
+        for name, value in service.items():
+            if re.search("KEY|PASSWORD|SECRET|TOKEN", name):
+                assert value in secrets
+
+
 def test_a_stop_waits_for_the_drain_and_the_end_of_the_engine(services: dict[str, dict[str, Any]]) -> None:
     needed_s = LifeConfig().drain_s + 2 * CLOSE_S + 2 * STOP_TIMEOUT_S
     for name in ("server", "moe"):

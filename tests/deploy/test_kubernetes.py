@@ -147,6 +147,20 @@ def test_variables_and_settings_are_the_servers(manifests: Manifests, server: di
     assert tomllib.loads(manifests["ConfigMap"]["data"]["dsc-serve.toml"])
 
 
+def secrets_of(value: Any) -> list[dict[str, Any]]:
+    """Every reference to a Secret's key, wherever it stands."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    found = [value["secretKeyRef"]] if isinstance(value, dict) and "secretKeyRef" in value else []
+    return found + [reference for part in inner for reference in secrets_of(part)]
+
+
+@pytest.mark.parametrize("name", ["kubernetes/base/deployment.yaml", "ray/rayservice.yaml"])
+def test_no_pod_starts_without_its_secret(deploy: Path, name: str) -> None:
+    found = [one for part in yaml.safe_load_all((deploy / name).read_text()) for one in secrets_of(part)]
+    assert found
+    assert all(reference == {"name": "dsc-serve-keys", "key": "api-keys"} for reference in found)
+
+
 def test_cpus_are_whole_and_the_pods_own(deploy: Path, built: Callable[[Path], Manifests]) -> None:
     pod = built(deploy / "kubernetes" / "overlays" / "cpu")["Deployment"]["spec"]["template"]["spec"]
     resources = pod["containers"][0]["resources"]

@@ -192,4 +192,6 @@ def test_an_engine_that_cannot_come_up_again_is_given_up_on(start: Start, tmp_pa
     message = server.get("/health/live").json()["error"]["message"]
     assert "started again 2 times" in message and "gives up" in message
     assert server.post("/v1/completions", prompt="x").json()["error"]["message"] == message
+    assert "/" not in message, "no path of this machine"
     assert any("gives up" in line for line in server.log)
+    assert any(str(folder) in line for line in server.log)

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.running_server import RunningServer, start_server, stop_server
+from support.running_server import RunningServer, memory_mb, start_server, stop_server
 
 AT_A_TIME = 100
 HEADER_TIMEOUT_S = 2.0
@@ -21,7 +22,8 @@ LIMIT_S = 100.0  # for one connection, on a machine with other work
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    server = start_server("--header-timeout-s", str(HEADER_TIMEOUT_S), "--body-timeout-s", "2", "--keep-alive-s", "2")
+    limits = ["--header-timeout-s", str(HEADER_TIMEOUT_S), "--body-timeout-s", "2", "--keep-alive-s", "2"]
+    server = start_server(*limits, "--max-requests-per-connection", "0")
     yield server
     assert stop_server(server) == 0
 
@@ -147,3 +149,48 @@ def test_nothing_hangs_and_nothing_is_left(server: RunningServer, count: int) ->
     assert server.metric('dsc_serve_kv_blocks{state="used"}') == 0
     assert server.log[lines:] == []
     assert server.post("/v1/completions", prompt="Next", max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=[pytest.mark.full, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize("body", [None, b'{"prompt": "Once", "max_tokens": 1}'], ids=["GET /", "completions"])
+def test_requests_whose_answers_nobody_reads_take_no_memory(
+    server: RunningServer, seconds: float, body: bytes | None
+) -> None:
+    assert server.post("/v1/completions", prompt="Warm", max_tokens=2).status_code == 200
+    idle_mb, files = memory_mb(server.pid), open_files(server)
+    port, data = int(server.url.rsplit(":", 1)[1]), (b"GET / HTTP/1.1\r\n\r\n" if body is None else request(body)) * 500
+    if body is None:
+        data = data.replace(b"\r\n\r\n", b"\r\nHost:\r\n\r\n")
+    end, most_mb, answered, connections = time.monotonic() + seconds, 0.0, 0, 0
+    while time.monotonic() < end:
+        connections += 1
+        with socket.create_connection(("127.0.0.1", port)) as client, contextlib.suppress(ConnectionError):
+            client.settimeout(0.05)
+            while time.monotonic() < end:
+                with contextlib.suppress(TimeoutError):
+                    client.send(data)
+                most_mb = max(most_mb, memory_mb(server.pid))
+                if int(time.monotonic() * 2) % 2:  # every other half second somebody else asks
+                    start = time.monotonic()
+                    assert server.get("/health/live").status_code == 200
+                    assert time.monotonic() - start < 5
+                    answered += 1
+    print(f"idle {idle_mb:.0f} MB, at most {most_mb:.0f} MB over {connections} connections, {answered} others answered")
+    assert most_mb < idle_mb + 50
+    assert answered > 0
+    server.wait_until(lambda: open_files(server) <= files, 30)
+    server.wait_until(server.idle, 30)
+    assert memory_mb(server.pid) < idle_mb + 50
+    assert server.post("/v1/completions", prompt="Next", max_tokens=2).status_code == 200
+
+
+def test_a_server_ends_in_time_though_a_client_reads_nothing() -> None:
+    server = start_server("--drain-s", "1")
+    port = int(server.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(1)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while True:
+                client.sendall(b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 500)
+        assert stop_server(server) == 0
+    assert not any("Traceback" in line for line in server.log), "".join(server.log)

@@ -7,16 +7,16 @@ import contextlib
 import re
 import socket
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
+from certificates import make_certificate
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine
 from support.serving import app_around, live, post_bytes, service_of, until
 
-from dsc_serve.config import ConfigError, ServerConfig
-from dsc_serve.server.process import check_tls
+from dsc_serve.config import ConfigError, LimitConfig, ServerConfig
+from dsc_serve.server.process import tls_context
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 SEND_TIMEOUT_S, BUFFER = 1.0, 2**15
@@ -280,14 +280,7 @@ def test_a_client_that_reads_steadily_gets_a_large_answer_whole(engine: FakeEngi
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    try:
-        subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True, timeout=60)
-    except FileNotFoundError:
-        pytest.skip("there is no openssl to make a certificate with")
-    return cert, key
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def test_with_a_certificate_the_server_speaks_https(engine: FakeEngine, certificate: tuple[str, str]) -> None:
@@ -306,9 +299,61 @@ def test_with_a_certificate_the_server_speaks_https(engine: FakeEngine, certific
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", GET + b"\r\n"], ids=["silent", "half a hello", "no TLS"])
+def test_handshakes_count_as_connections_and_have_no_more_time_than_headers(
+    engine: FakeEngine, certificate: tuple[str, str], sent: bytes
+) -> None:
+    cert, key = certificate
+    app = app_around(engine, None)
+    limits = LimitConfig(max_connections=3, header_timeout_s=1.0)
+    app.state.config = ServerConfig(tls_cert=cert, tls_key=key, limits=limits)
+    context = ssl.create_default_context(cafile=cert)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        async with live(app) as port:
+            visitors = [await asyncio.open_connection("127.0.0.1", port) for _ in range(10)]
+            for _, writer in visitors:
+                writer.write(sent)
+            start = loop.time()
+            ends = [asyncio.create_task(read_all(reader)) for reader, _ in visitors]
+            await until(lambda: sum(end.done() for end in ends) >= 7)
+            assert len(app.state.server._handshakes) <= 3
+            assert await asyncio.wait_for(asyncio.gather(*ends), 10) == [b""] * 10
+            assert loop.time() - start < 5
+            assert not app.state.server._handshakes
+            for _ in range(4):  # and all places are free again
+                reader, writer = await asyncio.open_connection(
+                    "127.0.0.1", port, ssl=context, server_hostname="localhost"
+                )
+                writer.write(POST.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+                await read_all(reader)
+                writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_ends_waits_for_no_handshake(engine: FakeEngine, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    app = app_around(engine, None)
+    app.state.config = ServerConfig(tls_cert=cert, tls_key=key)
+
+    async def run() -> float:
+        async with live(app) as port:
+            reader, _ = await asyncio.open_connection("127.0.0.1", port)
+            await until(lambda: app.state.server._handshakes)
+            ended = asyncio.get_running_loop().time()
+        assert await read_all(reader) == b""
+        return asyncio.get_running_loop().time() - ended
+
+    assert asyncio.run(run()) < 5
+
+
 def test_certificates_that_cannot_be_used_are_named(certificate: tuple[str, str]) -> None:
     cert, key = certificate
-    check_tls(ServerConfig(tls_cert=cert, tls_key=key))
+    assert tls_context(ServerConfig(tls_cert=cert, tls_key=key)) is not None
+    assert tls_context(ServerConfig()) is None
     for bad in (ServerConfig(tls_cert=key, tls_key=key), ServerConfig(tls_cert=cert, tls_key=str(Path(key) / "no"))):
         with pytest.raises(ConfigError, match=r"tls_cert .* cannot be used"):
-            check_tls(bad)
+            tls_context(bad)

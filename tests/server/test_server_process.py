@@ -18,7 +18,8 @@ from support.fake_engine import FakeEngine
 from support.serving import post_bytes
 
 from dsc_serve.config import ConfigError, ServerConfig
-from dsc_serve.server.process import announcement, bind
+from dsc_serve.server.keys import KeyRing
+from dsc_serve.server.process import announcement, bind, is_loopback, warn_if_open
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -26,7 +27,7 @@ PROGRAM = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
 from support.fake_engine import FakeEngine
-from dsc_serve.config import EngineConfig, LifeConfig, ServerConfig
+from dsc_serve.config import ConfigError, EngineConfig, LifeConfig, ServerConfig
 from dsc_serve.server import process
 from dsc_serve.worker.supervisor import EngineStartError
 
@@ -48,9 +49,11 @@ class Supervisor:
 process.EngineSupervisor = Supervisor
 try:
     life = LifeConfig(start_timeout_s=5, drain_s={drain_s})
-    process.serve(ServerConfig(port=0, life=life, engine=EngineConfig(model={folder!r})))
+    process.serve(ServerConfig(host={host!r}, port={port}, life=life, engine=EngineConfig(model={folder!r})))
 except EngineStartError as error:
     print("failed:", error)
+except ConfigError as error:
+    print("refused:", error, flush=True)
 print("torch" in sys.modules, flush=True)
 """
 
@@ -62,7 +65,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
     def run(
-        start_s: float = 0, delay_s: float = 0, drain_s: float = 10, stuck: bool = False, fail: bool = False
+        start_s: float = 0,
+        delay_s: float = 0,
+        drain_s: float = 10,
+        stuck: bool = False,
+        fail: bool = False,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> subprocess.Popen[str]:
         program = PROGRAM.format(
             tests=str(Path(__file__).parents[1]),
@@ -72,8 +81,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
             drain_s=drain_s,
             stuck=stuck,
             fail=fail,
+            host=host,
+            port=port,
         )
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", program]
+        err = subprocess.PIPE if host != "127.0.0.1" else None
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
         processes.append(process)
         return process
 
@@ -188,13 +201,69 @@ def test_a_request_that_does_not_end_is_cut_off(start: Start, signals: int, drai
 
 
 def test_an_address_that_is_taken_is_named() -> None:
-    with bind("127.0.0.1", 0) as taken:
-        taken.listen()
+    with bind("127.0.0.1", 0) as taken:  # which has not taken a connection yet, nor loaded a model
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"'127.0.0.1' with port {port}.*in use"):
             bind("127.0.0.1", port)
     with pytest.raises(ConfigError, match="no-such-host"):
         bind("no-such-host.invalid", 0)
+
+
+@pytest.mark.parametrize("count", [3])
+def test_of_servers_that_start_at_once_on_one_port_one_serves_and_the_others_say_why(start: Start, count: int) -> None:
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    servers = [start(start_s=1, port=port) for _ in range(count)]
+    said = [read_line(server) for server in servers]
+    (winner,) = [server for server, line in zip(servers, said, strict=True) if line == "starting"]
+    for server, line in zip(servers, said, strict=True):
+        if server is not winner:
+            assert line.startswith("refused: ") and f"port {port}" in line and "in use" in line
+            assert server.wait(30) == 0
+    line = read_line(winner)
+    assert httpx.get(f"{line.split()[1]}/health/live").status_code == 200
+    read_line(winner)
+    winner.terminate()
+    check_end(winner)
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.2", False),
+        ("fe80::1%eth0", False),
+        ("::ffff:8.8.8.8", False),
+    ],
+)
+def test_only_loopback_addresses_are_reached_from_this_machine_alone(address: str, loopback: bool) -> None:
+    assert is_loopback(address) == loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [("0.0.0.0", "", True), ("127.0.0.1", "", False), ("0.0.0.0", f"me:{'k' * 16}", False), ("localhost", "", False)],
+)
+def test_an_address_that_others_reach_without_keys_is_warned_of(
+    host: str, keys: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with bind(host, 0) as listener:
+        warn_if_open(listener, KeyRing("", keys))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    assert ("not a loopback address" in caplog.text and "key_file" in caplog.text) == warned
+
+
+def test_the_warning_is_in_the_log_of_the_server_that_starts(start: Start) -> None:
+    process = start(host="0.0.0.0")
+    address_of(process)
+    process.terminate()
+    _, log = process.communicate(timeout=30)
+    assert "no API keys are set and 0.0.0.0 is not a loopback address" in log
 
 
 def test_importing_the_server_loads_no_torch() -> None:

@@ -27,7 +27,9 @@ class RunningServer:
     process: subprocess.Popen[str]
     log: list[str]
     printed: threading.Thread
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(limits=httpx.Limits(max_keepalive_connections=0)))
+    client: httpx.Client = field(
+        default_factory=lambda: httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), verify=False)
+    )
 
     @property
     def pid(self) -> int:
@@ -105,7 +107,7 @@ def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli
     end = time.monotonic() + START_LIMIT_S
     try:
         while (line := lines.get(timeout=max(0.1, end - time.monotonic()))) is not None:
-            found = re.match(r"curl (http://127\.0\.0\.1:\d+)", line)  # the last line of the announcement
+            found = re.match(r"curl (https?://127\.0\.0\.1:\d+)", line)  # the last line of the announcement
             if found:
                 return RunningServer(found.group(1), process, log, printed)
         raise AssertionError(f"the server ended: {''.join(log)}")

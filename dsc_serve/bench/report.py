@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from dsc_serve.bench.comparison import LEAST_REQUESTS, ComparisonError
-from dsc_serve.bench.findings import Check, checks, sentences
+from dsc_serve.bench.findings import Check, checks, counted, ratio_rows, sentences
 from dsc_serve.bench.plot import Point, line_chart
 from dsc_serve.bench.results import Contestant, Results
 
@@ -78,7 +78,8 @@ def figure(value: float | None) -> str:
 
 def blocks(results: Results) -> list[Block]:
     """The whole report but its title."""
-    made: list[Block] = [Heading("What was found"), Items(sentences(results)), *expected(results)]
+    made: list[Block] = [Heading("What was found"), Items(sentences(results)), compared_table(results)]
+    made += expected(results)
     made += [Heading("Closed loops"), Paragraph(told(results)), *closed_tables(results), *charts(results, "closed")]
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
@@ -114,6 +115,11 @@ def chance(rounds: int) -> str:
         f'"Wins" means that all {rounds} rounds agree; of two equal systems\' rounds, 1 in {2 ** (rounds - 1)} such '
         "sets agrees by chance."
     )
+
+
+def compared_table(results: Results) -> Table:
+    head = ("systems", "figure", *(counted(value, "stream") for value in results.points("closed")))
+    return Table("How far from equal, median (rounds); * where all rounds agree", head, ratio_rows(results))
 
 
 def expected(results: Results) -> list[Block]:
@@ -333,9 +339,9 @@ def html_block(block: Block) -> str:
     return f"<table><caption>{escape(block.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
-    """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`."""
-    parts = []
+def markdown(results: Results, plots: str, shown_charts: Sequence[str], raw: str) -> str:
+    """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`, and to `raw`."""
+    parts = [audited(raw)]
     for block in blocks(results):
         if isinstance(block, Heading):
             parts.append(f"### {block.text}")
@@ -351,6 +357,11 @@ def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
             rows.insert(1, "|" + "---|" * len(block.head))
             parts.append(f"{block.title}:\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
+
+
+def audited(raw: str) -> str:
+    """The line that leads from a page of tables to the file of results that they were made from."""
+    return f"Every figure of every round: [{raw}]({raw})."
 
 
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:

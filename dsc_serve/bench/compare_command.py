@@ -111,7 +111,7 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     charts are written as SVG into the folder plots beside the document, and the results as NAME.results.json, so that
     the tables can be made again and audited.
     """
-    from dsc_serve.bench.report import markdown, put_into, write_charts
+    from dsc_serve.bench.report import audited, markdown, put_into, write_charts
     from dsc_serve.bench.results import load_results, save_results
 
     results = load_results(folder / RESULTS)
@@ -121,7 +121,8 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     if not name:
         raise click.ClickException("--into needs --name")
     raw = f"{name}.{RESULTS}"
-    document = put_into(into.read_text(encoding="utf-8"), name, markdown(results, f"plots/{name}", charts, raw))
+    text = f"{audited(raw)}\n\n{markdown(results, f'plots/{name}', charts)}"
+    document = put_into(into.read_text(encoding="utf-8"), name, text)
     plots = into.parent / "plots"
     plots.mkdir(exist_ok=True)
     write_charts(results, plots / name, charts)

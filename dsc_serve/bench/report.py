@@ -78,8 +78,7 @@ def figure(value: float | None) -> str:
 
 def blocks(results: Results) -> list[Block]:
     """The whole report but its title."""
-    made: list[Block] = [Heading("What was found"), Items(sentences(results)), compared_table(results)]
-    made += expected(results)
+    made: list[Block] = [Heading("What was found"), Items(sentences(results)), *expected(results)]
     made += [Heading("Closed loops"), Paragraph(told(results)), *closed_tables(results), *charts(results, "closed")]
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
@@ -117,11 +116,6 @@ def chance(rounds: int) -> str:
     )
 
 
-def compared_table(results: Results) -> Table:
-    head = ("systems", "figure", *(counted(value, "stream") for value in results.points("closed")))
-    return Table("How far from equal, median (rounds); * where all rounds agree", head, ratio_rows(results))
-
-
 def expected(results: Results) -> list[Block]:
     def row(check: Check) -> Cells:
         wanted, ratio = check.expected, check.ratio
@@ -157,12 +151,18 @@ def closed_tables(results: Results) -> list[Block]:
         return Table(title, head, rows)
 
     return [
+        compared_table(results),
         table("Output tokens per second", ("output_throughput",)),
         ratios(f"Median time between tokens, to that of {baseline}", "median_itl_ms"),
         ratios(f"Output tokens per second, to those of {baseline}", "output_throughput"),
         *(table(title, figures) for title, figures in LATENCIES.items()),
         used(results, points),
     ]
+
+
+def compared_table(results: Results) -> Table:
+    head = ("systems", "figure", *(counted(value, "stream") for value in results.points("closed")))
+    return Table("How far from equal, median (rounds); * where all rounds agree", head, ratio_rows(results))
 
 
 def used(results: Results, points: Sequence[float]) -> Table:
@@ -339,9 +339,9 @@ def html_block(block: Block) -> str:
     return f"<table><caption>{escape(block.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def markdown(results: Results, plots: str, shown_charts: Sequence[str], raw: str) -> str:
-    """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`, and to `raw`."""
-    parts = [audited(raw)]
+def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
+    """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`."""
+    parts = []
     for block in blocks(results):
         if isinstance(block, Heading):
             parts.append(f"### {block.text}")

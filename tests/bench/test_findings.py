@@ -238,7 +238,7 @@ def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
     CliRunner().invoke(report_command, [str(folder), *options])
     assert document.read_text(encoding="utf-8") == text, "the same again"
     with pytest.raises(ComparisonError, match="the document has no place for other"):
-        put_into(text, "other", markdown(made, "plots/other", (), "other.json"))
+        put_into(text, "other", markdown(made, "plots/other", ()))
     assert blocks(made)
 
 

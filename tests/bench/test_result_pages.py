@@ -29,7 +29,7 @@ def made_of(raw: Path, name: str, page: str) -> str:
         result = ForwardResult(ForwardBench(**kept["bench"]), kept["machine"], kept["date"], rows)
         return f"{audited(raw.name)}\n\n{format_forward(result)}"
     charts = re.findall(rf"\(plots/{re.escape(name)}-([\w-]+)\.svg\)", page)
-    return markdown(load_results(raw), f"plots/{name}", charts, raw.name)
+    return f"{audited(raw.name)}\n\n{markdown(load_results(raw), f'plots/{name}', charts)}"
 
 
 def faults(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Answers that must be of a form, even from a model that makes little sense: `python examples/structured_output.py [URL]`."""
+"""Answers of a given form, whatever the model has learnt: `python examples/structured_output.py [URL]`."""
 
 from __future__ import annotations
 

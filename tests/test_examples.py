@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from running_server import RunningServer, start_server, stop_server
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TRACE = "routing_trace.py"
 LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
 TESTED = {"offline.py", "streaming.py", "structured_output.py", "routing_trace.py", "load_test.sh"}
 
@@ -69,13 +71,33 @@ def test_structured_output(server: RunningServer) -> None:
 
 
 def test_routing_trace(server: RunningServer) -> None:
-    head, *rows, last = output("routing_trace.py", server.url, "The city and the cities").splitlines()
+    head, *rows, last = output(TRACE, server.url, "The city and the cities").splitlines()
     layers = len(re.findall(r"layer \d", head))
     traced = server.post("/v1/dsc/trace", prompt="The city and the cities", top_k_atoms=2).json()["dsc"]["routing"]
     assert layers == len(traced["atoms"][0]) and len(rows) == len(traced["token_ids"])
     for row, picks in zip(rows, traced["atoms"], strict=True):
         assert row.split()[-layers:] == [",".join(map(str, layer)) for layer in picks]
     assert re.fullmatch(r"the dynamic part is strongest at '.*': signal \d\.\d\d", last)
+
+
+def test_the_readme_shows_what_its_requests_give(server: RunningServer) -> None:
+    """Texts and picks may differ with the processor's instructions, the rest may not."""
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    ((path, body, shown),) = re.findall(r"^\$ curl \S+8000(\S+) .* -d '(.*)'\n(\{.*\})$", readme, re.MULTILINE)
+    answer, example = server.post(path, **json.loads(body)).json(), json.loads(shown)
+    assert shape(answer) == shape(example) and answer["usage"] == example["usage"]
+    (table,) = re.findall(r"^\$ \S+python examples/routing_trace.py .*\n((?:[^`\n]+\n)+)", readme, re.MULTILINE)
+    told, given = (
+        [re.split(r"  +", line) for line in text.splitlines()] for text in (table, output(TRACE, server.url))
+    )
+    assert told[0] == given[0] and [row[0] for row in told[1:-1]] == [row[0] for row in given[1:-1]]
+
+
+def shape(value: object) -> object:
+    """Names and types, without values."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items()}
+    return [shape(inner) for inner in value] if isinstance(value, list) else type(value)
 
 
 def test_load_test(server: RunningServer) -> None:

@@ -1,4 +1,4 @@
-"""The scripts for a first run on a GPU, dry on a CPU: a changed name or signature must not wait for a GPU to be seen."""
+"""The scripts for a first run on a GPU, dry on a CPU, so that a changed name or signature is seen without one."""
 
 from __future__ import annotations
 

@@ -137,6 +137,10 @@ def bank(layer) -> tuple[Tensor, Tensor, Tensor]:
     return layer.u, layer.v, layer.gamma
 
 
+def router_weight(layer) -> Tensor:
+    return layer.router
+
+
 def route_logits(layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return layers.router_logits(x, layer.router, layer.router_bias, layer.tau, layer.norm_eps)
 

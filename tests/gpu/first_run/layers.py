@@ -19,6 +19,7 @@ from internals import (
     ffn_layer,
     ops,
     route_logits,
+    router_weight,
     run_experts,
 )
 from internals import layers as kernels
@@ -96,7 +97,7 @@ def dsc_jobs(layer, x: torch.Tensor, k: int) -> dict[str, Job]:
             main.wait_stream(side)
             return compose(own, x, picked, scale, out)
 
-        jobs["  router as cuBLAS mm"] = lambda own: torch.mm(x, own.router.T, out_dtype=torch.float32)
+        jobs["  router as cuBLAS mm"] = lambda own: torch.mm(x, router_weight(own).T, out_dtype=torch.float32)
         jobs["dsc, router beside static"] = beside
     return jobs
 

@@ -150,6 +150,17 @@ def compose(layer, x: Tensor, atoms: Tensor, weights: Tensor, static: Tensor) ->
     return layers.expand(latent, layer.v, atoms, layer.gamma, static, x, x.dtype)
 
 
+def served(layer, x: Tensor, picks: Tensor, signal: Tensor) -> Tensor:
+    """A DSC layer as the engine calls it, which watches what is picked."""
+    return layer(x, x, False, picks, signal)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, longest: int, scale: float
+) -> Tensor:
+    return attention.decode_attention(query, keys, values, tables, lengths, longest, scale)
+
+
 def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     return moe.run_experts(x, weights, experts, layer.up, layer.gate, layer.down, layer.activation, x)
 

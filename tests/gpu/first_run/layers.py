@@ -21,6 +21,7 @@ from internals import (
     route_logits,
     router_weight,
     run_experts,
+    served,
 )
 from internals import layers as kernels
 from models import config, decoder
@@ -78,7 +79,7 @@ def dsc_jobs(layer, x: torch.Tensor, k: int) -> dict[str, Job]:
     atoms, weights, _ = kernels.select(logits, maxima, k, 1e-6)
     static = layer.static(x)
     jobs: dict[str, Job] = {
-        "dsc as served (picks copied)": lambda own: own(x, x, False, picks, signal),
+        "dsc as served (picks copied)": lambda own: served(own, x, picks, signal),
         "  route": lambda own: route_logits(own, x),
         "  static": lambda own: own.static(x),
         "  select": lambda own: kernels.select(logits, maxima, k, 1e-6),

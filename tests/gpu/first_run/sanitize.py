@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from common import DEVICE, DRY, say, sync
-from internals import attention, make_dsc, make_moe
+from internals import decode_attention, make_dsc, make_moe
 
 SHAPES = [(67, 101, 5, 3), (384, 1523, 4, 70), (2056, 70, 3, 2)]  # d, atoms, k, batch
 SEQUENCES = [(2, 3, 20, [1, 33, 70 if DRY else 700]), (1, 1, 64, [600, 17])]  # KV heads, group, head size, contexts
@@ -25,7 +25,7 @@ def attend(dtype: torch.dtype, kv: int, group: int, size: int, contexts: list[in
     keys, values = (torch.randn(200, kv, 16, size, device=DEVICE).to(dtype) for _ in range(2))
     tables = torch.randint(200, (len(contexts), 48), device=DEVICE)
     query = torch.randn(len(contexts), kv * group, size, device=DEVICE).to(dtype)
-    attention.decode_attention(query, keys, values, tables, torch.tensor(contexts, device=DEVICE), 768, 0.1)
+    decode_attention(query, keys, values, tables, torch.tensor(contexts, device=DEVICE), 768, 0.1)
 
 
 torch.manual_seed(0)

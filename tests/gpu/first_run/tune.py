@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from common import DEVICE, DRY, RESULTS, graph, left_s, save, say, sync, table, time_us
-from internals import attention, moe, router, select_compose
+from internals import attention, decode_attention, moe, router, select_compose
 
 WARM = "warm" in sys.argv
 FAMILIES = [word for word in sys.argv[1:] if word != "warm"] or ["route", "attend", "experts", "compose"]
@@ -112,7 +112,7 @@ def attend(kv: int, group: int, size: int, contexts: list[int], label: str) -> N
         with changed(attention, ENOUGH_PROGRAMS=enough, MAX_SPLITS=32 if enough == 256 else 64, blocks=tiles):
             measure(
                 f"attend {label}: programs {enough}, positions {positions or '-'}, warps {warps}, stages {stages}",
-                lambda _: attention.decode_attention(query, keys, values, tables, lengths, max(contexts), size**-0.5),
+                lambda _: decode_attention(query, keys, values, tables, lengths, max(contexts), size**-0.5),
                 1 if DRY else 4,
             )
 

@@ -31,8 +31,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.append(str(REPO / "tests" / "gpu"))
 
-import pretended
-from pretended import DEVICE, on_device, pretended_gpu
+from support import pretended
+from support.pretended import DEVICE, on_device, pretended_gpu
 
 NO_LAUNCH = {
     *("layer_norm", "matmul", "flatten", "to", "softmax", "contiguous", "numpy_T", "zeros", "scalar_tensor"),

@@ -17,10 +17,10 @@ from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, tensor_shapes
-from dsc_serve.model.ffn.dsc import Trace
+from dsc_serve.model.ffn.dsc import PickBuffers
 from dsc_serve.model.initial import preset_config
 from dsc_serve.model.reference import import_reference
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 
 __all__ = [
     "Chunk",
@@ -72,18 +72,18 @@ def capture():
 
 
 def decoder_layers(model: Decoder) -> list:
-    return model.blocks
+    return model.layers
 
 
 def keep_layers(model: Decoder, count: int) -> list:
     """Leave the model its first layers; returns those it had, for `restore_layers`."""
-    had = model.blocks
-    model.blocks = had[:count]
+    had = model.layers
+    model.layers = had[:count]
     return had
 
 
 def restore_layers(model: Decoder, had: list) -> None:
-    model.blocks = had
+    model.layers = had
 
 
 def ffn_layer(layer):
@@ -92,11 +92,11 @@ def ffn_layer(layer):
 
 
 def argmax_tokens(model: Decoder, hidden: Tensor) -> Tensor:
-    return model.likeliest(hidden)
+    return model.argmax_tokens(hidden)
 
 
 def kv_caches(model: Decoder, blocks: int) -> list:
-    return model.kv_pools(blocks, BLOCK)
+    return model.kv_caches(blocks, BLOCK)
 
 
 def plan_dsc_layers(model: Decoder) -> None:
@@ -110,7 +110,7 @@ def trace_dsc_layers(model: Decoder, tokens: int) -> None:
     k = model.config.ffn.atoms_per_token
     for layer in dsc_layers(model):
         picks = torch.zeros(tokens, k, dtype=torch.int32, device=model.device)
-        layer.trace = Trace(picks, torch.zeros(tokens, device=model.device))
+        layer.trace = PickBuffers(picks, torch.zeros(tokens, device=model.device))
 
 
 def ffn_kinds(runner: Runner) -> set[str]:
@@ -168,8 +168,8 @@ def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
 # The runner's inputs and steps.
 
 
-def capacity(model: Decoder, blocks: int, context: int) -> Limits:
-    return Limits(
+def capacity(model: Decoder, blocks: int, context: int) -> EngineCapacity:
+    return EngineCapacity(
         vocab_size=model.config.vocab_size,
         max_model_len=context,
         num_blocks=blocks,
@@ -195,7 +195,7 @@ def make_engine(runner: Runner, running: int, context: int) -> Engine:
 
 def is_prefilling(engine: Engine) -> bool:
     scheduler = engine.scheduler
-    return bool(scheduler.waiting) or any(request.gap > 1 for request in scheduler.running.values())
+    return bool(scheduler.waiting) or any(request.num_uncomputed > 1 for request in scheduler.running.values())
 
 
 def running_ids(engine: Engine) -> list[str]:
@@ -207,7 +207,7 @@ def graph_sizes(runner: Runner) -> list[int] | None:
 
 
 def fill_caches(runner: Runner, generator: torch.Generator) -> None:
-    for pair in runner.pools:
+    for pair in runner.kv_caches:
         for pool in pair:
             pool.normal_(generator=generator)
 
@@ -239,7 +239,7 @@ def pad(runner: Runner, rows: int, padded: int) -> None:
 def eager(runner: Runner, size: int) -> Tensor:
     """The hidden states of what lies in the inputs, without a graph."""
     held = runner._inputs.on_device(size, size)
-    return runner.model.hidden(StepBatch(*held, size, runner._longest, ()), runner.pools)
+    return runner.model.hidden(StepBatch(*held, size, runner._longest, ()), runner.kv_caches)
 
 
 def bucket(runner: Runner, size: int) -> int:

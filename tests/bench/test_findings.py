@@ -87,12 +87,23 @@ def test_a_winner_is_named_only_where_all_rounds_agree(ratio: Ratio, more: bool,
 
 
 def test_sentences_say_where_the_subject_wins_and_where_not() -> None:
-    itl, *_ = sentences(results({1: [11.0, 12.0, 11.0], 8: [8.0, 8.0, 8.5], 16: [9.0, 11.0, 10.0]}))
+    made = results({1: [11.0, 12.0, 11.0], 8: [8.0, 8.0, 8.5], 16: [9.0, 11.0, 10.0]})
+    itl, *rest = sentences(made)
     assert itl == (
         "Median time between tokens, dsc against moe: dsc wins: -20% (rounds -20% to -15%) at 8 streams; "
-        "moe wins: dsc is at +10% (rounds +10% to +20%) at 1 stream; "
-        "no difference that all rounds agree on: +0% (rounds -10% to +10%) at 16 streams."
+        "moe wins: dsc is at +10% (rounds +10% to +20%) at 1 stream."
     )
+    assert [text for text in rest if "difference" in text] == [
+        "No difference that all rounds agree on, by streams: dsc against moe: median time between tokens at 16, "
+        "tokens per second at 16, 99th percentile of the time to the first token at 16."
+    ]
+    assert "<td>-20% (-20% to -15%) *</td><td>+0% (-10% to +10%)</td>" in html_page(made), "the table has both"
+
+
+def test_what_never_differs_is_said_once_and_nothing_where_all_differs() -> None:
+    (even,) = (text for text in sentences(results({1: [10.0, 10.0], 8: [9.0, 11.0]})) if "against" in text)
+    assert even.endswith("first token at all loads.") and even.count("No difference") == 1
+    assert "difference" not in "".join(sentences(results({1: [5.0, 5.0]})))
 
 
 def test_sentences_hide_no_failures_and_tell_goodput() -> None:
@@ -223,6 +234,7 @@ def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
     assert text.startswith("# Title\n\n<!-- own: begin -->\n") and text.endswith("<!-- own: end -->\n\nend\n")
     assert "old" not in text and "| dsc | 200 |" in text and "![Throughput](plots/own-throughput.svg)" in text
     assert (tmp_path / "plots" / "own-throughput.svg").is_file() and "itl-p50" not in text
+    assert load_results(tmp_path / "own.results.json") == made and "(own.results.json)" in text
     CliRunner().invoke(report_command, [str(folder), *options])
     assert document.read_text(encoding="utf-8") == text, "the same again"
     with pytest.raises(ComparisonError, match="the document has no place for other"):

@@ -54,7 +54,8 @@ def test_every_system_gets_a_time_and_is_compared_with_our_moe(tmp_path: Path) -
     assert [row["system"] for row in rows] == names
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in rows)
     text = document.read_text(encoding="utf-8")
-    assert "| moe, loop |" in text
+    assert "| moe, loop |" in text and "(forward.results.json)" in text
+    assert (tmp_path / "forward.results.json").read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
     assert "`dsc-serve bench forward --sequences 2 --length 20 --repeats 2 --threads 1`, 20" in text and "cpu " in text
 
 

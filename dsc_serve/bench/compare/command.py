@@ -108,10 +108,11 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     """Write the report of FOLDER, which `bench compare` filled, again: as HTML there, or into a document.
 
     With --into, the tables replace what stands between the lines "<!-- NAME: begin -->" and "<!-- NAME: end -->";
-    charts are written as SVG into the folder plots beside the document.
+    charts are written as SVG into the folder plots beside the document, and the results as NAME.results.json, so that
+    the tables can be made again and audited.
     """
-    from dsc_serve.bench.compare.report import markdown, put_into, write_charts
-    from dsc_serve.bench.compare.results import load_results
+    from dsc_serve.bench.compare.report import audited, markdown, put_into, write_charts
+    from dsc_serve.bench.compare.results import load_results, save_results
 
     results = load_results(folder / RESULTS)
     if into is None:
@@ -119,10 +120,13 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
         return
     if not name:
         raise click.ClickException("--into needs --name")
-    document = put_into(into.read_text(encoding="utf-8"), name, markdown(results, f"plots/{name}", charts))
+    raw = f"{name}.{RESULTS}"
+    text = f"{audited(raw)}\n\n{markdown(results, f'plots/{name}', charts)}"
+    document = put_into(into.read_text(encoding="utf-8"), name, text)
     plots = into.parent / "plots"
     plots.mkdir(exist_ok=True)
     write_charts(results, plots / name, charts)
+    save_results(results, into.with_name(raw))
     into.write_text(document, encoding="utf-8")
 
 

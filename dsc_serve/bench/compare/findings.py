@@ -49,19 +49,24 @@ def sentences(results: Results) -> list[str]:
     measured = results.measured()
     if subject not in measured:
         return [f"{subject} was not measured, so nothing can be said of it."]
-    others = [name for name in (baseline, *measured) if name in measured and name != subject]
-    found = []
-    for other in dict.fromkeys(others):
-        for figure in COMPARED if other == baseline else COMPARED[:2]:
-            found.append(one_sentence(results, subject, other, figure))
-    for form in other_forms(results, subject, baseline):
-        found += [one_sentence(results, form, baseline, figure) for figure in COMPARED[:2] if baseline in measured]
+    found = [one_sentence(results, *pair) for pair in compared(results)]
+    found.append(even_sentence(results))
     found += goodput_sentences(results, subject, baseline)
     found += [text for name in measured for text in reservations(results, name)]
     load = results.machine.get("load_before")
     if load is not None and load > IDLE_LOAD:
         found.append(f"In the minute before the run something else used the machine: load average {load:g}.")
     return [text for text in found if text]
+
+
+def compared(results: Results) -> list[tuple[str, str, str]]:
+    """Whom, with whom, and by which figure: what `sentences` tells, in its order."""
+    subject, baseline = str(results.comparison["subject"]), str(results.comparison["baseline"])
+    measured = results.measured()
+    others = dict.fromkeys(name for name in (baseline, *measured) if name in measured and name != subject)
+    found = [(subject, other, one) for other in others for one in (COMPARED if other == baseline else COMPARED[:2])]
+    forms = other_forms(results, subject, baseline) if baseline in measured else []
+    return found + [(form, baseline, one) for form in forms for one in COMPARED[:2]]
 
 
 def other_forms(results: Results, subject: str, baseline: str) -> list[str]:
@@ -72,26 +77,61 @@ def other_forms(results: Results, subject: str, baseline: str) -> list[str]:
 
 
 def one_sentence(results: Results, subject: str, other: str, figure: str) -> str:
-    name, more = FIGURES[figure]
-    if figure == P99 and (of := few_requests(results, subject)):
-        name += f", of {of} requests a round and so nearly that of the slowest"
+    """Where one of the two wins, or where one round alone was measured; nothing where there is no difference."""
+    more = FIGURES[figure][1]
     groups: dict[str, list[str]] = {"better": [], "even": [], "worse": [], "unknown": []}
     for value in results.points("closed"):
         ratio = results.ratio(subject, other, "closed", value, figure)
         if ratio is not None:
             groups[verdict(ratio, more)].append(f"{percent(ratio)} at {counted(value, 'stream')}")
-    if not any(groups.values()):
-        return ""
     parts = []
     if groups["better"]:
         parts.append(f"{subject} wins: {', '.join(groups['better'])}")
     if groups["worse"]:
         parts.append(f"{other} wins: {subject} is at {', '.join(groups['worse'])}")
-    if groups["even"]:
-        parts.append(f"no difference that all rounds agree on: {', '.join(groups['even'])}")
     if groups["unknown"]:
         parts.append(f"by a single round, which tells nothing apart: {', '.join(groups['unknown'])}")
+    if not parts:
+        return ""
+    name = named(results, subject, figure)
     return f"{name[0].upper()}{name[1:]}, {subject} against {other}: {'; '.join(parts)}."
+
+
+def named(results: Results, subject: str, figure: str) -> str:
+    """A figure in words, with how little stands behind it."""
+    name = FIGURES[figure][0]
+    if figure == P99 and (of := few_requests(results, subject)):
+        name += f", of {of} requests a round and so nearly that of the slowest"
+    return name
+
+
+def even_sentence(results: Results) -> str:
+    """All that is no difference, said once; `ratio_rows` has its figures."""
+    groups: dict[str, list[str]] = {}
+    for subject, other, figure in compared(results):
+        more = FIGURES[figure][1]
+        ratios = {value: results.ratio(subject, other, "closed", value, figure) for value in results.points("closed")}
+        even = [f"{value:g}" for value, ratio in ratios.items() if ratio and verdict(ratio, more) == "even"]
+        if even:
+            where = "at all loads" if len(even) == len(ratios) else f"at {', '.join(even)}"
+            groups.setdefault(f"{subject} against {other}", []).append(f"{FIGURES[figure][0]} {where}")
+    if not groups:
+        return ""
+    listed = "; ".join(f"{pair}: {', '.join(figures)}" for pair, figures in groups.items())
+    return f"No difference that all rounds agree on, by streams: {listed}."
+
+
+def ratio_rows(results: Results) -> list[list[str]]:
+    """Every ratio that `sentences` speaks of: who to whom, the figure, and its median and rounds by streams."""
+    rows = []
+    for subject, other, figure in compared(results):
+        cells = []
+        for value in results.points("closed"):
+            ratio = results.ratio(subject, other, "closed", value, figure)
+            told = "" if ratio is None else percent(ratio).replace("rounds ", "")
+            cells.append(f"{told} *" if ratio and verdict(ratio, FIGURES[figure][1]) in ("better", "worse") else told)
+        rows.append([f"{subject} / {other}", FIGURES[figure][0], *cells])
+    return rows
 
 
 def few_requests(results: Results, system: str) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparisonError
-from dsc_serve.bench.compare.findings import Check, checks, sentences
+from dsc_serve.bench.compare.findings import Check, checks, counted, ratio_rows, sentences
 from dsc_serve.bench.compare.results import Contestant, Results
 from dsc_serve.bench.plot import Point, line_chart
 
@@ -151,12 +151,18 @@ def closed_tables(results: Results) -> list[Element]:
         return Table(title, head, rows)
 
     return [
+        compared_table(results),
         table("Output tokens per second", ("output_throughput",)),
         ratios(f"Median time between tokens, to that of {baseline}", "median_itl_ms"),
         ratios(f"Output tokens per second, to those of {baseline}", "output_throughput"),
         *(table(title, figures) for title, figures in LATENCIES.items()),
         used(results, points),
     ]
+
+
+def compared_table(results: Results) -> Table:
+    head = ("systems", "figure", *(counted(value, "stream") for value in results.points("closed")))
+    return Table("How far from equal, median (rounds); * where all rounds agree", head, ratio_rows(results))
 
 
 def used(results: Results, points: Sequence[float]) -> Table:
@@ -351,6 +357,11 @@ def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
             rows.insert(1, "|" + "---|" * len(block.head))
             parts.append(f"{block.title}:\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
+
+
+def audited(raw: str) -> str:
+    """The line that leads from a page of tables to the file of results that they were made from."""
+    return f"Every figure of every round: [{raw}]({raw})."
 
 
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:

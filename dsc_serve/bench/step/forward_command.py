@@ -21,14 +21,14 @@ from dsc_serve.output_file import OUTPUT_FILE
 @click.option(
     "--into",
     type=click.Path(dir_okay=False, exists=True, path_type=Path),
-    help="Also put the table into this Markdown file, between its marks for forward.",
+    help="Also put the table into this Markdown file, between its marks for forward, and the JSON beside it.",
 )
 def forward_command(json_file: Path | None, into: Path | None, **options: object) -> None:
     """Measure the forward pass of whole models over one batch: dense, MoE (ours, and as a loop) and DSC.
 
     The paper's own measurement: 16 sequences of 256 tokens, bfloat16, logits of every position, the mean of 50.
     """
-    from dsc_serve.bench.compare.report import put_into
+    from dsc_serve.bench.compare.report import audited, put_into
     from dsc_serve.bench.step.forward import ForwardBench, format_forward, run_forward
 
     if into is not None:
@@ -37,9 +37,13 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
     result = run_forward(bench, lambda line: click.echo(line, err=True))
     table = format_forward(result)
     click.echo(table)
+    whole = json.dumps(result.to_dict(), indent=2) + "\n"
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(whole, encoding="utf-8")
     if into is not None:
-        into.write_text(put_into(into.read_text(encoding="utf-8"), "forward", table), encoding="utf-8")
+        raw = into.with_name("forward.results.json")
+        raw.write_text(whole, encoding="utf-8")
+        text = f"{audited(raw.name)}\n\n{table}"
+        into.write_text(put_into(into.read_text(encoding="utf-8"), "forward", text), encoding="utf-8")
     if any(row.wrong for row in result.rows):
         raise SystemExit(1)

@@ -1,0 +1,254 @@
+"""All that these scripts use from inside dsc_serve and dsc_kernels: a rename there is followed in this file alone."""
+
+from __future__ import annotations
+
+import torch
+from common import CPU, DEVICE, DRY
+from torch import Tensor
+
+from dsc_kernels import ops
+from dsc_kernels.gpu import attention, layers, moe, router, select_compose
+from dsc_kernels.plan import Planner
+from dsc_serve import SamplingParams
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.graphs import CudaCapture
+from dsc_serve.engine.runner import Runner
+from dsc_serve.model.batch import Chunk, StepBatch
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.decoder import Decoder, dsc_layers, tensor_shapes
+from dsc_serve.model.ffn.dsc import PickBuffers
+from dsc_serve.model.initial import preset_config
+from dsc_serve.model.reference import import_reference
+from dsc_serve.sampling_params import EngineCapacity
+
+__all__ = [
+    "Chunk",
+    "Decoder",
+    "Engine",
+    "ModelConfig",
+    "Runner",
+    "SamplingParams",
+    "StepBatch",
+    "attention",
+    "dsc_layers",
+    "import_reference",
+    "layers",
+    "moe",
+    "ops",
+    "preset_config",
+    "router",
+    "select_compose",
+    "tensor_shapes",
+]
+
+BLOCK = 16
+STEP_TOKENS = 512
+
+
+class Again:
+    """What a graph is on a CPU: it computes again."""
+
+    def __init__(self, compute) -> None:
+        self.compute, self.out = compute, compute()
+
+    def replay(self) -> None:
+        self.out.copy_(self.compute())
+
+
+def capture():
+    """How the runner captures its decode steps: as CUDA graphs, or dry."""
+    if not DRY:
+        return CudaCapture()
+
+    def again(compute):
+        made = Again(compute)
+        return made, made.out
+
+    return again
+
+
+# A model's parts.
+
+
+def decoder_layers(model: Decoder) -> list:
+    return model.layers
+
+
+def keep_layers(model: Decoder, count: int) -> list:
+    """Leave the model its first layers; returns those it had, for `restore_layers`."""
+    had = model.layers
+    model.layers = had[:count]
+    return had
+
+
+def restore_layers(model: Decoder, had: list) -> None:
+    model.layers = had
+
+
+def ffn_layer(layer):
+    """The kernels' own layer in a decoder layer's FFN."""
+    return layer.ffn.layer
+
+
+def argmax_tokens(model: Decoder, hidden: Tensor) -> Tensor:
+    return model.argmax_tokens(hidden)
+
+
+def kv_caches(model: Decoder, blocks: int) -> list:
+    return model.kv_caches(blocks, BLOCK)
+
+
+def plan_dsc_layers(model: Decoder) -> None:
+    """As the engine does when it loads a model."""
+    for layer in dsc_layers(model):
+        layer.planner = Planner("auto", layer.shape, None)
+
+
+def trace_dsc_layers(model: Decoder, tokens: int) -> None:
+    """As the runner does that watches routing."""
+    k = model.config.ffn.atoms_per_token
+    for layer in dsc_layers(model):
+        picks = torch.zeros(tokens, k, dtype=torch.int32, device=model.device)
+        layer.trace = PickBuffers(picks, torch.zeros(tokens, device=model.device))
+
+
+def ffn_kinds(runner: Runner) -> set[str]:
+    """The modules whose layers serve."""
+    return {type(ffn_layer(layer)).__module__ for layer in decoder_layers(runner.model)}
+
+
+# Layers by themselves.
+
+
+def make_dsc(up: Tensor, down: Tensor, weight: Tensor, u: Tensor, v: Tensor, k: int):
+    d, atoms = up.shape[1], weight.shape[0]
+    bias, gamma = torch.zeros(atoms, device=DEVICE), torch.ones(d, device=DEVICE)
+    routing = {"router": weight, "router_bias": bias, "u": u, "v": v, "gamma": gamma, "k": k}
+    return layers.Ffn(up=up, gate=None, down=down, activation="gelu", **routing, tau=20.0, eps=1e-6, norm_eps=1e-5)
+
+
+def make_moe(weight: Tensor, up: Tensor, down: Tensor, experts: int, k: int):
+    """A gated mixture whose experts are all alike."""
+    return layers.Moe(weight[:experts], None, [up] * experts, [up] * experts, [down] * experts, "silu", k, True, 1e-5)
+
+
+def bank(layer) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.u, layer.v, layer.gamma
+
+
+def router_weight(layer) -> Tensor:
+    return layer.router
+
+
+def route_logits(layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    return layers.router_logits(x, layer.router, layer.router_bias, layer.tau, layer.norm_eps)
+
+
+def compose(layer, x: Tensor, atoms: Tensor, weights: Tensor, static: Tensor) -> Tensor:
+    latent = layers.contract(x, layer.u, atoms, weights)
+    return layers.expand(latent, layer.v, atoms, layer.gamma, static, x, x.dtype)
+
+
+def served(layer, x: Tensor, picks: Tensor, signal: Tensor) -> Tensor:
+    """A DSC layer as the engine calls it, which watches what is picked."""
+    return layer(x, x, False, picks, signal)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, longest: int, scale: float
+) -> Tensor:
+    return attention.decode_attention(query, keys, values, tables, lengths, longest, scale)
+
+
+def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    return moe.run_experts(x, weights, experts, layer.up, layer.gate, layer.down, layer.activation, x)
+
+
+# The runner's inputs and steps.
+
+
+def capacity(model: Decoder, blocks: int, context: int) -> EngineCapacity:
+    return EngineCapacity(
+        vocab_size=model.config.vocab_size,
+        max_model_len=context,
+        num_blocks=blocks,
+        block_size=BLOCK,
+        layers=model.config.num_hidden_layers,
+        atoms_per_token=getattr(model.config.ffn, "atoms_per_token", 0),
+    )
+
+
+def make_runner(model: Decoder, running: int, context: int) -> Runner:
+    blocks = running * -(-context // BLOCK) + 8
+    return Runner(model, capacity(model, blocks, context), max(STEP_TOKENS, running), running, capture())
+
+
+def make_engine(runner: Runner, running: int, context: int) -> Engine:
+    blocks = running * -(-context // BLOCK)
+    steps = max(STEP_TOKENS, running)
+    config = EngineConfig(
+        device=DEVICE.type, max_running=running, step_tokens=steps, itl_target_ms=1e6, prefix_cache=False
+    )
+    return Engine(config, capacity(runner.model, blocks, context), runner, (), routing=runner.routing)
+
+
+def is_prefilling(engine: Engine) -> bool:
+    scheduler = engine.scheduler
+    return bool(scheduler.waiting) or any(request.num_uncomputed > 1 for request in scheduler.running.values())
+
+
+def running_ids(engine: Engine) -> list[str]:
+    return list(engine.scheduler.running)
+
+
+def graph_sizes(runner: Runner) -> list[int] | None:
+    return None if runner.graphs is None else runner.graphs.sizes
+
+
+def fill_caches(runner: Runner, generator: torch.Generator) -> None:
+    for pair in runner.kv_caches:
+        for pool in pair:
+            pool.normal_(generator=generator)
+
+
+def fill(runner: Runner, contexts: list[int], seed: int = 0) -> None:
+    """Let the first rows of the runner's inputs be single tokens of sequences with these contexts."""
+    generator = torch.Generator(CPU).manual_seed(seed)
+    inputs = runner._inputs
+    inputs.wait()
+    inputs._held[:] = [None] * len(inputs._held)
+    order = torch.randperm(sum(-(-context // BLOCK) for context in contexts), generator=generator)
+    at = 0
+    for row, context in enumerate(contexts):
+        need = -(-context // BLOCK)
+        table = order[at : at + need]
+        at += need
+        inputs.tables[row, :need] = table
+        inputs.contexts[row] = context
+        ids, positions, blocks, offsets = inputs.tokens[:, row : row + 1]
+        ids[0] = int(torch.randint(runner.model.config.vocab_size, (1,), generator=generator))
+        positions[0], blocks[0], offsets[0] = context - 1, table[(context - 1) // BLOCK], (context - 1) % BLOCK
+
+
+def pad(runner: Runner, rows: int, padded: int) -> None:
+    runner._inputs.wait()
+    runner._inputs.pad(rows, padded, runner._spare_block)
+
+
+def eager(runner: Runner, size: int) -> Tensor:
+    """The hidden states of what lies in the inputs, without a graph."""
+    held = runner._inputs.on_device(size, size)
+    return runner.model.hidden(StepBatch(*held, size, runner._max_context_len, ()), runner.kv_caches)
+
+
+def bucket(runner: Runner, size: int) -> int:
+    return runner.graphs.bucket(size)
+
+
+def copy_inputs(runner: Runner, size: int) -> None:
+    runner._inputs.on_device(size, size)
+
+
+def replay(runner: Runner, size: int) -> Tensor:
+    return runner.graphs.replay(size)

@@ -1,0 +1,110 @@
+"""Every file of examples/ as a user runs it, against a real server on the embedded model."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.running_server import RunningServer, start_server, stop_server
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRACE = "routing_trace.py"
+LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
+TESTED = {"offline.py", "streaming.py", "structured_output.py", "routing_trace.py", "load_test.sh"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    server = start_server()
+    yield server
+    assert stop_server(server) == 0
+
+
+def output(name: str, *arguments: str) -> str:
+    """What an example prints; it must end well, and in time."""
+    program = ["bash"] if name.endswith(".sh") else [sys.executable]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [*program, str(EXAMPLES / name), *arguments],
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_and_listed() -> None:
+    assert {file.name for file in EXAMPLES.iterdir() if file.is_file()} == TESTED | {"README.md"}
+    assert set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))) >= TESTED
+
+
+def test_offline() -> None:
+    lines = output("offline.py").splitlines()
+    told = [re.fullmatch(r"([01])  (['\"]).+\2  \((\d+) tokens, (length|stop)\)", line) for line in lines[:-1]]
+    assert [found and found.group(1) for found in told] == ["0", "0", "1", "0"]
+    assert lines[1] != lines[2], "two choices"
+    assert 0 < float(lines[-1].split()[0]) < 10
+
+
+def test_streaming(server: RunningServer) -> None:
+    text, counts = output("streaming.py", server.url).rsplit("\n[", 1)
+    said = server.post("/v1/completions", prompt="Once upon a time", max_tokens=32, temperature=0.7, seed=3).json()
+    assert text == said["choices"][0]["text"]
+    assert counts.startswith(f"{said['usage']['prompt_tokens']} tokens in, {said['usage']['completion_tokens']} out]")
+
+
+def test_structured_output(server: RunningServer) -> None:
+    city, date = output("structured_output.py", server.url).splitlines()
+    made = ast.literal_eval(city)
+    assert made.keys() == {"city", "population", "climate"} and made["climate"] in ("dry", "mild", "wet")
+    assert isinstance(made["population"], int) and re.fullmatch(r"1\d{3}-[01]\d-[0-3]\d", date)
+
+
+def test_routing_trace(server: RunningServer) -> None:
+    head, *rows, last = output(TRACE, server.url, "The city and the cities").splitlines()
+    layers = len(re.findall(r"layer \d", head))
+    traced = server.post("/v1/dsc/trace", prompt="The city and the cities", top_k_atoms=2).json()["dsc"]["routing"]
+    assert layers == len(traced["atoms"][0]) and len(rows) == len(traced["token_ids"])
+    for row, picks in zip(rows, traced["atoms"], strict=True):
+        assert row.split()[-layers:] == [",".join(map(str, layer)) for layer in picks]
+    assert re.fullmatch(r"the dynamic part is strongest at '.*': signal \d\.\d\d", last)
+
+
+def test_the_readme_shows_what_its_requests_give(server: RunningServer) -> None:
+    """Texts and picks may differ with the processor's instructions, the rest may not."""
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    ((path, body, shown),) = re.findall(r"^\$ curl \S+8000(\S+) .* -d '(.*)'\n(\{.*\})$", readme, re.MULTILINE)
+    answer, example = server.post(path, **json.loads(body)).json(), json.loads(shown)
+    assert shape(answer) == shape(example) and answer["usage"] == example["usage"]
+    (table,) = re.findall(r"^\$ \S+python examples/routing_trace.py .*\n((?:[^`\n]+\n)+)", readme, re.MULTILINE)
+    told, given = (
+        [re.split(r"  +", line) for line in text.splitlines()] for text in (table, output(TRACE, server.url))
+    )
+    assert told[0] == given[0] and [row[0] for row in told[1:-1]] == [row[0] for row in given[1:-1]]
+
+
+def shape(value: object) -> object:
+    """Names and types, without values."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items()}
+    return [shape(inner) for inner in value] if isinstance(value, list) else type(value)
+
+
+def test_load_test(server: RunningServer) -> None:
+    counted = 'dsc_serve_generations_total{finish_reason="length"}'
+    before = server.metrics().get(counted, 0)
+    told = output("load_test.sh", server.url, "16")
+    assert re.findall(r"requests (completed|failed) +(\d+)", told) == [("completed", "16"), ("failed", "0")] * 2
+    assert len(re.findall(r"^output throughput +[1-9]", told, re.MULTILINE)) == 2
+    assert len(re.findall(r"^goodput", told, re.MULTILINE)) == 1
+    assert server.metric(counted) - before >= 32

@@ -65,7 +65,7 @@ class Norm:
         return ops.norm(x, *self.weights)
 
 
-class DecoderLayer:
+class TransformerLayer:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
 
@@ -107,7 +107,7 @@ class Decoder:
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
-            self.layers.append(DecoderLayer(norms[0], attention, norms[1], ffn))
+            self.layers.append(TransformerLayer(norms[0], attention, norms[1], ffn))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
@@ -132,7 +132,7 @@ class Decoder:
         out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
         return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
-    def new_kv_caches(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
+    def kv_caches(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 

@@ -110,7 +110,7 @@ class Forward:
 
     def __init__(self, model: Decoder, batch: StepBatch) -> None:
         self.model, self._batch = model, batch
-        self._kv_caches = model.new_kv_caches(int(batch.block_tables.numel()), BLOCK)
+        self._kv_caches = model.kv_caches(int(batch.block_tables.numel()), BLOCK)
 
     def hidden(self) -> Tensor:
         return self.model.hidden(self._batch, self._kv_caches)

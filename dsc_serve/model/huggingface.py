@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, generation_eos, read_json
-from dsc_serve.text.chat import TEMPLATE_FILE
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from dsc_serve.text.tokenizer import FILES, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ SCALINGS: dict[str, tuple[str, ...]] = {
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
-COPIED = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE)
 
 
 def import_huggingface(folder: Path, out: Path) -> ModelConfig:
@@ -54,7 +52,7 @@ def import_huggingface(folder: Path, out: Path) -> ModelConfig:
     config = huggingface_config(folder, None if tokenizer is None else tokenizer.eos_token_id)
     tensors = load_tensors(weight_files(folder))
     save_checkpoint(config, serving_tensors(tensors, config), out)
-    for name in COPIED:
+    for name in FILES:
         if tokenizer is not None and (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     return config

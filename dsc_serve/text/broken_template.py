@@ -1,0 +1,22 @@
+"""What stands for a chat template that cannot be used: only chats need one, so only they fail."""
+
+from __future__ import annotations
+
+from dsc_serve.text.chat import ChatTemplate, ChatTemplateError
+
+
+class BrokenTemplate(ChatTemplate):
+    """fault: what is wrong with the template, in one line."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def render(self, messages: object, add_generation_prompt: bool = True) -> str:
+        """Raises ChatTemplateError."""
+        raise ChatTemplateError(f"this model's chat template is broken: {self.fault}")
+
+    def check(self) -> None:
+        """Nothing: it is known."""
+
+    def warm(self) -> None:
+        """Nothing: it is never rendered."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
 from dsc_serve.text.chat import ChatTemplate, ChatTemplateError
+
+log = logging.getLogger(__name__)
 
 
 class BrokenTemplate(ChatTemplate):
@@ -20,3 +26,12 @@ class BrokenTemplate(ChatTemplate):
 
     def warm(self) -> None:
         """Nothing: it is never rendered."""
+
+
+def usable(source: Path, load: Callable[[], ChatTemplate | None]) -> ChatTemplate | None:
+    """The template that `load` gives; a BrokenTemplate where it raises ChatTemplateError, with a warning."""
+    try:
+        return load()
+    except ChatTemplateError as error:
+        log.warning("%s: chats cannot be served: %s", source, error)
+        return BrokenTemplate(str(error))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
 
-from dsc_serve.text.broken_template import BrokenTemplate
-from dsc_serve.text.chat import TEMPLATE_FILE, ChatTemplate, ChatTemplateError, load_chat_template, one_line
+from dsc_serve.text.broken_template import usable
+from dsc_serve.text.chat import TEMPLATE_FILE, ChatTemplate, load_chat_template, one_line
 from dsc_serve.text.pieces import Decoding, Pieces
 from dsc_serve.text.special_tokens import ADDED_FILE, MAP_FILE, complete, read_object
 from dsc_serve.text.special_tokens import CONFIG_FILE as CONFIG_FILE
@@ -20,8 +19,6 @@ TOKENIZER_FILE = "tokenizer.json"
 FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, ADDED_FILE, TEMPLATE_FILE)
 # without the "Fast" that some have behind
 FLAGGED_CLASSES = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer"}
-
-log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -76,12 +73,7 @@ class Tokenizer:
             raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
         config = read_config(folder / CONFIG_FILE)
         named = complete(backend, folder, config)
-        template: ChatTemplate | None
-        try:
-            template = load_chat_template(folder, config, named)
-        except ChatTemplateError as error:
-            log.warning("%s: chats cannot be served: %s", folder, error)
-            template = BrokenTemplate(str(error))
+        template = usable(folder, lambda: load_chat_template(folder, config, named))
         try:
             return cls.of(backend, config, named, template)
         except ValueError as error:

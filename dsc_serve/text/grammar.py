@@ -100,6 +100,9 @@ class Grammars:
         return Constraint(matcher.deep_copy(), self._vocab_size, self._ends)
 
     def _compile(self, asked: StructuredOutputs) -> llguidance.LLMatcher:
+        if not self._tokenizer.local:
+            message = f"{FIELD} cannot be used: with this model's tokenizer a token's text depends on those around it"
+            raise ParameterError(FIELD, message)
         if self._vocabulary is None:
             vocabulary = llguidance.TokenizerWrapper(Vocabulary(self._tokenizer, self._vocab_size))
             self._vocabulary = llguidance.LLTokenizer(vocabulary, n_vocab=self._vocab_size + 1)

@@ -12,9 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models
 
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 from dsc_serve.text.detokenize import IncrementalDetokenizer
-from dsc_serve.text.grammar import Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
 TOKENS = [
@@ -187,12 +185,6 @@ def test_common_decoders_are_local() -> None:
         [decoders.BPEDecoder()],
     ]
     assert [steps for steps in others if Tokenizer(library(steps)).local] == []
-
-
-def test_grammars_are_refused_where_a_token_s_text_depends_on_its_neighbours() -> None:
-    tokenizer = Tokenizer(library([decoders.Fuse(), decoders.Replace("ab", "c")]))
-    with pytest.raises(ParameterError, match="a token's text depends on those around it"):
-        Grammars(tokenizer, tokenizer.vocab_size).constraint(StructuredOutputs(regex="a+"))
 
 
 def test_a_step_that_would_match_everywhere_is_refused() -> None:

@@ -68,6 +68,9 @@ def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
         ]
         tokenizer.add_tokens(added)
     named = named_tokens(metadata, tokens)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    marks = [AddedToken(token, normalized=False, special=True) for token in named.values() if token not in known]
+    tokenizer.add_tokens(marks)
     frame(tokenizer, metadata, named, adds_bos)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     if isinstance(metadata.get("chat_template"), str):

@@ -20,6 +20,7 @@ from dsc_serve import LLM
 from dsc_serve.model.checkpoint import load_tensors
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config
 from dsc_serve.model.gguf import INNER, OUTER, import_gguf
+from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -281,6 +282,21 @@ def test_a_file_with_or_without_a_name_for_its_cuts_comes_back(pre: str | None, 
     begins = [vocabulary["bos_token_id"]] if pre in ("falcon3", "pixtral", "tekken") else []
     assert tokenizer.encode("Hello")[:-1] == begins
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level_vocabulary(), sentencepiece_vocabulary()], ids=["bytes", "pieces"])
+def test_named_tokens_are_marks_before_and_after_an_import(vocabulary: dict[str, Any], tmp_path: Path) -> None:
+    named = [vocabulary["tokens"][i] for name, i in vocabulary.items() if name.endswith("_id")]
+    vocabulary = vocabulary | {"kinds": [1] * len(vocabulary["tokens"])}
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    imported, converted = Tokenizer.load(tmp_path / "out"), Tokenizer(converted_tokenizer(vocabulary)[0])
+    assert imported is not None and len(named) > 1
+    for token in named:
+        ids = imported.encode(f"He{token}", add_special_tokens=False)
+        assert ids == converted.encode(f"He{token}", add_special_tokens=False)
+        assert ids[-1] == vocabulary["tokens"].index(token)
+        assert imported.is_special(ids[-1]) and converted.is_special(ids[-1])
 
 
 def refused_tensor(writer: gguf.GGUFWriter) -> None:

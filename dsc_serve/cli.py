@@ -267,12 +267,15 @@ def import_gguf(file: Path, out: Path, dtype: str) -> None:
 
 
 def _report_import(config: Any, out: Path) -> None:
+    from dsc_serve.text.broken_template import BrokenTemplate
     from dsc_serve.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(out)
     text = "no tokenizer.json: it works with token ids only"
     if tokenizer is not None:
-        template = "a" if tokenizer.chat_template is not None else "no"
+        template = "no" if tokenizer.chat_template is None else "a"
+        if isinstance(tokenizer.chat_template, BrokenTemplate):
+            template = "a broken"
         text = f"tokenizer of {tokenizer.vocab_size} tokens, {template} chat template"
     click.echo(f"{out}: {config.num_hidden_layers} layers of width {config.hidden_size}; {text}")
 

@@ -271,6 +271,11 @@ class _Grammars:
         return grammar
 
     def _remembered(self, key: bytes) -> str:
+        """What is known to be wrong with a grammar, or "": what took too long of late, or anything with a tokenizer
+        that no grammar can follow.
+        """
+        if not self._tokenizer.local:
+            return f"{FIELD} cannot be used: with this model's tokenizer a token's text depends on those around it"
         error, until = self._refused.get(key, ("", 0.0))
         if error and time.monotonic() > until:
             del self._refused[key]

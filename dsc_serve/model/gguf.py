@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
-from dsc_serve.text.gguf_tokenizer import ENDS, ConversionError, converted_tokenizer
+from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer, start_and_ends
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 # architecture → whether its rows of q and k lie interleaved, as rotary positions by neighbouring pairs want them
@@ -36,7 +36,6 @@ INNER = {
     "ffn_down": "mlp.down_proj",
 }
 DIVISORS = "rope_freqs.weight"
-END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> ModelConfig:
@@ -78,7 +77,7 @@ class Metadata:
     """The fields of a GGUF file."""
 
     def __init__(self, reader: GGUFReader, file: Path) -> None:
-        self._fields, self._file = reader.fields, file
+        self._fields, self.file = reader.fields, file
 
     def get(self, name: str) -> Any:
         field = self._fields.get(name)
@@ -89,16 +88,16 @@ class Metadata:
         value = self.get(name)
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else "number"
-            raise CheckpointError(f"{self._file}: {name} is {value!r}, expected {wanted}")
+            raise CheckpointError(f"{self.file}: {name} is {value!r}, expected {wanted}")
         return value
 
     def refuse(self, name: str, neutral: Any, supported: str) -> None:
         value = self.get(name)
         if value is not None and value != neutral:
-            raise CheckpointError(f"{self._file}: {name} is {value!r}; supported: {supported}")
+            raise CheckpointError(f"{self.file}: {name} is {value!r}; supported: {supported}")
 
     def checked(self, fields: dict[str, Any]) -> ModelConfig:
-        return checked_config(fields, str(self._file))
+        return checked_config(fields, str(self.file))
 
     def tokenizer(self) -> dict[str, Any]:
         """The fields below `tokenizer.`, without that prefix and without `ggml.`."""
@@ -125,10 +124,10 @@ def gguf_config(
     metadata.refuse(f"{architecture}.rope.dimension_count", head_dim, "rotary positions in all dimensions of a head")
     metadata.refuse(f"{architecture}.attention.sliding_window", context, "attention to the whole context")
     embedding = tensors.get("model.embed_tokens.weight")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    named = {metadata.get(f"tokenizer.ggml.{name}") for name in END_FIELDS} - {None}
-    called = {i for i, token in enumerate(tokens) if token in ENDS} if isinstance(tokens, list) else set()
-    eos = sorted(named | called)
+    try:
+        bos, eos = start_and_ends(metadata.tokenizer(), 0 if embedding is None else embedding.shape[0])
+    except ConversionError as error:
+        raise CheckpointError(f"{metadata.file}: {error}") from None
     fields = {
         "vocab_size": None if embedding is None else embedding.shape[0],
         "hidden_size": width,
@@ -146,7 +145,7 @@ def gguf_config(
         "hidden_act": "silu",
         "mlp_gated": True,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": bos,
         "eos_token_id": eos or None,
         "ffn": {
             "kind": "dense",

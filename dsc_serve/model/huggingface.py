@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
-from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, generation_eos, read_json
-from dsc_serve.text.chat import TEMPLATE_FILE
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, read_json
+from dsc_serve.text.tokenizer import FILES, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ SCALINGS: dict[str, tuple[str, ...]] = {
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
-COPIED = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE)
 
 
 def import_huggingface(folder: Path, out: Path) -> ModelConfig:
@@ -54,7 +52,7 @@ def import_huggingface(folder: Path, out: Path) -> ModelConfig:
     config = huggingface_config(folder, None if tokenizer is None else tokenizer.eos_token_id)
     tensors = load_tensors(weight_files(folder))
     save_checkpoint(config, serving_tensors(tensors, config), out)
-    for name in COPIED:
+    for name in FILES:
         if tokenizer is not None and (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     return config
@@ -74,10 +72,12 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
     if form is None:
         raise CheckpointError(f"{path}: architecture {name!r} is not supported; supported: {', '.join(FORMS)}")
     _refuse_unsupported(content, form, path)
-    eos = generation_eos(folder / "generation_config.json") or content.get("eos_token_id")
-    ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-    if tokenizer_eos is not None and tokenizer_eos not in ends:
-        ends.append(tokenizer_eos)
+    size = content.get("vocab_size")
+    ends = known_tokens(generation_end(folder / "generation_config.json"), size)
+    ends = ends or known_tokens(content.get("eos_token_id"), size)
+    if tokenizer_eos not in ends:
+        ends += known_tokens(tokenizer_eos, size)
+    bos = known_tokens(content.get("bos_token_id"), size)
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     head_dim = content.get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
@@ -99,7 +99,7 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
         "hidden_act": content.get("hidden_act", "silu"),
         "mlp_gated": True,
         "tie_word_embeddings": content.get("tie_word_embeddings", False),
-        "bos_token_id": content.get("bos_token_id"),
+        "bos_token_id": bos[0] if len(bos) == 1 else bos or None,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "ffn": {
             "kind": "dense",
@@ -108,6 +108,23 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
         },
     }
     return checked_config(fields, str(path))
+
+
+def known_tokens(value: Any, vocab_size: Any) -> list[Any]:
+    """The token ids of a field, without those that the model does not have.
+
+    People write -1 for none, and keep the ids of a larger vocabulary: such a token never comes. What is no id at all
+    stays, to be refused by its name.
+    """
+    values = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if not isinstance(vocab_size, int):
+        return values
+    return [id for id in values if not isinstance(id, int) or 0 <= id < vocab_size]
+
+
+def generation_end(path: Path) -> Any:
+    """`eos_token_id` of `generation_config.json`, which goes before that of `config.json`. Raises CheckpointError."""
+    return read_json(path).get("eos_token_id") if path.exists() else None
 
 
 def _refuse_unsupported(content: Mapping[str, Any], form: Form, path: Path) -> None:

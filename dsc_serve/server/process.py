@@ -26,6 +26,7 @@ from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.logs import logging_to
 from dsc_serve.server.protocol import HttpConnection
 from dsc_serve.server.service import Service
+from dsc_serve.text.broken_template import checked
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.files import file_limit, raise_file_limit
 from dsc_serve.worker.messages import ModelInfo
@@ -42,7 +43,7 @@ BACKLOG = 2048  # connections that the system holds until they are taken
 def serve(config: ServerConfig) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then stop the engine. Prints the address and how to try it.
 
-    Raises ConfigError, TokenizerError, ChatTemplateError or EngineStartError when it cannot start.
+    Raises ConfigError, TokenizerError or EngineStartError when it cannot start.
     """
     ring = KeyRing.of(config)
     tls_context(config)
@@ -50,7 +51,7 @@ def serve(config: ServerConfig) -> None:
     most_connections(config)
     tokenizer = Tokenizer.load(resolve_model(config.engine.model))
     if tokenizer is not None and tokenizer.chat_template is not None:
-        tokenizer.chat_template.check()
+        tokenizer.chat_template = checked(resolve_model(config.engine.model), tokenizer.chat_template)
     # Listened on first: an address that is taken should not cost the time of loading a model.
     with (
         bind(config.host, config.port, config.limits.send_buffer_bytes) as listener,

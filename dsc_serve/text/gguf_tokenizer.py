@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dsc_serve.text.chat import one_line
+from dsc_serve.text.cuts import CUTS
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# how OpenAI's and most later byte-level tokenizers cut words; {} is how many digits stay together
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-DIGIT = r"\p{N}"
 # Tokens that end a text by what they are called, as llama.cpp has it: most files name only one of theirs as an end.
 ENDS = {
     *("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>"),
@@ -40,36 +33,8 @@ class Kind(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How a byte-level tokenizer cuts a text before merging: by each of `patterns` in turn.
-
-    whole_words: a word that is a token stays one, whatever the merges. bos: added unless the file says otherwise.
-    """
-
-    patterns: tuple[str, ...]
-    composed: bool = False
-    whole_words: bool = False
-    bos: bool = False
-
-
-BY_GPT2 = Cut((GPT2,))
-BY_DIGITS = Cut((DIGIT, GPT2))
-LLAMA3 = Cut((WORDS.format("{1,3}"),), whole_words=True, bos=True)
-QWEN2 = Cut((WORDS.format(""),), composed=True)
-CUTS = {
-    "gpt-2": BY_GPT2,
-    "mpt": BY_GPT2,
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-    "smollm": BY_DIGITS,
-    "starcoder": BY_DIGITS,
-    "refact": BY_DIGITS,
-    "command-r": Cut((DIGIT, GPT2), composed=True),
-}
+# Special tokens of files that name none, or one that they do not have, as SentencePiece itself numbers them.
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
 def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
@@ -103,6 +68,9 @@ def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
         ]
         tokenizer.add_tokens(added)
     named = named_tokens(metadata, tokens)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    marks = [AddedToken(token, normalized=False, special=True) for token in named.values() if token not in known]
+    tokenizer.add_tokens(marks)
     frame(tokenizer, metadata, named, adds_bos)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     if isinstance(metadata.get("chat_template"), str):
@@ -112,16 +80,35 @@ def converted_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[st
 
 def named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
     """The texts of the special tokens that the file names, as `tokenizer_config.json` calls them."""
-    fields = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    named = {}
-    for field, name in fields.items():
-        token = metadata.get(f"{field}_token_id")
-        if token is None:
-            continue
-        if not 0 <= token < len(tokens):
-            raise ConversionError(f"tokenizer.ggml.{field}_token_id is {token}; allowed: 0 to {len(tokens) - 1}")
-        named[f"{name}_token"] = tokens[token]
-    return named
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    ids = {name: special_id(metadata, field, len(tokens)) for field, name in names.items()}
+    return {f"{name}_token": tokens[id] for name, id in ids.items() if id is not None}
+
+
+def special_id(metadata: Mapping[str, Any], field: str, size: int) -> int | None:
+    """The id of a special token ("bos", "eos", "eot", "eom", "unknown", "padding"); None where the file has none.
+
+    metadata: as in `converted_tokenizer`. One that is not below `size` counts for none, as in llama.cpp: such files
+    were made from configurations that say -1, or of a larger vocabulary. Raises ConversionError when it is no number.
+    """
+    token = metadata.get(f"{field}_token_id")
+    if token is not None and not isinstance(token, int):
+        raise ConversionError(f"tokenizer.ggml.{field}_token_id is {token!r}; it must be a number")
+    if token is None or not 0 <= token < size:
+        token = SENTENCEPIECE_IDS.get(field, size) if metadata.get("model") == "llama" else size
+    return token if token < size else None
+
+
+def start_and_ends(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int | None, list[int]]:
+    """The token before a text and those that end one, of those that the model has.
+
+    metadata: as in `converted_tokenizer`. vocab_size: how many tokens the model has. Raises ConversionError.
+    """
+    tokens = metadata.get("tokens")
+    tokens = tokens[:vocab_size] if isinstance(tokens, list) else []
+    named = [special_id(metadata, field, len(tokens)) for field in ("eos", "eot", "eom")]
+    ends = {i for i, token in enumerate(tokens) if token in ENDS}.union(id for id in named if id is not None)
+    return special_id(metadata, "bos", len(tokens)), sorted(ends)
 
 
 def frame(tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str, str], adds_bos: bool) -> None:
@@ -144,8 +131,8 @@ def frame(tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str,
 
 def byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
     """Byte-level BPE with the file's merges."""
-    name = metadata.get("pre", "")
-    cut = CUTS.get(name)
+    name = metadata.get("pre") or "default"
+    cut = CUTS.get(name) if isinstance(name, str) else None
     if cut is None:
         raise ConversionError(f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(CUTS)}")
     merges = metadata.get("merges")
@@ -179,7 +166,7 @@ def sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[T
         known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         pairs += [(-score, pair) for pair in known]
     pairs.sort(key=lambda entry: entry[0])
-    unknown = metadata.get("unknown_token_id")
+    unknown = special_id(metadata, "unknown", len(tokens))
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,

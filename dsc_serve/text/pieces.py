@@ -1,41 +1,35 @@
 """The bytes that each token adds to a text.
 
 A token is seen as bytes, not as text: a character may be spread over tokens, and only the joined bytes say what it is.
-For every decoder supported here a token's bytes do not depend on its neighbours, only on whether it comes first.
+With most decoders a token's bytes depend on its neighbours only at the very start of a text; those of the others are
+worked out as the text grows.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import re
+from threading import Lock
+from typing import Any
 
 import tokenizers
 
-LOCAL_DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from dsc_serve.text.decoder_steps import byte_alphabet as byte_alphabet
+from dsc_serve.text.decoder_steps import byte_level_bytes
+from dsc_serve.text.decoding import Chain, is_local
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte: printable ones stand for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if chr(byte) not in alphabet)
-    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-def decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, object]]:
-    """The tokenizer's decoder as a flat list of its steps."""
+def decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]] | None:
+    """The tokenizer's decoder as a flat list of its steps; None when it has none."""
+    if backend.decoder is None:
+        return None
     # Only the decoder is wanted, but the library serialises nothing less than a whole tokenizer: use an empty one.
     shell = tokenizers.Tokenizer(tokenizers.models.BPE())
-    if backend.decoder is not None:
-        shell.decoder = backend.decoder
+    shell.decoder = backend.decoder
     pending = [json.loads(shell.to_str())["decoder"]]
-    steps: list[dict[str, object]] = []
+    steps: list[dict[str, Any]] = []
     while pending:
         step = pending.pop(0)
-        if step is None:
-            continue
         if step["type"] == "Sequence":
             pending[:0] = step["decoders"]
         else:
@@ -46,23 +40,23 @@ def decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, object]]:
 class Pieces:
     """Bytes of each token of a tokenizer, worked out when first asked for.
 
-    Raises ValueError when the decoder is of a kind whose tokens cannot be told apart from their neighbours.
+    local: a token adds the same bytes wherever it stands after the start of a text.
+    Raises ValueError when the decoder has a step of an unsupported kind.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int) -> None:
         steps = decoder_steps(backend)
-        kinds = {str(step["type"]) for step in steps}
-        unknown = kinds.difference(LOCAL_DECODERS)
-        if unknown:
-            raise ValueError(f"decoder {sorted(unknown)[0]} is not supported; allowed: {', '.join(LOCAL_DECODERS)}")
-        if "ByteLevel" in kinds and not kinds <= {"ByteLevel", "Fuse"}:
-            raise ValueError(f"decoder ByteLevel is not supported together with {', '.join(sorted(kinds))}")
-        if any(step["type"] == "Strip" and step["stop"] for step in steps):
-            raise ValueError("decoder Strip is not supported with a stop above 0")
+        kinds = [step["type"] for step in steps or ()]
+        # As the first step it is done here, where added tokens, which are text, are known.
+        self._byte_level = "ByteLevel" in kinds and set(kinds[: kinds.index("ByteLevel")]) <= {"Fuse"}
+        if steps is not None and self._byte_level:
+            steps = [{"type": "Fuse"}, *steps[kinds.index("ByteLevel") + 1 :]]
+        self.local = steps is None or is_local(steps)
         self._backend = backend
-        self._decoder = backend.decoder
-        self._alphabet = byte_alphabet() if "ByteLevel" in kinds else None
-        self._byte_fallback = "ByteFallback" in kinds
+        self._steps = steps
+        self._settled = Chain(steps)  # shared where tokens are local, as nothing is held back then
+        self._settled.settle()
+        self._lock = Lock()
         self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
         self._cache: list[bytes | None] = [None] * vocab_size
 
@@ -71,31 +65,68 @@ class Pieces:
         return 0 <= token_id < len(self._cache) and self._backend.id_to_token(token_id) is not None
 
     def following(self, token_id: int) -> bytes:
-        """Bytes that the token adds after other tokens; none for ids that the tokenizer does not have."""
+        """Bytes that the token adds after other tokens; none for ids that the tokenizer does not have.
+
+        Where tokens are not local: after others that it has no dealings with.
+        """
         if not 0 <= token_id < len(self._cache):
             return b""
         piece = self._cache[token_id]
         if piece is None:
-            piece = self._cache[token_id] = self._bytes(token_id, first=False)
+            piece = self._cache[token_id] = self._after_others(token_id)
         return piece
 
     def leading(self, token_id: int) -> bytes:
         """Bytes of the token at the very start of a text, where some tokenizers drop the space before a word."""
-        return self._bytes(token_id, first=True) if 0 <= token_id < len(self._cache) else b""
+        decoding = self.decoding()
+        return decoding.push(token_id) + decoding.ending()
 
-    def _bytes(self, token_id: int, first: bool) -> bytes:
-        token = self._backend.id_to_token(token_id)
+    def decoding(self) -> Decoding:
+        """A text that begins."""
+        return Decoding(self, Chain(self._steps))
+
+    def source(self, token_id: int) -> bytes | None:
+        """The token itself, from which the decoder makes text; None for an id that the tokenizer does not have."""
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < len(self._cache) else None
         if token is None:
+            return None
+        return byte_level_bytes(token.encode()) if self._byte_level and token_id not in self._added else token.encode()
+
+    def _after_others(self, token_id: int) -> bytes:
+        source = self.source(token_id)
+        if source is None:
             return b""
-        if self._alphabet is not None:
-            if token_id in self._added or not all(char in self._alphabet for char in token):
-                return token.encode()
-            return bytes(self._alphabet[char] for char in token)
-        byte = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
-        if byte is not None and (not first or byte[1] != "20"):
-            return bytes.fromhex(byte[1])
-        if self._decoder is None:
-            return token.encode() if first else b" " + token.encode()
-        # What the token adds after a plain letter, which no decoder changes.
-        text: str = self._decoder.decode([token] if first else ["a", token])
-        return (text if first else text.removeprefix("a")).encode()
+        if self.local:
+            with self._lock:
+                return self._settled.push(source)
+        chain = copy.deepcopy(self._settled)
+        return chain.push(source) + chain.end()
+
+
+class Decoding:
+    """The bytes of one text, token by token: those that no later token can change."""
+
+    def __init__(self, pieces: Pieces, chain: Chain) -> None:
+        self._pieces = pieces
+        self._chain: Chain | None = chain  # None once each token adds its own bytes
+
+    @property
+    def settled(self) -> bool:
+        """Whether from here on each token adds the bytes of `Pieces.following`."""
+        return self._chain is None
+
+    def push(self, token_id: int) -> bytes:
+        """What becomes certain with this token; none for an id that the tokenizer does not have."""
+        if self._chain is None:
+            return self._pieces.following(token_id)
+        source = self._pieces.source(token_id)
+        if source is None:
+            return b""
+        piece = self._chain.push(source)
+        if self._pieces.local and self._chain.settled:
+            self._chain = None
+        return piece
+
+    def ending(self) -> bytes:
+        """What would follow if no more tokens came."""
+        return b"" if self._chain is None else copy.deepcopy(self._chain).end()

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import tokenizers
 
-from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.panics import PanicError, panics_as_errors
-from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, one_line
-from dsc_serve.text.pieces import Pieces
+from dsc_serve.text.broken_template import usable
+from dsc_serve.text.chat import TEMPLATE_FILE, ChatTemplate, load_chat_template, one_line
+from dsc_serve.text.pieces import Decoding, Pieces
+from dsc_serve.text.special_tokens import ADDED_FILE, MAP_FILE, complete, read_object
+from dsc_serve.text.special_tokens import CONFIG_FILE as CONFIG_FILE
+from dsc_serve.text.special_tokens import TokenizerError as TokenizerError
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
+# All that a model folder may hold of a tokenizer.
+FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, ADDED_FILE, TEMPLATE_FILE)
 MOST_TOKENS = 2**22  # a place is kept for each; vocabularies of the field have up to 2**18
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be used or a text that cannot be encoded; one line."""
+# without the "Fast" that some have behind
+FLAGGED_CLASSES = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer"}
 
 
 class Tokenizer:
@@ -30,7 +32,7 @@ class Tokenizer:
     vocab_size: one more than the highest token id. eos_token_id, bos_token_id: None where the model names none.
     add_bos_token, add_eos_token: True or False where a prompt gets this token or does not, whatever
         tokenizer.json says.
-    chat_template: None where the model has none.
+    chat_template: None where the model has none; a BrokenTemplate where it has one that cannot be used.
     Raises ValueError when the tokenizer's decoder is of an unsupported kind.
     """
 
@@ -56,9 +58,12 @@ class Tokenizer:
         self.chat_template = chat_template
         self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self._pieces = Pieces(backend, self.vocab_size)
-        before, after = own_frame(backend)
-        framed = wanted(before, bos_token_id, add_bos_token), wanted(after[::-1], eos_token_id, add_eos_token)[::-1]
-        self._frame = None if framed == (before, after) else framed
+        self._frame: tuple[list[int], list[int]] | None = None
+        own = own_frame(backend)
+        if own is not None:
+            before, after = own
+            framed = wanted(before, bos_token_id, add_bos_token), wanted(after[::-1], eos_token_id, add_eos_token)[::-1]
+            self._frame = None if framed == own else framed
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -72,27 +77,32 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
         config = read_config(folder / CONFIG_FILE)
-        named = special_tokens(config)
-        ids: dict[str, int | None] = {}
-        for name in ("eos_token", "bos_token"):
-            token = named.get(name)
-            ids[name] = None if token is None else backend.token_to_id(token)
-            if token is not None and ids[name] is None:
-                raise TokenizerError(f"{folder / CONFIG_FILE}: {name} is {token!r}, which {path.name} does not have")
+        named = complete(backend, folder, config)
+        template = usable(folder, lambda: load_chat_template(folder, config, named))
         try:
             with panics_as_errors():
-                return cls(
-                    backend,
-                    eos_token_id=ids["eos_token"],
-                    bos_token_id=ids["bos_token"],
-                    add_bos_token=config.get("add_bos_token"),
-                    add_eos_token=config.get("add_eos_token"),
-                    chat_template=load_chat_template(folder, config, named),
-                )
-        except ChatTemplateError as error:
-            raise TokenizerError(f"{folder}: {error}") from error
+                return cls.of(backend, config, named, template)
         except (ValueError, PanicError) as error:
             raise TokenizerError(f"{path}: {error}") from error
+
+    @classmethod
+    def of(
+        cls,
+        backend: tokenizers.Tokenizer,
+        config: Mapping[str, object],
+        named: Mapping[str, str],
+        chat_template: ChatTemplate | None,
+    ) -> Tokenizer:
+        """A tokenizer as its tokenizer_config.json sets it up; named: texts of tokens that it has ("bos_token", …)."""
+        flags = {name: config.get(name) for name in ("add_bos_token", "add_eos_token")} if heeds_flags(config) else {}
+        ids = {name: backend.token_to_id(named[name]) for name in ("bos_token", "eos_token") if name in named}
+        return cls(
+            backend,
+            bos_token_id=ids.get("bos_token"),
+            eos_token_id=ids.get("eos_token"),
+            chat_template=chat_template,
+            **flags,
+        )
 
     def to_json(self) -> str:
         """The tokenizer alone, as tokenizer.json holds it."""
@@ -122,14 +132,24 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence of tokens."""
-        parts: list[bytes] = []
-        for token_id in ids:
-            if self.visible(token_id, skip_special_tokens):
-                parts.append(self.token_bytes(token_id) if parts else self.leading_bytes(token_id))
-        return b"".join(parts).decode("utf-8", "replace")
+        decoding = self.decoding()
+        parts = [decoding.push(token_id) for token_id in ids if self.visible(token_id, skip_special_tokens)]
+        return b"".join([*parts, decoding.ending()]).decode("utf-8", "replace")
+
+    def decoding(self) -> Decoding:
+        """The bytes of one text, to be fed with its visible tokens."""
+        return self._pieces.decoding()
+
+    @property
+    def local(self) -> bool:
+        """Whether a token adds the same bytes to a text wherever it stands in it, but at the start."""
+        return self._pieces.local
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes that a token adds to the text before it: possibly part of a character, or none."""
+        """Bytes that a token adds to the text before it: possibly part of a character, or none.
+
+        Where tokens are not local: as after others that it has no dealings with.
+        """
         return self._pieces.following(token_id)
 
     def leading_bytes(self, token_id: int) -> bytes:
@@ -160,16 +180,25 @@ class Tokenizer:
         return not (skip_special_tokens and token_id in self._special) and self._pieces.known(token_id)
 
 
-def own_frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that tokenizer.json puts before and behind a text."""
+def own_frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The special tokens that tokenizer.json puts before and behind a text; None where it does something else."""
     marks: list[int] = backend.encode("", add_special_tokens=True).ids
-    if marks:
-        text = next(iter(backend.get_vocab(with_added_tokens=False)), "")
-        within, ids = (backend.encode(text, add_special_tokens=framed).ids for framed in (False, True))
-        for start in range(len(marks) + 1):
-            if within and ids == [*marks[:start], *within, *marks[start:]]:
-                return marks[:start], marks[start:]
-    return marks, []
+    stand_in = next(i for i in range(len(marks) + 1) if i not in marks)
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": stand_in}, unk_token="text")).encode("text")
+    ids: list[int] = backend.post_process(text, add_special_tokens=True).ids
+    if ids.count(stand_in) != 1:
+        return None
+    place = ids.index(stand_in)
+    return ids[:place], ids[place + 1 :]
+
+
+def heeds_flags(config: Mapping[str, object]) -> bool:
+    """Whether `add_bos_token` and `add_eos_token` of a tokenizer_config.json count.
+
+    As in transformers, only some classes of tokenizers heed them; here so does a config that names no class.
+    """
+    name = config.get("tokenizer_class")
+    return name is None or (isinstance(name, str) and name.removesuffix("Fast") in FLAGGED_CLASSES)
 
 
 def wanted(marks: list[int], token_id: int | None, add: object) -> list[int]:
@@ -181,22 +210,4 @@ def wanted(marks: list[int], token_id: int | None, add: object) -> list[int]:
 
 def read_config(path: Path) -> dict[str, object]:
     """tokenizer_config.json as a dict, empty when there is none. Raises TokenizerError."""
-    if not path.is_file():
-        return {}
-    try:
-        config = parse_json(read_document(path))
-    except (OSError, DocumentError) as error:
-        raise TokenizerError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path} holds a {type(config).__name__}; it must hold a JSON object")
-    return config
-
-
-def special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """The texts of the named special tokens ("bos_token", "eos_token", …) in a tokenizer_config.json."""
-    named: dict[str, str] = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            named[name] = content
-    return named
+    return read_object(path)

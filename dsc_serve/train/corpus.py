@@ -18,8 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from dsc_serve.text.chat import TEMPLATE_FILE
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, read_config
+from dsc_serve.text.tokenizer import CONFIG_FILE, FILES, TOKENIZER_FILE, Tokenizer, read_config
 from dsc_serve.train.checkpoint import write_whole
 from dsc_serve.train.settings import DataSettings, TrainError
 
@@ -152,7 +151,7 @@ def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, fold
     if given is not None and folder.resolve() in (given, given.parent):
         raise TrainError(f"data.tokenizer is {settings.tokenizer!r}, where the run writes its own; name another place")
     shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # what a preparation that failed has left behind
-    for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
     (folder / HELD_OUT).mkdir(parents=True)
     parts = {source_name(file): split(read_text(file), settings.held_out) for file in files}
@@ -200,7 +199,7 @@ def _tokenizer(
         if not file.is_file():
             raise TrainError(f"data.tokenizer is {settings.tokenizer!r}: no {TOKENIZER_FILE} there")
         shutil.copyfile(file, folder / TOKENIZER_FILE)
-        for name in (CONFIG_FILE, TEMPLATE_FILE):
+        for name in set(FILES) - {TOKENIZER_FILE}:
             if (file.parent / name).is_file():
                 shutil.copyfile(file.parent / name, folder / name)
     if not (folder / CONFIG_FILE).is_file():
@@ -212,6 +211,7 @@ def _tokenizer(
     assert tokenizer is not None
     if tokenizer.encode(""):  # training reads texts without such marks, so the model must be served without them
         config = read_config(folder / CONFIG_FILE) | {"add_bos_token": False, "add_eos_token": False}
+        config.pop("tokenizer_class", None)  # some do not heed these two
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf8")
         tokenizer = Tokenizer.load(folder)
         assert tokenizer is not None

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.text.chat import TEMPLATE_FILE
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from dsc_serve.text.tokenizer import FILES
 
 
 def export_model(
@@ -22,7 +21,7 @@ def export_model(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     save_checkpoint(config, {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}, part)
-    for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
+    for name in FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, part / name)
     shutil.rmtree(out, ignore_errors=True)

@@ -12,8 +12,7 @@ from torch import Tensor
 from dsc_serve.llm import LLM
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
 from dsc_serve.model.config import DscConfig, ModelConfig, load_config
-from dsc_serve.text.chat import TEMPLATE_FILE
-from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from dsc_serve.text.tokenizer import FILES, Tokenizer
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.network import Network
@@ -76,7 +75,7 @@ def prune(model: Path, calibration: str, texts: dict[str, str], out: Path) -> Pr
                 tensors[full] = tensors[full][kept]
     smaller = config.model_copy(update={"ffn": c.model_copy(update={"num_atoms": size})})
     save_checkpoint(smaller, tensors, out)
-    for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
+    for name in FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, out / name)
     measured = []

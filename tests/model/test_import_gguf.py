@@ -20,6 +20,7 @@ from dsc_serve import LLM
 from dsc_serve.model.checkpoint import load_tensors
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config
 from dsc_serve.model.gguf import INNER, OUTER, import_gguf
+from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -90,7 +91,8 @@ def write(
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.norm_eps)
     writer.add_tokenizer_model(vocabulary["model"])
-    writer.add_tokenizer_pre(vocabulary["pre"])
+    if vocabulary["pre"] is not None:
+        writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
     writer.add_token_types(vocabulary["kinds"])
     if "merges" in vocabulary:
@@ -99,7 +101,8 @@ def write(
         writer.add_token_scores(vocabulary["scores"])
     for name in ("bos_token_id", "eos_token_id", "unknown_token_id"):
         if name in vocabulary:
-            writer.add_uint32(f"tokenizer.ggml.{name}", vocabulary[name])
+            add = writer.add_uint32 if vocabulary[name] >= 0 else writer.add_int32
+            add(f"tokenizer.ggml.{name}", vocabulary[name])
     writer.add_chat_template(TEMPLATE)
     if change is not None:
         change(writer)
@@ -243,6 +246,59 @@ def test_a_sentencepiece_tokenizer_comes_back(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == TEXT
 
 
+@pytest.mark.parametrize("id", [320, 2**32 - 1, -1])
+def test_special_tokens_that_the_file_does_not_have_count_for_none(id: int, tmp_path: Path) -> None:
+    vocabulary = byte_level_vocabulary() | {"bos_token_id": id, "eos_token_id": id, "unknown_token_id": id}
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    found = import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert (found.bos_token_id, found.eos_token_id) == (None, None)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer is not None
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (None, None)
+    assert [vocabulary["tokens"][i] for i in tokenizer.encode("Hello")] == ["Hello"]
+
+
+@pytest.mark.parametrize("id", [None, 320, -1])
+def test_sentencepiece_s_own_special_tokens_stand_in_for_those_not_named(id: int | None, tmp_path: Path) -> None:
+    vocabulary = {k: v for k, v in sentencepiece_vocabulary().items() if not k.endswith("_id")}
+    if id is not None:
+        vocabulary |= {"bos_token_id": id, "eos_token_id": id, "unknown_token_id": id}
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    found = import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert (found.bos_token_id, found.eos_token_ids) == (1, (2,))
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer is not None
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.encode("Hello")[0] == 1
+
+
+@pytest.mark.parametrize("pre", [None, "default", "falcon3", "pixtral", "smaug-bpe", "tekken", "deepseek-llm"])
+def test_a_file_with_or_without_a_name_for_its_cuts_comes_back(pre: str | None, tmp_path: Path) -> None:
+    vocabulary = byte_level_vocabulary() | {"pre": pre}
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer is not None
+    begins = [vocabulary["bos_token_id"]] if pre in ("falcon3", "pixtral", "tekken") else []
+    assert tokenizer.encode("Hello")[:-1] == begins
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level_vocabulary(), sentencepiece_vocabulary()], ids=["bytes", "pieces"])
+def test_named_tokens_are_marks_before_and_after_an_import(vocabulary: dict[str, Any], tmp_path: Path) -> None:
+    named = [vocabulary["tokens"][i] for name, i in vocabulary.items() if name.endswith("_id")]
+    vocabulary = vocabulary | {"kinds": [1] * len(vocabulary["tokens"])}
+    write(tmp_path / "m.gguf", wide_tensors(config()), config(), vocabulary)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    imported, converted = Tokenizer.load(tmp_path / "out"), Tokenizer(converted_tokenizer(vocabulary)[0])
+    assert imported is not None and len(named) > 1
+    for token in named:
+        ids = imported.encode(f"He{token}", add_special_tokens=False)
+        assert ids == converted.encode(f"He{token}", add_special_tokens=False)
+        assert ids[-1] == vocabulary["tokens"].index(token)
+        assert imported.is_special(ids[-1]) and converted.is_special(ids[-1])
+
+
 def refused_tensor(writer: gguf.GGUFWriter) -> None:
     writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, dtype=np.float32))
 
@@ -256,9 +312,8 @@ def scaled_twice(writer: gguf.GGUFWriter) -> None:
     ("architecture", "vocabulary", "change", "message"),
     [
         ("gemma3", {}, None, "architecture 'gemma3' is not supported; supported: llama, qwen2"),
-        ("llama", {"pre": "viking"}, None, "tokenizer.ggml.pre 'viking' is not supported; supported: gpt-2"),
+        ("llama", {"pre": "kimi-k2"}, None, "tokenizer.ggml.pre 'kimi-k2' is not supported; supported: default"),
         ("llama", {"model": "rwkv"}, None, "tokenizer 'rwkv' is not supported; supported: gpt2, llama"),
-        ("llama", {"bos_token_id": 320}, None, "bos_token_id is 320; allowed: 0 to 319"),
         ("llama", {"kinds": [1]}, None, "token_type has 1 entries; expected 320"),
         ("llama", {}, lambda w: w.add_expert_count(4), "llama.expert_count is 4; supported: models without experts"),
         ("llama", {}, lambda w: w.add_rope_dimension_count(8), "llama.rope.dimension_count is 8; supported: rotary"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsc_serve.model.checkpoint import load_tensors
 from dsc_serve.model.config import CheckpointError, load_config
 from dsc_serve.model.huggingface import import_huggingface
+from dsc_serve.text import tokenizer as text
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -114,6 +115,44 @@ def test_biases_are_where_the_architecture_has_them(
     tensors = expected_tensors(attention_bias=attention, attention_output_bias=output, mlp_bias=mlp)
     config = import_huggingface(folder(tensors, architectures=[architecture], **said), tmp_path / "out")
     assert (config.attention_bias, config.attention_output_bias, config.ffn.bias) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer_end", "bos", "ends"),
+    [
+        (None, {"bos_token_id": -1, "eos_token_id": -1}, None, None, ()),
+        (None, {"bos_token_id": 61, "eos_token_id": 61}, None, None, ()),
+        (None, {"bos_token_id": 1, "eos_token_id": [3, 61, -1]}, None, 1, (3,)),
+        ([-1], {"bos_token_id": 0, "eos_token_id": 3}, None, 0, (3,)),
+        ([100, 7], {"eos_token_id": 3}, None, None, (7,)),
+        (None, {"eos_token_id": 3}, "<far>", None, (3,)),
+        (None, {}, "<near>", None, (60,)),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_left_out(
+    generation: list[int] | None,
+    config: dict[str, Any],
+    tokenizer_end: str | None,
+    bos: int | None,
+    ends: tuple[int, ...],
+    folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    source = folder(expected_tensors(), **config)
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    if tokenizer_end is not None:
+        vocab = {f"w{i}": i for i in range(60)} | {"<near>": 60, "<far>": 61}
+        Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(source / "tokenizer.json"))
+        (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": tokenizer_end}))
+    found = import_huggingface(source, tmp_path / "out")
+    assert (found.bos_token_id, found.eos_token_ids) == (bos, ends)
+    kept = load_config(tmp_path / "out")
+    assert (kept.bos_token_id, kept.eos_token_ids) == (bos, ends)
+    if tokenizer_end is not None:
+        before, after = text.Tokenizer.load(source), text.Tokenizer.load(tmp_path / "out")
+        assert before is not None and after is not None
+        assert before.eos_token_id == after.eos_token_id == vocab[tokenizer_end]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine, saying
-from support.serving import app_around, chat, events_of
+from support.serving import MESSAGES, app_around, ask, chat, events_of
 
+from dsc_serve.text.broken_template import BrokenTemplate
 from dsc_serve.text.tokenizer import Tokenizer
 
 
@@ -143,3 +144,18 @@ def test_no_alternatives_to_log_probabilities_that_nobody_asked_for_are_nothing_
         response = chat(app, max_tokens=2, **fields)
         assert response.status_code == 200
         assert response.json()["choices"][0]["logprobs"] is None
+
+
+def test_a_broken_template_fails_chats_and_nothing_else(
+    engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", BrokenTemplate("chat template, line 3: unknown tag 'x'"))
+    app = app_around(engine, tokenizer)
+    fault = "messages cannot be used: this model's chat template is broken: chat template, line 3: unknown tag 'x'"
+    for answer in (chat(app), ask(app, "POST", "/tokenize", json={"messages": MESSAGES})):
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["message"], error["param"]) == (fault, "messages")
+    assert engine.submitted == []
+    engine.script = saying("fine")
+    assert ask(app, "POST", "/v1/completions", json={"prompt": "hi"}).json()["choices"][0]["text"] == "fine"

@@ -11,6 +11,7 @@ import pytest
 
 from dsc_serve.config import API_KEYS
 from dsc_serve.text import renderer
+from dsc_serve.text.broken_template import BrokenTemplate
 from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, default_template
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -199,3 +200,28 @@ def test_what_does_not_compile_is_found_without_messages() -> None:
         with pytest.raises(ChatTemplateError):
             ChatTemplate(template, {}).check()
     ChatTemplate(CHATML, {}).check()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": "{% if %}"}', r"chat template, line 1: "),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": ""}]}', r"entries named \['rag'\]"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', r"chat_template is of type int"),
+        ("tokenizer_config.json", b'{"chat_template": {"default": 3}}', r"chat_template has entries named"),
+        ("chat_template.jinja", b"{% for %}", r"chat template, line 1"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja cannot be read"),
+    ],
+)
+def test_a_broken_template_is_told_to_chats_alone(
+    file: str, content: bytes, fault: str, model_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder()
+    (folder / file).write_bytes(content)
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None and isinstance(tokenizer.chat_template, BrokenTemplate)
+    assert tokenizer.decode(tokenizer.encode("The quick")) == "The quick"
+    with pytest.raises(ChatTemplateError, match=f"^this model's chat template is broken: .*{fault}") as caught:
+        tokenizer.chat_template.render(MESSAGES)
+    assert "\n" not in str(caught.value)
+    assert f"{folder}: chats cannot be served: " in caplog.text

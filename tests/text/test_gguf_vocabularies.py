@@ -23,7 +23,11 @@ COMPOSED = ("qwen2", "command-r")  # these compose characters first
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name", ["gpt-2", "qwen2", "phi-3", "llama-bpe", "llama-spm", "mpt", "starcoder", "refact", "command-r"]
+    "name",
+    [
+        *("gpt-2", "qwen2", "phi-3", "llama-bpe", "llama-spm", "mpt", "starcoder", "refact", "command-r"),
+        *("deepseek-llm", "deepseek-coder", "falcon", "qwen35"),
+    ],
 )
 def test_every_text_has_the_expected_tokens(name: str) -> None:
     folder = os.environ.get(VARIABLE)

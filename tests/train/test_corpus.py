@@ -43,8 +43,9 @@ def test_every_paragraph_is_trained_on_or_held_out() -> None:
     assert sorted(both) == sorted(text.split("\n\n"))
 
 
+@pytest.mark.parametrize("kind", ['""', '"PreTrainedTokenizerFast"'])
 def test_a_tokenizer_that_marks_texts_is_used_and_kept_without_its_marks(
-    texts: list[Path], corpus: Corpus, tmp_path: Path
+    kind: str, texts: list[Path], corpus: Corpus, tmp_path: Path
 ) -> None:
     given = tmp_path / "given"
     given.mkdir()
@@ -52,7 +53,7 @@ def test_a_tokenizer_that_marks_texts_is_used_and_kept_without_its_marks(
     end = backend.token_to_id(END_OF_TEXT)
     backend.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)])
     backend.save(str(given / "tokenizer.json"))
-    (given / "tokenizer_config.json").write_text(f'{{"bos_token": "{END_OF_TEXT}"}}')
+    (given / "tokenizer_config.json").write_text(f'{{"bos_token": "{END_OF_TEXT}", "tokenizer_class": {kind}}}')
     (given / "chat_template.jinja").write_text("{{ messages }}")
     made = prepare(texts, DataSettings(tokenizer=str(given)), VOCABULARY, tmp_path / "made")
     assert made.tokenizer.encode("It is") == corpus.tokenizer.encode("It is")

@@ -55,10 +55,12 @@ class GenerationError(RuntimeError):
 class LLM:
     """A model and its engine. `LLM()` is the embedded model.
 
-    model: a checkpoint folder or an embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16
-    as bfloat16, where the device is fast in it), "float32" or "bfloat16". Further settings are those of `EngineConfig`;
-    threads and kernels are the process's, so the last LLM made decides them for all.
-    Raises ConfigError and CheckpointError in one line.
+    model: a folder of this server's or of Hugging Face's form or a GGUF file, converted while it is loaded, or an
+    embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16 and what is quantised as bfloat16,
+    where the device is fast in it), "float32" or "bfloat16". context: most tokens of a prompt and its output, 0: as
+    many as the model is for. Further settings are those of `EngineConfig`; threads and kernels are the process's, so
+    the last LLM made decides them for all.
+    Raises ConfigError, CheckpointError and TokenizerError in one line.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class LLM:
         device: Literal["cpu", "cuda"] = "cpu",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         *,
+        context: int = 0,
         threads: int = 0,
         max_running: int = 64,
         step_tokens: int = 512,
@@ -84,6 +87,7 @@ class LLM:
             model=str(model),
             device=device,
             dtype=dtype,
+            context=context,
             threads=threads,
             max_running=max_running,
             step_tokens=step_tokens,

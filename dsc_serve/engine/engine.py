@@ -219,7 +219,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())
-    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device)
+    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device, config.context)
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)

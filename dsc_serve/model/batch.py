@@ -33,3 +33,8 @@ class StepBatch(NamedTuple):
     decodes: int
     decode_context: int
     chunks: tuple[Chunk, ...]
+
+    @property
+    def longest(self) -> int:
+        """The largest context after the step."""
+        return max((self.decode_context, *(chunk.context for chunk in self.chunks)))

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import tokenizers
 
-from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, one_line
+from dsc_serve.files import CheckpointError
+from dsc_serve.gguf_file import open_gguf
+from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, default_template, load_chat_template, one_line
+from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.pieces import Pieces
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -58,7 +61,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a model folder, or None when it has no tokenizer.json. Raises TokenizerError."""
+        """The tokenizer of a model folder, None when it has no tokenizer.json, or of a GGUF file.
+
+        Raises TokenizerError.
+        """
+        if folder.is_file():
+            return cls._of_gguf(folder)
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             return None
@@ -87,6 +95,25 @@ class Tokenizer:
             raise TokenizerError(f"{folder}: {error}") from error
         except ValueError as error:
             raise TokenizerError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of_gguf(cls, file: Path) -> Tokenizer:
+        """The tokenizer in a GGUF file's metadata, as importing the file would write it. Raises TokenizerError."""
+        try:
+            backend, config = converted_tokenizer(open_gguf(file).tokenizer)
+            named = special_tokens(config)
+            ids = {name: backend.token_to_id(named[name]) if name in named else None for name in named}
+            template = default_template(config.get("chat_template"))
+            return cls(
+                backend,
+                eos_token_id=ids.get("eos_token"),
+                bos_token_id=ids.get("bos_token"),
+                chat_template=None if template is None else ChatTemplate(template, named),
+            )
+        except CheckpointError as error:
+            raise TokenizerError(str(error)) from None
+        except ValueError as error:
+            raise TokenizerError(f"{file}: {error}") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt.

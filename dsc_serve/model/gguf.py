@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from dsc_serve.model.rope import lengthened
 from dsc_serve.model.source import Source, Stored
 from dsc_serve.text.gguf_tokenizer import ENDS, ConversionError, converted_tokenizer
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+
+log = logging.getLogger(__name__)
 
 # architecture → whether its rows of q and k lie interleaved, as rotary positions by neighbouring pairs want them
 INTERLEAVED = {"llama": True, "qwen2": False}
@@ -103,6 +106,10 @@ class Metadata:
     def get(self, name: str) -> Any:
         return self._fields.get(name)
 
+    @property
+    def names(self) -> Collection[str]:
+        return self._fields.keys()
+
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """A field's value. Raises CheckpointError when it is missing or of another kind."""
         value = self.get(name)
@@ -134,7 +141,7 @@ def gguf_config(
     if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         head_dim = width // heads
     context = number("context_length")
-    scaling, lengthened = rope_scaling(metadata, architecture, divisors, context)
+    scaling, served = rope_scaling(metadata, architecture, divisors, context)
     metadata.refuse(f"{architecture}.expert_count", 0, "models without experts")
     metadata.refuse(f"{architecture}.attention.value_length", head_dim, "values of the keys' size")
     metadata.refuse(f"{architecture}.rope.dimension_count", head_dim, "rotary positions in all dimensions of a head")
@@ -151,7 +158,7 @@ def gguf_config(
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": lengthened,
+        "max_position_embeddings": served,
         "norm_type": "rmsnorm",
         "norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10000.0),
@@ -209,9 +216,9 @@ def rope_scaling(
 
 def yarn(metadata: Metadata, rope: str, context: Any, factor: float, attention: float) -> tuple[dict[str, Any], Any]:
     scaling = f"{rope}scaling."
-    metadata.refuse(f"{scaling}yarn_ext_factor", 1.0, "1, that of YaRN")
-    metadata.refuse(f"{scaling}yarn_attn_factor", 1.0, "1, that of YaRN")
-    metadata.refuse(f"{scaling}yarn_log_multiplier", 0.0, "0, that of YaRN")
+    unused = [name for name in metadata.names if name.startswith(f"{scaling}yarn_")]
+    if unused:
+        log.warning("%s is not used, as llama.cpp does not use it for this architecture", ", ".join(unused))
     trained = metadata.get(f"{scaling}original_context_length") or context
     fields = {
         "rope_type": "yarn",
@@ -219,10 +226,9 @@ def yarn(metadata: Metadata, rope: str, context: Any, factor: float, attention: 
         "original_max_position_embeddings": trained,
         "attention_factor": attention * (1 + 0.1 * math.log(max(factor, 1))),
     }
-    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if metadata.get(f"{scaling}{theirs}") is not None:
-            fields[ours] = metadata.need(f"{scaling}{theirs}", float)
-    return fields, lengthened(trained, factor) if type(trained) is int else trained
+    if type(trained) is not int or type(context) is not int:
+        return fields, context
+    return fields, max(context, lengthened(trained, factor))
 
 
 def stored(entry: Entry) -> Stored:

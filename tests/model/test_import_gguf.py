@@ -77,8 +77,11 @@ def write(
     vocabulary: dict[str, Any],
     architecture: str = "llama",
     change: Change | None = None,
+    quantised: bool = True,
+    **options: Any,
 ) -> None:
-    writer = gguf.GGUFWriter(file, architecture)
+    """A file of this model, its up projections in Q8_0 if `quantised`; options: of the library's writer."""
+    writer = gguf.GGUFWriter(file, architecture, **options)
     writer.add_block_count(model.num_hidden_layers)
     writer.add_context_length(model.max_position_embeddings)
     writer.add_embedding_length(model.hidden_size)
@@ -113,7 +116,7 @@ def write(
         own, part = rest.rsplit(".", 1)
         if architecture == "llama" and own in ("self_attn.q_proj", "self_attn.k_proj"):
             values = neighbours(values, values.shape[0] // model.head_dim)
-        if own == "mlp.up_proj" and part == "weight":
+        if quantised and own == "mlp.up_proj" and part == "weight":
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(f"blk.{layer}.{inner[own]}.{part}", quantize(values, kind), raw_dtype=kind)
         else:

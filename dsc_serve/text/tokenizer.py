@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from dsc_serve.files import CheckpointError
+from dsc_serve.files import CheckpointError, refuse_pointer
 from dsc_serve.gguf_file import open_gguf
 from dsc_serve.text.chat import ChatTemplate, ChatTemplateError, default_template, load_chat_template, one_line
 from dsc_serve.text.gguf_tokenizer import converted_tokenizer
@@ -70,6 +70,7 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             return None
+        check_file(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -194,10 +195,19 @@ def wanted(marks: list[int], token_id: int | None, add: object) -> list[int]:
     return [mark for mark in marks if mark != token_id] if add is False else marks
 
 
+def check_file(path: Path) -> None:
+    """Raises TokenizerError for a file that is only a pointer to another one."""
+    try:
+        refuse_pointer(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+
+
 def read_config(path: Path) -> dict[str, object]:
     """tokenizer_config.json as a dict, empty when there is none. Raises TokenizerError."""
     if not path.is_file():
         return {}
+    check_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
 from dsc_serve.sampling_params import ParameterError
+from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,
@@ -201,7 +202,7 @@ def main(descriptor: int) -> int:
 
 def start_errors() -> tuple[type[Exception], ...]:
     """What a start may fail with for a reason that its caller can mend."""
-    return (ConfigError, CheckpointError, MemoryError, RuntimeError, *ops.compiler_errors())
+    return (ConfigError, CheckpointError, TokenizerError, MemoryError, RuntimeError, *ops.compiler_errors())
 
 
 def freeze() -> None:

@@ -296,9 +296,8 @@ def resolve_model(name_or_path: str) -> Path:
     if "/" not in name_or_path and embedded.is_dir():
         return embedded
     names = sorted(p.name for p in models_folder().iterdir() if p.is_dir()) if models_folder().is_dir() else []
-    raise ConfigError(
-        f"model {name_or_path!r} is no folder, no file and no embedded model; embedded: {', '.join(names) or 'none'}"
-    )
+    kinds = "neither a folder, a file nor an embedded model"
+    raise ConfigError(f"model {name_or_path!r} is {kinds}; embedded: {', '.join(names) or 'none'}")
 
 
 def engine_environment(threads: int) -> dict[str, str]:

@@ -19,6 +19,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
+IN_FOLDERS = (".safetensors", ".json", ".bin", ".pt", ".pth")
 MAX_DEPTH, MAX_DIMENSIONS = 4, 4
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -102,7 +103,10 @@ def read_header(path: Path) -> GgufFile:
             return Header(content).file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (_BrokenError, OSError, ValueError) as error:  # ValueError: mapping an empty file, text that is not UTF-8
+    except _BrokenError as error:
+        way = f"; of a {path.suffix} file, name the folder" if path.suffix in IN_FOLDERS else ""
+        raise CheckpointError(f"{path}: not a readable GGUF file: {error}{way}") from None
+    except (OSError, ValueError) as error:  # ValueError: mapping an empty file, text that is not UTF-8
         raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from None
 
 

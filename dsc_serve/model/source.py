@@ -16,7 +16,7 @@ from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import ModelConfig
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SILENT_S, APART_S = 2.0, 10.0  # what loads faster says nothing; how often a log hears of progress
+SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log hears of progress
 
 
 @dataclass(frozen=True)

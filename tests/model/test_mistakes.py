@@ -48,6 +48,10 @@ def pointer_file(folder: Path) -> Path:
     return folder / "m.gguf"
 
 
+def weights(folder: Path) -> Path:
+    return huggingface_folder(folder, expected_tensors()) / "model.safetensors"
+
+
 def ggufs(folder: Path) -> Path:
     folder.mkdir()
     (folder / "a-q4.gguf").write_bytes(b"")
@@ -85,6 +89,10 @@ MISTAKES: list[tuple[Callable[[Path], Path], str]] = [
     (pointers("model.safetensors"), "m/model.safetensors: a Git LFS pointer, not the file itself"),
     (pointers("tokenizer.json"), "m/tokenizer.json: a Git LFS pointer, not the file itself"),
     (pointer_file, "m/m.gguf: a Git LFS pointer, not the file itself"),
+    (
+        weights,
+        "m/model.safetensors: not a readable GGUF file: it does not begin with GGUF; of a .safetensors file, name",
+    ),
     (ggufs, "m: a folder of GGUF files; name the file, such as"),
     (
         quantised(quantization_config={"quant_method": "gptq"}),

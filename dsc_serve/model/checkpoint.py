@@ -39,7 +39,11 @@ def own_source(folder: Path) -> Source:
 
 def is_own(path: Path) -> bool:
     """Whether a folder says that it is of the serving form. Raises CheckpointError where it holds no model."""
-    return path.is_dir() and read_json(config_file(path)).get("model_type", "dsc") == "dsc"
+    if not path.is_dir():
+        return False
+    content = read_json(config_file(path))
+    foreign = "architectures" in content and "ffn" not in content  # a form that is not named at all
+    return bool(content.get("model_type", "" if foreign else "dsc") == "dsc")
 
 
 # What a path is taken for: the first whose test holds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -40,7 +41,7 @@ def stored_bytes(kind: Kind, shape: tuple[int, ...], big: bool = False) -> int:
         raise UnknownKindError(f"{kind.name} in big-endian byte order")
     if kind not in FLOATS and kind not in BLOCKS:
         by_library(np.zeros((1, size), dtype=np.uint8), kind)
-    return torch.Size(shape).numel() // block * size
+    return math.prod(shape) // block * size
 
 
 def by_library(blocks: NDArray[np.uint8], kind: Kind) -> Tensor:

@@ -88,7 +88,7 @@ def tie(tensors: dict[str, Stored], folder: Path) -> bool:
     if embedding is None:
         tensors[EMBEDDING] = tensors.pop(HEAD)
         return True
-    if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+    if head.shape != embedding.shape or not torch.equal(head.read().float(), embedding.read().float()):
         log.warning(
             "%s: tie_word_embeddings is true, but %s differs from %s; each is used for what it is",
             *(folder, HEAD, EMBEDDING),
@@ -189,7 +189,7 @@ def rope_fields(content: Mapping[str, Any], path: Path) -> tuple[Any, dict[str, 
         raise CheckpointError(f"{path}: rope_scaling is {rope!r}, expected an object")
     theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise CheckpointError(f"{path}: rope_type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; supported: 1.0")

@@ -134,6 +134,24 @@ def test_progress_is_shown_where_loading_takes_long(
     assert lines[-1] == "loading m.gguf: 100%"
 
 
+def test_a_folder_without_a_model_type_is_known_by_its_architecture(tmp_path: Path) -> None:
+    folder = huggingface_folder(tmp_path / "m", expected_tensors(), model_type=None)
+    assert open_source(folder).config.mlp_gated
+
+
+def test_scaling_by_kinds_of_layers_is_read(tmp_path: Path) -> None:
+    nested = {"full_attention": {**YARN, "rope_theta": 700.0}, "sliding_attention": {"rope_type": "default"}}
+    found = open_source(huggingface_folder(tmp_path / "m", expected_tensors(), rope_parameters=nested)).config
+    assert found.rope_theta == 700.0 and found.rope_scaling is not None and found.rope_scaling.rope_type == "yarn"
+
+
+def test_a_head_that_is_the_embedding_in_another_dtype_is_tied(tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in expected_tensors().items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float()
+    found = open_source(huggingface_folder(tmp_path / "m", tensors, tie_word_embeddings=True))
+    assert found.config.tie_word_embeddings and "lm_head.weight" not in found.tensors
+
+
 # --- GGUF
 
 

@@ -17,7 +17,7 @@ Kind = GGMLQuantizationType
 FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16, Kind.F64: torch.float64}
 # What the other byte order swaps in a block: where its numbers of two bytes lie. The library swaps these kinds too.
 SWAPPED: dict[Kind, tuple[int, ...]] = {Kind.Q4_0: (0,), Kind.Q8_0: (0,), Kind.Q4_K: (0, 2), Kind.Q6_K: (208,)}
-STEP = 1 << 20  # values at a time, so that what lies between two steps stays in the cache
+STEP = 1 << 15  # values at a time: they stay in the cache, and torch starts no threads for so few
 
 
 class UnknownKindError(ValueError):

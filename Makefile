@@ -45,7 +45,7 @@ test-full: lint ## all of them, the long runs too
 	$(BIN)/pytest --ignore=tests/deploy
 
 test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
-	$(BIN)/python tests/deploy/programs.py
+	$(BIN)/python tests/support/programs.py
 	$(BIN)/pytest tests/deploy
 
 $(DEPLOY_STAMP): $(STAMP)

@@ -14,28 +14,28 @@ class Attention:
     """One layer's attention: fused q, k, v projection, write to the pool, attend, output projection.
 
     qkv [(heads + 2 kv_heads) · head_dim, d], out [d, heads · head_dim], each with its bias or None.
-    angles: `rope_table`, or None where positions are learned.
+    cos_sin_cache: `rope_table`, or None where positions are learned.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        angles: Tensor | None,
+        cos_sin_cache: Tensor | None,
         qkv: Tensor,
         out: Tensor,
         qkv_bias: Tensor | None,
         out_bias: Tensor | None,
     ) -> None:
-        self.config, self.angles = config, angles
+        self.config, self.cos_sin_cache = config, cos_sin_cache
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
     def __call__(self, x: Tensor, batch: StepBatch, keys: Tensor, values: Tensor, residual: Tensor) -> Tensor:
         """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
-        c, angles = self.config, self.angles
+        c, cos_sin_cache = self.config, self.cos_sin_cache
         qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
-        ops.store_kv(qkv, heads, angles, batch.positions, batch.slot_blocks, batch.slot_offsets, keys, values)
+        ops.store_kv(qkv, heads, cos_sin_cache, batch.positions, batch.slot_blocks, batch.slot_offsets, keys, values)
         q = qkv[:, :heads]
         n = batch.decodes
         if n == x.shape[0]:

@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-norm blocks of attention and a configured FFN kind, final norm and head."""
+"""The decoder: embeddings, pre-norm layers of attention and a configured FFN kind, final norm and head."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Norm:
         return ops.norm(x, *self.weights)
 
 
-class Block:
+class TransformerLayer:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
 
@@ -95,7 +95,7 @@ class Decoder:
             None if learned else RopeTable(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
         )
         angles = None if self.rope is None else self.rope.table
-        self.blocks = []
+        self.layers = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
             attention = Attention(config, angles, *self._attention_weights(f"{layer}.self_attn.", put))
@@ -106,16 +106,16 @@ class Decoder:
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
-            self.blocks.append(Block(norms[0], attention, norms[1], ffn))
+            self.layers.append(TransformerLayer(norms[0], attention, norms[1], ffn))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
-            [(block.norm1.weights, block.norm2.weights) for block in self.blocks],
-            [(block.attention.qkv, block.attention.out) for block in self.blocks],
+            [(layer.norm1.weights, layer.norm2.weights) for layer in self.layers],
+            [(layer.attention.qkv, layer.attention.out) for layer in self.layers],
             c.num_attention_heads,
             c.num_key_value_heads,
             angles,
-            [block.ffn.layer for block in self.blocks],
+            [layer.ffn.layer for layer in self.layers],
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
@@ -131,36 +131,36 @@ class Decoder:
         out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
         return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
-    def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
+    def kv_caches(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
         def pool() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [(pool(), pool()) for _ in self.blocks]
+        return [(pool(), pool()) for _ in self.layers]
 
     def hidden(
-        self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
+        self, batch: StepBatch, kv_caches: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
     ) -> Tensor:
-        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
+        """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
         if self.rope is not None:
             self.rope.reach(batch.longest)
         if self.stack is not None:
-            return self._stacked(self.stack, batch, pools, picks)
+            return self._stacked(self.stack, batch, kv_caches, picks)
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for block, (keys, values) in zip(self.blocks, pools, strict=True):
-            x = block.attention(block.norm1(x), batch, keys, values, residual=x)
+        for layer, (keys, values) in zip(self.layers, kv_caches, strict=True):
+            x = layer.attention(layer.norm1(x), batch, keys, values, residual=x)
             if picks is None:
-                x = block.ffn(block.norm2(x), residual=x)
+                x = layer.ffn(layer.norm2(x), residual=x)
             else:
-                assert isinstance(block.ffn, DscFfn)
-                x, picked = block.ffn.routed(block.norm2(x), residual=x)
+                assert isinstance(layer.ffn, DscFfn)
+                x, picked = layer.ffn.routed(layer.norm2(x), residual=x)
                 picks.append(picked)
         return x
 
@@ -168,14 +168,14 @@ class Decoder:
         self,
         stack: Stack,
         batch: StepBatch,
-        pools: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
         picks: list[Picks] | None,
     ) -> Tensor:
         b, layers = batch, dsc_layers(self)
         asked = [layer.asked(b.token_ids.shape[0], picks is not None) for layer in layers]
         slots = b.positions, b.slot_blocks, b.slot_offsets
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, slots, b.block_tables, *contexts, pools, asked or None)
+        x = stack(b.token_ids, slots, b.block_tables, *contexts, kv_caches, asked or None)
         if picks is not None:
             picks += [layer.noted(own.picked) for layer, own in zip(layers, asked, strict=True)]
         return x
@@ -184,11 +184,11 @@ class Decoder:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
         return self.head(self.norm(hidden), out_dtype=torch.float32)
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
+    def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
         return self.head.largest(self.norm(hidden))
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:
     """The DSC layers of a model, in order."""
-    return [block.ffn for block in model.blocks if isinstance(block.ffn, DscFfn)]
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, DscFfn)]

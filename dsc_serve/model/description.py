@@ -54,7 +54,7 @@ def screens(layer: DscFfn) -> bool:
 
 def kernels(model: Decoder) -> str:
     """What computes the model here: a layer that is out of the kernels' range is served by plain torch."""
-    layers = [block.ffn.layer for block in model.blocks]
+    layers = [layer.ffn.layer for layer in model.layers]
     text = ops.description(model.device)
     if text.startswith("plain") or not any(isinstance(layer, plain.Ffn | plain.Moe) for layer in layers):
         return text

@@ -13,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from foreign import huggingface_folder
-from running_server import RunningServer, start_server, stop_server
-from small_models import wide_tensors
+from support.running_server import RunningServer, start_server, stop_server
+from support.small_models import wide_tensors
 from test_import_gguf import byte_level_vocabulary, config, write
 
 from dsc_serve import LLM, SamplingParams

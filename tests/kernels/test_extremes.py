@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import EPS, TAU, arguments, decided, wide
+from support.operator_cases import EPS, TAU, arguments, decided, wide
 from torch import Tensor
 
 from dsc_kernels import native, ops, reference

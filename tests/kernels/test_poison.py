@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native_cases import CASES, DTYPES, random
+from support.native_cases import CASES, DTYPES, random
 
 from dsc_kernels import native, ops
 

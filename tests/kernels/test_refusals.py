@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_cases import moe_layer, random, routed_layer
+from support.native_cases import moe_layer, random, routed_layer
 from torch import Tensor
 
 from dsc_kernels import grouping, native

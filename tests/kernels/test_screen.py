@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
-from weight_kinds import INPUTS, WEIGHTS
 
 from dsc_kernels import native, reference
 from dsc_kernels.screen import LANES, pack_int8, screen

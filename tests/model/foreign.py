@@ -19,7 +19,7 @@ from typing import Any
 
 import gguf
 from safetensors.torch import save_file
-from small_models import DATA, wide_tensors
+from support.small_models import DATA, wide_tensors
 from test_import_gguf import byte_level_vocabulary, config, write
 from test_import_huggingface import LLAMA, ROPE_LLAMA3, expected_tensors
 from torch import Tensor

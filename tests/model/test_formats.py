@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import DATA
+from support.small_models import DATA
 
 from dsc_serve import LLM
 from dsc_serve.model.config import FORMAT, CheckpointError, load_config

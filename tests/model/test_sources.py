@@ -15,7 +15,7 @@ import gguf
 import pytest
 import torch
 from foreign import PROMPT, YARN, folder_of, huggingface_folder
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 from test_import_gguf import byte_level_vocabulary, config, write
 from test_import_huggingface import expected_tensors
 from torch import Tensor
@@ -106,7 +106,7 @@ def test_weights_do_not_exist_together_while_they_are_loaded(tmp_path: Path) -> 
     layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     kept = sizes["model.embed_tokens.weight"] + sum(size for name, size in sizes.items() if "norm" in name)
     decoder = Decoder(source.config, source.weights(), torch.bfloat16, CPU)  # so that whatever is kept is a copy
-    assert len(decoder.blocks) == 12
+    assert len(decoder.layers) == 12
     assert 0 < most <= layer + kept
 
 
@@ -229,9 +229,9 @@ def test_files_that_are_no_models_are_told(kind: str, message: str, tmp_path: Pa
 def test_linear_scaling_and_yarn_lengthen_the_context(scaling: dict[str, Any], context: int, tmp_path: Path) -> None:
     folder = huggingface_folder(tmp_path / "m", expected_tensors(), rope_scaling=scaling)
     with LLM(str(folder)) as llm:
-        assert llm.engine.limits.max_model_len == context
+        assert llm.engine.capacity.max_model_len == context
     with LLM(str(folder), context=40) as llm:
-        assert llm.engine.limits.max_model_len == 40
+        assert llm.engine.capacity.max_model_len == 40
 
 
 def test_yarn_lengthens_the_context_of_a_file(tmp_path: Path) -> None:
@@ -249,14 +249,14 @@ def test_a_longer_context_is_served_knowingly(
 ) -> None:
     folder = huggingface_folder(tmp_path / "m", expected_tensors())
     with caplog.at_level(logging.WARNING), LLM(str(folder), dtype="float32", context=100) as llm:
-        assert llm.engine.limits.max_model_len == 100
+        assert llm.engine.capacity.max_model_len == 100
         assert len(llm.logits([[1] * 100])[0]) == 100
     assert "context is 100; the model is for 48" in caplog.text
     learned = small_model("dense", position_embedding_type="learned")
     with pytest.raises(CheckpointError, match="context is 49; the model has learned 48 positions"):
         LLM(str(learned), context=49)
     with LLM(str(learned), context=10) as llm:
-        assert llm.engine.limits.max_model_len == 10
+        assert llm.engine.capacity.max_model_len == 10
     dynamic = huggingface_folder(tmp_path / "d", expected_tensors(), rope_scaling={"type": "dynamic", "factor": 2.0})
     with pytest.raises(CheckpointError, match="context is 49; with dynamic scaling of positions at most 48 are served"):
         LLM(str(dynamic), context=49)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import DATA
+from support.small_models import DATA
 
 from dsc_serve.train.checkpoint import FORMAT, load_state, save_state
 from dsc_serve.train.record import read_log

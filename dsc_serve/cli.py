@@ -100,7 +100,8 @@ def main() -> None:
 @click.option("--print-config", is_flag=True, help="Print the settings that hold, with their sources, and exit.")
 @options_of(*SECTIONS)
 def serve(folder: str | None, config_file: Path | None, print_config: bool, **options: Any) -> None:
-    """Serve MODEL, a checkpoint folder or the embedded model's name, over an OpenAI-compatible HTTP API."""
+    """Serve MODEL over an OpenAI-compatible HTTP API: a folder of this server's or of Hugging Face's form, a GGUF file,
+    or the embedded model's name."""
     from dsc_serve.server.process import serve as serve_http
     from dsc_serve.worker.supervisor import EngineStartError
 
@@ -161,7 +162,7 @@ def key(name: str) -> None:
 
 @main.command(short_help="Continue a text.")
 @click.argument("prompt")
-@click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="Checkpoint folder or embedded model's name.")
+@click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="As in serve.")
 @click.option("--max-tokens", type=click.IntRange(0), default=100, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-p", type=float, default=0.95, show_default=True)

@@ -77,7 +77,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(Section, frozen=True, kw_only=True):
     """What one engine needs to know. Sizes are counts of tokens, sequences or blocks."""
 
-    model: Annotated[str, Meta(description="Checkpoint folder, or an embedded model's name.")] = EMBEDDED_MODEL
+    model: Annotated[
+        str, Meta(description="Folder of this server's or of Hugging Face's form, GGUF file, or embedded model's name.")
+    ] = EMBEDDED_MODEL
+    context: Annotated[
+        int, Meta(ge=0, description="Most tokens of a prompt and its output; 0: as many as the model is for.")
+    ] = 0
     dtype: Annotated[
         Literal["auto", "float32", "fp32", "bfloat16", "bf16"],
         Meta(description="Compute in this dtype; auto: as stored (float16: bfloat16), where the device is fast in it."),
@@ -343,22 +348,19 @@ def models_folder() -> Path:
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """The checkpoint folder for a path or for the name of an embedded model.
+    """The model folder or file for a path, or the folder of an embedded model for its name.
 
     Raises ConfigError when neither exists, naming the embedded models.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
     embedded = models_folder() / name_or_path
     if "/" not in name_or_path and embedded.is_dir():
         return embedded
-    if path.is_file() and path.suffix == ".gguf":
-        raise ConfigError(f"model {name_or_path!r} is a file; dsc-serve import-gguf FILE --out DIR converts it")
     names = sorted(p.name for p in models_folder().iterdir() if p.is_dir()) if models_folder().is_dir() else []
-    raise ConfigError(
-        f"model {name_or_path!r} is neither a folder nor an embedded model; embedded: {', '.join(names) or 'none'}"
-    )
+    kinds = "neither a folder, a file nor an embedded model"
+    raise ConfigError(f"model {name_or_path!r} is {kinds}; embedded: {', '.join(names) or 'none'}")
 
 
 def child_environment() -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_a_dtype_goes_by_its_short_and_its_long_name(dtype: str) -> None:
 
 
 def test_generate_continues_the_prompt_and_repeats_with_a_seed() -> None:
-    texts = [run("generate", "In the beginning", "--max-tokens", "12", "--seed", "4").output for _ in range(2)]
+    texts = [run("generate", "In the beginning", "--max-tokens", "12", "--seed", "4").stdout for _ in range(2)]
     assert texts[0] == texts[1]
     assert texts[0].startswith("In the beginning") and len(texts[0]) > 30
 
@@ -111,11 +111,11 @@ def test_import_reference_writes_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["inspect", "nowhere"], "neither a folder nor an embedded model; embedded: dsc-tiny"),
+        (["inspect", "nowhere"], "neither a folder, a file nor an embedded model; embedded: dsc-tiny"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or between"),
         (["generate", "x", "--step-tokens", "8"], "step_tokens is 8 but max_running is 64"),
         (["init", "--ffn", "dsc", "--out", "x", "--set", "hiden_size=3"], "--set hiden_size=3"),
-        (["serve", "nowhere"], "neither a folder nor an embedded model"),
+        (["serve", "nowhere"], "neither a folder, a file nor an embedded model"),
     ],
 )
 def test_mistakes_are_one_line_without_a_trace(arguments: list[str], words: str) -> None:

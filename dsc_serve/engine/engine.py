@@ -266,7 +266,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
-    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device)
+    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device, config.context)
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)

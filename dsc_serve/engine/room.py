@@ -8,7 +8,8 @@ import torch
 
 from dsc_serve.config import ConfigError, EngineConfig, available_memory
 from dsc_serve.engine.kv_cache import blocks_for
-from dsc_serve.model.config import ModelConfig, load_config
+from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.config import CheckpointError, ModelConfig
 
 ANGLE_BYTES = 4
 KV_BYTES = 2  # at least: with float32, as many again
@@ -19,9 +20,17 @@ def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
+def configured(path: Path, context: int) -> ModelConfig:
+    """Raises CheckpointError."""
+    try:
+        return open_source(path).config.with_context(context)
+    except ValueError as error:
+        raise CheckpointError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from None
+
+
 def check_room(folder: Path, config: EngineConfig) -> None:
     """Raises ConfigError and CheckpointError."""
-    model = load_config(folder)
+    model = configured(folder, config.context)
     free = torch.cuda.mem_get_info(0)[0] if config.device == "cuda" else available_memory()
     positions = position_bytes(model, config)
     if positions > free:
@@ -38,7 +47,10 @@ def check_room(folder: Path, config: EngineConfig) -> None:
 
 
 def position_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """What every position takes beside its keys and values: its angles, and its places in the tables of blocks."""
-    angles = 0 if model.position_embedding_type == "learned" else model.head_dim * ANGLE_BYTES
+    """What every position takes beside its keys and values: its places in the tables of blocks and, on a GPU, where
+    they are not made as contexts need them, its angles.
+    """
+    made_at_once = config.device == "cuda" and model.position_embedding_type != "learned"
+    angles = model.head_dim * ANGLE_BYTES if made_at_once else 0
     tables = config.max_running * blocks_for(model.max_position_embeddings, config.block_size) * TABLE_BYTES
     return model.max_position_embeddings * angles + tables

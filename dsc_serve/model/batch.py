@@ -28,3 +28,8 @@ class StepBatch(NamedTuple):
     decodes: int
     decode_context: int  # the largest context of the one-token sequences
     chunks: tuple[Chunk, ...]  # the sequences with several new tokens
+
+    @property
+    def longest(self) -> int:
+        """The largest context after the step."""
+        return max((self.decode_context, *(chunk.context for chunk in self.chunks)))

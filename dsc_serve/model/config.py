@@ -9,8 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dsc_serve.documents import DocumentError, parse_json, read_document
-from dsc_serve.model.rope import DivisorsRope, RopeScaling
+from dsc_serve.files import CheckpointError as CheckpointError
+from dsc_serve.files import refuse_pointer
+from dsc_serve.model.rope import DivisorsRope, DynamicRope, RopeScaling
 from dsc_serve.model.schema import Layers, Parts, Size, Strict
+
+FORMAT = 1  # of what is written; one more whenever an older version would read it wrongly; without a number: 1
 
 IGNORED = {
     "architectures",
@@ -24,10 +28,6 @@ IGNORED = {
 
 
 MOST_SHOWN, MOST_CHARACTERS = 8, 80  # of the faults of a configuration, and of a value that is wrong
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; one line that names the file, the field or tensor, and what is expected."""
 
 
 class DscConfig(Strict):
@@ -116,7 +116,7 @@ class ModelConfig(Strict):
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    head_dim: Annotated[int, Field(ge=16, le=2**16)]
+    head_dim: Annotated[int, Field(ge=1, le=2**16)]
     max_position_embeddings: Size
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -160,6 +160,15 @@ class ModelConfig(Strict):
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
+    def with_context(self, positions: int) -> ModelConfig:
+        """The same for so many positions; 0: as it is. Raises ValueError where the model cannot have as many."""
+        most = self.max_position_embeddings
+        if positions > most and self.position_embedding_type == "learned":
+            raise ValueError(f"context is {positions}; the model has learned {most} positions")
+        if positions > most and isinstance(self.rope_scaling, DynamicRope):
+            raise ValueError(f"context is {positions}; with dynamic scaling of positions at most {most} are served")
+        return self.model_copy(update={"max_position_embeddings": positions}) if positions else self
+
     @property
     def query_size(self) -> int:
         return self.num_attention_heads * self.head_dim
@@ -171,6 +180,7 @@ class ModelConfig(Strict):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError in one line."""
+    refuse_pointer(path)
     try:
         content = parse_json(read_document(path))
     except FileNotFoundError:
@@ -187,7 +197,7 @@ def one_line(error: ValidationError) -> str:
     parts = []
     for item in error.errors()[:MOST_SHOWN]:
         # pydantic puts the kind of an FFN or of a scaling into the path
-        tags = {"dsc", "moe", "molora", "dense", "linear", "llama3", "yarn", "divisors"}
+        tags = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors"}
         where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
         value = item.get("input")
         shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {shortened(value)})"
@@ -207,8 +217,12 @@ def load_config(folder: Path) -> ModelConfig:
     content = {k: v for k, v in read_json(path).items() if k not in IGNORED}
     form = content.get("model_type", "dsc")
     if form != "dsc":
-        way = "dsc-serve import-hf FOLDER --out DIR makes one of a Llama, Mistral or Qwen2 checkpoint"
-        raise CheckpointError(f"{path}: model_type is {form!r}; this server's own form is 'dsc', and {way}")
+        raise CheckpointError(f"{path}: model_type is {form!r}; expected 'dsc', this server's own form")
+    number = content.pop("format", FORMAT)
+    if type(number) is not int or not 1 <= number <= FORMAT:
+        raise CheckpointError(
+            f"{path}: format is {number!r}; this version reads 1 to {FORMAT}: a newer dsc-serve wrote it, install that"
+        )
     eos = generation_eos(folder / "generation_config.json")
     if eos is not None:
         content["eos_token_id"] = eos
@@ -246,7 +260,12 @@ def generation_eos(path: Path) -> list[int] | None:
 
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:
     """Write `config.json` and `generation_config.json`; dtype is that of the stored tensors."""
-    content = {"architectures": ["DscForCausalLM"], **config.model_dump(exclude_none=True), "torch_dtype": dtype}
+    content = {
+        "format": FORMAT,
+        "architectures": ["DscForCausalLM"],
+        **config.model_dump(exclude_none=True),
+        "torch_dtype": dtype,
+    }
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf8")
     tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id") if name in content}
     (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", "utf8")

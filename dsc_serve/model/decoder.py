@@ -16,7 +16,7 @@ from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
-from dsc_serve.model.rope import rope_table
+from dsc_serve.model.rope import RopeTable
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -73,7 +73,7 @@ class TransformerLayer:
 class Decoder:
     """A decoder whose weights lie ready on one device, in the dtype it computes in.
 
-    tensors: as `tensor_shapes` names them, already checked.
+    tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
     """
 
     def __init__(
@@ -92,14 +92,13 @@ class Decoder:
         self.positions = put("model.embed_positions.weight") if learned else None
         c = config
         self.rope = (
-            None
-            if learned
-            else rope_table(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling).to(device)
+            None if learned else RopeTable(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
         )
+        angles = None if self.rope is None else self.rope.table
         self.layers = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
-            attention = Attention(config, self.rope, *self._attention_weights(f"{layer}.self_attn.", put))
+            attention = Attention(config, angles, *self._attention_weights(f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             try:
@@ -115,7 +114,7 @@ class Decoder:
             [(layer.attention.qkv, layer.attention.out) for layer in self.layers],
             c.num_attention_heads,
             c.num_key_value_heads,
-            self.rope,
+            angles,
             [layer.ffn.layer for layer in self.layers],
         )
         self.norm = norm("model.norm")
@@ -148,6 +147,8 @@ class Decoder:
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
+        if self.rope is not None:
+            self.rope.reach(batch.longest)
         if self.stack is not None:
             return self._stacked(self.stack, batch, kv_caches, picks)
         x = F.embedding(batch.token_ids, self.embedding)

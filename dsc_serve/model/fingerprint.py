@@ -7,6 +7,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dsc_serve.gguf_file import open_gguf
 from dsc_serve.model.checkpoint import weight_files
 from dsc_serve.model.config import CheckpointError
 
@@ -18,7 +19,11 @@ Stamp = tuple[int, ...] | None
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Those that are there."""
+    """Those that are there; of a GGUF file all its parts."""
+    if folder.is_file():
+        with contextlib.suppress(CheckpointError):
+            return sorted({entry.file for entry in open_gguf(folder).tensors} | {folder})
+        return [folder]
     weights: list[Path] = []
     with contextlib.suppress(CheckpointError):  # which loading them tells better
         weights = weight_files(folder)
@@ -61,7 +66,8 @@ class Fingerprint:
         now = self._look()
         for name in sorted(now.keys() | self._before.keys()):
             if now.get(name) != self._before.get(name):
-                raise CheckpointError(f"{self._folder / name}: changed while the model was being loaded; load it again")
+                path = self._folder.with_name(name) if self._folder.is_file() else self._folder / name
+                raise CheckpointError(f"{path}: changed while the model was being loaded; load it again")
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     def _look(self) -> dict[str, Stamp]:

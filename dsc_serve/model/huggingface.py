@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, read_json
+from dsc_serve.model.folder import EMBEDDING, config_file, stored_tensors, text_files, weight_files, write_source
+from dsc_serve.model.rope import lengthened
+from dsc_serve.model.source import Source, Stored
 from dsc_serve.text.tokenizer import FILES, Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,59 @@ FORMS = {
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "dynamic": (),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
+CONTEXT, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+HEAD = "lm_head.weight"
+BUFFERS = "rotary_emb.inv_freq"  # which some older checkpoints store
+UNQUANTISED = "supported: float32, bfloat16 and float16 weights, and GGUF files of any quantisation"
 
 
 def import_huggingface(folder: Path, out: Path) -> ModelConfig:
     """Convert a folder of `config.json`, safetensors and tokenizer files. Raises CheckpointError, TokenizerError."""
+    source = huggingface_source(folder)
+    write_source(source, out)
+    return source.config
+
+
+def huggingface_source(folder: Path) -> Source:
+    """A folder of `config.json`, safetensors and tokenizer files as it is. Raises CheckpointError, TokenizerError."""
+    config_file(folder)
     tokenizer = Tokenizer.load(folder)
     config = huggingface_config(folder, None if tokenizer is None else tokenizer.eos_token_id)
-    tensors = load_tensors(weight_files(folder))
-    save_checkpoint(config, serving_tensors(tensors, config), out)
-    for name in FILES:
-        if tokenizer is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    return config
+    tensors = stored_tensors(weight_files(folder))
+    tensors = {name: stored for name, stored in tensors.items() if not name.endswith(BUFFERS)}
+    tied = config.tie_word_embeddings and tie(tensors, folder)
+    config = config.model_copy(update={"tie_word_embeddings": tied})
+    dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
+    return Source(folder, config, tensors, dtype, lambda: {} if tokenizer is None else text_files(folder, FILES))
+
+
+def tie(tensors: dict[str, Stored], folder: Path) -> bool:
+    """Leave out the head where it is the embedding, whichever of both is stored.
+
+    Returns whether it is: a head that differs from the embedding is one of its own, whatever the config says, as in
+    transformers. Raises CheckpointError.
+    """
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if head is None:
+        return True
+    if embedding is None:
+        tensors[EMBEDDING] = tensors.pop(HEAD)
+        return True
+    if head.shape != embedding.shape or not torch.equal(head.read().float(), embedding.read().float()):
+        log.warning(
+            "%s: tie_word_embeddings is true, but %s differs from %s; each is used for what it is",
+            *(folder, HEAD, EMBEDDING),
+        )
+        return False
+    del tensors[HEAD]
+    return True
 
 
 def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelConfig:
@@ -83,13 +121,13 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         head_dim = width // heads
     bias = bool(content.get("attention_bias", False))
-    theta, scaling = rope_fields(content, path)
+    theta, scaling, context = rope_fields(content, path)
     kv_heads = content.get("num_key_value_heads")
     fields = {
         **{key: content.get(key) for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": content.get("max_position_embeddings"),
+        "max_position_embeddings": context,
         "norm_type": "rmsnorm",
         "norm_eps": content.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
@@ -128,8 +166,7 @@ def generation_end(path: Path) -> Any:
 
 
 def _refuse_unsupported(content: Mapping[str, Any], form: Form, path: Path) -> None:
-    if content.get("quantization_config") is not None:
-        raise CheckpointError(f"{path}: quantization_config is given; supported: weights that are not quantised")
+    refuse_quantised(content, path)
     if content.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
             f"{path}: partial_rotary_factor is {content['partial_rotary_factor']!r}; supported: 1.0, all dimensions"
@@ -140,26 +177,57 @@ def _refuse_unsupported(content: Mapping[str, Any], form: Form, path: Path) -> N
         raise CheckpointError(f"{path}: sliding_window is {window}, below the context of {context}; supported: none")
 
 
-def rope_fields(content: Mapping[str, Any], path: Path) -> tuple[Any, dict[str, Any] | None]:
-    """rope_theta and the scaling of a config, older (`rope_scaling`) or newer (`rope_parameters`)."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+def refuse_quantised(content: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError where a config, or a file beside it, says that the weights are quantised."""
+    for field in ("quantization_config", "compression_config", "quantization"):
+        own = content.get(field)
+        if own is not None:
+            method = own.get("quant_method", own.get("mode", "")) if isinstance(own, dict) else own
+            named = f" with {method}" if method else ""
+            raise CheckpointError(f"{path}: the weights are quantised{named} ({field}); {UNQUANTISED}")
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+        if (path.parent / name).is_file():
+            raise CheckpointError(f"{path.parent / name}: the weights are quantised, as this file says; {UNQUANTISED}")
+
+
+def rope_fields(content: Mapping[str, Any], path: Path) -> tuple[Any, dict[str, Any] | None, Any]:
+    """rope_theta, the scaling, and the context that it gives, of an older config (`rope_scaling`) or a newer one.
+
+    As transformers reads them: `rope_scaling` goes before `rope_parameters`, what stands in it before what stands
+    beside it, and only an `original_max_position_embeddings` beside it before the one within. As in vLLM, linear
+    scaling and YaRN multiply the context that the model was trained with.
+    """
+    rope, context = content.get("rope_scaling") or content.get("rope_parameters") or {}, content.get(CONTEXT)
+    if isinstance(rope, dict) and isinstance(
+        rope.get("full_attention"), dict
+    ):  # by the layers' kinds, of which one is served
+        rope = rope["full_attention"]
     if not isinstance(rope, dict):
         raise CheckpointError(f"{path}: rope_scaling is {rope!r}, expected an object")
     theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise CheckpointError(f"{path}: rope_type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; supported: 1.0")
-    if not SCALINGS[kind]:  # up to max_position_embeddings, all that is served, dynamic scaling changes nothing
-        return theta, None
+    if kind == "default":
+        return theta, None, context
     scaling = {name: rope[name] for name in SCALINGS[kind] if rope.get(name) is not None}
+    if ORIGINAL in SCALINGS[kind]:
+        original = content.get(ORIGINAL)
+        if original is not None:
+            scaling[ORIGINAL] = original
+        scaling.setdefault(ORIGINAL, context)
+    trained: Any = context
     if kind == "yarn":
-        scaling.setdefault("original_max_position_embeddings", content.get("max_position_embeddings"))
-    return theta, {"rope_type": kind, **scaling}
+        trained = scaling[ORIGINAL]
+        if "factor" not in scaling and is_size(context) and is_size(trained):
+            scaling["factor"] = context / trained
+    factor = scaling.get("factor")
+    if kind in ("linear", "yarn") and is_size(trained) and isinstance(factor, int | float):
+        context = lengthened(trained, factor)
+    return theta, {"rope_type": kind, **scaling}, context
 
 
-def serving_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state dict without what is not stored: buffers of angles, and the head where it is the embedding."""
-    idle = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {k: v for k, v in tensors.items() if k not in idle and not k.endswith("rotary_emb.inv_freq")}
+def is_size(value: object) -> bool:
+    return type(value) is int and value > 0

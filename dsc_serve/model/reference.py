@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from dsc_serve.model.checkpoint import load_tensors, save_checkpoint
 from dsc_serve.model.config import (
     CheckpointError,
     DenseConfig,
@@ -19,6 +18,7 @@ from dsc_serve.model.config import (
     one_line,
     read_json,
 )
+from dsc_serve.model.folder import load_tensors, save_checkpoint
 
 TORCH_FILE = b"PK\x03\x04"  # how a file of torch.save begins: it is a zip
 METHODS = ("dsc", "standard_moe", "dense")
@@ -144,5 +144,5 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> ModelConfig
     with weights.open("rb") as file:
         if file.read(4) == TORCH_FILE:
             raise CheckpointError(f"{weights}: torch's own format; write its state dict as safetensors (README.md)")
-    save_checkpoint(config, serving_tensors(load_tensors([weights]), config), out)
+    save_checkpoint(config, serving_tensors(load_tensors([weights]), config), out, weights)
     return config

@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dsc_kernels.memory import zeros
 from dsc_serve.model.schema import Size, Strict
 
 ROWS = 2**14  # of the table that are computed at a time
 Positive = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(ge=1)]
+AHEAD = 4096  # positions that are filled in together
+
+
+def lengthened(context: int, factor: float) -> int:
+    """The positions for which linear scaling and YaRN by this factor make a model that was trained with so many."""
+    return int(context * factor) if math.isfinite(factor) and factor > 1 else context
 
 
 class LinearRope(Strict):
-    """Positions divided by `factor`."""
+    """Positions divided by `factor`; cosines and sines multiplied by `attention_factor`."""
 
     rope_type: Literal["linear"]
     factor: Factor
+    attention_factor: Positive = 1.0
+
+    @property
+    def magnitude(self) -> float:
+        return self.attention_factor
 
     def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
         return frequencies / self.factor
 
 
+class DynamicRope(Strict):
+    """Nothing changes up to the length that the model was trained with, and more is not served.
+
+    Beyond it every token would change the angles of all before it, whose keys are cached.
+    """
+
+    rope_type: Literal["dynamic"]
+    factor: Factor
+    magnitude: ClassVar[float] = 1.0
+
+    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+        return frequencies
+
+
 class Llama3Rope(Strict):
     """Low frequencies divided by `factor`, high ones kept, those between blended."""
+
+    magnitude: ClassVar[float] = 1.0
 
     rope_type: Literal["llama3"]
     factor: Factor
@@ -95,23 +123,58 @@ class DivisorsRope(Strict):
 
     rope_type: Literal["divisors"]
     divisors: list[Positive]
+    attention_factor: Positive = 1.0
+
+    @property
+    def magnitude(self) -> float:
+        return self.attention_factor
 
     def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
         return frequencies / torch.tensor(self.divisors, dtype=frequencies.dtype)
 
 
-RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope | DivisorsRope, Field(discriminator="rope_type")]
+RopeScaling = Annotated[
+    LinearRope | DynamicRope | Llama3Rope | YarnRope | DivisorsRope, Field(discriminator="rope_type")
+]
+
+
+class RopeTable:
+    """cos and sin of every position's angles, float32 [positions, 2, head_dim / 2], filled in as positions are reached.
+
+    On the CPU what has not been reached takes no memory; elsewhere, where steps are replayed without asking, all is
+    filled in at once.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        positions: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        self._frequencies = frequencies if scaling is None else scaling.stretched(frequencies, theta)
+        self._magnitude = 1.0 if scaling is None else scaling.magnitude
+        self.filled = 0
+        self.table = zeros((positions, 2, head_dim // 2), torch.float32, device)
+        if self.table.device.type != "cpu":
+            self.reach(positions)
+
+    def reach(self, positions: int) -> None:
+        """Have so many positions filled in, of as many as there are."""
+        if positions <= self.filled:
+            return
+        end = min(-(-positions // AHEAD) * AHEAD, len(self.table))
+        for start in range(self.filled, end, AHEAD):
+            rows = self.table[start : start + AHEAD]
+            angles = torch.arange(start, start + len(rows), dtype=torch.float64)[:, None] * self._frequencies
+            rows.copy_((self._magnitude * torch.stack((angles.cos(), angles.sin()), dim=1)).float())
+        self.filled = max(self.filled, end)
 
 
 def rope_table(head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """cos and sin of every position's angles: float32 [positions, 2, head_dim / 2]."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if scaling is not None:
-        frequencies = scaling.stretched(frequencies, theta)
-    magnitude = scaling.magnitude if isinstance(scaling, YarnRope) else 1.0
-    table = torch.empty(positions, 2, frequencies.shape[0])
-    for start in range(0, positions, ROWS):  # float64 of all at once would take five times the table
-        rows = torch.arange(start, min(start + ROWS, positions), dtype=torch.float64)
-        angles = rows[:, None] * frequencies
-        table[start : start + ROWS] = magnitude * torch.stack((angles.cos(), angles.sin()), dim=1)
-    return table
+    """A `RopeTable` all filled in: float32 [positions, 2, head_dim / 2]."""
+    whole = RopeTable(head_dim, positions, theta, scaling)
+    whole.reach(positions)
+    return whole.table

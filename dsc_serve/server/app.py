@@ -28,8 +28,8 @@ from dsc_serve.text.tokenizer import Tokenizer
 
 
 def served_name(config: ServerConfig) -> str:
-    """What clients call the model: as configured, else the name of its folder."""
-    return config.served_model_name or Path(config.engine.model).resolve().name
+    """What clients call the model: as configured, else the name of its folder, or of its file without `.gguf`."""
+    return config.served_model_name or Path(config.engine.model).resolve().name.removesuffix(".gguf")
 
 
 def create_app(

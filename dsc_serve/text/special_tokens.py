@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from dsc_serve.documents import DocumentError, parse_json, read_document
+from dsc_serve.files import CheckpointError, refuse_pointer
 from dsc_serve.text.chat import one_line
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -30,10 +31,19 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be used or a text that cannot be encoded; one line."""
 
 
+def check_file(path: Path) -> None:
+    """Raises TokenizerError for a file that is only a pointer to another one."""
+    try:
+        refuse_pointer(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty when there is no file. Raises TokenizerError."""
     if not path.is_file():
         return {}
+    check_file(path)
     try:
         content = parse_json(read_document(path))
     except (OSError, DocumentError) as error:

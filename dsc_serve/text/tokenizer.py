@@ -7,11 +7,14 @@ from pathlib import Path
 
 import tokenizers
 
+from dsc_serve.files import CheckpointError
+from dsc_serve.gguf_file import open_gguf
 from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.text.broken_template import usable
-from dsc_serve.text.chat import TEMPLATE_FILE, ChatTemplate, load_chat_template, one_line
+from dsc_serve.text.chat import TEMPLATE_FILE, ChatTemplate, default_template, load_chat_template, one_line
+from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.pieces import Decoding, Pieces
-from dsc_serve.text.special_tokens import ADDED_FILE, MAP_FILE, complete, read_object
+from dsc_serve.text.special_tokens import ADDED_FILE, MAP_FILE, check_file, complete, read_object, tokens_of
 from dsc_serve.text.special_tokens import CONFIG_FILE as CONFIG_FILE
 from dsc_serve.text.special_tokens import TokenizerError as TokenizerError
 
@@ -67,10 +70,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a model folder, or None when it has no tokenizer.json. Raises TokenizerError."""
+        """The tokenizer of a model folder, None when it has no tokenizer.json, or of a GGUF file.
+
+        Raises TokenizerError.
+        """
+        if folder.is_file():
+            return cls._of_gguf(folder)
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             return None
+        check_file(path)
         try:
             with panics_as_errors():
                 backend = tokenizers.Tokenizer.from_file(str(path))
@@ -103,6 +112,24 @@ class Tokenizer:
             chat_template=chat_template,
             **flags,
         )
+
+    @classmethod
+    def _of_gguf(cls, file: Path) -> Tokenizer:
+        """The tokenizer in a GGUF file's metadata, as importing the file would write it. Raises TokenizerError."""
+        try:
+            with panics_as_errors():
+                backend, config = converted_tokenizer(open_gguf(file).tokenizer)
+            named = {name: token.content for name, token in tokens_of(config, file)[0].items()}
+        except CheckpointError as error:
+            raise TokenizerError(str(error)) from None
+        except (ValueError, PanicError) as error:
+            raise TokenizerError(f"{file}: {error}") from error
+
+        def template() -> ChatTemplate | None:
+            source = default_template(config.get("chat_template"))
+            return None if source is None else ChatTemplate(source, named)
+
+        return cls.of(backend, config, named, usable(file, template))
 
     def to_json(self) -> str:
         """The tokenizer alone, as tokenizer.json holds it."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsc_serve.llm import LLM
-from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
-from dsc_serve.model.config import DscConfig, ModelConfig, load_config
+from dsc_serve.model.checkpoint import load_tensors, open_source, save_checkpoint, weight_files
+from dsc_serve.model.config import DscConfig, ModelConfig
 from dsc_serve.text.tokenizer import FILES, Tokenizer
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.ffn import Pass
@@ -54,7 +54,7 @@ def prune(model: Path, calibration: str, texts: dict[str, str], out: Path) -> Pr
     All layers keep the same number of atoms, that of the layer that uses most; the others fill up with unused ones.
     Raises TrainError for another FFN kind than dsc, a model without a tokenizer, or a text of one token.
     """
-    config = load_config(model)
+    config = open_source(model).config
     c = config.ffn
     if not isinstance(c, DscConfig):
         raise TrainError(f"{model}: its FFN is {c.kind}; only dsc has atoms to drop")

@@ -31,6 +31,7 @@ from dsc_serve.model.description import kernels
 from dsc_serve.model.fingerprint import Fingerprint
 from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,
@@ -239,7 +240,7 @@ def main(descriptor: int) -> int:
 
 def start_errors() -> tuple[type[Exception], ...]:
     """What a start may fail with for a reason that its caller can mend."""
-    return (ConfigError, CheckpointError, MemoryError, RuntimeError, *ops.compiler_errors())
+    return (ConfigError, CheckpointError, TokenizerError, MemoryError, RuntimeError, *ops.compiler_errors())
 
 
 def freeze() -> None:

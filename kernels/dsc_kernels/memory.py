@@ -6,6 +6,7 @@ Rows picked from a bank lie all over it, and with pages of 4 KiB nearly every on
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import threading
@@ -63,3 +64,9 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | Non
 def resident(tensor: Tensor) -> Tensor:
     """The same, contiguous, on the CPU in such memory; on another device the tensor itself."""
     return zeros(tuple(tensor.shape), tensor.dtype).copy_(tensor) if tensor.device.type == "cpu" else tensor
+
+
+def trim() -> None:
+    """Give back to the system what tensors that are gone have left in the heap."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from support.running_server import start_server, stop_server
+from support.running_server import memory_mb, start_server, stop_server
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.gguf import import_gguf
@@ -72,9 +74,10 @@ def test_greedy_tokens_equal_those_of_transformers(weights: Path, imported: Path
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def url(imported: Path) -> Iterator[str]:
-    server = start_server(str(imported), "--max-running", "4")
+@pytest.fixture(scope="module", params=["imported", "weights"])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The folder that was imported, and the file as it is."""
+    server = start_server(str(request.getfixturevalue(request.param)), "--max-running", "4")
     yield server.url
     stop_server(server)
 
@@ -87,7 +90,7 @@ def chat(url: str, **body: object) -> str:
     return str(choice["message"]["content"])
 
 
-def test_chat_follows_the_models_own_template(url: str, imported: Path) -> None:
+def test_chat_follows_the_models_own_template(url: str) -> None:
     """An answer that ends by itself and holds no mark of the template: both need the template and its end of turn."""
     text = chat(url, messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=60)
     assert "Paris" in text
@@ -110,3 +113,40 @@ def test_json_follows_its_schema(url: str) -> None:
     person = json.loads(text)
     assert person.keys() == {"name", "age"}
     assert isinstance(person["name"], str) and isinstance(person["age"], int)
+
+
+def test_the_file_takes_hardly_more_memory_than_the_imported_folder(weights: Path, imported: Path) -> None:
+    taken = {}
+    for path in (imported, weights):
+        server = start_server(str(path), "--max-running", "4", "--dtype", "float32", "--kv-tokens", "4096")
+        try:
+            chat(server.url, messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=60)
+            taken[path] = memory_mb(server.pid) + memory_mb(server.engine_pid)
+        finally:
+            stop_server(server)
+    assert taken[weights] <= 1.15 * taken[imported], taken
+
+
+LOADING = """
+import sys, time, torch
+from pathlib import Path
+from dsc_serve.model.checkpoint import load_model
+torch.set_num_threads(1)
+began = time.process_time()
+load_model(Path(sys.argv[1]), sys.argv[2], torch.device("cpu"))
+print(time.process_time() - began)
+"""
+
+
+def test_the_file_loads_hardly_more_slowly_than_the_imported_folder(
+    weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Beside the folder as it is imported by default: processor time of one thread, best of four each, in turn."""
+    folder = tmp_path_factory.mktemp("smollm2-bfloat16") / "model"
+    import_gguf(weights, folder)
+    times: dict[Path, list[float]] = {folder: [], weights: []}
+    for path in (*times,) * 4:
+        command = [sys.executable, "-c", LOADING, str(path), "float32"]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        times[path].append(float(ran.stdout))
+    assert min(times[weights]) <= 1.3 * min(times[folder]), times

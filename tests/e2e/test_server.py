@@ -127,7 +127,7 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_status(
 ) -> None:
     broken = damaged(golden_folder("dsc"), tmp_path, 5000)
     for arguments, words in [
-        (["no-such-model"], "neither a folder nor an embedded model"),
+        (["no-such-model"], "neither a folder, a file nor an embedded model"),
         ([str(broken)], "model.safetensors: not a readable safetensors file"),
         ([str(golden_folder("dsc")), "--max-running", "600"], "step_tokens is 512 but max_running is 600"),
         ([str(golden_folder("dsc")), "--kernels", "abacus"], "kernels 'abacus' are not available"),

@@ -80,7 +80,8 @@ def test_truncated_and_missing_files(small_model: Callable[..., Path]) -> None:
         ("hidden_size", 0, "hidden_size"),
         ("hidden_size", "32", "hidden_size"),
         ("num_key_value_heads", 3, "num_key_value_heads, 3, does not divide"),
-        ("head_dim", 8, "head_dim"),
+        ("head_dim", 7, "head_dim is 7; rope needs an even one"),
+        ("head_dim", 0, "head_dim"),
         ("norm_type", "batch", "norm_type"),
         ("hiden_size", 32, "hiden_size"),
         ("model_type", "llama", "model_type"),
@@ -190,7 +191,7 @@ def test_reference_import_names_what_is_wrong(tmp_path: Path) -> None:
         ("num_bases", None, "num_bases is None, expected int"),
         ("num_bases", 81, r"atoms_u has shape \[80, 48\], expected \[81, 48\]"),
         ("tie_weights", 1, "tie_weights is 1, expected bool"),
-        ("n_head", 16, "head_dim"),
+        ("n_head", 96, "which n_head, 96, does not divide"),
         ("dmc_top_k", 81, "more than num_atoms, 80"),
         ("tau_clamp", 0, "tau"),
     ]:

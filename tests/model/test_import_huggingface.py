@@ -17,6 +17,7 @@ from torch import Tensor
 from dsc_serve.model.checkpoint import load_tensors
 from dsc_serve.model.config import CheckpointError, load_config
 from dsc_serve.model.huggingface import import_huggingface
+from dsc_serve.model.rope import rope_table
 from dsc_serve.text import tokenizer as text
 
 LLAMA: dict[str, Any] = {
@@ -84,7 +85,9 @@ def test_shards_become_one_checkpoint_with_every_tensor(folder: Callable[..., Pa
 
 def test_the_newer_form_of_rope_and_the_head_of_a_tied_model(folder: Callable[..., Path], tmp_path: Path) -> None:
     parameters = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0}
-    source = folder(expected_tensors(), tie_word_embeddings=True, rope_theta=None, rope_parameters=parameters)
+    tensors = expected_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    source = folder(tensors, tie_word_embeddings=True, rope_theta=None, rope_parameters=parameters)
     config = import_huggingface(source, tmp_path / "out")
     assert config.rope_theta == 700.0
     assert config.rope_scaling is not None and config.rope_scaling.rope_type == "yarn"
@@ -96,7 +99,8 @@ def test_dynamic_scaling_changes_nothing_within_the_context(folder: Callable[...
     config = import_huggingface(
         folder(expected_tensors(), rope_scaling={"type": "dynamic", "factor": 2.0}), tmp_path / "out"
     )
-    assert config.rope_scaling is None and config.max_position_embeddings == 48
+    assert config.rope_scaling is not None and config.max_position_embeddings == 48
+    assert torch.equal(rope_table(16, 48, 500.0, config.rope_scaling), rope_table(16, 48, 500.0))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; supported: default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: Field required"),
         ({"hidden_act": "gelu_new"}, "hidden_act: Input should be 'gelu' or 'silu' (got 'gelu_new')"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is given; supported: weights that are not"),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config); supp"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding_window is 16, below the context"),
         ({"intermediate_size": None}, "ffn.size: Input should be a valid integer (got None)"),

@@ -15,7 +15,6 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from dsc_serve.bench.compare.peer_model import describe_foreign
@@ -23,7 +22,7 @@ from dsc_serve.bench.layer.roofline import phases, screened
 from dsc_serve.bench.step.profile import PROMPT_TOKENS, context_needed, profile, screens_head, screens_router
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
-from dsc_serve.model.checkpoint import weight_files
+from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, parameter_counts, tensor_shapes
 from dsc_serve.sampling_params import SamplingParams
@@ -66,11 +65,9 @@ class Routers:
     """The stored routers of every layer: what inputs of the FFNs pick."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self._config, self._stored = config, dict[str, Tensor]()
-        for file in weight_files(folder):
-            with safe_open(file, "pt") as tensors:
-                names = [name for name in tensors.keys() if ".mlp.router" in name]  # noqa: SIM118
-                self._stored |= {name: tensors.get_tensor(name).float() for name in names}
+        tensors = open_source(folder).tensors
+        self._config = config
+        self._stored = {name: tensors[name].read().float() for name in tensors if ".mlp.router" in name}
 
     def distinct(self, layer: int, x: Tensor) -> int:
         """Different atoms, adapters or experts that tokens x [B, d] pick."""

@@ -1,0 +1,168 @@
+"""Checkpoint folders: `config.json` and `model.safetensors`, whole or sharded with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsc_serve.files import refuse_pointer
+from dsc_serve.model.config import CheckpointError, ModelConfig, read_json, save_config
+from dsc_serve.model.decoder import tensor_shapes
+from dsc_serve.model.source import Progress, Source, Stored, check_finite, check_stored
+from dsc_serve.panics import PanicError, panics_as_errors
+
+EMBEDDING = "model.embed_tokens.weight"
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises CheckpointError when there are none or one of a set is missing."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():  # an index beside the whole is left from before the shards were joined
+        files = [whole]
+    else:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+        files = [folder / name for name in sorted(set(shards.values()))]
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{index}: weight_map names {file.name!r} outside the checkpoint's folder")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file{hint(folder)}")
+    return files
+
+
+def config_file(folder: Path) -> Path:
+    """A folder's `config.json`. Raises CheckpointError that says what is there instead."""
+    path = folder / "config.json"
+    if path.is_file():
+        return path
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: an adapter (adapter_config.json) of the model {base!r}, not a model; merge it into that first, "
+            "as merge_and_unload of peft does"
+        )
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(f"{folder}: a folder of GGUF files; name the file, such as {ggufs[0]}")
+    raise CheckpointError(f"{path}: no such file{hint(folder)}")
+
+
+def hint(folder: Path) -> str:
+    """What a folder without the safetensors files that were looked for holds instead."""
+    other = sorted(file.name for file in folder.glob("*") if file.suffix in OTHER_WEIGHTS)
+    if not other:
+        return ""
+    way = "safetensors.torch.save_file, or save_pretrained of transformers, makes them of these"
+    return f"; the folder holds {other[0]}, and what is read are safetensors files: {way}"
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """The tensors of safetensors files, to be read. Raises CheckpointError for a file that cannot be read."""
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        refuse_pointer(file)
+        try:
+            with panics_as_errors():
+                source: Any = safe_open(file, framework="pt")
+                for name in source.keys():  # noqa: SIM118  not a mapping
+                    if name in tensors:
+                        raise CheckpointError(f"{file}: tensor {name} is stored twice")
+                    part = source.get_slice(name)
+                    dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        what = f"tensor {name} is stored as {part.get_dtype()}, which is not known"
+                        raise CheckpointError(f"{file}: {what}")
+                    tensors[name] = Stored(tuple(part.get_shape()), dtype, partial(read_tensor, source, name))
+        except (SafetensorError, OSError, PanicError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+    return tensors
+
+
+def read_tensor(source: Any, name: str) -> Tensor:
+    """A copy: what the library gives is the file's own pages, which change with the file."""
+    tensor: Tensor = source.get_tensor(name)
+    return tensor.clone()
+
+
+def load_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files. Raises CheckpointError for a file that cannot be read."""
+    return {name: stored.read() for name, stored in stored_tensors(files).items()}
+
+
+def text_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Those of these files that a folder holds. Raises CheckpointError for one that cannot be read."""
+    texts = {}
+    for name in names:
+        if (folder / name).is_file():
+            try:
+                texts[name] = (folder / name).read_text("utf8")
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{folder / name}: not readable: {error}") from None
+    return texts
+
+
+def save_checkpoint(
+    config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path, source: Path | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would.
+
+    source: the file or folder that they come from, which errors name. Raises CheckpointError, also when the folder
+    holds a checkpoint already: parts of the old one would stay.
+    """
+    refuse_taken(folder)
+    named = source or folder
+    check_stored({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, tensor_shapes(config), named)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, named)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_config(config, folder, str(tensors[EMBEDDING].dtype).removeprefix("torch."))
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raises CheckpointError for a folder that holds a checkpoint already."""
+    taken = sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("*.json"))
+    if taken:
+        raise CheckpointError(f"{folder}: holds a checkpoint already ({taken[0].name}); name an empty folder")
+
+
+def write_source(source: Source, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write what a source gives as a folder of the serving form, in this dtype where one is given.
+
+    Raises CheckpointError, TokenizerError.
+    """
+    refuse_taken(out)
+    source.check()
+    texts = source.texts()
+    with Progress(source) as progress:
+        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in source.weights(progress).items()}
+    save_checkpoint(source.config, tensors, out, source.path)
+    for name, text in texts.items():
+        (out / name).write_text(text, "utf8")

@@ -1,0 +1,140 @@
+"""Where a model comes from: its configuration, and its tensors, each read when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dsc_serve.files import CheckpointError
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.decoder import tensor_shapes
+from dsc_serve.model.ffn import KINDS
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log hears of progress
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: read gives it, [shape] in this dtype, in memory of its own that no file shows through."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model at a path, under the names and in the forms of `tensor_shapes`; nothing of it has been read yet.
+
+    dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, Stored]
+    dtype: torch.dtype
+    texts: Callable[[], dict[str, str]]
+
+    def check(self) -> None:
+        """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""
+        check_count(self.config, len(self.tensors), self.path)
+        found = {name: (stored.shape, stored.dtype) for name, stored in self.tensors.items()}
+        check_stored(found, tensor_shapes(self.config), self.path)
+
+    def weights(self, progress: Callable[[int], None] = lambda size: None) -> Weights:
+        """The tensors, to be read; progress hears of the elements that were."""
+        return Weights(self, progress)
+
+
+class Weights(Mapping[str, Tensor]):
+    """A source's tensors, each read and found finite when it is asked for, and not kept here."""
+
+    def __init__(self, source: Source, progress: Callable[[int], None]) -> None:
+        self._source, self._progress = source, progress
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._source.tensors[name].read()
+        check_finite(name, tensor, self._source.path)
+        self._progress(tensor.numel())
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.tensors)
+
+    def __len__(self) -> int:
+        return len(self._source.tensors)
+
+
+def check_count(config: ModelConfig, count: int, source: Path) -> None:
+    """Raises CheckpointError where so few tensors cannot be this model's, before each that is missing is looked for."""
+    layers, each = config.num_hidden_layers, len(KINDS[config.ffn.kind].shapes(config))
+    if layers * each > count:
+        needed = f"num_hidden_layers is {layers}, and the FFN of each has {each} tensors"
+        raise CheckpointError(f"{source}: {needed}; the weights hold {count} tensors in all")
+
+
+def check_stored(
+    found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], expected: Mapping[str, tuple[int, ...]], source: Path
+) -> None:
+    """Exactly the expected tensors, with their shapes, in a dtype that is read. Raises CheckpointError."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    for names, what in ((missing, "is missing"), (unknown, "does not belong to this architecture")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{source}: tensor {names[0]} {what}{more}")
+    for name, (shape, dtype) in found.items():
+        if shape != expected[name]:
+            raise CheckpointError(f"{source}: tensor {name} has shape {list(shape)}, expected {list(expected[name])}")
+        if dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{source}: tensor {name} is stored as {str(dtype).removeprefix('torch.')}, "
+                "expected float32, bfloat16 or float16"
+            )
+
+
+def check_finite(name: str, tensor: Tensor, source: Path) -> None:
+    """Raises CheckpointError for a tensor that holds values that are not finite."""
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # which a finite tensor hardly ever misses
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(f"{source}: tensor {name} holds {bad} values that are not finite")
+
+
+class Progress:
+    """Shows on standard error how far reading has come: as a bar on a terminal, elsewhere as lines of the log."""
+
+    def __init__(self, source: Source) -> None:
+        self._total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
+        self._name, self._done = source.path.name, 0
+        self._next = time.monotonic() + SILENT_S
+        self._bar = tqdm(
+            total=self._total,
+            desc=f"loading {self._name}",
+            unit="",
+            unit_scale=True,
+            delay=SILENT_S,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __call__(self, size: int) -> None:
+        self._done += size
+        self._bar.update(size)
+        if self._bar.disable and time.monotonic() >= self._next:
+            self._next = time.monotonic() + APART_S
+            print(f"loading {self._name}: {self._done / max(self._total, 1):.0%}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -110,7 +110,7 @@ class Forward:
 
     def __init__(self, model: Decoder, batch: StepBatch) -> None:
         self.model, self._batch = model, batch
-        self._pools = model.kv_pools(int(batch.block_tables.numel()), BLOCK)
+        self._pools = model.kv_caches(int(batch.block_tables.numel()), BLOCK)
 
     def hidden(self) -> Tensor:
         return self.model.hidden(self._batch, self._pools)

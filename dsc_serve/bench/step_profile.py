@@ -19,8 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dsc_kernels import native, ops
-from dsc_kernels.screen import NO_SCREEN
+from dsc_kernels import ops
 from dsc_serve.bench.roofline import Phase, gemm_rate, phases, screened
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
@@ -260,7 +259,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
             (scheduler.step_time, "observe", "schedule"),
             (runner, "pack", "pack"),
             (model, "hidden", "blocks"),
-            (model, "likeliest", "head"),
+            (model, "argmax_tokens", "head"),
             (model, "logits", "head"),
             (runner, "sampler", "sample"),
             *((runner.routing, method, "watch routing") for method in ("begin", "note") if runner.routing is not None),
@@ -319,13 +318,12 @@ def expected_distinct(config: ModelConfig, batch: int) -> float:
 
 def screens_router(model: Decoder) -> bool:
     """Whether this model's FFN layers screen their routers in int8."""
-    routed = [layer.layer for layer in dsc_layers(model)]
-    return bool(routed) and isinstance(routed[0], native.Ffn) and routed[0].screen is not NO_SCREEN
+    return any(layer.layer.screened for layer in dsc_layers(model))
 
 
 def screens_head(model: Decoder) -> bool:
     """Whether this model's head screens words in int8, where no logits are asked for."""
-    return getattr(model.head, "screen", NO_SCREEN) is not NO_SCREEN
+    return model.head.screened
 
 
 def ffn_phases(model: Decoder, batch: int) -> list[Phase]:

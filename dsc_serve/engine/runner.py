@@ -134,7 +134,7 @@ class Runner:
     ) -> None:
         self.model, self.block_size = model, limits.block_size
         self._spare_block, self._longest = limits.num_blocks, limits.max_tokens
-        self.pools = model.kv_pools(limits.num_blocks + (capture is not None), limits.block_size)
+        self.pools = model.kv_caches(limits.num_blocks + (capture is not None), limits.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(limits.max_tokens, limits.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
@@ -209,7 +209,7 @@ class Runner:
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
             if all(map(takes_likeliest, requests)):
-                tokens = sampler.read(self.model.likeliest(needed))
+                tokens = sampler.read(self.model.argmax_tokens(needed))
                 result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
             else:
                 self._sample(self.model.logits(needed), requests, result)

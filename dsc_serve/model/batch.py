@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dsc_kernels.weights import Slots
+
 
 class Chunk(NamedTuple):
     """Several new tokens of one sequence: `length` rows of the batch from `start`, the sequence's row of the tables."""
@@ -33,3 +35,8 @@ class StepBatch(NamedTuple):
     decodes: int
     decode_context: int
     chunks: tuple[Chunk, ...]
+
+    @property
+    def slots(self) -> Slots:
+        """Where the tokens stand, and where their keys and values go."""
+        return Slots(self.positions, self.slot_blocks, self.slot_offsets)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
-from dsc_kernels.stack import NormWeights, Stack
+from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
@@ -62,12 +62,26 @@ class Norm:
         self.weights = NormWeights(weight, bias, config.norm_eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.norm(x, *self.weights)
+        return ops.norm(x, self.weights)
 
 
 class Block:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
+
+    def described(self) -> DecoderLayer:
+        """What it consists of, for those who compute all blocks in one call."""
+        c = self.attention.config
+        return DecoderLayer(
+            attention_norm=self.norm1.weights,
+            qkv=self.attention.qkv,
+            out=self.attention.out,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            cos_sin_cache=self.attention.cos_sin_cache,
+            ffn_norm=self.norm2.weights,
+            ffn=self.ffn.layer,
+        )
 
 
 class Decoder:
@@ -111,12 +125,7 @@ class Decoder:
         self.stack = ops.stack(
             self.embedding,
             self.positions,
-            [(block.norm1.weights, block.norm2.weights) for block in self.blocks],
-            [(block.attention.qkv, block.attention.out) for block in self.blocks],
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            self.rope,
-            [block.ffn.layer for block in self.blocks],
+            [block.described() for block in self.blocks],
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
@@ -132,29 +141,27 @@ class Decoder:
         out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
         return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
-    def kv_pools(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
+    def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
+        """One per layer, of so many blocks, all zero."""
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
-        def pool() -> Tensor:
+        def part() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [(pool(), pool()) for _ in self.blocks]
+        return [KvCache(part(), part()) for _ in self.blocks]
 
-    def hidden(
-        self, batch: StepBatch, pools: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
-    ) -> Tensor:
-        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
+    def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
+        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
         if self.stack is not None:
-            return self._stacked(self.stack, batch, pools, picks)
+            return self._stacked(self.stack, batch, kv_caches, picks)
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for block, (keys, values) in zip(self.blocks, pools, strict=True):
-            x = block.attention(block.norm1(x), batch, keys, values, residual=x)
+        for block, cache in zip(self.blocks, kv_caches, strict=True):
+            x = block.attention(block.norm1(x), batch, cache, residual=x)
             if picks is None:
                 x = block.ffn(block.norm2(x), residual=x)
             else:
@@ -165,27 +172,26 @@ class Decoder:
 
     def _stacked(
         self,
-        stack: Stack,
+        stack: ops.Stack,
         batch: StepBatch,
-        pools: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[KvCache],
         picks: list[Picks] | None,
     ) -> Tensor:
         b, layers = batch, dsc_layers(self)
-        asked = [layer.asked(b.token_ids.shape[0], picks is not None) for layer in layers]
-        slots = b.positions, b.slot_blocks, b.slot_offsets
+        outputs = [layer.outputs(b.token_ids.shape[0], picks is not None) for layer in layers]
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, slots, b.block_tables, *contexts, pools, asked or None)
+        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs or None)
         if picks is not None:
-            picks += [layer.noted(own.picked) for layer, own in zip(layers, asked, strict=True)]
+            picks += [layer.record(own.picked) for layer, own in zip(layers, outputs, strict=True)]
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
         return self.head(self.norm(hidden), out_dtype=torch.float32)
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
+    def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
-        return self.head.largest(self.norm(hidden))
+        return self.head.argmax(self.norm(hidden))
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:

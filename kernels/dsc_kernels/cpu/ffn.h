@@ -33,7 +33,7 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
   // what a panel costs, in panels of the screened router or of the router
   int64_t cost = (a.gate ? 2 : 1) * (a.screen.rows ? (int64_t)sizeof(T) : 1), total = routed + cost * width;
   int64_t first = split_point(total, id, n), last = split_point(total, id + 1, n);
-  float* peaks = b.peaks + id * b.peaks_size;
+  float* peaks = routed > 0 ? b.peaks + id * b.peaks_size : nullptr;
   if (routed > 0)
     for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
   if (first < routed) {

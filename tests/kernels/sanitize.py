@@ -33,7 +33,8 @@ def build() -> None:
     package = BUILD / "kernels"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(ROOT / "setup.py", BUILD)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, BUILD)
     environment = {**os.environ, "DSC_SANITIZE": SANITIZERS}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=BUILD, env=environment, check=True)
 

@@ -202,5 +202,5 @@ def test_the_bank_lies_on_the_device_once(
     engine, _ = engine_on(gpu, small_model(), monkeypatch)
     for block in engine.runner.model.blocks:  # type: ignore[attr-defined]
         assert isinstance(block.ffn, DscFfn)
-        assert block.ffn.layer.u is block.ffn.u and block.ffn.layer.v is block.ffn.v  # type: ignore[attr-defined]
+        assert block.ffn.layer.bank.u is block.ffn.u and block.ffn.layer.bank.v is block.ffn.v  # type: ignore[attr-defined]
         assert on_device(block.ffn.u)

@@ -85,7 +85,7 @@ class Ffn:
         for part, rows in (("u", bank.u), ("v", bank.v)):
             check(part, rows, (atoms * max(rank, 1), self.d), self.dtype)
         self.router = contiguous_router(router, self.dtype)
-        self.bank = (bank.u.contiguous(), bank.v.contiguous(), bank.gamma.float().contiguous())
+        self.bank = AtomBank(bank.u.contiguous(), bank.v.contiguous(), bank.gamma.float().contiguous())
 
     def __call__(
         self,
@@ -122,7 +122,8 @@ class Ffn:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         if self.router is None:
             raise ValueError("this layer has no router")
-        r, (u, v, gamma), o = self.router, self.bank, self.options
+        r, o = self.router, self.options
+        u, v, gamma = self.bank.u, self.bank.v, self.bank.gamma
         logits, maxima = router_logits(x, r.weight, r.bias, o.tau, r.norm_eps)
         static = self.static(x)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):

@@ -48,7 +48,7 @@ sanitize: install ## the kernels' tests with the address and undefined-behaviour
 	$(BIN)/python tests/kernels/sanitize.py
 
 test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
-	$(BIN)/python tests/deploy/programs.py
+	$(BIN)/python tests/support/programs.py
 	$(BIN)/pytest tests/deploy
 
 $(DEPLOY_STAMP): $(STAMP)

@@ -121,12 +121,12 @@ def serve(folder: str | None, config_file: Path | None, print_config: bool, **op
 def serve_ray(file: Path) -> None:
     """Serve what FILE, a Ray Serve config such as deploy/ray/serve.yaml, says. SIGHUP reads it again and updates."""
     try:
-        from dsc_serve.scale.local import StartError, run
+        from dsc_serve.scale.local import LocalStartError, run
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}; pip install 'dsc-serve[ray]'") from None
     try:
         run(file)
-    except StartError as error:
+    except LocalStartError as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -364,13 +364,13 @@ def calibrate(threads: int, dtype: str) -> None:
 
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
-    from dsc_serve.bench.batching_command import batching_command
-    from dsc_serve.bench.command import overload_command, serve_command
-    from dsc_serve.bench.compare_command import compare_command, peer_model_command, report_command
-    from dsc_serve.bench.engine_command import engine_command
-    from dsc_serve.bench.forward_command import forward_command
-    from dsc_serve.bench.layer_command import layer_command
-    from dsc_serve.bench.scheduler_command import scheduler_command
+    from dsc_serve.bench.compare.command import compare_command, peer_model_command, report_command
+    from dsc_serve.bench.layer.command import layer_command
+    from dsc_serve.bench.load.command import overload_command, serve_command
+    from dsc_serve.bench.step.batching_command import batching_command
+    from dsc_serve.bench.step.engine_command import engine_command
+    from dsc_serve.bench.step.forward_command import forward_command
+    from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 

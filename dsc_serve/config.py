@@ -253,7 +253,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             )
 
 
-def places(config: ServerConfig) -> int:
+def generation_slots(config: ServerConfig) -> int:
     """Generations that the server holds, running and queued."""
     return config.engine.max_running + (config.limits.max_waiting or config.engine.max_running)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
-from dsc_serve.engine.output import Delta, Routing, TokenLogprobs
+from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
 from dsc_serve.engine.request import Collect
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
@@ -40,7 +40,7 @@ class RequestOutput:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    routing: Routing | None = None
+    routing: RoutingSlice | None = None
     index: int = 0
 
 
@@ -148,7 +148,7 @@ class LLM:
         if params.n != 1:
             raise ParameterError("n", f"n is {params.n}; a stream has one choice")
         (ids,) = self._listed([prompt])
-        resolve_max_tokens(ids, params, self.engine.limits)
+        resolve_max_tokens(ids, params, self.engine.capacity)
         TextStream(self.tokenizer, ids, params)
         self.engine.constraint(params)
         return self._follow(ids, params)
@@ -180,7 +180,7 @@ class LLM:
         Lists may be one token longer than the context. Of the logits only some rows exist at a time.
         """
         windows = self._listed(token_ids)
-        size = self.engine.limits.vocab_size
+        size = self.engine.capacity.vocab_size
         for i, window in enumerate(windows):
             if window and not 0 <= window[-1] < size:  # which no prompt will hold
                 raise ParameterError("token_ids", f"token_ids[{i}] ends with {window[-1]}; allowed: 0 to {size - 1}")
@@ -344,6 +344,6 @@ class _Track:
             self.output.prompt_logprobs += new.prompt_logprobs
         if new.routing is not None:
             parts = [new.routing] if self.output.routing is None else [self.output.routing, new.routing]
-            self.output.routing = Routing.joined(parts)
+            self.output.routing = RoutingSlice.joined(parts)
         if self.news is not None:
             self.news.append(new)

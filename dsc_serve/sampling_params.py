@@ -210,7 +210,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, n=1, seed=seed)
 
 
-class Limits(msgspec.Struct, frozen=True):
+class EngineCapacity(msgspec.Struct, frozen=True):
     """What one engine can hold: the vocabulary, the context, and the KV pool in blocks of `block_size` tokens.
 
     atoms_per_token: atoms that a token picks in each of the layers; 0 where they are not DSC layers.
@@ -229,7 +229,7 @@ class Limits(msgspec.Struct, frozen=True):
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
-def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits) -> int:
+def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> int:
     """The number of tokens the request may generate, checked against what the engine can ever hold.
 
     The one place where a request is measured: the HTTP server asks before it queues, the engine before it admits, so
@@ -237,19 +237,19 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
     """
     if not prompt:
         raise ParameterError("prompt", "prompt is empty; at least one token is needed")
-    what = "the model's context" if limits.max_tokens == limits.max_model_len else "the KV pool"
-    if len(prompt) > limits.max_tokens:
-        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {limits.max_tokens}")
+    what = "the model's context" if capacity.max_tokens == capacity.max_model_len else "the KV pool"
+    if len(prompt) > capacity.max_tokens:
+        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {capacity.max_tokens}")
     low, high = min(prompt), max(prompt)
-    if low < 0 or high >= limits.vocab_size:
+    if low < 0 or high >= capacity.vocab_size:
         bad = low if low < 0 else high
-        raise ParameterError("prompt", f"prompt holds token id {bad}; allowed: 0 to {limits.vocab_size - 1}")
+        raise ParameterError("prompt", f"prompt holds token id {bad}; allowed: 0 to {capacity.vocab_size - 1}")
     for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        if ids and max(ids) >= limits.vocab_size:
-            raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {limits.vocab_size - 1}")
+        if ids and max(ids) >= capacity.vocab_size:
+            raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {capacity.vocab_size - 1}")
     if params.routing:
-        check_routing(prompt, params, limits)
-    room = limits.max_tokens - len(prompt)
+        check_routing(prompt, params, capacity)
+    room = capacity.max_tokens - len(prompt)
     if params.max_tokens is None:
         if room == 0:
             raise ParameterError("prompt", f"prompt has {len(prompt)} tokens and fills {what}; none can be generated")
@@ -260,23 +260,23 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, limits: Limits
         raise ParameterError(
             "max_tokens",
             f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens; together they may be at most "
-            f"{limits.max_tokens} ({what})",
+            f"{capacity.max_tokens} ({what})",
         )
     return params.max_tokens
 
 
-def check_routing(prompt: list[int], params: SamplingParams, limits: Limits) -> None:
+def check_routing(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> None:
     """Raises ParameterError where a request's picks cannot be reported."""
-    if not limits.atoms_per_token:
+    if not capacity.atoms_per_token:
         raise ParameterError("routing", "routing cannot be reported: this model has no DSC layers")
-    if params.routing > limits.atoms_per_token:
-        reject("routing", params.routing, f"at most {limits.atoms_per_token}, the atoms that a token picks")
-    tokens = limits.max_tokens if params.max_tokens is None else len(prompt) + params.max_tokens
-    count = limits.atoms_per_token if params.routing == ALL_ATOMS else params.routing
-    picks = tokens * limits.layers * count
+    if params.routing > capacity.atoms_per_token:
+        reject("routing", params.routing, f"at most {capacity.atoms_per_token}, the atoms that a token picks")
+    tokens = capacity.max_tokens if params.max_tokens is None else len(prompt) + params.max_tokens
+    count = capacity.atoms_per_token if params.routing == ALL_ATOMS else params.routing
+    picks = tokens * capacity.layers * count
     if picks > MAX_PICKS:
         raise ParameterError(
             "routing",
-            f"routing of {count} atoms for up to {tokens} tokens in {limits.layers} layers is {picks} picks; at most "
+            f"routing of {count} atoms for up to {tokens} tokens in {capacity.layers} layers is {picks} picks; at most "
             f"{MAX_PICKS} are reported: lower max_tokens or ask for fewer atoms",
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from safetensors.torch import load_file
-from small_models import DATA, small_config, wide_tensors
+from support.small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve.model.checkpoint import save_checkpoint

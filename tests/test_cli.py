@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from small_models import DATA
+from support.small_models import DATA
 
 from dsc_serve.cli import main
 from dsc_serve.config import resolve_model

@@ -119,16 +119,16 @@ def test_a_request_that_fails_takes_no_other_with_it(
 
 def test_losses_are_those_of_the_logits_beyond_one_context(small_model: Callable[..., Path]) -> None:
     with LLM(str(small_model()), dtype="float32") as llm:
-        length = llm.engine.limits.max_model_len
+        length = llm.engine.capacity.max_model_len
         window = torch.randint(
-            llm.engine.limits.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0)
+            llm.engine.capacity.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0)
         ).tolist()
         (losses,) = llm.losses([window])
         (logits,) = llm.logits([window[:-1]])
         want = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(window[1:]), reduction="none")
         assert losses.shape == (length,)
         torch.testing.assert_close(losses, want)
-        for last in (-1, llm.engine.limits.vocab_size):
+        for last in (-1, llm.engine.capacity.vocab_size):
             with pytest.raises(ParameterError, match=rf"token_ids\[1\] ends with {last}"):
                 llm.losses([[1, 2], [1, last]])
 

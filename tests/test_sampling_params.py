@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_choices_have_seeds_of_their_own_and_the_first_keeps_its() -> None:
 
 
 def test_min_tokens_must_fit_into_what_the_prompt_leaves() -> None:
-    limits = Limits(vocab_size=10, max_model_len=20, num_blocks=5, block_size=4)
-    assert resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=12), limits) == 12
+    capacity = EngineCapacity(vocab_size=10, max_model_len=20, num_blocks=5, block_size=4)
+    assert resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=12), capacity) == 12
     with pytest.raises(ParameterError, match="min_tokens is 13; it must be at most 12"):
-        resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=13), limits)
+        resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=13), capacity)

@@ -24,7 +24,7 @@ class Deadlines:
 
     def add(self, request: Request) -> None:
         for field in ("queue_timeout_s", "timeout_s"):
-            seconds = getattr(request.terms, field)
+            seconds = getattr(request.scheduling, field)
             if seconds is not None:
                 heapq.heappush(self._heap, (request.arrived + seconds, next(self._numbers), request, field))
 

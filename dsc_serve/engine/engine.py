@@ -15,7 +15,7 @@ from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
-from dsc_serve.engine.policies import POLICIES, Budget
+from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
@@ -25,8 +25,8 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.sampling_params import Limits, ParameterError, SamplingParams, resolve_max_tokens
-from dsc_serve.terms import Terms
+from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import FIELD, Constraint, Grammars
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        limits: Limits,
+        capacity: EngineCapacity,
         runner: StepRunner,
         eos: tuple[int, ...],
         strict: bool = False,
@@ -60,9 +60,9 @@ class Engine:
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
-        self.config, self.limits, self.runner, self.strict = config, limits, runner, strict
-        budget = Budget(config.step_tokens, config.max_running, config.itl_target_ms)
-        pool = BlockPool(limits.num_blocks)
+        self.config, self.capacity, self.runner, self.strict = config, capacity, runner, strict
+        budget = StepBudget(config.step_tokens, config.max_running, config.itl_target_ms)
+        pool = BlockPool(capacity.num_blocks)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
         self.report = StepReport()
@@ -71,12 +71,12 @@ class Engine:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
         self._eos = frozenset(eos)
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, limits.vocab_size, eos)
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, capacity.vocab_size, eos)
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
         """An engine that runs a loaded model, with a KV pool of its own."""
-        limits = Limits(
+        capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
@@ -85,9 +85,9 @@ class Engine:
             atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
         )
         capture = capture_for(model.dtype, model.device)
-        runner = Runner(model, limits, config.step_tokens, config.max_running, capture)
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
-        engine = cls(config, limits, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
@@ -101,7 +101,7 @@ class Engine:
         prompt: list[int],
         params: SamplingParams,
         collect: Collect | None = None,
-        terms: Terms | None = None,
+        scheduling: SchedulingParams | None = None,
         age_s: float = 0.0,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
@@ -112,8 +112,10 @@ class Engine:
         """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
-        max_tokens = resolve_max_tokens(prompt, params, self.limits)
-        request = Request(request_id, len(prompt), list(prompt), params, max_tokens, collect, terms or Terms())
+        max_tokens = resolve_max_tokens(prompt, params, self.capacity)
+        request = Request(
+            request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
+        )
         request.constraint = self.constraint(params)
         if self.routing is not None:
             self.routing.expect(request)
@@ -190,7 +192,7 @@ class Engine:
         return Delta(request_id, [], "error", error=reason, error_field=FIELD)
 
     def _expired(self, request: Request, field: str) -> Delta:
-        error, cached_tokens = request.terms.overdue(field), request.cached_tokens or 0
+        error, cached_tokens = request.scheduling.overdue(field), request.cached_tokens or 0
         return Delta(request.id, [], "timeout", error=error, cached_tokens=cached_tokens)
 
     def _check(self) -> None:

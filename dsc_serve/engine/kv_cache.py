@@ -10,7 +10,7 @@ from itertools import chain
 
 import numpy as np
 
-NAME_BYTES = 16
+HASH_BYTES = 16
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -18,14 +18,14 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def root_name(secret: bytes, salt: str) -> bytes:
+def hash_seed(secret: bytes, salt: str) -> bytes:
     """Where the chain of names of all prompts with this salt begins. Nobody without the secret can compute a name."""
-    return hashlib.blake2b(salt.encode(), digest_size=NAME_BYTES, key=secret).digest()
+    return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, key=secret).digest()
 
 
-def block_name(parent: bytes, tokens: Sequence[int]) -> bytes:
+def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The name of a full block: of its tokens and, by the name of the block before it, of all tokens before them."""
-    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=NAME_BYTES).digest()
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
 class BlockPool:
@@ -40,7 +40,7 @@ class BlockPool:
         self._free = list(range(total - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._owners = array("i", [0]) * total
-        self._names: list[bytes | None] = [None] * total
+        self._hashes: list[bytes | None] = [None] * total
         self._published: dict[bytes, int] = {}
 
     @property
@@ -76,11 +76,11 @@ class BlockPool:
             self._owners[block] = 1
         return taken
 
-    def match(self, names: Sequence[bytes]) -> list[int]:
+    def match(self, block_hashes: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest published prefix of a chain of names."""
         blocks = []
-        for name in names:
-            block = self._published.get(name)
+        for digest in block_hashes:
+            block = self._published.get(digest)
             if block is None:
                 break
             blocks.append(block)
@@ -93,18 +93,18 @@ class BlockPool:
                 del self._cached[block]
             self._owners[block] += 1
 
-    def publish(self, block: int, name: bytes) -> None:
+    def publish(self, block: int, digest: bytes) -> None:
         """Let an owned block, full and computed, be found. Where another has the same content, that one stays."""
-        if self._names[block] is None and name not in self._published:
-            self._names[block] = name
-            self._published[name] = block
+        if self._hashes[block] is None and digest not in self._published:
+            self._hashes[block] = digest
+            self._published[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one ownership of each block; of a prefix, the end is forgotten before its beginning."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             if self._owners[block] == 0:
-                if self._names[block] is None:
+                if self._hashes[block] is None:
                     self._free.append(block)
                 else:
                     self._cached[block] = None
@@ -123,8 +123,8 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        name = self._names[block]
-        assert name is not None
-        del self._published[name]
-        self._names[block] = None
+        digest = self._hashes[block]
+        assert digest is not None
+        del self._published[digest]
+        self._hashes[block] = None
         return block

@@ -18,7 +18,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Routing(msgspec.Struct, array_like=True):
+class RoutingSlice(msgspec.Struct, array_like=True):
     """What consecutive tokens of a request picked: the k strongest atoms of each layer, strongest first.
 
     start: the position of the first token. shape: tokens, layers, k. Packed in little-endian order: atoms int32
@@ -49,7 +49,7 @@ class Routing(msgspec.Struct, array_like=True):
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Routing]) -> Routing:
+    def joined(cls, parts: Sequence[RoutingSlice]) -> RoutingSlice:
         """One for parts that follow each other; at least one."""
         tokens = sum(part.shape[0] for part in parts)
         packed = (b"".join(getattr(part, name) for part in parts) for name in ("atoms", "coefficients", "signal"))
@@ -76,4 +76,4 @@ class Delta(msgspec.Struct, array_like=True):
     error_field: str = ""
     cached_tokens: int = 0
     queued_s: float = 0.0
-    routing: Routing | None = None
+    routing: RoutingSlice | None = None

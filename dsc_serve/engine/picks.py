@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dsc_serve.engine.output import Routing
+from dsc_serve.engine.output import RoutingSlice
 from dsc_serve.engine.request import Request
 from dsc_serve.model.ffn.dsc import Picks
 from dsc_serve.sampling_params import ALL_ATOMS
@@ -24,14 +24,17 @@ class StepPicks:
         self._coefficients = np.take_along_axis(coefficients, order, axis=-1)
         self._signal = signal
 
-    def report(self, request: Request, start: int, count: int) -> Routing | None:
+    def report(self, request: Request, start: int, count: int) -> RoutingSlice | None:
         """Of the request's tokens, `count` rows of the step from `start` on, what has not been reported before."""
-        skipped = max(request.routed - request.computed, 0)
+        skipped = max(request.routed - request.num_computed, 0)
         if skipped >= count:  # computed again after a preemption
             return None
         rows = slice(start + skipped, start + count)
         k = None if request.params.routing == ALL_ATOMS else request.params.routing
-        request.routed = request.computed + count
-        return Routing.packed(
-            request.computed + skipped, self._atoms[rows, :, :k], self._coefficients[rows, :, :k], self._signal[rows]
+        request.routed = request.num_computed + count
+        return RoutingSlice.packed(
+            request.num_computed + skipped,
+            self._atoms[rows, :, :k],
+            self._coefficients[rows, :, :k],
+            self._signal[rows],
         )

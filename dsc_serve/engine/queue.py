@@ -7,22 +7,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 from dsc_serve.engine.request import Request
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 MAX_DEPARTED = 1024
 
 
-class Queue:
+class WaitingQueue:
     """Waiting requests by lane, in order of arrival, and the lanes in order of rank: lowest first, then oldest.
 
     lane: which lane a request waits in. rank: a lane's rank, looked up when it comes into being and at `rerank`.
     """
 
-    def __init__(self, lane: Callable[[Terms], Hashable], rank: Callable[[Hashable], float]) -> None:
+    def __init__(self, lane: Callable[[SchedulingParams], Hashable], rank: Callable[[Hashable], float]) -> None:
         self._lane, self._rank = lane, rank
         self._lanes: dict[Hashable, OrderedDict[str, Request]] = {}
         self._keys: dict[str, Hashable] = {}
-        self._places: dict[Hashable, tuple[float, int]] = {}
+        self._sort_keys: dict[Hashable, tuple[float, int]] = {}
         self._order: list[tuple[float, int, Hashable]] = []
         self._created = 0
 
@@ -55,13 +55,13 @@ class Queue:
             yield request
 
     def push(self, request: Request, front: bool = False) -> None:
-        key = self._lane(request.terms)
+        key = self._lane(request.scheduling)
         self._keys[request.id] = key
         if key not in self._lanes:
             self._lanes[key] = OrderedDict()
             self._created += 1
-            self._places[key] = self._rank(key), self._created
-            insort(self._order, (*self._places[key], key))
+            self._sort_keys[key] = self._rank(key), self._created
+            insort(self._order, (*self._sort_keys[key], key))
         self._lanes[key][request.id] = request
         if front:
             self._lanes[key].move_to_end(request.id, last=False)
@@ -76,18 +76,18 @@ class Queue:
             self._displace(key)
         return request
 
-    def rerank(self, terms: Terms) -> None:
+    def rerank(self, scheduling: SchedulingParams) -> None:
         """Put the lane of these terms where its rank now says."""
-        key = self._lane(terms)
-        if key in self._places and self._places[key][0] != self._rank(key):
+        key = self._lane(scheduling)
+        if key in self._sort_keys and self._sort_keys[key][0] != self._rank(key):
             _, created = self._displace(key)
-            self._places[key] = self._rank(key), created
-            insort(self._order, (*self._places[key], key))
+            self._sort_keys[key] = self._rank(key), created
+            insort(self._order, (*self._sort_keys[key], key))
 
     def _displace(self, key: Hashable) -> tuple[float, int]:
-        place = self._places.pop(key)
-        del self._order[bisect_left(self._order, place, key=lambda entry: entry[:2])]
-        return place
+        sort_key = self._sort_keys.pop(key)
+        del self._order[bisect_left(self._order, sort_key, key=lambda entry: entry[:2])]
+        return sort_key
 
 
 class Accounts:
@@ -107,21 +107,21 @@ class Accounts:
         return self._levels[tenant]
 
     def enter(self, request: Request) -> None:
-        tenant = request.terms.tenant
+        tenant = request.scheduling.tenant
         if tenant not in self._present:
             self._levels[tenant] = max(self._departed.pop(tenant, 0.0), self._floor)
         self._present[tenant] = self._present.get(tenant, 0) + 1
 
     def charge(self, request: Request) -> None:
         """Charge an admitted request in advance, once."""
-        self._floor = max(self._floor, self._levels[request.terms.tenant])
+        self._floor = max(self._floor, self._levels[request.scheduling.tenant])
         self._add(request, request.claim)
 
     def leave(self, request: Request) -> None:
         """Settle a request that has ended: it is charged for what it took, not for what was expected."""
-        tenant = request.terms.tenant
+        tenant = request.scheduling.tenant
         if request.charged:
-            self._add(request, request.known - (request.cached_tokens or 0) - request.charged)
+            self._add(request, request.num_tokens - (request.cached_tokens or 0) - request.charged)
         self._present[tenant] -= 1
         if self._present[tenant] == 0:
             del self._present[tenant]
@@ -136,4 +136,4 @@ class Accounts:
 
     def _add(self, request: Request, tokens: int) -> None:
         request.charged += tokens
-        self._levels[request.terms.tenant] += tokens / request.terms.weight
+        self._levels[request.scheduling.tenant] += tokens / request.scheduling.weight

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
-from dsc_serve.engine.tally import Tally
+from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.grammar import Constraint
 
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -45,16 +45,16 @@ class Request:
     params: SamplingParams
     max_tokens: int
     collect: Collect | None = None
-    terms: Terms = field(default_factory=Terms)
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     seed: int = 0
-    computed: int = 0
+    num_computed: int = 0
     routed: int = 0
     reported: int = 0
     blocks: list[int] = field(default_factory=list)
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)
     collected: list[Tensor] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    root: bytes | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
+    hash_seed: bytes | None = None
     cached_tokens: int | None = None
     queued_s: float = 0.0
     arrived: float = 0.0
@@ -65,19 +65,19 @@ class Request:
     signature: NDArray[np.uint64] | None = None
     seen: Signature | None = None
     constraint: Constraint | None = None
-    tallies: dict[int, Tally] = field(default_factory=dict)
+    token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
 
     @property
-    def known(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.tokens)
 
     @property
-    def gap(self) -> int:
+    def num_uncomputed(self) -> int:
         """Tokens known but not yet computed."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed
 
     @property
     def output_size(self) -> int:
@@ -88,11 +88,11 @@ class Request:
         """Whether the grammar allows nothing more."""
         return self.constraint is not None and self.constraint.complete(self.tokens, self.prompt_size)
 
-    def tally(self, start: int) -> Tally:
+    def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position on."""
-        if start not in self.tallies:
-            self.tallies[start] = Tally(start)
-        return self.tallies[start].follow(self.tokens)
+        if start not in self.token_counts_from:
+            self.token_counts_from[start] = TokenCounts(start)
+        return self.token_counts_from[start].follow(self.tokens)
 
     @property
     def claim(self) -> int:

@@ -21,8 +21,8 @@ from dsc_kernels.plan import Sharing
 from dsc_kernels.sketch import Signature, Sketch
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
-from dsc_serve.engine.usage import Usage
-from dsc_serve.model.ffn.dsc import DscFfn, Trace
+from dsc_serve.engine.usage import AtomUsage
+from dsc_serve.model.ffn.dsc import DscFfn, PickBuffers
 
 WATCHED = 8  # of so many steps one is watched
 SAMPLED = 4  # every so many watched steps one layer is looked at closely, in turn
@@ -48,14 +48,14 @@ class RoutingWatch:
         self._layers, self._shape = layers, shape
         self._traced = torch.zeros(len(layers), step_tokens, shape.k, dtype=torch.int32, device=device)
         self._signals = torch.zeros(len(layers), step_tokens, device=device)
-        self._traces = [Trace(*pair) for pair in zip(self._traced, self._signals, strict=True)]
-        self._away = None if device.type == "cpu" else Away(self._traced, self._signals)
+        self._traces = [PickBuffers(*pair) for pair in zip(self._traced, self._signals, strict=True)]
+        self._copies = None if device.type == "cpu" else PinnedCopies(self._traced, self._signals)
         self._watching, self._unwatched = False, WATCHED
-        self._trace(self._away is not None)  # captured steps write theirs always
-        self._noted: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
+        self._trace(self._copies is not None)  # captured steps write theirs always
+        self._recorded: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
         self._unforeseen: deque[Request] = deque()
         self.sketch = Sketch(len(layers), shape.atoms, shape.k, vocab_size)
-        self._usage = Usage(self.sketch.counts, shape.k)
+        self._usage = AtomUsage(self.sketch.counts, shape.k)
         self._reports = [LayerRouting(0, 0) for _ in layers]
 
     def expect(self, request: Request) -> None:
@@ -69,7 +69,7 @@ class RoutingWatch:
 
     def begin(self, tokens: int, requests: int) -> None:
         """A step begins: take in the last one, and decide whether to watch this one."""
-        self.settle()
+        self.flush()
         self._unwatched += 1
         prompts = self.predicts and tokens > requests
         watching = prompts or self._unwatched >= WATCHED or self.recorder is not None
@@ -77,29 +77,29 @@ class RoutingWatch:
             self._unwatched = 0
         if watching != self._watching:
             self._watching = watching
-            if self._away is None:
+            if self._copies is None:
                 self._trace(watching)
 
     def _trace(self, on: bool) -> None:
         for layer, trace in zip(self._layers, self._traces, strict=True):
             layer.trace = trace if on else None
 
-    def note(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
+    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
         """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
         if not self._watching:
             return
-        self._noted = [request for request, _ in work], [count for _, count in work], token_ids[:tokens]
-        if self._away is not None:
-            self._away.fetch(tokens)
+        self._recorded = [request for request, _ in work], [count for _, count in work], token_ids[:tokens]
+        if self._copies is not None:
+            self._copies.fetch(tokens)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Take in the step that was noted last, if it has not been."""
-        if self._noted is None:
+        if self._recorded is None:
             return
-        (requests, counts, token_ids), self._noted = self._noted, None
+        (requests, counts, token_ids), self._recorded = self._recorded, None
         picks, signals = self._traced, self._signals
-        if self._away is not None:
-            picks, signals = self._away.arrived(len(token_ids))
+        if self._copies is not None:
+            picks, signals = self._copies.arrived(len(token_ids))
         held = picks.numpy()[:, : len(token_ids)]
         for request in requests:
             if request.seen is None:
@@ -121,7 +121,7 @@ class RoutingWatch:
                 waiting.signature = self.sketch.predict(waiting.tokens)
 
     def report(self) -> RoutingReport:
-        self.settle()
+        self.flush()
         for layer, report, distinct in zip(self._layers, self._reports, self.sketch.distinct.tolist(), strict=True):
             report.distinct = distinct
             report.grouped_tiles = 0 if layer.planner is None else layer.planner.tiles
@@ -165,7 +165,7 @@ class RoutingWatch:
         report.dead, report.top, report.entropy = self._usage.shares(layer)
 
 
-class Away:
+class PinnedCopies:
     """Picks on a device, and the pinned copies of a step's that travel to the host while it goes on."""
 
     def __init__(self, picks: Tensor, signals: Tensor) -> None:

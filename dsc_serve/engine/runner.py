@@ -16,15 +16,15 @@ from dsc_serve.engine import sampler
 from dsc_serve.engine.grammar import constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
-from dsc_serve.engine.output import Routing, TokenLogprobs
+from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
-from dsc_serve.engine.sampler import Sampler, logprobs, takes_likeliest, to_device
+from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
 ALIGNMENT = 16  # Triton compiles kernels apart for sizes that this divides
@@ -46,7 +46,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
-    routing: dict[str, Routing] = field(default_factory=dict)
+    routing: dict[str, RoutingSlice] = field(default_factory=dict)
     forward_s: float = 0.0
 
     def add(self, other: StepResult) -> None:
@@ -130,13 +130,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Decoder, limits: Limits, step_tokens: int, max_running: int, capture: Capture | None = None
+        self,
+        model: Decoder,
+        capacity: EngineCapacity,
+        step_tokens: int,
+        max_running: int,
+        capture: Capture | None = None,
     ) -> None:
-        self.model, self.block_size = model, limits.block_size
-        self._spare_block, self._longest = limits.num_blocks, limits.max_tokens
-        self.pools = model.kv_caches(limits.num_blocks + (capture is not None), limits.block_size)
+        self.model, self.block_size = model, capacity.block_size
+        self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
+        self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
-        width = blocks_for(limits.max_tokens, limits.block_size)
+        width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device)
         self._layers = dsc_layers(model)
         self.routing = RoutingWatch(self._layers, step_tokens, model.config.vocab_size) if self._layers else None
@@ -145,7 +150,7 @@ class Runner:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
             self.graphs = self._captured(buckets(max_running), capture)
-            aligned = min(step_tokens, max_running * self._longest) // ALIGNMENT * ALIGNMENT
+            aligned = min(step_tokens, max_running * self._max_context_len) // ALIGNMENT * ALIGNMENT
             for tokens in (aligned, aligned - 1):
                 self._compute_nothing(max(tokens, 1))
             for planner in self._planners():
@@ -155,26 +160,26 @@ class Runner:
     def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
         return DecodeGraphs(
             sizes,
-            lambda size: StepBatch(*self._inputs.held(size, size), size, self._longest, ()),
-            lambda batch: self.model.hidden(batch, self.pools),
+            lambda size: StepBatch(*self._inputs.held(size, size), size, self._max_context_len, ()),
+            lambda batch: self.model.hidden(batch, self.kv_caches),
             capture,
         )
 
     @torch.inference_mode()
     def _compute_nothing(self, tokens: int) -> None:
         """Chunks of nobody's, so that what eager steps need is compiled before requests wait for them."""
-        starts = range(0, tokens, self._longest)
+        starts = range(0, tokens, self._max_context_len)
         chunks = []
         self._inputs.wait()
         self._inputs.pad(0, tokens, self._spare_block)
         self._inputs.tables[: len(starts)] = self._spare_block
         for row, start in enumerate(starts):
-            count = min(self._longest, tokens - start)
+            count = min(self._max_context_len, tokens - start)
             self._inputs.columns[1][start : start + count] = np.arange(count)
             self._inputs.rows[row] = count
             chunks.append(Chunk(row, start, count, count))
         inputs = self._inputs.on_device(tokens, len(chunks))
-        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.pools)
+        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.kv_caches)
 
     def _planners(self) -> list[Planner]:
         return [layer.planner for layer in self._layers if layer.planner is not None]
@@ -194,7 +199,7 @@ class Runner:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
         hidden = self._hidden(ordered, picks)
         if self.routing is not None:
-            self.routing.note(ordered, self._inputs.columns[0], hidden.shape[0])
+            self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
@@ -202,13 +207,13 @@ class Runner:
         for request, count in ordered:
             if request.wants_prompt_logits and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
-            if request.computed + count == request.known and request.max_tokens > 0:
+            if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
                 rows.append(start + count - 1)
                 requests.append(request)
             start += count
         if requests:
             needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
-            if all(map(takes_likeliest, requests)):
+            if all(map(is_greedy, requests)):
                 tokens = sampler.read(self.model.argmax_tokens(needed))
                 result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
             else:
@@ -216,7 +221,7 @@ class Runner:
         return result
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
-        """The blocks' output [T, d] for a step, replayed where its size was captured."""
+        """The layers' output [T, d] for a step, replayed where its size was captured."""
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
@@ -229,27 +234,29 @@ class Runner:
                 planner.grouped(padded)  # a replay asks nobody, but it is a step that counts
             return self.graphs.replay(padded)[:size]
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
-        longest = self._longest  # as it was captured: another one may need another kernel, and so a compiler
+        max_context_len = (
+            self._max_context_len
+        )  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
-            longest = max((request.computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(StepBatch(*inputs, decodes, longest, chunks), self.pools, picks)
+            max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
+        return self.model.hidden(StepBatch(*inputs, decodes, max_context_len, chunks), self.kv_caches, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
         token_ids, positions, slot_blocks, slot_offsets = self._inputs.columns
         contexts, size = self._inputs.rows, self.block_size
         single = [request for request, _ in ordered[:decodes]]
-        computed = [request.computed for request in single]
-        token_ids[:decodes] = [request.tokens[request.computed] for request in single]
-        positions[:decodes] = computed
-        slot_blocks[:decodes] = [request.blocks[request.computed // size] for request in single]
-        slot_offsets[:decodes] = [position % size for position in computed]
-        contexts[:decodes] = [position + 1 for position in computed]
+        num_computed = [request.num_computed for request in single]
+        token_ids[:decodes] = [request.tokens[request.num_computed] for request in single]
+        positions[:decodes] = num_computed
+        slot_blocks[:decodes] = [request.blocks[request.num_computed // size] for request in single]
+        slot_offsets[:decodes] = [position % size for position in num_computed]
+        contexts[:decodes] = [position + 1 for position in num_computed]
         for row, (request, _) in enumerate(ordered):
             self._inputs.hold(row, request.table)
         chunks, start = [], decodes
         for row, (request, count) in enumerate(ordered[decodes:], decodes):
-            first, end = request.computed, request.computed + count
+            first, end = request.num_computed, request.num_computed + count
             new = slice(start, start + count)
             token_ids[new] = request.tokens[first:end]
             positions[new] = np.arange(first, end)
@@ -282,12 +289,12 @@ class Runner:
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
         """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
-        first = max(request.computed, request.reported)
-        end = min(request.computed + hidden.shape[0], request.prompt_size)
+        first = max(request.num_computed, request.reported)
+        end = min(request.num_computed + hidden.shape[0], request.prompt_size)
         entries: list[TokenLogprobs | None] = [None] if first == 0 else []
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)
-            logits = self.model.logits(hidden[start - request.computed : stop - request.computed])
+            logits = self.model.logits(hidden[start - request.num_computed : stop - request.num_computed])
             if request.collect is not None:
                 request.collected.append(request.collect(start, logits))
             if request.params.prompt_logprobs is not None:

@@ -36,7 +36,7 @@ def finalise(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def takes_likeliest(request: Request) -> bool:
+def is_greedy(request: Request) -> bool:
     """Whether a request's next token is that of the largest logit, and nothing else of the logits is asked for."""
     p = request.params
     changed = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
@@ -77,11 +77,11 @@ class Sampler:
             ids = to_device(torch.tensor(list(p.logit_bias)), device)
             row[ids] += to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), device)
         if p.repetition_penalty != 1:
-            ids = to_device(torch.from_numpy(request.tally(0).tokens), device)
+            ids = to_device(torch.from_numpy(request.token_counts(0).tokens), device)
             values = row[ids]
             row[ids] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and request.output_size:
-            output = request.tally(request.prompt_size)
+            output = request.token_counts(request.prompt_size)
             amount = torch.from_numpy(output.counts).to(row.dtype) * p.frequency_penalty + p.presence_penalty
             row[to_device(torch.from_numpy(output.tokens), device)] -= to_device(amount, device)
         if request.output_size < p.min_tokens:
@@ -108,7 +108,7 @@ def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         np.array([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params], dtype=np.int64),
         np.array([p.top_p for p in params], dtype=np.float64),
         np.array([p.min_p for p in params], dtype=np.float32),
-        np.array([0.0 if r.params.greedy else uniform(r.seed, r.known) for r in requests], dtype=np.float64),
+        np.array([0.0 if r.params.greedy else uniform(r.seed, r.num_tokens) for r in requests], dtype=np.float64),
     )
     return native.sample(logits, *map(torch.from_numpy, columns))
 
@@ -119,7 +119,13 @@ def draw_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     if all(r.params.greedy for r in requests):
         return tokens
     fields = [
-        (p.temperature, p.top_k if 0 < p.top_k < vocabulary else vocabulary, p.top_p, p.min_p, uniform(r.seed, r.known))
+        (
+            p.temperature,
+            p.top_k if 0 < p.top_k < vocabulary else vocabulary,
+            p.top_p,
+            p.min_p,
+            uniform(r.seed, r.num_tokens),
+        )
         for r in requests
         for p in [r.params]
     ]
@@ -151,7 +157,7 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     plain = torch.tensor([top_k[i] == vocabulary and p.top_p == 1 and p.min_p == 0 for i, p in enumerate(params)])
     temperature = column([p.temperature for p in params], torch.float32)
     weights = relative_weights(logits, temperature)
-    u = column([uniform(r.seed, r.known) for r in requests])
+    u = column([uniform(r.seed, r.num_tokens) for r in requests])
     if bool(plain.all()):
         return invert(weights, u)
     k, top_p = column(top_k, torch.int64), column([p.top_p for p in params])

@@ -11,9 +11,9 @@ from itertools import islice
 import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
-from dsc_serve.engine.kv_cache import BlockPool, block_name, blocks_for, root_name
-from dsc_serve.engine.policies import Budget, Plan, Policy, View
-from dsc_serve.engine.queue import Accounts, Queue
+from dsc_serve.engine.kv_cache import BlockPool, block_hash, blocks_for, hash_seed
+from dsc_serve.engine.policies import Plan, Policy, StepBudget, View
+from dsc_serve.engine.queue import Accounts, WaitingQueue
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.engine.step_report import HELD_BACK, PhaseReport
 from dsc_serve.engine.step_time import StepTime
@@ -33,7 +33,7 @@ class Scheduler:
     def __init__(
         self,
         policy: Policy,
-        budget: Budget,
+        budget: StepBudget,
         pool: BlockPool,
         block_size: int,
         prefix_cache: bool = True,
@@ -42,7 +42,7 @@ class Scheduler:
         self.policy, self.budget, self.pool, self.block_size, self.clock = policy, budget, pool, block_size, clock
         self.running: dict[str, Request] = {}
         self.accounts = Accounts()
-        self.waiting = Queue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
+        self.waiting = WaitingQueue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
         self.step_time = StepTime()
         self.preemptions = self.timeouts = self.prompt_tokens = self.cached_tokens = 0
         self.phases = PhaseReport()
@@ -53,8 +53,8 @@ class Scheduler:
         """Queue a request that arrived so long ago."""
         request.arrived = self.clock() - age_s
         if self._secret is not None and not request.wants_prompt_rows:
-            request.root = root_name(self._secret, request.terms.cache_salt)
-            self._name_blocks(request, request.known // self.block_size)
+            request.hash_seed = hash_seed(self._secret, request.scheduling.cache_salt)
+            self._hash_blocks(request, request.num_tokens // self.block_size)
         self.accounts.enter(request)
         self._deadlines.add(request)
         self.waiting.push(request)
@@ -80,7 +80,7 @@ class Scheduler:
         for request_id in plan.preempt:
             request = self.running.pop(request_id)
             self._release(request)
-            request.computed = 0
+            request.num_computed = 0
             self.waiting.push(request, front=True)
             self.preemptions += 1
         running, size = self.running, self.block_size
@@ -88,9 +88,9 @@ class Scheduler:
             self._admit(request_id)
         work = [(running[request_id], count) for request_id, count in plan.tokens.items()]
         for request, count in work:
-            if request.computed + count > len(request.blocks) * size:
+            if request.num_computed + count > len(request.blocks) * size:
                 request.blocks.extend(
-                    self.pool.allocate(blocks_for(request.computed + count, size) - len(request.blocks))
+                    self.pool.allocate(blocks_for(request.num_computed + count, size) - len(request.blocks))
                 )
                 request.table = np.array(request.blocks)
         return work
@@ -109,8 +109,8 @@ class Scheduler:
                 continue
             if request.cached_tokens is None:
                 self._count_hits(request)
-            request.computed += count
-            if request.computed % size < count and request.root is not None:
+            request.num_computed += count
+            if request.num_computed % size < count and request.hash_seed is not None:
                 self._publish(request, count)
             token = tokens.get(request_id)
             if token is not None:
@@ -118,7 +118,7 @@ class Scheduler:
                     self._begin(request)
                 request.tokens.append(token)
                 ended[request_id] = reason = end_of(request, token, eos)
-            elif request.gap == 0:
+            elif request.num_uncomputed == 0:
                 ended[request_id] = reason = "length"  # max_tokens is 0: the prompt was all that was asked for
             else:
                 continue
@@ -132,7 +132,7 @@ class Scheduler:
         if request is not None:
             self._release(request)
             self.accounts.leave(request)
-            self.waiting.rerank(request.terms)
+            self.waiting.rerank(request.scheduling)
             self._deadlines.prune(len(self.running) + len(self.waiting))
             if request.begun_at is not None:
                 self.phases.decode.observe(self.clock() - request.begun_at)
@@ -176,19 +176,19 @@ class Scheduler:
             request.queued_s = self.clock() - request.arrived
             self.phases.queue.observe(request.queued_s)
         self.accounts.charge(request)
-        self.waiting.rerank(request.terms)
+        self.waiting.rerank(request.scheduling)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
-        request.blocks = self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        request.blocks = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
         self.pool.share(request.blocks)
-        request.computed = len(request.blocks) * self.block_size
+        request.num_computed = len(request.blocks) * self.block_size
         request.table = np.array(request.blocks, dtype=np.int64)
         self.running[request_id] = request
 
     def _fits(self, request: Request) -> bool:
         """Whether there are blocks to admit a waiting request, beside one to spare for each that runs."""
-        found = self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        found = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
         shared = sum(self.pool.owners(block) > 0 for block in found)
-        needed = blocks_for(request.known, self.block_size) - shared
+        needed = blocks_for(request.num_tokens, self.block_size) - shared
         return needed + len(self.running) <= self.pool.available
 
     def _begin(self, request: Request) -> None:
@@ -196,24 +196,26 @@ class Scheduler:
         self.phases.prefill.observe(request.begun_at - request.arrived - request.queued_s)
 
     def _count_hits(self, request: Request) -> None:
-        request.cached_tokens = min(request.computed, request.prompt_size)
-        if request.root is not None:
+        request.cached_tokens = min(request.num_computed, request.prompt_size)
+        if request.hash_seed is not None:
             self.prompt_tokens += request.prompt_size
             self.cached_tokens += request.cached_tokens
 
     def _publish(self, request: Request, count: int) -> None:
         """Let the blocks that the last `count` computed tokens filled be found by others."""
-        full = request.computed // self.block_size
-        self._name_blocks(request, full)
-        for i in range((request.computed - count) // self.block_size, full):
-            self.pool.publish(request.blocks[i], request.names[i])
+        full = request.num_computed // self.block_size
+        self._hash_blocks(request, full)
+        for i in range((request.num_computed - count) // self.block_size, full):
+            self.pool.publish(request.blocks[i], request.block_hashes[i])
 
-    def _name_blocks(self, request: Request, full: int) -> None:
+    def _hash_blocks(self, request: Request, full: int) -> None:
         """Extend the names of a request's blocks to its first `full` ones."""
-        assert request.root is not None
-        for i in range(len(request.names), full):
-            parent = request.names[-1] if request.names else request.root
-            request.names.append(block_name(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size]))
+        assert request.hash_seed is not None
+        for i in range(len(request.block_hashes), full):
+            parent = request.block_hashes[-1] if request.block_hashes else request.hash_seed
+            request.block_hashes.append(
+                block_hash(parent, request.tokens[i * self.block_size : (i + 1) * self.block_size])
+            )
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)

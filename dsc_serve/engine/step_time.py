@@ -25,17 +25,17 @@ class Load:
     tokens: int = 0
     pairs: float = 0.0
 
-    def add(self, count: int, computed: int, times: int = 1) -> None:
+    def add(self, count: int, num_computed: int, times: int = 1) -> None:
         """Add (or, with −1 times, take away) a request's share of the step."""
         if count == 1:
             self.singles += times
         else:
             self.tokens += times * count
-            self.pairs += times * chunk_pairs(count, computed)
+            self.pairs += times * chunk_pairs(count, num_computed)
 
 
-def chunk_pairs(count: int, computed: int) -> float:
-    return count * (computed + count / 2)
+def chunk_pairs(count: int, num_computed: int) -> float:
+    return count * (num_computed + count / 2)
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Estimate:
         """A step with the single tokens of a load and no chunk."""
         return self.step + self.single * load.singles
 
-    def chunk_ms(self, count: int, computed: int) -> float:
-        return self.token * count + self.pair * chunk_pairs(count, computed)
+    def chunk_ms(self, count: int, num_computed: int) -> float:
+        return self.token * count + self.pair * chunk_pairs(count, num_computed)
 
-    def chunk_within(self, ms: float, computed: int) -> float:
+    def chunk_within(self, ms: float, num_computed: int) -> float:
         """Most tokens of a chunk, after so many computed ones, that take at most so long."""
-        linear, square = self.token + self.pair * computed, self.pair / 2
+        linear, square = self.token + self.pair * num_computed, self.pair / 2
         if ms <= 0:
             return 0.0
         if square == 0:

@@ -9,7 +9,7 @@ PICKS_PER_ATOM = 256  # of a window, on average
 HOTTEST = 0.01  # of the atoms
 
 
-class Usage:
+class AtomUsage:
     """Follows counts int64 [layers, atoms] of picks, k per token, that somebody else adds up.
 
     What it tells is of the last one to two windows, or of everything where that is less.

@@ -11,7 +11,7 @@ MAX_EXPERTS = 255
 
 
 @dataclass(frozen=True)
-class Budget:
+class ParameterBudget:
     """A network's frame and its parameter targets: V vocabulary, T positions, L layers, d width; counts of parameters.
 
     The frame is the reference script's: learned positions, LayerNorm, four d × d matrices of attention a layer.

@@ -14,7 +14,7 @@ from dsc_kernels.plan import DeviceConstants, Level
 from dsc_serve.config import calibration_file
 
 
-class Entry(msgspec.Struct, frozen=True):
+class CalibrationEntry(msgspec.Struct, frozen=True):
     """Constants as JSON holds them, which has no infinity: the last level's size is null."""
 
     gather: list[tuple[float | None, float]]
@@ -30,10 +30,10 @@ def key(dtype: torch.dtype) -> str:
     return f"{ops.description()}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}"
 
 
-def stored() -> dict[str, Entry]:
+def stored() -> dict[str, CalibrationEntry]:
     """By key; nothing where the file is missing or unreadable: calibrating again replaces it."""
     try:
-        return msgspec.json.decode(calibration_file().read_bytes(), type=dict[str, Entry])
+        return msgspec.json.decode(calibration_file().read_bytes(), type=dict[str, CalibrationEntry])
     except (OSError, msgspec.MsgspecError):
         return {}
 
@@ -57,7 +57,7 @@ def measure(dtype: torch.dtype) -> DeviceConstants:
     """Calibrate now, and keep the result beside those of other kernels, threads and dtypes."""
     date = datetime.now(UTC).date().isoformat()
     found = calibrate(dtype, f"measured {date}")
-    entry = Entry(
+    entry = CalibrationEntry(
         gather=[(None if math.isinf(level.size) else level.size, level.seconds_per_byte) for level in found.gather],
         stream=found.stream,
         flops=found.flops,

@@ -101,7 +101,7 @@ FfnConfig = Annotated[DscConfig | MoeConfig | MoloraConfig | DenseConfig, Field(
 
 
 class ModelConfig(Strict):
-    """One decoder: pre-norm blocks of attention and an FFN of the configured kind.
+    """One decoder: pre-norm layers of attention and an FFN of the configured kind.
 
     attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
     """

@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-norm blocks of attention and a configured FFN kind, final norm and head."""
+"""The decoder: embeddings, pre-norm layers of attention and a configured FFN kind, final norm and head."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Norm:
         return ops.norm(x, self.weights)
 
 
-class Block:
+class TransformerLayer:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
 
@@ -110,7 +110,7 @@ class Decoder:
             if learned
             else rope_table(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling).to(device)
         )
-        self.blocks = []
+        self.layers = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
             attention = Attention(config, self.rope, *self._attention_weights(f"{layer}.self_attn.", put))
@@ -121,11 +121,11 @@ class Decoder:
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
-            self.blocks.append(Block(norms[0], attention, norms[1], ffn))
+            self.layers.append(TransformerLayer(norms[0], attention, norms[1], ffn))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
-            [block.described() for block in self.blocks],
+            [layer.described() for layer in self.layers],
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
@@ -148,10 +148,10 @@ class Decoder:
         def part() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [KvCache(part(), part()) for _ in self.blocks]
+        return [KvCache(part(), part()) for _ in self.layers]
 
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
-        """The blocks' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
+        """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
@@ -160,13 +160,13 @@ class Decoder:
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for block, cache in zip(self.blocks, kv_caches, strict=True):
-            x = block.attention(block.norm1(x), batch, cache, residual=x)
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
+            x = layer.attention(layer.norm1(x), batch, cache, residual=x)
             if picks is None:
-                x = block.ffn(block.norm2(x), residual=x)
+                x = layer.ffn(layer.norm2(x), residual=x)
             else:
-                assert isinstance(block.ffn, DscFfn)
-                x, picked = block.ffn.routed(block.norm2(x), residual=x)
+                assert isinstance(layer.ffn, DscFfn)
+                x, picked = layer.ffn.routed(layer.norm2(x), residual=x)
                 picks.append(picked)
         return x
 
@@ -196,4 +196,4 @@ class Decoder:
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:
     """The DSC layers of a model, in order."""
-    return [block.ffn for block in model.blocks if isinstance(block.ffn, DscFfn)]
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, DscFfn)]

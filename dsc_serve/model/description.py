@@ -52,6 +52,6 @@ def describe(model: Decoder) -> dict[str, str]:
 def kernels(model: Decoder) -> str:
     """What computes the model here: a layer that is out of the kernels' range is served by plain torch."""
     text = ops.description(model.device)
-    if text.startswith("plain") or all(block.ffn.layer.backend != "plain" for block in model.blocks):
+    if text.startswith("plain") or all(layer.ffn.layer.backend != "plain" for layer in model.layers):
         return text
     return f"{text}, but plain torch for the FFN layers (more than {MAX_PICKS} picks per token)"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsc_serve.model.budget import Budget
+from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.decoder import tensor_shapes
 
@@ -20,13 +20,13 @@ GAMMA = 0.1
 
 @dataclass(frozen=True)
 class Preset:
-    budget: Budget
+    budget: ParameterBudget
     heads: int
 
 
 PRESETS = {
-    "paper": Preset(Budget(35e6, 28e6, 50304, 256, 6, 384), 6),
-    "large": Preset(Budget(400e6, 250e6, 50304, 256, 24, 1024), 16),
+    "paper": Preset(ParameterBudget(35e6, 28e6, 50304, 256, 6, 384), 6),
+    "large": Preset(ParameterBudget(400e6, 250e6, 50304, 256, 24, 1024), 16),
 }
 
 

@@ -9,14 +9,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from dsc_serve.config import ServerConfig, places
-from dsc_serve.scale.door import Door
+from dsc_serve.config import ServerConfig, generation_slots
+from dsc_serve.scale.proxy import Proxy
 from dsc_serve.scale.replica import Replica
 from dsc_serve.scale.settings import ScaleConfig, read
 from dsc_serve.worker.supervisor import ENGINE
 
 ROUTERS = {
-    "affinity": "dsc_serve.scale.routing.AffinityRouter",
+    "affinity": "dsc_serve.scale.replica_router.PrefixRouter",
     "round-robin": "ray.serve.experimental.round_robin_router.RoundRobinRouter",
 }
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # the server has a log of its own
@@ -32,7 +32,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: ServerConfig, scale: ScaleConfig, command: Sequence[str] = ENGINE) -> Application:
     """Doors and replicas; a Serve config file may change the options of both. command: as in EngineSupervisor."""
-    room = places(config)
+    room = generation_slots(config)
     limit_s = config.life.drain_s + STOP_S
     kwargs = {"factor": scale.load_factor, "slack": scale.load_slack} if scale.routing == "affinity" else {}
     replicas = serve.deployment(
@@ -48,7 +48,7 @@ def application(config: ServerConfig, scale: ScaleConfig, command: Sequence[str]
         ),
     )
     doors = serve.deployment(
-        serve.ingress()(Door),
+        serve.ingress()(Proxy),
         name="door",
         max_ongoing_requests=MAX_AT_DOOR,
         graceful_shutdown_timeout_s=limit_s + scale.take_s,

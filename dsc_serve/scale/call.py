@@ -8,7 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from dsc_serve.scale.affinity import Affinity, chain_of
+from dsc_serve.scale.placement import PlacementKey, chain_of
 
 HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"})
 Headers = list[tuple[bytes, bytes]]
@@ -24,7 +24,7 @@ class Call:
     headers: Headers
     body: bytes
     client: tuple[str, int] | None
-    affinity: Affinity
+    placement: PlacementKey
 
     @classmethod
     def of(cls, request: Request, body: bytes) -> Call:
@@ -36,7 +36,7 @@ class Call:
             headers=[(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS],
             body=body,
             client=scope["client"],
-            affinity=affinity_of(request.headers.get("authorization", ""), body),
+            placement=placement_key(request.headers.get("authorization", ""), body),
         )
 
     def scope(self) -> Scope:
@@ -64,7 +64,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Part:
+class AnswerPart:
     """A piece of the answer. status and headers: with the first piece alone. last: nothing follows."""
 
     body: bytes
@@ -73,7 +73,7 @@ class Part:
     headers: Headers | None = None
 
 
-class Asked(msgspec.Struct):
+class SharedFields(msgspec.Struct):
     """The fields that say what a request shares with others; the replica checks them."""
 
     prompt: msgspec.Raw = msgspec.Raw(b"")
@@ -82,10 +82,10 @@ class Asked(msgspec.Struct):
     cache_salt: str | None = None
 
 
-decoder = msgspec.json.Decoder(Asked)
+decoder = msgspec.json.Decoder(SharedFields)
 
 
-def affinity_of(authorization: str, body: bytes) -> Affinity:
+def placement_key(authorization: str, body: bytes) -> PlacementKey:
     """Whose a request is (API key and `user`), and the chain of its prompt as the client wrote it.
 
     A body that cannot be read has no chain: its replica says what is wrong with it.
@@ -94,9 +94,9 @@ def affinity_of(authorization: str, body: bytes) -> Affinity:
     try:
         asked = decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Affinity(tenant)
+        return PlacementKey(tenant)
     if asked.user:
         tenant = f"{tenant} {asked.user}"
     messages = [] if asked.messages is msgspec.UNSET else asked.messages
     prompt = b"".join(map(bytes, messages)) or bytes(asked.prompt)
-    return Affinity(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))
+    return PlacementKey(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))

@@ -19,7 +19,7 @@ MOST = 1024  # sequences in a step
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSizes:
     """A decoder of DSC layers in the paper's notation.
 
     kv: width of the keys, and of the values. context: tokens that a sequence attends over. tied: one V × d, not two.
@@ -101,7 +101,7 @@ def all_gather_bytes(values: float, shards: int, value_bytes: float) -> float:
     return (shards - 1) * values * value_bytes
 
 
-def exchanges(model: Model, tokens: int, shards: int, sharding: Sharding) -> dict[str, float]:
+def exchanges(model: ModelSizes, tokens: int, shards: int, sharding: Sharding) -> dict[str, float]:
     """Bytes that each GPU sends for one layer and step, by exchange. x and the layer's output are whole on every GPU.
 
     rows: a GPU holds atoms with their router rows, finds its own K best of each token, and adds up its own picks; their
@@ -121,7 +121,9 @@ def exchanges(model: Model, tokens: int, shards: int, sharding: Sharding) -> dic
     return found
 
 
-def phases(model: Model, machine: Machine, tokens: int, shards: int, sharding: Sharding = "rows") -> dict[str, float]:
+def phases(
+    model: ModelSizes, machine: Machine, tokens: int, shards: int, sharding: Sharding = "rows"
+) -> dict[str, float]:
     """Seconds of one decode step of `tokens` sequences, by phase."""
 
     def busy(read: float, products: float) -> float:
@@ -146,7 +148,7 @@ def phases(model: Model, machine: Machine, tokens: int, shards: int, sharding: S
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """How GPUs serve a model: each of `replicas` on `shards` of them, `tokens` sequences at a time."""
 
     shards: int
@@ -159,7 +161,7 @@ class Plan:
         return self.replicas * self.tokens / self.step_s
 
 
-def plan(model: Model, machine: Machine, gpus: int, target_s: float) -> Plan | None:
+def plan(model: ModelSizes, machine: Machine, gpus: int, target_s: float) -> PlacementPlan | None:
     """The fewest GPUs per replica that hold the model with its KV cache, and the batch that serves most tokens.
 
     target_s: the longest step, so the longest time between a sequence's tokens. None: the model does not fit.
@@ -172,7 +174,7 @@ def plan(model: Model, machine: Machine, gpus: int, target_s: float) -> Plan | N
         fast = [tokens for tokens, seconds in steps.items() if seconds <= target_s]
         if shards <= gpus and fast:
             best = max(fast, key=lambda tokens: tokens / steps[tokens])
-            return Plan(shards, gpus // shards, best, steps[best])
+            return PlacementPlan(shards, gpus // shards, best, steps[best])
     return None
 
 
@@ -180,7 +182,7 @@ def dollars_per_million(tokens_per_s: float, gpus: int, machine: Machine, utilis
     return gpus * machine.price_per_hour / 3600 / (tokens_per_s * utilisation) * 1e6
 
 
-def prompt_tokens_per_s(model: Model, machine: Machine, shards: int, hit_rate: float) -> float:
+def prompt_tokens_per_s(model: ModelSizes, machine: Machine, shards: int, hit_rate: float) -> float:
     """Prompt tokens that one replica takes in, bound by products; those found in the prefix cache cost nothing.
 
     Products of attention over the prompt itself are left out.
@@ -190,14 +192,14 @@ def prompt_tokens_per_s(model: Model, machine: Machine, shards: int, hit_rate: f
     return machine.flops * machine.reached * shards / (2 * products) / (1 - hit_rate)
 
 
-MODELS: Mapping[str, Model] = {
-    "paper": Model(384, 6, 50_304, 384, 1523, 4, 327, 256, tied=True),
-    "large": Model(1024, 24, 50_304, 1024, 3055, 4, 451, 256, tied=True),
-    "10B": Model(4096, 32, 128_256, 1024, 16_384, 64, 7168, 4096),
-    "160B": Model(8192, 80, 128_256, 1024, 65_536, 128, 14_336, 4096),
+MODELS: Mapping[str, ModelSizes] = {
+    "paper": ModelSizes(384, 6, 50_304, 384, 1523, 4, 327, 256, tied=True),
+    "large": ModelSizes(1024, 24, 50_304, 1024, 3055, 4, 451, 256, tied=True),
+    "10B": ModelSizes(4096, 32, 128_256, 1024, 16_384, 64, 7168, 4096),
+    "160B": ModelSizes(8192, 80, 128_256, 1024, 65_536, 128, 14_336, 4096),
 }
 
 
-def certified(model: Model) -> Model:
+def certified(model: ModelSizes) -> ModelSizes:
     """With the router's certified int8 rows, which halve what a step reads of it."""
     return replace(model, router_bytes=1)

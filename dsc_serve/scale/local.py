@@ -39,7 +39,7 @@ LOOK_S = 0.2
 ADDRESS = "127.0.0.1"
 
 
-class StartError(RuntimeError):
+class LocalStartError(RuntimeError):
     """An application did not come up."""
 
 
@@ -83,12 +83,12 @@ def deploy(config: ServeDeploySchema, stop: threading.Event) -> bool:
     while time.monotonic() < end:
         states = [application.status for application in serve.status().applications.values()]
         if ApplicationStatus.DEPLOY_FAILED in states:
-            raise StartError("\n".join(a.message for a in serve.status().applications.values()))
+            raise LocalStartError("\n".join(a.message for a in serve.status().applications.values()))
         if len(states) == len(config.applications) and set(states) == {ApplicationStatus.RUNNING}:
             return True
         if stop.wait(LOOK_S):
             return False
-    raise StartError(f"the applications did not come up within {START_S:g} s")
+    raise LocalStartError(f"the applications did not come up within {START_S:g} s")
 
 
 def run(file: Path) -> None:
@@ -116,7 +116,7 @@ def update(file: Path, stop: threading.Event) -> None:
         config = load(file)
         if deploy(config, stop):
             announce(config, file)
-    except (ConfigError, StartError) as error:
+    except (ConfigError, LocalStartError) as error:
         print(f"dsc-serve: {error}", flush=True)
 
 

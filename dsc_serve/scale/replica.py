@@ -12,7 +12,7 @@ from ray import serve
 from starlette.types import Message
 
 from dsc_serve.config import ServerConfig, resolve_model
-from dsc_serve.scale.call import Call, Part, Taken
+from dsc_serve.scale.call import AnswerPart, Call, Taken
 from dsc_serve.server.app import create_app
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.logs import logging_to
@@ -51,7 +51,7 @@ class Replica:
         self._app = create_app(config, self._client, tokenizer, ring)
         self._reading = asyncio.create_task(ring.keep_current())
 
-    async def answer(self, call: Call) -> AsyncGenerator[Taken | Part, None]:
+    async def answer(self, call: Call) -> AsyncGenerator[Taken | AnswerPart, None]:
         """The answer of the app, in parts as they come. Leaving early is what a client that leaves is to the app."""
         yield Taken(self._name)
         messages: asyncio.Queue[Message] = asyncio.Queue(MAX_UNSENT)
@@ -67,7 +67,7 @@ class Replica:
                     status, headers = message["status"], list(message.get("headers", []))
                     continue
                 body, last = collected(message, messages)
-                yield Part(body, last, status, headers)
+                yield AnswerPart(body, last, status, headers)
                 status, headers = 0, None
         finally:
             if last:  # it has said everything, but not settled its account yet
@@ -75,10 +75,10 @@ class Replica:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    async def whole(self, call: Call) -> tuple[str, Part]:
+    async def whole(self, call: Call) -> tuple[str, AnswerPart]:
         """This replica's name, and its answer in one part."""
-        parts = [part async for part in self.answer(call) if isinstance(part, Part)]
-        return self._name, Part(b"".join(part.body for part in parts), True, parts[0].status, parts[0].headers)
+        parts = [part async for part in self.answer(call) if isinstance(part, AnswerPart)]
+        return self._name, AnswerPart(b"".join(part.body for part in parts), True, parts[0].status, parts[0].headers)
 
     async def _run(self, call: Call, messages: asyncio.Queue[Message]) -> None:
         left = asyncio.Event()

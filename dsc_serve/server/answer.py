@@ -12,11 +12,11 @@ import msgspec
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
-from dsc_serve.server.extensions import Clock, routing_entry
+from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
 from dsc_serve.text.stream import TextStream
-from dsc_serve.worker.messages import Routing, TokenLogprobs
+from dsc_serve.worker.messages import RoutingSlice, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -59,12 +59,12 @@ class Choice:
     characters: int = 0  # of its text, that these stand for
     cached_tokens: int = 0  # of its prompt
     outcome: str = "error"
-    clock: Clock = field(default_factory=Clock)
+    clock: GenerationTimes = field(default_factory=GenerationTimes)
     frame: tuple[bytes, bytes] | None = None
 
 
 @dataclass(slots=True)
-class News:
+class ChoiceUpdate:
     """What a choice has to say: everything when it is answered whole, else what came since its last event.
 
     logprobs: of the prompt's tokens, where they are asked for, then of the generated ones; None for a first token.
@@ -73,11 +73,11 @@ class News:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    routing: list[Routing] = field(default_factory=list)
+    routing: list[RoutingSlice] = field(default_factory=list)
     finish_reason: str | None = None
 
 
-class Shape(ABC):
+class ResponseFormatter(ABC):
     """How an endpoint writes its answers."""
 
     kind: str
@@ -89,7 +89,7 @@ class Shape(ABC):
         self.include_usage, self.continuous_usage = fields.include_usage, fields.continuous_usage
         self.id = answer_id
         self.user = fields.user
-        self.terms = fields.terms(service.engine.model.policy)
+        self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
@@ -108,31 +108,31 @@ class Shape(ABC):
             choices.append(Choice(start + i, request_id, prompt, own, text, echo))
         return choices
 
-    def extension(self, choice: Choice, news: News) -> dict[str, Any]:
+    def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for."""
         if not self.extended:
             return {}
         entry: dict[str, Any] = {}
-        routing = routing_entry(news.routing, choice.prompt, choice.text.kept_tokens)
+        routing = routing_entry(update.routing, choice.prompt, choice.text.kept_tokens)
         if routing is not None:
             entry["routing"] = routing
-        if news.finish_reason is not None:
+        if update.finish_reason is not None:
             entry["timings"] = choice.clock.timings(choice.cached_tokens)
         return {"dsc": entry} if entry else {}
 
     @abstractmethod
-    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+    def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         """An entry of `choices` in a whole answer."""
 
     @abstractmethod
-    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def pieces(self, choice: Choice, update: ChoiceUpdate) -> list[dict[str, Any]]:
         """Entries of `choices`, one for each event that tells the news."""
 
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
-    def events(self, choice: Choice, news: News, usage: dict[str, Any] | None) -> bytes:
-        return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, news)])
+    def events(self, choice: Choice, update: ChoiceUpdate, usage: dict[str, Any] | None) -> bytes:
+        return b"".join([event(self._chunk([piece], usage)) for piece in self.pieces(choice, update)])
 
     def is_plain(self, choice: Choice) -> bool:
         """Whether the events between a choice's first and its last differ in nothing but their text."""
@@ -143,7 +143,7 @@ class Shape(ABC):
     def text_event(self, choice: Choice, text: str) -> bytes:
         """As `events` for a text alone, of a plain choice that has begun: made once and then filled in."""
         if choice.frame is None:
-            before, after = self.events(choice, News([MARK]), None).split(encode(MARK))
+            before, after = self.events(choice, ChoiceUpdate([MARK]), None).split(encode(MARK))
             choice.frame = before, after
         before, after = choice.frame
         return before + one_line(text) + after

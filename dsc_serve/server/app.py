@@ -12,16 +12,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from dsc_serve import __version__
-from dsc_serve.config import ServerConfig, places
+from dsc_serve.config import ServerConfig, generation_slots
 from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
-from dsc_serve.server.description import describe
-from dsc_serve.server.edge import REQUEST_ID, Edge, Gate
 from dsc_serve.server.errors import json_response
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.service import Engine, Service
+from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, RequestLogMiddleware
+from dsc_serve.server.openapi import describe
+from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.stream import engine_down
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
@@ -34,15 +34,15 @@ def served_name(config: ServerConfig) -> str:
 
 
 def create_app(
-    config: ServerConfig, client: Engine, tokenizer: Tokenizer | None, ring: KeyRing | None = None
+    config: ServerConfig, client: EngineHandle, tokenizer: Tokenizer | None, ring: KeyRing | None = None
 ) -> FastAPI:
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
-    admission = Admission(Permits(places(config)), config.limits)
+    admission = Admission(Permits(generation_slots(config)), config.limits)
     service = Service(client, tokenizer, served_name(config), admission, config.limits)
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
-    app.add_middleware(Gate, ring=ring, admission=admission, metrics_key=config.access.metrics_key)
+    app.add_middleware(AuthMiddleware, ring=ring, admission=admission, metrics_key=config.access.metrics_key)
     if config.access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -51,7 +51,9 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "retry-after"],
         )
-    app.add_middleware(Edge, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests)
+    app.add_middleware(
+        RequestLogMiddleware, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests
+    )
     errors.install(app)
 
     @app.post("/v1/completions")
@@ -124,7 +126,7 @@ def create_app(
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    limits = service.engine.model.limits
+    limits = service.engine.model.capacity
     return {
         "id": service.model_name,
         "object": "model",

@@ -9,7 +9,7 @@ from uuid import uuid4
 from fastapi import Request
 from fastapi.responses import Response
 
-from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, News, Shape
+from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.limits import read_body
 from dsc_serve.server.schema import ChatRequest, Message
@@ -19,35 +19,35 @@ from dsc_serve.text.chat import ChatTemplateError
 from dsc_serve.worker.messages import TokenLogprobs
 
 
-class ChatShape(Shape):
+class ChatFormatter(ResponseFormatter):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+    def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(news.text), "refusal": None},
-            "logprobs": self._logprobs(choice, news),
-            "finish_reason": news.finish_reason,
-            **self.extension(choice, news),
+            "message": {"role": "assistant", "content": "".join(update.text), "refusal": None},
+            "logprobs": self._logprobs(choice, update),
+            "finish_reason": update.finish_reason,
+            **self.extension(choice, update),
         }
 
-    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
+    def pieces(self, choice: Choice, update: ChoiceUpdate) -> list[dict[str, Any]]:
         """The role comes first, alone; the reason of the end comes last, alone."""
         pieces = []
         if not choice.begun:
             choice.begun = True
             pieces.append(piece(choice, {"role": "assistant", "content": "", "refusal": None}))
-        text, logprobs = "".join(news.text), self._logprobs(choice, news)
-        if text or news.logprobs:
+        text, logprobs = "".join(update.text), self._logprobs(choice, update)
+        if text or update.logprobs:
             pieces.append(piece(choice, {"content": text}, logprobs))
-        if news.finish_reason is not None:
-            pieces.append(piece(choice, {}, finish_reason=news.finish_reason))
+        if update.finish_reason is not None:
+            pieces.append(piece(choice, {}, finish_reason=update.finish_reason))
         if pieces:
-            pieces[-1].update(self.extension(choice, news))
+            pieces[-1].update(self.extension(choice, update))
         return pieces
 
-    def _logprobs(self, choice: Choice, news: News) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any] | None:
         if choice.params.logprobs is None:
             return None
         content = [
@@ -55,7 +55,7 @@ class ChatShape(Shape):
                 **self._token(entry.token_id, entry.logprob),
                 "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
             }
-            for entry in news.logprobs
+            for entry in update.logprobs
             if isinstance(entry, TokenLogprobs)
         ]
         return {"content": content, "refusal": None}
@@ -100,7 +100,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     service.admit(request, params.n, "n")
     await service.check_structure(params, fields.names)
     prompt = await service.encode(rendered(service, fields.messages), "messages", chat=True)
-    params = service.measure(prompt, params, fields.names)
-    shape = ChatShape(service, f"chatcmpl-{uuid4().hex}", fields)
-    choices = shape.choices(prompt, params)
-    return Generation(service, shape, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))
+    params = service.apply_limits(prompt, params, fields.names)
+    formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)
+    choices = formatter.choices(prompt, params)
+    return Generation(service, formatter, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))

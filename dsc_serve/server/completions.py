@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, News, Shape
+from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.limits import read_body
 from dsc_serve.server.schema import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from dsc_serve.server.service import Service
@@ -22,23 +22,23 @@ from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.messages import TokenLogprobs
 
 
-class CompletionShape(Shape):
+class CompletionFormatter(ResponseFormatter):
     kind = chunk_kind = "text_completion"
 
-    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
+    def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "index": choice.index,
-            "text": "".join(news.text),
-            "logprobs": None if choice.params.logprobs is None else self._logprobs(choice, news.logprobs),
-            "finish_reason": news.finish_reason,
-            **self.extension(choice, news),
+            "text": "".join(update.text),
+            "logprobs": None if choice.params.logprobs is None else self._logprobs(choice, update.logprobs),
+            "finish_reason": update.finish_reason,
+            **self.extension(choice, update),
         }
         if self.service.tokenizer is None:
-            entry["token_ids"] = news.token_ids
+            entry["token_ids"] = update.token_ids
         return entry
 
-    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
-        return [self.whole(choice, news)]
+    def pieces(self, choice: Choice, update: ChoiceUpdate) -> list[dict[str, Any]]:
+        return [self.whole(choice, update)]
 
     def _logprobs(self, choice: Choice, entries: list[TokenLogprobs | None]) -> dict[str, list[Any]]:
         """Parallel lists over tokens. `text_offset` counts characters from the start of the choice's text."""
@@ -115,10 +115,10 @@ async def create_completion(service: Service, request: Request) -> Response:
     prompts = one_by_one(fields.prompt)
     service.admit(request, len(prompts) * params.n, "prompt" if len(prompts) > 1 else "n")
     await service.check_structure(params, fields.names)
-    shape = CompletionShape(service, f"cmpl-{uuid4().hex}", fields)
+    formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields)
     choices: list[Choice] = []
     prompt_tokens = 0
-    context, most = service.engine.model.limits.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS
+    context, most = service.engine.model.capacity.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS
     for name, prompt in prompts.items():
         if choices:
             await asyncio.sleep(0)  # many prompts take a while: let the tokens of other requests pass
@@ -126,8 +126,8 @@ async def create_completion(service: Service, request: Request) -> Response:
         own = params
         if fields.max_tokens is None and min(most, context - len(ids)) < DEFAULT_MAX_TOKENS:
             own = msgspec.structs.replace(params, max_tokens=None)  # a default must not refuse what fits without it
-        own = service.measure(ids, own, {**fields.names, "prompt": name})
+        own = service.apply_limits(ids, own, {**fields.names, "prompt": name})
         echo = echoed(service.tokenizer, prompt, params) if fields.echo else None
-        choices += shape.choices(ids, own, len(choices), echo)
+        choices += formatter.choices(ids, own, len(choices), echo)
         prompt_tokens += len(ids)
-    return Generation(service, shape, choices, prompt_tokens=prompt_tokens, stream=bool(fields.stream))
+    return Generation(service, formatter, choices, prompt_tokens=prompt_tokens, stream=bool(fields.stream))

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from dsc_serve.sampling_params import ALL_ATOMS
+from dsc_serve.scheduling_params import MAX_PRIORITY, MAX_TIMEOUT_S
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.fields import Fields
-from dsc_serve.terms import MAX_PRIORITY, MAX_TIMEOUT_S
-from dsc_serve.worker.messages import Delta, Routing
+from dsc_serve.worker.messages import Delta, RoutingSlice
 
 DIGITS = 7  # of a float32 below 1
 
@@ -21,7 +21,7 @@ DIGITS = 7  # of a float32 below 1
 TopAtoms = Annotated[int, Field(ge=1, le=1024)]
 
 
-class TermsFields(Fields):
+class SchedulingFields(Fields):
     """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
     the engine; a request that has not ended by then ends with an error, or, once it has begun to answer, with the
     finish reason `timeout`.
@@ -31,7 +31,7 @@ class TermsFields(Fields):
     deadline_ms: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S * 1000)] | None = None
 
 
-class DscFields(TermsFields):
+class DscFields(SchedulingFields):
     """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings.
 
     return_routing: tell what every token but the last one picked. top_k_atoms: only so many atoms per layer, the
@@ -51,7 +51,7 @@ class DscFields(TermsFields):
 
 
 @dataclass(slots=True)
-class Clock:
+class GenerationTimes:
     """When the tokens of one generation came, in seconds from the request's arrival at the server."""
 
     queued_s: float = 0.0
@@ -60,7 +60,7 @@ class Clock:
     longest: float = 0.0
     tokens: int = 0
 
-    def note(self, delta: Delta, now: float) -> float | None:
+    def record(self, delta: Delta, now: float) -> float | None:
         """Take in a delta; returns the time since the last token, or since the arrival, where it has tokens."""
         if delta.queued_s > self.queued_s:
             self.queued_s = delta.queued_s
@@ -96,14 +96,14 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 3)
 
 
-def routing_entry(parts: Sequence[Routing], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
+def routing_entry(parts: Sequence[RoutingSlice], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
     """What tokens picked, strongest atoms first: lists over tokens, layers and atoms. None where there is no news.
 
     Of the output's last token nothing is told: it need not have been computed.
     """
     if not parts:
         return None
-    routing, size = Routing.joined(parts), len(prompt)
+    routing, size = RoutingSlice.joined(parts), len(prompt)
     start, end = routing.start, min(routing.start + routing.shape[0], size + max(len(output) - 1, 0))
     if end <= start:
         return None

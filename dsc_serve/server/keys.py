@@ -16,8 +16,8 @@ import msgspec
 
 from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, environment_keys
 from dsc_serve.sampling_params import ParameterError
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.settings import items
-from dsc_serve.terms import Terms
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for field in ("streams", "requests_per_minute", "tokens_per_minute"):
             if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 0")
-        Terms(weight=self.weight, priority=self.priority, cache_salt=self.cache_salt)
+        SchedulingParams(weight=self.weight, priority=self.priority, cache_salt=self.cache_salt)
 
-    def terms(self, asked: Terms) -> Terms:
+    def scheduling(self, asked: SchedulingParams) -> SchedulingParams:
         """The terms of a request with this key.
 
         A request may make itself less urgent than its key, not more, and keep its prompts apart from others of its key.

@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect
 
 from dsc_serve.config import ServerConfig
 from dsc_serve.server.admission import too_many
-from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, shown
+from dsc_serve.server.middleware import EXCHANGE, Exchange
 
 log = logging.getLogger(__name__)
 

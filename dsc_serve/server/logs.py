@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from dsc_serve.config import ConfigError, LogConfig
-from dsc_serve.server.edge import request_id
+from dsc_serve.server.middleware import request_id
 
 WAITING_LINES = 10_000
 FLUSH_S = 1.0

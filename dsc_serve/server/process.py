@@ -23,7 +23,7 @@ from dsc_serve.server.admission import SHUTTING_DOWN
 from dsc_serve.server.app import create_app, served_name
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.logs import logging_to
-from dsc_serve.server.protocol import Connection
+from dsc_serve.server.protocol import HttpConnection
 from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.messages import ModelInfo
@@ -72,7 +72,7 @@ async def run_server(config: ServerConfig, listener: socket.socket, tokenizer: T
         app = create_app(config, client, tokenizer, ring)
         text = announcement(config, listener, client.model, tokenizer is not None, ring.required)
         gc.freeze()  # a full collection of all that has been loaded would hold every stream up
-        server = Server(app, config, lambda: print(text, flush=True))
+        server = HttpServer(app, config, lambda: print(text, flush=True))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         reading = asyncio.create_task(ring.keep_current())
         stopping = asyncio.create_task(asked[0].wait())
@@ -113,12 +113,12 @@ async def wait_for_any(limit_s: float, *events: asyncio.Event) -> None:
         wait.cancel()
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Says when it listens, hangs up on clients that are stuck, and leaves signals to its caller."""
 
     def __init__(self, app: FastAPI, config: ServerConfig, on_listening: Callable[[], None]) -> None:
         limit = config.limits.max_connections or file_limit() - RESERVED_FILES
-        connection = functools.partial(Connection, limits=config.limits, max_connections=limit)
+        connection = functools.partial(HttpConnection, limits=config.limits, max_connections=limit)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -141,7 +141,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         now = asyncio.get_running_loop().time()
         for connection in list(self.server_state.connections):
-            assert isinstance(connection, Connection)
+            assert isinstance(connection, HttpConnection)
             connection.hang_up_if_stuck(now)
         return await super().on_tick(counter)
 
@@ -202,7 +202,7 @@ def announcement(
         f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         for host in (config.host, reachable)
     )
-    prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.limits.vocab_size)))
+    prompt: object = "Once upon a time" if has_tokenizer else list(range(min(3, model.capacity.vocab_size)))
     body = json.dumps({"prompt": prompt, "max_tokens": 32})
     key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return (

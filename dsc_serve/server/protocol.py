@@ -16,7 +16,7 @@ PROGRESS = 48 * 1024
 FRAMING = (b"content-length", b"transfer-encoding")
 
 
-class Connection(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """One connection. The framework times only the pauses between requests; this times the headers too.
 
     Errors that end a connection before there is a request have the form of all others.
@@ -174,7 +174,7 @@ class Connection(HttpToolsProtocol):
 class Body:
     """Hears of one body, and of nothing that its parser finds behind it."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: HttpConnection) -> None:
         self._connection = connection
         self._over = False
 

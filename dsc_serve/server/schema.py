@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PlainValidator, Tag
 
 from dsc_serve.sampling_params import MAX_BIASES, ParameterError, SamplingParams
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
-from dsc_serve.server.extensions import DscFields, TermsFields
+from dsc_serve.server.extensions import DscFields, SchedulingFields
 from dsc_serve.server.fields import Count, Fields, Only
 from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
-from dsc_serve.terms import Terms
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
 TOKEN_ID_DIGITS = 10
@@ -73,7 +73,7 @@ class EngineFields(Fields):
     """What every request to the engine has; null means the default.
 
     user: whom the policy `fair` charges where no API key says it; named in the log where the request fails. priority,
-    queue_timeout_s, timeout_s and cache_salt are those of `Terms`.
+    queue_timeout_s, timeout_s and cache_salt are those of `SchedulingParams`.
     """
 
     model: str | None = None
@@ -82,7 +82,7 @@ class EngineFields(Fields):
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
     cache_salt: str | None = None
-    dsc: TermsFields | None = None
+    dsc: SchedulingFields | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -97,9 +97,9 @@ class EngineFields(Fields):
     def continuous_usage(self) -> bool:
         return False
 
-    def terms(self, policy: str) -> Terms:
+    def scheduling(self, policy: str) -> SchedulingParams:
         """For whom, how urgently and within what time; `policy` is the server's. Raises ApiError (400)."""
-        asked = self.dsc or TermsFields()
+        asked = self.dsc or SchedulingFields()
         for field, same in (("priority", "priority"), ("deadline_ms", "timeout_s")):
             if getattr(asked, field) is not None and getattr(self, same) is not None:
                 raise bad_request(f"dsc.{field}", f"dsc.{field} is set together with {same}; send one of the two")
@@ -113,7 +113,9 @@ class EngineFields(Fields):
             allowed = f"0 on this server, whose policy is {policy}, not priority"
             raise bad_request(param, f"{param} is {own['priority']}; it must be {allowed}")
         try:
-            return Terms(tenant=self.user or "", **{name: value for name, value in own.items() if value is not None})
+            return SchedulingParams(
+                tenant=self.user or "", **{name: value for name, value in own.items() if value is not None}
+            )
         except ParameterError as error:
             raise from_parameter(error, {}) from None
 

@@ -13,23 +13,23 @@ from fastapi import Request
 
 from dsc_serve.config import LimitConfig
 from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
-from dsc_serve.server.edge import EXCHANGE, Exchange
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.metrics.requests import Metrics
-from dsc_serve.terms import Terms
+from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.grammar import Grammars
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
 from dsc_serve.worker.messages import Delta, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
-MAX_ASIDE = 64  # texts that wait for `Service.aside`
+MAX_LOW_PRIORITY = 64  # texts that wait for `Service.run_low_priority`
 
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class EngineHandle(Protocol):
     """What the server needs of an engine; `worker.client.EngineClient` is one."""
 
     @property
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def heartbeat_age_s(self) -> float: ...
 
     def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
@@ -69,7 +69,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineHandle,
         tokenizer: Tokenizer | None,
         model_name: str,
         admission: Admission,
@@ -87,11 +87,11 @@ class Service:
         # One at a time, as the engine compiles them again: were more let through, it could not keep pace.
         self._compiling = ThreadPoolExecutor(1, "grammars")
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
-        self._asides = 0
+        self._low_priority = 0
         if tokenizer is not None:
-            self._grammars = Grammars(tokenizer, engine.model.limits.vocab_size)
+            self._grammars = Grammars(tokenizer, engine.model.capacity.vocab_size)
             longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
-        self._max_characters = longest * engine.model.limits.max_tokens
+        self._max_characters = longest * engine.model.capacity.max_tokens
 
     @property
     def permits(self) -> Permits:
@@ -107,34 +107,34 @@ class Service:
             message = f"model {shown(name)} is not served here; this server has {shown(self.model_name)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, param: str, chat: bool = False, aside: bool = False) -> list[int]:
+    async def encode(self, text: str, param: str, chat: bool = False, low_priority: bool = False) -> list[int]:
         """Token ids of a prompt; aside: of one that no generation waits for. Raises ApiError, naming `param`."""
         if self.tokenizer is None:
             message = f"{param} is text, but this model has no tokenizer; send token ids"
             raise bad_request(param, message)
         if len(text) > self._max_characters:  # encoding it to learn that it does not fit can take seconds
-            limit = self.engine.model.limits.max_tokens
+            limit = self.engine.model.capacity.max_tokens
             message = f"{param} has {len(text)} characters, which is more than {limit} tokens can hold"
             raise bad_request(param, message, "context_length_exceeded")
         encode = self.tokenizer.encode_chat if chat else self.tokenizer.encode
         try:
             if len(text) < LONG_TEXT:
                 return encode(text)
-            if aside:
-                return await self.aside(lambda: encode(text))
+            if low_priority:
+                return await self.run_low_priority(lambda: encode(text))
             return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
 
-    async def aside(self, work: Callable[[], T]) -> T:
+    async def run_low_priority(self, work: Callable[[], T]) -> T:
         """For what no generation waits for: one at a time. Raises ApiError (429) where too much of it waits."""
-        if self._asides >= MAX_ASIDE:
+        if self._low_priority >= MAX_LOW_PRIORITY:
             raise too_many("too many texts wait to be tokenised", "queue_full")
-        self._asides += 1
+        self._low_priority += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._aside, work)
         finally:
-            self._asides -= 1
+            self._low_priority -= 1
 
     async def check_structure(self, params: SamplingParams, names: Mapping[str, str]) -> None:
         """Raises ApiError (400) when the grammar cannot be used; `names` as in `from_parameter`."""
@@ -158,13 +158,13 @@ class Service:
         exchange: Exchange = request.scope[EXCHANGE]
         self.admission.admit(exchange.lease, count, param)
 
-    def measure(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> SamplingParams:
+    def apply_limits(self, prompt: list[int], params: SamplingParams, names: Mapping[str, str]) -> SamplingParams:
         """The parameters with this server's bounds on what they leave open.
 
         Raises ApiError (400) when the engine could never hold the request, or this server allows less; `names` as in
         `from_parameter`.
         """
-        limits = self.engine.model.limits
+        limits = self.engine.model.capacity
         try:
             self._check_limits(prompt, params)
             room, most = limits.max_tokens - len(prompt), self.limits.max_output_tokens

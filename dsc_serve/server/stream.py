@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
-from dsc_serve.server.answer import Choice, News, Shape, encode, event
-from dsc_serve.server.edge import EXCHANGE, Exchange
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, from_parameter, internal_error
+from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
 from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
@@ -30,7 +30,7 @@ EVENT_STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-Emit = Callable[[Choice, News], Awaitable[None]]
+Emit = Callable[[Choice, ChoiceUpdate], Awaitable[None]]
 
 
 class ClientGoneError(Exception):
@@ -45,11 +45,11 @@ class Generation(Response):
     """
 
     def __init__(
-        self, service: Service, shape: Shape, choices: list[Choice], *, prompt_tokens: int, stream: bool
+        self, service: Service, formatter: ResponseFormatter, choices: list[Choice], *, prompt_tokens: int, stream: bool
     ) -> None:
         super().__init__()
         self._service = service
-        self._shape = shape
+        self._formatter = formatter
         self._choices = choices
         self._prompt_tokens = prompt_tokens
         self._stream = stream
@@ -61,7 +61,7 @@ class Generation(Response):
         """Raises ApiError where nothing has been sent yet."""
         exchange: Exchange = scope[EXCHANGE]
         self._arrived = exchange.arrived
-        self._terms = exchange.terms(self._shape.terms)
+        self._scheduling = exchange.scheduling(self._formatter.scheduling)
         self._part = exchange.send
         exchange.lease.charge(self._prompt_tokens)
         self._service.metrics.prompt_tokens += self._prompt_tokens
@@ -83,11 +83,11 @@ class Generation(Response):
     async def _answer_whole(self, send: Send) -> None:
         entries: list[dict[str, Any]] = [{}] * len(self._choices)
 
-        async def collect(choice: Choice, news: News) -> None:
-            entries[choice.index] = self._shape.whole(choice, news)
+        async def collect(choice: Choice, update: ChoiceUpdate) -> None:
+            entries[choice.index] = self._formatter.whole(choice, update)
 
         await self._follow_all(collect)
-        body = encode(self._shape.answer(entries, self._usage()))
+        body = encode(self._formatter.answer(entries, self._usage()))
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await self._send(send, body, headers, more=False)
         self._outcome = 200
@@ -95,15 +95,15 @@ class Generation(Response):
     async def _answer_stream(self, send: Send) -> None:
         writing = asyncio.Lock()
 
-        async def write(choice: Choice, news: News) -> None:
+        async def write(choice: Choice, update: ChoiceUpdate) -> None:
             async with writing:
-                usage = self._usage() if self._shape.continuous_usage else None
-                await self._send(send, self._shape.events(choice, news, usage), EVENT_STREAM_HEADERS)
+                usage = self._usage() if self._formatter.continuous_usage else None
+                await self._send(send, self._formatter.events(choice, update, usage), EVENT_STREAM_HEADERS)
 
         outcome = 200
         try:
             await self._follow_all(write)
-            last = self._shape.usage_event(self._usage())
+            last = self._formatter.usage_event(self._usage())
         except ClientGoneError:
             raise
         except ApiError as error:
@@ -149,7 +149,7 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._terms)
+            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
             async with aclosing(deltas):
                 if not await self._follow_deltas(choice, deltas, emit):
                     raise engine_failure("the engine ended the request without a reason")
@@ -157,7 +157,7 @@ class Generation(Response):
             choice.outcome = "abort"
             raise out_of_time(str(error), "client_too_slow") from error
         except (EngineDiedError, ConnectionError) as error:
-            log.error("request %s (user %r) failed: %s", choice.request_id, self._shape.user, error)
+            log.error("request %s (user %r) failed: %s", choice.request_id, self._formatter.user, error)
             if self._service.admission.draining:
                 raise shutting_down() from error
             raise engine_down(str(error)) from error
@@ -172,8 +172,8 @@ class Generation(Response):
         """Whether the choice came to its end."""
         text, metrics = choice.text, self._service.metrics
         tokens_only = self._service.tokenizer is None
-        plain = self._stream and self._shape.is_plain(choice)
-        news = News()
+        plain = self._stream and self._formatter.is_plain(choice)
+        update = ChoiceUpdate()
         begun = told = False
         async for delta in deltas:
             reason = delta.finish_reason
@@ -181,7 +181,7 @@ class Generation(Response):
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
-            passed = choice.clock.note(delta, time.perf_counter() - self._arrived)
+            passed = choice.clock.record(delta, time.perf_counter() - self._arrived)
             if passed is not None:
                 if begun:
                     metrics.inter_token.observe(passed / len(delta.token_ids))
@@ -189,34 +189,34 @@ class Generation(Response):
                     metrics.first_token.observe(passed)
                 metrics.generated_tokens += len(delta.token_ids)
             if delta.routing is not None:
-                news.routing.append(delta.routing)
+                update.routing.append(delta.routing)
             if delta.prompt_logprobs:
-                news.logprobs.extend(delta.prompt_logprobs)
+                update.logprobs.extend(delta.prompt_logprobs)
             if not begun and choice.echo is not None and (delta.token_ids or reason):
-                news.text.append(choice.echo)
-                news.token_ids.extend(choice.prompt)
+                update.text.append(choice.echo)
+                update.token_ids.extend(choice.prompt)
             begun = begun or bool(delta.token_ids)
             before = text.token_count
             new = text.push(delta.token_ids)
             if plain and told and reason is None and not text.stopped:
                 if new:
-                    await self._send_event(self._shape.text_event(choice, new))
+                    await self._send_event(self._formatter.text_event(choice, new))
                 continue
-            news.text.append(new)
+            update.text.append(new)
             if reason is not None:
-                news.text.append(text.finish())
+                update.text.append(text.finish())
             if text.stopped:
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
                 choice.outcome = reason = "stop"
             kept = text.token_count - before
-            news.token_ids.extend(delta.token_ids[:kept])
+            update.token_ids.extend(delta.token_ids[:kept])
             if delta.logprobs:
-                news.logprobs.extend(delta.logprobs[:kept])
-            news.finish_reason = reason
-            if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(news.text))):
-                await emit(choice, news)
-                news, told = News(), True
+                update.logprobs.extend(delta.logprobs[:kept])
+            update.finish_reason = reason
+            if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(update.text))):
+                await emit(choice, update)
+                update, told = ChoiceUpdate(), True
             if reason is not None:
                 return True
         return False
@@ -224,9 +224,9 @@ class Generation(Response):
     def _failure(self, delta: Delta) -> ApiError:
         if delta.finish_reason == "timeout":
             return out_of_time(delta.error)
-        log.error("request %s (user %r) failed: %s", delta.request_id, self._shape.user, delta.error)
+        log.error("request %s (user %r) failed: %s", delta.request_id, self._formatter.user, delta.error)
         if delta.error_field:
-            return from_parameter(ParameterError(delta.error_field, delta.error), self._shape.names)
+            return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
         if not self._service.engine.alive:
             return engine_down(delta.error)
         return engine_failure(delta.error or f"the engine ended the request: {delta.finish_reason}")

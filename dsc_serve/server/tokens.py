@@ -60,14 +60,14 @@ async def tokenize(service: Service, request: Request) -> Response:
     elif fields.add_generation_prompt is not None:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
-    ids = await service.encode(text, param, chat=not special, aside=True)
+    ids = await service.encode(text, param, chat=not special, low_priority=True)
     names = None
     if fields.return_token_strs:
-        names = await service.aside(lambda: [service.token_name(id) for id in ids])
+        names = await service.run_low_priority(lambda: [service.token_name(id) for id in ids])
     return json_response(
         {
             "count": len(ids),
-            "max_model_len": service.engine.model.limits.max_tokens,
+            "max_model_len": service.engine.model.capacity.max_tokens,
             "tokens": ids,
             "token_strs": names,
         }
@@ -78,14 +78,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     """Special tokens are part of the text. Raises ApiError."""
     fields = DetokenizeRequest.parse(await read_body(request))
     service.check_model(fields.model)
-    tokenizer, ids, limits = service.tokenizer, fields.tokens, service.engine.model.limits
+    tokenizer, ids, capacity = service.tokenizer, fields.tokens, service.engine.model.capacity
     if tokenizer is None:
         raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")
-    if len(ids) > limits.max_tokens:
-        message = f"tokens has {len(ids)} ids, which is more than the context of {limits.max_tokens} holds"
+    if len(ids) > capacity.max_tokens:
+        message = f"tokens has {len(ids)} ids, which is more than the context of {capacity.max_tokens} holds"
         raise bad_request("tokens", message, "context_length_exceeded")
     for i, id in enumerate(ids):
-        if not 0 <= id < limits.vocab_size:
-            raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {limits.vocab_size - 1}")
-    text = await service.aside(lambda: tokenizer.decode(ids, skip_special_tokens=False))
+        if not 0 <= id < capacity.vocab_size:
+            raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {capacity.vocab_size - 1}")
+    text = await service.run_low_priority(lambda: tokenizer.decode(ids, skip_special_tokens=False))
     return json_response({"prompt": text})

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import PlainValidator
 
 from dsc_serve.sampling_params import ALL_ATOMS, SamplingParams
-from dsc_serve.server.answer import Choice, News, Shape
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.extensions import TopAtoms
 from dsc_serve.server.limits import read_body
@@ -40,18 +40,18 @@ class TraceRequest(EngineFields):
         return {"routing": "prompt" if self.top_k_atoms is None else "top_k_atoms"}
 
 
-class TraceShape(Shape):
+class TraceFormatter(ResponseFormatter):
     kind = chunk_kind = "dsc.trace"
 
     def __init__(self, service: Service, answer_id: str, fields: TraceRequest) -> None:
         super().__init__(service, answer_id, fields)
         self.extended = True
 
-    def whole(self, choice: Choice, news: News) -> dict[str, Any]:
-        return self.extension(choice, news)
+    def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
+        return self.extension(choice, update)
 
-    def pieces(self, choice: Choice, news: News) -> list[dict[str, Any]]:
-        return [self.whole(choice, news)]
+    def pieces(self, choice: Choice, update: ChoiceUpdate) -> list[dict[str, Any]]:
+        return [self.whole(choice, update)]
 
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, **choices[0], "usage": usage}
@@ -65,6 +65,6 @@ async def create_trace(service: Service, request: Request) -> Response:
     service.admit(request, 1, "prompt")
     prompt = fields.prompt
     ids = await service.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
-    params = service.measure(ids, params, fields.names)
-    shape = TraceShape(service, f"trace-{uuid4().hex}", fields)
-    return Generation(service, shape, shape.choices(ids, params), prompt_tokens=len(ids), stream=False)
+    params = service.apply_limits(ids, params, fields.names)
+    formatter = TraceFormatter(service, f"trace-{uuid4().hex}", fields)
+    return Generation(service, formatter, formatter.choices(ids, params), prompt_tokens=len(ids), stream=False)

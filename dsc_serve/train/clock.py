@@ -19,7 +19,7 @@ def seconds(text: str) -> float:
     return float(found[1]) * UNITS[found[2] or "s"]
 
 
-class Clock:
+class TrainingClock:
     """Counts the seconds of all of a run's starts.
 
     limit: seconds for everything, or None. `began`: the second at which training itself began; `reserve`: seconds that

@@ -234,7 +234,7 @@ def _fingerprint(files: Sequence[Path], settings: DataSettings, vocab_size: int)
     return digest.hexdigest()
 
 
-class Sampler:
+class WindowSampler:
     """Windows of the training tokens: every epoch visits each once, in an order that seed and epoch decide.
 
     drawn: windows taken so far by length; the sampler's whole state.

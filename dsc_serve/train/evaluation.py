@@ -55,7 +55,7 @@ def evaluate(llm: LLM, text: str, *, progress: bool = False) -> Evaluation:
     ids = llm.tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < 2:
         raise TrainError(f"the text has {len(ids)} tokens; a loss needs at least 2")
-    limits = llm.engine.limits
+    limits = llm.engine.capacity
     length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     windows = windows_of(ids, length)
     nats, tokens, size = 0.0, 0, 0

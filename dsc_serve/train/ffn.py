@@ -19,7 +19,7 @@ JITTER = 0.01  # standard deviation of the noise on a mixture of experts' logits
 
 
 @dataclass
-class Trace:
+class FfnTrace:
     """What one layer leaves behind besides its output.
 
     terms: the weighted training terms by name. picks: int64 [M], how often each atom, expert or adapter was picked.
@@ -69,7 +69,7 @@ def projected(rows: Tensor, eps: float) -> Tensor:
     return rows / norms.clamp_min(eps)
 
 
-def dsc(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, Trace]:
+def dsc(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, FfnTrace]:
     c, lam = config.ffn, mode.losses
     assert isinstance(c, DscConfig)
     routed = router_input(config, w, x) if c.router_norm else x
@@ -83,7 +83,7 @@ def dsc(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor,
     if c.atoms == "raw":
         u, v = projected(u, c.eps), projected(v, c.eps)
     y = mlp(config, w, x, "static.") + compose(x, u.to(x.dtype), v.to(x.dtype), picked, coefficients) * w["gamma"]
-    trace = Trace(picks=count(picked, c.num_atoms), signal=signal.detach().mean(), routed=routed.detach())
+    trace = FfnTrace(picks=count(picked, c.num_atoms), signal=signal.detach().mean(), routed=routed.detach())
     if mode.training:
         load, z = losses.load_and_z(logits, c.tau, lam.z_of)
         trace.terms = {
@@ -103,7 +103,7 @@ def mixture_terms(logits: Tensor, probabilities: Tensor, picked: Tensor, lam: Lo
     }
 
 
-def moe(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, Trace]:
+def moe(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, FfnTrace]:
     c = config.ffn
     assert isinstance(c, MoeConfig)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -121,13 +121,13 @@ def moe(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor,
     pieces = torch.split(x.index_select(0, rows), picks.tolist())
     outputs = torch.cat([mlp(config, w, piece, f"experts.{e}.") for e, piece in enumerate(pieces)])
     gated = outputs * gates.flatten().index_select(0, order)[:, None].to(x.dtype)
-    trace = Trace(picks=picks)
+    trace = FfnTrace(picks=picks)
     if mode.training:
         trace.terms = mixture_terms(logits, probabilities, picked, mode.losses)
     return torch.zeros_like(x).index_add(0, rows, gated), trace
 
 
-def molora(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, Trace]:
+def molora(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, FfnTrace]:
     c = config.ffn
     assert isinstance(c, MoloraConfig)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -136,18 +136,18 @@ def molora(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tens
     rows = (picked[:, :, None] * c.rank + torch.arange(c.rank, device=x.device)).flatten(1)
     gates = values.softmax(-1).repeat_interleave(c.rank, dim=1)
     y = compose(x, w["adapters_a"].flatten(0, 1), w["adapters_b"].flatten(0, 1), rows, gates)
-    trace = Trace(picks=count(picked, c.num_adapters))
+    trace = FfnTrace(picks=count(picked, c.num_adapters))
     if mode.training:
         trace.terms = mixture_terms(logits, logits.softmax(-1), picked, mode.losses)
     return mlp(config, w, x, "static.") + y, trace
 
 
-def dense(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, Trace]:
+def dense(config: ModelConfig, w: Weights, x: Tensor, mode: Pass) -> tuple[Tensor, FfnTrace]:
     assert isinstance(config.ffn, DenseConfig)
-    return mlp(config, w, x), Trace()
+    return mlp(config, w, x), FfnTrace()
 
 
-TRAINED: dict[str, Callable[[ModelConfig, Weights, Tensor, Pass], tuple[Tensor, Trace]]] = {
+TRAINED: dict[str, Callable[[ModelConfig, Weights, Tensor, Pass], tuple[Tensor, FfnTrace]]] = {
     "dsc": dsc,
     "moe": moe,
     "molora": molora,

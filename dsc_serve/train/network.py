@@ -11,19 +11,19 @@ from torch import Tensor
 
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.rope import rope_table
-from dsc_serve.train.ffn import TRAINED, Pass, Trace, Weights
+from dsc_serve.train.ffn import TRAINED, FfnTrace, Pass, Weights
 from dsc_serve.train.functions import causal_attention, head_loss, rotated
 
 SEEDS = 2**63  # beyond which torch takes none
 
 
 @dataclass
-class Outcome:
+class StepLoss:
     """loss: mean cross-entropy in nats per token. terms: the sum of all training terms. layers: one trace each."""
 
     loss: Tensor
     terms: Tensor
-    layers: list[Trace]
+    layers: list[FfnTrace]
 
 
 class Network:
@@ -31,13 +31,13 @@ class Network:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
-        self.angles: tuple[Tensor, ...] = ()
+        self.cos_sin_cache: tuple[Tensor, ...] = ()
         if config.position_embedding_type == "rope":
             size, positions = config.head_dim, config.max_position_embeddings
-            angles = rope_table(size, positions, config.rope_theta, config.rope_scaling)
-            self.angles = angles.to(device=device, dtype=dtype).unbind(1)
+            cos_sin_cache = rope_table(size, positions, config.rope_theta, config.rope_scaling)
+            self.cos_sin_cache = cos_sin_cache.to(device=device, dtype=dtype).unbind(1)
 
-    def __call__(self, weights: Weights, windows: Tensor, mode: Pass) -> Outcome:
+    def __call__(self, weights: Weights, windows: Tensor, mode: Pass) -> StepLoss:
         """windows int64 [N, T + 1]: each token but the first is a target; T is at most the model's context."""
         config = self.config
         ids, targets = windows[:, :-1], windows[:, 1:].flatten()
@@ -59,7 +59,7 @@ class Network:
         head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
         loss = head_loss(x, head, targets)
         terms = sum((term for trace in traces for term in trace.terms.values()), torch.zeros_like(loss))
-        return Outcome(loss, terms, traces)
+        return StepLoss(loss, terms, traces)
 
     def _norm(self, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
         scale, shape = weights[f"{name}.weight"], x.shape[-1:]
@@ -76,8 +76,8 @@ class Network:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         q = q * c.head_dim**-0.5
-        if self.angles:
-            cos, sin = (table[:length] for table in self.angles)
+        if self.cos_sin_cache:
+            cos, sin = (table[:length] for table in self.cos_sin_cache)
             q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         if heads != kv_heads:
             k, v = (z.repeat_interleave(heads // kv_heads, dim=1) for z in (k, v))

@@ -18,7 +18,7 @@ from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.network import Network
 from dsc_serve.train.settings import LossSettings, TrainError
-from dsc_serve.train.usage import Usage
+from dsc_serve.train.usage import TrainingUsage
 
 PER_ATOM = ("router.weight", "router.bias", "atoms_u", "atoms_v")
 
@@ -37,10 +37,10 @@ class Pruned:
     losses: dict[str, tuple[Evaluation, Evaluation]]
 
 
-def usage_on(config: ModelConfig, tensors: dict[str, Tensor], ids: list[int]) -> Usage:
+def usage_on(config: ModelConfig, tensors: dict[str, Tensor], ids: list[int]) -> TrainingUsage:
     """How often each atom is picked over all token ids, in windows of the whole context, computed in float32."""
     network = Network(config, torch.float32, torch.device("cpu"))
-    usage = Usage()
+    usage = TrainingUsage()
     length, targets = config.max_position_embeddings, [*ids, ids[-1]]  # a window's last token is only a target
     for start in range(0, len(ids), length):
         window = torch.tensor([targets[start : start + length + 1]])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dsc_serve.config import ConfigError
-from dsc_serve.model.budget import Budget
+from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.schema import Size, Strict
@@ -69,7 +69,7 @@ class OptimiserSettings(Strict):
     clip: Positive = 1.0
 
 
-class Phase(Strict):
+class TrainingPhase(Strict):
     """Until this share of the run: windows of `length` tokens, `step_tokens` tokens a step."""
 
     until: Share = 1.0
@@ -77,7 +77,7 @@ class Phase(Strict):
     step_tokens: Size
 
     @model_validator(mode="after")
-    def _whole_windows(self) -> Phase:
+    def _whole_windows(self) -> TrainingPhase:
         if self.step_tokens % self.length:
             raise ValueError(f"step_tokens is {self.step_tokens}, not a multiple of length, {self.length}")
         return self
@@ -95,7 +95,7 @@ class ScheduleSettings(Strict):
     shape: Literal["cosine", "linear"] = "cosine"
     final: Share = 0.1
     micro_tokens: Size = 8192
-    phases: tuple[Phase, ...]
+    phases: tuple[TrainingPhase, ...]
 
     @model_validator(mode="after")
     def _covers(self) -> ScheduleSettings:
@@ -191,7 +191,7 @@ class TrainSettings(Strict):
         try:
             tied = fields.get("tie_word_embeddings", True) is True
             vocabulary, context, layers, width = (int(fields[name]) for name in names)
-            budget = Budget(b.total, b.active, vocabulary, context, layers, width, tied)
+            budget = ParameterBudget(b.total, b.active, vocabulary, context, layers, width, tied)
             solve = getattr(budget, b.kind)
             ffn = solve() if b.k is None or b.kind == "dense" else solve(b.k)
         except ValueError as error:

@@ -21,7 +21,7 @@ MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class StudyEntry:
     """One line of the study: an FFN kind, with its picks per token where it picks."""
 
     kind: str
@@ -32,8 +32,13 @@ class Entry:
         return self.kind if self.k is None else f"{self.kind}-k{self.k}"
 
 
-def entries(depths: Sequence[int]) -> list[Entry]:
-    return [*(Entry("dsc", k) for k in depths), Entry("moe", 2), Entry("molora", 2), Entry("dense", None)]
+def entries(depths: Sequence[int]) -> list[StudyEntry]:
+    return [
+        *(StudyEntry("dsc", k) for k in depths),
+        StudyEntry("moe", 2),
+        StudyEntry("molora", 2),
+        StudyEntry("dense", None),
+    ]
 
 
 class Study:
@@ -86,13 +91,13 @@ class Study:
     def folder_of(self, entry: str, seed: int) -> Path:
         return self.folder / f"{entry}-seed{seed}"
 
-    def _settings_of(self, entry: Entry, seed: int, steps: int) -> TrainSettings:
+    def _settings_of(self, entry: StudyEntry, seed: int, steps: int) -> TrainSettings:
         budget = self.budget.model_copy(update={"kind": entry.kind, "k": entry.k})
         schedule = self.settings.schedule.model_copy(update={"steps": steps})
         run = self.settings.run.model_copy(update={"seed": seed, "evaluate_steps": max(1, steps // EVALUATIONS)})
         return self.settings.model_copy(update={"budget": budget, "schedule": schedule, "run": run})
 
-    def _trainer(self, entry: Entry, seed: int, steps: int, folder: Path | None = None) -> Trainer:
+    def _trainer(self, entry: StudyEntry, seed: int, steps: int, folder: Path | None = None) -> Trainer:
         settings = self._settings_of(entry, seed, steps)
         return Trainer(settings, self.texts, folder or self.folder_of(entry.name, seed), data=self.folder / "data")
 

@@ -18,8 +18,8 @@ from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.initial import initial_tensors
 from dsc_serve.train.allocator import keep_memory
 from dsc_serve.train.checkpoint import load_state, save_state, write_whole
-from dsc_serve.train.clock import MARGIN_S, Clock
-from dsc_serve.train.corpus import Corpus, Sampler, prepare
+from dsc_serve.train.clock import MARGIN_S, TrainingClock
+from dsc_serve.train.corpus import Corpus, WindowSampler, prepare
 from dsc_serve.train.export import export_model
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.network import Network
@@ -27,8 +27,8 @@ from dsc_serve.train.optimiser import Optimiser, rate_factor
 from dsc_serve.train.plots import write_plots
 from dsc_serve.train.record import Progress, Record, read_log
 from dsc_serve.train.revive import revive
-from dsc_serve.train.settings import Phase, TrainError, TrainSettings
-from dsc_serve.train.usage import Usage
+from dsc_serve.train.settings import TrainError, TrainingPhase, TrainSettings
+from dsc_serve.train.usage import TrainingUsage
 
 MODEL = "model"
 LOG = "log.jsonl"
@@ -68,7 +68,7 @@ class Trainer:
     ) -> None:
         keep_memory()
         self.settings, self.folder = settings, folder
-        self.clock = Clock(time_limit, settings.schedule.steps)
+        self.clock = TrainingClock(time_limit, settings.schedule.steps)
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise TrainError("device is cuda, but torch sees no CUDA device here")
@@ -81,7 +81,7 @@ class Trainer:
             raise TrainError(f"[model] vocab_size is {vocabulary!r}, expected a whole number")
         self.corpus: Corpus = prepare(texts, settings.data, vocabulary, data or folder / "data")
         self.config = settings.model_config_for(self.corpus.tokenizer.eos_token_id)
-        self.sampler = Sampler(self.corpus.train, settings.run.seed)
+        self.sampler = WindowSampler(self.corpus.train, settings.run.seed)
         self.dtype = getattr(torch, settings.run.dtype)
         self.network = Network(self.config, self.dtype, self.device)
         fresh = initial_tensors(self.config, settings.run.seed, torch.float32)
@@ -89,7 +89,7 @@ class Trainer:
         self.working = {n: m.detach().to(self.dtype, copy=True).requires_grad_() for n, m in self.masters.items()}
         self.optimiser = Optimiser(self.masters, settings.optimiser)
         self.step, self.tokens, self.stepping = 0, 0, 0.0
-        self.recent, self.since_revival = Usage(), Usage()
+        self.recent, self.since_revival = TrainingUsage(), TrainingUsage()
         if state is not None:
             self._resume(state)
         lost = max((line["seconds"] for line in read_log(folder / LOG)), default=0.0)
@@ -132,7 +132,7 @@ class Trainer:
                 line = self._line(sum(losses) / len(losses), norm, factor, phase.length, speed)
                 self.record.write(line)
                 progress.show(self.clock.share(self.step), line)
-                losses, logged, counted, self.recent = [], self.clock.spent, self.tokens, Usage()
+                losses, logged, counted, self.recent = [], self.clock.spent, self.tokens, TrainingUsage()
             if self.step % run.evaluate_steps == 0:
                 before = self.clock.spent
                 self._evaluate()
@@ -163,7 +163,7 @@ class Trainer:
         """Loss over windows of the model's whole context without overlap: all of them, or that many per source."""
         length = self.config.max_position_embeddings
         nats = bits = size = tokens = 0.0
-        sources, usage = {}, Usage()
+        sources, usage = {}, TrainingUsage()
         rows = max(1, self.settings.schedule.micro_tokens // length)
         for source in self.corpus.sources:
             taken = list(self.corpus.held_windows(source, length))[:windows]
@@ -181,7 +181,7 @@ class Trainer:
         bits = nats / math.log(2)
         return HeldOut(nats / tokens, bits / size, sources, int(tokens), usage.dead, sum(map(len, usage.picks)))
 
-    def _step(self, phase: Phase, factor: float) -> tuple[float, float]:
+    def _step(self, phase: TrainingPhase, factor: float) -> tuple[float, float]:
         """One update; returns the mean loss and the gradient's norm before clipping."""
         windows = self.sampler.take(phase.step_tokens // phase.length, phase.length).to(self.device)
         total = 0.0
@@ -225,7 +225,7 @@ class Trainer:
             assert rows is not None
             prefix, seed = f"model.layers.{i}.mlp.", (run.seed << 40) + (self.step << 8) + i
             revived.append(revive(self.masters, prefix, picks, rows, self.optimiser, seed))
-        self.since_revival = Usage()
+        self.since_revival = TrainingUsage()
         self.record.write({"step": self.step, "seconds": round(self.clock.spent, 1), "revived": revived})
 
     def _evaluate(self) -> None:
@@ -273,7 +273,7 @@ class Trainer:
         self.optimiser.load(state["optimiser"])
         self.step, self.tokens, self.stepping = state["step"], state["tokens"], state["stepping"]
         self.sampler.drawn = state["drawn"]
-        self.since_revival = Usage(state["picks"])
+        self.since_revival = TrainingUsage(state["picks"])
         self.clock.began, self.clock.reserve = state["began"], state["reserve"]
         self.clock.before, self.clock.longest = state["spent"], state.get("longest", 0.0)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsc_serve.train.ffn import Trace
+from dsc_serve.train.ffn import FfnTrace
 
 
-class Usage:
+class TrainingUsage:
     """Counts over any number of forward passes. picks: per layer int64 [M]; empty where the FFN picks nothing."""
 
     def __init__(self, picks: Sequence[Tensor] = ()) -> None:
@@ -18,7 +18,7 @@ class Usage:
         self._signal: list[float] = []
         self._weight = 0.0
 
-    def add(self, layers: Sequence[Trace], weight: float = 1.0) -> None:
+    def add(self, layers: Sequence[FfnTrace], weight: float = 1.0) -> None:
         """Take in one pass; weight: its part of the mean signal."""
         picks = [trace.picks for trace in layers if trace.picks is not None]
         self.picks = [old + new for old, new in zip(self.picks, picks, strict=True)] if self.picks else picks

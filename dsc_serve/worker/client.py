@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
-from dsc_serve.worker.connection import Connection
+from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
 from dsc_serve.worker.messages import Delta, Finish, ModelInfo, Stats, Submit
 
@@ -33,8 +33,8 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self._unread)
 
-    def put(self, news: Delta | EngineDiedError) -> None:
-        self._unread.append(news)
+    def put(self, delta: Delta | EngineDiedError) -> None:
+        self._unread.append(delta)
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -55,7 +55,7 @@ class Pending:
     """
 
     submit: Submit
-    news: Mailbox = field(default_factory=Mailbox)
+    deltas: Mailbox = field(default_factory=Mailbox)
     begun: bool = False
     tries: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -74,8 +74,8 @@ class EngineClient:
         self.gave_up = False
         self.restarts = 0
         self._max_unread = max_unread
-        self._connection: Connection | None = None
-        self._latest: Connection | None = None
+        self._connection: EngineConnection | None = None
+        self._latest: EngineConnection | None = None
         self._pending: dict[str, Pending] = {}
 
     @property
@@ -98,7 +98,7 @@ class EngineClient:
     def in_flight(self) -> int:
         return len(self._pending)
 
-    def attach(self, connection: Connection) -> None:
+    def attach(self, connection: EngineConnection) -> None:
         """Serve through this connection from now on, the requests that were kept for it first."""
         self._connection, self._latest, self.trouble = connection, connection, ""
         for pending in self._pending.values():
@@ -123,7 +123,7 @@ class EngineClient:
             self._end(request_id, EngineDiedError(reason))
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, terms: Terms | None = None
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
@@ -134,18 +134,20 @@ class EngineClient:
             raise EngineDiedError(self.trouble)
         if request_id in self._pending:
             raise ValueError(f"request id {request_id!r} is in use")
-        pending = self._pending[request_id] = Pending(Submit(request_id, prompt, params, terms or Terms()))
+        pending = self._pending[request_id] = Pending(
+            Submit(request_id, prompt, params, scheduling or SchedulingParams())
+        )
         timers, ended = self._timers(pending), False
         try:
             self._submit(pending)
             while not ended:
                 # ended by the engine's finish, by its death, or by the caller's cancellation
-                news = await pending.news.get()
-                if isinstance(news, EngineDiedError):
+                delta = await pending.deltas.get()
+                if isinstance(delta, EngineDiedError):
                     ended = True
-                    raise news
-                ended = news.finish_reason is not None
-                yield news
+                    raise delta
+                ended = delta.finish_reason is not None
+                yield delta
         finally:
             for timer in timers:
                 timer.cancel()
@@ -170,8 +172,8 @@ class EngineClient:
         if pending is None:
             return
         pending.begun = True
-        if len(pending.news) < self._max_unread:
-            pending.news.put(delta)
+        if len(pending.deltas) < self._max_unread:
+            pending.deltas.put(delta)
             return
         self.finish(delta.request_id, "abort")
         self._end(delta.request_id, UnreadError(f"the client left {self._max_unread} steps' tokens unread"))
@@ -184,17 +186,17 @@ class EngineClient:
         self._connection.send(pending.submit)
 
     def _timers(self, pending: Pending) -> list[asyncio.TimerHandle]:
-        limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.terms, name)) is not None}
+        limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.scheduling, name)) is not None}
         later = asyncio.get_running_loop().call_later
         return [later(limit + LATE_S, self._time_out, pending, name) for name, limit in limits.items()]
 
     def _time_out(self, pending: Pending, name: str) -> None:
         """End a request whose time was up LATE_S ago. Only where there is no engine it is known not to have begun."""
-        request_id, terms = pending.submit.request_id, pending.submit.terms
+        request_id, scheduling = pending.submit.request_id, pending.submit.scheduling
         may_have_begun = pending.begun or self._connection is not None
         if request_id in self._pending and not (name == "queue_timeout_s" and may_have_begun):
             self.finish(request_id, "abort")
-            self._pending.pop(request_id).news.put(Delta(request_id, [], "timeout", error=terms.overdue(name)))
+            self._pending.pop(request_id).deltas.put(Delta(request_id, [], "timeout", error=scheduling.overdue(name)))
 
     def _end(self, request_id: str, error: EngineDiedError) -> None:
-        self._pending.pop(request_id).news.put(error)
+        self._pending.pop(request_id).deltas.put(error)

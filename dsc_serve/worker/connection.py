@@ -43,7 +43,7 @@ async def receive(reader: asyncio.StreamReader) -> FromEngine:
         raise EngineDiedError(f"the engine's messages cannot be read: {error}") from error
 
 
-class Connection:
+class EngineConnection:
     """Hands every delta that the engine sends to `on_delta`, until it ends; `lost` then holds the reason.
 
     heard: when the engine last sent anything, in monotonic seconds.

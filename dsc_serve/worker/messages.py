@@ -12,12 +12,12 @@ import msgspec
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.output import Delta as Delta
-from dsc_serve.engine.output import Routing as Routing
+from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import Limits, SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams
+from dsc_serve.scheduling_params import SchedulingParams
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20
@@ -38,7 +38,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     request_id: str
     prompt: list[int]
     params: SamplingParams
-    terms: Terms = Terms()
+    scheduling: SchedulingParams = SchedulingParams()
     age_s: float = 0.0
 
 
@@ -60,7 +60,7 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
 class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     """What the engine loaded. Sent once, when it is ready."""
 
-    limits: Limits
+    capacity: EngineCapacity
     dtype: str
     device: str
     threads: int

@@ -73,7 +73,7 @@ def read_exactly(source: socket.socket, size: int) -> bytes | None:
 def model_info(model: Decoder, engine: Engine) -> ModelInfo:
     total, active = parameter_counts(model.config)
     return ModelInfo(
-        limits=engine.limits,
+        capacity=engine.capacity,
         dtype=str(model.dtype).removeprefix("torch."),
         device=engine.config.device,
         threads=engine.config.threads or default_threads(),
@@ -151,7 +151,11 @@ class EngineProcess:
         if isinstance(message, Submit):
             try:
                 self.engine.add(
-                    message.request_id, message.prompt, message.params, terms=message.terms, age_s=message.age_s
+                    message.request_id,
+                    message.prompt,
+                    message.params,
+                    scheduling=message.scheduling,
+                    age_s=message.age_s,
                 )
             except (ParameterError, ValueError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""

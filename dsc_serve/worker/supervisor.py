@@ -16,7 +16,7 @@ import msgspec
 
 from dsc_serve.config import EngineConfig, LifeConfig, default_threads, engine_environment
 from dsc_serve.worker.client import EngineClient
-from dsc_serve.worker.connection import Connection, EngineDiedError, receive
+from dsc_serve.worker.connection import EngineConnection, EngineDiedError, receive
 from dsc_serve.worker.messages import ModelInfo, Start, StartFailed, Stats, frame
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class EngineSupervisor:
         self.client = EngineClient(max_unread)
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
-        self._connection: Connection | None = None
+        self._connection: EngineConnection | None = None
         self._watch: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
 
@@ -65,7 +65,7 @@ class EngineSupervisor:
         self.client.give_up("the server is shutting down")
         await self._end_process()
 
-    async def _start(self) -> Connection:
+    async def _start(self) -> EngineConnection:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
@@ -85,11 +85,11 @@ class EngineSupervisor:
             if isinstance(error, TimeoutError):
                 raise EngineStartError(f"the engine did not start within {self.life.start_timeout_s:g} s") from None
             raise
-        self._connection = Connection(reader, writer, model, self.client.take)
+        self._connection = EngineConnection(reader, writer, model, self.client.take)
         self.client.attach(self._connection)
         return self._connection
 
-    async def _keep_running(self, connection: Connection | None) -> None:
+    async def _keep_running(self, connection: EngineConnection | None) -> None:
         while connection is not None:
             reason = await self._broken(connection)
             log.error("%s; starting it again", reason)
@@ -98,7 +98,7 @@ class EngineSupervisor:
             await self._kill()
             connection = await self._start_again(reason)
 
-    async def _start_again(self, reason: str) -> Connection | None:
+    async def _start_again(self, reason: str) -> EngineConnection | None:
         """A connection to a new engine, or None where that has been tried too often."""
         while True:
             now = time.monotonic()
@@ -124,7 +124,7 @@ class EngineSupervisor:
                 log.warning("the engine runs again")
                 return connection
 
-    async def _broken(self, connection: Connection) -> str:
+    async def _broken(self, connection: EngineConnection) -> str:
         """Return why the engine must be replaced, once it must; until then tell the client how the engine is.
 
         Times are counted in looks that found no life, not by a clock: a machine that was asleep proves nothing.

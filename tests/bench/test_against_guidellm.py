@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.bench.load import LoadConfig, run_load
-from dsc_serve.bench.made_up_tokenizer import save_tokenizer
+from dsc_serve.bench.load.generator import LoadConfig, run_load
+from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
 
 PROMPT, OUTPUT, STREAMS, REQUESTS = 48, 64, 4, 24
 FIRST_S, NEXT_S = 0.1, 0.02

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dsc_serve.bench.arrivals import Budget, Pace, gamma_times, poisson, ramp_times
+from dsc_serve.bench.load.arrivals import Pace, RequestBudget, gamma_times, poisson, ramp_times
 
 
 def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
@@ -18,7 +18,7 @@ def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
         await asyncio.sleep(0.3)
 
     begun = time.perf_counter()
-    asyncio.run(poisson(send, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
+    asyncio.run(poisson(send, RequestBudget(200, 60), Pace(1, rate=1000.0, seed=3)))
     assert len(starts) == 200
     assert starts == sorted(starts)
     assert 0.1 < starts[-1] - begun < 0.4, "200 requests at 1,000 a second"
@@ -27,7 +27,7 @@ def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
     async def note(due: float) -> None:
         again.append(due)
 
-    asyncio.run(poisson(note, Budget(200, 60), Pace(1, rate=1000.0, seed=3)))
+    asyncio.run(poisson(note, RequestBudget(200, 60), Pace(1, rate=1000.0, seed=3)))
     gaps = [b - a for a, b in itertools.pairwise(starts)]
     assert gaps == pytest.approx([b - a for a, b in itertools.pairwise(again)], abs=1e-6)
 

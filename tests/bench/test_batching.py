@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.batching import BatchingBench, BatchingError, cut_prompts, hot_hits, recent_hits
+from dsc_serve.bench.step.batching import BatchingBench, BatchingError, cut_prompts, hot_hits, recent_hits
 from dsc_serve.cli import main
 
 

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench import compare
-from dsc_serve.bench.compare_command import compare_command, report_command
-from dsc_serve.bench.comparison import LEAST_REQUESTS, Comparison, ComparisonError, System
-from dsc_serve.bench.load import LoadConfig
-from dsc_serve.bench.results import Results, Row, load_results
-from dsc_serve.bench.summary import LoadResult
+from dsc_serve.bench.compare import runner
+from dsc_serve.bench.compare.command import compare_command, report_command
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
+from dsc_serve.bench.compare.results import ResultRow, Results, load_results
+from dsc_serve.bench.load.generator import LoadConfig
+from dsc_serve.bench.load.summary import LoadResult
 
 SERVER = Path(__file__).parent / "answering_server.py"
 SYSTEM = """
@@ -50,7 +50,7 @@ def descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
         described = {"ffn": "none", "frame": "none", "parameters": 10**6, "active": 10**5, "ffn_bytes": 10}
         return json.dumps({"description": described, "steps": {}, "torch": "2.13.0"})
 
-    monkeypatch.setattr(compare, "run_tool", canned)
+    monkeypatch.setattr(runner, "run_tool", canned)
 
 
 def write(tmp_path: Path, **programs: tuple[str, ...]) -> Path:
@@ -158,14 +158,14 @@ def test_what_was_measured_before_an_end_is_kept_and_every_server_stopped(
     script = tmp_path / "answering_server.py"
     script.write_bytes(SERVER.read_bytes())
     file = write(tmp_path, fast=(sys.executable, str(script), "0"), slow=(sys.executable, str(script), "0"))
-    measure, out = compare.run_load, tmp_path / "out"
+    measure, out = runner.run_load, tmp_path / "out"
 
     def ended_in_the_second_load(config: LoadConfig) -> LoadResult:
         if config.concurrency == 2:
             raise ending("as it happens")
         return measure(config)
 
-    monkeypatch.setattr(compare, "run_load", ended_in_the_second_load)
+    monkeypatch.setattr(runner, "run_load", ended_in_the_second_load)
     done = CliRunner().invoke(compare_command, [str(file), "--out", str(out)])
     assert done.exit_code == 1 and not alive(str(script))
     assert f"`dsc-serve bench report {out}` writes its report" in done.output
@@ -181,11 +181,11 @@ def test_open_loads_are_the_same_in_every_round_and_prompts_never() -> None:
     results = Results(title="", date="", client="", machine={}, comparison={})
     for number, rate in enumerate((10.0, 30.0)):
         figures = {"completed": 12, "failed": 0, "request_throughput": rate}
-        results.rows.append(Row(system="slow", load="closed", value=1, round=number, figures=figures))
-        assert compare.peak_rate(results, "slow") == 10.0
+        results.rows.append(ResultRow(system="slow", load="closed", value=1, round=number, figures=figures))
+        assert runner.peak_rate(results, "slow") == 10.0
     points = [("closed", 8.0), ("closed", 108.0), ("open", 0.8), ("open", 0.85), ("open", 8.0)]
     loads = [
-        compare.load_config(comparison, comparison.system[0], "http://x", load, value, number, 5.0)
+        runner.load_config(comparison, comparison.system[0], "http://x", load, value, number, 5.0)
         for load, value in points
         for number in range(3)
     ]
@@ -203,10 +203,10 @@ def test_prompts_that_cannot_be_made_are_said_before_anything_starts(tmp_path: P
 
 
 def test_every_system_comes_first_and_none_always_follows_the_same() -> None:
-    systems = [System(name=name, ffn="dsc") for name in "abcd"]
-    orders = [[system.name for system in compare.rotated(systems, number)] for number in range(4)]
+    systems = [ComparedSystem(name=name, ffn="dsc") for name in "abcd"]
+    orders = [[system.name for system in runner.rotated(systems, number)] for number in range(4)]
     assert [order[0] for order in orders] == ["a", "b", "c", "d"]
     assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
     for name in "abcd":
         assert len({order[order.index(name) - 1] for order in orders if order[0] != name}) > 1
-    assert compare.rotated([], 3) == []
+    assert runner.rotated([], 3) == []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsc_serve.bench.comparison import ComparisonError, included, load_comparison
+from dsc_serve.bench.compare.comparison import ComparisonError, included, load_comparison
 
 WHOLE = """
 title = "t"

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.compare_command import report_command
-from dsc_serve.bench.comparison import ComparisonError
-from dsc_serve.bench.findings import checks, sentences, verdict
-from dsc_serve.bench.ratios import keep, moved
-from dsc_serve.bench.report import blocks, html_page, markdown, put_into
-from dsc_serve.bench.results import Contestant, Ratio, Results, Row, load_results, save_results
+from dsc_serve.bench.compare.command import report_command
+from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.compare.findings import checks, sentences, verdict
+from dsc_serve.bench.compare.ratios import keep, moved
+from dsc_serve.bench.compare.report import elements, html_page, markdown, put_into
+from dsc_serve.bench.compare.results import Contestant, Ratio, ResultRow, Results, load_results, save_results
 
 COMPLETED = 40
 
@@ -65,9 +65,9 @@ def results(ours: dict[float, list[float]], failed: int = 0, expect: tuple[dict[
         for number, itl in enumerate(rounds):
             for name, own in (("dsc", itl), ("moe", 10.0)):
                 made.rows.append(
-                    Row(system=name, load="closed", value=streams, round=number, figures=figures(own, failed))
+                    ResultRow(system=name, load="closed", value=streams, round=number, figures=figures(own, failed))
                 )
-                made.rows.append(Row(system=name, load="open", value=0.5, round=number, figures=figures(own)))
+                made.rows.append(ResultRow(system=name, load="open", value=0.5, round=number, figures=figures(own)))
     return made
 
 
@@ -163,7 +163,7 @@ def test_another_form_of_the_subject_is_compared_with_the_baseline_too() -> None
     made.comparison["system"] = systems
     made.systems.append(Contestant(name="dsc int8"))
     for number in range(2):
-        made.rows.append(Row(system="dsc int8", load="closed", value=1, round=number, figures=figures(5.0)))
+        made.rows.append(ResultRow(system="dsc int8", load="closed", value=1, round=number, figures=figures(5.0)))
     assert (
         "Median time between tokens, dsc int8 against moe: dsc int8 wins: -50% (rounds -50% to -50%) at 1 stream."
     ) in sentences(made)
@@ -227,7 +227,7 @@ def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
     assert document.read_text(encoding="utf-8") == text, "the same again"
     with pytest.raises(ComparisonError, match="the document has no place for other"):
         put_into(text, "other", markdown(made, "plots/other", ()))
-    assert blocks(made)
+    assert elements(made)
 
 
 def test_only_what_moved_by_more_than_a_tenth_is_said(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dsc_kernels import native
 from dsc_kernels.native import RouterPrecision
-from dsc_serve.bench import forward
-from dsc_serve.bench.comparison import ComparisonError
-from dsc_serve.bench.forward import Forward, ForwardBench, build, run_forward, whole_batch
-from dsc_serve.bench.forward_command import forward_command
+from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.step import forward
+from dsc_serve.bench.step.forward import Forward, ForwardBench, build, run_forward, whole_batch
+from dsc_serve.bench.step.forward_command import forward_command
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import dsc_layers
 from dsc_serve.model.initial import initial_tensors, preset_config

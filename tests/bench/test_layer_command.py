@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from dsc_kernels import native
-from dsc_serve.bench import layer, layer_command, sweep
-from dsc_serve.bench.layer import LayerBench, LayerBenchError, rotation_layers, run_layer_bench
-from dsc_serve.bench.layer_command import layer_command as command
-from dsc_serve.bench.layer_table import format_layers
+from dsc_serve.bench.layer import command, measurement, sweep
+from dsc_serve.bench.layer.command import layer_command as bench_layer
+from dsc_serve.bench.layer.measurement import LayerBench, LayerBenchError, rotation_layers, run_layer_bench
+from dsc_serve.bench.layer.systems import CONFIGS, PATHS, LayerSystem
+from dsc_serve.bench.layer.table import format_layers
 from dsc_serve.bench.plot import line_chart
-from dsc_serve.bench.systems import CONFIGS, PATHS, System
 
 SMALL = ["--config", "tiny", "--repeats", "2", "--layers", "2", "--seconds", "1", "--threads", "1"]
 FIELDS = {
@@ -29,9 +29,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(autouse=True)
 def short_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layer, sweep):
+    for module in (measurement, sweep):
         monkeypatch.setattr(module, "RATE_SECONDS", 0.01)
-    monkeypatch.setattr(layer, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(measurement, "SAMPLE_SECONDS", 1e-4)
 
 
 def present(path: str) -> bool:
@@ -43,7 +43,7 @@ def test_the_command_prints_tables_and_writes_json_and_svg(dtype: str, tmp_path:
     threads, kernels = torch.get_num_threads(), native.active()
     out, plot = tmp_path / "layer.json", tmp_path / "layer.svg"
     files = ["--json", str(out), "--plot", str(plot)]
-    result = CliRunner().invoke(command, [*SMALL, "--batches", "1,4", "--dtype", dtype, *files])
+    result = CliRunner().invoke(bench_layer, [*SMALL, "--batches", "1,4", "--dtype", dtype, *files])
     assert result.exit_code == 0, result.output
     assert "microseconds per layer" in result.stdout and "time / that of the best MoE path" in result.stdout
     assert "routing is uniform" in result.stdout and "equal in total parameters" in result.stdout
@@ -76,7 +76,10 @@ def test_a_wrong_system_gets_no_time_and_is_named() -> None:
     def crash(x: Tensor) -> Tensor:
         raise RuntimeError("no kernel")
 
-    injected = {"dsc": [System("dsc", "nonsense", [nonsense] * 2)], "moe": [System("moe", "crash", [crash] * 2)]}
+    injected = {
+        "dsc": [LayerSystem("dsc", "nonsense", [nonsense] * 2)],
+        "moe": [LayerSystem("moe", "crash", [crash] * 2)],
+    }
     bench = LayerBench(config="tiny", batches=(4,), repeats=1, layers=2, seconds=0.1, threads=1)
     result = run_layer_bench(bench, injected=injected)
     rows = {(row.system, row.path): row for row in result.rows}
@@ -90,9 +93,9 @@ def test_a_wrong_system_gets_no_time_and_is_named() -> None:
 
 
 def test_a_wrong_result_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(layer.expected.__globals__["TOLERANCE"], torch.bfloat16, -1.0)
+    monkeypatch.setitem(measurement.expected.__globals__["TOLERANCE"], torch.bfloat16, -1.0)
     plot = tmp_path / "layer.svg"
-    result = CliRunner().invoke(command, [*SMALL, "--batches", "1", "--plot", str(plot)])
+    result = CliRunner().invoke(bench_layer, [*SMALL, "--batches", "1", "--plot", str(plot)])
     assert result.exit_code == 1 and "WRONG: dense plain at batch 1" in result.stdout
     assert "Traceback" not in result.output and not plot.exists()
 
@@ -101,7 +104,7 @@ def test_a_wrong_result_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_sweep_splits_time_and_bytes_by_part(swept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sweep.SWEEPS, swept, sweep.SWEEPS[swept][:2])
     out, plot = tmp_path / "sweep.json", tmp_path / "sweep.svg"
-    result = CliRunner().invoke(command, [*SMALL, "--sweep", swept, "--json", str(out), "--plot", str(plot)])
+    result = CliRunner().invoke(bench_layer, [*SMALL, "--sweep", swept, "--json", str(out), "--plot", str(plot)])
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 4
@@ -123,14 +126,14 @@ def test_what_cannot_be_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
         (["--batches", "1,x"], "not a list of whole numbers such as 1,4,16"),
         (["--batches", "0"], "batches: 0 is not allowed; it must be at least 1"),
     ):
-        result = CliRunner().invoke(command, [*SMALL, *options])
+        result = CliRunner().invoke(bench_layer, [*SMALL, *options])
         assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
     with pytest.raises(LayerBenchError, match="batches is empty"):
         LayerBench(batches=())
 
 
 def test_rotation_exceeds_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "last_level_cache", lambda: 32_000_000)
+    monkeypatch.setattr(measurement, "last_level_cache", lambda: 32_000_000)
     cpu = torch.device("cpu")
     assert rotation_layers(2_000_000, cpu) == 32
     assert rotation_layers(50_000_000, cpu) == 8
@@ -141,10 +144,10 @@ def test_rotation_exceeds_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) 
 def test_layers_are_run_in_rotation() -> None:
     seen: list[int] = []
 
-    def layer_of(i: int) -> layer_command.Any:
+    def layer_of(i: int) -> command.Any:
         return lambda x: seen.append(i)
 
-    system = System("dsc", "native", [layer_of(i) for i in range(3)])
+    system = LayerSystem("dsc", "native", [layer_of(i) for i in range(3)])
     x = torch.zeros(1, 1)
     system.run(x, 2)
     system.run(x, 5)
@@ -161,6 +164,6 @@ def test_a_chart_escapes_text_and_refuses_what_has_no_logarithm() -> None:
 
 
 def test_parsing_the_command_loads_no_torch() -> None:
-    code = "import dsc_serve.bench.layer_command, sys; sys.exit('torch' in sys.modules)"
+    code = "import dsc_serve.bench.layer.command, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-    assert layer_command.CONFIGS == CONFIGS
+    assert command.CONFIGS == CONFIGS

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsc_serve.bench.oracle import expected, verdict
-from dsc_serve.bench.systems import PATHS, build_system, layer_config, random_input, random_weights
+from dsc_serve.bench.layer.oracle import expected, verdict
+from dsc_serve.bench.layer.systems import PATHS, build_system, layer_config, random_input, random_weights
 
 CPU = torch.device("cpu")
 

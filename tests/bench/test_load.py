@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.bench.exchange import Outcome
-from dsc_serve.bench.load import LoadConfig, LoadError, run_load
-from dsc_serve.bench.summary import LoadResult, format_table
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
+from dsc_serve.bench.load.summary import LoadResult, format_table
 from dsc_serve.config import ConfigError
 
 Serve = Callable[..., Any]
@@ -300,7 +300,7 @@ def test_waiting_in_the_client_is_told_and_counted_in_every_time(serve: Serve) -
         await exchange.end(1)
 
     server = serve(script)
-    seen: list[Outcome] = []
+    seen: list[RequestOutcome] = []
     settings = {"arrivals": "poisson", "request_rate": 1000.0, "max_in_flight": 1, "requests": 6}
     result = run_load(LoadConfig(url=server.url, warmup=0, prompt_tokens=5, **settings), seen.append)
     assert server.most_active == 1 and result.completed == 6 == len(seen)

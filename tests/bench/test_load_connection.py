@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc_serve.bench import connection
-from dsc_serve.bench.connection import Connections, DisconnectError, Endpoint, EventReader, ProtocolError
+from dsc_serve.bench.load import connection
+from dsc_serve.bench.load.connection import Connections, DisconnectError, Endpoint, EventReader, ProtocolError
 from dsc_serve.config import ConfigError
 
 STREAM = (

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from dsc_serve.bench.exchange import Outcome
-from dsc_serve.bench.summary import (
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.summary import (
     LoadResult,
     Spread,
     format_table,
@@ -18,7 +18,7 @@ from dsc_serve.bench.summary import (
 from dsc_serve.config import ConfigError
 
 
-def result(outcomes: list[Outcome], duration: float = 2.0, limits: dict[str, float] | None = None) -> LoadResult:
+def result(outcomes: list[RequestOutcome], duration: float = 2.0, limits: dict[str, float] | None = None) -> LoadResult:
     return summarize(
         outcomes,
         duration,
@@ -45,12 +45,12 @@ def test_spread_is_in_milliseconds_and_interpolates() -> None:
 
 
 def test_figures_are_those_of_the_definitions() -> None:
-    fast = Outcome(ttft=0.1, latency=0.5, gaps=(0.1, 0.3), input_tokens=10, output_tokens=5)
-    slow = Outcome(ttft=0.3, latency=0.9, gaps=(0.2, 0.2, 0.2), input_tokens=20, output_tokens=4)
-    single = Outcome(ttft=0.2, latency=0.2, input_tokens=30, output_tokens=1)
-    failed = Outcome(failure="HTTP 500", detail="first")
-    again = Outcome(failure="HTTP 500", detail="second")
-    late = Outcome(failure="timeout", detail="late")
+    fast = RequestOutcome(ttft=0.1, latency=0.5, gaps=(0.1, 0.3), input_tokens=10, output_tokens=5)
+    slow = RequestOutcome(ttft=0.3, latency=0.9, gaps=(0.2, 0.2, 0.2), input_tokens=20, output_tokens=4)
+    single = RequestOutcome(ttft=0.2, latency=0.2, input_tokens=30, output_tokens=1)
+    failed = RequestOutcome(failure="HTTP 500", detail="first")
+    again = RequestOutcome(failure="HTTP 500", detail="second")
+    late = RequestOutcome(failure="timeout", detail="late")
     summary = result([fast, failed, slow, single, late, again])
     assert (summary.completed, summary.failed) == (3, 3)
     assert summary.failures == {"HTTP 500": 2, "timeout": 1}
@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_definitions() -> None:
 
 
 def test_the_flat_form_has_the_names_that_tools_exchange() -> None:
-    flat = result([Outcome(ttft=0.1, latency=0.5, gaps=(0.4,), input_tokens=10, output_tokens=2)]).to_dict()
+    flat = result([RequestOutcome(ttft=0.1, latency=0.5, gaps=(0.4,), input_tokens=10, output_tokens=2)]).to_dict()
     kinds = ("ttft", "tpot", "itl", "e2el", "queue", "refused")
     names = {f"{name}_{of}_ms" for name in ("mean", "median", "p90", "p99", "std") for of in kinds}
     names |= {"request_throughput", "output_throughput", "total_token_throughput", "duration", "completed", "failed"}
@@ -84,7 +84,7 @@ def test_the_flat_form_has_the_names_that_tools_exchange() -> None:
 
 
 def test_the_table_shows_what_was_not_measured_as_such() -> None:
-    table = format_table(result([Outcome(ttft=0.1, latency=0.1, output_tokens=1)]))
+    table = format_table(result([RequestOutcome(ttft=0.1, latency=0.1, output_tokens=1)]))
     lines = {line[:24].strip(): line[24:].split() for line in table.splitlines()}
     assert lines["time to first token"] == ["100.00"] * 4 + ["0.00"]
     assert lines["time per output token"] == ["-"] * 5
@@ -94,11 +94,11 @@ def test_the_table_shows_what_was_not_measured_as_such() -> None:
 
 def test_goodput_counts_requests_that_keep_every_limit() -> None:
     limits = parse_limits(["ttft:100", "tpot:50"])
-    both = Outcome(ttft=0.1, latency=0.3, output_tokens=5)
-    late = Outcome(ttft=0.101, latency=0.2, output_tokens=5)
-    slow = Outcome(ttft=0.05, latency=0.3, output_tokens=5)
-    single = Outcome(ttft=0.1, latency=0.1, output_tokens=1)
-    failed = Outcome(failure="timeout")
+    both = RequestOutcome(ttft=0.1, latency=0.3, output_tokens=5)
+    late = RequestOutcome(ttft=0.101, latency=0.2, output_tokens=5)
+    slow = RequestOutcome(ttft=0.05, latency=0.3, output_tokens=5)
+    single = RequestOutcome(ttft=0.1, latency=0.1, output_tokens=1)
+    failed = RequestOutcome(failure="timeout")
     summary = result([both, late, slow, single, failed], limits=limits)
     assert summary.request_goodput == pytest.approx(2 / 2.0)
     assert "goodput" in format_table(summary)
@@ -113,7 +113,9 @@ def test_limits_that_cannot_be_kept_are_named(text: str) -> None:
 
 
 def test_a_record_holds_every_time_of_its_request() -> None:
-    outcome = Outcome(due=7.5, queued=0.001, ttft=0.1, latency=0.5, gaps=(0.1, 0.3), input_tokens=9, output_tokens=3)
+    outcome = RequestOutcome(
+        due=7.5, queued=0.001, ttft=0.1, latency=0.5, gaps=(0.1, 0.3), input_tokens=9, output_tokens=3
+    )
     line = record_line(outcome, begun=7.0)
     assert line.endswith(b"\n") and json.loads(line) == {
         "start_s": 0.5,
@@ -125,5 +127,5 @@ def test_a_record_holds_every_time_of_its_request() -> None:
         "tpot_ms": 200.0,
         "itl_ms": [100.0, 300.0],
     }
-    failed = json.loads(record_line(Outcome(failure="timeout", detail="late"), begun=0.0))
+    failed = json.loads(record_line(RequestOutcome(failure="timeout", detail="late"), begun=0.0))
     assert failed["failure"] == "timeout" and "ttft_ms" not in failed

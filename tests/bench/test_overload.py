@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dsc_serve.bench.exchange import Outcome
-from dsc_serve.bench.overload import Overload, format_overload
-from dsc_serve.bench.summary import LoadResult, summarize
+from dsc_serve.bench.load.exchange import RequestOutcome
+from dsc_serve.bench.load.overload import Overload, format_overload
+from dsc_serve.bench.load.summary import LoadResult, summarize
 
 
-def result(outcomes: list[Outcome], rate: float | None = None) -> LoadResult:
+def result(outcomes: list[RequestOutcome], rate: float | None = None) -> LoadResult:
     return summarize(
         outcomes,
         2.0,
@@ -23,13 +23,13 @@ def result(outcomes: list[Outcome], rate: float | None = None) -> LoadResult:
     )
 
 
-def good(ttft: float) -> Outcome:
-    return Outcome(ttft=ttft, latency=ttft + 1, output_tokens=10)
+def good(ttft: float) -> RequestOutcome:
+    return RequestOutcome(ttft=ttft, latency=ttft + 1, output_tokens=10)
 
 
 def test_the_ratios_are_those_of_what_was_measured() -> None:
-    refused = Outcome(failure="HTTP 429", detail="full", latency=0.004)
-    overload = result([*[good(0.3)] * 9, *[refused] * 80, Outcome(failure="timeout")], rate=50.0)
+    refused = RequestOutcome(failure="HTTP 429", detail="full", latency=0.004)
+    overload = result([*[good(0.3)] * 9, *[refused] * 80, RequestOutcome(failure="timeout")], rate=50.0)
     measured = Overload(10, result([good(0.1)] * 10), result([good(0.2)] * 10), overload)
     assert measured.goodput_ratio == pytest.approx(0.9)
     assert measured.ttft_ratio == pytest.approx(1.5)

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from dsc_serve.bench.compare_command import peer_model_command
-from dsc_serve.bench.made_up_tokenizer import made_up_tokens, save_tokenizer
-from dsc_serve.bench.peer_model import FORMS, describe_foreign, peer_config, peer_counts, tensor_shapes
+from dsc_serve.bench.compare.command import peer_model_command
+from dsc_serve.bench.compare.peer_model import FORMS, describe_foreign, peer_config, peer_counts, tensor_shapes
+from dsc_serve.bench.load.made_up_tokenizer import made_up_tokens, save_tokenizer
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.huggingface import import_huggingface
 from dsc_serve.model.initial import preset_config

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from dsc_serve.bench.lengths import parse_lengths
-from dsc_serve.bench.prompts import Ask, ask_source
+from dsc_serve.bench.load.lengths import parse_lengths
+from dsc_serve.bench.load.prompts import Ask, ask_source
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import Tokenizer
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.scheduler import Costs, Workload, plan_commit_ms, simulate
-from dsc_serve.bench.scheduler_command import table
+from dsc_serve.bench.step.scheduler import Costs, Workload, plan_commit_ms, simulate
+from dsc_serve.bench.step.scheduler_command import table
 from dsc_serve.cli import main
-from dsc_serve.engine.policies import Budget
+from dsc_serve.engine.policies import StepBudget
 
 
 def test_the_command_compares_policies(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
 
 
 def test_a_simulation_repeats_and_the_prefix_cache_saves_time() -> None:
-    workload, budget = Workload(requests=200, load=1.2), Budget(512, 32)
+    workload, budget = Workload(requests=200, load=1.2), StepBudget(512, 32)
     first, second = (simulate("fcfs", workload, Costs(), budget, 2048, True) for _ in range(2))
     assert first == second
     without = simulate("fcfs", workload, Costs(), budget, 2048, False)
@@ -40,14 +40,14 @@ def test_a_simulation_repeats_and_the_prefix_cache_saves_time() -> None:
 
 
 def test_figures_that_nobody_made_are_left_out() -> None:
-    found = simulate("fcfs", Workload(requests=1), Costs(), Budget(512, 32), 2048, True)
+    found = simulate("fcfs", Workload(requests=1), Costs(), StepBudget(512, 32), 2048, True)
     assert found["p99_ttft_urgent_ms"] is None and found["median_ttft_ms"] is not None
     cells = table({"plan_commit_ms": {}, "policies": {"fcfs": found}}).splitlines()[-1]
     assert cells.startswith("| fcfs | ") and " – |" in cells
 
 
 def test_urgent_requests_and_small_tenants_are_helped_by_their_policies() -> None:
-    workload, budget = Workload(requests=400, load=1.5), Budget(512, 16)
+    workload, budget = Workload(requests=400, load=1.5), StepBudget(512, 16)
     by_policy = {name: simulate(name, workload, Costs(), budget, 2048, True) for name in ("fcfs", "priority", "fair")}
     assert by_policy["priority"]["p99_ttft_urgent_ms"] < by_policy["fcfs"]["p99_ttft_urgent_ms"] / 2
     assert by_policy["fair"]["p99_ttft_other_tenants_ms"] < by_policy["fcfs"]["p99_ttft_other_tenants_ms"] / 2

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from click.testing import CliRunner
 
-from dsc_serve.bench.command import serve_command
-from dsc_serve.bench.load import LoadConfig
+from dsc_serve.bench.load.command import serve_command
+from dsc_serve.bench.load.generator import LoadConfig
 
 Serve = Callable[..., Any]
 
@@ -63,5 +63,5 @@ def test_errors_are_one_line_without_a_traceback() -> None:
 
 
 def test_the_load_generator_loads_no_torch() -> None:
-    code = "import dsc_serve.bench.command, sys; sys.exit('torch' in sys.modules)"
+    code = "import dsc_serve.bench.load.command, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_kernels import native, ops
-from dsc_serve.bench.step_profile import (
+from dsc_serve.bench.step.profile import (
     BESIDE,
     OPERATORS,
     PARTS,

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import psutil
-from ray_cluster import Cluster
-from running_server import start_server, stop_server
-from streams import Stream
+from support.ray_cluster import Cluster
+from support.running_server import start_server, stop_server
+from support.streams import Stream
 
-from dsc_serve.scale.affinity import Bound, Memory, Ring, order
-from dsc_serve.scale.call import affinity_of
+from dsc_serve.scale.call import placement_key
+from dsc_serve.scale.placement import Bound, PrefixMemory, Ring, order
 
 STREAMS, TOKENS, REPEATS = 32, 64, 3
 
@@ -39,13 +39,13 @@ def seconds(processes: list[psutil.Process]) -> float:
 def choice_us(replicas: int) -> float:
     """Microseconds to choose among so many, for a prompt of 4 kB whose beginning one of them holds."""
     loads = {f"replica-{i}": i % 7 for i in range(replicas)}
-    ring, memory = Ring(loads), Memory()
+    ring, memory = Ring(loads), PrefixMemory()
     body = json.dumps({"prompt": "Once upon a time " * 250, "user": "ada"}).encode()
-    memory.note(affinity_of("", body).chain, "replica-0")
+    memory.record(placement_key("", body).chain, "replica-0")
     start = time.perf_counter()
     for _ in range(200):
-        affinity = affinity_of("", body)
-        order(affinity, ring, memory.holders(affinity.chain, loads), loads, Bound())
+        placement = placement_key("", body)
+        order(placement, ring, memory.holders(placement.chain, loads), loads, Bound())
     return 1e6 * (time.perf_counter() - start) / 200
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from images import ROOT, Container, build, podman, start
+from support.images import ROOT, Container, build, podman, start
 
 IMAGE = "localhost/dsc-serve:test"
 COMPILERS = ["as", "c++", "c99", "cc", "clang", "g++", "gcc", "ld", "nvcc", "rustc"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from kubectl import kubectl
+from support.kubectl import kubectl
 
 from dsc_serve.config import LifeConfig
-from dsc_serve.server.edge import HEALTH
+from dsc_serve.server.middleware import HEALTH
 from dsc_serve.server.process import CLOSE_S
 from dsc_serve.settings import SETTINGS, choose
 from dsc_serve.worker.supervisor import STOP_TIMEOUT_S

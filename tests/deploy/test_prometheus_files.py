@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from programs import program
+from support.programs import program
 
 GUIDE = Path(__file__).parents[2] / "docs" / "operations.md"
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from dashboard import FILE, ROWS, dashboard
 from picture import Query, draw, queries
-from running_prometheus import RunningPrometheus, start_prometheus, stop_prometheus
-from running_server import RunningServer, start_server, stop_server
+from support.running_prometheus import RunningPrometheus, start_prometheus, stop_prometheus
+from support.running_server import RunningServer, start_server, stop_server
 
 LOAD_S = 25
 STREAMS = 12

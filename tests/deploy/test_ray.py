@@ -14,8 +14,8 @@ import grpc
 import httpx
 import psutil
 import pytest
-from ray_cluster import Cluster
-from streams import Stream
+from support.ray_cluster import Cluster
+from support.streams import Stream
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -15,7 +15,7 @@ from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 from test_kubernetes import NEWEST, OLDEST, complaints
 
-from dsc_serve.config import ConfigError, places
+from dsc_serve.config import ConfigError, generation_slots
 from dsc_serve.scale.app import STOP_S, build
 from dsc_serve.scale.local import load
 from dsc_serve.scale.settings import read
@@ -57,7 +57,7 @@ def test_serve_configs_are_of_rays_schema_and_name_settings_that_exist(
         assert (config.http_options.host, options["replica"].num_replicas) == ("127.0.0.1", 2)
     else:
         scaling = options["replica"].autoscaling_config
-        assert server.engine.max_running <= scaling["target_ongoing_requests"] < places(server)
+        assert server.engine.max_running <= scaling["target_ongoing_requests"] < generation_slots(server)
 
 
 def test_pods_and_policy_are_of_kubernetes_schemas(manifests: dict[str, Any], service: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ TOKEN = 300
 class TimedRunner:
     def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
         time.sleep(STEP_S)
-        reached = [request.id for request, count in work if request.computed + count >= request.known]
+        reached = [request.id for request, count in work if request.num_computed + count >= request.num_tokens]
         return StepResult(tokens=dict.fromkeys(reached, TOKEN))
 
 

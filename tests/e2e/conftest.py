@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running_server import RunningServer, start_server, stop_server
+from support.running_server import RunningServer, start_server, stop_server
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from openai import OpenAI
-from running_server import RunningServer
+from support.running_server import RunningServer
 from torch import Tensor
 
 

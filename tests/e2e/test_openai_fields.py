@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 from openai import OpenAI
-from running_server import RunningServer
+from support.running_server import RunningServer
 
 MODEL = "dsc-tiny"
 

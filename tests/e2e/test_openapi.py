@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_server import RunningServer, start_server, stop_server
-from small_models import small_config, wide_tensors
+from support.running_server import RunningServer, start_server, stop_server
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.config import resolve_model
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import load_config
-from dsc_serve.server.description import EXAMPLES
+from dsc_serve.server.openapi import EXAMPLES
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"

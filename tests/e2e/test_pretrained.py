@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from running_server import start_server, stop_server
+from support.running_server import start_server, stop_server
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.gguf import import_gguf

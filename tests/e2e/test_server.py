@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from running_server import RunningServer, cpu_seconds, start_server, stop_server
+from support.running_server import RunningServer, cpu_seconds, start_server, stop_server
 from torch import Tensor
 
 from dsc_kernels import ops

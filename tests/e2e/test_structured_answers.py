@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel, ConfigDict, Field
-from running_server import RunningServer
+from support.running_server import RunningServer
 
 MODEL = "dsc-tiny"
 PROMPTS = ["Describe the king.", "What did he say?", "A list of words:", "In Python,", "Where is the house?"]

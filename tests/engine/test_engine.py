@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake import fake_engine
+from support.fake_runner import fake_engine
 
 from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
@@ -17,7 +17,7 @@ from dsc_serve.engine import engine as engine_module
 from dsc_serve.engine.engine import default_kv_tokens, prepare_model
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.sampling_params import ParameterError
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
@@ -159,7 +159,7 @@ def test_crowded_real_model_gives_the_same_tokens_as_alone_under_every_policy(
         with LLM(folder, dtype="float32", policy=policy, **tight) as llm:
             tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
             for i, prompt in enumerate(prompts):
-                llm.engine.add(str(i), prompt, params, terms=Terms(tenant="ab"[i % 2], priority=-i % 3))
+                llm.engine.add(str(i), prompt, params, scheduling=SchedulingParams(tenant="ab"[i % 2], priority=-i % 3))
                 for delta in llm.engine.step():
                     tokens[delta.request_id] += delta.token_ids
             while llm.engine.has_work:

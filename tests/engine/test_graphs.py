@@ -17,7 +17,7 @@ from dsc_serve.engine.graphs import LARGEST, Graph, buckets
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
-from dsc_serve.sampling_params import Limits, SamplingParams
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams
 
 
 class Recorded:
@@ -56,9 +56,11 @@ def test_a_bucket_holds_every_step_up_to_the_largest(most: int) -> None:
 
 def engine_of(folder: Path, capture: Capture | None, max_running: int) -> Engine:
     model = load_model(folder, "float32", torch.device("cpu"))
-    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
+    capacity = EngineCapacity(
+        model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4
+    )
     config = EngineConfig(max_running=max_running, step_tokens=24, block_size=4)
-    return Engine(config, limits, Runner(model, limits, 24, max_running, capture), (), strict=True)
+    return Engine(config, capacity, Runner(model, capacity, 24, max_running, capture), (), strict=True)
 
 
 def generate(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -84,15 +86,15 @@ def test_replayed_steps_give_the_same_tokens_and_touch_no_other_block(
     capture = Capture()
     padded = engine_of(folder, capture, max_running=7)
     assert isinstance(padded.runner, Runner)
-    for pools in padded.runner.pools:
-        for pool in pools:
+    for kv_caches in padded.runner.kv_caches:
+        for pool in kv_caches:
             assert not pool[:-1].any(), "what was captured or compiled wrote to a block that is not spare"
             pool[-1].zero_()
     assert generate(padded, prompts, params) == want
     assert capture.replayed == [1, 2, 4, 7]
     assert isinstance(plain.runner, Runner)
-    for pools, wider in zip(plain.runner.pools, padded.runner.pools, strict=True):
-        for pool, with_spare in zip(pools, wider, strict=True):
+    for kv_caches, wider in zip(plain.runner.kv_caches, padded.runner.kv_caches, strict=True):
+        for pool, with_spare in zip(kv_caches, wider, strict=True):
             torch.testing.assert_close(with_spare[:-1], pool, rtol=1e-4, atol=1e-5)
             assert bool(with_spare[-1].any()), "the rows of padding went elsewhere"
 
@@ -119,9 +121,11 @@ def test_replayed_steps_count_and_captured_ones_do_not(small_model: Callable[...
     layers = dsc_layers(model)
     for layer in layers:
         layer.planner = Planner("always", layer.shape, None)
-    limits = Limits(model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4)
-    runner = Runner(model, limits, 24, 6, lambda compute: (Replayed(), compute()))
-    engine = Engine(EngineConfig(max_running=6, step_tokens=24, block_size=4), limits, runner, (), strict=True)
+    capacity = EngineCapacity(
+        model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4
+    )
+    runner = Runner(model, capacity, 24, 6, lambda compute: (Replayed(), compute()))
+    engine = Engine(EngineConfig(max_running=6, step_tokens=24, block_size=4), capacity, runner, (), strict=True)
     generate(engine, [[1, 2, 3]] * 3, [SamplingParams(temperature=0, max_tokens=5)] * 3)
     assert engine.counters.steps == 5
     planners = [layer.planner for layer in layers if layer.planner is not None]
@@ -133,11 +137,11 @@ def test_the_weights_stay_where_they_are_while_serving(kernels: str, small_model
     ops.use(kernels)
     engine = engine_of(small_model(), None, max_running=6)
     assert isinstance(engine.runner, Runner)
-    layers, pools = dsc_layers(engine.runner.model), engine.runner.pools
+    layers, kv_caches = dsc_layers(engine.runner.model), engine.runner.kv_caches
 
     def addresses() -> list[int]:
         banks = [t.data_ptr() for layer in layers for t in (layer.u, layer.v)]
-        return banks + [pool.data_ptr() for pair in pools for pool in pair]
+        return banks + [pool.data_ptr() for pair in kv_caches for pool in pair]
 
     before = addresses()
     generate(engine, [[1, 2, 3, 4, 5]] * 6, [SamplingParams(temperature=0, max_tokens=8)] * 6)

@@ -6,22 +6,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from fake import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.fake_runner import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 OVERTAKEN, OVERTAKE_S = 3, 5.0
 SHARED = [[(7 * i + j) % VOCABULARY for j in range(30)] for i in range(2)]
 SLOW = Estimate(step=1.0, single=4.0, token=1.5, pair=0.1)
 TERMS = st.builds(
-    Terms,
+    SchedulingParams,
     tenant=st.sampled_from("abc"),
     weight=st.sampled_from([0.5, 1.0, 3.0]),
     priority=st.integers(-1, 1),
@@ -36,7 +36,7 @@ class Sent:
     prompt: list[int]
     max_tokens: int
     stops: tuple[int, ...]
-    terms: Terms
+    scheduling: SchedulingParams
     tokens: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     aborted: bool = False
@@ -74,9 +74,9 @@ class Interleavings(RuleBasedStateMachine):
         self.scheduler.clock = lambda: self.now
         self.sent: dict[str, Sent] = {}
 
-    @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), terms=TERMS)
-    def arrive(self, data: st.DataObject, shared: int, which: list[int], terms: Terms) -> None:
-        room = self.engine.limits.max_tokens
+    @rule(data=st.data(), shared=st.integers(0, 30), which=st.sampled_from(SHARED), scheduling=TERMS)
+    def arrive(self, data: st.DataObject, shared: int, which: list[int], scheduling: SchedulingParams) -> None:
+        room = self.engine.capacity.max_tokens
         beginning = which[: min(shared, room - 1)]
         tail = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=room - len(beginning))
         prompt = beginning + data.draw(tail)
@@ -85,8 +85,8 @@ class Interleavings(RuleBasedStateMachine):
         asks = data.draw(st.sampled_from([None, None, None, 0]))
         params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=stops, prompt_logprobs=asks)
         request_id = str(len(self.sent))
-        self.sent[request_id] = Sent(prompt, max_tokens, stops, terms)
-        request = self.engine.add(request_id, prompt, params, terms=terms)
+        self.sent[request_id] = Sent(prompt, max_tokens, stops, scheduling)
+        request = self.engine.add(request_id, prompt, params, scheduling=scheduling)
         signature = data.draw(st.sampled_from([None, 0b11, 0b1100]))
         request.signature = None if signature is None else np.array([signature], dtype=np.uint64)
 
@@ -144,7 +144,7 @@ class Interleavings(RuleBasedStateMachine):
         pool, runner = self.scheduler.pool, self.engine.runner
         assert isinstance(runner, FakeRunner)
         for request in self.scheduler.running.values():
-            for i, block in enumerate(pool.match(request.names)):
+            for i, block in enumerate(pool.match(request.block_hashes)):
                 held = request.tokens[i * self.scheduler.block_size : (i + 1) * self.scheduler.block_size]
                 assert runner.pool[block] == held
 

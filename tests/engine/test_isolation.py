@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake import FakeRunner, alone, fake_engine
+from support.fake_runner import FakeRunner, alone, fake_engine
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.engine.engine import Engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sampling_cases import logits_of
+from support.sampling_cases import logits_of
 from torch import Tensor
 
 from dsc_serve import LLM, SamplingParams
@@ -110,10 +110,10 @@ def test_a_prompt_preempted_halfway_is_reported_once(small_model: Callable[..., 
         entries: list[TokenLogprobs | None] = []
         halfway = 0
         while llm.engine.has_work:
-            before = long.computed
+            before = long.num_computed
             for delta in llm.engine.step():
                 entries += (delta.prompt_logprobs or []) if delta.request_id == "long" else []
-            halfway += long.computed < before < long.prompt_size
+            halfway += long.num_computed < before < long.prompt_size
         assert halfway > 0, "nothing was preempted within its prompt"
         want = llm.logits([prompt])[0].double().log_softmax(dim=1)
     assert entries[0] is None

@@ -13,13 +13,13 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.weights import AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve import LLM, RequestOutput, SamplingParams
-from dsc_serve.engine.output import Routing
-from dsc_serve.sampling_params import MAX_PICKS, Limits, ParameterError, resolve_max_tokens
+from dsc_serve.engine.output import RoutingSlice
+from dsc_serve.sampling_params import MAX_PICKS, EngineCapacity, ParameterError, resolve_max_tokens
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12))]
 
 
-def routed(llm: LLM, prompt: list[int], **fields: object) -> tuple[RequestOutput, Routing]:
+def routed(llm: LLM, prompt: list[int], **fields: object) -> tuple[RequestOutput, RoutingSlice]:
     (output,) = llm.generate([prompt], SamplingParams(**fields))  # type: ignore[arg-type]
     assert output.routing is not None
     return output, output.routing
@@ -31,13 +31,13 @@ def test_picks_are_those_of_the_reference_script(
     io = golden_io("dsc")
     rows = io["input_ids"]
     with LLM(str(golden_folder("dsc")), dtype="float32", threads=1, step_tokens=64) as llm:
-        k = llm.engine.limits.atoms_per_token
+        k = llm.engine.capacity.atoms_per_token
         params = SamplingParams(max_tokens=0, routing=k)
         for row, output in enumerate(llm.generate(rows.tolist(), params)):
             assert output.routing is not None
             atoms, coefficients, signal = output.routing.arrays
             tokens = slice(row * rows.shape[1], (row + 1) * rows.shape[1])
-            for layer in range(llm.engine.limits.layers):
+            for layer in range(llm.engine.capacity.layers):
                 name = f"blocks.{layer}.ffn"
                 np.testing.assert_allclose(signal[:, layer], io[f"{name}.signal"][tokens, 0], rtol=1e-4)
                 np.testing.assert_allclose(coefficients[:, layer], io[f"{name}.coefficients"][tokens], atol=1e-5)
@@ -104,16 +104,16 @@ def test_a_model_without_dsc_layers_has_nothing_to_report(small_model: Callable[
 
 
 def test_what_cannot_be_reported_is_refused() -> None:
-    limits = Limits(100, 10**6, 10**6, 16, layers=8, atoms_per_token=4)
+    capacity = EngineCapacity(100, 10**6, 10**6, 16, layers=8, atoms_per_token=4)
     for params, words in (
         (SamplingParams(routing=5), "at most 4"),
         (SamplingParams(routing=4, max_tokens=MAX_PICKS // 32), "picks; at most"),
         (SamplingParams(routing=-1, max_tokens=None), "picks; at most"),
     ):
         with pytest.raises(ParameterError, match=words) as error:
-            resolve_max_tokens([1], params, limits)
+            resolve_max_tokens([1], params, capacity)
         assert error.value.field == "routing"
-    assert resolve_max_tokens([1], SamplingParams(routing=4, max_tokens=MAX_PICKS // 32 - 1), limits)
+    assert resolve_max_tokens([1], SamplingParams(routing=4, max_tokens=MAX_PICKS // 32 - 1), capacity)
     with pytest.raises(ParameterError, match=r"-1 \(all atoms\)"):
         SamplingParams(routing=-2)
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake import fake_engine
+from support.fake_runner import fake_engine
 from test_scheduler import first_tokens
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
-from dsc_serve.engine.policies.draft import LEAST_CHUNK
+from dsc_serve.engine.policies.plan_builder import LEAST_CHUNK
 from dsc_serve.engine.step_time import Estimate
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 SHORT = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -72,8 +72,8 @@ def test_nobody_is_overtaken_beyond_the_bounds(policy: str, bounds: dict[str, fl
 
 def test_the_urgent_preempt_the_less_urgent_and_wait_for_nobody() -> None:
     engine = fake_engine(blocks=60, max_running=2, policy="priority")
-    engine.add("low", [1], LONG, terms=Terms(priority=5))
-    engine.add("high", [2], LONG, terms=Terms(priority=-5))
+    engine.add("low", [1], LONG, scheduling=SchedulingParams(priority=5))
+    engine.add("high", [2], LONG, scheduling=SchedulingParams(priority=-5))
     engine.step()
     engine.add("middle", [3], SHORT)
     engine.step()
@@ -88,9 +88,9 @@ def test_the_urgent_preempt_the_less_urgent_and_wait_for_nobody() -> None:
 def test_an_urgent_prompt_waits_for_no_less_urgent_one_that_runs() -> None:
     engine = fake_engine(blocks=60, step_tokens=16, policy="priority")
     scheduler = engine.scheduler
-    engine.add("long", [1] * 60, SHORT, terms=Terms(priority=1))
+    engine.add("long", [1] * 60, SHORT, scheduling=SchedulingParams(priority=1))
     engine.step()
-    engine.add("equal", [2] * 4, SHORT, terms=Terms(priority=1))
+    engine.add("equal", [2] * 4, SHORT, scheduling=SchedulingParams(priority=1))
     engine.add("urgent", [3] * 10, SHORT)
     assert scheduler.plan().tokens == {"urgent": 10, "long": 6}
     engine.step()
@@ -102,7 +102,7 @@ def test_an_urgent_prompt_waits_for_no_less_urgent_one_that_runs() -> None:
 def test_a_prompt_that_gives_way_is_not_preempted_for_by_those_admitted() -> None:
     """Ten blocks: 4 tokens of one prompt fit beside the other one and a block to spare for each."""
     engine = fake_engine(blocks=10, block_size=4, step_tokens=16, policy="priority")
-    engine.add("long", [1] * 32, SHORT, terms=Terms(priority=1))
+    engine.add("long", [1] * 32, SHORT, scheduling=SchedulingParams(priority=1))
     engine.step()
     engine.add("urgent", [2] * 10, SHORT)
     assert engine.scheduler.plan().tokens == {"urgent": 10, "long": 4}
@@ -112,7 +112,7 @@ def test_a_prompt_that_gives_way_is_not_preempted_for_by_those_admitted() -> Non
 def test_victims_give_back_their_tokens() -> None:
     engine = fake_engine(blocks=60, step_tokens=2, max_running=2, policy="priority")
     for name in ("a", "b"):
-        engine.add(name, [1], LONG, terms=Terms(priority=1))
+        engine.add(name, [1], LONG, scheduling=SchedulingParams(priority=1))
     engine.step()
     engine.add("urgent", [2, 3], SHORT)
     plan = engine.scheduler.plan()
@@ -121,8 +121,8 @@ def test_victims_give_back_their_tokens() -> None:
 
 def test_nobody_is_preempted_where_that_would_not_help() -> None:
     engine = fake_engine(blocks=6, block_size=4, max_running=8, policy="priority")
-    engine.add("urgent", [1] * 8, SHORT, terms=Terms(priority=-1))
-    engine.add("low", [2] * 4, SHORT, terms=Terms(priority=1))
+    engine.add("urgent", [1] * 8, SHORT, scheduling=SchedulingParams(priority=-1))
+    engine.add("low", [2] * 4, SHORT, scheduling=SchedulingParams(priority=1))
     engine.step()
     engine.add("large", [3] * 20, SHORT)
     engine.step()
@@ -132,9 +132,9 @@ def test_nobody_is_preempted_where_that_would_not_help() -> None:
 def test_a_tenant_with_few_requests_does_not_wait_behind_one_with_many() -> None:
     engine = fake_engine(blocks=60, max_running=1, policy="fair")
     for i in range(10):
-        engine.add(f"many-{i}", [1, 2], SHORT, terms=Terms(tenant="many"))
+        engine.add(f"many-{i}", [1, 2], SHORT, scheduling=SchedulingParams(tenant="many"))
     engine.step()
-    engine.add("few", [3], SHORT, terms=Terms(tenant="few"))
+    engine.add("few", [3], SHORT, scheduling=SchedulingParams(tenant="few"))
     assert first_tokens(engine)[:2] == ["many-0", "few"]
 
 

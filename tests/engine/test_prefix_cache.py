@@ -7,19 +7,21 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake import alone, fake_engine
+from support.fake_runner import alone, fake_engine
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.kv_cache import BlockPool, block_name, root_name
-from dsc_serve.terms import Terms
+from dsc_serve.engine.kv_cache import BlockPool, block_hash, hash_seed
+from dsc_serve.scheduling_params import SchedulingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
-def serve(engine: Engine, prompt: list[int], terms: Terms | None = None, params: SamplingParams = GREEDY) -> int:
+def serve(
+    engine: Engine, prompt: list[int], scheduling: SchedulingParams | None = None, params: SamplingParams = GREEDY
+) -> int:
     """Cached tokens of a request that is alone in the engine; its tokens must be right."""
-    engine.add("x", prompt, params, terms=terms)
+    engine.add("x", prompt, params, scheduling=scheduling)
     tokens: list[int] = []
     cached = 0
     while engine.has_work:
@@ -63,10 +65,10 @@ def test_prompts_share_only_what_they_begin_with() -> None:
 
 def test_a_salt_keeps_prompts_apart() -> None:
     engine = fake_engine(blocks=12, block_size=4)
-    serve(engine, [1] * 9, Terms(cache_salt="a"))
+    serve(engine, [1] * 9, SchedulingParams(cache_salt="a"))
     assert serve(engine, [1] * 9) == 0
-    assert serve(engine, [1] * 9, Terms(cache_salt="b")) == 0
-    assert serve(engine, [1] * 9, Terms(cache_salt="a")) == 8
+    assert serve(engine, [1] * 9, SchedulingParams(cache_salt="b")) == 0
+    assert serve(engine, [1] * 9, SchedulingParams(cache_salt="a")) == 8
 
 
 def test_it_can_be_switched_off_and_is_bypassed_where_positions_are_reported() -> None:
@@ -107,16 +109,16 @@ def test_a_preempted_request_finds_its_own_blocks_and_is_counted_once() -> None:
 
 def test_the_longest_unused_end_of_a_prefix_is_forgotten_first() -> None:
     pool = BlockPool(4)
-    names = [root_name(b"secret", "")]
+    hashes = [hash_seed(b"secret", "")]
     for i in range(3):
-        names.append(block_name(names[-1], [i]))
+        hashes.append(block_hash(hashes[-1], [i]))
     blocks = pool.allocate(3)
-    for block, name in zip(blocks, names[1:], strict=True):
+    for block, name in zip(blocks, hashes[1:], strict=True):
         pool.publish(block, name)
     pool.release(blocks)
     assert (pool.free, pool.cached) == (1, 3)
     pool.allocate(2)
-    assert pool.match(names[1:]) == blocks[:2]
+    assert pool.match(hashes[1:]) == blocks[:2]
     pool.share(blocks[:2])
     assert (pool.available, pool.owners(blocks[0])) == (0, 1)
     with pytest.raises(MemoryError, match="1 KV blocks wanted, 0 are available"):

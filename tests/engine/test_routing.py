@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_kernels import native
 from dsc_kernels.grouping import TILE

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_cases import assert_distributed, logits_of, many, request
+from support.sampling_cases import assert_distributed, logits_of, many, request
 from torch import Tensor
 
 from dsc_serve import SamplingParams

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from sampling_cases import P_VALUE, logits_of, p_value, request
+from support.sampling_cases import P_VALUE, logits_of, p_value, request
 
 from dsc_serve import SamplingParams
 from dsc_serve.engine.sampler import Sampler, uniform

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fake import fake_engine
+from support.fake_runner import fake_engine
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.sampling_params import SamplingParams
@@ -36,7 +36,7 @@ def test_a_preempted_request_is_the_first_to_come_back() -> None:
     assert victim not in engine.scheduler.running
     assert list(engine.scheduler.waiting) == sorted(engine.scheduler.waiting)
     request = engine.scheduler.waiting[victim]
-    assert (request.computed, request.blocks) == (0, [])
+    assert (request.num_computed, request.blocks) == (0, [])
     assert request.output_size > 0
     tokens = list(request.tokens)
     while engine.has_work:
@@ -50,9 +50,9 @@ def test_planning_changes_nothing() -> None:
     for name in "abcd":
         engine.add(name, [1] * 6, LONG)
     while engine.has_work:
-        before = [(r.id, r.computed, list(r.blocks)) for r in engine.scheduler.running.values()]
+        before = [(r.id, r.num_computed, list(r.blocks)) for r in engine.scheduler.running.values()]
         assert engine.scheduler.plan() == engine.scheduler.plan()
-        assert before == [(r.id, r.computed, list(r.blocks)) for r in engine.scheduler.running.values()]
+        assert before == [(r.id, r.num_computed, list(r.blocks)) for r in engine.scheduler.running.values()]
         engine.step()
 
 

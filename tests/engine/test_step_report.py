@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake import fake_engine
+from support.fake_runner import fake_engine
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine, prepare_model

@@ -136,7 +136,7 @@ def test_a_mask_touches_the_rows_of_its_requests_alone(llm: LLM) -> None:
     params = SamplingParams(structured_outputs=PHONE)
     free, bound = (Request(name, 2, [1, 2], params, 9) for name in ("free", "bound"))
     bound.constraint = llm.engine.constraint(params)
-    logits = torch.zeros(2, llm.engine.limits.vocab_size)
+    logits = torch.zeros(2, llm.engine.capacity.vocab_size)
     assert constrain(logits, [free, bound]) == {}
     assert torch.isfinite(logits[0]).all()
     assert 0 < torch.isfinite(logits[1]).sum() < 200

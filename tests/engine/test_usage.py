@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dsc_serve.engine.usage import PICKS_PER_ATOM, Usage
+from dsc_serve.engine.usage import PICKS_PER_ATOM, AtomUsage
 
 
 def test_even_uneven_and_no_usage() -> None:
     counts = np.zeros((3, 200), dtype=np.int64)
     counts[0] = 7
     counts[1, 50] = 3
-    usage = Usage(counts, k=4)
+    usage = AtomUsage(counts, k=4)
     usage.advance(350)
     assert usage.shares(0) == pytest.approx((0.0, 0.01, 1.0))
     assert usage.shares(1) == pytest.approx((0.995, 1.0, 0.0))
@@ -22,7 +22,7 @@ def test_even_uneven_and_no_usage() -> None:
 
 def test_what_is_more_than_two_windows_old_is_forgotten() -> None:
     counts = np.zeros((1, 10), dtype=np.int64)
-    usage = Usage(counts, k=2)
+    usage = AtomUsage(counts, k=2)
     tokens = 0
     dead = []
     for atoms in (slice(0, 10), slice(0, 5), slice(0, 5), slice(0, 5)):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import faulty_engine
 import pytest
-from running_server import RunningServer, start_server, stop_server
-from streams import Stream, all_begun
+from support.running_server import RunningServer, start_server, stop_server
+from support.streams import Stream, all_begun
 
 from dsc_serve.config import resolve_model
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_server import RunningServer, start_server, stop_server
+from support.running_server import RunningServer, start_server, stop_server
 
 AT_A_TIME = 100
 HEADER_TIMEOUT_S = 2.0

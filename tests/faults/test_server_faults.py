@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running_server import RunningServer, memory_mb, start_server, stop_server
-from streams import Stream, all_begun
+from support.running_server import RunningServer, memory_mb, start_server, stop_server
+from support.streams import Stream, all_begun
 
 SERVER = (str(Path(__file__).with_name("faulty_server.py")),)
 Start = Callable[..., RunningServer]

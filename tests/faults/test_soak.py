@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from running_server import RunningServer, memory_mb, start_server, stop_server
+from support.running_server import RunningServer, memory_mb, start_server, stop_server
 
 STREAMS = 16
 ABORTED = 0.2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
+from support.pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
 from torch import Tensor
 
 from dsc_kernels import ops, plain
@@ -87,7 +87,7 @@ def engine_on(
     )
     model = prepare_model(config)
     engine = Engine.for_model(model, config, strict=True)
-    assert all(on_device(pool) for pools in engine.runner.pools for pool in pools)  # type: ignore[attr-defined]
+    assert all(on_device(pool) for pools in engine.runner.kv_caches for pool in pools)  # type: ignore[attr-defined]
     return engine, graphs
 
 
@@ -141,7 +141,7 @@ def test_plain_torch_is_not_captured_and_its_mixture_of_experts_waits(
     engine, graphs = engine_on(gpu, small_model(kind), monkeypatch, kernels="plain")
     runner = engine.runner
     assert isinstance(runner, Runner) and runner.graphs is None and graphs == []
-    assert isinstance(runner.model.blocks[0].ffn.layer, plain.Moe if kind == "moe" else plain.Ffn)
+    assert isinstance(runner.model.layers[0].ffn.layer, plain.Moe if kind == "moe" else plain.Ffn)
     params = [SamplingParams(max_tokens=3)] * 2
     if kind == "moe":
         with pytest.raises(WaitedError, match="bincount"):
@@ -192,15 +192,15 @@ def test_the_pool_takes_its_share_of_the_devices_memory(
     engine, _ = engine_on(gpu, folder, monkeypatch)
     runner = engine.runner
     assert isinstance(runner, Runner)
-    held = sum(pool.numel() * pool.element_size() for pools in runner.pools for pool in pools)
-    assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.limits.num_blocks
+    held = sum(pool.numel() * pool.element_size() for pools in runner.kv_caches for pool in pools)
+    assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.capacity.num_blocks
 
 
 def test_the_bank_lies_on_the_device_once(
     gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, _ = engine_on(gpu, small_model(), monkeypatch)
-    for block in engine.runner.model.blocks:  # type: ignore[attr-defined]
-        assert isinstance(block.ffn, DscFfn)
-        assert block.ffn.layer.bank.u is block.ffn.u and block.ffn.layer.bank.v is block.ffn.v  # type: ignore[attr-defined]
-        assert on_device(block.ffn.u)
+    for layer in engine.runner.model.layers:  # type: ignore[attr-defined]
+        assert isinstance(layer.ffn, DscFfn)
+        assert layer.ffn.layer.bank.u is layer.ffn.u and layer.ffn.layer.bank.v is layer.ffn.v  # type: ignore[attr-defined]
+        assert on_device(layer.ffn.u)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native_cases import Guarded
+from support.native_cases import Guarded
 
 from dsc_kernels import native
 from dsc_kernels.native import head

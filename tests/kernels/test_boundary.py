@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layer_parts import ffn_parts
-from native_cases import random, routed_layer
+from support.native_cases import random, routed_layer
 
 import dsc_kernels
 from dsc_kernels import native, plain

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import EPS, TAU, Shape, layer, shapes
+from support.shapes import EPS, TAU, Shape, layer, shapes
 from torch import Tensor
 
 from dsc_kernels import reference

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from layer_parts import ffn_parts
-from operator_cases import EPS, TAU, arguments, decided, wide
+from support.operator_cases import EPS, TAU, arguments, decided, wide
 from torch import Tensor
 
 from dsc_kernels import native, ops, reference

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native_cases import CASES, DTYPES, Guarded
+from support.native_cases import CASES, DTYPES, Guarded
+from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
-from weight_kinds import INPUTS, WEIGHTS
 
 from dsc_kernels import native, ops
 from dsc_kernels.native import head

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import arguments, decided, wide
+from support.operator_cases import arguments, decided, wide
 from torch import Tensor
 
 from dsc_kernels import library, native, ops, reference

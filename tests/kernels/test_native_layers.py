@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_parts import ffn_parts, moe_parts
-from native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, moe_layer, random, routed_layer
+from support.native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, moe_layer, random, routed_layer
 from torch import Tensor
 
 from dsc_kernels import native, plain, reference

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_parts import ffn_parts, moe_parts
-from shapes import EPS, TAU, Shape, layer, shapes
+from support.shapes import EPS, TAU, Shape, layer, shapes
 from torch import Tensor
 
 from dsc_kernels import native, ops, plain, reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native_cases import CASES, DTYPES, random
+from support.native_cases import CASES, DTYPES, random
 
 from dsc_kernels import native, ops
 from dsc_kernels.backend import Backend

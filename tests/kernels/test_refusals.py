@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from layer_parts import ffn_parts, moe_parts
-from native_cases import moe_layer, random, routed_layer
+from support.native_cases import moe_layer, random, routed_layer
 from torch import Tensor
 
 from dsc_kernels import grouping, native

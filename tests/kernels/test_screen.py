@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layer_parts import ffn_parts
+from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
-from weight_kinds import INPUTS, WEIGHTS
 
 from dsc_kernels import native, reference
 from dsc_kernels.native.screen import LANES, pack_int8, screen

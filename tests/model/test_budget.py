@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsc_serve.model.budget import Budget
+from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.initial import preset_config
 
@@ -21,7 +21,7 @@ TABLE = [
 def test_sizes(
     total: float, active: float, layers: int, width: int, k: int, dense: int, moe: tuple[int, int], dsc: tuple[int, int]
 ) -> None:
-    budget = Budget(total, active, 50304, 256, layers, width)
+    budget = ParameterBudget(total, active, 50304, 256, layers, width)
     assert budget.dense().size == dense
     assert (budget.moe().num_experts, budget.moe().expert_size) == moe
     assert (budget.dsc(k).num_atoms, budget.dsc(k).static_size) == dsc
@@ -40,8 +40,8 @@ def test_sparse_kinds_are_iso_active(preset: str, active: float, kind: str) -> N
 
 def test_impossible_budgets_are_named() -> None:
     with pytest.raises(ValueError, match="less than active"):
-        Budget(1e6, 2e6, 100, 10, 1, 16)
+        ParameterBudget(1e6, 2e6, 100, 10, 1, 16)
     with pytest.raises(ValueError, match="without any FFN"):
-        Budget(1e6, 1e6, 50304, 256, 6, 384)
+        ParameterBudget(1e6, 1e6, 50304, 256, 6, 384)
     with pytest.raises(ValueError, match="mixture of experts"):
-        Budget(24e6, 23.1e6, 50304, 256, 6, 384).moe()
+        ParameterBudget(24e6, 23.1e6, 50304, 256, 6, 384).moe()

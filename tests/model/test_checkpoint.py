@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import DATA, small_config, wide_tensors
+from support.small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve import LLM

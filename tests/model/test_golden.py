@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import METHODS
+from support.small_models import METHODS
 from torch import Tensor
 
 from dsc_kernels import native
@@ -24,18 +24,18 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 def test_every_ffn_matches(method: str, golden_folder: Folder, golden_io: Golden) -> None:
     io = golden_io(method)
     model = load_model(golden_folder(method), "float32", torch.device("cpu"))
-    for i, block in enumerate(model.blocks):
+    for i, layer in enumerate(model.layers):
         x, want = (io[f"blocks.{i}.ffn.{end}"].flatten(0, 1) for end in ("in", "out"))
-        torch.testing.assert_close(block.ffn(x), want, **TOLERANCE)
+        torch.testing.assert_close(layer.ffn(x), want, **TOLERANCE)
 
 
 def test_routing_matches(golden_folder: Folder, golden_io: Golden) -> None:
     io = golden_io("dsc")
     model = load_model(golden_folder("dsc"), "float32", torch.device("cpu"))
-    for i, block in enumerate(model.blocks):
-        assert isinstance(block.ffn, DscFfn)
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer.ffn, DscFfn)
         x = io[f"blocks.{i}.ffn.in"].flatten(0, 1)
-        _, (atoms, weights, signal) = block.ffn.routed(x)
+        _, (atoms, weights, signal) = layer.ffn.routed(x)
         order, want_order = atoms.argsort(dim=1), io[f"blocks.{i}.ffn.atoms"].argsort(dim=1)
         want_atoms = io[f"blocks.{i}.ffn.atoms"].gather(1, want_order)
         torch.testing.assert_close(atoms.gather(1, order), want_atoms.to(atoms.dtype), rtol=0, atol=0)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import naive
 import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from small_models import small_config, wide_tensors
+from support import naive_decoder as naive
+from support.small_models import small_config, wide_tensors
 from torch import Tensor
 
 from dsc_serve import LLM

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import small_config
+from support.small_models import small_config
 
 from dsc_serve.model.config import CheckpointError, DscConfig
 from dsc_serve.model.initial import changed_config, initial_tensors, preset_config

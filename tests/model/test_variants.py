@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import naive
 import pytest
 import torch
-from small_models import small_config, wide_tensors
+from support import naive_decoder as naive
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve import LLM
 

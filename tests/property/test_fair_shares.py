@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsc_serve.engine.kv_cache import BlockPool
-from dsc_serve.engine.policies import POLICIES, Budget
+from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 Tenant = tuple[float, int, int]
 STEPS = 1000
@@ -29,7 +29,7 @@ def tokens_served(policy: str, tenants: list[Tenant], running: int, step_tokens:
     tenants: weight, longest prompt and longest output of each.
     """
     rng = random.Random(seed)
-    scheduler = Scheduler(POLICIES[policy], Budget(step_tokens, running), BlockPool(4000), 8)
+    scheduler = Scheduler(POLICIES[policy], StepBudget(step_tokens, running), BlockPool(4000), 8)
     served: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     owner: dict[str, int] = {}
@@ -41,14 +41,14 @@ def tokens_served(policy: str, tenants: list[Tenant], running: int, step_tokens:
                 owner[name] = tenant
                 tokens = [rng.randrange(99) for _ in range(rng.randint(1, prompt))]
                 most = rng.randint(1, output)
-                terms = Terms(tenant=str(tenant), weight=weight)
-                scheduler.add(Request(name, len(tokens), tokens, SamplingParams(), most, terms=terms))
+                scheduling = SchedulingParams(tenant=str(tenant), weight=weight)
+                scheduler.add(Request(name, len(tokens), tokens, SamplingParams(), most, scheduling=scheduling))
         plan = scheduler.plan()
         work = scheduler.begin(plan)
-        tokens_now = {r.id: rng.randrange(99) for r, count in work if r.computed + count == r.known}
+        tokens_now = {r.id: rng.randrange(99) for r, count in work if r.num_computed + count == r.num_tokens}
         for request, count in work:
-            prompt = min(count, max(0, request.prompt_size - request.computed))
-            served[request.terms.tenant] += prompt + (request.id in tokens_now)
+            prompt = min(count, max(0, request.prompt_size - request.num_computed))
+            served[request.scheduling.tenant] += prompt + (request.id in tokens_now)
         for name, reason in scheduler.commit(plan, tokens_now, frozenset()).items():
             if reason is not None:
                 sent[str(owner[name])] -= 1

@@ -16,8 +16,8 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's own use of pydantic
 from ray.serve.schema import ServeDeploySchema
 
 from dsc_serve.scale import local
-from dsc_serve.scale.affinity import Affinity
-from dsc_serve.scale.call import Call, Part
+from dsc_serve.scale.call import AnswerPart, Call
+from dsc_serve.scale.placement import PlacementKey
 from dsc_serve.scale.replica import MAX_UNSENT, BrokenAnswerError, Replica
 
 
@@ -48,7 +48,7 @@ class Started(Replica):
         pass
 
 
-CALL = Call("POST", "/", b"", [], b"", None, Affinity(""))
+CALL = Call("POST", "/", b"", [], b"", None, PlacementKey(""))
 BEGIN: Message = {"type": "http.response.start", "status": 200, "headers": []}
 PART: Message = {"type": "http.response.body", "body": b"x", "more_body": True}
 
@@ -68,7 +68,7 @@ def test_a_caller_that_leaves_a_full_queue_ends_its_answer() -> None:
     async def run() -> None:
         answer = Started(app).answer(CALL)
         await anext(answer)
-        assert isinstance(await anext(answer), Part)
+        assert isinstance(await anext(answer), AnswerPart)
         await full.wait()
         await asyncio.wait_for(answer.aclose(), 5)
 
@@ -86,7 +86,7 @@ def test_an_answer_settles_its_account_after_its_last_message() -> None:
 
     async def run() -> None:
         parts = [part async for part in Started(app).answer(CALL)]
-        assert isinstance(parts[-1], Part) and parts[-1].last
+        assert isinstance(parts[-1], AnswerPart) and parts[-1].last
 
     asyncio.run(asyncio.wait_for(run(), 5))
     assert settled

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around
+from support.fake_engine import FakeEngine
+from support.serving import app_around
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from dsc_serve.text.chat import ChatTemplate

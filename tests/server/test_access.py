@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, ask, client_of, complete, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, client_of, complete, until
 
 from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, AccessConfig, ConfigError, LimitConfig, ServerConfig
@@ -94,7 +94,7 @@ def test_a_server_without_keys_is_open_but_has_no_administrator(app: FastAPI) ->
 def test_the_key_says_for_whom_the_engine_works_and_how_urgently(guarded: FastAPI, engine: FakeEngine) -> None:
     generate(guarded, ALICE, user="somebody")
     generate(guarded, BOB)
-    alice, bob = engine.terms
+    alice, bob = engine.scheduling
     assert (alice.tenant, alice.weight, alice.priority) == ("alice", 2.5, 3)
     assert (bob.tenant, bob.weight, bob.priority) == ("bob", 1.0, 0)
 
@@ -108,7 +108,7 @@ def test_a_request_may_be_less_urgent_than_its_key_but_not_more(
     engine.policy = "priority"
     app = app_around(engine, None, KeyRing(write(entry("alice", ALICE, priority=own)), ""))
     assert generate(app, ALICE, priority=asked).status_code == 200
-    assert engine.terms[0].priority == priority
+    assert engine.scheduling[0].priority == priority
 
 
 def test_prompts_share_cached_prefixes_only_with_keys_of_the_same_salt(engine: FakeEngine, write: Write) -> None:
@@ -116,7 +116,7 @@ def test_prompts_share_cached_prefixes_only_with_keys_of_the_same_salt(engine: F
     app = app_around(engine, None, KeyRing(write(text), ""))
     for key, salt in ((ALICE, ""), (ROOT, ""), (ALICE, "x"), (ROOT, "x"), (BOB, ""), (BOB, "x"), (BOB, "a")):
         assert generate(app, key, cache_salt=salt).status_code == 200
-    alice, root, alice_x, root_x, *others = [terms.cache_salt for terms in engine.terms]
+    alice, root, alice_x, root_x, *others = [scheduling.cache_salt for scheduling in engine.scheduling]
     assert alice == root and alice_x == root_x
     assert len({alice, alice_x, *others}) == 5
 

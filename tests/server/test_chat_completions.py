@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, saying
 from fastapi import FastAPI
-from serving import app_around, chat, events_of
+from support.fake_engine import FakeEngine, saying
+from support.serving import app_around, chat, events_of
 
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def test_a_chat_may_go_on_to_the_context_s_end(app: FastAPI, engine: FakeEngine)
     body = chat(app).json()
     assert engine.submitted[0][2].max_tokens is None
     assert body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"]["total_tokens"] == engine.limits.max_tokens
+    assert body["usage"]["total_tokens"] == engine.capacity.max_tokens
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, saying
 from fastapi import FastAPI
-from serving import app_around, ask, complete, events_of
+from support.fake_engine import FakeEngine, saying
+from support.serving import app_around, ask, complete, events_of
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.text.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def test_without_a_tokenizer_stop_strings_are_refused(bare: FastAPI) -> None:
 
 
 def test_a_long_text_is_encoded_like_a_short_one(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    engine.limits = type(engine.limits)(300, 40000, 4000, 16)
+    engine.capacity = type(engine.capacity)(300, 40000, 4000, 16)
     body = complete(app_around(engine, tokenizer), prompt="x" * 20000, max_tokens=1).json()
     assert body["usage"]["prompt_tokens"] == 20000
 

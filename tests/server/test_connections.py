@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, live, post_bytes, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, live, post_bytes, service_of, until
 
 from dsc_serve.config import ConfigError, ServerConfig
 from dsc_serve.server.process import check_tls

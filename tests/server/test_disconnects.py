@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MESSAGES, app_around, client_of, live, post_bytes, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import MESSAGES, app_around, client_of, live, post_bytes, service_of, until
 
 from dsc_serve.text.tokenizer import Tokenizer
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import chat, client_of, complete, events_of, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import chat, client_of, complete, events_of, service_of, until
 
 from dsc_serve.server.process import drain
 from dsc_serve.worker.client import EngineDiedError, UnreadError
@@ -128,5 +128,5 @@ def test_the_log_names_the_user_whose_request_failed(
     engine.fail_after = 2
     complete(app, user="tenant-7")
     assert "user 'tenant-7'" in caplog.text
-    assert [terms.tenant for terms in engine.terms] == ["tenant-7"]
+    assert [scheduling.tenant for scheduling in engine.scheduling] == ["tenant-7"]
     assert "the engine broke" in caplog.text

@@ -8,11 +8,11 @@ import json
 import re
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import live, post_bytes
+from support.fake_engine import FakeEngine
+from support.serving import live, post_bytes
 
-from dsc_serve.server.answer import Shape
+from dsc_serve.server.answer import ResponseFormatter
 
 
 def exchange(app: FastAPI, request: bytes, stop: bytes) -> bytes:
@@ -104,7 +104,7 @@ def test_events_filled_in_are_those_that_are_written_whole(
     def events(written_whole: bool) -> list[str]:
         with monkeypatch.context() as patch:
             if written_whole:
-                patch.setattr(Shape, "is_plain", lambda self, choice: False)
+                patch.setattr(ResponseFormatter, "is_plain", lambda self, choice: False)
             answer = exchange(
                 app, post_bytes(path, {**fields, "stream": True, "max_tokens": 99}), b"0\r\n\r\n"
             ).decode()

@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, ask, chat, complete, events_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, chat, complete, events_of
 
-from dsc_serve.sampling_params import ALL_ATOMS, Limits
-from dsc_serve.terms import Terms
+from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.messages import Delta
 
@@ -101,7 +101,10 @@ def test_terms_reach_the_engine(app: FastAPI, engine: FakeEngine, ask_for: Ask) 
     engine.policy = "priority"
     ask_for(app, user="me", cache_salt="s", dsc={"priority": -3, "deadline_ms": 1500})
     ask_for(app)
-    assert engine.terms == [Terms(tenant="me", priority=-3, timeout_s=1.5, cache_salt="s"), Terms()]
+    assert engine.scheduling == [
+        SchedulingParams(tenant="me", priority=-3, timeout_s=1.5, cache_salt="s"),
+        SchedulingParams(),
+    ]
 
 
 @BOTH
@@ -158,7 +161,7 @@ def test_a_term_may_be_given_in_one_place_only(app: FastAPI) -> None:
 
 @BOTH
 def test_a_model_without_dsc_layers_says_so(engine: FakeEngine, tokenizer: Tokenizer, ask_for: Ask) -> None:
-    engine.limits = Limits(300, 512, num_blocks=64, block_size=16)
+    engine.capacity = EngineCapacity(300, 512, num_blocks=64, block_size=16)
     error = ask_for(app_around(engine, tokenizer), dsc={"return_routing": True}).json()["error"]
     assert error["param"] == "dsc.return_routing"
     assert "no DSC layers" in error["message"]
@@ -186,7 +189,7 @@ def test_a_trace_may_have_terms_and_fewer_atoms(app: FastAPI, engine: FakeEngine
     engine.policy = "priority"
     body = trace(app, top_k_atoms=1, dsc={"priority": 2}, user="me").json()
     check_routing(body["dsc"]["routing"], 0, [104, 105], k=1)
-    assert engine.terms == [Terms(tenant="me", priority=2)]
+    assert engine.scheduling == [SchedulingParams(tenant="me", priority=2)]
 
 
 def test_a_trace_may_fill_the_context(app: FastAPI) -> None:

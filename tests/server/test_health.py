@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import ask, complete, service_of
+from support.fake_engine import FakeEngine
+from support.serving import ask, complete, service_of
 
 
 def statuses(app: FastAPI) -> dict[str, int]:

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import app_around, ask, client_of, complete, live, service_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, client_of, complete, live, service_of
 
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.text.tokenizer import Tokenizer

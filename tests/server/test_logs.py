@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from serving import app_around, ask, client_of
+from support.fake_engine import FakeEngine
+from support.serving import app_around, ask, client_of
 
 from dsc_serve.config import ConfigError, LogConfig
 from dsc_serve.server import logs

@@ -12,7 +12,7 @@ from dsc_serve.config import EngineConfig, LifeConfig
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.admission import Permits
-from dsc_serve.server.extensions import Clock
+from dsc_serve.server.extensions import GenerationTimes
 from dsc_serve.server.metrics.document import NewEngine
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.worker.messages import Delta, Stats, frame
@@ -75,7 +75,7 @@ def test_all_of_it_is_less_than_3_percent_of_a_step() -> None:
     engine = engine_at_work()
     stats = stats_of(engine, 0)
     ask_engine_s = seconds_of(lambda: frame(stats_of(engine, 0)))
-    routing = Spent(engine.routing, "begin", "note")
+    routing = Spent(engine.routing, "begin", "record")
     report: Any = Reported(engine)
     counts = Spent(report, "add")
     engine.report = report
@@ -117,14 +117,14 @@ def median_ratio(spent: Sequence[float], of: Sequence[float]) -> float:
     return statistics.median(part / whole for part, whole in zip(spent, of, strict=True))
 
 
-CLOCKS = [Clock(first=0.0) for _ in range(RUNNING)]
+CLOCKS = [GenerationTimes(first=0.0) for _ in range(RUNNING)]
 DELTA = Delta("a", [1])
 
 
 def one_step(metrics: Metrics) -> None:
     """What the HTTP edge counts of a step: a token for each request, and the end of one of them."""
     for clock in CLOCKS:
-        passed = clock.note(DELTA, 0.004)
+        passed = clock.record(DELTA, 0.004)
         assert passed is not None
         metrics.inter_token.observe(passed / len(DELTA.token_ids))
         metrics.generated_tokens += len(DELTA.token_ids)

@@ -8,9 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-from fake_engine import FakeEngine, saying
 from fastapi import FastAPI
-from serving import live
+from support.fake_engine import FakeEngine, saying
+from support.serving import live
 
 from dsc_serve.worker.messages import Delta
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MAX_RUNNING, MAX_WAITING, client_of, complete, service_of, until
+from support.fake_engine import FakeEngine
+from support.serving import MAX_RUNNING, MAX_WAITING, client_of, complete, service_of, until
 
 from dsc_serve.config import LimitConfig, ServerConfig
 from dsc_serve.server import limits

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MESSAGES, ask, chat, complete
+from support.fake_engine import FakeEngine
+from support.serving import MESSAGES, ask, chat, complete
 
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.schema import ChatRequest, CompletionRequest

@@ -8,11 +8,11 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from fake_engine import FakeEngine, counting, saying
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from serving import MAX_RUNNING, MAX_WAITING, app_around, ask, chat, client_of, complete, service_of, until
 from starlette.types import Message
+from support.fake_engine import FakeEngine, counting, saying
+from support.serving import MAX_RUNNING, MAX_WAITING, app_around, ask, chat, client_of, complete, service_of, until
 
 from dsc_serve import __version__
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport

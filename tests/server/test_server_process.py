@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from serving import post_bytes
+from support.fake_engine import FakeEngine
+from support.serving import post_bytes
 
 from dsc_serve.config import ConfigError, ServerConfig
 from dsc_serve.server.process import announcement, bind
@@ -25,7 +25,7 @@ Start = Callable[..., subprocess.Popen[str]]
 PROGRAM = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from fake_engine import FakeEngine
+from support.fake_engine import FakeEngine
 from dsc_serve.config import EngineConfig, LifeConfig, ServerConfig
 from dsc_serve.server import process
 from dsc_serve.worker.supervisor import EngineStartError
@@ -65,7 +65,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         start_s: float = 0, delay_s: float = 0, drain_s: float = 10, stuck: bool = False, fail: bool = False
     ) -> subprocess.Popen[str]:
         program = PROGRAM.format(
-            tests=str(Path(__file__).parent),
+            tests=str(Path(__file__).parents[1]),
             folder=str(folder),
             start_s=start_s,
             delay_s=delay_s,

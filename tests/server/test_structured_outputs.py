@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import app_around, chat, client_of, complete, until
+from support.fake_engine import FakeEngine
+from support.serving import app_around, chat, client_of, complete, until
 
 from dsc_serve.sampling_params import MAX_GRAMMAR, StructuredOutputs
 from dsc_serve.text.grammar import Grammars

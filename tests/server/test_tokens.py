@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from fastapi import FastAPI
-from serving import MESSAGES, app_around, ask
+from support.fake_engine import FakeEngine
+from support.serving import MESSAGES, app_around, ask
 
 from dsc_serve import __version__
 from dsc_serve.server import service
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named(app: FastAPI, path: str, fields: dict[str, Any],
 
 
 def test_texts_that_wait_to_be_tokenised_have_a_limit(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "MAX_ASIDE", 0)
+    monkeypatch.setattr(service, "MAX_LOW_PRIORITY", 0)
     monkeypatch.setattr(service, "LONG_TEXT", 2)
     for path, fields in (("/tokenize", {"prompt": "long"}), ("/detokenize", {"tokens": [97]})):
         response = ask(app, "POST", path, json=fields)

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.cli import main
 from dsc_serve.model.checkpoint import load_tensors, save_checkpoint, weight_files
 from dsc_serve.model.config import DscConfig, load_config
 from dsc_serve.train.corpus import prepare
-from dsc_serve.train.ffn import TRAINED, Pass, Trace
+from dsc_serve.train.ffn import TRAINED, FfnTrace, Pass
 from dsc_serve.train.optimiser import Optimiser
 from dsc_serve.train.prune import prune, usage_on
 from dsc_serve.train.revive import revive
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import DataSettings, LossSettings, OptimiserSettings, TrainError
-from dsc_serve.train.usage import Usage
+from dsc_serve.train.usage import TrainingUsage
 
 ATOMS, DEAD = 12, (2, 5, 9)
 
@@ -92,13 +92,13 @@ def test_revived_atoms_are_picked_and_the_others_untouched() -> None:
         master.grad = torch.ones_like(master)
     optimiser.step(1.0)
 
-    def forward() -> Trace:
+    def forward() -> FfnTrace:
         own = {k.removeprefix(prefix): w.detach() for k, w in masters.items() if k.startswith(prefix)}
         x = torch.randn(400, config.hidden_size, generator=torch.Generator().manual_seed(0))
         return TRAINED["dsc"](config, own, x, Pass(LossSettings(), training=False))[1]
 
     before = forward()
-    usage = Usage()
+    usage = TrainingUsage()
     usage.add([before])
     assert usage.dead == [3]
     assert usage.used == [0.75]

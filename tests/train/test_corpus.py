@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from dsc_serve.train.corpus import END_OF_TEXT, Corpus, Sampler, prepare, split, text_files, train_tokenizer
+from dsc_serve.train.corpus import END_OF_TEXT, Corpus, WindowSampler, prepare, split, text_files, train_tokenizer
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import DataSettings, TrainError
 
@@ -120,7 +120,7 @@ def test_a_preparation_that_failed_leaves_nothing_to_the_next(texts: list[Path],
 
 def test_an_epoch_visits_every_window_once() -> None:
     ids = np.arange(103, dtype=np.uint16)
-    sampler = Sampler(ids, seed=3)
+    sampler = WindowSampler(ids, seed=3)
     first, second = (sampler.take(9, 10) for _ in range(2))
     for epoch in (first, second):
         starts = sorted(epoch[:, 0].tolist())
@@ -131,7 +131,7 @@ def test_an_epoch_visits_every_window_once() -> None:
 
 def test_a_sampler_goes_on_from_its_count() -> None:
     ids = np.arange(500, dtype=np.uint16)
-    whole, part = Sampler(ids, seed=1), Sampler(ids, seed=1)
+    whole, part = WindowSampler(ids, seed=1), WindowSampler(ids, seed=1)
     want = whole.take(70, 16)[40:]
     part.drawn = {16: 40}
     assert torch.equal(part.take(30, 16), want)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from naive import logits as naive_logits
-from small_models import small_config, wide_tensors
+from support.naive_decoder import logits as naive_logits
+from support.small_models import small_config, wide_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsc_serve.train.ffn import Pass

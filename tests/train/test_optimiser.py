@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_models import small_config, wide_tensors
+from support.small_models import small_config, wide_tensors
 
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig
 from dsc_serve.model.decoder import parameter_counts
@@ -15,9 +15,9 @@ from dsc_serve.train.optimiser import Optimiser, parameter_groups, rate_factor
 from dsc_serve.train.settings import (
     PRESETS,
     OptimiserSettings,
-    Phase,
     ScheduleSettings,
     TrainError,
+    TrainingPhase,
     load_settings,
     preset_file,
 )
@@ -56,7 +56,7 @@ def test_the_router_learns_five_times_as_fast_unless_asked_not_to(router_rate: s
 
 def test_the_papers_course_of_the_rate() -> None:
     schedule = ScheduleSettings(
-        steps=2000, warmup=150, hold=0.075, final=0.1, phases=(Phase(length=256, step_tokens=32768),)
+        steps=2000, warmup=150, hold=0.075, final=0.1, phases=(TrainingPhase(length=256, step_tokens=32768),)
     )
     factors = [rate_factor(step, step / 2000, schedule) for step in range(2001)]
     assert factors[0] == pytest.approx(1 / 150)
@@ -67,7 +67,7 @@ def test_the_papers_course_of_the_rate() -> None:
 
 
 def test_a_linear_course_holds_and_falls() -> None:
-    phases = (Phase(length=8, step_tokens=8),)
+    phases = (TrainingPhase(length=8, step_tokens=8),)
     schedule = ScheduleSettings(warmup=0, hold=0.5, shape="linear", final=0.0, phases=phases)
     assert [rate_factor(9, share, schedule) for share in (0.0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0]
 

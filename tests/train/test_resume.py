@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from stepped_time import SteppedTime
+from support.stepped_time import SteppedTime
 
 from dsc_serve.train.clock import MARGIN_S
 from dsc_serve.train.record import read_log
 from dsc_serve.train.sentences import paragraphs
-from dsc_serve.train.settings import Phase, load_settings
+from dsc_serve.train.settings import TrainingPhase, load_settings
 from dsc_serve.train.trainer import Trainer
 
 SETTINGS = """
@@ -99,7 +99,7 @@ def trainer(folder: Path, out: Path, changes: Sequence[str], limit: float | None
 def run_to(run: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     step_of = run._step
 
-    def cut(phase: Phase, factor: float) -> tuple[float, float]:
+    def cut(phase: TrainingPhase, factor: float) -> tuple[float, float]:
         if run.step == step:
             run._save()
             raise KeyboardInterrupt

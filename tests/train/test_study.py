@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from stepped_time import SteppedTime
+from support.stepped_time import SteppedTime
 from torch import Tensor
 
 from dsc_serve.cli import main
-from dsc_serve.train.corpus import Sampler
+from dsc_serve.train.corpus import WindowSampler
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.study import MARGIN, PROBE_STEPS
 from dsc_serve.train.study_report import spread, table
@@ -74,14 +74,14 @@ def test_steps_are_planned_from_the_time_limit(tmp_path: Path, monkeypatch: pyte
 
 def test_every_kind_sees_the_same_windows_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[list[int]]] = []
-    take = Sampler.take
+    take = WindowSampler.take
 
-    def recorded(self: Sampler, count: int, length: int) -> Tensor:
+    def recorded(self: WindowSampler, count: int, length: int) -> Tensor:
         windows = take(self, count, length)
         seen.append(windows.tolist())
         return windows
 
-    monkeypatch.setattr(Sampler, "take", recorded)
+    monkeypatch.setattr(WindowSampler, "take", recorded)
     result = study(tmp_path, "--set", "schedule.steps=3", "--seeds", "0,1", "--depths", "1")
     assert result.exit_code == 0, result.output
     runs = [seen[start : start + 3] for start in range(0, len(seen), 3)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import small_config
+from support.small_models import small_config
 from torch import Tensor
 
 from dsc_serve.model.checkpoint import load_tensors, weight_files

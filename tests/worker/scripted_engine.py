@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.worker.messages import (
     HEADER,
     Delta,
@@ -30,7 +30,7 @@ from dsc_serve.worker.messages import (
 # What the first token of a prompt makes this engine do.
 ANSWER, BEGIN, WAIT, DIE, HANG, STALL, FLOOD, AGE = range(8)
 INFO = ModelInfo(
-    limits=Limits(100, 100, 100, 1),
+    capacity=EngineCapacity(100, 100, 100, 1),
     dtype="",
     device="",
     threads=1,

@@ -17,7 +17,7 @@ from scripted_engine import AGE, ANSWER, BEGIN, DIE, FLOOD, HANG, STALL, WAIT
 
 from dsc_serve.config import EngineConfig, LifeConfig
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker import client as client_module
 from dsc_serve.worker import supervisor as supervisor_module
 from dsc_serve.worker.client import EngineClient, EngineDiedError, UnreadError
@@ -25,7 +25,7 @@ from dsc_serve.worker.messages import Delta
 from dsc_serve.worker.supervisor import EngineStartError, EngineSupervisor
 
 ENGINE = str(Path(scripted_engine.__file__))
-HURRIED = Terms(queue_timeout_s=0.05)
+HURRIED = SchedulingParams(queue_timeout_s=0.05)
 Supervise = Callable[..., "asynccontextmanager[EngineSupervisor]"]
 
 
@@ -152,13 +152,13 @@ def test_the_next_engine_is_told_how_long_a_request_has_waited(
 @pytest.mark.parametrize(
     ("terms", "fault", "words"),
     [
-        (Terms(timeout_s=0.2), signal.SIGSTOP, "did not end within its timeout_s of 0.2 s"),
-        (Terms(timeout_s=0.2), signal.SIGKILL, "did not end within its timeout_s of 0.2 s"),
-        (Terms(queue_timeout_s=0.2), signal.SIGKILL, "did not begin within its queue_timeout_s of 0.2 s"),
+        (SchedulingParams(timeout_s=0.2), signal.SIGSTOP, "did not end within its timeout_s of 0.2 s"),
+        (SchedulingParams(timeout_s=0.2), signal.SIGKILL, "did not end within its timeout_s of 0.2 s"),
+        (SchedulingParams(queue_timeout_s=0.2), signal.SIGKILL, "did not begin within its queue_timeout_s of 0.2 s"),
     ],
 )
 def test_a_request_s_time_is_up_even_without_an_engine(
-    supervised: Supervise, monkeypatch: pytest.MonkeyPatch, terms: Terms, fault: signal.Signals, words: str
+    supervised: Supervise, monkeypatch: pytest.MonkeyPatch, terms: SchedulingParams, fault: signal.Signals, words: str
 ) -> None:
     monkeypatch.setattr(client_module, "LATE_S", 0.1)
     monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 20)

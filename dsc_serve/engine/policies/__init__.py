@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsc_serve.engine.policies.affinity import affinity
-from dsc_serve.engine.policies.base import Budget, Plan, Policy, View
+from dsc_serve.engine.policies.base import Plan, Policy, StepBudget, View
 from dsc_serve.engine.policies.fair import fair, tenant_lane, tenant_rank
 from dsc_serve.engine.policies.fcfs import fcfs
 from dsc_serve.engine.policies.priority import priority, priority_lane, priority_rank
@@ -17,4 +17,4 @@ POLICIES: dict[str, Policy] = {
     "fair": Policy(fair, tenant_lane, tenant_rank),
 }
 
-__all__ = ["POLICIES", "Budget", "Plan", "Policy", "View"]
+__all__ = ["POLICIES", "Plan", "Policy", "StepBudget", "View"]

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dsc_serve.engine.policies.base import Budget, Plan, RequestView, View
-from dsc_serve.engine.policies.draft import Draft
+from dsc_serve.engine.policies.base import Plan, RequestView, StepBudget, View
 from dsc_serve.engine.policies.overtaking import admit_best
+from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def affinity(view: View, budget: Budget) -> Plan:
+def affinity(view: View, budget: StepBudget) -> Plan:
     """As fcfs, but of the waiting requests those first that need the fewest atoms besides those of the running ones.
 
     Within the overtaking bound. A request whose atoms are unknown counts as an average one.
     """
-    draft = Draft(view, budget)
-    if draft.advance() and draft.left and len(draft.running) < budget.running:
+    builder = PlanBuilder(view, budget)
+    if builder.advance() and builder.left and len(builder.running) < budget.running:
         window = list(view.waiting)
-        admit_best(draft, window, overlaps(window, draft.running))
-    return draft.plan
+        admit_best(builder, window, overlaps(window, builder.running))
+    return builder.plan
 
 
 def overlaps(window: Sequence[RequestView], running: Sequence[RequestView]) -> list[float]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.step_time import Estimate, Load
-from dsc_serve.terms import Terms
+from dsc_serve.scheduling_params import SchedulingParams
 
 
 class RequestView(Protocol):
@@ -20,17 +20,17 @@ class RequestView(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def terms(self) -> Terms: ...
+    def scheduling(self) -> SchedulingParams: ...
     @property
-    def known(self) -> int: ...
+    def num_tokens(self) -> int: ...
     @property
-    def computed(self) -> int: ...
+    def num_computed(self) -> int: ...
     @property
-    def gap(self) -> int: ...
+    def num_uncomputed(self) -> int: ...
     @property
     def blocks(self) -> Sequence[int]: ...
     @property
-    def names(self) -> Sequence[bytes]: ...
+    def block_hashes(self) -> Sequence[bytes]: ...
     @property
     def arrived(self) -> float: ...
     @property
@@ -49,7 +49,7 @@ class PoolView(Protocol):
     @property
     def available(self) -> int: ...
     def owners(self, block: int) -> int: ...
-    def match(self, names: Sequence[bytes]) -> list[int]: ...
+    def match(self, block_hashes: Sequence[bytes]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class View:
 
     def blocks_needed(self, request: RequestView, tokens: int) -> int:
         """Blocks to allocate before so many more of a running request's tokens can be computed."""
-        return max(0, blocks_for(request.computed + tokens, self.block_size) - len(request.blocks))
+        return max(0, blocks_for(request.num_computed + tokens, self.block_size) - len(request.blocks))
 
     def cached(self, request: RequestView) -> list[int]:
         """The blocks that a waiting request would find in the prefix cache; its last token is computed in any case."""
-        return self.pool.match(request.names[: (request.known - 1) // self.block_size])
+        return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
 
 
 @dataclass(frozen=True)
-class Budget:
+class StepBudget:
     """What a step may hold: tokens, and requests that run at once.
 
     itl_target_ms: how long a step with single tokens may take, where chunks can be cut to it; 0: QUIET_STEPS times a
@@ -118,7 +118,7 @@ class Policy:
     by_picks: whether it goes by what requests pick, or are expected to.
     """
 
-    plan: Callable[[View, Budget], Plan]
-    lane: Callable[[Terms], Hashable] = lambda terms: 0
+    plan: Callable[[View, StepBudget], Plan]
+    lane: Callable[[SchedulingParams], Hashable] = lambda scheduling: 0
     rank: Callable[[Hashable, Levels], float] = lambda lane, levels: 0.0
     by_picks: bool = False

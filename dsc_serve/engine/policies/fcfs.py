@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dsc_serve.engine.policies.base import Budget, Plan, View
-from dsc_serve.engine.policies.draft import Draft
+from dsc_serve.engine.policies.base import Plan, StepBudget, View
+from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def fcfs(view: View, budget: Budget) -> Plan:
+def fcfs(view: View, budget: StepBudget) -> Plan:
     """Running requests go on, the one admitted last is preempted first; waiting ones are admitted as they came."""
-    draft = Draft(view, budget)
-    if draft.advance():
+    builder = PlanBuilder(view, budget)
+    if builder.advance():
         for request in view.waiting:
-            if not draft.admit(request):
+            if not builder.admit(request):
                 break
-    return draft.plan
+    return builder.plan

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dsc_serve.engine.policies.base import Budget, Plan, View
-from dsc_serve.engine.policies.draft import Draft
+from dsc_serve.engine.policies.base import Plan, StepBudget, View
 from dsc_serve.engine.policies.overtaking import admit_best
+from dsc_serve.engine.policies.plan_builder import PlanBuilder
 
 
-def shortest_prefill(view: View, budget: Budget) -> Plan:
+def shortest_prefill(view: View, budget: StepBudget) -> Plan:
     """As fcfs, but of the waiting requests those with the fewest uncached tokens first, within the overtaking bound."""
-    draft = Draft(view, budget)
-    if draft.advance() and draft.left and len(draft.running) < budget.running:
+    builder = PlanBuilder(view, budget)
+    if builder.advance() and builder.left and len(builder.running) < budget.running:
         window = list(view.waiting)
-        merits = [len(view.cached(request)) * view.block_size - request.known for request in window]
-        admit_best(draft, window, merits)
-    return draft.plan
+        merits = [len(view.cached(request)) * view.block_size - request.num_tokens for request in window]
+        admit_best(builder, window, merits)
+    return builder.plan

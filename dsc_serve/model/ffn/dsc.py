@@ -23,7 +23,7 @@ class Picks(NamedTuple):
     signal: Tensor
 
 
-class Trace(NamedTuple):
+class PickBuffers(NamedTuple):
     """Where a layer writes what it picked: picks int32 [T, K] and signal float32 [T], for at least a step's tokens."""
 
     picks: Tensor
@@ -38,7 +38,7 @@ class DscFfn:
     """
 
     planner: plan.Planner | None = None
-    trace: Trace | None = None
+    trace: PickBuffers | None = None
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 from dsc_serve.engine.step_report import HELD_BACK
-from dsc_serve.sampling_params import Limits
+from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.server.admission import Permits
 from dsc_serve.server.metrics.families import PREFIX
 from dsc_serve.server.metrics.requests import Metrics
@@ -31,7 +31,7 @@ class NewEngine:
 
     alive, restarts, in_flight, heartbeat_age_s = True, 0, 0, 0.0
     model = ModelInfo(
-        limits=Limits(vocab_size=1, max_model_len=1, num_blocks=1, block_size=1),
+        capacity=EngineCapacity(vocab_size=1, max_model_len=1, num_blocks=1, block_size=1),
         dtype="",
         device="",
         kernels="",

@@ -10,7 +10,7 @@ from dsc_serve.server.metrics.routing import routing_families
 from dsc_serve.worker.messages import ModelInfo, Stats
 
 
-class Watched(Protocol):
+class WatchedEngine(Protocol):
     """What metrics need of the server's engine."""
 
     @property
@@ -31,7 +31,7 @@ class Watched(Protocol):
     async def stats(self, timeout_s: float = 1.0) -> Stats: ...
 
 
-def process_families(engine: Watched, heartbeat_age_s: float) -> Families:
+def process_families(engine: WatchedEngine, heartbeat_age_s: float) -> Families:
     """Of the engine process, whether it answers or not. heartbeat_age_s: before the scrape asked it."""
     model = engine.model
     labels = ("version", "dtype", "device", "kernels", "policy")

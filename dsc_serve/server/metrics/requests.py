@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
-from dsc_serve.server.metrics.engine import Watched, engine_families, process_families
+from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Stats
@@ -28,7 +28,7 @@ STATS_TIMEOUT_S = 1.0
 class Metrics(Collector):
     """Counts of the HTTP edge, each a plain number until it is scraped; the engine is asked at the scrape."""
 
-    def __init__(self, engine: Watched, permits: Permits) -> None:
+    def __init__(self, engine: WatchedEngine, permits: Permits) -> None:
         self._engine, self._permits = engine, permits
         self._stats: Stats | None = None
         self._heartbeat_age_s = 0.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
+from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels import reference

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
+from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 
 from dsc_kernels import reference
 from dsc_kernels.gpu import contract, expand

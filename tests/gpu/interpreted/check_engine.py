@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import honest  # noqa: F401  sets the interpreter up before any kernel is defined
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import DATA
+from support import honest  # noqa: F401  sets the interpreter up before any kernel is defined
+from support.small_models import DATA
 
 from dsc_kernels import ops
 from dsc_kernels.gpu import layers
@@ -32,7 +32,7 @@ def test_greedy_ids_match(method: str, tmp_path: Path) -> None:
     greedy = load_file(DATA / f"{method}.io.safetensors")["greedy_ids"]
     half = greedy.shape[1] // 2
     with LLM(str(folder), dtype="float32", kernels="triton", threads=1) as llm:
-        blocks = llm.engine.runner.model.blocks  # type: ignore[attr-defined]
+        blocks = llm.engine.runner.model.layers  # type: ignore[attr-defined]
         assert all(isinstance(block.ffn.layer, layers.Ffn | layers.Moe) for block in blocks)
         assert ops.backend(torch.float32, torch.device("cpu")) is layers
         bank = addresses(blocks)

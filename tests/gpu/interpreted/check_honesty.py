@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import honest
 import pytest
 import torch
 import triton.language as tl
+from support import honest
 
 from dsc_kernels.gpu.compiler import kernel
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from honest import DTYPES, Poisoned, banded, error, poisoned, random
 from layer_parts import ffn_parts, moe_parts
+from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels import plain, reference

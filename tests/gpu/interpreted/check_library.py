@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import honest
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "kernels"))
-
-from operator_cases import arguments, decided, wide
+from support import honest
+from support.operator_cases import arguments, decided, wide
 
 from dsc_kernels import library, ops, reference
 from dsc_kernels.gpu import layers

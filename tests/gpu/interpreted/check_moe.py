@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from honest import DTYPES, Poisoned, banded, error, poisoned, random
+from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels.gpu import moe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from honest import Poisoned, banded, error, poisoned
+from support.honest import Poisoned, banded, error, poisoned
 from torch import Tensor
 
 from dsc_kernels import reference

@@ -1,0 +1,1 @@
+"""Whole systems beside each other: comparisons, their rounds, their results and the report. No torch."""

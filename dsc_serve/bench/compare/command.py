@@ -1,0 +1,139 @@
+"""`dsc-serve bench compare`, `report` and `peer-model` on the command line."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from dsc_serve.output_file import OUTPUT_FILE
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+RESULTS = "results.json"
+
+
+@click.command("compare", context_settings={"show_default": True})
+@click.argument("comparison")
+@click.option("--out", type=FOLDER, required=True, help="Write results.json, report.html and the charts here.")
+@click.option(
+    "--models", type=FOLDER, help="Keep models of random weights here, to use them again.  [default: OUT/models]"
+)
+@click.option("--system", "systems", multiple=True, help="Only this system; may be given several times.")
+@click.option("--rounds", type=click.IntRange(1), help="Instead of the comparison's own number.")
+@click.option("--alone", is_flag=True, help="One system at a time in memory, started anew in every round.")
+@click.option(
+    "--ratios", type=OUTPUT_FILE, help="Print what moved by more than 10 % against the ratios kept in this file."
+)
+@click.option("--keep-ratios", is_flag=True, help="Write this run's ratios into that file.")
+def compare_command(
+    comparison: str,
+    out: Path,
+    models: Path | None,
+    systems: tuple[str, ...],
+    rounds: int | None,
+    alone: bool,
+    ratios: Path | None,
+    keep_ratios: bool,
+) -> None:
+    """Measure the systems of COMPARISON side by side and write one report.
+
+    COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm or smollm2.
+    """
+    from dsc_serve.bench.compare.comparison import load_comparison
+    from dsc_serve.bench.compare.findings import sentences
+    from dsc_serve.bench.compare.ratios import keep, moved
+    from dsc_serve.bench.compare.results import Results, save_results
+    from dsc_serve.bench.compare.runner import run_comparison
+
+    if keep_ratios and ratios is None:
+        raise click.ClickException("--keep-ratios needs --ratios FILE")
+    asked = load_comparison(comparison)
+    if systems:
+        asked = asked.only(systems)
+    if rounds is not None:
+        asked = msgspec.structs.replace(asked, rounds=rounds)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
+    work = models or out / "models"
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    command = ["dsc-serve", "bench", "compare", Path(comparison).name, "--out", out.name]  # no folders of this machine
+    command += [word for name in systems for word in ("--system", name)]
+    command += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
+    kept: list[Path] = []
+
+    def keep_results(found: Results) -> None:
+        save_results(found, out / RESULTS)
+        kept[:] = [out / RESULTS]
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    try:
+        results = run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results)
+    except BaseException:
+        if kept:
+            report(f"{kept[0]} has what was measured until now; `dsc-serve bench report {out}` writes its report")
+        raise
+    write_report(results, out)
+    click.echo("\n".join([*sentences(results), f"{out / 'report.html'} has the whole report"]))
+    if ratios is not None:
+        click.echo("\n".join(moved(results, ratios)))
+        if keep_ratios:
+            keep(results, ratios)
+    if not results.rows:
+        raise SystemExit(1)
+
+
+def write_report(results: object, out: Path) -> None:
+    from dsc_serve.bench.compare.report import CHARTS, html_page, write_charts
+    from dsc_serve.bench.compare.results import Results
+
+    assert isinstance(results, Results)
+    (out / "report.html").write_text(html_page(results), encoding="utf-8")
+    write_charts(results, out / "chart", list(CHARTS))
+
+
+@click.command("report", context_settings={"show_default": True})
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--into", type=FILE, help="Put tables into this Markdown file, between its marks for --name.")
+@click.option("--name", help="Whose place in the file it is, such as paper.")
+@click.option("--chart", "charts", multiple=True, default=("throughput", "itl-p50"), help="Charts to put in as well.")
+def report_command(folder: Path, into: Path | None, name: str | None, charts: tuple[str, ...]) -> None:
+    """Write the report of FOLDER, which `bench compare` filled, again: as HTML there, or into a document.
+
+    With --into, the tables replace what stands between the lines "<!-- NAME: begin -->" and "<!-- NAME: end -->";
+    charts are written as SVG into the folder plots beside the document.
+    """
+    from dsc_serve.bench.compare.report import markdown, put_into, write_charts
+    from dsc_serve.bench.compare.results import load_results
+
+    results = load_results(folder / RESULTS)
+    if into is None:
+        write_report(results, folder)
+        return
+    if not name:
+        raise click.ClickException("--into needs --name")
+    document = put_into(into.read_text(encoding="utf-8"), name, markdown(results, f"plots/{name}", charts))
+    plots = into.parent / "plots"
+    plots.mkdir(exist_ok=True)
+    write_charts(results, plots / name, charts)
+    into.write_text(document, encoding="utf-8")
+
+
+@click.command("peer-model", context_settings={"show_default": True})
+@click.argument("out", type=FOLDER)
+@click.option("--form", type=click.Choice(["mixtral", "llama"]), default="mixtral", help="Architecture.")
+@click.option("--preset", type=click.Choice(["paper", "large"]), default="paper", help="Sizes, as in init.")
+@click.option("--seed", default=0, help="Seed of the weights.")
+def peer_model_command(out: Path, form: str, preset: str, seed: int) -> None:
+    """Write a model of random weights for other servers to OUT: as large as ours of a preset, with a tokenizer."""
+    from dsc_serve.bench.compare.peer_model import write_peer_model
+
+    count = write_peer_model(form, preset, out, seed)
+    click.echo(f"{out}: {form}, {count:,} parameters")

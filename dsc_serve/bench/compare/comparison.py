@@ -1,0 +1,159 @@
+"""What a comparison compares: systems, loads and limits, from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from dsc_serve.bench.load.summary import LIMITED
+
+FOLDER = Path(__file__).parent / "comparisons"
+LEAST_REQUESTS = 12  # of a measurement: a few at one stream are over before they say anything
+COUNT = Annotated[int, Meta(ge=1)]
+POSITIVE = Annotated[float, Meta(gt=0)]
+
+FfnKind = Literal["dsc", "moe", "molora", "dense"]
+Form = Literal["mixtral", "llama"]
+PresetName = Literal["paper", "large"]
+
+
+class ComparisonError(ValueError):
+    """A comparison that cannot be run as asked; one line that says why."""
+
+
+class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One server. Ours where there is no `command`.
+
+    folder: the model to serve. Where it is empty, one of random weights is made at the comparison's preset: of our
+        kind `ffn`, or of another server's `form`.
+    settings: flags of `dsc-serve serve`, by their names.
+    command: how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its
+        program is not installed. environment: added to this process's own.
+    model: the name to ask for; empty: the first that the server lists. ignore_eos: ask for all output tokens; false for
+        a server that does not know the field.
+    weights: what to say of them in the report.
+    """
+
+    name: str
+    ffn: FfnKind | None = None
+    form: Form | None = None
+    folder: str = ""
+    settings: dict[str, str | int | float | bool] = {}
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    model: str = ""
+    ignore_eos: bool = True
+    weights: str = "random"
+
+    @property
+    def ours(self) -> bool:
+        return not self.command
+
+
+class Expectation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A ratio of one system's figure to another's that is demanded at a number of streams."""
+
+    subject: str
+    against: str
+    figure: str
+    streams: int
+    at_most: float | None = None
+    at_least: float | None = None
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Systems under the same loads.
+
+    subject, baseline: the systems that the text compares first. preset: sizes of models that are made.
+    streams: closed loops. waves: requests of each stream in a round, at least LEAST_REQUESTS
+    together. rounds: of all systems in turn.
+    rates: open loads, as multiples of the most requests per second that the baseline completed in its closed loops.
+    rate_seconds: of each. limits: in milliseconds, which a request must keep to count in goodput.
+    profiled: numbers of running requests at which a step of ours is taken apart; empty: none.
+    prompt_file, tokenizer: as in `bench serve`; without them prompts are random ids below vocab_size.
+    temperature: of all requests; 0 is greedy.
+    """
+
+    title: str
+    subject: str
+    baseline: str
+    system: tuple[ComparedSystem, ...]
+    preset: PresetName = "paper"
+    threads: Annotated[int, Meta(ge=0)] = 0
+    prompt_tokens: COUNT = 48
+    output_tokens: COUNT = 64
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    prompt_file: str = ""
+    tokenizer: str = ""
+    vocab_size: COUNT = 50000
+    streams: tuple[COUNT, ...] = (1, 8, 16, 32)
+    waves: COUNT = 3
+    rounds: COUNT = 3
+    rates: tuple[POSITIVE, ...] = ()
+    rate_seconds: POSITIVE = 5.0
+    limits: dict[str, float] = {}
+    profiled: tuple[COUNT, ...] = ()
+    seed: int = 0
+    start_timeout_s: POSITIVE = 600.0
+    request_timeout_s: POSITIVE = 120.0
+    expect: tuple[Expectation, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [system.name for system in self.system]
+        if len(names) != len(set(names)):
+            raise ComparisonError(f"system names are {', '.join(names)}; each must be there once")
+        references = {"subject": self.subject, "baseline": self.baseline}
+        for i, wanted in enumerate(self.expect):
+            references |= {f"expect[{i}].subject": wanted.subject, f"expect[{i}].against": wanted.against}
+            if (wanted.at_most is None) == (wanted.at_least is None):
+                raise ComparisonError(f"expect[{i}] needs one of at_most and at_least")
+            if wanted.streams not in self.streams:
+                raise ComparisonError(f"expect[{i}].streams is {wanted.streams}; it must be one of {self.streams}")
+        for field, name in references.items():
+            if name not in names:
+                raise ComparisonError(f"{field} is {name!r}; it must be one of {', '.join(names)}")
+        for system in self.system:
+            if not system.folder and (system.ffn is None) == (system.form is None):
+                raise ComparisonError(f"system {system.name!r} needs a folder, or one of ffn and form")
+            if not system.ours and system.settings:
+                raise ComparisonError(f"system {system.name!r} has settings, which are of our own server; use command")
+            if system.ours and system.form is not None:
+                raise ComparisonError(f"system {system.name!r} has a form but no command to serve it")
+        for name in self.limits:
+            if name not in LIMITED:
+                raise ComparisonError(f"limits.{name} is not known; it must be one of {', '.join(LIMITED)}")
+
+    def only(self, names: tuple[str, ...]) -> Comparison:
+        """The same without the systems that are not named. Raises ComparisonError for a name that is unknown."""
+        known = [system.name for system in self.system]
+        for name in names:
+            if name not in known:
+                raise ComparisonError(f"system {name!r} is not in this comparison; it has {', '.join(known)}")
+        kept = tuple(system for system in self.system if system.name in names)
+        wanted = tuple(e for e in self.expect if {e.subject, e.against} <= set(names))
+        return msgspec.structs.replace(self, system=kept, expect=wanted)
+
+
+def included() -> list[str]:
+    """The names of the comparisons that come with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load_comparison(name: str) -> Comparison:
+    """A comparison that comes with the package, or one's own file. Raises ComparisonError in one line."""
+    path = FOLDER / f"{name}.toml" if name in included() else Path(name)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        allowed = ", ".join(included())
+        raise ComparisonError(f"comparison {name!r} cannot be read: {error}; it must be a file or {allowed}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ComparisonError(f"{path} is not TOML: {error}") from None
+    try:
+        return msgspec.convert(content, Comparison)
+    except msgspec.ValidationError as error:
+        raise ComparisonError(f"{path}: {error}") from None

@@ -1,0 +1,65 @@
+"""Ratios of systems kept by kind of machine, and what has moved since they were kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from dsc_serve.bench.compare.results import Results
+
+KEPT = ("median_itl_ms", "output_throughput")
+MOVED = 0.1  # of a ratio, from which on it is said
+
+
+class Kept(msgspec.Struct):
+    """Ratios of one machine kind: by system, figure and streams, to the baseline."""
+
+    date: str
+    ratios: dict[str, float]
+
+
+def machine_kind(results: Results) -> str:
+    """What makes ratios comparable: the processor, its instruction set and the number of threads."""
+    parts = results.machine["cpu"], results.machine["instructions"], f"{results.machine['threads']} threads"
+    return ", ".join(filter(None, parts))
+
+
+def ratios_of(results: Results) -> dict[str, float]:
+    """Every system's figures to the baseline's, by a name that says which."""
+    baseline = str(results.comparison["baseline"])
+    found = {}
+    for name in results.measured():
+        for figure in KEPT:
+            for value in results.points("closed"):
+                ratio = results.ratio(name, baseline, "closed", value, figure)
+                if name != baseline and ratio is not None:
+                    found[f"{name} / {baseline}, {figure}, {value:g} streams"] = round(ratio.median, 3)
+    return found
+
+
+def read_kept(file: Path) -> dict[str, Kept]:
+    """By machine kind; nothing where there is no such file. Raises DecodeError."""
+    return msgspec.json.decode(file.read_bytes(), type=dict[str, Kept]) if file.is_file() else {}
+
+
+def keep(results: Results, file: Path) -> None:
+    """Write this machine kind's ratios, beside those of others."""
+    kept = read_kept(file) | {machine_kind(results): Kept(results.date[:10], ratios_of(results))}
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=2) + b"\n")
+
+
+def moved(results: Results, file: Path) -> list[str]:
+    """Lines that say what differs from the kept ratios by more than a tenth."""
+    known = read_kept(file).get(machine_kind(results))
+    if known is None:
+        return [f"{file} has no ratios of {machine_kind(results)}; --keep-ratios adds them"]
+    now = ratios_of(results)
+    lines = [
+        f"moved by {now[name] / was - 1:+.0%}: {name}: {was:.2f} on {known.date}, {now[name]:.2f} now"
+        for name, was in known.ratios.items()
+        if name in now and abs(now[name] / was - 1) > MOVED
+    ]
+    lines += [f"not measured now: {name}" for name in known.ratios if name not in now]
+    lines += [f"not kept: {name}: {ratio:.2f} now" for name, ratio in now.items() if name not in known.ratios]
+    return lines or [f"nothing moved by more than {MOVED:.0%} since {known.date} ({len(known.ratios)} ratios)"]

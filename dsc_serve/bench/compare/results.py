@@ -1,0 +1,137 @@
+"""What a comparison found, as it is kept in JSON, and the figures that tables and sentences are made of."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dsc_serve.bench.compare.comparison import ComparisonError
+
+MOST_FAILED = 0.1  # of a closed loop's requests; with more gone it was another load than the one asked for
+
+
+class Contestant(msgspec.Struct, kw_only=True):
+    """One system of a comparison.
+
+    skipped: why it was not measured, or not to the end; empty where it was. command: as it was started. description:
+    see `inspect_model.describe`. steps: see `inspect_model.decode_step`, by running requests. memory_bytes: of all its processes
+    after the first round. start_s: seconds until it answered.
+    """
+
+    name: str
+    command: str = ""
+    skipped: str = ""
+    version: str = ""
+    weights: str = ""
+    start_s: float = 0.0
+    memory_bytes: int = 0
+    description: dict[str, Any] = {}
+    steps: dict[str, dict[str, Any]] = {}
+
+
+class ResultRow(msgspec.Struct, kw_only=True):
+    """One load on one system in one round.
+
+    value: streams of a closed loop, or the multiple of the baseline's peak of an open one. figures: see
+    `LoadResult.to_dict`, without what all rows share. server_cpu, others_cpu: cores that the system itself used while
+    it was measured, and those that the waiting ones used.
+    """
+
+    system: str
+    load: Literal["closed", "open"]
+    value: float
+    round: int
+    figures: dict[str, Any]
+    server_cpu: float = 0.0
+    others_cpu: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether its figures are of the load that was asked for; an open one stays that, whatever is refused."""
+        failed, completed = self.figures["failed"], self.figures["completed"]
+        return self.load == "open" or failed <= MOST_FAILED * (failed + completed)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of all its requests, failed ones too, that kept the limits; None without limits."""
+        asked, goodput = self.figures["failed"] + self.figures["completed"], self.figures["request_goodput"]
+        return goodput * self.figures["duration"] / asked if asked and goodput is not None else None
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """All of a comparison; `comparison` is what it was asked for, `client` the command that asked."""
+
+    title: str
+    date: str
+    client: str
+    machine: dict[str, Any]
+    comparison: dict[str, Any]
+    systems: list[Contestant] = []
+    rows: list[ResultRow] = []
+
+    def measured(self) -> list[str]:
+        """The systems that were measured, in order."""
+        seen = {row.system for row in self.rows}
+        return [system.name for system in self.systems if system.name in seen]
+
+    def points(self, load: str) -> list[float]:
+        return sorted({row.value for row in self.rows if row.load == load})
+
+    def values(self, system: str, load: str, value: float, figure: str) -> dict[int, float]:
+        """A figure by round, of the rounds that have it and count."""
+        rows = (row for row in self.of(system, load, value) if row.counts)
+        return {row.round: row.figures[figure] for row in rows if row.figures.get(figure) is not None}
+
+    def of(self, system: str, load: str, value: float) -> list[ResultRow]:
+        """All rounds of one load on one system."""
+        return [row for row in self.rows if (row.system, row.load, row.value) == (system, load, value)]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of which anything was measured."""
+        return len({row.round for row in self.rows})
+
+    def median(self, system: str, load: str, value: float, figure: str) -> float | None:
+        """The figure's median over rounds; None where it was not measured."""
+        found = self.values(system, load, value, figure)
+        return statistics.median(found.values()) if found else None
+
+    def ratio(self, subject: str, against: str, load: str, value: float, figure: str) -> Ratio | None:
+        """The figures of two systems divided round by round; None where no round has both."""
+        one, other = self.values(subject, load, value, figure), self.values(against, load, value, figure)
+        ratios = [one[number] / other[number] for number in one if other.get(number)]
+        return Ratio.of(ratios) if ratios else None
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """The median, least and largest of ratios, one a round."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Ratio:
+        return cls(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Written whole or not at all, so that a full disk leaves what was kept before. Raises OSError."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    part.replace(path)
+
+
+def load_results(path: Path) -> Results:
+    """Raises ComparisonError in one line."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Results)
+    except OSError as error:
+        raise ComparisonError(f"{path} cannot be read: {error}") from None
+    except msgspec.DecodeError as error:
+        raise ComparisonError(f"{path} is not a comparison's result: {error}") from None

@@ -1,0 +1,1 @@
+"""The load generator: arrivals, prompts, connections, and what the clients saw. No torch."""

@@ -1,0 +1,1 @@
+"""The engine from inside: the parts of a step, the scheduler, policies and grouping, whole forwards."""

@@ -1,0 +1,1 @@
+"""What several test files share. Programs that tests start by their path lie beside those tests."""

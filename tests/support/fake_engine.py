@@ -1,0 +1,204 @@
+"""An engine without a model: says what it is told to say, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+import numpy as np
+
+from dsc_serve.engine.routing_report import RoutingReport
+from dsc_serve.engine.step_report import PhaseReport, StepReport
+from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, SamplingParams
+from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.messages import Delta, ModelInfo, RoutingSlice, Stats, TokenLogprobs
+
+VOCAB = 300
+CONTEXT = 512
+Script = Callable[[list[int], SamplingParams], list[int]]
+
+
+def counting(prompt: list[int], params: SamplingParams) -> list[int]:
+    """Letters from "a" on, shifted by the seed, for ever."""
+    return [97 + (i + (params.seed or 0)) % 26 for i in range(CONTEXT)]
+
+
+def saying(text: str) -> Script:
+    """The bytes of a text, then the end."""
+    return lambda prompt, params: list(text.encode())
+
+
+def logprobs_of(token: int, count: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.5, [(97 + i, -1.0 - i if i < 2 else -math.inf) for i in range(count)])
+
+
+def routing_of(start: int, count: int, params: SamplingParams) -> RoutingSlice:
+    """Atoms that say where they are from: 100 · position + 10 · layer + rank."""
+    k = 3 if params.routing == ALL_ATOMS else params.routing
+    places = np.arange(start, start + count)[:, None, None] * 100 + np.arange(2)[None, :, None] * 10
+    atoms = places + np.arange(k)[None, None]
+    coefficients, signal = np.full(atoms.shape, 0.25, np.float32), np.full(atoms.shape[:2], 1.5, np.float32)
+    return RoutingSlice.packed(start, atoms, coefficients, signal)
+
+
+class FakeEngine:
+    """`delay_s` before every token. `fail_after` tokens comes an error; with `die` the whole engine is gone then.
+
+    `gate`, where set, holds every request back until it opens.
+    """
+
+    def __init__(self, script: Script = counting, delay_s: float = 0.0) -> None:
+        self.script = script
+        self.delay_s = delay_s
+        self.fail_after: int | None = None
+        self.error = Delta("", [], "error", error="the engine broke")
+        self.die = False
+        self.raises: Exception | None = None
+        self.ends_silently = False
+        self.mute_stats = False
+        self.gate: asyncio.Event | None = None
+        self.tokens_per_step = 1
+        self.capacity = EngineCapacity(VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3)
+        self.submitted: list[tuple[str, list[int], SamplingParams]] = []
+        self.scheduling: list[SchedulingParams] = []
+        self.finished: list[tuple[str, str]] = []
+        self.aborted: list[str] = []
+        self.running = 0
+        self.routing: RoutingReport | None = None
+        self.step_report, self.phases = StepReport(), PhaseReport()
+        self.alive = True
+        self.hung = False
+        self.gave_up = False
+        self.restarts = 0
+        self.ended = ""
+        self.policy = "fcfs"
+        self.cached_tokens = 0
+
+    @property
+    def model(self) -> ModelInfo:
+        return ModelInfo(
+            capacity=self.capacity,
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            kernels="none",
+            policy=self.policy,
+            total_parameters=0,
+            active_parameters=0,
+        )
+
+    async def generate(
+        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        assert request_id not in [name for name, _, _ in self.submitted]
+        assert params.n == 1
+        self.submitted.append((request_id, prompt, params))
+        self.scheduling.append(scheduling or SchedulingParams())
+        self.running += 1
+        ended = False
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+                self._check_ended()
+            for delta in self._deltas(request_id, prompt, params):
+                await asyncio.sleep(self.delay_s)
+                self._check_ended()
+                if self.raises is not None and delta.token_ids:
+                    raise self.raises
+                ended = delta.finish_reason is not None
+                self.alive = self.alive and not (self.die and delta.finish_reason == "error")
+                yield delta
+            ended = True
+        finally:
+            self.running -= 1
+            if not ended:
+                self.aborted.append(request_id)
+
+    def _deltas(self, request_id: str, prompt: list[int], params: SamplingParams) -> list[Delta]:
+        deltas: list[Delta] = []
+        if params.prompt_logprobs is not None:
+            whole = [None, *(logprobs_of(token, params.prompt_logprobs) for token in prompt[1:])]
+            deltas = [Delta(request_id, [], prompt_logprobs=part) for part in (whole[:1], whole[1:]) if part]
+        if params.routing:
+            deltas.append(Delta(request_id, [], routing=routing_of(0, len(prompt), params)))
+        limit = CONTEXT - len(prompt) if params.max_tokens is None else params.max_tokens
+        tokens = self.script(prompt, params)
+        kept = tokens[:limit]
+        for i in range(0, len(kept), self.tokens_per_step):
+            if self.fail_after is not None and i >= self.fail_after:
+                break
+            step = kept[i : i + self.tokens_per_step]
+            logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
+            delta = Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens, queued_s=0.25)
+            if params.routing:
+                new = len(step) - (i == 0)  # the prompt's last token is not computed again
+                delta.routing = routing_of(len(prompt) + max(i - 1, 0), new, params)
+            deltas.append(delta)
+        if self.fail_after is not None:
+            return [*deltas, msgspec.structs.replace(self.error, request_id=request_id)]
+        if self.ends_silently:
+            return deltas
+        reason = "length" if len(tokens) >= limit else "stop"
+        if deltas and deltas[-1].token_ids:
+            deltas[-1].finish_reason = reason
+        else:
+            deltas.append(Delta(request_id, [], reason))
+        return deltas
+
+    def finish(self, request_id: str, reason: str) -> None:
+        self.finished.append((request_id, reason))
+
+    @property
+    def in_flight(self) -> int:
+        return self.running
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        return 7.5 if self.hung else 0.25
+
+    @property
+    def trouble(self) -> str:
+        if not self.alive:
+            return "the engine process has ended"
+        return "the engine has not answered for 7 s" if self.hung else ""
+
+    def end_all(self, reason: str) -> None:
+        self.ended = reason
+        if self.gate is not None:
+            self.gate.set()
+
+    def _check_ended(self) -> None:
+        if self.ended:
+            raise EngineDiedError(self.ended)
+
+    async def stats(self, timeout_s: float = 1.0) -> Stats:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        if self.mute_stats:
+            await asyncio.sleep(0)
+            raise TimeoutError
+        return Stats(
+            ticket=0,
+            running=self.running,
+            waiting=3,
+            blocks_free=58,
+            blocks_cached=2,
+            blocks_total=64,
+            steps=7,
+            preemptions=2,
+            timeouts=1,
+            prompt_tokens=90,
+            cached_tokens=32,
+            invariant_repairs=0,
+            routing=self.routing,
+            bank_bytes=4096,
+            device="cuda",
+            step_report=self.step_report,
+            phases=self.phases,
+            held_back={"preempted": 0, "running": 0, "blocks": 3, "step": 0},
+        )

@@ -1,0 +1,112 @@
+"""A runner without a model: float64 logits from a hash of the tokens that the KV pool really holds.
+
+Each computed token is written to its block and offset; logits are read back through the block table. So a wrong block,
+a missing token or a stale one changes the output, as it would with a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.sampler import Sampler
+from dsc_serve.engine.step_time import Estimate, Load, StepTime
+from dsc_serve.sampling_params import EngineCapacity
+
+VOCABULARY = 29
+EOS = 0
+
+
+def hashed_logits(tokens: Sequence[int]) -> Tensor:
+    """Logits that depend on every token and its place: margins are wide, and a text ends now and then."""
+    state = 1469598103934665603
+    for token in tokens:
+        state = ((state ^ (token + 1)) * 1099511628211) % 2**64
+    generator = torch.Generator().manual_seed(state % 2**63)
+    return torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+
+
+class FakeRunner:
+    def __init__(self, blocks: int, block_size: int, fail_on: frozenset[str] = frozenset()) -> None:
+        self.block_size, self.fail_on = block_size, fail_on
+        self.pool = [[-1] * block_size for _ in range(blocks)]
+        self.sampler = Sampler([EOS])
+        self.step_sizes: list[int] = []
+
+    def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
+        self.step_sizes.append(sum(count for _, count in work))
+        result = StepResult()
+        for request, count in work:
+            if request.id in self.fail_on:
+                raise RuntimeError("out of luck")
+            for position in range(request.num_computed, request.num_computed + count):
+                block = request.blocks[position // self.block_size]
+                self.pool[block][position % self.block_size] = request.tokens[position]
+        for request, count in work:
+            if request.num_computed + count < request.num_tokens or request.max_tokens == 0:
+                continue
+            held = [
+                self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(request.num_tokens)
+            ]
+            assert held == request.tokens, "the KV pool does not hold what the request knows"
+            result.tokens[request.id] = self.sampler(hashed_logits(held)[None].clone(), [request])[0]
+        return result
+
+
+class FixedStepTime(StepTime):
+    """Learns nothing."""
+
+    def __init__(self, estimate: Estimate | None) -> None:
+        super().__init__()
+        self.estimate = estimate
+
+    def observe(self, load: Load, ms: float) -> None:
+        pass
+
+
+def fake_engine(
+    blocks: int = 12,
+    block_size: int = 4,
+    step_tokens: int = 16,
+    max_running: int = 8,
+    context: int = 64,
+    policy: str = "fcfs",
+    strict: bool = True,
+    fail_on: frozenset[str] = frozenset(),
+    prefix_cache: bool = True,
+    estimate: Estimate | None = None,
+) -> Engine:
+    """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
+
+    estimate: what steps are taken to cost, whatever they do.
+    """
+    config = EngineConfig(
+        block_size=block_size,
+        step_tokens=step_tokens,
+        max_running=max_running,
+        kv_tokens=blocks * block_size,
+        policy=policy,
+        prefix_cache=prefix_cache,
+    )
+    runner = FakeRunner(blocks, block_size, fail_on)
+    capacity = EngineCapacity(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
+    engine = Engine(config, capacity, runner, (EOS,), strict)
+    engine.scheduler.step_time = FixedStepTime(estimate)
+    engine.scheduler.clock = lambda: 0.0
+    return engine
+
+
+def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,)) -> list[int]:
+    """The greedy continuation, computed without any engine."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(int(hashed_logits(tokens).argmax()))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]

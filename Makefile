@@ -10,14 +10,14 @@ DEPLOY_STAMP := $(VENV)/.installed-deploy
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
-.PHONY: help install serve serve-ray test test-full test-deploy soak bench-quick lint format clean
+.PHONY: help install serve serve-ray test test-full test-deploy sanitize soak bench-quick lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(STAMP) ## make .venv and install the package, the test tools and the kernel compiler
 
-$(STAMP): pyproject.toml setup.py $(wildcard kernels/dsc_kernels/cpu/*)
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/dsc_kernels/cpu/* kernels/dsc_kernels/bindings/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=…"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -41,8 +41,11 @@ lint: install ## ruff, mypy, the import contracts, the Dockerfile
 test: lint ## lint and the tests (under 15 minutes)
 	$(BIN)/pytest -m "not full" --ignore=tests/deploy
 
-test-full: lint ## all of them, the long runs too
+test-full: lint sanitize ## all of them, the long runs too, and the sanitizers
 	$(BIN)/pytest --ignore=tests/deploy
+
+sanitize: install ## the kernels' tests with the address and undefined-behaviour sanitizers
+	$(BIN)/python tests/kernels/sanitize.py
 
 test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
 	$(BIN)/python tests/support/programs.py

@@ -14,20 +14,23 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("kernels/dsc_kernels/cpu")
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+PACKAGE = Path("kernels/dsc_kernels")
+COMMON = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+# `make sanitize` sets this: an instrumented build, which runs only with the sanitizers loaded first
+SANITIZE = os.environ.get("DSC_SANITIZE", "").split()
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS = {
-    "module": [],
-    "layer_bindings": [],
-    "step_bindings": [],
-    "token_bindings": [],
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "cpu/avx2": AVX2,
+    "cpu/avx512": AVX512,
+    "cpu/avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "cpu/baseline": [],
+    "bindings/module": [],
+    "bindings/layers": [],
+    "bindings/steps": [],
+    "bindings/tokens": [],
+    "bindings/scratch": [],
 }
 
 
@@ -39,7 +42,8 @@ class BuildKernels(build_ext):
 
         def compile_each(sources: list[str], *args: object, **kwargs: object) -> list[str]:
             def compile_one(source: str) -> list[str]:
-                flags = [*COMMON, *WARNINGS, *FLAGS[Path(source).stem]]
+                unit = Path(source).relative_to(PACKAGE).with_suffix("").as_posix()
+                flags = [*COMMON, *WARNINGS, *FLAGS[unit], *SANITIZE]
                 objects: list[str] = compile_once([source], *args, **{**kwargs, "extra_postargs": flags})
                 return objects
 
@@ -53,9 +57,9 @@ class BuildKernels(build_ext):
 supported = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 kernels = Extension(
     "dsc_kernels._native",
-    [str(FOLDER / f"{name}.cpp") for name in FLAGS],
-    depends=[str(header) for header in sorted(FOLDER.glob("*.h"))],
-    extra_link_args=["-fopenmp"],
+    [str(PACKAGE / f"{unit}.cpp") for unit in FLAGS],
+    depends=[str(header) for header in sorted(PACKAGE.glob("*/*.h"))],
+    extra_link_args=["-fopenmp", *SANITIZE],
     language="c++",
     optional=True,
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsc_kernels import head, native, ops
+from dsc_kernels import native, ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
 from dsc_serve.engine.constraints import End, Followers
@@ -256,12 +256,12 @@ def prepare_model(config: EngineConfig) -> Decoder:
     try:
         ops.use(config.kernels)
         native.use_router(config.router_precision)
-        head.use(config.head_precision)
+        native.use_head(config.head_precision)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     device = DEVICES[config.device]
     for name in ("router_precision", "head_precision"):
-        if getattr(config, name) == "int8-certified" and ops.implementation(torch.float32, device) is not native:
+        if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())

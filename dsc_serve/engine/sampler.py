@@ -57,10 +57,10 @@ class Sampler:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
         for row, request in enumerate(requests):
             self._adjust(logits[row], request)
-        kernels = ops.implementation(logits.dtype, logits.device)
-        if kernels is native:
+        backend = ops.backend(logits.dtype, logits.device)
+        if backend.name == native.name:
             return read(draw_natively(logits, requests))
-        if kernels is not plain or logits.device.type != "cpu":
+        if backend.name != plain.name or logits.device.type != "cpu":
             return read(draw_on_device(logits, requests))
         random = [i for i, r in enumerate(requests) if not r.params.greedy]
         if not random:
@@ -186,7 +186,7 @@ def draw_filtered(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor, u: T
     """
     vocabulary = weights.shape[1]
     head = min(CANDIDATES, vocabulary)
-    values, ids = plain.largest(weights, head)
+    values, ids = plain.top_k(weights, head)
     cumulative = values.double().cumsum(dim=1)
     limit = torch.minimum(k, (weights >= min_p).sum(dim=1, keepdim=True))
     within_head = cumulative.gather(1, k.clamp(max=head) - 1)

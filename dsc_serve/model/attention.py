@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.weights import KvCache
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
 
@@ -30,30 +31,28 @@ class Attention:
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: StepBatch, keys: Tensor, values: Tensor, residual: Tensor) -> Tensor:
-        """x [T, d] → [T, d], added to residual. keys, values: this layer's pools [blocks, kv heads, block, head]."""
-        c, cos_sin_cache = self.config, self.cos_sin_cache
+    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor) -> Tensor:
+        """x [T, d] → [T, d], added to residual. cache: this layer's."""
+        c = self.config
         qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
-        ops.store_kv(qkv, heads, cos_sin_cache, batch.positions, batch.slot_blocks, batch.slot_offsets, keys, values)
+        ops.store_kv(qkv, heads, self.cos_sin_cache, batch.slots, cache)
         q = qkv[:, :heads]
         n = batch.decodes
         if n == x.shape[0]:
-            y = ops.decode_attention(
-                q, keys, values, batch.block_tables, batch.context_lens, batch.decode_context, self.scale
-            )
+            y = ops.decode_attention(q, cache, batch.block_tables, batch.context_lens, batch.decode_context, self.scale)
         else:
-            y = self._mixed(q, batch, keys, values)
+            y = self._mixed(q, batch, cache)
         return self.out(y.flatten(1), residual=residual)
 
-    def _mixed(self, q: Tensor, batch: StepBatch, keys: Tensor, values: Tensor) -> Tensor:
+    def _mixed(self, q: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """A step that holds chunks of prompts besides, or instead of, single tokens."""
         n, tables = batch.decodes, batch.block_tables
         y = torch.empty_like(q)
         if n:
             contexts = batch.context_lens[:n]
-            y[:n] = ops.decode_attention(q[:n], keys, values, tables[:n], contexts, batch.decode_context, self.scale)
+            y[:n] = ops.decode_attention(q[:n], cache, tables[:n], contexts, batch.decode_context, self.scale)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.start + chunk.length)
-            y[rows] = ops.chunk_attention(q[rows], keys, values, tables[chunk.row], chunk.context, self.scale)
+            y[rows] = ops.chunk_attention(q[rows], cache, tables[chunk.row], chunk.context, self.scale)
         return y

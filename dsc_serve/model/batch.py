@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dsc_kernels.weights import Slots
+
 
 class Chunk(NamedTuple):
     """Several new tokens of one sequence."""
@@ -33,3 +35,8 @@ class StepBatch(NamedTuple):
     def longest(self) -> int:
         """The largest context after the step."""
         return max((self.decode_context, *(chunk.context for chunk in self.chunks)))
+
+    @property
+    def slots(self) -> Slots:
+        """Where the tokens stand, and where their keys and values go."""
+        return Slots(self.positions, self.slot_blocks, self.slot_offsets)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
-from dsc_kernels.stack import NormWeights, Stack
+from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
@@ -62,12 +62,26 @@ class Norm:
         self.weights = NormWeights(weight, bias, config.norm_eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.norm(x, *self.weights)
+        return ops.norm(x, self.weights)
 
 
 class TransformerLayer:
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
+
+    def described(self) -> DecoderLayer:
+        """What it consists of, for those who compute all blocks in one call."""
+        c = self.attention.config
+        return DecoderLayer(
+            attention_norm=self.norm1.weights,
+            qkv=self.attention.qkv,
+            out=self.attention.out,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            cos_sin_cache=self.attention.cos_sin_cache,
+            ffn_norm=self.norm2.weights,
+            ffn=self.ffn.layer,
+        )
 
 
 class Decoder:
@@ -94,11 +108,11 @@ class Decoder:
         self.rope = (
             None if learned else RopeTable(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
         )
-        angles = None if self.rope is None else self.rope.table
+        cos_sin_cache = None if self.rope is None else self.rope.table
         self.layers = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
-            attention = Attention(config, angles, *self._attention_weights(f"{layer}.self_attn.", put))
+            attention = Attention(config, cos_sin_cache, *self._attention_weights(f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             try:
@@ -110,12 +124,7 @@ class Decoder:
         self.stack = ops.stack(
             self.embedding,
             self.positions,
-            [(layer.norm1.weights, layer.norm2.weights) for layer in self.layers],
-            [(layer.attention.qkv, layer.attention.out) for layer in self.layers],
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            angles,
-            [layer.ffn.layer for layer in self.layers],
+            [layer.described() for layer in self.layers],
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
@@ -131,19 +140,17 @@ class Decoder:
         out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
         return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
-    def kv_caches(self, blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer, the pools of keys and values: [blocks, kv heads, block size, head size]."""
+    def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
+        """One per layer, of so many blocks, all zero."""
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
-        def pool() -> Tensor:
+        def part() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [(pool(), pool()) for _ in self.layers]
+        return [KvCache(part(), part()) for _ in self.layers]
 
-    def hidden(
-        self, batch: StepBatch, kv_caches: Sequence[tuple[Tensor, Tensor]], picks: list[Picks] | None = None
-    ) -> Tensor:
-        """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the pools.
+    def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
+        """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
@@ -154,8 +161,8 @@ class Decoder:
         x = F.embedding(batch.token_ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for layer, (keys, values) in zip(self.layers, kv_caches, strict=True):
-            x = layer.attention(layer.norm1(x), batch, keys, values, residual=x)
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
+            x = layer.attention(layer.norm1(x), batch, cache, residual=x)
             if picks is None:
                 x = layer.ffn(layer.norm2(x), residual=x)
             else:
@@ -166,18 +173,17 @@ class Decoder:
 
     def _stacked(
         self,
-        stack: Stack,
+        stack: ops.Stack,
         batch: StepBatch,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[KvCache],
         picks: list[Picks] | None,
     ) -> Tensor:
         b, layers = batch, dsc_layers(self)
-        asked = [layer.asked(b.token_ids.shape[0], picks is not None) for layer in layers]
-        slots = b.positions, b.slot_blocks, b.slot_offsets
+        outputs = [layer.outputs(b.token_ids.shape[0], picks is not None) for layer in layers]
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, slots, b.block_tables, *contexts, kv_caches, asked or None)
+        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs or None)
         if picks is not None:
-            picks += [layer.noted(own.picked) for layer, own in zip(layers, asked, strict=True)]
+            picks += [layer.record(own.picked) for layer, own in zip(layers, outputs, strict=True)]
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -186,7 +192,7 @@ class Decoder:
 
     def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
-        return self.head.largest(self.norm(hidden))
+        return self.head.argmax(self.norm(hidden))
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dsc_kernels import native, ops, plain
+from dsc_kernels import ops
+from dsc_kernels.weights import MAX_PICKS
 from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, parameter_counts
-from dsc_serve.model.ffn.dsc import DscFfn
 
 
 def describe(model: Decoder) -> dict[str, str]:
@@ -42,20 +42,16 @@ def describe(model: Decoder) -> dict[str, str]:
             f"U and V [{f.num_atoms}, {c.hidden_size}] per layer, {size / 1e6:.1f} MB in all, {zero} zero atoms"
         )
         bounds = ", ".join(f"{layer.certificate:.3g}" for layer in layers)
-        rows["router"] = "screened in int8, certified" if all(map(screens, layers)) else "exact"
+        screened = all(layer.layer.screened for layer in layers)
+        rows["router"] = "screened in int8, certified" if screened else "exact"
         rows["certificate"] = f"max |γ| per layer, bounds the dynamic part's operator norm: {bounds}"
     rows["kernels"] = kernels(model)
     return rows
 
 
-def screens(layer: DscFfn) -> bool:
-    return isinstance(layer.layer, native.Ffn) and layer.layer.screen.counts is not None
-
-
 def kernels(model: Decoder) -> str:
     """What computes the model here: a layer that is out of the kernels' range is served by plain torch."""
-    layers = [layer.ffn.layer for layer in model.layers]
     text = ops.description(model.device)
-    if text.startswith("plain") or not any(isinstance(layer, plain.Ffn | plain.Moe) for layer in layers):
+    if text.startswith("plain") or all(layer.ffn.layer.backend != "plain" for layer in model.layers):
         return text
-    return f"{text}, but plain torch for the FFN layers (more than {native.MAX_PICKS} picks per token)"
+    return f"{text}, but plain torch for the FFN layers (more than {MAX_PICKS} picks per token)"

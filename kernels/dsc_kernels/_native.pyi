@@ -1,18 +1,259 @@
+"""Named arguments only, as the tables in `bindings/` list them; addresses are integers, 0 where there is nothing."""
+
+SCREEN_COUNTERS: tuple[str, ...]  # what int64 counters of a screen hold, in order
+STACK_PHASES: tuple[str, ...]  # of the calling thread
+FFN_PHASES: tuple[str, ...]  # of every thread within FFN layers
+PHASE_ROOM: int  # numbers that a row of either has
+
 def supported() -> list[str]: ...
 def use(name: str) -> None: ...
-def pack(*arguments: int) -> None: ...
-def linear(*arguments: int) -> None: ...
-def ffn_layer(*arguments: float) -> object: ...
-def ffn(layer: object, *arguments: int) -> None: ...
-def moe_layer(*arguments: float) -> object: ...
-def moe(layer: object, *arguments: int) -> None: ...
-def store_kv(*arguments: int) -> None: ...
-def stack(*arguments: object) -> object: ...
-def run_stack(stack: object, *arguments: int) -> None: ...
-def norm(*arguments: float) -> None: ...
-def sample(*arguments: int) -> None: ...
-def attention(*arguments: float) -> None: ...
-def chunk_attention(*arguments: float) -> None: ...
-def min_hash_order(*arguments: int) -> None: ...
-def sketch(*arguments: int) -> None: ...
-def tile_unions(*arguments: int) -> None: ...
+def signatures() -> dict[str, dict[str, str]]: ...
+def pack(*, is_bf16: int, w: int, n: int, d: int, out: int) -> None: ...
+def linear(
+    *,
+    is_bf16: int,
+    x: int,
+    w: int,
+    bias: int,
+    residual: int,
+    out: int,
+    batch: int,
+    d: int,
+    n: int,
+    activation: int,
+    float_out: int,
+    threads: int,
+) -> None: ...
+def head_layer(
+    *,
+    is_bf16: int,
+    w: int,
+    bias: int,
+    d: int,
+    n: int,
+    screen_rows: int,
+    screen_packed: int,
+    screen_steps: int,
+    screen_shifts: int,
+    screen_errors: int,
+    screen_norms: int,
+    screen_slack: float,
+    screen_counters: int,
+    max_error: float,
+    max_norm: float,
+) -> object: ...
+def argmax(layer: object, /, *, x: int, out: int, batch: int, threads: int) -> None: ...
+def ffn_layer(
+    *,
+    is_bf16: int,
+    up: int,
+    gate: int,
+    down: int,
+    router: int,
+    router_bias: int,
+    u: int,
+    v: int,
+    gamma: int,
+    d: int,
+    hidden: int,
+    atoms: int,
+    tau: float,
+    eps: float,
+    norm_eps: float,
+    k: int,
+    rank: int,
+    scalar_gamma: int,
+    activation: int,
+    screen_rows: int,
+    screen_packed: int,
+    screen_steps: int,
+    screen_shifts: int,
+    screen_errors: int,
+    screen_norms: int,
+    screen_slack: float,
+    screen_counters: int,
+) -> object: ...
+def ffn(
+    layer: object,
+    /,
+    *,
+    x: int,
+    residual: int,
+    out: int,
+    batch: int,
+    threads: int,
+    picks: int,
+    weights: int,
+    signal: int,
+    grouped: int,
+) -> None: ...
+def moe_layer(
+    *,
+    is_bf16: int,
+    router: int,
+    router_bias: int,
+    up: int,
+    gate: int,
+    down: int,
+    d: int,
+    hidden: int,
+    experts: int,
+    norm_eps: float,
+    k: int,
+    normalize: int,
+    activation: int,
+) -> object: ...
+def moe(layer: object, /, *, x: int, residual: int, out: int, batch: int, threads: int) -> None: ...
+def norm(
+    *, is_bf16: int, x: int, weight: int, bias: int, out: int, batch: int, d: int, eps: float, threads: int
+) -> None: ...
+def attention(
+    *,
+    is_bf16: int,
+    q: int,
+    keys: int,
+    values: int,
+    tables: int,
+    contexts: int,
+    out: int,
+    batch: int,
+    q_stride: int,
+    width: int,
+    kv_heads: int,
+    group: int,
+    size: int,
+    block: int,
+    num_blocks: int,
+    max_context_len: int,
+    scale: float,
+    threads: int,
+) -> None: ...
+def chunk_attention(
+    *,
+    is_bf16: int,
+    q: int,
+    keys: int,
+    values: int,
+    table: int,
+    out: int,
+    count: int,
+    q_stride: int,
+    context: int,
+    kv_heads: int,
+    group: int,
+    size: int,
+    block: int,
+    num_blocks: int,
+    scale: float,
+    threads: int,
+) -> None: ...
+def store_kv(
+    *,
+    is_bf16: int,
+    qkv: int,
+    cos_sin_cache: int,
+    positions: int,
+    blocks: int,
+    offsets: int,
+    keys: int,
+    values: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    block: int,
+    num_blocks: int,
+    num_positions: int,
+    threads: int,
+) -> None: ...
+def decoder_layer(
+    ffn: object,
+    /,
+    *,
+    attention_norm_weight: int,
+    attention_norm_bias: int,
+    attention_norm_eps: float,
+    qkv_weight: int,
+    qkv_bias: int,
+    out_weight: int,
+    out_bias: int,
+    cos_sin_cache: int,
+    d: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    ffn_norm_weight: int,
+    ffn_norm_bias: int,
+    ffn_norm_eps: float,
+) -> object: ...
+def stack(
+    layers: list[object],
+    /,
+    *,
+    is_bf16: int,
+    token_embedding: int,
+    position_embedding: int,
+    vocabulary: int,
+    positions: int,
+) -> object: ...
+def run_stack(
+    stack: object,
+    /,
+    *,
+    out: int,
+    ids: int,
+    positions: int,
+    slot_blocks: int,
+    slot_offsets: int,
+    tables: int,
+    contexts: int,
+    chunks: int,
+    kv_caches: int,
+    outputs: int,
+    phase_ns: int,
+    tokens: int,
+    sequences: int,
+    pages: int,
+    width: int,
+    block: int,
+    num_blocks: int,
+    decodes: int,
+    max_context_len: int,
+    chunk_count: int,
+    threads: int,
+) -> None: ...
+def sample(
+    *,
+    logits: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    u: int,
+    out: int,
+    batch: int,
+    vocabulary: int,
+    threads: int,
+) -> None: ...
+def min_hash_order(*, picks: int, batch: int, k: int, order: int) -> None: ...
+def tile_unions(*, picks: int, order: int, batch: int, k: int, tile: int, atoms: int, offsets: int) -> None: ...
+def sketch(
+    *,
+    picks: int,
+    token_ids: int,
+    owners: int,
+    signatures: int,
+    vocabulary: int,
+    counts: int,
+    last: int,
+    distinct: int,
+    layers: int,
+    tokens: int,
+    k: int,
+    atoms: int,
+    layer_stride: int,
+    rows: int,
+    divisor: int,
+    step: int,
+    requests: int,
+) -> None: ...

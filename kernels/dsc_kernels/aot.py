@@ -72,7 +72,7 @@ class Job:
     types: dict[str, str]
 
 
-HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
+BF16, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
 SCALARS = dict.fromkeys(("batch", "atoms", "groups", "q_stride", "table_stride", "kv_heads"), "i32")
 SCALARS |= dict.fromkeys(("tau", "eps", "norm_eps", "scale"), "fp32")
 
@@ -83,13 +83,13 @@ def dsc_jobs(s: Sizes) -> Iterator[Job]:
     from dsc_kernels.gpu import contract, expand, router, select, select_compose
 
     groups = -(-s.atoms // router.GROUP)
-    route = {"x": HALF, "weight": HALF, "bias": FLOAT, "logits": FLOAT, "maxima": FLOAT}
+    route = {"x": BF16, "weight": BF16, "bias": FLOAT, "logits": FLOAT, "maxima": FLOAT}
     for label, batch in (("small", 1), ("large", router.SMALL_BATCH + 1)):
         meta = router.blocks(batch, s.atoms, torch.bfloat16)
         yield Job(f"route.{label}", router.route, {**meta, "d": s.d, "normed": True}, route)
     logits = {"logits": FLOAT, "maxima": FLOAT}
     trace = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
-    bank = {"u": HALF, "v": HALF, "gamma": FLOAT, "static": HALF, "residual": HALF, "out": HALF, "x": HALF}
+    bank = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
     choices = {"softmax": False}
     yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **trace})
     untraced: dict[str, Any] = {**choices, "scalar_gamma": False, **dict.fromkeys(trace)}
@@ -107,15 +107,15 @@ def moe_jobs(s: Sizes) -> Iterator[Job]:
 
     from dsc_kernels.gpu import moe
 
-    types = {"x": HALF, "weight": HALF, "scales": FLOAT, "order": INT, "offsets": INT}
+    types = {"x": BF16, "weight": BF16, "scales": FLOAT, "order": INT, "offsets": INT}
     for label, rows in (("small", s.experts_per_token), ("large", s.experts * moe.LARGE_TILE)):
         meta = {**moe.blocks(rows, s.experts, torch.bfloat16), "k": s.experts_per_token, "gate": None}
         up = {"inner": s.d, "outer": s.hidden, "first": True, "activation": "gelu", "scales": None}
         down = {"inner": s.hidden, "outer": s.d, "first": False, "activation": "none"}
-        yield Job(f"experts_up.{label}", moe.multiply_experts, {**meta, **up}, {**types, "out": HALF})
+        yield Job(f"experts_up.{label}", moe.multiply_experts, {**meta, **up}, {**types, "out": BF16})
         yield Job(f"experts_down.{label}", moe.multiply_experts, {**meta, **down}, {**types, "out": FLOAT})
     combining = moe.combine_blocks(s.experts_per_token, s.d)
-    yield Job("combine", moe.combine_slots, combining, {"slots": FLOAT, "residual": HALF, "out": HALF})
+    yield Job("combine", moe.combine_slots, combining, {"slots": FLOAT, "residual": BF16, "out": BF16})
 
 
 def attention_jobs(s: Sizes) -> Iterator[Job]:
@@ -123,13 +123,13 @@ def attention_jobs(s: Sizes) -> Iterator[Job]:
 
     from dsc_kernels.gpu import attention
 
-    types = {"q": HALF, "keys": HALF, "values": HALF, "tables": LONG, "contexts": LONG, "stats": FLOAT}
-    for label, splits, out in (("attend", 1, HALF), ("attend.split", 8, FLOAT)):
+    types = {"q": BF16, "keys": BF16, "values": BF16, "tables": LONG, "contexts": LONG, "stats": FLOAT}
+    for label, splits, out in (("attend", 1, BF16), ("attend.split", 8, FLOAT)):
         meta = attention.blocks(s.heads // s.kv_heads, s.head_size, s.block, splits, torch.bfloat16)
         constants = meta if splits > 1 else {**meta, "stats": None}
         yield Job(label, attention.attend, constants, {**types, "out": out})
     merge = attention.merge_blocks(s.head_size, 8)
-    yield Job("merge_splits", attention.merge_splits, merge, {"parts": FLOAT, "stats": FLOAT, "out": HALF})
+    yield Job("merge_splits", attention.merge_splits, merge, {"parts": FLOAT, "stats": FLOAT, "out": BF16})
 
 
 def jobs(config: str) -> Iterator[Job]:

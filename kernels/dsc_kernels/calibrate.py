@@ -17,6 +17,7 @@ import torch
 
 from dsc_kernels import grouping, ops
 from dsc_kernels.plan import DeviceConstants, Level
+from dsc_kernels.weights import AtomBank, FfnOptions, MlpWeights, Router
 
 WIDTH, RANK, TOKENS = 2048, 16, 192
 MANY, FEW = 4, 1  # adapters picked
@@ -65,11 +66,10 @@ def gather_seconds_per_byte(size: int, dtype: torch.dtype) -> float:
         return drawn.to(dtype)
 
     up, down, router = weight(16, WIDTH), weight(WIDTH, 16), weight(adapters, WIDTH)
-    u, v, gamma = weight(adapters * RANK, WIDTH), weight(adapters * RANK, WIDTH), torch.ones(1)
+    bank = AtomBank(weight(adapters * RANK, WIDTH), weight(adapters * RANK, WIDTH), torch.ones(1))
     x = torch.randn(TOKENS * torch.get_num_threads(), WIDTH, generator=g).to(dtype)
-    many, few = (
-        ops.ffn(up, None, down, "gelu", router, None, u, v, gamma, k=k, rank=RANK, tau=20.0) for k in (MANY, FEW)
-    )
+    options = (FfnOptions(activation="gelu", k=k, rank=RANK, tau=20.0) for k in (MANY, FEW))
+    many, few = (ops.ffn(MlpWeights(up, None, down), option, Router(router), bank) for option in options)
     more, less = median_seconds(lambda: many(x), lambda: few(x))
     return max(more - less, 1e-9) / (len(x) * (MANY - FEW) * RANK * row)
 

@@ -7,20 +7,14 @@ nearer than the one it came from. Nothing but the order of the tokens changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dsc_kernels import native
+from dsc_kernels import min_hash, native
+from dsc_kernels.min_hash import MASK, checked
 
 TILE = 16
-INDEX_BITS = 20
-MASK = 0xFFFFFFFF
-
-Integers = TypeVar("Integers", Tensor, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,7 @@ def min_hash_order(picks: Tensor) -> Tensor:
     picks = checked(picks)
     if native.serves(torch.float32, picks.device):
         return native.min_hash_order(picks)
-    hashes = scramble(picks.long())
-    least = hashes.topk(min(2, picks.shape[1]), dim=1, largest=False, sorted=True).values
-    second = least[:, 1] if least.shape[1] > 1 else torch.full_like(least[:, 0], MASK)
-    index = torch.arange(len(picks), device=picks.device)
-    keys = (least[:, 0] >> 9 << 40) | (second >> 12 << INDEX_BITS) | index
-    return (keys.sort().values & ((1 << INDEX_BITS) - 1)).int()
+    return min_hash.min_hash_order(picks)
 
 
 def tiles(picks: Tensor, order: Tensor | None = None, tile: int = TILE) -> Tiles:
@@ -73,19 +62,3 @@ def tiles(picks: Tensor, order: Tensor | None = None, tile: int = TILE) -> Tiles
     unique = torch.unique((rows << 32)[:, None] | ordered)  # by tile, then atom
     ends = torch.bincount(unique >> 32, minlength=count).cumsum(0)
     return Tiles((unique & MASK).int(), torch.cat((ends.new_zeros(1), ends)), picks.numel())
-
-
-def checked(picks: Tensor) -> Tensor:
-    if picks.dim() != 2 or picks.shape[1] < 1 or picks.is_floating_point():
-        raise ValueError(f"picks are {picks.dtype} {list(picks.shape)}; expected integers [tokens, K], K at least 1")
-    if len(picks) > 1 << INDEX_BITS:
-        raise ValueError(f"{len(picks)} tokens cannot be ordered at once; at most {1 << INDEX_BITS} can")
-    return picks
-
-
-def scramble(values: Integers) -> Integers:
-    """A hash in [0, 2^32) of every int64 value, by its low 32 bits."""
-    x = values & MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
-    return x ^ (x >> 16)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsc_kernels import native, ops, plain
+from dsc_kernels.backend import OwningLayer
+from dsc_kernels.weights import AtomBank, FfnOptions, KvCache, MlpWeights, MoeOptions, Router
 
 LIBRARY: Any = torch.library.Library("dsc", "DEF")  # type: ignore[no-untyped-call]
 
@@ -32,16 +34,16 @@ class BuiltLayers:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[Key, tuple[ops.Layer, list[StorageWeakRef]]] = {}
+        self._layers: dict[Key, tuple[OwningLayer, list[StorageWeakRef]]] = {}
 
-    def get(self, settings: Key, weights: tuple[Tensor | None, ...], build: Callable[[], ops.Layer]) -> ops.Layer:
+    def get(self, settings: Key, weights: tuple[Tensor | None, ...], build: Callable[[], OwningLayer]) -> OwningLayer:
         """The layer of these weights, of which it copies one at least."""
         key = (ops.chosen(), native.active(), settings, *map(identity, weights))
         held = self._layers.get(key)
         if held is not None:
             return held[0]
         layer = build()
-        if getattr(layer, "owns_weights", False):
+        if layer.owns_weights:
             self._layers = {k: v for k, v in self._layers.items() if not any(ref.expired() for ref in v[1])}  # type: ignore[no-untyped-call]
             storages = (w.untyped_storage() for w in weights if w is not None)
             self._layers[key] = layer, [StorageWeakRef(storage) for storage in storages]  # type: ignore[no-untyped-call]
@@ -66,9 +68,9 @@ layers = BuiltLayers()
 
 
 def separate(x: Tensor) -> Any:
-    """The module whose `route` and `compose` serve; native kernels have them only within whole layers."""
-    module = ops.implementation(x.dtype, x.device)
-    return plain if module is native else module
+    """The backend whose `route` and `compose` serve; native kernels have them only within whole layers."""
+    backend = ops.backend(x.dtype, x.device)
+    return plain if backend is native else backend
 
 
 def route(
@@ -85,11 +87,13 @@ def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor
 
 def dsc_layer(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
     up, gate, down, activation, router, router_bias, u, v, gamma, k, tau, eps, norm_eps = arguments
-    routed = (router, router_bias, u, v, gamma)
-    weights, settings = (up, gate, down, *routed), (activation, k, tau, eps, norm_eps)
+    weights = (up, gate, down, router, router_bias, u, v, gamma)
+    settings = (activation, k, tau, eps, norm_eps)
 
     def build() -> ops.Ffn:
-        return ops.ffn(up, gate, down, activation, *routed, k, 0, tau, eps, norm_eps)
+        options = FfnOptions(activation=activation, k=k, tau=tau, eps=eps)
+        routing = Router(router, router_bias, norm_eps), AtomBank(u, v, gamma)
+        return ops.ffn(MlpWeights(up, gate, down), options, *routing)
 
     return layers.get(settings, weights, build)(x, residual)
 
@@ -99,21 +103,30 @@ def molora_layer(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
     weights, settings = (up, gate, down, router, router_bias, a, b), (activation, k, norm_eps)
 
     def build() -> ops.Ffn:
-        adapters = (a.flatten(0, 1), b.flatten(0, 1), torch.ones(1, device=a.device))
-        routed = {"k": k, "rank": a.shape[1], "tau": math.inf, "norm_eps": norm_eps}
-        return ops.ffn(up, gate, down, activation, router, router_bias, *adapters, **routed)
+        options = FfnOptions(activation=activation, k=k, rank=a.shape[1], tau=math.inf)
+        adapters = AtomBank(a.flatten(0, 1), b.flatten(0, 1), torch.ones(1, device=a.device))
+        return ops.ffn(MlpWeights(up, gate, down), options, Router(router, router_bias, norm_eps), adapters)
 
     return layers.get(settings, weights, build)(x, residual)
 
 
 def moe_layer(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
-    router, router_bias, up, gate, down, *settings = arguments
+    router, router_bias, up, gate, down, activation, k, normalize, norm_eps = arguments
+    settings = (activation, k, normalize, norm_eps)
 
-    def build() -> ops.Layer:
-        gates = None if gate is None else list(gate.unbind())
-        return ops.moe(router, router_bias, list(up.unbind()), gates, list(down.unbind()), *settings)
+    def build() -> OwningLayer:
+        options = MoeOptions(activation=activation, k=k, normalize=normalize)
+        gates = len(up) * [None] if gate is None else gate.unbind()
+        experts = [MlpWeights(*one) for one in zip(up.unbind(), gates, down.unbind(), strict=True)]
+        return ops.moe(Router(router, router_bias, norm_eps), experts, options)
 
-    return layers.get(tuple(settings), (up, gate, down, router, router_bias), build)(x, residual)
+    return layers.get(settings, (up, gate, down, router, router_bias), build)(x, residual)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+) -> Tensor:
+    return ops.decode_attention(q, KvCache(keys, values), tables, contexts, max_context_len, scale)
 
 
 def like_route(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *settings: Any) -> tuple[Tensor, ...]:
@@ -168,7 +181,7 @@ register(
 )
 register(f"moe_layer({LAYER}, {ROUTER}, {STATIC}, int k, bool normalize, float? norm_eps) -> Tensor", moe_layer)
 register(
-    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor contexts, int longest, float scale)"
-    " -> Tensor",
-    ops.decode_attention,
+    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor contexts, int max_context_len,"
+    " float scale) -> Tensor",
+    decode_attention,
 )

@@ -10,61 +10,32 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dsc_kernels import head as native_head
 from dsc_kernels import native, plain
-from dsc_kernels.native import Activation
-from dsc_kernels.stack import BlockLayers, NormWeights, Stack
+from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
+from dsc_kernels.weights import (
+    MAX_PICKS,
+    AtomBank,
+    DecoderLayer,
+    FfnOptions,
+    KvCache,
+    MlpWeights,
+    MoeOptions,
+    NormWeights,
+    Router,
+    Slots,
+)
+
+__all__ = ["Ffn", "Head", "Layer", "Linear", "Stack"]
 
 CPU = torch.device("cpu")
 
 _choice = "auto"
-
-
-class Linear(Protocol):
-    """out = act(x Wᵀ + bias) + residual; see `native.Linear`."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        activation: Activation = "none",
-        residual: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor: ...
-
-
-class Head(Linear, Protocol):
-    """A linear layer that also tells where its outputs are largest; see `head.Head`."""
-
-    def largest(self, x: Tensor) -> Tensor: ...
-
-
-class Layer(Protocol):
-    """x [B, d] → the layer's output plus residual, [B, d]."""
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
-
-
-class Ffn(Protocol):
-    """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        grouped: bool = False,
-        picks: Tensor | None = None,
-        signal: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
-        ...
 
 
 def use(name: str) -> None:
@@ -110,8 +81,8 @@ def triton_serves(dtype: torch.dtype, device: torch.device) -> bool:
     return compiler.serves(dtype, device)
 
 
-def implementation(dtype: torch.dtype, device: torch.device) -> Any:
-    """The module in use for tensors of this kind: `gpu.layers`, `native` or `plain`, which offer the same names."""
+def backend(dtype: torch.dtype, device: torch.device) -> Backend:
+    """The backend in use for tensors of this kind: `native`, `gpu.layers` or `plain`."""
     if native.serves(dtype, device) and _choice != "triton":
         return native
     if triton_serves(dtype, device):
@@ -136,114 +107,56 @@ def description(device: torch.device = CPU) -> str:
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """A product with weight [n, d], packed where that is faster; see `native.Linear`."""
-    layer: Linear = implementation(weight.dtype, weight.device).Linear(weight, bias)
-    return layer
+    """A product with weight [n, d], packed where that is faster."""
+    return backend(weight.dtype, weight.device).Linear(weight, bias)
 
 
 def head(weight: Tensor) -> Head:
-    """An output head [words, d]; see `head.Head`."""
-    module = implementation(weight.dtype, weight.device)
-    layer: Head = (native_head.Head if module is native else module.Linear)(weight)
-    return layer
+    """An output head [words, d]."""
+    return backend(weight.dtype, weight.device).Head(weight)
 
 
-def ffn(
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    activation: Activation,
-    router: Tensor | None = None,
-    router_bias: Tensor | None = None,
-    u: Tensor | None = None,
-    v: Tensor | None = None,
-    gamma: Tensor | None = None,
-    k: int = 0,
-    rank: int = 0,
-    tau: float = 0.0,
-    eps: float = 0.0,
-    norm_eps: float | None = None,
-) -> Ffn:
-    """A dense, DSC or mixture-of-LoRAs layer; see `native.Ffn`. The router may come in any wider dtype."""
-    module = implementation(up.dtype, up.device) if k * max(rank, 1) <= native.MAX_PICKS else plain
-    if module is not plain and router is not None:
-        router = router.to(up.dtype)
-    layer: Ffn = module.Ffn(up, gate, down, activation, router, router_bias, u, v, gamma, k, rank, tau, eps, norm_eps)
-    return layer
+def ffn(mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None) -> Ffn:
+    """A dense, DSC or mixture-of-LoRAs layer. The router may come in any wider dtype."""
+    chosen = backend(mlp.up.dtype, mlp.up.device) if options.k * max(options.rank, 1) <= MAX_PICKS else plain
+    if chosen is not plain and router is not None:
+        router = replace(router, weight=router.weight.to(mlp.up.dtype))
+    return chosen.Ffn(mlp, options, router, bank)
 
 
-def moe(
-    router: Tensor,
-    router_bias: Tensor | None,
-    up: list[Tensor],
-    gate: list[Tensor] | None,
-    down: list[Tensor],
-    activation: Activation,
-    k: int,
-    normalize: bool,
-    norm_eps: float | None,
-) -> Layer:
-    """A mixture of experts; see `native.Moe`. The router may come in any wider dtype."""
-    module = implementation(up[0].dtype, up[0].device)
-    if module is native and k > native.MAX_PICKS:
-        module = plain
-    if module is not plain:
-        router = router.to(up[0].dtype)
-    layer: Layer = module.Moe(router, router_bias, up, gate, down, activation, k, normalize, norm_eps)
-    return layer
+def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> OwningLayer:
+    """A mixture of experts. The router may come in any wider dtype."""
+    dtype = experts[0].up.dtype
+    chosen = backend(dtype, experts[0].up.device)
+    if chosen is native and options.k > MAX_PICKS:
+        chosen = plain
+    if chosen is not plain:
+        router = replace(router, weight=router.weight.to(dtype))
+    return chosen.Moe(router, experts, options)
 
 
-def stack(
-    words: Tensor,
-    places: Tensor | None,
-    norms: Sequence[tuple[NormWeights, NormWeights]],
-    projections: Sequence[tuple[Linear, Linear]],
-    heads: int,
-    kv_heads: int,
-    angles: Tensor | None,
-    ffns: Sequence[object],
-) -> Stack | None:
-    """Embedding and all blocks in one call, where every layer is native; None elsewhere. See `stack.Stack`."""
-    blocks = []
-    for (norm1, norm2), (qkv, out), ffn in zip(norms, projections, ffns, strict=True):
-        if not (isinstance(qkv, native.Linear) and isinstance(out, native.Linear)):
-            return None
-        if not isinstance(ffn, native.Ffn | native.Moe):
-            return None
-        blocks.append(BlockLayers(norm1, qkv, out, heads, kv_heads, angles, norm2, ffn))
-    return Stack(words, places, blocks)
+def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+    """Embeddings and all layers in one call, where the backend in use offers it and computes all of them; else None."""
+    return backend(token_embedding.dtype, token_embedding.device).stack(token_embedding, position_embedding, layers)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d], in float32; see `native.norm`."""
-    out: Tensor = implementation(x.dtype, x.device).norm(x, weight, bias, eps)
-    return out
+def norm(x: Tensor, weights: NormWeights) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d], in float32."""
+    return backend(x.dtype, x.device).norm(x, weights)
 
 
-def store_kv(
-    qkv: Tensor,
-    heads: int,
-    angles: Tensor | None,
-    positions: Tensor,
-    blocks: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """Write new tokens' keys and values to the pools, turned by `angles` first; see `native.store_kv`."""
-    implementation(qkv.dtype, qkv.device).store_kv(qkv, heads, angles, positions, blocks, offsets, keys, values)
+def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+    """Write new tokens' keys and values to the cache, queries and keys turned first; see `backend.Backend`."""
+    backend(qkv.dtype, qkv.device).store_kv(qkv, heads, cos_sin_cache, slots, cache)
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
 ) -> Tensor:
-    """Attention of one new token per sequence over its paged keys and values; see `native.decode_attention`."""
-    module = implementation(q.dtype, q.device)
-    out: Tensor = module.decode_attention(q, keys, values, tables, contexts, longest, scale)
-    return out
+    """Attention of one new token per sequence over its cached keys and values; see `backend.Backend`."""
+    return backend(q.dtype, q.device).decode_attention(q, cache, tables, contexts, max_context_len, scale)
 
 
-def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
-    """Attention of the last tokens of one sequence, each up to itself; see `native.chunk_attention`."""
-    out: Tensor = implementation(q.dtype, q.device).chunk_attention(q, keys, values, table, context, scale)
-    return out
+def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
+    """Attention of the last tokens of one sequence, each up to itself; see `backend.Backend`."""
+    return backend(q.dtype, q.device).chunk_attention(q, cache, table, context, scale)

@@ -1,17 +1,34 @@
 """The layers in plain torch, for every device and dtype: what serves where no kernel of ours does.
 
-The classes take what their twins in `native` take. Routers are kept in float32, since selection needs float32 logits.
+A backend (`backend.Backend`) that knows nothing of `native`. Routers are kept in float32, since selection needs float32
+logits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import grouping, reference
-from dsc_kernels.native import Activation
+from dsc_kernels import min_hash, reference
+from dsc_kernels.backend import UNROUTED
+from dsc_kernels.weights import (
+    Activation,
+    AtomBank,
+    DecoderLayer,
+    FfnOptions,
+    KvCache,
+    MlpWeights,
+    MoeOptions,
+    NormWeights,
+    Router,
+    Slots,
+)
 
+NAME = "plain"
+name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
 WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
@@ -24,16 +41,16 @@ def order_keys(values: Tensor) -> Tensor:
     return (ordered.to(torch.int64) << 32) | columns
 
 
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of float32 values [B, M], falling, and where they are, int64 [B, k]; ties in order."""
-    places = (values.shape[1] - 1) - (order_keys(values).topk(k, dim=1).values & 0xFFFFFFFF)
-    return values.gather(1, places), places
+    indices = (values.shape[1] - 1) - (order_keys(values).topk(k, dim=1).values & 0xFFFFFFFF)
+    return values.gather(1, indices), indices
 
 
 def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     """`reference.select` for float32 logits [B, M] without sorting a row; a NaN ranks below every number."""
     clamped = logits.clamp(-tau, tau) + 0.0  # + 0.0 makes −0 and 0 tie, as numbers do
-    _, atoms = largest(torch.where(clamped.isnan(), -torch.inf, clamped), k)
+    _, atoms = top_k(torch.where(clamped.isnan(), -torch.inf, clamped), k)
     return clamped.gather(1, atoms), atoms
 
 
@@ -68,7 +85,10 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear:
-    """out = act(x Wᵀ + bias) + residual, W [n, d]."""
+    """out = act(x Wᵀ + bias) + residual, W [n, d]; also as an output head."""
+
+    backend = NAME
+    screened = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -91,48 +111,43 @@ class Linear:
             y = y + residual
         return y if out_dtype is None else y.to(out_dtype)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def argmax(self, x: Tensor) -> Tensor:
         """Where each row has its largest output: int64 [B]."""
         return self(x, out_dtype=torch.float32).argmax(dim=1)
 
 
-class Mlp:
-    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate; GELU in its exact form."""
+Head = Linear
 
-    def __init__(self, up: Tensor, gate: Tensor | None, down: Tensor, activation: Activation) -> None:
-        self.up, self.gate, self.down, self.activation = up, gate, down, ACTIVATIONS[activation]
+
+class Mlp:
+    """`MlpWeights` with their activation; GELU in its exact form."""
+
+    def __init__(self, weights: MlpWeights, activation: Activation) -> None:
+        self.weights, self.activation = weights, ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        up = F.linear(x, self.up)
-        hidden = self.activation(up) if self.gate is None else self.activation(F.linear(x, self.gate)) * up
-        return F.linear(hidden, self.down)
+        w = self.weights
+        up = F.linear(x, w.up)
+        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate)) * up
+        return F.linear(hidden, w.down)
 
 
 class Ffn:
-    """A static MLP plus a routed composition of rank-1 atoms: DSC; with `rank`, a mixture of LoRAs; without, dense."""
+    """A static MLP plus a routed composition of rank-1 atoms; see `backend.Ffn`."""
+
+    backend = NAME
+    owns_weights = False
+    screened = False
+    rescored = (0, 0)
 
     def __init__(
-        self,
-        up: Tensor,
-        gate: Tensor | None,
-        down: Tensor,
-        activation: Activation,
-        router: Tensor | None = None,
-        router_bias: Tensor | None = None,
-        u: Tensor | None = None,
-        v: Tensor | None = None,
-        gamma: Tensor | None = None,
-        k: int = 0,
-        rank: int = 0,
-        tau: float = 0.0,
-        eps: float = 0.0,
-        norm_eps: float | None = None,
+        self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
     ) -> None:
-        self.static = Mlp(up, gate, down, activation)
-        self.router = None if router is None else router.float()
-        self.router_bias = None if router_bias is None else router_bias.float()
-        self.u, self.v, self.gamma = u, v, None if gamma is None else gamma.float()
-        self.k, self.rank, self.tau, self.eps, self.norm_eps = k, rank, tau, eps, norm_eps
+        if (router is None) != (bank is None):
+            raise ValueError(UNROUTED)
+        self.static, self.options = Mlp(mlp, options.activation), options
+        self.router = None if router is None else wide_router(router)
+        self.bank = None if bank is None else AtomBank(bank.u, bank.v, bank.gamma.float())
 
     def __call__(
         self,
@@ -142,7 +157,7 @@ class Ffn:
         picks: Tensor | None = None,
         signal: Tensor | None = None,
     ) -> Tensor:
-        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `native.Ffn`."""
+        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `backend.Ffn`."""
         if self.router is None:
             out = self.static(x)
         else:
@@ -157,53 +172,48 @@ class Ffn:
         self, x: Tensor, residual: Tensor | None = None, grouped: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
-        if self.router is None or self.u is None or self.v is None or self.gamma is None:
+        if self.router is None or self.bank is None:
             raise ValueError("this layer has no router")
-        if self.rank:
-            logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
-            selected, atoms = select(logits, self.k, self.tau)
+        r, bank, o = self.router, (self.bank.u, self.bank.v, self.bank.gamma), self.options
+        if o.rank:
+            logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+            selected, atoms = select(logits, o.k, o.tau)
             weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
-            rows = (atoms[:, :, None] * self.rank + torch.arange(self.rank, device=x.device)).flatten(1)
-            spread = weights.repeat_interleave(self.rank, dim=1)
+            rows = (atoms[:, :, None] * o.rank + torch.arange(o.rank, device=x.device)).flatten(1)
+            spread = weights.repeat_interleave(o.rank, dim=1)
         else:
-            bias, settings = self.router_bias, (self.k, self.tau, self.eps, self.norm_eps)
-            atoms, weights, signal = route(x, self.router, bias, *settings)
+            atoms, weights, signal = route(x, r.weight, r.bias, o.k, o.tau, o.eps, r.norm_eps)
             rows, spread = atoms, weights
         static = self.static(x)
         if grouped:
-            order = grouping.min_hash_order(atoms).long()
-            bank = (self.u, self.v, self.gamma)
+            order = min_hash.min_hash_order(atoms).long()
             composed = compose_add(static[order], x[order], rows[order], spread[order], *bank)
             out = torch.empty_like(composed).index_copy_(0, order, composed)
         else:
-            out = compose_add(static, x, rows, spread, self.u, self.v, self.gamma)
+            out = compose_add(static, x, rows, spread, *bank)
         out = out.to(x.dtype)
         return out if residual is None else out + residual, atoms, weights, signal
+
+
+def wide_router(router: Router) -> Router:
+    """The same in float32."""
+    return Router(router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
 
 
 class Moe:
     """The mixture of experts: tokens sorted by expert, one pair of products per expert."""
 
-    def __init__(
-        self,
-        router: Tensor,
-        router_bias: Tensor | None,
-        up: list[Tensor],
-        gate: list[Tensor] | None,
-        down: list[Tensor],
-        activation: Activation,
-        k: int,
-        normalize: bool,
-        norm_eps: float | None,
-    ) -> None:
-        gates = [None] * len(up) if gate is None else gate
-        self.experts = [Mlp(u, g, d, activation) for u, g, d in zip(up, gates, down, strict=True)]
-        self.router, self.k, self.normalize, self.norm_eps = router.float(), k, normalize, norm_eps
-        self.router_bias = None if router_bias is None else router_bias.float()
+    backend = NAME
+    owns_weights = False
+
+    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+        self.experts = [Mlp(expert, options.activation) for expert in experts]
+        self.router, self.k, self.normalize = wide_router(router), options.k, options.normalize
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
-        logits = reference.router_logits(x.float(), self.router, self.router_bias, self.norm_eps)
+        r = self.router
+        logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
         weights, experts = reference.softmax_top_k(logits, self.k)
         return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
 
@@ -224,54 +234,50 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d]."""
-    if bias is not None:
-        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return torch.rms_norm(x, x.shape[-1:], weight, eps)
+def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
+    """There is no such call here."""
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the halves of each head x [T, heads, size] by angles [T, 2, size / 2], in float32 or wider."""
-    cos, sin = angles[:, None, 0], angles[:, None, 1]
+def norm(x: Tensor, weights: NormWeights) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d]."""
+    if weights.bias is not None:
+        return torch.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, weights.eps)
+    return torch.rms_norm(x, x.shape[-1:], weights.weight, weights.eps)
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Turn the halves of each head x [T, heads, size] by cosines and sines [T, 2, size / 2], in float32 or wider."""
+    cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def store_kv(
-    qkv: Tensor,
-    heads: int,
-    angles: Tensor | None,
-    positions: Tensor,
-    blocks: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """Write new tokens' keys and values to the pools; queries (in place) and keys are turned by `angles` first."""
+def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+    """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first."""
+    (positions, blocks, offsets), (keys, values) = slots, cache
     turned = heads + keys.shape[1]
-    if angles is not None:
-        qkv[:, :turned] = rotate(qkv[:, :turned], angles[positions])
+    if cos_sin_cache is not None:
+        qkv[:, :turned] = rotate(qkv[:, :turned], cos_sin_cache[positions])
     keys[blocks, :, offsets] = qkv[:, heads:turned]
     values[blocks, :, offsets] = qkv[:, turned:]
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
 ) -> Tensor:
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
-    seen = torch.arange(longest, device=q.device)[None] < contexts[:, None]
+    seen = torch.arange(max_context_len, device=q.device)[None] < contexts[:, None]
     # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
-    k, v = (gather_context(p, tables, longest).masked_fill_(~seen[:, None, :, None], 0.0) for p in (keys, values))
+    k, v = (gather_context(p, tables, max_context_len).masked_fill_(~seen[:, None, :, None], 0.0) for p in cache)
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
 
 
-def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself, over copies of its keys and values."""
     count, heads, _ = q.shape
-    k, v = (gather_context(pool, table[None], context) for pool in (keys, values))
+    k, v = (gather_context(pool, table[None], context) for pool in cache)
     mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril(context - count)
     spoilt = silence(k[0, :, context - count :], v[0, :, context - count :])
     grouped = k.shape[1] != heads

@@ -162,9 +162,9 @@ def moe_layer(
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
 ) -> Tensor:
-    """softmax(q Kᵀ · scale) V of one token per sequence over the first `contexts` ≤ `longest` cached positions.
+    """softmax(q Kᵀ · scale) V of one token per sequence over the first `contexts` ≤ `max_context_len` cached positions.
 
     q [S, heads, size]; keys, values [blocks, kv heads, block, size]; tables [S, W]; contexts [S]. Returns q's shape.
     """

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_kernels import native
-from dsc_kernels.grouping import scramble
+from dsc_kernels.min_hash import scramble
+from dsc_kernels.native.extension import kernels
 
 WORDS = 16
 BITS = 64 * WORDS
@@ -53,7 +54,12 @@ class Sketch:
         self._last = np.full((layers, atoms), -1, dtype=np.int32)
         self._native = native.active() is not None
         self._held = (self.vocabulary, self.counts, self._last, self.distinct)
-        self._addresses = [array.ctypes.data for array in self._held]
+        self._addresses = {
+            "vocabulary": self.vocabulary.ctypes.data,
+            "counts": self.counts.ctypes.data,
+            "last": self._last.ctypes.data,
+            "distinct": self.distinct.ctypes.data,
+        }
 
     def observe(
         self,
@@ -80,10 +86,24 @@ class Sketch:
             self._observe(picks, token_ids, owners, signatures)
             return
         targets = np.array([signature.address for signature in signatures], dtype=np.uint64)
-        native.module().sketch(
-            *(picks.ctypes.data, token_ids.ctypes.data, owners.ctypes.data, targets.ctypes.data, *self._addresses),
-            *(layers, tokens, k, self.atoms, picks.strides[0] // 4, len(self.vocabulary), self.divisor),
-            *(self.steps, len(signatures)),
+        kernels.sketch(
+            picks=picks.ctypes.data,
+            token_ids=token_ids.ctypes.data,
+            owners=owners.ctypes.data,
+            signatures=targets.ctypes.data,
+            vocabulary=self._addresses["vocabulary"],
+            counts=self._addresses["counts"],
+            last=self._addresses["last"],
+            distinct=self._addresses["distinct"],
+            layers=layers,
+            tokens=tokens,
+            k=k,
+            atoms=self.atoms,
+            layer_stride=picks.strides[0] // 4,
+            rows=len(self.vocabulary),
+            divisor=self.divisor,
+            step=self.steps,
+            requests=len(signatures),
         )
 
     def predict(self, token_ids: Sequence[int]) -> Bitmap | None:

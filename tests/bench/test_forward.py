@@ -16,7 +16,6 @@ from dsc_serve.bench.step.forward import Forward, ForwardBench, build, run_forwa
 from dsc_serve.bench.step.forward_command import forward_command
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import dsc_layers
-from dsc_serve.model.description import screens
 from dsc_serve.model.initial import initial_tensors, preset_config
 
 SMALL = ForwardBench(sequences=2, length=20, repeats=2, threads=1)
@@ -64,7 +63,7 @@ def test_every_system_gets_a_time_and_is_compared_with_our_moe(tmp_path: Path) -
 def test_a_model_gets_the_router_that_is_asked_for(router: RouterPrecision, screened: bool) -> None:
     config, before = forward.preset_config("paper", "dsc"), native.router_precision()
     model = build("dsc", SMALL, None, dict(initial_tensors(config, 0, torch.bfloat16)), router)
-    assert [screens(layer) for layer in dsc_layers(model)] == [screened] * config.num_hidden_layers
+    assert [layer.layer.screened for layer in dsc_layers(model)] == [screened] * config.num_hidden_layers
     assert native.router_precision() == before
 
 

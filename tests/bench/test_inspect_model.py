@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.small_models import SMALL_FFN, small_config, wide_tensors
 
-from dsc_kernels import head, native
+from dsc_kernels import native
+from dsc_kernels.native import head
 from dsc_serve.bench.step import inspect_model
 from dsc_serve.bench.step.inspect_model import Routers, bytes_read, inspect_folder
 from dsc_serve.model.checkpoint import save_checkpoint
@@ -72,7 +73,7 @@ def test_bytes_follow_what_the_engine_chose_not_what_was_asked(tmp_path: Path, m
     config = small_config("dsc", max_position_embeddings=256)
     save_checkpoint(config, {name: tensor.bfloat16() for name, tensor in wide_tensors(config).items()}, tmp_path)
     monkeypatch.setattr(native.layers, "screens", lambda router, k: True)  # as "auto" decides for wide routers
-    monkeypatch.setattr(head, "screens", lambda words, d: True)
+    monkeypatch.setattr(head, "screens_head", lambda words, d: True)
     found = inspect_folder(tmp_path, (1,), 1, "auto")
     steps: Any = found["steps"]
     assert steps["1"]["bytes"]["router"] == 2 * 37 * 32 and steps["1"]["bytes"]["head"] == 61 * 32

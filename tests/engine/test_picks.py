@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.weights import AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.engine.output import RoutingSlice
 from dsc_serve.sampling_params import MAX_PICKS, EngineCapacity, ParameterError, resolve_max_tokens
@@ -128,8 +129,9 @@ def test_a_routed_layer_gives_the_same_output_bit_for_bit(dtype: torch.dtype, ke
 
     try:
         ops.use(kernels)
-        bank = {"router": random(37, 32), "u": random(37, 32), "v": random(37, 32), "gamma": random(32).float()}
-        layer = ops.ffn(random(24, 32), None, random(32, 24), "gelu", **bank, k=3, tau=20.0, eps=1e-6)
+        router, bank = Router(random(37, 32)), AtomBank(random(37, 32), random(37, 32), random(32).float())
+        options = FfnOptions(activation="gelu", k=3, tau=20.0, eps=1e-6)
+        layer = ops.ffn(MlpWeights(random(24, 32), None, random(32, 24)), options, router, bank)
         x, residual = random(tokens, 32), random(tokens, 32)
         assert torch.equal(layer(x, residual), layer.routed(x, residual)[0])
         assert torch.equal(layer(x), layer.routed(x)[0])

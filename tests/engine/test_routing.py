@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from support.small_models import small_config, wide_tensors
 
 from dsc_kernels import native
-from dsc_kernels.grouping import TILE, scramble
+from dsc_kernels.grouping import TILE
+from dsc_kernels.min_hash import scramble
 from dsc_kernels.sketch import BITS, Signature, Sketch
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import EngineConfig

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
 from dsc_kernels import plain, reference
+from dsc_kernels.weights import KvCache, MlpWeights
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -53,7 +55,7 @@ def test_dsc_layer(dtype: torch.dtype, d: int, atoms: int, k: int, batch: int) -
     arguments = dsc_layer(dtype, d, atoms, k)
     wide = {name: t.double() if isinstance(t, Tensor) else t for name, t in arguments.items()}
     x = random(torch.Generator().manual_seed(batch), dtype, batch, d)
-    out, picks, weights, _ = layers.Ffn(**arguments).routed(x)
+    out, picks, weights, _ = layers.Ffn(**ffn_parts(**arguments)).routed(x)
     logits = reference.router_logits(x.double(), wide["router"], wide["router_bias"], 1e-5).clamp(-20, 20)
     ordered = logits.sort(dim=1, descending=True)
     sure = ordered.values[:, k - 1] - ordered.values[:, k] > 1e-3
@@ -61,7 +63,7 @@ def test_dsc_layer(dtype: torch.dtype, d: int, atoms: int, k: int, batch: int) -
     assert bool(same[sure].all())
     want_weights, _ = reference.coefficients(logits.gather(1, picks.long()), 1e-6)
     dynamic = reference.compose(x.double(), picks.long(), want_weights, wide["u"], wide["v"], wide["gamma"])
-    want = plain.Mlp(wide["up"], None, wide["down"], "gelu")(x.double()) + dynamic
+    want = plain.Mlp(MlpWeights(wide["up"], None, wide["down"]), "gelu")(x.double()) + dynamic
     assert error(out, want) < TOLERANCE[dtype] and error(weights, want_weights) < 1e-3
 
 
@@ -74,11 +76,13 @@ def test_moe_layer_waits_for_nothing(dtype: torch.dtype, batch: int) -> None:
     up = [random(g, dtype, 545, 384, scale=384**-0.5) for _ in range(5)]
     down = [random(g, dtype, 384, 545, scale=545**-0.5) for _ in range(5)]
     router = random(g, dtype, 5, 384, scale=384**-0.5)
-    layer = layers.Moe(router, None, up, None, down, "gelu", 2, False, 1e-5)
+    options = {"activation": "gelu", "k": 2}
+    layer = layers.Moe(**moe_parts(router, None, up, None, down, 1e-5, **options))
     x = random(g, dtype, batch, 384)
     out = layer(x)
     weights, experts = layer.route(x)
-    oracle = plain.Moe(router, None, [w.double() for w in up], None, [w.double() for w in down], "gelu", 2, False, 1e-5)
+    matrices = [w.double() for w in up], None, [w.double() for w in down]
+    oracle = plain.Moe(**moe_parts(router, None, *matrices, 1e-5, **options))
     outputs = torch.stack([expert(x.double()) for expert in oracle.experts], dim=1)
     picked = outputs.gather(1, experts[:, :, None].expand(-1, -1, 384))
     assert error(out, (picked * weights.double()[:, :, None]).sum(dim=1)) < TOLERANCE[dtype]
@@ -99,7 +103,7 @@ def test_decode_attention(dtype: torch.dtype, kv_heads: int, group: int, size: i
     keys, values = (random(g, dtype, 600, kv_heads, 16, size) for _ in range(2))
     tables = torch.randperm(600, generator=g)[:516].view(4, 129).cuda()
     q = random(g, dtype, 4, kv_heads * group, size)
-    got = decode_attention(q, keys, values, tables, contexts, 2049, size**-0.5)
-    pools = (keys.double(), values.double())
-    want = plain.decode_attention(q.double(), *pools, tables, contexts, 2049, size**-0.5)
+    got = decode_attention(q, KvCache(keys, values), tables, contexts, 2049, size**-0.5)
+    wide = KvCache(keys.double(), values.double())
+    want = plain.decode_attention(q.double(), wide, tables, contexts, 2049, size**-0.5)
     assert error(got, want) < TOLERANCE[dtype]

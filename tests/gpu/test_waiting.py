@@ -202,5 +202,5 @@ def test_the_bank_lies_on_the_device_once(
     engine, _ = engine_on(gpu, small_model(), monkeypatch)
     for layer in engine.runner.model.layers:  # type: ignore[attr-defined]
         assert isinstance(layer.ffn, DscFfn)
-        assert layer.ffn.layer.u is layer.ffn.u and layer.ffn.layer.v is layer.ffn.v  # type: ignore[attr-defined]
+        assert layer.ffn.layer.bank.u is layer.ffn.u and layer.ffn.layer.bank.v is layer.ffn.v  # type: ignore[attr-defined]
         assert on_device(layer.ffn.u)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.native_cases import Guarded
 
-from dsc_kernels import head, native
+from dsc_kernels import native
+from dsc_kernels.native import head
 
 
 @pytest.fixture(scope="module")

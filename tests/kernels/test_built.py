@@ -21,4 +21,4 @@ BUILDS = (
 
 @pytest.mark.skipif(not BUILDS, reason="needs x86-64 Linux, g++ and the headers of Python")
 def test_kernels_are_built_where_they_can_be() -> None:
-    assert native.dispatch._native is not None, "the build failed, which the installation leaves unsaid; see setup.py"
+    assert native.kernels.supported(), "the build failed, which the installation leaves unsaid; see setup.py"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parts import ffn_parts
 from support.operator_cases import EPS, TAU, arguments, decided, wide
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 def layer(values: tuple[Any, ...]) -> ops.Ffn:
     """The layer of `dsc_layer`'s arguments."""
     *weights, k, tau, eps, norm_eps = values[2:]
-    return ops.ffn(*weights, k, 0, tau, eps, norm_eps)
+    return ops.ffn(**ffn_parts(*weights, norm_eps, k=k, tau=tau, eps=eps))
 
 
 def compared(values: tuple[Any, ...]) -> None:
@@ -79,7 +80,8 @@ def test_larger_layers_match_float64(kernels: str, sizes: tuple[int, int, int, i
 def of_logits(logits: Tensor, k: int) -> ops.Ffn:
     """A layer whose logits are the given ones for every token."""
     zero, none = torch.zeros(logits.numel(), 1), torch.zeros(1, 1)
-    return ops.ffn(none, None, none, "none", zero, logits, zero, zero, torch.ones(1), k, 0, TAU, EPS)
+    bank = zero, zero, torch.ones(1)
+    return ops.ffn(**ffn_parts(none, None, none, "none", zero, logits, *bank, k=k, tau=TAU, eps=EPS))
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
@@ -87,8 +89,8 @@ def test_winners_are_found_in_every_block_of_a_large_bank(kernels: str, tokens: 
     g = torch.Generator().manual_seed(0)
     for start in range(0, 70_000, 9_973):
         logits = torch.rand(70_000, generator=g) - 5
-        places = torch.tensor([start, 69_999 - start, (start * 7 + 13) % 70_000, (start + 34_000) % 70_000])
-        logits[places] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+        winners = torch.tensor([start, 69_999 - start, (start * 7 + 13) % 70_000, (start + 34_000) % 70_000])
+        logits[winners] = torch.tensor([9.0, 8.0, 7.0, 6.0])
         want = reference.select(logits[None].double(), 4, TAU)[1]
         picks = of_logits(logits, 4).routed(torch.ones(tokens, 1))[1]
         assert torch.equal(picks.long(), want.expand(tokens, -1)), start

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layer_parts import ffn_parts
 from torch import Tensor
 
 from dsc_kernels import grouping, native, ops, reference
@@ -109,10 +110,10 @@ def layer(dtype: torch.dtype, d: int, atoms: int, k: int, rank: int = 0) -> Any:
 
     rows = atoms * max(rank, 1)
     bank = [reference.project(torch.randn(rows, d, generator=g), 1e-6).to(dtype) for _ in range(2)]
-    return ops.ffn(
-        *(weight(24, d), None, weight(d, 24), "gelu", weight(atoms, d), torch.randn(atoms, generator=g), *bank),
-        *(torch.rand(d, generator=g), k, rank, 20.0, 1e-6, 1e-5),
-    )
+    static = (weight(24, d), None, weight(d, 24), "gelu")
+    router = (weight(atoms, d), torch.randn(atoms, generator=g))
+    options = {"k": k, "rank": rank, "tau": 20.0, "eps": 1e-6}
+    return ops.ffn(**ffn_parts(*static, *router, *bank, torch.rand(d, generator=g), 1e-5, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

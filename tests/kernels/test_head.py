@@ -1,4 +1,4 @@
-"""Each token's likeliest word is the first largest logit, also where the head is screened in int8."""
+"""Each token's most likely word is the first largest logit, also where the head is screened in int8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from support.native_cases import CASES, DTYPES, Guarded
 from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
 
-from dsc_kernels import head, native, ops
+from dsc_kernels import native, ops
+from dsc_kernels.native import head
+from dsc_kernels.native.screen import MAX_WIDTH
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
@@ -22,9 +24,9 @@ pytestmark = [
 
 @pytest.fixture(params=["exact", "int8-certified"], autouse=True)
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    head.use(request.param)
+    native.use_head(request.param)
     yield request.param
-    head.use("auto")
+    native.use_head("auto")
 
 
 def first_largest(logits: Tensor) -> list[int]:
@@ -58,26 +60,26 @@ def test_it_is_the_argmax_of_the_logits(
     g = torch.Generator().manual_seed(seed)
     weight, x = WEIGHTS[kind](g, words, d).to(dtype), INPUTS[inputs](g, batch, d).to(dtype)
     bias = torch.randn(words, generator=g) if biased else None
-    made = head.Head(weight, bias)
-    got = made.largest(x)
+    made = native.Head(weight, bias)
+    got = made.argmax(x)
     assert got.shape == (batch,)
     if batch:
         assert got.tolist() == first_largest(made(x, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
-def test_logits_that_are_no_numbers_are_a_place_in_range(guarded: Guarded, value: float) -> None:
-    assert head.Head(torch.ones(40, 3)).largest(torch.full((2, 3), value)).tolist() == [0, 0]
+def test_logits_that_are_no_numbers_are_an_index_in_range(guarded: Guarded, value: float) -> None:
+    assert native.Head(torch.ones(40, 3)).argmax(torch.full((2, 3), value)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rows_and_tokens_that_are_not_finite_touch_no_others(value: float) -> None:
     g = torch.Generator().manual_seed(3)
     weight, x = torch.randn(3000, 48, generator=g), torch.randn(9, 48, generator=g)
-    clean = head.Head(weight).largest(x)
+    clean = native.Head(weight).argmax(x)
     weight[2999, 5], x[4, 7] = value, value
-    made = head.Head(weight)
-    got = made.largest(x)
+    made = native.Head(weight)
+    got = made.argmax(x)
     assert got.tolist() == first_largest(made(x, out_dtype=torch.float32))
     unharmed = [i for i in range(9) if i != 4 and got[i] != 2999]
     assert torch.equal(got[unharmed], clean[unharmed])
@@ -88,53 +90,53 @@ def test_few_panels_are_multiplied_again_and_counted(precision: str, threads: in
     g = torch.Generator().manual_seed(2)
     weight = torch.randn(20000, 384, generator=g) / 20
     weight[10000:, 0] -= 1  # the second thread's words: no likely ones, and all alike
-    made = head.Head(weight.bfloat16())
+    made = native.Head(weight.bfloat16())
     x = torch.randn(100, 384, generator=g)
     x[:, [5, 6, 200]] *= 40  # without a second digit for these, most words would be nominees
     x[:, 0] = 20
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    got = made.largest(x.bfloat16()).tolist()
+    got = made.argmax(x.bfloat16()).tolist()
     torch.set_num_threads(before)
     assert got == first_largest(made(x.bfloat16(), out_dtype=torch.float32))
     if precision == "exact":
-        assert made.screen.counts is None
+        assert not made.screened
         return
-    assert made.screen.counts is not None
-    panels, tokens, *_ = made.screen.counts.tolist()
+    assert made.screened
+    panels, tokens = made.screen.count("rescored"), made.screen.count("tokens")
     assert tokens == 100
     assert 1 <= panels / tokens < 12
 
 
 def test_a_head_that_screening_does_not_help_is_multiplied_out(precision: str) -> None:
     """All words are alike, so all are nominees: it is found out in 8 calls, and tried again after 512."""
-    made = head.Head(torch.ones(2000, 16))
+    made = native.Head(torch.ones(2000, 16))
     for calls, screened in ((9, 8), (511, 8), (1, 9), (10, 16)):
         for _ in range(calls):
-            assert made.largest(torch.ones(3, 16)).tolist() == [0] * 3
+            assert made.argmax(torch.ones(3, 16)).tolist() == [0] * 3
         if precision != "exact":
-            assert made.screen.counts is not None
-            assert made.screen.counts[:2].tolist() == [3 * 125 * screened, 3 * screened]
+            counted = made.screen.count("rescored"), made.screen.count("tokens")
+            assert counted == (3 * 125 * screened, 3 * screened)
 
 
 def test_auto_screens_large_heads_where_int8_is_fast() -> None:
-    head.use("auto")
-    assert head.screens(head.SCREENED_WORDS, 64) == (native.active() in native.SCREENING_SETS)
-    assert not head.screens(head.SCREENED_WORDS - 1, 64)
-    assert not head.screens(head.SCREENED_WORDS, head.MAX_WIDTH + 1)
+    native.use_head("auto")
+    assert native.screens_head(head.SCREENED_WORDS, 64) == (native.active() in native.SCREENING_SETS)
+    assert not native.screens_head(head.SCREENED_WORDS - 1, 64)
+    assert not native.screens_head(head.SCREENED_WORDS, MAX_WIDTH + 1)
 
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"head_precision 'int4' is not known; allowed: auto, exact, int8-certified"):
-        head.use("int4")  # type: ignore[arg-type]
+        native.use_head("int4")  # type: ignore[arg-type]
 
 
 def test_plain_torch_finds_the_same() -> None:
     g = torch.Generator().manual_seed(5)
     weight, x = torch.randint(-3, 4, (70, 12), generator=g).float(), torch.randint(-3, 4, (6, 12), generator=g).float()
-    native_places = ops.head(weight).largest(x)
+    native_indices = ops.head(weight).argmax(x)
     active = native.active()
     native.use("plain")
-    plain_places = ops.head(weight).largest(x)
+    plain_indices = ops.head(weight).argmax(x)
     native.use(active or "plain")
-    assert torch.equal(native_places, plain_places)
+    assert torch.equal(native_indices, plain_indices)

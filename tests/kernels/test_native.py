@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_parts import ffn_parts
 from support.native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, random, routed_layer
 
 from dsc_kernels import native, plain
+from dsc_kernels.weights import Activation, KvCache, NormWeights, Slots
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
@@ -40,7 +42,7 @@ def test_linear(
     d: int,
     n: int,
     dtype: torch.dtype,
-    activation: native.Activation,
+    activation: Activation,
     options: tuple[bool, bool, bool],
 ) -> None:
     with_bias, with_residual, wide = options
@@ -65,7 +67,7 @@ def test_linear(
     group=st.integers(1, 4),
     size=st.sampled_from([16, 20, 24, 64, 80, 128]),
     block=st.integers(1, 17),
-    longest=st.integers(1, 70),
+    max_context_len=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES),
 )
 def test_decode_attention(
@@ -76,17 +78,17 @@ def test_decode_attention(
     group: int,
     size: int,
     block: int,
-    longest: int,
+    max_context_len: int,
     dtype: torch.dtype,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    width = -(-longest // block)
+    width = -(-max_context_len // block)
     blocks = batch * width + 3
     keys, values = (random(g, dtype, blocks, kv_heads, block, size) for _ in range(2))
     tables = torch.randperm(blocks, generator=g)[: batch * width].view(batch, width)
-    contexts = torch.randint(1, longest + 1, (batch,), generator=g)
+    contexts = torch.randint(1, max_context_len + 1, (batch,), generator=g)
     q = random(g, dtype, batch, kv_heads * group + 2 * kv_heads, size)[:, : kv_heads * group]  # a slice of q, k, v
-    got = native.decode_attention(q, keys, values, tables, contexts, longest, size**-0.5)
+    got = native.decode_attention(q, KvCache(keys, values), tables, contexts, max_context_len, size**-0.5)
     for row in range(batch):
         k, v = (plain.gather_context(p, tables[row : row + 1], int(contexts[row]))[0].double() for p in (keys, values))
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -126,7 +128,7 @@ def test_chunk_attention(
     for pool in (keys, values):
         pool.transpose(1, 2)[~used] = torch.nan  # what another sequence left
     q = random(g, dtype, count, heads + 2 * kv_heads, size)[:, :heads]  # a slice of q, k, v
-    got = native.chunk_attention(q, keys, values, table, context, size**-0.5)
+    got = native.chunk_attention(q, KvCache(keys, values), table, context, size**-0.5)
     k, v = (plain.gather_context(pool, table[None], context)[0].double() for pool in (keys, values))
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = (q.double().transpose(0, 1) @ k.transpose(1, 2)) * size**-0.5
@@ -134,7 +136,7 @@ def test_chunk_attention(
     want = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
     assert error(got, want) < TOLERANCE[dtype]
     cut = count // 2  # the first half as a chunk of its own: nothing depends on how a prompt is divided
-    first = native.chunk_attention(q[:cut], keys, values, table, before + cut, size**-0.5)
+    first = native.chunk_attention(q[:cut], KvCache(keys, values), table, before + cut, size**-0.5)
     assert torch.equal(first, got[:cut])
 
 
@@ -144,14 +146,14 @@ def test_blocks_may_lie_in_any_order(guarded: Guarded, block: int, kv_heads: int
     """Also so that the first and the last of some keys are as far apart as if those between followed each other."""
     g = torch.Generator().manual_seed(block)
     width = 32 // block
-    pools = [random(g, dtype, width, kv_heads, block, 16) for _ in range(2)]
+    cache = KvCache(*(random(g, dtype, width, kv_heads, block, 16) for _ in range(2)))
     q = random(g, dtype, 32, kv_heads, 16)
     for at in range(1, width):
         table = torch.arange(width)
         table[at - 1], table[at] = at, at - 1
-        got = native.chunk_attention(q, *pools, table, 32, 0.25)
-        in_order = (pool[table] for pool in pools)
-        assert torch.equal(got, native.chunk_attention(q, *in_order, torch.arange(width), 32, 0.25))
+        got = native.chunk_attention(q, cache, table, 32, 0.25)
+        in_order = KvCache(*(part[table] for part in cache))
+        assert torch.equal(got, native.chunk_attention(q, in_order, torch.arange(width), 32, 0.25))
 
 
 @CASES
@@ -178,19 +180,18 @@ def test_store_kv(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     blocks = -(-tokens // block) + 2
-    slots = torch.randperm(blocks * block, generator=g)[:tokens]
-    places = (slots // block, slots % block)
-    angles = torch.randn(50, 2, size // 2, generator=g) if turned else None
-    positions = torch.randint(50, (tokens,), generator=g)
+    rows = torch.randperm(blocks * block, generator=g)[:tokens]
+    cos_sin = torch.randn(50, 2, size // 2, generator=g) if turned else None
+    slots = Slots(torch.randint(50, (tokens,), generator=g), rows // block, rows % block)
     qkv = random(g, dtype, tokens, heads + 2 * kv_heads, size)
-    pools = [random(g, dtype, blocks, kv_heads, block, size) for _ in range(2)]
-    want = [t.clone() for t in (qkv, *pools)]
-    plain.store_kv(want[0], heads, angles, positions, *places, *want[1:])
-    native.store_kv(qkv, heads, angles, positions, *places, *pools)
+    cache = KvCache(*(random(g, dtype, blocks, kv_heads, block, size) for _ in range(2)))
+    want = [t.clone() for t in (qkv, *cache)]
+    plain.store_kv(want[0], heads, cos_sin, slots, KvCache(*want[1:]))
+    native.store_kv(qkv, heads, cos_sin, slots, cache)
     torch.testing.assert_close(
         qkv[:, :heads], want[0][:, :heads], atol=1e-6, rtol=1e-2 if dtype != torch.float32 else 1e-5
     )
-    for got, expected in zip(pools, want[1:], strict=True):
+    for got, expected in zip(cache, want[1:], strict=True):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-2 if dtype != torch.float32 else 1e-5)
 
 
@@ -202,7 +203,8 @@ def test_norms(guarded: Guarded, batch: int, d: int, centred: bool, dtype: torch
     generator = torch.Generator().manual_seed(d)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((batch, d), (d,), (d,)))
     x, weight, bias = (x + 1).to(dtype), weight.to(dtype), bias.to(dtype)
-    got = native.norm(x, weight, bias if centred else None, 1e-3)
+    weights = NormWeights(weight, bias if centred else None, 1e-3)
+    got = native.norm(x, weights)
     guarded.check()
     wide = x.double()
     if centred:
@@ -212,7 +214,7 @@ def test_norms(guarded: Guarded, batch: int, d: int, centred: bool, dtype: torch
         expected += bias.double()
     assert got.dtype == dtype
     assert (got.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
-    plainly = plain.norm(x, weight, bias if centred else None, 1e-3)
+    plainly = plain.norm(x, weights)
     assert (plainly.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
@@ -230,7 +232,7 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match=r"torch\.bfloat16 \[2, 3\]"):
         linear(torch.zeros(2, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="k is 65"):
-        native.Ffn(**routed_layer(torch.Generator(), torch.float32, 8, 80, 65, 4))
+        native.Ffn(**ffn_parts(**routed_layer(torch.Generator(), torch.float32, 8, 80, 65, 4)))
     with pytest.raises(ValueError, match="kernels 'mmx' are not available"):
         native.use("mmx")
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_parts import ffn_parts, moe_parts
 from support.native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, moe_layer, random, routed_layer
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def test_dsc_layer(
     g = torch.Generator().manual_seed(seed)
     layer = routed_layer(g, dtype, d, atoms, min(k, atoms), hidden, gated=gated)
     x = random(g, dtype, batch, d)
-    out, picks, weights, signal = native.Ffn(**layer).routed(x)
+    out, picks, weights, signal = native.Ffn(**ffn_parts(**layer)).routed(x)
     if not batch:
         return
     _, atoms_wanted, _, _ = oracle(layer, x)
@@ -88,7 +89,7 @@ def test_dsc_layer(
     assert error(out, want, hidden_scale @ wide["down"].T + want.abs()) < TOLERANCE[dtype]
     assert error(weights, want_weights) < 1e-3
     assert error(signal, want_signal) < 1e-3
-    assert torch.equal(out, native.Ffn(**layer)(x))
+    assert torch.equal(out, native.Ffn(**ffn_parts(**layer))(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,27 +97,15 @@ def test_residual_is_added_in_the_same_call(guarded: Guarded, dtype: torch.dtype
     g = torch.Generator().manual_seed(0)
     layer = routed_layer(g, dtype, 48, 70, 4, 33)
     x, residual = random(g, dtype, 5, 48), random(g, dtype, 5, 48, scale=3)
-    got = native.Ffn(**layer)(x, residual)
+    got = native.Ffn(**ffn_parts(**layer))(x, residual)
     assert error(got, oracle(layer, x)[0] + residual.double()) < TOLERANCE[dtype]
 
 
 def selection_layer(logits: Tensor, k: int, tau: float) -> native.Ffn:
     """A layer whose router's logits for the input [1.0] are the given ones."""
     zero = torch.zeros(logits.numel(), 1)
-    return native.Ffn(
-        up=torch.zeros(1, 1),
-        gate=None,
-        down=torch.zeros(1, 1),
-        activation="none",
-        router=zero,
-        router_bias=logits,
-        u=zero,
-        v=zero,
-        gamma=torch.ones(1),
-        k=k,
-        tau=tau,
-        eps=1e-6,
-    )
+    static, bank = (torch.zeros(1, 1), None, torch.zeros(1, 1), "none"), (zero, zero, torch.ones(1))
+    return native.Ffn(**ffn_parts(*static, zero, logits, *bank, k=k, tau=tau, eps=1e-6))
 
 
 @CASES
@@ -147,17 +136,17 @@ def test_winners_are_found_wherever_they_are(guarded: Guarded, k: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bad_numbers_touch_no_other_token(guarded: Guarded, value: float, batch: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(3)
-    layer = native.Ffn(**routed_layer(g, dtype, 48, 70, 4, 33))
+    layer = native.Ffn(**ffn_parts(**routed_layer(g, dtype, 48, 70, 4, 33)))
     moe = moe_layer(g, dtype, 48, 20, 5, 2)
     x = random(g, dtype, batch, 48)
-    clean, clean_moe = layer(x), native.Moe(**moe)(x)
+    clean, clean_moe = layer(x), native.Moe(**moe_parts(**moe))(x)
     x[2, 7] = value
     others = [i for i in range(batch) if i != 2]
     got, picks, _, _ = layer.routed(x)
     assert torch.equal(got[others], clean[others])
     assert bool(((picks >= 0) & (picks < 70)).all())
     assert not bool(torch.isfinite(got[2]).all())
-    assert torch.equal(native.Moe(**moe)(x)[others], clean_moe[others])
+    assert torch.equal(native.Moe(**moe_parts(**moe))(x)[others], clean_moe[others])
 
 
 def test_a_nan_logit_ranks_below_every_number(guarded: Guarded) -> None:
@@ -172,8 +161,8 @@ def test_zero_atoms_add_nothing(guarded: Guarded) -> None:
     layer = routed_layer(g, torch.float32, 48, 30, 4, 33)
     layer["v"] = torch.zeros(30, 48)
     x = random(g, torch.float32, 4, 48)
-    static = native.Ffn(layer["up"], None, layer["down"], "gelu")
-    torch.testing.assert_close(native.Ffn(**layer)(x), static(x), atol=0, rtol=0)
+    static = native.Ffn(**ffn_parts(layer["up"], None, layer["down"], "gelu"))
+    torch.testing.assert_close(native.Ffn(**ffn_parts(**layer))(x), static(x), atol=0, rtol=0)
 
 
 @CASES
@@ -206,13 +195,14 @@ def test_moe_layer(
         layer["gate"] = [random(g, dtype, hidden, d, scale=d**-0.5) for _ in range(experts)]
     x = random(g, dtype, batch, d)
     residual = random(g, dtype, batch, d) if with_residual else None
-    got = native.Moe(**layer)(x, residual)
+    got = native.Moe(**moe_parts(**layer))(x, residual)
     if not batch:
         return
     wide = {n: [w.double() for w in layer[n]] for n in ("up", "down")}
     gates = None if not gated else [w.double() for w in layer["gate"]]
     bias = layer["router_bias"].double()
-    oracle = plain.Moe(layer["router"], None, wide["up"], gates, wide["down"], "gelu", k, normalize, 1e-5)
+    arguments = {**layer, **wide, "gate": gates, "router_bias": None}
+    oracle = plain.Moe(**moe_parts(**arguments))
     logits = reference.router_logits(x.double(), layer["router"].double(), bias, 1e-5)
     weights, picks = reference.softmax_top_k(logits, k)
     ordered = logits.sort(dim=1, descending=True).values

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_parts import ffn_parts, moe_parts
 from support.shapes import EPS, TAU, Shape, layer, shapes
 from torch import Tensor
 
 from dsc_kernels import native, ops, plain, reference
+from dsc_kernels.weights import MAX_PICKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +169,8 @@ def test_a_mixture_of_experts_is_the_sum_over_each_tokens_own(
     up, gate = (list(torch.randn(n, hidden, d, generator=g) / d**0.5) for _ in range(2))
     down = list(torch.randn(n, d, hidden, generator=g) / hidden**0.5)
     activation = "silu" if gated else "gelu"
-    moe = plain.Moe(router, bias, up, gate if gated else None, down, activation, shape.k, normalize, None)
+    options = {"activation": activation, "k": shape.k, "normalize": normalize}
+    moe = plain.Moe(**moe_parts(router, bias, up, gate if gated else None, down, **options))
     weights, experts = moe.route(x)
     logits = reference.router_logits(x, router, bias, None)
     assert torch.equal(experts, reference.softmax_top_k(logits, shape.k)[1])
@@ -279,9 +282,9 @@ def test_linear_is_x_times_the_transposed_weight() -> None:
     assert plain.Linear(weight, bias)(x, residual=torch.tensor([[1.0, 2.0]])).tolist() == [[-3.5, 18.0]]
     want = F.silu(torch.tensor([[-4.5, 16.0]], dtype=torch.float64))
     torch.testing.assert_close(plain.Linear(weight, bias)(x, "silu", out_dtype=torch.float64), want, rtol=1e-6, atol=0)
-    half = plain.Linear(weight.bfloat16())
-    assert half(x.bfloat16()).dtype == torch.bfloat16
-    assert half(x.bfloat16(), out_dtype=torch.float32).dtype == torch.float32
+    narrow = plain.Linear(weight.bfloat16())
+    assert narrow(x.bfloat16()).dtype == torch.bfloat16
+    assert narrow(x.bfloat16(), out_dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -294,7 +297,7 @@ def test_wide_outputs_of_narrow_weights_are_not_rounded(dtype: torch.dtype) -> N
     got = head(x, out_dtype=torch.float32)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert torch.equal(head.largest(x), want.argmax(dim=1))
+    assert torch.equal(head.argmax(x), want.argmax(dim=1))
 
 
 def test_a_nan_logit_ranks_below_every_number() -> None:
@@ -312,21 +315,22 @@ def implementation() -> Iterator[Callable[[str], None]]:
 def test_plain_serves_where_native_kernels_do_not(implementation: Callable[[str], None]) -> None:
     """Switched off, in a dtype they do not know, or with more picks than they hold."""
     g = torch.Generator().manual_seed(0)
-    m, d = native.MAX_PICKS + 6, 8
+    m, d = MAX_PICKS + 6, 8
     up, down = torch.randn(3, d, generator=g), torch.randn(d, 3, generator=g)
     router, u, v = (torch.randn(m, d, generator=g) for _ in range(3))
 
     def build(k: int, dtype: torch.dtype = torch.float32) -> ops.Ffn:
         one, two, r, a, b = (t.to(dtype) for t in (up, down, router, u, v))
-        return ops.ffn(one, None, two, "gelu", r, None, a, b, torch.ones(d), k, tau=TAU, eps=EPS)
+        parts = ffn_parts(one, None, two, "gelu", r, None, a, b, torch.ones(d), k=k, tau=TAU, eps=EPS)
+        return ops.ffn(**parts)
 
     for name in ("plain", *native.available()):
         implementation(name)
         kind = plain.Ffn if name == "plain" else native.Ffn
-        assert type(build(native.MAX_PICKS)) is kind
-        assert type(build(native.MAX_PICKS + 1)) is plain.Ffn
+        assert type(build(MAX_PICKS)) is kind
+        assert type(build(MAX_PICKS + 1)) is plain.Ffn
         assert type(build(2, torch.float64)) is plain.Ffn
         assert type(ops.linear(up)) is (plain.Linear if name == "plain" else native.Linear)
         x = torch.randn(5, d, generator=torch.Generator().manual_seed(1))
-        for k in (2, native.MAX_PICKS, native.MAX_PICKS + 1):
+        for k in (2, MAX_PICKS, MAX_PICKS + 1):
             torch.testing.assert_close(build(k)(x), build(k, torch.float64)(x.double()).float(), rtol=1e-4, atol=1e-5)

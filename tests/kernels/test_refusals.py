@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layer_parts import ffn_parts, moe_parts
 from support.native_cases import moe_layer, random, routed_layer
 from torch import Tensor
 
 from dsc_kernels import grouping, native
 from dsc_kernels.sketch import Signature, Sketch
+from dsc_kernels.weights import KvCache, MlpWeights, NormWeights, Slots
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -20,11 +22,15 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def dsc(**changes: Any) -> dict[str, Any]:
-    return {**routed_layer(torch.Generator().manual_seed(0), F32, 8, 20, 3, 6), **changes}
+    return ffn_parts(**{**routed_layer(torch.Generator().manual_seed(0), F32, 8, 20, 3, 6), **changes})
 
 
 def experts(**changes: Any) -> dict[str, Any]:
-    return {**moe_layer(torch.Generator().manual_seed(0), F32, 8, 6, 3, 2), **changes}
+    return moe_parts(**{**moe_layer(torch.Generator().manual_seed(0), F32, 8, 6, 3, 2), **changes})
+
+
+def dense(up: Tensor, down: Tensor) -> native.Ffn:
+    return native.Ffn(**ffn_parts(up, None, down, "gelu"))
 
 
 def refused(message: str, call: Callable[[], object]) -> None:
@@ -35,7 +41,7 @@ def refused(message: str, call: Callable[[], object]) -> None:
 def test_weights_that_do_not_fit() -> None:
     refused("bias is", lambda: native.Linear(torch.zeros(4, 3), torch.zeros(3)))
     refused("sizes must be at least 1", lambda: native.Linear(torch.zeros(4, 0)))
-    refused("sizes must be at least 1", lambda: native.Ffn(torch.zeros(0, 8), None, torch.zeros(8, 0), "gelu"))
+    refused("sizes must be at least 1", lambda: dense(torch.zeros(0, 8), torch.zeros(8, 0)))
     refused("not in torch.float16", lambda: native.Linear(torch.zeros(4, 3, dtype=torch.float16)))
     for name, shape in {
         "gate": (6, 7),
@@ -49,9 +55,11 @@ def test_weights_that_do_not_fit() -> None:
         refused(f"{name} is", lambda name=name, shape=shape: native.Ffn(**dsc(**{name: torch.zeros(shape)})))
     refused("router is torch.bfloat16", lambda: native.Ffn(**dsc(router=torch.zeros(20, 8, dtype=BF16))))
     refused("k is 0", lambda: native.Ffn(**dsc(k=0)))
-    dense = native.Ffn(torch.zeros(6, 8), None, torch.zeros(8, 6), "gelu")
-    refused("has no router", lambda: dense.routed(torch.zeros(1, 8)))
-    refused("down has 2 matrices", lambda: native.Moe(**experts(down=2 * [torch.zeros(8, 6)])))
+    refused("has no router", lambda: dense(torch.zeros(6, 8), torch.zeros(8, 6)).routed(torch.zeros(1, 8)))
+    for missing in ("router", "bank"):
+        refused("needs a router and a bank", lambda missing=missing: native.Ffn(**{**dsc(), missing: None}))
+    some = [MlpWeights(torch.zeros(6, 8), gate, torch.zeros(8, 6)) for gate in (None, torch.zeros(6, 8), None)]
+    refused("1 of 3 experts have a gate", lambda: native.Moe(**{**experts(), "experts": some}))
     refused("up of expert 2", lambda: native.Moe(**experts(up=[*2 * [torch.zeros(6, 8)], torch.zeros(5, 8)])))
     refused("router_bias is", lambda: native.Moe(**experts(router_bias=torch.zeros(2))))
 
@@ -64,17 +72,17 @@ def test_outputs_that_do_not_fit() -> None:
     refused("picks is", lambda: layer(x, picks=picks[:3]))
     refused("picks must be contiguous", lambda: layer(x, picks=picks.repeat(1, 2)[:, ::2]))
     refused("signal must be contiguous", lambda: layer(x, picks=picks, signal=signal[::2]))
-    refused("weight is", lambda: native.norm(x, torch.ones(7), None, 1e-5))
+    refused("weight is", lambda: native.norm(x, NormWeights(torch.ones(7), None, 1e-5)))
 
 
 def test_a_layer_is_no_layer_of_another_kind() -> None:
-    ffn, moe, module = native.Ffn(**dsc()), native.Moe(**experts()), native.module()
-    refused("incorrect name", lambda: module.ffn(moe.capsule, *9 * [0]))
-    refused("incorrect name", lambda: module.moe(ffn.capsule, *5 * [0]))
-    refused("incorrect name", lambda: module.run_stack(ffn.capsule, *21 * [0]))
+    ffn, moe, kernels = native.Ffn(**dsc()), native.Moe(**experts()), native.kernels
+    for function, capsule in (("ffn", moe.capsule), ("moe", ffn.capsule), ("run_stack", ffn.capsule)):
+        arguments = dict.fromkeys(kernels.signatures()[function], 0)
+        refused("incorrect name", lambda f=function, c=capsule, a=arguments: getattr(kernels, f)(c, **a))
 
 
-class Pools:
+class Caches:
     """Two sequences of at most 12 tokens in blocks of 4, two heads of 8 for keys."""
 
     def __init__(self) -> None:
@@ -84,22 +92,27 @@ class Pools:
         self.tables, self.contexts = torch.arange(6).view(2, 3), torch.tensor([5, 12])
 
     def decode(self, **changes: Any) -> Tensor:
-        a = {"q": self.q, "keys": self.keys, "values": self.values, "tables": self.tables, "contexts": self.contexts}
-        return native.decode_attention(**{**a, "longest": 12, "scale": 0.3, **changes})
+        a = {"q": self.q, "tables": self.tables, "contexts": self.contexts, "max_context_len": 12, "scale": 0.3}
+        return native.decode_attention(**a | self.with_cache(changes))
 
     def chunk(self, **changes: Any) -> Tensor:
-        a = {"q": self.q, "keys": self.keys, "values": self.values, "table": self.tables[0], "context": 12}
-        return native.chunk_attention(**{**a, "scale": 0.3, **changes})
+        a = {"q": self.q, "table": self.tables[0], "context": 12, "scale": 0.3}
+        return native.chunk_attention(**a | self.with_cache(changes))
 
     def store(self, **changes: Any) -> None:
         column = torch.tensor([0, 3])
-        a = {"qkv": torch.zeros(2, 8, 8), "heads": 4, "angles": torch.zeros(4, 2, 4), "positions": column}
-        a |= {"blocks": column, "offsets": column, "keys": self.keys, "values": self.values}
-        native.store_kv(**{**a, **changes})
+        slots = Slots(*(changes.pop(name, column) for name in Slots._fields))
+        a = {"qkv": torch.zeros(2, 8, 8), "heads": 4, "cos_sin_cache": torch.zeros(4, 2, 4), "slots": slots}
+        native.store_kv(**a | self.with_cache(changes))
+
+    def with_cache(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The same with keys and values, changed or not, as a cache."""
+        cache = KvCache(changes.pop("keys", self.keys), changes.pop("values", self.values))
+        return {**changes, "cache": cache}
 
 
-def test_pools_and_tables_that_do_not_fit() -> None:
-    p = Pools()
+def test_caches_and_tables_that_do_not_fit() -> None:
+    p = Caches()
     strided = p.keys.repeat(1, 1, 1, 2)[..., ::2]
     beyond = p.tables.index_fill(1, torch.tensor([2]), 6)
     for call in (p.decode, p.chunk):
@@ -109,7 +122,7 @@ def test_pools_and_tables_that_do_not_fit() -> None:
     refused("block table: number 2 is 6; expected at least 0 and less than 6", lambda: p.decode(tables=beyond))
     assert torch.equal(p.decode(tables=beyond, contexts=torch.tensor([5, 8])), p.decode(contexts=torch.tensor([5, 8])))
     refused("block table", lambda: p.decode(tables=p.tables - 1))
-    refused("contexts: number 1 is 12", lambda: p.decode(longest=11))
+    refused("contexts: number 1 is 12", lambda: p.decode(max_context_len=11))
     refused("contexts: number 0 is -1", lambda: p.decode(contexts=torch.tensor([-1, 3])))
     refused("contexts is torch.int32", lambda: p.decode(contexts=p.contexts.int()))
     refused("block table", lambda: p.chunk(table=beyond[0]))
@@ -119,17 +132,17 @@ def test_pools_and_tables_that_do_not_fit() -> None:
 
 
 def test_slots_that_do_not_fit() -> None:
-    p = Pools()
+    p = Caches()
     p.store()
-    refused("positions: number 1 is 3", lambda: p.store(angles=torch.zeros(3, 2, 4)))
-    refused("angles is torch.float64", lambda: p.store(angles=torch.zeros(4, 2, 4, dtype=torch.float64)))
+    refused("positions: number 1 is 3", lambda: p.store(cos_sin_cache=torch.zeros(3, 2, 4)))
+    refused("cos_sin_cache is torch.float64", lambda: p.store(cos_sin_cache=torch.zeros(4, 2, 4, dtype=torch.float64)))
     refused("blocks: number 0 is 6", lambda: p.store(blocks=torch.tensor([6, 0])))
     refused("offsets: number 1 is 4", lambda: p.store(offsets=torch.tensor([0, 4])))
     refused("offsets is torch.int32", lambda: p.store(offsets=torch.tensor([0, 1]).int()))
     refused("blocks must be contiguous", lambda: p.store(blocks=torch.tensor([0, 0, 1])[::2]))
     refused("values must be contiguous", lambda: p.store(values=p.values.repeat(1, 1, 1, 2)[..., ::2]))
     odd = {"qkv": torch.zeros(2, 8, 7), "keys": torch.zeros(6, 2, 4, 7), "values": torch.zeros(6, 2, 4, 7)}
-    refused("no halves", lambda: p.store(**odd, angles=torch.zeros(4, 2, 3)))
+    refused("no halves", lambda: p.store(**odd, cos_sin_cache=torch.zeros(4, 2, 3)))
 
 
 def test_orders_and_owners_that_do_not_fit() -> None:

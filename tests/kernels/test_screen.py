@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layer_parts import ffn_parts
 from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
 
 from dsc_kernels import native, reference
-from dsc_kernels.screen import LANES, pack_int8, screen
+from dsc_kernels.native.screen import LANES, pack_int8, screen
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
 DTYPES = [torch.float32, torch.bfloat16]
 CASES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-ERRORS = 4  # where Screen.tensors has the bounds
 
 
 @pytest.fixture(params=native.available() or ["none"], autouse=True)
@@ -38,27 +38,15 @@ def layer(router: Tensor, bias: Tensor | None = None, k: int = 4, tau: float = 2
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=g) * d**-0.5).to(router.dtype)
 
-    return native.Ffn(
-        up=random(9, d),
-        gate=None,
-        down=random(d, 9),
-        activation="gelu",
-        router=router,
-        router_bias=bias,
-        u=random(atoms, d),
-        v=random(atoms, d),
-        gamma=torch.ones(1),
-        k=k,
-        tau=tau,
-        eps=1e-6,
-        norm_eps=1e-5 if norm else None,
-    )
+    static, bank = (random(9, d), None, random(d, 9), "gelu"), (random(atoms, d), random(atoms, d), torch.ones(1))
+    norm_eps = 1e-5 if norm else None
+    return native.Ffn(**ffn_parts(*static, router, bias, *bank, norm_eps, k=k, tau=tau, eps=1e-6))
 
 
 def scoring_all(**arguments: Any) -> native.Ffn:
     """The same layer with bounds that leave no row out."""
     made = layer(**arguments)
-    errors = made.screen.tensors[ERRORS]
+    errors = made.screen.errors
     assert errors is not None
     errors.fill_(torch.inf)
     return made
@@ -113,7 +101,7 @@ def test_the_set_is_the_exact_routers(dtype: torch.dtype, batch: int) -> None:
     exact = layer(router, norm=False, tau=30.0)
     native.use_router("int8-certified")
     screened = layer(router, norm=False, tau=30.0)
-    assert screened.screen.counts is not None and exact.screen.counts is None
+    assert screened.screened and not exact.screened
     assert torch.equal(screened.routed(x)[1], exact.routed(x)[1])
     logits = x.double() @ router.double().T
     assert torch.equal(screened.routed(x)[1].long(), reference.select(logits, 4, 30.0)[1])
@@ -132,8 +120,7 @@ def test_few_rows_are_scored_again_and_counted() -> None:
     screened = layer((torch.randn(1500, 384, generator=g) / 20).bfloat16())
     screened(torch.randn(100, 384, generator=g).bfloat16())
     screened(torch.randn(5, 384, generator=g).bfloat16())
-    assert screened.screen.counts is not None
-    rows, tokens = screened.screen.counts.tolist()
+    rows, tokens = screened.rescored
     assert tokens == 105
     assert 4 <= rows / tokens < 20
 

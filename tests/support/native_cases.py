@@ -55,7 +55,7 @@ def random(generator: torch.Generator, dtype: torch.dtype, *shape: int, scale: f
 def routed_layer(
     g: torch.Generator, dtype: torch.dtype, d: int, atoms: int, k: int, hidden: int, **changes: Any
 ) -> Any:
-    """The arguments of a DSC layer, for native.Ffn and for the oracle."""
+    """The arguments of a DSC layer, for `ffn_parts` and for the oracle."""
     gated = changes.pop("gated", False)
     weights = {
         "up": random(g, dtype, hidden, d, scale=d**-0.5),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from layer_parts import ffn_parts
 from torch import Tensor
 
 from dsc_kernels import plain
@@ -61,5 +62,5 @@ def layer(
 ) -> plain.Ffn:
     """A DSC layer whose static part is zero, in u's dtype."""
     none = torch.zeros(1, u.shape[1], dtype=u.dtype)
-    fields = {"tau": TAU, "eps": EPS, "norm_eps": None, **changes}
-    return plain.Ffn(none, None, none.T, "gelu", router, bias, u, v, gamma, k, **fields)
+    fields = {"k": k, "tau": TAU, "eps": EPS, **changes}
+    return plain.Ffn(**ffn_parts(none, None, none.T, "gelu", router, bias, u, v, gamma, **fields))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
+from dsc_kernels.weights import FfnOptions, MlpWeights
 from dsc_serve.bench.layer.measurement import (
     RATE_SECONDS,
     Group,
@@ -83,10 +84,8 @@ def router_alone(weights: Weights, dtype: torch.dtype, device: torch.device, nat
 
 
 def static_alone(weights: Weights, device: torch.device) -> Layer:
-    return ops.ffn(
-        *(weights["static.up_proj.weight"].to(device, copy=True), None),
-        *(weights["static.down_proj.weight"].to(device, copy=True), "gelu"),
-    )
+    up, down = (weights[f"static.{name}_proj.weight"].to(device, copy=True) for name in ("up", "down"))
+    return ops.ffn(MlpWeights(up, None, down), FfnOptions(activation="gelu"))
 
 
 def run_sweep(

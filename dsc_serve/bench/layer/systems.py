@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, ops, plain
+from dsc_kernels import native, ops
 from dsc_serve.bench.layer.frozen import ScriptDsc, ScriptMoe, SortedMoe
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
@@ -133,10 +133,10 @@ def build_layer(
     finally:
         ops.use(before)
         native.use_router(precision)
-    made = getattr(layer, "layer", None)
-    if path == SCREENED and not isinstance(made, native.Ffn):
+    backend = layer.layer.backend
+    if path == SCREENED and backend != native.name:
         return None
-    return layer if isinstance(made, plain.Ffn | plain.Moe) == (path == "plain") else None
+    return layer if (backend == "plain") == (path == "plain") else None
 
 
 def build_system(

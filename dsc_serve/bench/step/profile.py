@@ -19,8 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dsc_kernels import native, ops
-from dsc_kernels.screen import NO_SCREEN
+from dsc_kernels import ops
 from dsc_serve.bench.layer.roofline import RooflinePhase, gemm_rate, phases, screened
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
@@ -323,13 +322,12 @@ def expected_distinct(config: ModelConfig, batch: int) -> float:
 
 def screens_router(model: Decoder) -> bool:
     """Whether this model's FFN layers screen their routers in int8."""
-    routed = [layer.layer for layer in dsc_layers(model)]
-    return bool(routed) and isinstance(routed[0], native.Ffn) and routed[0].screen is not NO_SCREEN
+    return any(layer.layer.screened for layer in dsc_layers(model))
 
 
 def screens_head(model: Decoder) -> bool:
     """Whether this model's head screens words in int8, where no logits are asked for."""
-    return getattr(model.head, "screen", NO_SCREEN) is not NO_SCREEN
+    return model.head.screened
 
 
 def ffn_phases(model: Decoder, batch: int) -> list[RooflinePhase]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsc_kernels.backend import Layer
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -21,7 +22,7 @@ class Ffn(Protocol):
     """A block's feed-forward layer: x [T, d] → [T, d], each token on its own, plus the residual where one is given."""
 
     @property
-    def layer(self) -> object: ...
+    def layer(self) -> Layer: ...
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, ops, plan, reference
+from dsc_kernels import ops, plan, reference
 from dsc_kernels.memory import resident
-from dsc_kernels.stack import NOTHING, Asked
+from dsc_kernels.weights import OUTPUT_ONLY, AtomBank, FfnOptions, LayerOutputs, Router
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -50,19 +50,13 @@ class DscFfn:
             resident(self._bank(name, tensors[name], dtype).to(device)) for name in ("atoms_u", "atoms_v")
         )
         self.gamma = tensors["gamma"].float().to(device)
-        router, bias = (None if t is None else t.float().to(device) for t in self._router(tensors))
+        router, bias = self._router(tensors)
+        router, bias = router.float().to(device), None if bias is None else bias.float().to(device)
         self.layer = ops.ffn(
-            *mlp_weights(config, tensors, dtype, device, "static."),
-            config.hidden_act,
-            router,
-            bias,
-            self.u,
-            self.v,
-            self.gamma,
-            k=c.atoms_per_token,
-            tau=c.tau,
-            eps=c.eps,
-            norm_eps=config.norm_eps if c.router_norm else None,
+            mlp_weights(config, tensors, dtype, device, "static."),
+            FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps),
+            Router(router, bias, config.norm_eps if c.router_norm else None),
+            AtomBank(self.u, self.v, self.gamma),
         )
 
     def _bank(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,9 +83,9 @@ class DscFfn:
     def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Picks]:
         """The output as a call gives it, bit for bit, and the picks, for x [T, d]."""
         out, *parts = self.layer.routed(x, residual)
-        return out, self.noted(parts)
+        return out, self.record(parts)
 
-    def noted(self, picked: Sequence[Tensor]) -> Picks:
+    def record(self, picked: Sequence[Tensor]) -> Picks:
         """What was picked, once the trace has it too, where there is one."""
         picks = Picks(*picked)
         if self.trace is not None:
@@ -101,17 +95,17 @@ class DscFfn:
         return picks
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        grouped, picks, _, signal = self.asked(x.shape[0])
+        grouped, picks, _, signal = self.outputs(x.shape[0])
         return self.layer(x, residual, grouped, picks, signal)
 
-    def asked(self, tokens: int, reporting: bool = False) -> Asked:
-        """What the layer is asked for besides its output with so many tokens; reporting: to tell picks to `noted`."""
+    def outputs(self, tokens: int, reporting: bool = False) -> LayerOutputs:
+        """What the layer gives besides its output with so many tokens; reporting: to tell picks to `record`."""
         if reporting:
-            return Asked.everything(tokens, self.config.atoms_per_token)
+            return LayerOutputs.everything(tokens, self.config.atoms_per_token)
         grouped = self.planner is not None and self.planner.grouped(tokens)
         if self.trace is None:
-            return Asked(grouped) if grouped else NOTHING
-        return Asked(grouped, self.trace.picks, None, self.trace.signal)
+            return LayerOutputs(grouped) if grouped else OUTPUT_ONLY
+        return LayerOutputs(grouped, self.trace.picks, None, self.trace.signal)
 
     @property
     def shape(self) -> plan.Shape:
@@ -125,8 +119,7 @@ class DscFfn:
     @property
     def rescored(self) -> tuple[int, int]:
         """Router rows that the int8 screen could not rule out, and the tokens that this was for; 0 where none is."""
-        counts = self.layer.screen.counts if isinstance(self.layer, native.Ffn) else None
-        return (0, 0) if counts is None else (int(counts[0]), int(counts[1]))
+        return self.layer.rescored
 
     @property
     def certificate(self) -> float:

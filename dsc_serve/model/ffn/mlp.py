@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dsc_kernels.weights import MlpWeights
 from dsc_serve.model.config import ModelConfig
 
 
@@ -17,14 +18,6 @@ def mlp_shapes(config: ModelConfig, size: int, prefix: str = "") -> dict[str, tu
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}{name}.weight": (size, d) for name in names}
     shapes[f"{prefix}down_proj.weight"] = (d, size)
     return shapes
-
-
-class MlpWeights(NamedTuple):
-    """W_1, W_g (None unless gated) and W_2 of W_2 act(W_1 x), or of W_2 (act(W_g x) ⊙ W_1 x)."""
-
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
 
 
 def mlp_weights(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
+from dsc_kernels.weights import MoeOptions, Router
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -25,18 +26,14 @@ class MoeFfn:
             norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
             router, bias = reference.fold_router_norm(router, None, norm_weight, norm_bias)
         prefixes = [f"experts.{e}." for e in range(c.num_experts)]
-        experts = [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes]
-        gates = [expert.gate for expert in experts if expert.gate is not None]
         self.layer = ops.moe(
-            router.float().to(device),
-            None if bias is None else bias.float().to(device),
-            [expert.up for expert in experts],
-            gates or None,
-            [expert.down for expert in experts],
-            config.hidden_act,
-            c.experts_per_token,
-            c.normalize_weights,
-            config.norm_eps if c.router_norm else None,
+            Router(
+                router.float().to(device),
+                None if bias is None else bias.float().to(device),
+                config.norm_eps if c.router_norm else None,
+            ),
+            [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes],
+            MoeOptions(activation=config.hidden_act, k=c.experts_per_token, normalize=c.normalize_weights),
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

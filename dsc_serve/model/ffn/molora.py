@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
+from dsc_kernels.weights import AtomBank, FfnOptions, Router
 from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -28,17 +29,14 @@ class MoloraFfn:
         norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
         router, bias = reference.fold_router_norm(tensors["router.weight"].double(), None, norm_weight, norm_bias)
         self.layer = ops.ffn(
-            *mlp_weights(config, tensors, dtype, device, "static."),
-            config.hidden_act,
-            router.float().to(device),
-            bias.float().to(device),
-            tensors["adapters_a"].flatten(0, 1).to(device=device, dtype=dtype),
-            tensors["adapters_b"].flatten(0, 1).to(device=device, dtype=dtype),
-            torch.ones(1, device=device),
-            k=c.adapters_per_token,
-            rank=c.rank,
-            tau=math.inf,
-            norm_eps=config.norm_eps,
+            mlp_weights(config, tensors, dtype, device, "static."),
+            FfnOptions(activation=config.hidden_act, k=c.adapters_per_token, rank=c.rank, tau=math.inf),
+            Router(router.float().to(device), bias.float().to(device), config.norm_eps),
+            AtomBank(
+                tensors["adapters_a"].flatten(0, 1).to(device=device, dtype=dtype),
+                tensors["adapters_b"].flatten(0, 1).to(device=device, dtype=dtype),
+                torch.ones(1, device=device),
+            ),
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -4,15 +4,33 @@
 
 #include <stdint.h>
 
+#include "scratch.h"
+
+namespace dsc {
+
+enum Activation { NONE = 0, GELU = 1, SILU = 2 };
+
+// out = act(x wᵀ + bias) + residual.
 struct Linear {
-  const void* x;  // [batch, d], rows contiguous
-  const void* w;  // packed [n, d]
-  const float* bias;
+  const void* x;         // [batch, d], rows contiguous
+  const void* w;         // packed [n, d]
+  const float* bias;     // [n] or null
   const void* residual;  // [batch, n] or null
   void* out;             // [batch, n]
   int64_t batch, d, n;
-  int activation, float_out, threads;
-  char* scratch;
+  int activation;  // an Activation
+  int float_out;   // whether out, and the residual, are float whatever the weight is
+  int threads;
+  Scratch* scratch;
+};
+
+// What screening has done since its layer was made. Threads add to the first two.
+struct ScreenCounters {
+  int64_t rescored;        // rows (of a head: panels) that were multiplied again as they are
+  int64_t tokens;          // that this was for
+  int64_t watched_panels;  // of a head: multiplied again per thread, in the calls that are watched
+  int64_t watched_calls;   // of a head: since it was last judged whether screening pays
+  int64_t paused_calls;    // of a head: still to be multiplied out before it is tried again
 };
 
 // A weight in int8: row j is about steps[j] · (its row of `packed`), with an error of norm errors[j]; see router.h.
@@ -20,11 +38,12 @@ struct Linear {
 struct Screen {
   const void* rows;       // the weight itself [n, d], row after row, where rows are scored again
   const int8_t* packed;   // [n, d]; null: no screening
-  const float* steps;
+  const float* steps;     // what 1 in int8 is worth
   const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
-  const float *errors, *norms;
+  const float* errors;    // norms of what int8 leaves out of a row
+  const float* norms;     // norms of what it keeps
   float slack;            // of the bias and the last additions
-  int64_t* counts;        // rows (of a head: panels) scored again, and the tokens they were of; two more of a head's
+  ScreenCounters* counters;
 };
 
 // Where each token's largest output is.
@@ -33,34 +52,44 @@ struct Head {
   const void* w;      // packed [n, d]
   const float* bias;  // [panels · 16], −∞ behind the last output
   Screen screen;
-  float largest_error, largest_norm;  // of the screen's rows
-  int64_t* out;                       // [batch]
+  float max_error;  // of the screen's rows
+  float max_norm;
+  int64_t* out;  // [batch]
   int64_t batch, d, n;
   int threads;
-  char* scratch;
+  Scratch* scratch;
 };
 
 // Static MLP plus, where atoms > 0, a routed composition of rank-1 atoms. With rank > 0 the picks are adapters of
 // `rank` rows each, weighted by a softmax: a mixture of LoRAs. Without atoms it is a dense FFN.
 struct Ffn {
-  const void* x;                      // [batch, d]
-  const void *up, *gate, *down;       // packed [hidden, d], [hidden, d] or null, [d, hidden]
-  const void* router;                 // packed [atoms, d], folded with its norm; null where it is screened
-  const float* router_bias;           // [panels · 16], −∞ behind the last atom
+  const void* x;             // [batch, d]
+  const void* up;            // packed [hidden, d]
+  const void* gate;          // packed [hidden, d] or null
+  const void* down;          // packed [d, hidden]
+  const void* router;        // packed [atoms, d], folded with its norm; null where it is screened
+  const float* router_bias;  // [panels · 16], −∞ behind the last atom
   Screen screen;
-  const void *u, *v;                  // [atoms · max(rank, 1), d]
-  const float* gamma;                 // [d], or one number when scalar
-  const void* residual;               // [batch, d] or null
-  void* out;                          // [batch, d]
-  int32_t* picks;                     // [batch, k] or null: the atoms picked
-  float* weights;                     // [batch, k] or null: their coefficients
-  float* signal;                      // [batch] or null
+  const void* u;         // [atoms · max(rank, 1), d]
+  const void* v;         // [atoms · max(rank, 1), d]
+  const float* gamma;    // [d], or one number when scalar
+  const void* residual;  // [batch, d] or null
+  void* out;             // [batch, d]
+  int32_t* picks;        // [batch, k] or null: the atoms picked
+  float* weights;        // [batch, k] or null: their coefficients
+  float* signal;         // [batch] or null
   int64_t batch, d, hidden, atoms;
-  float tau, eps, norm_eps;           // norm_eps < 0: the router has no norm
-  int k, rank, scalar_gamma, activation, threads;
-  int grouped;                        // compose each thread's tokens in min-hash order, see grouping.h
-  int64_t* laps;                      // [threads, FFN_PHASES] nanoseconds to add to, or null
-  char* scratch;
+  float tau;         // logits are truncated to ±tau
+  float eps;         // of the coefficients' denominator
+  float norm_eps;    // of the router's norm; < 0: it has none
+  int k;             // atoms or adapters picked per token
+  int rank;          // rows of an adapter; 0: atoms are picked
+  int scalar_gamma;  // whether gamma is one number
+  int activation;    // an Activation
+  int threads;
+  int grouped;        // compose each thread's tokens in min-hash order, see grouping.h
+  int64_t* phase_ns;  // [threads, FFN_PHASES] nanoseconds to add to, or null
+  Scratch* scratch;
 };
 
 // What a thread does within an FFN layer: router and norm, static MLP, selection and composition, waiting for others.
@@ -70,51 +99,61 @@ struct Moe {
   const void* x;             // [batch, d]
   const void* router;        // packed [experts, d], folded with its norm
   const float* router_bias;  // [experts] or null
-  const void *up, *gate, *down;  // packed, one expert after the other
-  const void* residual;
-  void* out;
+  const void* up;            // packed [hidden, d], one expert after the other
+  const void* gate;          // the same, or null
+  const void* down;          // packed [d, hidden], one expert after the other
+  const void* residual;      // [batch, d] or null
+  void* out;                 // [batch, d]
   int64_t batch, d, hidden, experts;
-  float norm_eps;
-  int k, normalize, activation, threads;
-  char* scratch;
+  float norm_eps;  // of the router's norm; < 0: it has none
+  int k;           // experts picked per token
+  int normalize;   // whether their weights sum to 1
+  int activation;  // an Activation
+  int threads;
+  Scratch* scratch;
 };
 
 // One new token per sequence.
 struct Attention {
-  const void* q;             // [batch, kv_heads · group, size], row stride q_stride
-  const void *keys, *values; // pools [blocks, kv_heads, block, size]
-  const int64_t* tables;     // [batch, width]
-  const int64_t* contexts;   // [batch]
-  void* out;                 // [batch, kv_heads · group, size]
-  int64_t batch, q_stride, width, kv_heads, group, size, block;
+  const void* q;            // [batch, kv_heads · group, size], row stride q_stride
+  const void* keys;         // KV cache [blocks, kv_heads, block, size]
+  const void* values;       // the same
+  const int64_t* tables;    // [batch, width]
+  const int64_t* contexts;  // [batch]
+  void* out;                // [batch, kv_heads · group, size]
+  int64_t batch, q_stride, width, kv_heads;
+  int64_t group;  // query heads of a key-value head
+  int64_t size;   // of a head
+  int64_t block;  // tokens of a block
   float scale;
   int threads;
-  char* scratch;
+  Scratch* scratch;
 };
 
 // The last `count` tokens of a sequence, each up to itself.
 struct ChunkAttention {
-  const void* q;              // [count, kv_heads · group, size], row stride q_stride
-  const void *keys, *values;  // pools [blocks, kv_heads, block, size]
-  const int64_t* table;       // the sequence's blocks
-  void* out;                  // [count, kv_heads · group, size]
+  const void* q;         // [count, kv_heads · group, size], row stride q_stride
+  const void* keys;      // KV cache [blocks, kv_heads, block, size]
+  const void* values;    // the same
+  const int64_t* table;  // the sequence's blocks
+  void* out;             // [count, kv_heads · group, size]
   int64_t count, q_stride, context, kv_heads, group, size, block;
   float scale;
   int threads;
-  char* scratch;
+  Scratch* scratch;
 };
 
-// New tokens' keys and values go to the pools, queries and keys turned by their position's angles first.
+// New tokens' keys and values go to the KV cache; queries and keys are turned by their position's angle first.
 struct StoreKv {
-  void* qkv;                  // [tokens, heads + 2 · kv_heads, size]; its queries are turned in place
-  const float* angles;        // [positions, 2, size / 2]: cosines and sines; null: nothing is turned
-  const int64_t* positions;   // [tokens]
-  const int64_t* blocks;      // [tokens]: each token's block and its row in there
-  const int64_t* offsets;
-  void *keys, *values;        // pools [blocks, kv_heads, block, size]
+  void* qkv;                   // [tokens, heads + 2 · kv_heads, size]; its queries are turned in place
+  const float* cos_sin_cache;  // [positions, 2, size / 2]; null: nothing is turned
+  const int64_t* positions;    // [tokens]
+  const int64_t* blocks;       // [tokens]: each token's KV block
+  const int64_t* offsets;      // [tokens]: and its row in there
+  void* keys;                  // KV cache [blocks, kv_heads, block, size]
+  void* values;                // the same
   int64_t tokens, heads, kv_heads, size, block;
   int threads;
-  char* scratch;
 };
 
 // RMSNorm, or LayerNorm where there is a bias.
@@ -126,50 +165,42 @@ struct Norm {
   int64_t batch, d;
   float eps;
   int threads;
-  char* scratch;
 };
 
-// A token for each row of logits [batch, vocabulary]; see sample.h.
+// A token for each row of logits; see sample.h.
 struct Sampling {
-  const float* logits;
-  const float* temperature;
-  const int64_t* top_k;
-  const double* top_p;
-  const float* min_p;
-  const double* u;
-  int64_t* out;
+  const float* logits;       // [batch, vocabulary]
+  const float* temperature;  // [batch]; 0: the most likely token
+  const int64_t* top_k;      // [batch]; vocabulary: no limit
+  const double* top_p;       // [batch]; 1: no limit
+  const float* min_p;        // [batch]; 0: no limit
+  const double* u;           // [batch], in [0, 1)
+  int64_t* out;              // [batch]
   int64_t batch, vocabulary;
   int threads;
-  char* scratch;
+  Scratch* scratch;
 };
 
+// The kernels of one dtype.
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
-  void (*largest)(const Head&);
+  void (*argmax)(const Head&);
   void (*ffn)(const Ffn&);
   void (*moe)(const Moe&);
   void (*attention)(const Attention&);
   void (*chunk_attention)(const ChunkAttention&);
   void (*store_kv)(const StoreKv&);
   void (*norm)(const Norm&);
-  // bytes of scratch that a call needs
-  int64_t (*linear_scratch)(const Linear&);
-  int64_t (*largest_scratch)(const Head&);
-  int64_t (*ffn_scratch)(const Ffn&);
-  int64_t (*moe_scratch)(const Moe&);
-  int64_t (*attention_scratch)(const Attention&);
-  int64_t (*chunk_attention_scratch)(const ChunkAttention&);
-  int64_t (*store_kv_scratch)(const StoreKv&);
-  int64_t (*norm_scratch)(const Norm&);
 };
 
 struct InstructionSet {
   const char* name;
-  bool (*supported)();
+  bool (*supported)();  // by this machine
   Kernels float32, bfloat16;
   void (*sample)(const Sampling&);
-  int64_t (*sample_scratch)(const Sampling&);
 };
 
 extern const InstructionSet avx512bf16_set, avx512_set, avx2_set, baseline_set;
+
+}  // namespace dsc

@@ -1,23 +1,33 @@
 // Attention of one new token per sequence over its paged keys and values, which are read where they lie.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "namespace.h"
 #include "vector.h"
 
-INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+DSC_KERNELS_BEGIN
 
 constexpr int64_t KEYS = 64;  // taken at a time
 
 // Where one sequence's rows of one key-value head lie in a pool [blocks, kv heads, block, size].
-struct Walk {
+struct KvCursor {
   const int64_t* table;
-  int64_t kv_heads, head, block, size, seen, at = 0, page = 0, line = 0;
-  // The places of the next rows, at most KEYS; returns how many.
-  INLINE int64_t next(int64_t* places) {
+  int64_t kv_heads, head, block, size;
+  int64_t seen;      // positions to walk over
+  int64_t at = 0;    // positions behind it
+  int64_t page = 0;  // the table's entry it is in
+  int64_t line = 0;  // the row of that block it comes to next
+  // Where the next rows begin, at most KEYS; returns how many.
+  INLINE int64_t next(int64_t* rows_at) {
     int64_t count = seen - at < KEYS ? seen - at : KEYS;
     for (int64_t i = 0; i < count;) {
       int64_t start = ((table[page] * kv_heads + head) * block + line) * size;
       int64_t run = block - line < count - i ? block - line : count - i;
-      for (int64_t j = 0; j < run; j++) places[i + j] = start + j * size;
+      for (int64_t j = 0; j < run; j++) rows_at[i + j] = start + j * size;
       i += run, line += run;
       if (line == block) page++, line = 0;
     }
@@ -28,16 +38,16 @@ struct Walk {
 
 // Rows needed soon are asked for ahead of time: blocks are too short for the processor to guess the next.
 template <typename T>
-INLINE void fetch(const T* pool, const int64_t* places, int64_t count, int64_t size) {
+INLINE void prefetch_kv(const T* pool, const int64_t* rows_at, int64_t count, int64_t size) {
   if (size * sizeof(T) == 128) {
     for (int64_t i = 0; i < count; i++) {
-      __builtin_prefetch(pool + places[i], 0, 2);
-      __builtin_prefetch(pool + places[i] + size / 2, 0, 2);
+      __builtin_prefetch(pool + rows_at[i], 0, 2);
+      __builtin_prefetch(pool + rows_at[i] + size / 2, 0, 2);
     }
     return;
   }
   for (int64_t i = 0; i < count; i++)
-    for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + places[i] + c, 0, 2);
+    for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + rows_at[i] + c, 0, 2);
 }
 
 // What one query head has gathered so far: its sums are over values weighted by e^(score − highest).
@@ -46,7 +56,8 @@ struct Gathered {
   float sums[];  // [size]; where columns are `paired`, the even ones of 32 and then their odd ones
 };
 
-INLINE int64_t gathered_bytes(int64_t size) { return aligned(sizeof(Gathered) + size * sizeof(float)); }
+// Of one of several, each of which begins at a cache line.
+INLINE int64_t gathered_bytes(int64_t size) { return ((int64_t)sizeof(Gathered) + size * 4 + 63) / 64 * 64; }
 
 template <typename T>
 INLINE vf load_up_to(const T* p, int64_t count) {
@@ -59,24 +70,25 @@ INLINE void store_up_to(T* p, vf v, int64_t count) {
 }
 
 template <typename T>
-INLINE void score(const T* q, const T* keys, const int64_t* places, int64_t count, int64_t size, float scale,
+INLINE void score(const T* q, const T* keys, const int64_t* rows_at, int64_t count, int64_t size, float scale,
                   float* scores) {
   for (int64_t n = 0; n < count; n += LANES) {
     vf products[LANES] = {};
     if (count - n >= LANES) {
-      for (int i = 0; i < LANES; i++) products[i] = partial_dot(q, keys + places[n + i], size);
+      for (int i = 0; i < LANES; i++) products[i] = partial_dot(q, keys + rows_at[n + i], size);
       store(scores + n, scale * sums(products));
     } else {
-      for (int64_t i = n; i < n + LANES; i++) scores[i] = i < count ? scale * dot(q, keys + places[i], size) : -INFINITY;
+      for (int64_t i = n; i < n + LANES; i++)
+        scores[i] = i < count ? scale * dot(q, keys + rows_at[i], size) : -INFINITY;
     }
   }
 }
 
 // Scores [count] become weights; returns what the sums so far count yet.
-INLINE float soften(float* scores, int64_t count, Gathered& g) {
+INLINE float softmax_step(float* scores, int64_t count, Gathered& g) {
   vf most = splat(-INFINITY), total = {};
   for (int64_t n = 0; n < count; n += LANES) most = vmax(load(scores + n), most);
-  float before = g.highest, now = largest(most);
+  float before = g.highest, now = max_lane(most);
   if (now > before) g.highest = now;
   float base = g.highest > -INFINITY ? g.highest : 0;
   for (int64_t n = 0; n < count; n += LANES) {
@@ -84,9 +96,9 @@ INLINE float soften(float* scores, int64_t count, Gathered& g) {
     store(scores + n, e);
     total += e;
   }
-  float fading = now > before ? vexp(splat(before - base))[0] : 1.0f;
-  g.total = g.total * fading + sum(total);
-  return fading;
+  float rescale = now > before ? vexp(splat(before - base))[0] : 1.0f;
+  g.total = g.total * rescale + sum(total);
+  return rescale;
 }
 
 // A sum of weights as a factor. Where no key has any weight the sums are 0, and stay 0.
@@ -100,15 +112,15 @@ INLINE bool paired(int64_t size) {
 
 INLINE void gather_pairs(const float*, const int64_t*, const float*, int64_t, int64_t, float, float*) {}
 
-INLINE void gather_pairs(const bf16* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
-                         float fading, float* sums) {
+INLINE void gather_pairs(const bf16* values, const int64_t* rows_at, const float* weights, int64_t count, int64_t size,
+                         float rescale, float* sums) {
   for (int64_t c = 0; c < size; c += 4 * LANES) {
     vf acc[4];
-    for (int p = 0; p < 4; p++) acc[p] = fading * load(sums + c + p * LANES);
+    for (int p = 0; p < 4; p++) acc[p] = rescale * load(sums + c + p * LANES);
     for (int64_t i = 0; i < count; i++)
       for (int p = 0; p < 4; p += 2) {
         vf even, odd;
-        load_pairs(values + places[i] + c + p * LANES, even, odd);
+        load_pairs(values + rows_at[i] + c + p * LANES, even, odd);
         acc[p] += weights[i] * even;
         acc[p + 1] += weights[i] * odd;
       }
@@ -117,19 +129,19 @@ INLINE void gather_pairs(const bf16* values, const int64_t* places, const float*
 }
 
 template <typename T>
-INLINE void gather(const T* values, const int64_t* places, const float* weights, int64_t count, int64_t size,
-                   float fading, float* sums) {
+INLINE void gather(const T* values, const int64_t* rows_at, const float* weights, int64_t count, int64_t size,
+                   float rescale, float* sums) {
   int64_t c = 0;
   for (; c + 4 * LANES <= size; c += 4 * LANES) {
     vf acc[4];
-    for (int p = 0; p < 4; p++) acc[p] = fading * load(sums + c + p * LANES);
+    for (int p = 0; p < 4; p++) acc[p] = rescale * load(sums + c + p * LANES);
     for (int64_t i = 0; i < count; i++)
-      for (int p = 0; p < 4; p++) acc[p] += weights[i] * load(values + places[i] + c + p * LANES);
+      for (int p = 0; p < 4; p++) acc[p] += weights[i] * load(values + rows_at[i] + c + p * LANES);
     for (int p = 0; p < 4; p++) store(sums + c + p * LANES, acc[p]);
   }
   for (; c < size; c += LANES) {
-    vf acc = fading * load_up_to(sums + c, size - c);
-    for (int64_t i = 0; i < count; i++) acc += weights[i] * load_up_to(values + places[i] + c, size - c);
+    vf acc = rescale * load_up_to(sums + c, size - c);
+    for (int64_t i = 0; i < count; i++) acc += weights[i] * load_up_to(values + rows_at[i] + c, size - c);
     store_up_to(sums + c, acc, size - c);
   }
 }
@@ -152,22 +164,21 @@ INLINE void write(const Gathered& g, int64_t size, T* out) {
 }
 
 // `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
-// scratch: room for a group's Gathered.
+// room: for a group's Gathered.
 template <typename T>
-INLINE void attend(const Attention& a, int64_t first, int64_t count, char* scratch) {
+INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room) {
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
   auto walk = [&](int64_t i) __attribute__((always_inline)) {
     int64_t s = i / a.kv_heads;
-    return Walk{a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, a.contexts[s]};
+    return KvCursor{a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, a.contexts[s]};
   };
   float scores[KEYS];
-  int64_t places[2][KEYS], held = 0;
-  auto gathered = [&](int64_t g) __attribute__((always_inline)) {
-    return (Gathered*)(scratch + g * gathered_bytes(a.size));
-  };
-  Walk at = walk(first);
-  int64_t rows = at.next(places[0]), next;
-  fetch(keys, places[0], rows, a.size);
+  int64_t rows_at[2][KEYS], held = 0;
+  auto gathered = [&](int64_t g)
+                      __attribute__((always_inline)) { return (Gathered*)(room + g * gathered_bytes(a.size)); };
+  KvCursor at = walk(first);
+  int64_t rows = at.next(rows_at[0]), next;
+  prefetch_kv(keys, rows_at[0], rows, a.size);
   for (int64_t i = first; i < first + count; i++) {
     const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
     for (int64_t g = 0; g < a.group; g++) {
@@ -175,21 +186,18 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* scrat
       memset(gathered(g)->sums, 0, a.size * sizeof(float));
     }
     for (bool more = true; more; rows = next, held ^= 1) {
-      fetch(values, places[held], rows, a.size);
+      prefetch_kv(values, rows_at[held], rows, a.size);
       more = at.at < at.seen;
       if (!more && i + 1 < first + count) at = walk(i + 1);
-      next = at.next(places[held ^ 1]);
-      fetch(keys, places[held ^ 1], next, a.size);
+      next = at.next(rows_at[held ^ 1]);
+      prefetch_kv(keys, rows_at[held ^ 1], next, a.size);
       for (int64_t g = 0; g < a.group; g++) {
-        if (a.size == 64)
-          score(q + g * 64, keys, places[held], rows, 64, a.scale, scores);
-        else
-          score(q + g * a.size, keys, places[held], rows, a.size, a.scale, scores);
-        float fading = soften(scores, rows, *gathered(g));
+        if (a.size == 64) score(q + g * 64, keys, rows_at[held], rows, 64, a.scale, scores);
+        else score(q + g * a.size, keys, rows_at[held], rows, a.size, a.scale, scores);
+        float rescale = softmax_step(scores, rows, *gathered(g));
         if (paired<T>(a.size))
-          gather_pairs(values, places[held], scores, rows, a.size == 64 ? 64 : a.size, fading, gathered(g)->sums);
-        else
-          gather(values, places[held], scores, rows, a.size, fading, gathered(g)->sums);
+          gather_pairs(values, rows_at[held], scores, rows, a.size == 64 ? 64 : a.size, rescale, gathered(g)->sums);
+        else gather(values, rows_at[held], scores, rows, a.size, rescale, gathered(g)->sums);
       }
     }
     T* out = (T*)a.out + i * a.group * a.size;
@@ -213,3 +221,5 @@ INLINE void rotate(T* head, const float* cosines, const float* sines, int64_t si
     put(b + i, second * cosines[i] + first * sines[i]);
   }
 }
+
+DSC_KERNELS_END

@@ -1,9 +1,9 @@
 #include "instruction_set.h"
 
-namespace {
-bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-}  // namespace
+DSC_KERNELS_BEGIN
 
-const InstructionSet avx2_set = {"avx2", supported, table<float>(), table<bf16>(), sample, sample_scratch};
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+DSC_KERNELS_END
+
+constinit const dsc::InstructionSet dsc::avx2_set = avx2::instruction_set("avx2", avx2::supported);

@@ -1,9 +1,12 @@
 #include "instruction_set.h"
 
-namespace {
-bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-}  // namespace
+DSC_KERNELS_BEGIN
 
-const InstructionSet avx512_set = {"avx512", supported, table<float>(), table<bf16>(), sample, sample_scratch};
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+DSC_KERNELS_END
+
+constinit const dsc::InstructionSet dsc::avx512_set = avx512::instruction_set("avx512", avx512::supported);

@@ -1,11 +1,13 @@
 #include "instruction_set.h"
 
-namespace {
+DSC_KERNELS_BEGIN
+
 bool supported() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-}  // namespace
 
-const InstructionSet avx512bf16_set = {"avx512bf16", supported, table<float>(), table<bf16>(), sample, sample_scratch};
+DSC_KERNELS_END
+
+constinit const dsc::InstructionSet dsc::avx512bf16_set =
+    avx512bf16::instruction_set("avx512bf16", avx512bf16::supported);

@@ -1,7 +1,9 @@
 #include "instruction_set.h"
 
-namespace {
-bool supported() { return true; }
-}  // namespace
+DSC_KERNELS_BEGIN
 
-const InstructionSet baseline_set = {"baseline", supported, table<float>(), table<bf16>(), sample, sample_scratch};
+bool supported() { return true; }
+
+DSC_KERNELS_END
+
+constinit const dsc::InstructionSet dsc::baseline_set = baseline::instruction_set("baseline", baseline::supported);

@@ -5,14 +5,22 @@
 // values are packed. What a row attends to comes in the same steps however a prompt is cut.
 #pragma once
 
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
 #include "layers.h"
+#include "namespace.h"
+
+DSC_KERNELS_BEGIN
 
 constexpr int64_t ROWS = 48;
 constexpr float LOG2_E = 1.44269504f;
 
 #if defined(__AVX512F__)
-constexpr int WIDE = 4, HIGH = 6;  // of a tile of the second product: panels of values, query rows
-constexpr int FEWER = 4;           // rows where those waste less
+constexpr int WIDE = 4, HIGH = 6;         // of a tile of the second product: panels of values, query rows
+constexpr int FEWER = 4;                  // rows where those waste less
 constexpr int KEYS_OF[] = {0, 16, 8, 8};  // keys of a tile of the first, by panels of query rows
 #else
 constexpr int WIDE = 1, HIGH = 4, FEWER = 4;
@@ -20,17 +28,15 @@ constexpr int KEYS_OF[] = {0, 4, 2, 1};
 #endif
 
 // A sum plus the products of 16 words of one side with one word of the other.
-INLINE vf plus_product(vf sum, vi words, int32_t word, float) {
-  return sum + (vf)words * (vf)(vi{} + word);
-}
+INLINE vf plus_product(vf sum, vi words, int32_t word, float) { return sum + (vf)words * (vf)(vi{} + word); }
 
 INLINE void store_words(float* out, const vf (&rows)[1]) { store(out, rows[0]); }
 
 // Rows [count] of a pool become panels [KEYS][16], neighbours of a word together; what is missing of a word is 0.
 template <typename T>
-INLINE void pack_values(const T* pool, const int64_t* places, int64_t count, int64_t size, float* out) {
+INLINE void pack_values(const T* pool, const int64_t* rows_at, int64_t count, int64_t size, float* out) {
   for (int64_t c = 0; c < size; c += LANES, out += KEYS * LANES)
-    for (int64_t i = 0; i < count; i++) store(out + i * LANES, load_up_to(pool + places[i] + c, size - c));
+    for (int64_t i = 0; i < count; i++) store(out + i * LANES, load_up_to(pool + rows_at[i] + c, size - c));
 }
 
 #if defined(__AVX512BF16__)
@@ -58,12 +64,12 @@ INLINE vw load_words(const bf16* p, int64_t count) {
   return (vw)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
 }
 
-INLINE void pack_values(const bf16* pool, const int64_t* places, int64_t count, int64_t size, bf16* out) {
+INLINE void pack_values(const bf16* pool, const int64_t* rows_at, int64_t count, int64_t size, bf16* out) {
   const vw low = pairs_from(0), high = pairs_from(LANES);
   for (int64_t i = 0; i < count; i += 2)
     for (int64_t c = 0; c < size; c += 2 * LANES) {
-      vw first = load_words(pool + places[i] + c, size - c);
-      vw second = i + 1 < count ? load_words(pool + places[i + 1] + c, size - c) : vw{};
+      vw first = load_words(pool + rows_at[i] + c, size - c);
+      vw second = i + 1 < count ? load_words(pool + rows_at[i + 1] + c, size - c) : vw{};
       vw lower = __builtin_shuffle(first, second, low), upper = __builtin_shuffle(first, second, high);
       memcpy(out + (c * KEYS / LANES + i) * LANES, &lower, sizeof lower);
       if (size - c > LANES) memcpy(out + (c * KEYS / LANES + KEYS + i) * LANES, &upper, sizeof upper);
@@ -120,28 +126,31 @@ INLINE void pack_panel(const C* rows, int64_t stride, C* out) {
 template <typename T>
 struct ChunkBuffers {
   typedef typename Input<T>::type C;  // what both products are of
-  int64_t stride, width, bytes;       // of a row of queries or keys, of a row of sums
-  C *q, *keys, *values, *weights;     // values [panels][KEYS][16], weights [KEYS][ROWS], neighbours of a word together
-  float *scores, *sums, *highest, *totals, *fading;  // scores [KEYS][ROWS]
-  int32_t* ends;                                     // how many of the keys at hand each query row sees
+  int64_t stride;                     // of a row of queries or keys
+  int64_t width;                      // of a row of sums
+  C* q;                               // panels of 16 query rows [words of a row][16]
+  C* keys;                            // [16, stride]
+  C* values;                          // [panels][KEYS][16], neighbours of a word together
+  C* weights;                         // [KEYS][ROWS], neighbours of a word together
+  float* scores;                      // [KEYS][ROWS]
+  float* sums;                        // [ROWS, width]
+  float* highest;                     // [ROWS]: the largest score so far
+  float* totals;                      // [ROWS]: of the weights
+  float* rescale;                     // [ROWS]: what the sums so far count yet
+  int32_t* ends;                      // [ROWS]: how many of the keys at hand each query row sees
 
-  INLINE ChunkBuffers(int64_t size, char* at) : stride(sizeof(C) == 2 ? even(size) : size), width(panel_count(size) * LANES) {
-    char* start = at;
-    auto take = [&at](auto*& p, int64_t count) {
-      p = (decltype(p + 0))at;
-      at += aligned(count * sizeof(*p));
-    };
-    take(q, ROWS * stride);
-    take(keys, LANES * stride);
-    take(values, KEYS * width);
-    take(weights, KEYS * ROWS);
-    take(scores, KEYS * ROWS);
-    take(sums, ROWS * width);
-    take(highest, ROWS);
-    take(totals, ROWS);
-    take(fading, ROWS);
-    take(ends, ROWS);
-    bytes = at - start;
+  INLINE ChunkBuffers(int64_t size, Scratch& scratch)
+      : stride(sizeof(C) == 2 ? round_up_2(size) : size), width(panel_count(size) * LANES) {
+    q = scratch.take<C>(ROWS * stride);
+    keys = scratch.take<C>(LANES * stride);
+    values = scratch.take<C>(KEYS * width);
+    weights = scratch.take<C>(KEYS * ROWS);
+    scores = scratch.take<float>(KEYS * ROWS);
+    sums = scratch.take<float>(ROWS * width);
+    highest = scratch.take<float>(ROWS);
+    totals = scratch.take<float>(ROWS);
+    rescale = scratch.take<float>(ROWS);
+    ends = scratch.take<int32_t>(ROWS);
   }
 };
 
@@ -164,14 +173,14 @@ INLINE void score_tile(const C* q, int64_t stride, const C* keys, float* scores)
 
 // Whether rows lie one behind the other in a pool: blocks may follow each other in another order.
 template <int N>
-INLINE bool adjoin(const int64_t* places, int64_t size) {
+INLINE bool adjoin(const int64_t* rows_at, int64_t size) {
   bool all = true;
-  for (int i = 1; i < N; i++) all &= places[i] == places[0] + i * size;
+  for (int i = 1; i < N; i++) all &= rows_at[i] == rows_at[0] + i * size;
   return all;
 }
 
 template <int P, typename T>
-INLINE void score_panels(const T* pool, const int64_t* places, int64_t count, int64_t size, int64_t panel,
+INLINE void score_panels(const T* pool, const int64_t* rows_at, int64_t count, int64_t size, int64_t panel,
                          const ChunkBuffers<T>& b) {
   typedef typename Input<T>::type C;
   constexpr int N = KEYS_OF[P];
@@ -179,21 +188,19 @@ INLINE void score_panels(const T* pool, const int64_t* places, int64_t count, in
   for (int64_t n = 0; n < count; n += N) {
     int64_t last = (count - n < N ? count - n : N) - 1;
     const C* keys = b.keys;
-    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && adjoin<N>(places + n, size))
-      keys = (const C*)(const void*)(pool + places[n]);
+    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && adjoin<N>(rows_at + n, size))
+      keys = (const C*)(const void*)(pool + rows_at[n]);
     else
-      for (int64_t i = 0; i <= last; i++) copy_row(pool + places[n + i], size, b.keys + i * b.stride);
+      for (int64_t i = 0; i <= last; i++) copy_row(pool + rows_at[n + i], size, b.keys + i * b.stride);
     float* scores = b.scores + n * ROWS + panel * LANES;
-    if (size == 64)
-      score_tile<P, N>(q, 64, keys, scores);
-    else
-      score_tile<P, N>(q, b.stride, keys, scores);
+    if (size == 64) score_tile<P, N>(q, 64, keys, scores);
+    else score_tile<P, N>(q, b.stride, keys, scores);
   }
 }
 
 // Scores of one panel become weights, those behind a row's `last` key 0; count is whole words.
 template <typename T>
-INLINE void soften_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi last, float scale) {
+INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi last, float scale) {
   float* scores = b.scores + panel * LANES;
   vf most = splat(-INFINITY);
   vi all = vi{} + (int32_t)count, ends = last < 0 ? vi{} : (last < all ? last + 1 : all);
@@ -216,10 +223,10 @@ INLINE void soften_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count,
     }
     store_words(b.weights + n * ROWS + panel * LANES * G, e);
   }
-  vf fading = vexp2(before - base);
+  vf rescale = vexp2(before - base);
   store(b.highest + panel * LANES, now);
-  store(b.fading + panel * LANES, fading);
-  store(b.totals + panel * LANES, load(b.totals + panel * LANES) * fading + total);
+  store(b.rescale + panel * LANES, rescale);
+  store(b.totals + panel * LANES, load(b.totals + panel * LANES) * rescale + total);
 }
 
 // Products of the words of keys from … to − 1. On the diagonal rows see different keys, and what one does not see is
@@ -242,7 +249,7 @@ INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_
 
 // sums [R, P panels] = faded sums + weights · values, of each row's first `ends` keys; later rows see no fewer.
 template <int P, int R, typename C>
-INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, const float* fading, int64_t width,
+INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, const float* rescale, int64_t width,
                         float* sums) {
   vf acc[P][R] = {};
   int64_t together = ends[0] / GROUP<C> * GROUP<C>;
@@ -251,20 +258,20 @@ INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, 
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float* s = sums + r * width + p * LANES;
-      store(s, load(s) * fading[r] + acc[p][r]);
+      store(s, load(s) * rescale[r] + acc[p][r]);
     }
 }
 
 template <int P, typename C>
-INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* ends, const float* fading,
+INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* ends, const float* rescale,
                           int64_t width, float* sums) {
   for (int64_t r = 0; r < rows;) {
     int64_t left = rows - r;
     if (left <= FEWER || left == FEWER + 3 || left == 2 * FEWER) {
-      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, ends + r, fading + r, width, sums + r * width);
+      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, ends + r, rescale + r, width, sums + r * width);
       r += FEWER;
     } else {
-      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, ends + r, fading + r, width, sums + r * width);
+      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, ends + r, rescale + r, width, sums + r * width);
       r += HIGH;
     }
   }
@@ -277,43 +284,42 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
   int64_t before = a.context - a.count, seen = before + (first + rows - 1) / a.group + 1;
   int64_t offset = head * a.group * a.size, panels = panel_count(rows), columns = panel_count(a.size);
   float scale = a.scale * LOG2_E;
-  int64_t places[2][KEYS];
+  int64_t rows_at[2][KEYS];
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
   vi last[ROWS / LANES];
   for (int64_t r = 0; r < panels * LANES; r++) {
     int64_t row = first + (r < rows ? r : rows - 1), token = row / a.group;  // lanes that are left over are copies
-    copy_row((const T*)a.q + token * a.q_stride + offset + row % a.group * a.size, a.size, b.keys + r % LANES * b.stride);
+    copy_row((const T*)a.q + token * a.q_stride + offset + row % a.group * a.size, a.size,
+             b.keys + r % LANES * b.stride);
     if (r % LANES == LANES - 1) pack_panel(b.keys, b.stride, b.q + r / LANES * LANES * b.stride);
     last[r / LANES][r % LANES] = (int32_t)(before + token);
     b.highest[r] = -INFINITY, b.totals[r] = 0;
   }
   memset(b.sums, 0, panels * LANES * b.width * sizeof(float));
-  Walk walk{a.table, a.kv_heads, head, a.block, a.size, seen};
-  int64_t count = walk.next(places[0]), next, held = 0;
-  fetch(keys, places[0], count, a.size);
+  KvCursor walk{a.table, a.kv_heads, head, a.block, a.size, seen};
+  int64_t count = walk.next(rows_at[0]), next, held = 0;
+  prefetch_kv(keys, rows_at[0], count, a.size);
   for (int64_t at = 0; count > 0; at += KEYS, count = next, held ^= 1) {
-    fetch(values, places[held], count, a.size);
-    next = walk.next(places[held ^ 1]);
-    fetch(keys, places[held ^ 1], next, a.size);
+    prefetch_kv(values, rows_at[held], count, a.size);
+    next = walk.next(rows_at[held ^ 1]);
+    prefetch_kv(keys, rows_at[held ^ 1], next, a.size);
     int64_t words = (count + GROUP<C> - 1) / GROUP<C> * GROUP<C>;
     switch (panels) {
-      case 1: score_panels<1>(keys, places[held], count, a.size, 0, b); break;
-      case 2: score_panels<2>(keys, places[held], count, a.size, 0, b); break;
-      default: score_panels<3>(keys, places[held], count, a.size, 0, b);
+      case 1: score_panels<1>(keys, rows_at[held], count, a.size, 0, b); break;
+      case 2: score_panels<2>(keys, rows_at[held], count, a.size, 0, b); break;
+      default: score_panels<3>(keys, rows_at[held], count, a.size, 0, b);
     }
     for (int64_t p = 0; p < panels; p++) {
-      soften_panel(b, p, words, last[p], scale);
+      softmax_panel(b, p, words, last[p], scale);
       last[p] -= (int32_t)KEYS;
     }
-    if (a.size == 64)
-      pack_values(values, places[held], count, 64, b.values);
-    else
-      pack_values(values, places[held], count, a.size, b.values);
+    if (a.size == 64) pack_values(values, rows_at[held], count, 64, b.values);
+    else pack_values(values, rows_at[held], count, a.size, b.values);
     int64_t c = 0;
     for (; c + WIDE <= columns; c += WIDE)
-      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.fading, b.width, b.sums + c * LANES);
+      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.rescale, b.width, b.sums + c * LANES);
     for (; c < columns; c++)
-      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.fading, b.width, b.sums + c * LANES);
+      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.rescale, b.width, b.sums + c * LANES);
   }
   for (int64_t r = 0; r < rows; r++) {
     int64_t token = (first + r) / a.group, member = (first + r) % a.group;
@@ -325,23 +331,22 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
 }
 
 template <typename T>
-int64_t chunk_attention_scratch(const ChunkAttention& a) {
-  return a.threads * ChunkBuffers<T>(a.size, nullptr).bytes;
-}
-
-template <typename T>
 void chunk_attention(const ChunkAttention& a) {
   int64_t rows = a.count * a.group, panels = panel_count(rows), tiles = (rows + ROWS - 1) / ROWS;
   int64_t wanted = (2 * a.threads + a.kv_heads - 1) / a.kv_heads;  // so that the threads end together
   if (tiles < wanted) tiles = wanted < panels ? wanted : panels;
+  auto* buffers = a.scratch->take<ChunkBuffers<T>>(a.threads);
+  for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, *a.scratch);
 #pragma omp parallel num_threads(a.threads)
   {
-    ChunkBuffers<T> own(a.size, a.scratch + omp_get_thread_num() * chunk_attention_scratch<T>(a) / a.threads);
+    const ChunkBuffers<T> own = buffers[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {
-      int64_t tile = tiles - 1 - i / a.kv_heads, first = LANES * part(panels, tile, tiles);  // the longest first
-      int64_t end = LANES * part(panels, tile + 1, tiles);
+      int64_t tile = tiles - 1 - i / a.kv_heads, first = LANES * split_point(panels, tile, tiles);  // the longest first
+      int64_t end = LANES * split_point(panels, tile + 1, tiles);
       attend_tile<T>(a, i % a.kv_heads, first, (end < rows ? end : rows) - first, own);
     }
   }
 }
+
+DSC_KERNELS_END

@@ -1,7 +1,12 @@
 // The picked rank-1 atoms: y += (Σ_j (x·u_j) z_j v_j) ⊙ γ.
 #pragma once
 
+#include <stdint.h>
+
+#include "namespace.h"
 #include "vector.h"
+
+DSC_KERNELS_BEGIN
 
 // Rows that will be needed soon, asked for ahead of time: they may lie beyond the caches.
 template <typename T>
@@ -28,3 +33,5 @@ INLINE void compose(const T* x, const T* u, const T* v, const float* gamma, bool
     y[i] = s * gamma[scalar ? 0 : i];
   }
 }
+
+DSC_KERNELS_END

@@ -1,7 +1,14 @@
 // An FFN layer: a static MLP and, where it is routed, a composition of picked rows.
 #pragma once
 
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+
+#include "namespace.h"
 #include "routing.h"
+
+DSC_KERNELS_BEGIN
 
 constexpr int64_t READ_ALONE = 4;  // tokens whose norms take one thread less time than waiting for another
 
@@ -20,13 +27,13 @@ INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t
 // Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
 template <typename T>
 INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count, int64_t id,
-                      int64_t n, Laps& laps) {
+                      int64_t n, PhaseTimer& timer) {
   typedef typename Input<T>::type I;
   int64_t stride = row_stride<T>(a.d), routed = panel_count(a.atoms), width = panel_count(a.hidden);
   // what a panel costs, in panels of the screened router or of the router
   int64_t cost = (a.gate ? 2 : 1) * (a.screen.rows ? (int64_t)sizeof(T) : 1), total = routed + cost * width;
-  int64_t first = part(total, id, n), last = part(total, id + 1, n);
-  float* peaks = b.peaks + id * b.peaks_size;
+  int64_t first = split_point(total, id, n), last = split_point(total, id + 1, n);
+  float* peaks = routed > 0 ? b.peaks + id * b.peaks_size : nullptr;
   if (routed > 0)
     for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
   if (first < routed) {
@@ -35,9 +42,8 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
     if (a.screen.rows)
       multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d,
                        Bounds{logits, a.screen, b.outliers}, first, end);
-    else
-      multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
-    laps.end(ROUTER);
+    else multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
+    timer.end(ROUTER);
   }
   int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
   if (id == n - 1) to = width;
@@ -49,7 +55,7 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
     e.times = b.hidden;
   }
   gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
-  laps.end(STATIC);
+  timer.end(STATIC);
 }
 
 // The second product of tokens base … base + count − 1, with everything added: share `id` of `n` of its panels.
@@ -59,64 +65,60 @@ INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64
   const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
   Epilogue e = {nullptr, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
   gemm<T, T>((const T*)a.down, b.hidden, b.hidden_stride, nullptr, count, a.hidden, a.d, e, (T*)a.out + base * a.d,
-             part(panels, id, n), part(panels, id + 1, n));
-}
-
-template <typename T>
-int64_t ffn_scratch(const Ffn& a) {
-  if (a.batch <= SMALL) return FfnBuffers<T>(a, a.batch, a.threads, nullptr).size;
-  return FfnBuffers<T>(a, chunk_of(a.batch, a.threads), 1, nullptr).size * a.threads;
+             split_point(panels, id, n), split_point(panels, id + 1, n));
 }
 
 template <typename T>
 void ffn(const Ffn& a) {
-  if (a.batch <= SMALL) {
-    FfnBuffers<T> b(a, a.batch, a.threads, a.scratch);
-    const auto* x = prepared<T>(a.x, 0, a.batch, a.d, b.x);
+  if (a.batch <= SMALL_BATCH) {
+    FfnBuffers<T> b(a, a.batch, a.threads);
+    const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
     clear_padding(b.hidden, a.batch, a.hidden);
     bool alone = a.batch <= READ_ALONE;
     if (a.atoms > 0 && alone) ffn_read<T>(a, b, 0, 0, a.batch);
 #pragma omp parallel num_threads(a.threads)
     {
       int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-      int64_t first = part(a.batch, id, n), last = part(a.batch, id + 1, n);
-      Laps laps(a.laps, FFN_PHASES, id);
+      int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
+      PhaseTimer timer(a.phase_ns, FFN_PHASES, id);
       if (a.atoms > 0 && !alone) {
         ffn_read<T>(a, b, 0, first, last);
-        laps.end(ROUTER);
+        timer.end(ROUTER);
 #pragma omp barrier
-        laps.end(WAITING);
+        timer.end(WAITING);
       }
-      ffn_first<T>(a, b, x, a.batch, id, n, laps);
+      ffn_first<T>(a, b, x, a.batch, id, n, timer);
 #pragma omp barrier
-      laps.end(WAITING);
+      timer.end(WAITING);
       if (a.atoms > 0) {
         ffn_route<T>(a, b, 0, first, last, id, (int)n);
-        laps.end(COMPOSE);
+        timer.end(COMPOSE);
 #pragma omp barrier
-        laps.end(WAITING);
+        timer.end(WAITING);
       }
       ffn_second<T>(a, b, 0, a.batch, id, n);
-      laps.end(STATIC);
+      timer.end(STATIC);
     }
     return;
   }
   int64_t chunk = chunk_of(a.batch, a.threads);
+  auto* buffers = a.scratch->take<FfnBuffers<T>>(a.threads);
+  for (int i = 0; i < a.threads; i++) buffers[i] = FfnBuffers<T>(a, chunk, 1);
 #pragma omp parallel num_threads(a.threads)
   {
-    FfnBuffers<T> b(a, chunk, 1, nullptr);
-    b = FfnBuffers<T>(a, chunk, 1, a.scratch + omp_get_thread_num() * b.size);
+    const FfnBuffers<T> b = buffers[omp_get_thread_num()];
     clear_padding(b.hidden, chunk, a.hidden);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < a.batch; t += chunk) {
       int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
-      Laps laps(a.laps, FFN_PHASES, omp_get_thread_num());
-      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count), laps.end(ROUTER);
-      ffn_first<T>(a, b, prepared<T>(a.x, t, count, a.d, b.x), count, 0, 1, laps);
-      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), laps.end(COMPOSE);
+      PhaseTimer timer(a.phase_ns, FFN_PHASES, omp_get_thread_num());
+      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count), timer.end(ROUTER);
+      ffn_first<T>(a, b, pack_inputs<T>(a.x, t, count, a.d, b.x), count, 0, 1, timer);
+      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), timer.end(COMPOSE);
       ffn_second<T>(a, b, t, count, 0, 1);
-      laps.end(STATIC);
+      timer.end(STATIC);
     }
   }
 }
 
+DSC_KERNELS_END

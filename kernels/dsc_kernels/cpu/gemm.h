@@ -5,18 +5,23 @@
 // whole groups, with zeros. The weight is streamed once for up to TOKENS tokens; sums are float32, of int8 int32.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "namespace.h"
 #include "vector.h"
 
-enum Activation { NONE = 0, GELU = 1, SILU = 2 };
+DSC_KERNELS_BEGIN
 
 // What happens to a sum before it is stored, in this order; null pointers and NONE are skipped.
 struct Epilogue {
-  const float* bias;    // [N]
+  const float* bias;  // [N]
   int activation;
-  const void* times;    // [B, ld] in the output's dtype: the other half of a gated MLP
-  const float* plus;    // float32 [B, ld]
-  const void* residual; // [B, ld] in the output's dtype
-  int64_t ld;           // row stride of all of these and of the output
+  const void* times;     // [B, ld] in the output's dtype: the other half of a gated MLP
+  const float* plus;     // float32 [B, ld]
+  const void* residual;  // [B, ld] in the output's dtype
+  int64_t ld;            // row stride of all of these and of the output
 };
 
 INLINE int64_t panel_count(int64_t n) { return (n + LANES - 1) / LANES; }
@@ -234,6 +239,9 @@ void pack(const T* w, int64_t size, int64_t d, T* out) {
     for (int64_t k = 0; k < panel / LANES; k++)
       for (int lane = 0; lane < LANES; lane++) {
         int64_t n = p * LANES + lane;
-        out[p * panel + (k / GROUP<T> * LANES + lane) * GROUP<T> + k % GROUP<T>] = n < size && k < d ? w[n * d + k] : T{};
+        out[p * panel + (k / GROUP<T> * LANES + lane) * GROUP<T> + k % GROUP<T>] =
+            n < size && k < d ? w[n * d + k] : T{};
       }
 }
+
+DSC_KERNELS_END

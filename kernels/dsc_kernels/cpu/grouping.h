@@ -1,6 +1,13 @@
 // An order of tokens in which neighbours share atoms. Free of the standard library (see vector.h).
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "namespace.h"
+
+DSC_KERNELS_BEGIN
+
 constexpr int64_t TILE = 16;
 constexpr int INDEX_BITS = 20;  // tokens that can be ordered at once: 2^20
 
@@ -66,3 +73,5 @@ inline void tile_unions(const int32_t* picks, const int32_t* order, int64_t coun
   }
   offsets[tiles] = total;
 }
+
+DSC_KERNELS_END

@@ -1,50 +1,58 @@
 // Each token's largest output of a product, without writing the outputs: greedy decoding needs no logits.
 //
 // Screened, the products are int8, with bounds on what that changes (router.h). Outputs whose upper bound is not below the
-// best lower bound so far are nominees; their panels are then multiplied as they are. So the place is that of multiplying
+// best lower bound so far are nominees; their panels are then multiplied as they are. So the index is that of multiplying
 // all, bit for bit, for any weights and inputs.
 #pragma once
 
-#include "layers.h"
-#include "router.h"
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
 
-struct Largest {
+#include "layers.h"
+#include "namespace.h"
+#include "quantise.h"
+
+DSC_KERNELS_BEGIN
+
+struct LaneMaxima {
   const float* bias;  // [panels · 16]; −∞ behind the last output
-  float* values;    // [tokens, 16]: the largest so far of every lane
-  int32_t* places;  // and where it was
+  float* values;      // [tokens, 16]: the largest so far of every lane
+  int32_t* indices;   // and where it was
   INLINE void operator()(vf v, int64_t t, int64_t n) const {
     const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     v += load(bias + n);
     vf held = load(values + t * LANES);
-    vi place;
-    memcpy(&place, places + t * LANES, sizeof place);
+    vi index;
+    memcpy(&index, indices + t * LANES, sizeof index);
     auto better = v > held;  // of equal ones the first stays
-    place = better ? lanes + (int32_t)n : place;
+    index = better ? lanes + (int32_t)n : index;
     store(values + t * LANES, better ? v : held);
-    memcpy(places + t * LANES, &place, sizeof place);
+    memcpy(indices + t * LANES, &index, sizeof index);
   }
 };
 
-// The best of outputs that come in any order, the first of equal ones; place 0 when all are NaN or −∞.
+// The best of outputs that come in any order, the first of equal ones; index 0 when all are NaN or −∞.
 struct Best {
   float value = -INFINITY;
-  int64_t place = 0;
+  int64_t index = 0;
   INLINE void meet(float v, int64_t n) {
-    if (!(v > value || (v == value && n < place))) return;
+    if (!(v > value || (v == value && n < index))) return;
     value = v;
-    place = n;
+    index = n;
   }
 };
 
 // The panels of 16 outputs in which one thread finds that a token's largest output may be.
 struct Nominees {
-  float* shared;    // the best lower bound that any thread has found for the token; whoever is late only nominates more
-  float* uppers;    // [the thread's panels]: a panel's largest upper bound
+  float* shared;  // the best lower bound that any thread has found for the token; whoever is late only nominates more
+  float* uppers;  // [the thread's panels]: a panel's largest upper bound
   int32_t* panels;
   int64_t count;
-  float margin;     // the largest error of any output
-  float bound;      // the best lower bound that is known here
-  float gate;       // bound − margin: a panel of logits below it is none
+  float margin;  // the largest error of any output
+  float bound;   // the best lower bound that is known here
+  float gate;    // bound − margin: a panel of logits below it is none
 
   INLINE void raise(float lower) {
     float best;
@@ -59,8 +67,8 @@ struct Nominees {
 
   __attribute__((noinline)) void take(vf logit, vf error, int64_t n) {
     vf lower = logit - error, upper = logit + error;
-    raise(largest(lower == lower ? lower : splat(-INFINITY)));
-    float most = largest(upper == upper ? upper : splat(INFINITY));
+    raise(max_lane(lower == lower ? lower : splat(-INFINITY)));
+    float most = max_lane(upper == upper ? upper : splat(INFINITY));
     if (most < bound) return;
     uppers[count] = most;
     panels[count++] = (int32_t)(n / LANES);
@@ -93,83 +101,66 @@ INLINE void start(const Nomination& sink, const int8_t* w, int64_t panel, int64_
 // calls in which it did, on average, everything is multiplied for PAUSE calls, and then it is tried again.
 constexpr int64_t WATCHED = 8, PAUSE = 512;
 
-INLINE bool screening_pays(const Head& a) {
-  if (!a.screen.packed) return false;
-  int64_t& calls = a.screen.counts[3];
-  return calls >= 0 || ++calls > 0;
-}
-
 INLINE void watch_screening(const Head& a, int64_t multiplied) {
-  int64_t &panels = a.screen.counts[2], &calls = a.screen.counts[3];
-  panels += multiplied / (a.batch < a.threads ? a.batch : a.threads);
-  if (++calls < WATCHED) return;
-  calls = panels > WATCHED * panel_count(a.n) / 8 ? -PAUSE : 0;
-  panels = 0;
+  ScreenCounters& c = *a.screen.counters;
+  c.watched_panels += multiplied / (a.batch < a.threads ? a.batch : a.threads);
+  if (++c.watched_calls < WATCHED) return;
+  if (c.watched_panels > WATCHED * panel_count(a.n) / 8) c.paused_calls = PAUSE;
+  c.watched_panels = c.watched_calls = 0;
 }
 
 template <typename T>
 struct HeadBuffers {
-  const typename Input<T>::type* x;
-  float* values;    // [threads, tokens, 16]
-  int32_t* places;
-  Reading* readings;
-  Outliers* outliers;
-  uint8_t* shifted;
-  Nominees* nominees;  // [threads, tokens]
-  float *bounds, *uppers;  // [tokens] and [tokens, panels], of which each thread has its part
-  int32_t* panels;
-  int64_t shifted_stride, size;
+  typedef typename Input<T>::type I;
+  const I* x;                    // [tokens, round_up_2(d)], or the inputs themselves
+  float* values = nullptr;       // [threads, tokens, 16], and the next: where all is multiplied out
+  int32_t* indices = nullptr;    // [threads, tokens, 16]
+  Reading* readings = nullptr;   // [tokens], and all below: where the head is screened
+  Outliers* outliers = nullptr;  // [tokens]
+  uint8_t* shifted = nullptr;    // [tokens, shifted_stride]: inputs in int8
+  Nominees* nominees = nullptr;  // [threads, tokens]
+  float* bounds = nullptr;       // [tokens]
+  float* uppers = nullptr;       // [tokens, panels], of which each thread has its part
+  int32_t* panels = nullptr;     // the same
+  int64_t shifted_stride;
 
-  INLINE HeadBuffers(const Head& a, bool screened, char* scratch) {
-    shifted_stride = panel_count(a.d) * LANES;
-    size = 0;
-    auto take = [&](int64_t bytes) __attribute__((always_inline)) {
-      char* start = scratch + size;
-      size += aligned(bytes);
-      return start;
-    };
-    x = (const typename Input<T>::type*)take(a.batch * even(a.d) * 4);
+  INLINE HeadBuffers(const Head& a, bool screened) : shifted_stride(panel_count(a.d) * LANES) {
+    Scratch& scratch = *a.scratch;
+    x = pack_inputs<T>(a.x, 0, a.batch, a.d, scratch.take<I>(a.batch * round_up_2(a.d)));
     if (screened) {
-      readings = (Reading*)take(a.batch * sizeof *readings);
-      outliers = (Outliers*)take(a.batch * sizeof *outliers);
-      shifted = (uint8_t*)take(a.batch * shifted_stride);
-      nominees = (Nominees*)take(a.threads * a.batch * sizeof *nominees);
-      bounds = (float*)take(a.batch * sizeof *bounds);
-      uppers = (float*)take(a.batch * panel_count(a.n) * sizeof *uppers);
-      panels = (int32_t*)take(a.batch * panel_count(a.n) * sizeof *panels);
+      readings = scratch.take<Reading>(a.batch);
+      outliers = scratch.take<Outliers>(a.batch);
+      shifted = scratch.take<uint8_t>(a.batch * shifted_stride);
+      nominees = scratch.take<Nominees>(a.threads * a.batch);
+      bounds = scratch.take<float>(a.batch);
+      uppers = scratch.take<float>(a.batch * panel_count(a.n));
+      panels = scratch.take<int32_t>(a.batch * panel_count(a.n));
     } else {
-      values = (float*)take(a.threads * a.batch * LANES * 4);
-      places = (int32_t*)take(a.threads * a.batch * LANES * 4);
+      values = scratch.take<float>(a.threads * a.batch * LANES);
+      indices = scratch.take<int32_t>(a.threads * a.batch * LANES);
     }
   }
 };
 
 template <typename T>
-int64_t largest_scratch(const Head& a) {
-  int64_t exact = HeadBuffers<T>(a, false, nullptr).size, screened = HeadBuffers<T>(a, true, nullptr).size;
-  return exact > screened ? exact : screened;
-}
-
-template <typename T>
-void largest_of_all(const Head& a) {
-  HeadBuffers<T> b(a, false, a.scratch);
-  b.x = prepared<T>(a.x, 0, a.batch, a.d, (char*)b.x);
+void argmax_exact(const Head& a) {
+  HeadBuffers<T> b(a, false);
   int64_t panels = panel_count(a.n), all = a.batch * LANES;
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     for (int64_t i = id * all; i < (id + 1) * all; i += LANES) store(b.values + i, splat(-INFINITY));
-    memset(b.places + id * all, 0, all * sizeof *b.places);
-    Largest sink = {a.bias, b.values + id * all, b.places + id * all};
-    multiply<T>((const T*)a.w, b.x, row_stride<T>(a.d), nullptr, a.batch, a.d, sink, part(panels, id, n),
-                part(panels, id + 1, n));
+    memset(b.indices + id * all, 0, all * sizeof *b.indices);
+    LaneMaxima sink = {a.bias, b.values + id * all, b.indices + id * all};
+    multiply<T>((const T*)a.w, b.x, row_stride<T>(a.d), nullptr, a.batch, a.d, sink, split_point(panels, id, n),
+                split_point(panels, id + 1, n));
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.batch; t++) {
       Best best;
       for (int64_t w = 0; w < n; w++)
-        for (int64_t i = w * all + t * LANES; i < w * all + (t + 1) * LANES; i++) best.meet(b.values[i], b.places[i]);
-      a.out[t] = best.place;
+        for (int64_t i = w * all + t * LANES; i < w * all + (t + 1) * LANES; i++) best.meet(b.values[i], b.indices[i]);
+      a.out[t] = best.index;
     }
   }
 }
@@ -184,7 +175,7 @@ struct BestOfPanel {
   }
 };
 
-// A token's place from what the threads have nominated; returns how many panels were multiplied for it. The first of
+// A token's index from what the threads have nominated; returns how many panels were multiplied for it. The first of
 // them, that of the largest upper bound, leaves few others.
 template <typename T>
 INLINE int64_t elect(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t threads) {
@@ -208,14 +199,13 @@ INLINE int64_t elect(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t 
       if (own.panels[i] != first && !(own.uppers[i] < b.bounds[t] || own.uppers[i] < best.value))
         multiply_one(own.panels[i]);
   }
-  a.out[t] = best.place;
+  a.out[t] = best.index;
   return multiplied;
 }
 
 template <typename T>
-void largest_screened(const Head& a) {
-  HeadBuffers<T> b(a, true, a.scratch);
-  b.x = prepared<T>(a.x, 0, a.batch, a.d, (char*)b.x);
+void argmax_screened(const Head& a) {
+  HeadBuffers<T> b(a, true);
   int64_t panels = panel_count(a.n), multiplied = 0;
 #pragma omp parallel num_threads(a.threads)
   {
@@ -228,25 +218,29 @@ void largest_screened(const Head& a) {
     }
     for (int64_t t = 0; t < a.batch; t++) {
       const Reading& r = b.readings[t];
-      int64_t place = t * panels + part(panels, id, n);
-      float margin = r.from_weights * a.largest_error + r.from_input * a.largest_norm + a.screen.slack;
-      own[t] = {b.bounds + t, b.uppers + place, b.panels + place, 0, margin, -INFINITY, -INFINITY};
+      int64_t index = t * panels + split_point(panels, id, n);
+      float margin = r.from_weights * a.max_error + r.from_input * a.max_norm + a.screen.slack;
+      own[t] = {b.bounds + t, b.uppers + index, b.panels + index, 0, margin, -INFINITY, -INFINITY};
     }
     multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, a.batch, a.d,
-                     Nomination{b.readings, a.bias, a.screen, own, b.outliers}, part(panels, id, n), part(panels, id + 1, n));
+                     Nomination{b.readings, a.bias, a.screen, own, b.outliers}, split_point(panels, id, n),
+                     split_point(panels, id + 1, n));
 #pragma omp barrier
 #pragma omp for schedule(static) reduction(+ : multiplied)
     for (int64_t t = 0; t < a.batch; t++) multiplied += elect<T>(a, b, t, n);
   }
-  __atomic_fetch_add(&a.screen.counts[0], multiplied, __ATOMIC_RELAXED);
-  __atomic_fetch_add(&a.screen.counts[1], a.batch, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&a.screen.counters->rescored, multiplied, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&a.screen.counters->tokens, a.batch, __ATOMIC_RELAXED);
   watch_screening(a, multiplied);
 }
 
 template <typename T>
-void largest(const Head& a) {
-  if (screening_pays(a))
-    largest_screened<T>(a);
-  else
-    largest_of_all<T>(a);
+void argmax(const Head& a) {
+  if (!a.screen.packed) return argmax_exact<T>(a);
+  int64_t& paused = a.screen.counters->paused_calls;
+  if (paused == 0) return argmax_screened<T>(a);
+  paused--;
+  argmax_exact<T>(a);
 }
+
+DSC_KERNELS_END

@@ -2,41 +2,45 @@
 // call.
 #pragma once
 
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
 #include "layers.h"
+#include "namespace.h"
+#include "select.h"
+
+DSC_KERNELS_BEGIN
 
 // One pick: which token, weighted how much. Picks are ordered by expert; expert e's are starts[e] … starts[e + 1] − 1.
 template <typename T>
 struct MoeBuffers {
   typedef typename Input<T>::type I;
-  char* x;
-  float *logits, *weights, *outputs;
-  int32_t *experts, *tokens, *places, *starts;
-  I* hidden;
+  I* x;              // [batch, round_up_2(d)]
+  float* logits;     // [batch, experts]
+  float* weights;    // [batch, k]
+  int32_t* experts;  // [batch, k]
+  int32_t* slots;    // [batch, k]: where each pick is in the order
+  int32_t* tokens;   // [picks]: of each slot
+  float* outputs;    // [picks, d]
+  I* hidden;         // [picks, hidden_stride]
+  int32_t* starts;   // [experts + 1]
   int64_t hidden_stride;
 
-  static INLINE int64_t bytes(const Moe& a) {
+  INLINE explicit MoeBuffers(const Moe& a) : hidden_stride(round_up_2(a.hidden)) {
+    Scratch& scratch = *a.scratch;
     int64_t picks = a.batch * a.k;
-    return aligned(a.batch * even(a.d) * 4) + aligned(a.batch * a.experts * 4) + 4 * aligned(picks * 4) +
-           aligned(picks * a.d * 4) + aligned(picks * even(a.hidden) * 4) + aligned((a.experts + 1) * 4);
-  }
-  INLINE explicit MoeBuffers(const Moe& a) {
-    int64_t picks = a.batch * a.k;
-    hidden_stride = even(a.hidden);
-    char* at = a.scratch;
-    auto take = [&](int64_t size) __attribute__((always_inline)) {
-      char* start = at;
-      at += aligned(size);
-      return start;
-    };
-    x = take(a.batch * even(a.d) * 4);
-    logits = (float*)take(a.batch * a.experts * 4);
-    weights = (float*)take(picks * 4);
-    experts = (int32_t*)take(picks * 4);
-    tokens = (int32_t*)take(picks * 4);
-    places = (int32_t*)take(picks * 4);
-    outputs = (float*)take(picks * a.d * 4);
-    hidden = (I*)take(picks * even(a.hidden) * 4);
-    starts = (int32_t*)take((a.experts + 1) * 4);
+    x = scratch.take<I>(a.batch * round_up_2(a.d));
+    logits = scratch.take<float>(a.batch * a.experts);
+    weights = scratch.take<float>(picks);
+    experts = scratch.take<int32_t>(picks);
+    tokens = scratch.take<int32_t>(picks);
+    slots = scratch.take<int32_t>(picks);
+    outputs = scratch.take<float>(picks * a.d);
+    hidden = scratch.take<I>(picks * hidden_stride);
+    starts = scratch.take<int32_t>(a.experts + 1);
   }
 };
 
@@ -64,7 +68,7 @@ INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input
   }
 }
 
-// A counting sort of the picks by expert; `places` says where each token's picks went.
+// A counting sort of the picks by expert; `slots` says where each token's picks went.
 template <typename T>
 INLINE void moe_group(const Moe& a, const MoeBuffers<T>& b) {
   int64_t picks = a.batch * a.k;
@@ -72,9 +76,9 @@ INLINE void moe_group(const Moe& a, const MoeBuffers<T>& b) {
   for (int64_t i = 0; i < picks; i++) b.starts[b.experts[i] + 1]++;
   for (int64_t e = 0; e < a.experts; e++) b.starts[e + 1] += b.starts[e];
   for (int64_t i = 0; i < picks; i++) {
-    int32_t place = b.starts[b.experts[i]]++;
-    b.places[i] = place;
-    b.tokens[place] = (int32_t)(i / a.k);
+    int32_t slot = b.starts[b.experts[i]]++;
+    b.slots[i] = slot;
+    b.tokens[slot] = (int32_t)(i / a.k);
   }
   for (int64_t e = a.experts; e > 0; e--) b.starts[e] = b.starts[e - 1];
   b.starts[0] = 0;
@@ -87,7 +91,7 @@ INLINE void expert_first(const Moe& a, const MoeBuffers<T>& b, const typename In
   int64_t panels = panel_count(a.hidden), size = panels * Packed<T>::panel_size(a.d);
   Epilogue ep = {nullptr, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
   I* hidden = b.hidden + from * b.hidden_stride;
-  int64_t first = part(panels, id, n), last = part(panels, id + 1, n);
+  int64_t first = split_point(panels, id, n), last = split_point(panels, id + 1, n);
   if (a.gate) {
     gemm<T, I>((const T*)a.gate + e * size, x, row_stride<T>(a.d), b.tokens + from, count, a.d, a.hidden, ep, hidden,
                first, last);
@@ -104,57 +108,51 @@ INLINE void expert_second(const Moe& a, const MoeBuffers<T>& b, int64_t e, int64
   int64_t panels = panel_count(a.d), size = panels * Packed<T>::panel_size(a.hidden);
   Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, a.d};
   gemm<T, float>((const T*)a.down + e * size, b.hidden + from * b.hidden_stride, b.hidden_stride, nullptr, count,
-                 a.hidden, a.d, ep, b.outputs + from * a.d, part(panels, id, n), part(panels, id + 1, n));
+                 a.hidden, a.d, ep, b.outputs + from * a.d, split_point(panels, id, n), split_point(panels, id + 1, n));
 }
 
 template <typename T>
 INLINE void moe_sum(const Moe& a, const MoeBuffers<T>& b, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
     const float* w = b.weights + t * a.k;
-    const int32_t* place = b.places + t * a.k;
+    const int32_t* slot = b.slots + t * a.k;
     const T* residual = a.residual ? (const T*)a.residual + t * a.d : nullptr;
     T* out = (T*)a.out + t * a.d;
     int64_t i = 0;
     for (; i + LANES <= a.d; i += LANES) {
       vf s = residual ? load(residual + i) : vf{};
-      for (int j = 0; j < a.k; j++) s += w[j] * load(b.outputs + place[j] * a.d + i);
+      for (int j = 0; j < a.k; j++) s += w[j] * load(b.outputs + slot[j] * a.d + i);
       store(out + i, s);
     }
     for (; i < a.d; i++) {
       float s = residual ? to_float(residual[i]) : 0;
-      for (int j = 0; j < a.k; j++) s += w[j] * b.outputs[place[j] * a.d + i];
+      for (int j = 0; j < a.k; j++) s += w[j] * b.outputs[slot[j] * a.d + i];
       put(out + i, s);
     }
   }
 }
 
 template <typename T>
-int64_t moe_scratch(const Moe& a) {
-  return MoeBuffers<T>::bytes(a);
-}
-
-template <typename T>
 void moe(const Moe& a) {
   MoeBuffers<T> b(a);
-  const auto* x = prepared<T>(a.x, 0, a.batch, a.d, b.x);
+  const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
   clear_padding(b.hidden, a.batch * a.k, a.hidden);
-  int64_t chunk = CHUNK, most = (a.batch * a.k + chunk - 1) / chunk + a.experts;
+  int64_t chunk = CHUNK_TOKENS, most = (a.batch * a.k + chunk - 1) / chunk + a.experts;
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-    int64_t first = part(a.batch, id, n), last = part(a.batch, id + 1, n);
+    int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
     moe_route<T>(a, b, x, first, last);
 #pragma omp barrier
 #pragma omp single
     moe_group<T>(a, b);
-    if (a.batch <= SMALL) {
+    if (a.batch <= SMALL_BATCH) {
       for (int64_t e = 0; e < a.experts; e++)
         if (b.starts[e + 1] > b.starts[e])
           expert_first<T>(a, b, x, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
 #pragma omp barrier
       for (int64_t e = 0; e < a.experts; e++)
-        if (b.starts[e + 1] > b.starts[e])
-          expert_second<T>(a, b, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+        if (b.starts[e + 1] > b.starts[e]) expert_second<T>(a, b, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
     } else {
       // tasks of at most `chunk` picks of one expert; task i of all is found by walking the experts
 #pragma omp for schedule(dynamic, 1)
@@ -176,3 +174,5 @@ void moe(const Moe& a) {
     moe_sum<T>(a, b, first, last);
   }
 }
+
+DSC_KERNELS_END

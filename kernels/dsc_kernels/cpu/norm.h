@@ -1,7 +1,14 @@
 // RMSNorm, or LayerNorm where there is a bias, of rows, in float32 with one rounding at the end.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+
+#include "api.h"
+#include "namespace.h"
 #include "vector.h"
+
+DSC_KERNELS_BEGIN
 
 template <typename T>
 INLINE void norm_row(const T* x, const T* weight, const T* bias, int64_t d, float eps, T* out) {
@@ -26,16 +33,9 @@ INLINE void norm_row(const T* x, const T* weight, const T* bias, int64_t d, floa
   for (i = 0; i < d; i += LANES) {
     vf v = (at(x, i) - mean) * scale * at(weight, i);
     if (bias) v += at(bias, i);
-    if (i + LANES <= d)
-      store(out + i, v);
-    else
-      store_some(out + i, v, (int)(d - i));
+    if (i + LANES <= d) store(out + i, v);
+    else store_some(out + i, v, (int)(d - i));
   }
-}
-
-template <typename T>
-int64_t norm_scratch(const Norm&) {
-  return 0;
 }
 
 template <typename T>
@@ -44,3 +44,5 @@ void norm(const Norm& a) {
   for (int64_t t = 0; t < a.batch; t++)
     norm_row((const T*)a.x + t * a.d, (const T*)a.weight, (const T*)a.bias, a.d, a.eps, (T*)a.out + t * a.d);
 }
+
+DSC_KERNELS_END

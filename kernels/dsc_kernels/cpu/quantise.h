@@ -1,7 +1,14 @@
 // Tokens in int8, with what that leaves out, for products whose error must be bounded.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
 #include "gemm.h"
+#include "namespace.h"
+
+DSC_KERNELS_BEGIN
 
 // How a token's products become logits, scale · product + bias, and how far they may be off when screened:
 // from_weights · (the row's error) + from_input · (the row's norm) + slack.
@@ -137,3 +144,5 @@ INLINE void add_outliers(const Outliers* tokens, const int8_t* w, int64_t panel,
     }
   }
 }
+
+DSC_KERNELS_END

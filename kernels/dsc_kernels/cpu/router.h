@@ -8,8 +8,15 @@
 // router's own rows. The result is that of scoring all rows so, whatever the weights.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "namespace.h"
 #include "quantise.h"
 #include "select.h"
+
+DSC_KERNELS_BEGIN
 
 // Classes are panel mod slots and lane: more than enough for few picks, and 256 for at most 64.
 INLINE int64_t slots_of(int k) { return k <= 8 ? 4 : 16; }
@@ -65,7 +72,7 @@ INLINE float kth_of_64(vf a, vf b, vf c, vf d, int k) {
   };
   order(a, b), order(c, d), order(a, c), order(b, d), order(b, c);
   for (;;) {
-    float top = largest(a);
+    float top = max_lane(a);
     auto taken = a == splat(top);
     for (int lane = 0; lane < LANES; lane++) k += taken[lane];  // −1 where true
     if (k <= 0 || top == -INFINITY) return top;
@@ -86,13 +93,13 @@ INLINE float reached(const float* peaks, int64_t slots, int writers, int64_t apa
   }
   if (slots == 4) return attainable(kth_of_64(merged[0], merged[1], merged[2], merged[3], k), tau);
   float values[MAX_PICKS];
-  int32_t places[MAX_PICKS];
-  select((const float*)merged, 1, nullptr, slots * LANES, k, INFINITY, values, places);
+  int32_t indices[MAX_PICKS];
+  select((const float*)merged, 1, nullptr, slots * LANES, k, INFINITY, values, indices);
   return attainable(values[k - 1], tau);
 }
 
 // The indices, in order, of the logits that are not below the bound; a NaN is not. Room for size + 1 is needed.
-INLINE int64_t candidates(const float* logits, int64_t size, float bound, int32_t* out) {
+INLINE int64_t find_candidates(const float* logits, int64_t size, float bound, int32_t* out) {
   constexpr int64_t WORD = 64;
   int64_t count = 0;
   for (int64_t i = 0; i < size; i += WORD) {
@@ -114,3 +121,5 @@ template <int P, int TT>
 INLINE void start(const Bounds& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
   add_outliers(sink.outliers + t, w, panel, acc);
 }
+
+DSC_KERNELS_END

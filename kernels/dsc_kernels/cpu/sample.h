@@ -3,7 +3,16 @@
 // cumulative distribution in vocabulary order.
 #pragma once
 
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "namespace.h"
 #include "vector.h"
+
+DSC_KERNELS_BEGIN
 
 constexpr int RUN = 256;
 
@@ -18,21 +27,14 @@ struct SampleBuffers {
   float* weights;  // [vocabulary], padded to LANES
   float* left;     // the same: those among which a prefix may end
   double* runs;    // mass of each RUN weights
+
+  INLINE SampleBuffers(int64_t vocabulary, Scratch& scratch) {
+    int64_t padded = (vocabulary + LANES - 1) / LANES * LANES;
+    weights = scratch.take<float>(padded);
+    left = scratch.take<float>(padded);
+    runs = scratch.take<double>(vocabulary / RUN + 1);
+  }
 };
-
-INLINE int64_t padded_to_lanes(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
-
-INLINE int64_t sample_bytes(int64_t vocabulary) {
-  return 2 * padded_to_lanes(vocabulary) * 4 + (vocabulary / RUN + 1) * 8;
-}
-
-INLINE SampleBuffers sample_buffers(int64_t vocabulary, char* scratch) {
-  SampleBuffers b;
-  b.weights = (float*)scratch;
-  b.left = b.weights + padded_to_lanes(vocabulary);
-  b.runs = (double*)(b.left + padded_to_lanes(vocabulary));
-  return b;
-}
 
 INLINE uint32_t bits_of(float weight) {
   uint32_t bits;
@@ -96,8 +98,9 @@ INLINE int64_t pick_out(const float* weights, int64_t size, uint32_t bits, bool 
 // The shortest prefix whose number (by_mass: whose mass) reaches `amount`; everything when all of it falls short.
 inline Prefix prefix_of(const SampleBuffers& b, int64_t size, bool by_mass, double amount) {
   const float* left = b.weights;
-  uint32_t low = 0, high = bits_of(1.0f) + 1;  // the prefix ends at bits from low to high − 1; all weights are at most 1
-  double number = 0, mass = 0;                 // of the weights from high on
+  uint32_t low = 0,
+           high = bits_of(1.0f) + 1;  // the prefix ends at bits from low to high − 1; all weights are at most 1
+  double number = 0, mass = 0;        // of the weights from high on
   for (int octaves = 4; high - low > 1 && size > 0; octaves = octaves < 64 ? 2 * octaves : octaves) {
     // few weights count in most rows: the first bounds are some octaves below the largest weight
     uint32_t guess = octaves < 64 ? bits_of(1.0f) - ((uint32_t)octaves << 23) : 0;
@@ -243,3 +246,18 @@ inline int64_t sample_row(const float* row, int64_t size, float temperature, int
   }
   return invert(b, size, kept, u);
 }
+
+inline void sample(const Sampling& a) {
+  auto* buffers = a.scratch->take<SampleBuffers>(a.threads);
+  for (int i = 0; i < a.threads; i++) buffers[i] = SampleBuffers(a.vocabulary, *a.scratch);
+#pragma omp parallel num_threads(a.threads)
+  {
+    const SampleBuffers own = buffers[omp_get_thread_num()];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < a.batch; i++)
+      a.out[i] = sample_row(a.logits + i * a.vocabulary, a.vocabulary, a.temperature[i], a.top_k[i], a.top_p[i],
+                            a.min_p[i], a.u[i], own);
+  }
+}
+
+DSC_KERNELS_END

@@ -1,7 +1,13 @@
 // Which atoms a token picks, and with what coefficients.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+
+#include "namespace.h"
 #include "vector.h"
+
+DSC_KERNELS_BEGIN
 
 constexpr int MAX_PICKS = 64;
 
@@ -23,9 +29,8 @@ INLINE void select(const float* raw, float scale, const float* bias, int64_t siz
     values[place] = value;
     picks[place] = (int32_t)index;
   };
-  auto score = [&](int64_t i) __attribute__((always_inline)) {
-    return truncate(scale * raw[i] + (bias ? bias[i] : 0.0f), tau);
-  };
+  auto score = [&](int64_t i)
+                   __attribute__((always_inline)) { return truncate(scale * raw[i] + (bias ? bias[i] : 0.0f), tau); };
   int64_t i = 0;
   for (; i < k; i++) {
     float value = score(i);
@@ -115,3 +120,5 @@ INLINE float reciprocal_std(const T* x, int64_t d, float eps) {
   for (; i < d; i++) rest += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
   return 1.0f / sqrtf((sum(q) + rest) / d + eps);
 }
+
+DSC_KERNELS_END

@@ -1,5 +1,7 @@
-// A step's tokens through the embedding and all blocks of a decoder in one call, by an instruction set's kernels.
+// A step's tokens through the embedding and all layers of a decoder in one call, by an instruction set's kernels.
 #pragma once
+
+#include <stdint.h>
 
 #include <chrono>
 #include <cstring>
@@ -7,135 +9,136 @@
 
 #include "api.h"
 
-// What a block's weights are; each call fills in the rest.
-struct Block {
-  Norm before_attention{}, before_ffn{};
-  Linear qkv{}, output{};
-  const float* angles = nullptr;  // as in StoreKv
-  int64_t heads = 0, kv_heads = 0, size = 0;
-  float scale = 0;
+namespace dsc {
+
+// What a layer's weights are; each call fills in the rest.
+struct DecoderLayer {
+  Norm attention_norm{}, ffn_norm{};
+  Linear qkv{}, out{};                   // projections around attention
+  const float* cos_sin_cache = nullptr;  // as in StoreKv
+  int64_t heads = 0, kv_heads = 0;
+  int64_t size = 0;          // of a head
+  float scale = 0;           // of scores
   const Ffn* ffn = nullptr;  // one of these two
   const Moe* moe = nullptr;
 };
 
-// Several new tokens of the sequence in a row of the tables.
+// Several new tokens of a sequence.
 struct Chunk {
-  int64_t row, start, length, context;
+  int64_t row;      // the sequence's of the tables
+  int64_t start;    // its first token of the step
+  int64_t length;   // tokens
+  int64_t context;  // positions up to the last of them
 };
 
-// What an FFN layer is asked for besides its output, as in Ffn.
-struct Asked {
+// What an FFN layer gives besides its output, as in Ffn; addresses.
+struct LayerOutputs {
   int64_t grouped, picks, weights, signal;
+};
+
+// Where a layer's keys and values are; addresses.
+struct KvCache {
+  int64_t keys, values;
 };
 
 enum StackPhase { EMBEDDING, NORMS, PROJECTIONS, KV_WRITES, ATTENDING, FFN, STACK_PHASES = 8 };
 
 struct Step {
-  void* out;  // [tokens, d]
-  const int64_t *ids, *positions, *blocks, *offsets;  // [tokens]
-  const int64_t* tables;                        // [sequences, pages], rows `width` apart
-  const int64_t* contexts;                      // [sequences]
-  const Chunk* chunks;                          // the tokens behind the first `decodes`, which are one per sequence
-  const int64_t (*pools)[2];                    // per block: addresses of its keys and values
-  const Asked* asked;                           // per block, or null
-  int64_t* laps;  // [STACK_PHASES] nanoseconds to add to, then each thread's in FFN layers; or null
-  int64_t tokens, sequences, pages, width, block, pool, decodes, longest, chunk_count;
+  void* out;                    // [tokens, d]
+  const int64_t* ids;           // [tokens]
+  const int64_t* positions;     // [tokens]
+  const int64_t* slot_blocks;   // [tokens]: each token's KV block
+  const int64_t* slot_offsets;  // [tokens]: and its row in there
+  const int64_t* tables;        // [sequences, pages], rows `width` apart
+  const int64_t* contexts;      // [sequences]
+  const Chunk* chunks;          // the tokens behind the first `decodes`, which are one per sequence
+  const KvCache* kv_caches;     // per layer
+  const LayerOutputs* outputs;  // per layer, or null
+  int64_t* phase_ns;            // [STACK_PHASES] nanoseconds to add to, then each thread's in FFN layers; or null
+  int64_t tokens, sequences, pages, width;
+  int64_t block;       // tokens of a KV block
+  int64_t num_blocks;  // KV blocks that there are
+  int64_t decodes;
+  int64_t max_context_len;  // of the single tokens' sequences
+  int64_t chunk_count;
   int threads;
 };
 
 class Stack {
  public:
   static constexpr const char* name = "dsc_kernels.stack";
-  std::vector<Block> blocks;
-  const void *words = nullptr, *places = nullptr;  // embeddings of tokens and, where they are learned, of positions
-  int64_t vocabulary = 0, positions = 0;           // how many there are
-  int half = 0;
+  std::vector<DecoderLayer> layers;
+  const void* token_embedding = nullptr;     // [vocabulary, d]
+  const void* position_embedding = nullptr;  // [positions, d], or null where positions are not learned
+  int64_t vocabulary = 0, positions = 0;
+  int is_bf16 = 0;
 
-  // Bytes of scratch that a step needs.
-  int64_t scratch_bytes(const Kernels& k, const Step& s) const {
-    int64_t most = 0;
-    for (size_t i = 0; i < blocks.size(); i++) {
-      const Block& b = blocks[i];
-      Calls c(b, s, *this, nullptr);
-      auto need = [&most](int64_t bytes) { most = bytes > most ? bytes : most; };
-      need(k.norm_scratch(c.norm));
-      need(k.linear_scratch(c.qkv));
-      need(k.linear_scratch(c.output));
-      need(k.store_kv_scratch(c.store));
-      need(k.attention_scratch(c.single));
-      for (int64_t j = 0; j < s.chunk_count; j++) {
-        c.chunk.count = s.chunks[j].length, c.chunk.context = s.chunks[j].context;
-        need(k.chunk_attention_scratch(c.chunk));
-      }
-      if (b.ffn) c.ask(s, i), need(k.ffn_scratch(c.ffn));
-      if (b.moe) need(k.moe_scratch(c.moe));
-    }
-    return Buffers(blocks[0], s, half, nullptr).bytes + most;
-  }
-
-  void run(const Kernels& k, const Step& s, char* scratch) const {
-    Buffers buffers(blocks[0], s, half, scratch);
-    int64_t last = s.laps ? now() : 0;
-    auto lap = [&](StackPhase phase) {
-      if (!s.laps) return;
+  // own: for what lies between the kernels; scratch: theirs.
+  void run(const Kernels& k, const Step& s, Scratch& own, Scratch& scratch) const {
+    Buffers buffers(layers[0], s, is_bf16, own);
+    int64_t last = s.phase_ns ? now() : 0;
+    auto end_phase = [&](StackPhase phase) {
+      if (!s.phase_ns) return;
       int64_t time = now();
-      s.laps[phase] += time - last;
+      s.phase_ns[phase] += time - last;
       last = time;
     };
-    if (half)
-      embed<uint16_t>(s);
-    else
-      embed<float>(s);
-    lap(EMBEDDING);
-    for (size_t i = 0; i < blocks.size(); i++) {
-      const Block& b = blocks[i];
-      Calls c(b, s, *this, scratch);
+    auto launch = [&scratch](auto kernel, const auto& call) {
+      scratch.reset();
+      kernel(call);
+    };
+    if (is_bf16) embed<uint16_t>(s);
+    else embed<float>(s);
+    end_phase(EMBEDDING);
+    for (size_t i = 0; i < layers.size(); i++) {
+      const DecoderLayer& layer = layers[i];
+      Calls c(layer, s, buffers, scratch);
       c.norm.x = s.out;
       k.norm(c.norm);
-      lap(NORMS);
-      k.linear(c.qkv);
-      lap(PROJECTIONS);
-      c.store.keys = (void*)s.pools[i][0], c.store.values = (void*)s.pools[i][1];
+      end_phase(NORMS);
+      launch(k.linear, c.qkv);
+      end_phase(PROJECTIONS);
+      c.store.keys = (void*)s.kv_caches[i].keys, c.store.values = (void*)s.kv_caches[i].values;
       k.store_kv(c.store);
-      lap(KV_WRITES);
+      end_phase(KV_WRITES);
       c.single.keys = c.chunk.keys = c.store.keys, c.single.values = c.chunk.values = c.store.values;
-      if (s.decodes) k.attention(c.single);
+      if (s.decodes) launch(k.attention, c.single);
       for (int64_t j = 0; j < s.chunk_count; j++) {
         const Chunk& chunk = s.chunks[j];
-        c.chunk.q = buffers.rows + chunk.start * buffers.row;
-        c.chunk.out = buffers.heads + chunk.start * buffers.head_row;
+        c.chunk.q = buffers.qkv + chunk.start * buffers.qkv_bytes;
+        c.chunk.out = buffers.heads + chunk.start * buffers.heads_bytes;
         c.chunk.table = s.tables + chunk.row * s.width;
         c.chunk.count = chunk.length, c.chunk.context = chunk.context;
-        k.chunk_attention(c.chunk);
+        launch(k.chunk_attention, c.chunk);
       }
-      lap(ATTENDING);
-      c.output.residual = s.out;
-      k.linear(c.output);
-      lap(PROJECTIONS);
-      c.norm.x = buffers.middle, c.norm.weight = b.before_ffn.weight, c.norm.bias = b.before_ffn.bias;
-      c.norm.eps = b.before_ffn.eps;
+      end_phase(ATTENDING);
+      c.out.residual = s.out;
+      launch(k.linear, c.out);
+      end_phase(PROJECTIONS);
+      c.norm.x = buffers.middle, c.norm.weight = layer.ffn_norm.weight, c.norm.bias = layer.ffn_norm.bias;
+      c.norm.eps = layer.ffn_norm.eps;
       k.norm(c.norm);
-      lap(NORMS);
-      if (b.ffn) {
-        c.ask(s, i);
-        k.ffn(c.ffn);
+      end_phase(NORMS);
+      if (layer.ffn) {
+        if (s.outputs) c.bind_outputs(s.outputs[i]);
+        launch(k.ffn, c.ffn);
       } else {
-        k.moe(c.moe);
+        launch(k.moe, c.moe);
       }
-      lap(FFN);
+      end_phase(FFN);
     }
   }
 
  private:
-  static float wide(float x) { return x; }
-  static float wide(uint16_t x) {
+  static float to_float(float x) { return x; }
+  static float to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
   }
-  static void narrow(float x, float* out) { *out = x; }
-  static void narrow(float x, uint16_t* out) {  // to nearest even; a NaN stays one
+  static void put(float x, float* out) { *out = x; }
+  static void put(float x, uint16_t* out) {  // to nearest even; a NaN stays one
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     *out = (uint16_t)(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -143,16 +146,16 @@ class Stack {
 
   template <typename T>
   void embed(const Step& s) const {
-    int64_t d = blocks[0].qkv.d;
+    int64_t d = layers[0].qkv.d;
     for (int64_t t = 0; t < s.tokens; t++) {
-      const T* word = (const T*)words + s.ids[t] * d;
+      const T* token = (const T*)token_embedding + s.ids[t] * d;
       T* out = (T*)s.out + t * d;
-      if (!places) {
-        std::memcpy(out, word, d * sizeof(T));
+      if (!position_embedding) {
+        std::memcpy(out, token, d * sizeof(T));
         continue;
       }
-      const T* place = (const T*)places + s.positions[t] * d;
-      for (int64_t i = 0; i < d; i++) narrow(wide(word[i]) + wide(place[i]), out + i);
+      const T* position = (const T*)position_embedding + s.positions[t] * d;
+      for (int64_t i = 0; i < d; i++) put(to_float(token[i]) + to_float(position[i]), out + i);
     }
   }
 
@@ -161,64 +164,65 @@ class Stack {
         .count();
   }
 
-  // Intermediate results; what is left of the scratch is the kernels'.
+  // What lies between the kernels, a row for each token.
   struct Buffers {
-    int64_t row, head_row, bytes = 0;  // bytes of a token's queries, keys and values, and of its attended heads
-    char *normed, *rows, *heads, *middle;
-    Buffers(const Block& b, const Step& s, int half, char* scratch) {
-      int64_t element = half ? 2 : 4;
-      row = b.qkv.n * element, head_row = b.output.d * element;
-      auto take = [&](int64_t width) {
-        char* start = scratch + bytes;
-        bytes += (s.tokens * width + 63) / 64 * 64;
-        return start;
-      };
-      normed = take(b.qkv.d * element), rows = take(row), heads = take(head_row), middle = take(b.output.n * element);
+    int64_t qkv_bytes;    // of a row of queries, keys and values
+    int64_t heads_bytes;  // of a row of attended heads
+    char *normed, *qkv, *heads, *middle;
+    Buffers(const DecoderLayer& layer, const Step& s, int is_bf16, Scratch& own) {
+      int64_t element = is_bf16 ? 2 : 4;
+      qkv_bytes = layer.qkv.n * element, heads_bytes = layer.out.d * element;
+      normed = own.take<char>(s.tokens * layer.qkv.d * element);
+      qkv = own.take<char>(s.tokens * qkv_bytes);
+      heads = own.take<char>(s.tokens * heads_bytes);
+      middle = own.take<char>(s.tokens * layer.out.n * element);
     }
   };
 
+  // One layer's calls, but for what they read of the cache.
   struct Calls {
     Norm norm;
-    Linear qkv, output;
+    Linear qkv, out;
     StoreKv store{};
     Attention single{};
     ChunkAttention chunk{};
     Ffn ffn{};
     Moe moe{};
-    void ask(const Step& s, size_t block) {
-      if (!s.asked) return;
-      const Asked& asked = s.asked[block];
-      ffn.grouped = (int)asked.grouped, ffn.picks = (int32_t*)asked.picks;
-      ffn.weights = (float*)asked.weights, ffn.signal = (float*)asked.signal;
+
+    void bind_outputs(const LayerOutputs& outputs) {
+      ffn.grouped = (int)outputs.grouped, ffn.picks = (int32_t*)outputs.picks;
+      ffn.weights = (float*)outputs.weights, ffn.signal = (float*)outputs.signal;
     }
-    Calls(const Block& b, const Step& s, const Stack& stack, char* scratch)
-        : norm(b.before_attention), qkv(b.qkv), output(b.output) {
-      Buffers to(b, s, stack.half, scratch);
-      char* own = scratch + to.bytes;
+
+    Calls(const DecoderLayer& layer, const Step& s, const Buffers& to, Scratch& scratch)
+        : norm(layer.attention_norm), qkv(layer.qkv), out(layer.out) {
       norm.out = to.normed, norm.batch = s.tokens, norm.d = qkv.d;
-      qkv.x = to.normed, qkv.out = to.rows, output.x = to.heads, output.out = to.middle;
-      for (Linear* linear : {&qkv, &output}) linear->batch = s.tokens, linear->threads = s.threads, linear->scratch = own;
-      store.qkv = to.rows, store.angles = b.angles, store.positions = s.positions, store.blocks = s.blocks;
-      store.offsets = s.offsets, store.tokens = s.tokens, store.heads = b.heads, store.kv_heads = b.kv_heads;
-      store.size = b.size, store.block = s.block;
-      single.q = to.rows, single.tables = s.tables, single.contexts = s.contexts, single.out = to.heads;
-      single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = b.kv_heads;
-      single.group = b.heads / b.kv_heads, single.size = b.size, single.block = s.block;
-      single.scale = b.scale;
-      chunk.q_stride = qkv.n, chunk.kv_heads = b.kv_heads, chunk.group = single.group, chunk.size = b.size;
-      chunk.block = s.block, chunk.scale = b.scale;
+      qkv.x = to.normed, qkv.out = to.qkv, out.x = to.heads, out.out = to.middle;
+      for (Linear* linear : {&qkv, &out})
+        linear->batch = s.tokens, linear->threads = s.threads, linear->scratch = &scratch;
+      store.qkv = to.qkv, store.cos_sin_cache = layer.cos_sin_cache, store.positions = s.positions;
+      store.blocks = s.slot_blocks, store.offsets = s.slot_offsets, store.tokens = s.tokens;
+      store.heads = layer.heads, store.kv_heads = layer.kv_heads, store.size = layer.size, store.block = s.block;
+      single.q = to.qkv, single.tables = s.tables, single.contexts = s.contexts, single.out = to.heads;
+      single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = layer.kv_heads;
+      single.group = layer.heads / layer.kv_heads, single.size = layer.size, single.block = s.block;
+      single.scale = layer.scale;
+      chunk.q_stride = qkv.n, chunk.kv_heads = layer.kv_heads, chunk.group = single.group, chunk.size = layer.size;
+      chunk.block = s.block, chunk.scale = layer.scale;
       norm.threads = store.threads = single.threads = chunk.threads = s.threads;
-      norm.scratch = store.scratch = single.scratch = chunk.scratch = own;
-      if (b.ffn) {
-        ffn = *b.ffn;
+      single.scratch = chunk.scratch = &scratch;
+      if (layer.ffn) {
+        ffn = *layer.ffn;
         ffn.x = to.normed, ffn.residual = to.middle, ffn.out = s.out, ffn.batch = s.tokens, ffn.threads = s.threads;
-        ffn.laps = s.laps ? s.laps + STACK_PHASES : nullptr;
-        ffn.scratch = own;
+        ffn.phase_ns = s.phase_ns ? s.phase_ns + STACK_PHASES : nullptr;
+        ffn.scratch = &scratch;
       } else {
-        moe = *b.moe;
+        moe = *layer.moe;
         moe.x = to.normed, moe.residual = to.middle, moe.out = s.out, moe.batch = s.tokens, moe.threads = s.threads;
-        moe.scratch = own;
+        moe.scratch = &scratch;
       }
     }
   };
 };
+
+}  // namespace dsc

@@ -3,6 +3,17 @@
 // whose inline functions the linker could take from the wrong translation unit.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "namespace.h"
+
+DSC_KERNELS_BEGIN
+
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int LANES = 16;
@@ -30,7 +41,7 @@ INLINE vf load(const bf16* p) {
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 // The bits of bfloat16: to nearest even; a NaN stays one.
-INLINE vu halved(vf v) {
+INLINE vu to_bf16_bits(vf v) {
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vu nan = (bits >> 16) | 0x40;
@@ -38,7 +49,7 @@ INLINE vu halved(vf v) {
 }
 
 INLINE void store(bf16* p, vf v) {
-  vh h = __builtin_convertvector(halved(v), vh);
+  vh h = __builtin_convertvector(to_bf16_bits(v), vh);
   memcpy(p, &h, sizeof h);
 }
 
@@ -50,7 +61,7 @@ INLINE void load_pairs(const bf16* p, vf& even, vf& odd) {
 }
 
 INLINE void store_pairs(bf16* p, vf even, vf odd) {
-  vu pairs = halved(even) | halved(odd) << 16;
+  vu pairs = to_bf16_bits(even) | to_bf16_bits(odd) << 16;
   memcpy(p, &pairs, sizeof pairs);
 }
 
@@ -97,7 +108,7 @@ INLINE float sum(vf v) {
 }
 
 // The largest lane; not for a NaN.
-INLINE float largest(vf v) {
+INLINE float max_lane(vf v) {
   typedef float half __attribute__((vector_size(32)));
   typedef float quarter __attribute__((vector_size(16)));
   half h[2];
@@ -116,7 +127,8 @@ INLINE vf sums(vf (&rows)[LANES]) {
   const vi odd = even + 1;
   for (int count = LANES; count > 1; count /= 2)
     for (int i = 0; i < count / 2; i++)
-      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], even) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd);
+      rows[i] =
+          __builtin_shuffle(rows[2 * i], rows[2 * i + 1], even) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd);
   return rows[0];
 }
 
@@ -248,3 +260,5 @@ template <typename T>
 INLINE float dot(const T* a, const T* b, int64_t n) {
   return sum(partial_dot(a, b, n));
 }
+
+DSC_KERNELS_END

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.weights import KvCache
 
 LOG2_E = 1.4426950408889634
 POSITIONS_PER_SPLIT = 256
@@ -107,9 +108,9 @@ def merge_splits(
     tl.store(out + row * size + column, sums.to(out.dtype.element_ty), mask=column < size)
 
 
-def split_count(sequences: int, kv_heads: int, longest: int) -> int:
+def split_count(sequences: int, kv_heads: int, max_context_len: int) -> int:
     """A power of two: enough programs to fill a GPU, but no split shorter than POSITIONS_PER_SPLIT."""
-    wanted = min(ENOUGH_PROGRAMS // max(sequences * kv_heads, 1), longest // POSITIONS_PER_SPLIT, MAX_SPLITS)
+    wanted = min(ENOUGH_PROGRAMS // max(sequences * kv_heads, 1), max_context_len // POSITIONS_PER_SPLIT, MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
 
@@ -131,13 +132,14 @@ def merge_blocks(size: int, splits: int) -> Meta:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
 ) -> Tensor:
     """softmax(q Kᵀ · scale) V over the first `contexts` positions of each sequence: [S, heads, size] in q's dtype.
 
-    q [S, heads, size] (rows may be strided); keys, values [blocks, kv heads, block, size] in q's dtype, contiguous;
-    tables int64 [S, W]; contexts int64 [S], at most `longest`. An empty context gives zeros.
+    q [S, heads, size] (rows may be strided); the cache has q's dtype; tables int64 [S, W]; contexts int64 [S], at most
+    `max_context_len`. An empty context gives zeros.
     """
+    keys, values = cache
     sequences, heads, size = q.shape
     pool, kv_heads, block, _ = keys.shape
     check("q", q, (sequences, heads, size))
@@ -156,7 +158,7 @@ def decode_attention(
     out = torch.empty(sequences, heads, size, dtype=q.dtype, device=q.device)
     if not sequences:
         return out
-    splits = split_count(sequences, kv_heads, longest)
+    splits = split_count(sequences, kv_heads, max_context_len)
     parts, stats = out, None
     if splits > 1:
         parts = torch.empty(sequences, heads, splits, size, dtype=torch.float32, device=q.device)

@@ -5,10 +5,13 @@ Dense products are torch's own (cuBLAS). Everything stays on the device: no laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dsc_kernels import grouping, plain, reference
+from dsc_kernels import min_hash, plain, reference
+from dsc_kernels.backend import UNROUTED
 from dsc_kernels.gpu.attention import decode_attention as decode_attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
@@ -17,10 +20,14 @@ from dsc_kernels.gpu.moe import run_experts
 from dsc_kernels.gpu.router import router_logits
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import select_compose
-from dsc_kernels.native import Activation
 from dsc_kernels.plain import chunk_attention as chunk_attention
 from dsc_kernels.plain import norm as norm
+from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
+from dsc_kernels.weights import Activation, AtomBank, FfnOptions, MlpWeights, MoeOptions, Router, gates_of
+
+NAME = "triton"
+name = NAME
 
 WIDE = 2048  # from this d on, few tokens are composed by `contract` and `expand`
 FEW_TOKENS = 16
@@ -44,48 +51,41 @@ def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor
 class Linear(plain.Linear):
     """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU."""
 
+    backend = NAME
+
+
+Head = Linear
+
 
 class Ffn:
-    """A static MLP plus a routed composition of rank-1 atoms: DSC; with `rank`, a mixture of LoRAs; without, dense.
+    """A static MLP plus a routed composition of rank-1 atoms; see `backend.Ffn`.
 
-    up, gate [hidden, d], down [d, hidden]; router [atoms, d] folded with its norm (kept in up's dtype, since its
-    products are exact in float32), router_bias [atoms]; u, v [atoms · max(rank, 1), d]; gamma [d] or [1]. norm_eps: of
-    the folded norm, None without one. Raises ValueError where shapes or k do not fit.
+    The router is kept in the MLP's dtype, since its products are exact in float32. Raises ValueError where shapes or k
+    do not fit.
     """
 
+    backend = NAME
+    owns_weights = False
+    screened = False
+    rescored = (0, 0)
+
     def __init__(
-        self,
-        up: Tensor,
-        gate: Tensor | None,
-        down: Tensor,
-        activation: Activation,
-        router: Tensor | None = None,
-        router_bias: Tensor | None = None,
-        u: Tensor | None = None,
-        v: Tensor | None = None,
-        gamma: Tensor | None = None,
-        k: int = 0,
-        rank: int = 0,
-        tau: float = 0.0,
-        eps: float = 0.0,
-        norm_eps: float | None = None,
+        self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
     ) -> None:
-        self.static = plain.Mlp(up, gate, down, activation)
-        self.d, self.dtype, self.k, self.rank = up.shape[1], up.dtype, k, rank
-        self.tau, self.eps, self.norm_eps = tau, eps, norm_eps
-        self.router: Tensor | None = None
-        if router is None:
+        self.static, self.options = plain.Mlp(mlp, options.activation), options
+        self.d, self.dtype = mlp.up.shape[1], mlp.up.dtype
+        self.router: Router | None = None
+        if router is None and bank is None:
             return
-        if u is None or v is None or gamma is None:
-            raise ValueError("a routed layer needs u, v and gamma")
-        atoms = router.shape[0]
+        if router is None or bank is None:
+            raise ValueError(UNROUTED)
+        atoms, k, rank = router.weight.shape[0], options.k, options.rank
         if not 1 <= k <= min(atoms, MAX_PICKS) or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k at most {atoms}")
-        for name, bank in (("u", u), ("v", v)):
-            check(name, bank, (atoms * max(rank, 1), self.d), self.dtype)
-        self.router = router.to(self.dtype).contiguous()
-        self.router_bias = None if router_bias is None else router_bias.float().contiguous()
-        self.u, self.v, self.gamma = u.contiguous(), v.contiguous(), gamma.float().contiguous()
+        for part, rows in (("u", bank.u), ("v", bank.v)):
+            check(part, rows, (atoms * max(rank, 1), self.d), self.dtype)
+        self.router = contiguous_router(router, self.dtype)
+        self.bank = AtomBank(bank.u.contiguous(), bank.v.contiguous(), bank.gamma.float().contiguous())
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class Ffn:
         picks: Tensor | None = None,
         signal: Tensor | None = None,
     ) -> Tensor:
-        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `native.Ffn`.
+        """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `backend.Ffn`.
 
         Grouped tokens always go through `contract` and `expand`, whose sums may round differently.
         """
@@ -122,60 +122,56 @@ class Ffn:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         if self.router is None:
             raise ValueError("this layer has no router")
-        logits, maxima = router_logits(x, self.router, self.router_bias, self.tau, self.norm_eps)
+        r, o = self.router, self.options
+        u, v, gamma = self.bank.u, self.bank.v, self.bank.gamma
+        logits, maxima = router_logits(x, r.weight, r.bias, o.tau, r.norm_eps)
         static = self.static(x)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):
-            bank = (self.u, self.v, self.gamma)
-            return select_compose(
-                logits, maxima, x, *bank, static, residual, self.k, self.eps, self.rank, traced=traced
-            )
-        trace = select(logits, maxima, self.k, self.eps, softmax=self.rank > 0)
+            return select_compose(logits, maxima, x, u, v, gamma, static, residual, o.k, o.eps, o.rank, traced=traced)
+        trace = select(logits, maxima, o.k, o.eps, softmax=o.rank > 0)
         atoms, weights = trace[:2]
         if grouped:
-            order = grouping.min_hash_order(atoms).long()
+            order = min_hash.min_hash_order(atoms).long()
             x, atoms, weights, static = (t[order] for t in (x, atoms, weights, static))
             residual = None if residual is None else residual[order]
-        latent = contract(x, self.u, atoms, weights, self.rank)
-        out = expand(latent, self.v, atoms, self.gamma, static, residual, self.dtype, self.rank)
+        latent = contract(x, u, atoms, weights, o.rank)
+        out = expand(latent, v, atoms, gamma, static, residual, self.dtype, o.rank)
         return (torch.empty_like(out).index_copy_(0, order, out) if grouped else out), trace
+
+
+def contiguous_router(router: Router, dtype: torch.dtype) -> Router:
+    """The same with a weight of this dtype and a float32 bias, as the kernels read them."""
+    bias = None if router.bias is None else router.bias.float().contiguous()
+    return Router(router.weight.to(dtype).contiguous(), bias, router.norm_eps)
 
 
 class Moe:
     """The mixture of experts: routing, grouping by expert, both products and the weighted sum.
 
-    router [experts, d] folded with its norm (kept in the experts' dtype); up, gate, down: one matrix per expert. The
-    matrices are copied into one tensor each, their hidden width padded with zeros to a multiple of 16.
+    The router is kept in the experts' dtype. The matrices are copied into one tensor each, their hidden width padded
+    with zeros to a multiple of 16. Raises ValueError where k does not fit.
     """
 
+    backend = NAME
     owns_weights = True
 
-    def __init__(
-        self,
-        router: Tensor,
-        router_bias: Tensor | None,
-        up: list[Tensor],
-        gate: list[Tensor] | None,
-        down: list[Tensor],
-        activation: Activation,
-        k: int,
-        normalize: bool,
-        norm_eps: float | None,
-    ) -> None:
-        (hidden, self.d), self.dtype = up[0].shape, up[0].dtype
-        if not 1 <= k <= router.shape[0]:
-            raise ValueError(f"k is {k}; it must be between 1 and {router.shape[0]}")
+    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+        gates = gates_of(experts)
+        (hidden, self.d), self.dtype = experts[0].up.shape, experts[0].up.dtype
+        if not 1 <= options.k <= router.weight.shape[0]:
+            raise ValueError(f"k is {options.k}; it must be between 1 and {router.weight.shape[0]}")
         extra = -hidden % ALIGNED
-        self.up = padded(up, (0, 0, 0, extra))
-        self.gate = None if gate is None else padded(gate, (0, 0, 0, extra))
-        self.down = padded(down, (0, extra))
-        self.router = router.to(self.dtype).contiguous()
-        self.router_bias = None if router_bias is None else router_bias.float().contiguous()
-        self.activation: Activation = activation
-        self.k, self.normalize, self.norm_eps = k, normalize, norm_eps
+        self.up = padded([expert.up for expert in experts], (0, 0, 0, extra))
+        self.gate = padded(gates, (0, 0, 0, extra)) if gates else None
+        self.down = padded([expert.down for expert in experts], (0, extra))
+        self.router = contiguous_router(router, self.dtype)
+        self.activation: Activation = options.activation
+        self.k, self.normalize = options.k, options.normalize
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
-        logits, _ = router_logits(x, self.router, self.router_bias, torch.inf, self.norm_eps)
+        r = self.router
+        logits, _ = router_logits(x, r.weight, r.bias, torch.inf, r.norm_eps)
         weights, experts = reference.softmax_top_k(logits, self.k)
         return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsc_kernels.gpu.arithmetic import activate
 from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
-from dsc_kernels.native import Activation
+from dsc_kernels.weights import Activation
 
 SMALL_TILE = 16
 LARGE_TILE = 64

@@ -6,14 +6,13 @@ Tensors are float32 or bfloat16 on the CPU. A layer keeps the tensors whose addr
 
 from __future__ import annotations
 
-from dsc_kernels.native.attention import UNLIMITED, check_angles, chunk_attention, decode_attention, store_kv
+from dsc_kernels.native.attention import chunk_attention, decode_attention, store_kv
 from dsc_kernels.native.dispatch import (
     ROUTER_PRECISIONS,
     SCREENING_SETS,
     RouterPrecision,
     active,
     available,
-    module,
     router_precision,
     screens,
     serves,
@@ -21,39 +20,45 @@ from dsc_kernels.native.dispatch import (
     use,
     use_router,
 )
-from dsc_kernels.native.layers import MAX_PICKS, Activation, Ffn, Linear, Moe, norm, pack
-from dsc_kernels.native.tensors import address, check, half
+from dsc_kernels.native.extension import kernels
+from dsc_kernels.native.head import HEAD_PRECISIONS, Head, HeadPrecision, head_precision, screens_head, use_head
+from dsc_kernels.native.layers import NAME, Ffn, Linear, Moe, norm, pack
+from dsc_kernels.native.stack import Stack, stack
 from dsc_kernels.native.tokens import min_hash_order, sample, tile_unions
 
+name = NAME
+
 __all__ = [
-    "MAX_PICKS",
+    "HEAD_PRECISIONS",
     "ROUTER_PRECISIONS",
     "SCREENING_SETS",
-    "UNLIMITED",
-    "Activation",
     "Ffn",
+    "Head",
+    "HeadPrecision",
     "Linear",
     "Moe",
     "RouterPrecision",
+    "Stack",
     "active",
-    "address",
     "available",
-    "check",
-    "check_angles",
     "chunk_attention",
     "decode_attention",
-    "half",
+    "head_precision",
+    "kernels",
     "min_hash_order",
-    "module",
+    "name",
     "norm",
     "pack",
     "router_precision",
     "sample",
     "screens",
+    "screens_head",
     "serves",
+    "stack",
     "store_kv",
     "threads",
     "tile_unions",
     "use",
+    "use_head",
     "use_router",
 ]

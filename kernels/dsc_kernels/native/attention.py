@@ -1,57 +1,66 @@
-"""Attention over the pools of keys and values where they lie, and what is written to them."""
+"""Attention over the cached keys and values where they lie, and what is written to them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dsc_kernels.native.dispatch import module, threads
-from dsc_kernels.native.tensors import address, check, half
+from dsc_kernels.native.dispatch import threads
+from dsc_kernels.native.extension import kernels
+from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.weights import KvCache, Slots
 
 UNLIMITED = 2**62  # positions, where none is looked up
 
 
-def store_kv(
-    qkv: Tensor,
-    heads: int,
-    angles: Tensor | None,
-    positions: Tensor,
-    blocks: Tensor,
-    offsets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """Write new tokens' keys and values to the pools; queries (in place) and keys are turned by `angles` first.
+def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+    """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first.
 
-    qkv [T, heads + 2 · kv heads, size], contiguous; angles float32 [positions, 2, size / 2] (cosines, sines) or None;
-    positions, blocks, offsets: int64 [T]; keys, values: [blocks, kv heads, block, size].
+    qkv [T, heads + 2 · kv heads, size], contiguous; cos_sin_cache float32 [positions, 2, size / 2], None: nothing is
+    turned. Raises ValueError for what does not fit, also for numbers in the slots.
     """
     tokens, _, size = qkv.shape
-    blocks_held, kv_heads, block, _ = keys.shape
+    (positions, blocks, offsets), (keys, values) = slots, cache
+    num_blocks, kv_heads, block, _ = keys.shape
     check("qkv", qkv, (tokens, heads + 2 * kv_heads, size), qkv.dtype, in_place=True)
-    check_pools(keys, values, size, qkv.dtype)
+    check_cache(cache, size, qkv.dtype)
     for name, column in (("positions", positions), ("blocks", blocks), ("offsets", offsets)):
         check(name, column, (tokens,), torch.int64, in_place=True)
-    turned = UNLIMITED if angles is None else check_angles(angles, size)
+    num_positions = UNLIMITED if cos_sin_cache is None else check_cos_sin(cos_sin_cache, size)
     if tokens:
-        module().store_kv(
-            *(half(qkv.dtype), qkv.data_ptr(), address(angles), positions.data_ptr(), blocks.data_ptr()),
-            *(offsets.data_ptr(), keys.data_ptr(), values.data_ptr(), tokens, heads, kv_heads, size, block),
-            *(blocks_held, turned, threads()),
+        kernels.store_kv(
+            is_bf16=is_bf16(qkv.dtype),
+            qkv=qkv.data_ptr(),
+            cos_sin_cache=address(cos_sin_cache),
+            positions=positions.data_ptr(),
+            blocks=blocks.data_ptr(),
+            offsets=offsets.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            tokens=tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            size=size,
+            block=block,
+            num_blocks=num_blocks,
+            num_positions=num_positions,
+            threads=threads(),
         )
 
 
-def check_pools(keys: Tensor, values: Tensor, size: int, dtype: torch.dtype) -> None:
-    for name, pool in (("keys", keys), ("values", values)):
-        check(name, pool, (*keys.shape[:3], size), dtype, in_place=True)
+def check_cache(cache: KvCache, size: int, dtype: torch.dtype) -> None:
+    shape = (*cache.keys.shape[:3], size)
+    check("keys", cache.keys, shape, dtype, in_place=True)
+    check("values", cache.values, shape, dtype, in_place=True)
 
 
-def check_angles(angles: Tensor, size: int) -> int:
-    """How many positions there are angles for."""
-    check("angles", angles, (angles.shape[0], 2, size // 2), torch.float32, in_place=True)
+def check_cos_sin(cos_sin_cache: Tensor, size: int) -> int:
+    """How many positions there are cosines and sines for."""
+    positions = cos_sin_cache.shape[0]
+    check("cos_sin_cache", cos_sin_cache, (positions, 2, size // 2), torch.float32, in_place=True)
     if size % 2:
         raise ValueError(f"heads of {size} numbers have no halves to turn")
-    return angles.shape[0]
+    return positions
 
 
 def check_heads(heads: int, kv_heads: int) -> int:
@@ -62,55 +71,87 @@ def check_heads(heads: int, kv_heads: int) -> int:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
 ) -> Tensor:
     """Attention of one new token per sequence over its paged keys and values, without copying them.
 
-    q [S, heads, size] (rows may be strided); keys, values [blocks, kv heads, block, size], contiguous; tables int64
-    [S, W]; contexts int64 [S], at most `longest`. Returns [S, heads, size]; an empty context gives zeros.
+    q [S, heads, size] (rows may be strided); tables int64 [S, W]; contexts int64 [S], at most `max_context_len`.
+    Returns [S, heads, size]; an empty context gives zeros. Raises ValueError for what does not fit.
     """
+    keys, values = cache
     batch, heads, size = q.shape
-    blocks, kv_heads, block, _ = keys.shape
+    num_blocks, kv_heads, block, _ = keys.shape
     group = check_heads(heads, kv_heads)
     check("q", q, (batch, heads, size), q.dtype)
-    check_pools(keys, values, size, q.dtype)
+    check_cache(cache, size, q.dtype)
     check("tables", tables, (batch, tables.shape[1]), torch.int64)
     check("contexts", contexts, (batch,), torch.int64)
-    if longest > tables.shape[1] * block:
-        raise ValueError(f"tables {list(tables.shape)} of {block}-token blocks do not hold contexts of {longest}")
+    if max_context_len > tables.shape[1] * block:
+        shape = list(tables.shape)
+        raise ValueError(f"tables {shape} of {block}-token blocks do not hold contexts of {max_context_len}")
     tables = tables if tables.stride(1) == 1 else tables.contiguous()
     contexts = contexts.contiguous()
     q = in_rows(q)
     out = torch.empty(batch, heads, size, dtype=q.dtype)
     if batch:
-        module().attention(
-            *(half(q.dtype), q.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), contexts.data_ptr()),
-            *(out.data_ptr(), batch, q.stride(0), tables.stride(0), kv_heads, group, size, block, blocks, longest),
-            *(scale, threads()),
+        kernels.attention(
+            is_bf16=is_bf16(q.dtype),
+            q=q.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            tables=tables.data_ptr(),
+            contexts=contexts.data_ptr(),
+            out=out.data_ptr(),
+            batch=batch,
+            q_stride=q.stride(0),
+            width=tables.stride(0),
+            kv_heads=kv_heads,
+            group=group,
+            size=size,
+            block=block,
+            num_blocks=num_blocks,
+            max_context_len=max_context_len,
+            scale=scale,
+            threads=threads(),
         )
     return out
 
 
-def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself, over paged keys and values as they lie.
 
-    q [n, heads, size] (rows may be strided): positions context − n … context − 1; keys, values [blocks, kv heads,
-    block, size], contiguous; table int64 [W]. Returns [n, heads, size].
+    q [n, heads, size] (rows may be strided): positions context − n … context − 1; table int64 [W].
+    Returns [n, heads, size]. Raises ValueError for what does not fit.
     """
+    keys, values = cache
     count, heads, size = q.shape
-    blocks, kv_heads, block, _ = keys.shape
+    num_blocks, kv_heads, block, _ = keys.shape
     group = check_heads(heads, kv_heads)
     check("q", q, (count, heads, size), q.dtype)
-    check_pools(keys, values, size, q.dtype)
+    check_cache(cache, size, q.dtype)
     check("table", table, (table.shape[0],), torch.int64)
     if not count <= context <= table.shape[0] * block:
         raise ValueError(f"{table.shape[0]} blocks of {block} tokens do not hold {context}, of which {count} are new")
     table, q = table.contiguous(), in_rows(q)
     out = torch.empty(count, heads, size, dtype=q.dtype)
     if count:
-        module().chunk_attention(
-            *(half(q.dtype), q.data_ptr(), keys.data_ptr(), values.data_ptr(), table.data_ptr(), out.data_ptr()),
-            *(count, q.stride(0), context, kv_heads, group, size, block, blocks, scale, threads()),
+        kernels.chunk_attention(
+            is_bf16=is_bf16(q.dtype),
+            q=q.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            table=table.data_ptr(),
+            out=out.data_ptr(),
+            count=count,
+            q_stride=q.stride(0),
+            context=context,
+            kv_heads=kv_heads,
+            group=group,
+            size=size,
+            block=block,
+            num_blocks=num_blocks,
+            scale=scale,
+            threads=threads(),
         )
     return out
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dsc_kernels.native.tensors import HALF
-from dsc_kernels.screen import MAX_WIDTH
-
-try:
-    from dsc_kernels import _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
+from dsc_kernels.native.extension import kernels
+from dsc_kernels.native.screen import MAX_WIDTH
+from dsc_kernels.native.tensors import IS_BF16
 
 RouterPrecision = Literal["auto", "exact", "int8-certified"]
 ROUTER_PRECISIONS: tuple[RouterPrecision, ...] = get_args(RouterPrecision)
@@ -27,7 +22,7 @@ _router: RouterPrecision = "auto"
 
 def available() -> list[str]:
     """Instruction sets that this machine has kernels for, best first."""
-    return [] if _native is None else list(_native.supported())
+    return list(kernels.supported())
 
 
 def active() -> str | None:
@@ -51,7 +46,7 @@ def use(name: str) -> None:
         return
     if name not in names:
         raise ValueError(f"kernels {name!r} are not available here; allowed: auto, plain, {', '.join(names)}")
-    module().use(name)
+    kernels.use(name)
     _active = name
 
 
@@ -78,15 +73,9 @@ def screens(router: Tensor, k: int) -> bool:
     return _router == "int8-certified"
 
 
-def module() -> ModuleType:
-    if _native is None:
-        raise RuntimeError("dsc_kernels was installed without a compiler: there are no native kernels")
-    return _native
-
-
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether native kernels are in use for tensors of this kind."""
-    return _active is not None and device.type == "cpu" and dtype in HALF
+    return _active is not None and device.type == "cpu" and dtype in IS_BF16
 
 
 def threads() -> int:

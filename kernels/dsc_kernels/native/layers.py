@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dsc_kernels.backend import UNROUTED
 from dsc_kernels.memory import resident
-from dsc_kernels.native.dispatch import module, screens, threads
-from dsc_kernels.native.tensors import address, check, half
-from dsc_kernels.screen import NO_SCREEN, padded_bias, screen
+from dsc_kernels.native.dispatch import screens, threads
+from dsc_kernels.native.extension import kernels
+from dsc_kernels.native.screen import LANES, NO_SCREEN, padded_bias, screen
+from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.weights import (
+    MAX_PICKS,
+    Activation,
+    AtomBank,
+    FfnOptions,
+    MlpWeights,
+    MoeOptions,
+    NormWeights,
+    Router,
+    gates_of,
+)
 
-Activation = Literal["none", "gelu", "silu"]
-
-LANES = 16
-MAX_PICKS = 64
+NAME = "native"
 ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
 
 
@@ -26,13 +35,13 @@ def pack(*weights: Tensor) -> Tensor:
     n, d = first.shape
     if not n or not d:
         raise ValueError(f"a weight is {first.dtype} {list(first.shape)}; its sizes must be at least 1")
-    kind = half(first.dtype)
-    width = -(-d // 2) * 2 if kind else d
+    narrow = is_bf16(first.dtype)
+    width = -(-d // 2) * 2 if narrow else d
     packed = torch.empty(len(weights), -(-n // LANES) * LANES * width, dtype=first.dtype)
     for weight, out in zip(weights, packed, strict=True):
         check("a weight", weight, (n, d), first.dtype)
         rows = weight.contiguous()  # under a name: a copy must live until it is packed
-        module().pack(kind, rows.data_ptr(), n, d, out.data_ptr())
+        kernels.pack(is_bf16=narrow, w=rows.data_ptr(), n=n, d=d, out=out.data_ptr())
     return packed
 
 
@@ -46,13 +55,15 @@ def check_all(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype
 class Linear:
     """out = act(x Wᵀ + bias) + residual with a packed weight W [n, d]; sums in float32."""
 
+    backend = NAME
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = resident(pack(weight))
         self.n, self.d = weight.shape
         self.dtype = weight.dtype
         check_all({"bias": (bias, (self.n,))})
         self.bias = None if bias is None else bias.float().contiguous()
-        self._half = half(self.dtype)
+        self._is_bf16 = is_bf16(self.dtype)
 
     def __call__(
         self,
@@ -73,9 +84,19 @@ class Linear:
         x = x.contiguous()
         wide = int(out.dtype == torch.float32)
         if batch:
-            module().linear(
-                *(self._half, x.data_ptr(), self.packed.data_ptr(), address(self.bias), address(residual)),
-                *(out.data_ptr(), batch, self.d, self.n, ACTIVATIONS[activation], wide, threads()),
+            kernels.linear(
+                is_bf16=self._is_bf16,
+                x=x.data_ptr(),
+                w=self.packed.data_ptr(),
+                bias=address(self.bias),
+                residual=address(residual),
+                out=out.data_ptr(),
+                batch=batch,
+                d=self.d,
+                n=self.n,
+                activation=ACTIVATIONS[activation],
+                float_out=wide,
+                threads=threads(),
             )
         return out
 
@@ -83,6 +104,7 @@ class Linear:
 class _Layer:
     """What FFN layers share: a capsule of addresses, and the tensors that must outlive it."""
 
+    backend = NAME
     owns_weights = True
 
     def __init__(self, d: int, dtype: torch.dtype) -> None:
@@ -105,55 +127,81 @@ class _Layer:
 
 
 class Ffn(_Layer):
-    """A static MLP plus a routed composition of rank-1 atoms: DSC; with `rank`, a mixture of LoRAs; without, dense.
+    """A static MLP plus a routed composition of rank-1 atoms; see `backend.Ffn`.
 
-    up, gate [hidden, d], down [d, hidden]; router [atoms, d] folded with its norm, router_bias [atoms];
-    u, v [atoms · max(rank, 1), d]; gamma float32 [d] or [1]. norm_eps: of the folded norm, None without one.
+    The router's weight has the MLP's dtype here. Raises ValueError for what does not fit.
     """
 
     def __init__(
-        self,
-        up: Tensor,
-        gate: Tensor | None,
-        down: Tensor,
-        activation: Activation,
-        router: Tensor | None = None,
-        router_bias: Tensor | None = None,
-        u: Tensor | None = None,
-        v: Tensor | None = None,
-        gamma: Tensor | None = None,
-        k: int = 0,
-        rank: int = 0,
-        tau: float = 0.0,
-        eps: float = 0.0,
-        norm_eps: float | None = None,
+        self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
     ) -> None:
-        hidden, d = up.shape
-        super().__init__(d, up.dtype)
-        self.k, self.atoms = k, 0 if router is None else router.shape[0]
+        if (router is None) != (bank is None):
+            raise ValueError(UNROUTED)
+        hidden, d = mlp.up.shape
+        super().__init__(d, mlp.up.dtype)
+        k, rank = options.k, options.rank
+        self.k, self.atoms = k, 0 if router is None else router.weight.shape[0]
         if not min(1, self.atoms) <= k <= self.atoms or rank < 0 or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k from 1 to {self.atoms}")
-        if router is not None and (u is None or v is None or gamma is None):
-            raise ValueError("a routed layer needs u, v and gamma")
-        bank = (self.atoms * max(rank, 1), d)
-        shapes = {"gate": (gate, (hidden, d)), "down": (down, (d, hidden)), "router": (router, (self.atoms, d))}
-        check_all({**shapes, "u": (u, bank), "v": (v, bank)}, self.dtype)
-        gamma_shape = (1 if gamma is not None and gamma.numel() == 1 else d,)
-        check_all({"router_bias": (router_bias, (self.atoms,)), "gamma": (gamma, gamma_shape)})
-        bias = None if router is None else padded_bias(router_bias, self.atoms)
-        screened = router is not None and rank == 0 and screens(router, k)
-        self.screen = screen(router, router_bias, rows=True) if router is not None and screened else NO_SCREEN
-        pieces = [None if w is None else resident(pack(w)) for w in (up, gate, down, None if screened else router)]
-        scale = None if gamma is None else gamma.float()
-        self.capsule = module().ffn_layer(
-            half(self.dtype),
-            *(self._keep(p) for p in pieces),
-            *(self._keep(t) for t in (bias, u, v, scale)),
-            *(d, hidden, self.atoms, tau, eps, -1.0 if norm_eps is None else norm_eps, k, rank),
-            *(int(scale is not None and scale.numel() == 1), ACTIVATIONS[activation]),
-            *(self._keep(t) for t in self.screen.tensors),
-            *(self.screen.slack, self._keep(self.screen.counts)),
+        check_all({"gate": (mlp.gate, (hidden, d)), "down": (mlp.down, (d, hidden))}, self.dtype)
+        self.screen, bias, u, v, gamma, weight, norm_eps = NO_SCREEN, None, None, None, None, None, -1.0
+        if router is not None and bank is not None:
+            self._check_routing(router, bank, rank)
+            weight, u, v, gamma = router.weight, bank.u, bank.v, bank.gamma.float()
+            bias = padded_bias(router.bias, self.atoms)
+            norm_eps = norm_eps if router.norm_eps is None else router.norm_eps
+            if rank == 0 and screens(weight, k):
+                self.screen, weight = screen(weight, router.bias, rows=True), None
+        up, gate, down, packed = (
+            None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down, weight)
         )
+        self.capsule = kernels.ffn_layer(
+            is_bf16=is_bf16(self.dtype),
+            up=self._keep(up),
+            gate=self._keep(gate),
+            down=self._keep(down),
+            router=self._keep(packed),
+            router_bias=self._keep(bias),
+            u=self._keep(u),
+            v=self._keep(v),
+            gamma=self._keep(gamma),
+            d=d,
+            hidden=hidden,
+            atoms=self.atoms,
+            tau=options.tau,
+            eps=options.eps,
+            norm_eps=norm_eps,
+            k=k,
+            rank=rank,
+            scalar_gamma=int(gamma is not None and gamma.numel() == 1),
+            activation=ACTIVATIONS[options.activation],
+            screen_rows=self._keep(self.screen.rows),
+            screen_packed=self._keep(self.screen.packed),
+            screen_steps=self._keep(self.screen.steps),
+            screen_shifts=self._keep(self.screen.shifts),
+            screen_errors=self._keep(self.screen.errors),
+            screen_norms=self._keep(self.screen.norms),
+            screen_slack=self.screen.slack,
+            screen_counters=self._keep(self.screen.counters),
+        )
+
+    def _check_routing(self, router: Router, bank: AtomBank, rank: int) -> None:
+        rows = (self.atoms * max(rank, 1), self.d)
+        check_all(
+            {"router": (router.weight, (self.atoms, self.d)), "u": (bank.u, rows), "v": (bank.v, rows)}, self.dtype
+        )
+        gamma = (1 if bank.gamma.numel() == 1 else self.d,)
+        check_all({"router_bias": (router.bias, (self.atoms,)), "gamma": (bank.gamma, gamma)})
+
+    @property
+    def screened(self) -> bool:
+        """Whether the router is screened in int8."""
+        return self.screen.counters is not None
+
+    @property
+    def rescored(self) -> tuple[int, int]:
+        """Router rows that screening could not rule out so far, and the tokens that this was for; 0 where none is."""
+        return self.screen.count("rescored"), self.screen.count("tokens")
 
     def __call__(
         self,
@@ -193,14 +241,22 @@ class Ffn(_Layer):
         signal: Tensor | None,
     ) -> None:
         batch = x.shape[0]
-        self.check_asked(batch, picks, weights, signal)
+        self.check_outputs(batch, picks, weights, signal)
         if batch:
-            module().ffn(
-                *(self.capsule, x.data_ptr(), address(residual), out.data_ptr(), batch, threads()),
-                *(address(picks), address(weights), address(signal), int(grouped)),
+            kernels.ffn(
+                self.capsule,
+                x=x.data_ptr(),
+                residual=address(residual),
+                out=out.data_ptr(),
+                batch=batch,
+                threads=threads(),
+                picks=address(picks),
+                weights=address(weights),
+                signal=address(signal),
+                grouped=int(grouped),
             )
 
-    def check_asked(self, batch: int, picks: Tensor | None, weights: Tensor | None, signal: Tensor | None) -> None:
+    def check_outputs(self, batch: int, picks: Tensor | None, weights: Tensor | None, signal: Tensor | None) -> None:
         """Raise ValueError unless there is room for what so many tokens pick: [≥ batch, k], of the signal [≥ batch]."""
         for name, tensor, dtype in (("picks", picks, torch.int32), ("weights", weights, torch.float32)):
             if tensor is not None:
@@ -210,64 +266,74 @@ class Ffn(_Layer):
 
 
 class Moe(_Layer):
-    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum.
+    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum."""
 
-    router [experts, d] folded with its norm; up, gate, down: one matrix per expert.
-    """
-
-    def __init__(
-        self,
-        router: Tensor,
-        router_bias: Tensor | None,
-        up: list[Tensor],
-        gate: list[Tensor] | None,
-        down: list[Tensor],
-        activation: Activation,
-        k: int,
-        normalize: bool,
-        norm_eps: float | None,
-    ) -> None:
-        hidden, d = up[0].shape
-        super().__init__(d, up[0].dtype)
-        experts = router.shape[0]
-        if not 1 <= k <= min(experts, MAX_PICKS):
-            raise ValueError(f"k is {k}; it must be between 1 and {min(experts, MAX_PICKS)}")
-        shapes = {"router": (router, (experts, d))}
-        for name, matrices, shape in (
-            ("up", up, (hidden, d)),
-            ("gate", gate, (hidden, d)),
-            ("down", down, (d, hidden)),
-        ):
-            if matrices is not None and len(matrices) != experts:
-                raise ValueError(f"{name} has {len(matrices)} matrices; expected one for each of {experts} experts")
-            shapes |= {f"{name} of expert {e}": (matrix, shape) for e, matrix in enumerate(matrices or ())}
+    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+        gates = gates_of(experts)
+        hidden, d = experts[0].up.shape
+        super().__init__(d, experts[0].up.dtype)
+        count, k = len(experts), options.k
+        if not 1 <= k <= min(count, MAX_PICKS):
+            raise ValueError(f"k is {k}; it must be between 1 and {min(count, MAX_PICKS)}")
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"router": (router.weight, (count, d))}
+        for e, expert in enumerate(experts):
+            shapes[f"up of expert {e}"] = expert.up, (hidden, d)
+            shapes[f"gate of expert {e}"] = expert.gate, (hidden, d)
+            shapes[f"down of expert {e}"] = expert.down, (d, hidden)
         check_all(shapes, self.dtype)
-        check_all({"router_bias": (router_bias, (experts,))})
-        bias = None if router_bias is None else router_bias.float()
-        self.capsule = module().moe_layer(
-            half(self.dtype),
-            *(self._keep(resident(pack(router))), self._keep(bias)),
-            *(0 if ws is None else self._keep(resident(pack(*ws))) for ws in (up, gate, down)),
-            *(d, hidden, experts, -1.0 if norm_eps is None else norm_eps, k, int(normalize), ACTIVATIONS[activation]),
+        check_all({"router_bias": (router.bias, (count,))})
+        self.capsule = kernels.moe_layer(
+            is_bf16=is_bf16(self.dtype),
+            router=self._keep(resident(pack(router.weight))),
+            router_bias=self._keep(None if router.bias is None else router.bias.float()),
+            up=self._keep(resident(pack(*(expert.up for expert in experts)))),
+            gate=self._keep(resident(pack(*gates)) if gates else None),
+            down=self._keep(resident(pack(*(expert.down for expert in experts)))),
+            d=d,
+            hidden=hidden,
+            experts=count,
+            norm_eps=-1.0 if router.norm_eps is None else router.norm_eps,
+            k=k,
+            normalize=int(options.normalize),
+            activation=ACTIVATIONS[options.activation],
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         x, residual, out = self._ready(x, residual)
         if x.shape[0]:
-            module().moe(self.capsule, x.data_ptr(), address(residual), out.data_ptr(), x.shape[0], threads())
+            kernels.moe(
+                self.capsule,
+                x=x.data_ptr(),
+                residual=address(residual),
+                out=out.data_ptr(),
+                batch=x.shape[0],
+                threads=threads(),
+            )
         return out
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] with weight [d] of x's dtype, in float32 and rounded once."""
+def norm(x: Tensor, weights: NormWeights) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] in float32 and rounded once; weights have x's dtype."""
     batch, d = x.shape
+    weight, bias = weights.weight, weights.bias
     check("x", x, (batch, d), x.dtype)
-    check_all({"weight": (weight, (d,)), "bias": (bias, (d,))}, x.dtype)
-    bias = None if bias is None else bias.contiguous()
+    check("weight", weight, (d,), x.dtype)
+    if bias is not None:
+        check("bias", bias, (d,), x.dtype)
+        bias = bias.contiguous()
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(batch, d, dtype=x.dtype)
     if batch:
-        addresses = x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr()
-        module().norm(half(x.dtype), *addresses, batch, d, eps, threads())
+        kernels.norm(
+            is_bf16=is_bf16(x.dtype),
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=address(bias),
+            out=out.data_ptr(),
+            batch=batch,
+            d=d,
+            eps=weights.eps,
+            threads=threads(),
+        )
     return out

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF = {torch.float32: 0, torch.bfloat16: 1}
+IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def half(dtype: torch.dtype) -> int:
+def is_bf16(dtype: torch.dtype) -> int:
     """How the module is told float32 and bfloat16 apart. Raises ValueError for other dtypes."""
-    if dtype not in HALF:
+    if dtype not in IS_BF16:
         raise ValueError(f"native kernels compute in float32 and bfloat16, not in {dtype}")
-    return HALF[dtype]
+    return IS_BF16[dtype]
 
 
 def address(tensor: Tensor | None) -> int:

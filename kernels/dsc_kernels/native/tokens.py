@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsc_kernels.native.dispatch import module, threads
+from dsc_kernels.native.dispatch import threads
+from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check
 
 
@@ -25,16 +26,28 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     logits = logits.contiguous()
     ordered = [column.contiguous() for column in columns.values()]
     if rows:
-        addresses = [t.data_ptr() for t in (logits, *ordered, out)]
-        module().sample(*addresses, rows, vocabulary, threads())
+        temperature, top_k, top_p, min_p, u = ordered
+        kernels.sample(
+            logits=logits.data_ptr(),
+            temperature=temperature.data_ptr(),
+            top_k=top_k.data_ptr(),
+            top_p=top_p.data_ptr(),
+            min_p=min_p.data_ptr(),
+            u=u.data_ptr(),
+            out=out.data_ptr(),
+            batch=rows,
+            vocabulary=vocabulary,
+            threads=threads(),
+        )
     return out
 
 
 def min_hash_order(picks: Tensor) -> Tensor:
     """The order int32 [B] of tokens with atoms `picks` [B, K]; see `grouping.min_hash_order`."""
     picks = picks.to(torch.int32).contiguous()
-    order = torch.empty(picks.shape[0], dtype=torch.int32)
-    module().min_hash_order(picks.data_ptr(), *picks.shape, order.data_ptr())
+    batch, k = picks.shape
+    order = torch.empty(batch, dtype=torch.int32)
+    kernels.min_hash_order(picks=picks.data_ptr(), batch=batch, k=k, order=order.data_ptr())
     return order
 
 
@@ -45,7 +58,13 @@ def tile_unions(picks: Tensor, order: Tensor | None, tile: int) -> tuple[Tensor,
     batch, k = picks.shape
     atoms = torch.empty(batch * k, dtype=torch.int32)
     offsets = torch.empty(-(-batch // tile) + 1, dtype=torch.int64)
-    module().tile_unions(
-        *(picks.data_ptr(), address(order), batch, k, min(tile, max(batch, 1)), atoms.data_ptr(), offsets.data_ptr())
+    kernels.tile_unions(
+        picks=picks.data_ptr(),
+        order=address(order),
+        batch=batch,
+        k=k,
+        tile=min(tile, max(batch, 1)),
+        atoms=atoms.data_ptr(),
+        offsets=offsets.data_ptr(),
     )
     return atoms[: int(offsets[-1])], offsets

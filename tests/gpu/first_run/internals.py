@@ -9,6 +9,7 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.gpu import attention, layers, moe, router, select_compose
 from dsc_kernels.plan import Planner
+from dsc_kernels.weights import AtomBank, FfnOptions, KvCache, MlpWeights, MoeOptions, Router
 from dsc_serve import SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
@@ -123,31 +124,34 @@ def ffn_kinds(runner: Runner) -> set[str]:
 
 def make_dsc(up: Tensor, down: Tensor, weight: Tensor, u: Tensor, v: Tensor, k: int):
     d, atoms = up.shape[1], weight.shape[0]
-    bias, gamma = torch.zeros(atoms, device=DEVICE), torch.ones(d, device=DEVICE)
-    routing = {"router": weight, "router_bias": bias, "u": u, "v": v, "gamma": gamma, "k": k}
-    return layers.Ffn(up=up, gate=None, down=down, activation="gelu", **routing, tau=20.0, eps=1e-6, norm_eps=1e-5)
+    router = Router(weight, torch.zeros(atoms, device=DEVICE), 1e-5)
+    options = FfnOptions(activation="gelu", k=k, tau=20.0, eps=1e-6)
+    bank = AtomBank(u, v, torch.ones(d, device=DEVICE))
+    return layers.Ffn(MlpWeights(up, None, down), options, router, bank)
 
 
 def make_moe(weight: Tensor, up: Tensor, down: Tensor, experts: int, k: int):
     """A gated mixture whose experts are all alike."""
-    return layers.Moe(weight[:experts], None, [up] * experts, [up] * experts, [down] * experts, "silu", k, True, 1e-5)
+    options = MoeOptions(activation="silu", k=k, normalize=True)
+    return layers.Moe(Router(weight[:experts], None, 1e-5), [MlpWeights(up, up, down)] * experts, options)
 
 
 def bank(layer) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.u, layer.v, layer.gamma
+    return layer.bank
 
 
 def router_weight(layer) -> Tensor:
-    return layer.router
+    return layer.router.weight
 
 
 def route_logits(layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    return layers.router_logits(x, layer.router, layer.router_bias, layer.tau, layer.norm_eps)
+    router = layer.router
+    return layers.router_logits(x, router.weight, router.bias, layer.options.tau, router.norm_eps)
 
 
 def compose(layer, x: Tensor, atoms: Tensor, weights: Tensor, static: Tensor) -> Tensor:
-    latent = layers.contract(x, layer.u, atoms, weights)
-    return layers.expand(latent, layer.v, atoms, layer.gamma, static, x, x.dtype)
+    u, v, gamma = layer.bank
+    return layers.expand(layers.contract(x, u, atoms, weights), v, atoms, gamma, static, x, x.dtype)
 
 
 def served(layer, x: Tensor, picks: Tensor, signal: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ def served(layer, x: Tensor, picks: Tensor, signal: Tensor) -> Tensor:
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, longest: int, scale: float
 ) -> Tensor:
-    return attention.decode_attention(query, keys, values, tables, lengths, longest, scale)
+    return attention.decode_attention(query, KvCache(keys, values), tables, lengths, longest, scale)
 
 
 def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

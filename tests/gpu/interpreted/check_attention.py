@@ -10,6 +10,7 @@ from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned,
 from torch import Tensor
 
 from dsc_kernels.gpu import attention
+from dsc_kernels.weights import KvCache
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +45,13 @@ def oracle(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Te
 )
 def test_attention(dtype: torch.dtype, contexts: list[int], kv_heads: int, group: int, size: int, block: int) -> None:
     g = torch.Generator().manual_seed(size)
-    longest, batch = max(contexts), len(contexts)
-    width = -(-longest // block)
+    max_context_len, batch = max(contexts), len(contexts)
+    width = -(-max_context_len // block)
     keys, values = (random(g, dtype, batch * width + 3, kv_heads, block, size) for _ in range(2))
     tables = torch.randperm(batch * width + 3, generator=g)[: batch * width].view(batch, width)
     q = random(g, dtype, batch, kv_heads * (group + 2), size)[:, : kv_heads * group]  # a slice of q, k, v
     lengths = banded(torch.tensor(contexts))
-    got = attention.decode_attention(q, keys, values, banded(tables), lengths, longest, size**-0.5)
+    got = attention.decode_attention(q, KvCache(keys, values), banded(tables), lengths, max_context_len, size**-0.5)
     assert got.dtype == dtype and error(got, oracle(q, keys, values, tables, lengths, size**-0.5)) < TOLERANCE[dtype]
 
 
@@ -58,18 +59,20 @@ def test_what_lies_behind_the_context_is_not_seen() -> None:
     g = torch.Generator().manual_seed(0)
     q, keys, values = (random(g, torch.float32, *shape) for shape in ((2, 2, 16), (40, 2, 16, 16), (40, 2, 16, 16)))
     tables, contexts = torch.arange(40).view(2, 20), torch.tensor([37, 300])
-    clean = attention.decode_attention(q, keys, values, tables, contexts, 300, 0.25)
+    clean = attention.decode_attention(q, KvCache(keys, values), tables, contexts, 300, 0.25)
     for pool in (keys, values):
         pool[2, :, 5:], pool[3:20], pool[38, :, 12:], pool[39] = (float("nan"),) * 4
     tables[0, 3:] = 0x7BADBAD
-    assert torch.equal(attention.decode_attention(q, keys, values, tables, contexts, 300, 0.25), clean)
+    assert torch.equal(attention.decode_attention(q, KvCache(keys, values), tables, contexts, 300, 0.25), clean)
 
 
-@pytest.mark.parametrize("longest", [60, 2000])
-def test_an_empty_context_gives_zeros(longest: int) -> None:
-    pools = torch.ones(2, 1, 8, 16)
+@pytest.mark.parametrize("max_context_len", [60, 2000])
+def test_an_empty_context_gives_zeros(max_context_len: int) -> None:
+    ones = torch.ones(2, 1, 8, 16)
     tables = torch.zeros(2, 250, dtype=torch.int64)
-    got = attention.decode_attention(torch.ones(2, 1, 16), pools, pools, tables, torch.tensor([0, 5]), longest, 0.25)
+    got = attention.decode_attention(
+        torch.ones(2, 1, 16), KvCache(ones, ones), tables, torch.tensor([0, 5]), max_context_len, 0.25
+    )
     assert bool((got[0] == 0).all()) and error(got[1], torch.ones(1, 16)) < 1e-6
 
 
@@ -81,11 +84,11 @@ def test_splits_fill_the_device_and_no_more() -> None:
 
 
 def test_wrong_inputs_are_named() -> None:
-    q, pools, tables = torch.ones(1, 3, 16), torch.ones(2, 2, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
+    q, ones, tables = torch.ones(1, 3, 16), torch.ones(2, 2, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="3 heads are not a multiple of 2 key-value heads"):
-        attention.decode_attention(q, pools, pools, tables, torch.tensor([1]), 16, 1.0)
+        attention.decode_attention(q, KvCache(ones, ones), tables, torch.tensor([1]), 16, 1.0)
     with pytest.raises(ValueError, match=r"contexts is torch\.int32"):
-        attention.decode_attention(q, pools, pools, tables, torch.tensor([1]).int(), 16, 1.0)
+        attention.decode_attention(q, KvCache(ones, ones), tables, torch.tensor([1]).int(), 16, 1.0)
 
 
 @pytest.mark.full

@@ -34,7 +34,7 @@ def test_greedy_ids_match(method: str, tmp_path: Path) -> None:
     with LLM(str(folder), dtype="float32", kernels="triton", threads=1) as llm:
         blocks = llm.engine.runner.model.layers  # type: ignore[attr-defined]
         assert all(isinstance(block.ffn.layer, layers.Ffn | layers.Moe) for block in blocks)
-        assert ops.implementation(torch.float32, torch.device("cpu")) is layers
+        assert ops.backend(torch.float32, torch.device("cpu")) is layers
         bank = addresses(blocks)
         outputs = llm.generate(greedy[:, :half].tolist(), SamplingParams(temperature=0, max_tokens=half))
         assert addresses(blocks) == bank, "the weights have moved while serving"

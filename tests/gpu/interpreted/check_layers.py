@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parts import ffn_parts, moe_parts
 from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels import plain, reference
 from dsc_kernels.gpu import contract, expand, layers, moe, router, select, select_compose
+from dsc_kernels.weights import MlpWeights
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -57,7 +59,7 @@ def oracle(layer: dict[str, Any], x: Tensor, picks: Tensor) -> tuple[Tensor, Ten
         weights, signal = values.softmax(dim=1), torch.zeros_like(signal)
         rows = (picks[:, :, None] * rank + torch.arange(rank)).flatten(1)
         spread = weights.repeat_interleave(rank, dim=1)
-    static = plain.Mlp(wide["up"], wide["gate"], wide["down"], layer["activation"])(x)
+    static = plain.Mlp(MlpWeights(wide["up"], wide["gate"], wide["down"]), layer["activation"])(x)
     return static + reference.compose(x, rows, spread, wide["u"], wide["v"], wide["gamma"]), weights, signal
 
 
@@ -70,7 +72,7 @@ def test_dsc_layer(dtype: torch.dtype, batch: int, d: int, atoms: int, k: int, r
     arguments = dsc_layer(dtype, d, atoms, k, rank)
     g = torch.Generator().manual_seed(batch)
     x, residual = random(g, dtype, batch, d), random(g, dtype, batch, d)
-    layer = layers.Ffn(**arguments)
+    layer = layers.Ffn(**ffn_parts(**arguments))
     out, picks, weights, signal = layer.routed(x)
     logits = reference.router_logits(
         x.double(), arguments["router"].double(), arguments["router_bias"].double(), arguments["norm_eps"]
@@ -86,7 +88,9 @@ def test_dsc_layer(dtype: torch.dtype, batch: int, d: int, atoms: int, k: int, r
 
 
 def test_the_two_ways_to_compose_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layers.Ffn(**dsc_layer(torch.float32, 130, 60, 3, gate=torch.ones(37, 130), gamma=torch.tensor([0.3])))
+    layer = layers.Ffn(
+        **ffn_parts(**dsc_layer(torch.float32, 130, 60, 3, gate=torch.ones(37, 130), gamma=torch.tensor([0.3])))
+    )
     x = random(torch.Generator().manual_seed(0), torch.float32, 2, 130)
     one_launch = layer.routed(x)
     monkeypatch.setattr(layers, "WIDE", 1)
@@ -95,7 +99,7 @@ def test_the_two_ways_to_compose_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_grouped_tokens_give_the_same_and_tell_their_picks() -> None:
-    layer = layers.Ffn(**dsc_layer(torch.float32, 50, 30, 4))
+    layer = layers.Ffn(**ffn_parts(**dsc_layer(torch.float32, 50, 30, 4)))
     x = torch.randn(9, 50, generator=torch.Generator().manual_seed(4))
     _, atoms, _, strength = layer.routed(x)
     picks, signal = torch.full((12, 4), -1, dtype=torch.int32), torch.full((12,), -1.0)
@@ -109,12 +113,12 @@ def test_layers_agree_with_plain_torch() -> None:
     g = torch.Generator().manual_seed(0)
     x, residual = random(g, torch.float32, 7, 50), random(g, torch.float32, 7, 50)
     arguments = dsc_layer(torch.float32, 50, 90, 4)
-    mine, plainly = layers.Ffn(**arguments), plain.Ffn(**arguments)
+    mine, plainly = layers.Ffn(**ffn_parts(**arguments)), plain.Ffn(**ffn_parts(**arguments))
     assert error(mine(x, residual), plainly(x, residual)) < TOLERANCE[torch.float32]
     for got, want in zip(mine.routed(x), plainly.routed(x), strict=True):
         assert error(got, want) < TOLERANCE[torch.float32]
-    dense = (arguments["up"], None, arguments["down"], "silu")
-    torch.testing.assert_close(layers.Ffn(*dense)(x, residual), plain.Ffn(*dense)(x, residual))
+    dense = ffn_parts(arguments["up"], None, arguments["down"], "silu")
+    torch.testing.assert_close(layers.Ffn(**dense)(x, residual), plain.Ffn(**dense)(x, residual))
     torch.testing.assert_close(
         layers.Linear(arguments["up"])(x, "gelu", None, torch.float32), plain.Linear(arguments["up"])(x, "gelu")
     )
@@ -128,19 +132,13 @@ def test_moe_layer(dtype: torch.dtype, gated: bool, normalize: bool, k: int) -> 
     down = [random(g, dtype, 60, 41, scale=41**-0.5) for _ in range(5)]
     router_weight, bias = random(g, dtype, 5, 60, scale=60**-0.5), random(g, torch.float32, 5, scale=0.3)
     gates = gate if gated else None
+    options = {"activation": "gelu", "k": k, "normalize": normalize}
     x, residual = random(g, dtype, 9, 60), random(g, dtype, 9, 60)
-    layer = layers.Moe(router_weight, bias, up, gates, down, "gelu", k, normalize, 1e-5)
+    layer = layers.Moe(**moe_parts(router_weight, bias, up, gates, down, 1e-5, **options))
     assert layer.up.shape[1] == layer.down.shape[2] == 48, "not padded to what wide loads need"
     weights, experts = layer.route(x)
-    wide = plain.Moe(
-        router_weight.double(),
-        None,
-        *([w.double() for w in ws] if ws else None for ws in (up, gates, down)),
-        "gelu",
-        k,
-        normalize,
-        1e-5,
-    )
+    matrices = ([w.double() for w in ws] if ws else None for ws in (up, gates, down))
+    wide = plain.Moe(**moe_parts(router_weight.double(), None, *matrices, 1e-5, **options))
     logits = reference.router_logits(x.double(), router_weight.double(), bias.double(), 1e-5)
     want_weights, want_experts = reference.softmax_top_k(logits, k)
     if normalize:
@@ -156,10 +154,10 @@ def test_moe_layer(dtype: torch.dtype, gated: bool, normalize: bool, k: int) -> 
 def test_wrong_inputs_are_named() -> None:
     arguments = dsc_layer(torch.float32, 40, 50, 4)
     with pytest.raises(ValueError, match="k is 65"):
-        layers.Ffn(**{**arguments, "k": 65})
-    with pytest.raises(ValueError, match="needs u, v and gamma"):
-        layers.Ffn(**{**arguments, "gamma": None})
+        layers.Ffn(**ffn_parts(**{**arguments, "k": 65}))
+    with pytest.raises(ValueError, match="needs a router and a bank"):
+        layers.Ffn(**{**ffn_parts(**arguments), "bank": None})
     with pytest.raises(ValueError, match=r"x is torch.float32 \[2, 39\]; expected torch.float32 \[2, 40\]"):
-        layers.Ffn(**arguments)(torch.ones(2, 39))
+        layers.Ffn(**ffn_parts(**arguments))(torch.ones(2, 39))
     with pytest.raises(ValueError, match="this layer has no router"):
-        layers.Ffn(torch.ones(3, 4), None, torch.ones(4, 3), "gelu").routed(torch.ones(1, 4))
+        layers.Ffn(**ffn_parts(torch.ones(3, 4), None, torch.ones(4, 3), "gelu")).routed(torch.ones(1, 4))

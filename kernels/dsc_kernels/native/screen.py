@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.memory import resident
+from dsc_kernels.native.extension import kernels
 
 LANES = 16
 MAX_WIDTH = (2**31 - 2**26) // (255 * 127)  # beyond it int32 sums could overflow, what outliers add included
@@ -21,20 +22,25 @@ CHUNK = 1 << 22  # elements that are in float64 at a time
 UP = 1 + 1e-5  # for the rounding of the norms themselves
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Screen:
-    """What `cpu/api.h` calls a Screen. tensors: rows, packed, steps, shifts, errors, norms; none without screening.
+    """A weight [n, d] in int8, and how far from it that is: what `cpu/api.h` calls a Screen."""
 
-    counts: int64 [2], the rows (of a head: panels of 16) that were scored again and the tokens that this was for, since
-    the layer was made; a head's are int64 [4], and say then what it stops screening by, for a while.
-    """
+    rows: Tensor | None = None  # the weight itself, for those who score rows again
+    packed: Tensor | None = None  # int8, in panels of 16 rows; None: nothing is screened
+    steps: Tensor | None = None  # float32 [panels · 16], as all below: what 1 in int8 is worth
+    shifts: Tensor | None = None  # int32: 128 · the row's sum
+    errors: Tensor | None = None  # norms of what int8 leaves out of a row
+    norms: Tensor | None = None  # norms of what it keeps
+    slack: float = 0.0  # of the bias and the last additions
+    counters: Tensor | None = None  # int64, as `_native.SCREEN_COUNTERS` names them
 
-    tensors: tuple[Tensor | None, ...]
-    slack: float
-    counts: Tensor | None
+    def count(self, name: str) -> int:
+        """One of the counters since the layer was made; 0 where nothing is screened."""
+        return 0 if self.counters is None else int(self.counters[kernels.SCREEN_COUNTERS.index(name)])
 
 
-NO_SCREEN = Screen((None,) * 6, 0.0, None)
+NO_SCREEN = Screen()
 
 
 def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
@@ -49,16 +55,14 @@ def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
     whole, steps, sums, errors, norms = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * 2.0**-20
     return Screen(
-        (
-            resident(weight) if rows else None,
-            resident(pack_int8(whole)),
-            padded(steps),
-            padded(128 * sums),
-            padded(errors),
-            padded(norms),
-        ),
-        slack + 1e-30,
-        torch.zeros(2 if rows else 4, dtype=torch.int64),
+        rows=resident(weight) if rows else None,
+        packed=resident(pack_int8(whole)),
+        steps=padded(steps),
+        shifts=padded(128 * sums),
+        errors=padded(errors),
+        norms=padded(norms),
+        slack=slack + 1e-30,
+        counters=torch.zeros(len(kernels.SCREEN_COUNTERS), dtype=torch.int64),
     )
 
 

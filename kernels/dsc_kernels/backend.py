@@ -1,0 +1,174 @@
+"""What a backend offers, and what the layers it makes can be asked: `plain`, `native` and `gpu.layers` are backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsc_kernels.weights import (
+    Activation,
+    AtomBank,
+    DecoderLayer,
+    FfnOptions,
+    KvCache,
+    LayerOutputs,
+    MlpWeights,
+    MoeOptions,
+    NormWeights,
+    Router,
+    Slots,
+)
+
+UNROUTED = "a routed layer needs a router and a bank of atoms, another layer neither"
+
+
+class Linear(Protocol):
+    """out = act(x Wᵀ + bias) + residual, W [n, d]."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that computes it."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [B, d] → [B, n] in x's dtype, or in out_dtype."""
+
+
+class Head(Linear, Protocol):
+    """A linear layer that also tells where its outputs are largest."""
+
+    @property
+    def screened(self) -> bool:
+        """Whether `argmax` screens the weight in int8."""
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """Where each row of x Wᵀ + bias has its largest output, the first of equal ones: x [B, d] → int64 [B]."""
+
+
+class Layer(Protocol):
+    """x [B, d] → the layer's output plus residual, [B, d]."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that computes it."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+class OwningLayer(Layer, Protocol):
+    """A layer built of plain weights."""
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether it has copied them, so that they may go."""
+
+
+class Ffn(OwningLayer, Protocol):
+    """A static MLP plus a routed composition of rank-1 atoms: DSC; with a rank, a mixture of LoRAs; without, dense."""
+
+    @property
+    def screened(self) -> bool:
+        """Whether its router is screened in int8."""
+
+    @property
+    def rescored(self) -> tuple[int, int]:
+        """Router rows that screening could not rule out so far, and the tokens that this was for; 0 where none is."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        grouped: bool = False,
+        picks: Tensor | None = None,
+        signal: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, d] → the layer's output plus residual, [B, d].
+
+        grouped: compose the tokens in an order in which neighbours share atoms.
+        picks int32 [≥ B, k], signal float32 [≥ B]: where given, the atoms picked and the signal are written there.
+        """
+
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32.
+
+        Raises ValueError where the layer has no router.
+        """
+
+
+class Stack(Protocol):
+    """All layers of a decoder in one call. While `measure` is on, `spent` says where the time of calls goes."""
+
+    def __call__(
+        self,
+        ids: Tensor,
+        slots: Slots,
+        tables: Tensor,
+        contexts: Tensor,
+        decodes: int,
+        max_context_len: int,
+        chunks: Iterable[tuple[int, int, int, int]],
+        kv_caches: Sequence[KvCache],
+        outputs: Sequence[LayerOutputs] | None = None,
+    ) -> Tensor: ...
+
+    def measure(self, on: bool) -> None: ...
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase since `measure`."""
+
+
+class Backend(Protocol):
+    """A module whose layers and operators serve tensors of some dtypes on some devices."""
+
+    @property
+    def name(self) -> str: ...
+
+    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...  # noqa: N802  a class of the module
+
+    def Head(self, weight: Tensor, bias: Tensor | None = None) -> Head: ...  # noqa: N802
+
+    def Ffn(  # noqa: N802
+        self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
+    ) -> Ffn:
+        """Raises ValueError for a router without a bank or the other way round, and for what does not fit."""
+
+    def Moe(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> OwningLayer: ...  # noqa: N802
+
+    def stack(
+        self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
+    ) -> Stack | None:
+        """Embeddings [vocabulary, d] and [positions, d], and all layers in one call; None where that is not offered."""
+
+    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        """Rows x [T, d] normed in float32 and rounded once."""
+
+    def store_kv(self, qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+        """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first.
+
+        qkv [T, heads + 2 · kv heads, size]; cos_sin_cache float32 [positions, 2, size / 2], None: nothing is turned.
+        """
+
+    def decode_attention(
+        self, q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+    ) -> Tensor:
+        """Attention of one new token per sequence over its cached keys and values.
+
+        q [S, heads, size] (rows may be strided); tables int64 [S, W]; contexts int64 [S], at most max_context_len.
+        Returns [S, heads, size].
+        """
+
+    def chunk_attention(self, q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
+        """Attention of the last tokens of one sequence, each up to itself.
+
+        q [n, heads, size] (rows may be strided): positions context − n … context − 1; table int64 [W].
+        Returns [n, heads, size].
+        """

@@ -1,0 +1,243 @@
+"""A decoder up to its last layer in one call of the native kernels: in between nothing is left to Python."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsc_kernels.native.attention import UNLIMITED, check_cos_sin
+from dsc_kernels.native.dispatch import threads
+from dsc_kernels.native.extension import kernels
+from dsc_kernels.native.layers import Ffn, Linear, Moe
+from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, Slots
+
+
+def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+    """Embeddings and all layers in one call, where every layer is native; None elsewhere. See `Stack`."""
+    native = (isinstance(b.qkv, Linear) and isinstance(b.out, Linear) and isinstance(b.ffn, Ffn | Moe) for b in layers)
+    return Stack(token_embedding, position_embedding, layers) if all(native) else None
+
+
+class Stack:
+    """Native layers of one dtype. While `measure` is on, `spent` says where the time of calls goes.
+
+    token_embedding [vocabulary, d]; position_embedding [positions, d] where positions are learned.
+    Raises ValueError for layers that are not native or do not fit each other.
+    """
+
+    def __init__(
+        self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
+    ) -> None:
+        first = layers[0]
+        qkv, out, _ = native_parts(first)
+        self.d, self.dtype = qkv.d, qkv.dtype
+        self._ffns = [native_parts(layer)[2] for layer in layers]
+        self._kept: list[object] = list(layers)
+        self._kv_caches: Sequence[KvCache] = ()
+        self._checked: tuple[Tensor, ...] = ()
+        self._addresses = array("q")
+        self._phase_ns: Tensor | None = None
+        size = out.d // first.heads
+        self._cache_shape = (first.kv_heads, size)
+        if first.heads % first.kv_heads:
+            raise ValueError(f"{first.heads} heads are not a multiple of {first.kv_heads} key-value heads")
+        for table in (token_embedding, *(() if position_embedding is None else (position_embedding,))):
+            check("an embedding", table, (table.shape[0], self.d), self.dtype)
+        positions = [UNLIMITED if position_embedding is None else position_embedding.shape[0]]
+        capsules = []
+        for layer in layers:
+            self._check(layer, first)
+            if layer.cos_sin_cache is not None:
+                positions.append(check_cos_sin(layer.cos_sin_cache, size))
+            capsules.append(self._capsule(layer, size))
+        self.capsule = kernels.stack(
+            capsules,
+            is_bf16=is_bf16(self.dtype),
+            token_embedding=self._keep(token_embedding),
+            position_embedding=self._keep(position_embedding),
+            vocabulary=token_embedding.shape[0],
+            positions=min(positions),
+        )
+
+    def _capsule(self, layer: DecoderLayer, size: int) -> object:
+        qkv, out, ffn = native_parts(layer)
+        self._kept.append(ffn.capsule)
+        return kernels.decoder_layer(
+            ffn.capsule,
+            attention_norm_weight=self._keep_vector(layer.attention_norm.weight),
+            attention_norm_bias=self._keep_vector(layer.attention_norm.bias),
+            attention_norm_eps=layer.attention_norm.eps,
+            qkv_weight=self._keep(qkv.packed),
+            qkv_bias=self._keep(qkv.bias),
+            out_weight=self._keep(out.packed),
+            out_bias=self._keep(out.bias),
+            cos_sin_cache=self._keep(layer.cos_sin_cache),
+            d=self.d,
+            heads=layer.heads,
+            kv_heads=layer.kv_heads,
+            size=size,
+            ffn_norm_weight=self._keep_vector(layer.ffn_norm.weight),
+            ffn_norm_bias=self._keep_vector(layer.ffn_norm.bias),
+            ffn_norm_eps=layer.ffn_norm.eps,
+        )
+
+    def _check(self, layer: DecoderLayer, first: DecoderLayer) -> None:
+        (qkv, out, ffn), (kv_heads, size) = native_parts(layer), self._cache_shape
+        if (layer.heads, layer.kv_heads) != (first.heads, kv_heads):
+            others = f"the first layer has {first.heads}, {kv_heads}"
+            raise ValueError(f"{layer.heads} heads, {layer.kv_heads} for keys; {others}")
+        shapes = (qkv.n, qkv.d), (out.n, out.d)
+        if shapes != (((layer.heads + 2 * kv_heads) * size, self.d), (self.d, layer.heads * size)) or ffn.d != self.d:
+            raise ValueError(f"projections {shapes} do not fit {layer.heads} heads of {size} and width {self.d}")
+        dtypes = qkv.dtype, out.dtype, ffn.dtype
+        if set(dtypes) != {self.dtype}:
+            raise ValueError(f"parts of a layer are {dtypes}; expected {self.dtype}")
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        kept = tensor.contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _keep_vector(self, vector: Tensor | None) -> int:
+        if vector is not None:
+            check("a norm's vector", vector, (self.d,), self.dtype)
+        return self._keep(vector)
+
+    def __call__(
+        self,
+        ids: Tensor,
+        slots: Slots,
+        tables: Tensor,
+        contexts: Tensor,
+        decodes: int,
+        max_context_len: int,
+        chunks: Iterable[tuple[int, int, int, int]],
+        kv_caches: Sequence[KvCache],
+        outputs: Sequence[LayerOutputs] | None = None,
+    ) -> Tensor:
+        """The last layer's output [T, d] for token ids int64 [T]; keys and values are written to the caches.
+
+        tables int64 [S, W]; contexts int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
+        contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
+        kv_caches: one per layer. outputs: one per layer, where all FFN layers are DSC's.
+        Raises ValueError for what does not fit.
+        """
+        tokens, sequences = ids.shape[0], tables.shape[0]
+        inputs = ids, *slots, tables, contexts
+        if not same(inputs, self._checked):
+            self._check_inputs(*inputs)
+        num_blocks, block = self._use(kv_caches)
+        if max_context_len > tables.shape[1] * block:
+            shape = list(tables.shape)
+            raise ValueError(f"tables {shape} of {block}-token blocks do not hold contexts of {max_context_len}")
+        flat, bound = array("q", chain.from_iterable(chunks)), self._bind_outputs(outputs, tokens)
+        out = torch.empty(tokens, self.d, dtype=self.dtype)
+        if tokens:
+            count = threads()
+            kernels.run_stack(
+                self.capsule,
+                out=out.data_ptr(),
+                ids=ids.data_ptr(),
+                positions=slots[0].data_ptr(),
+                slot_blocks=slots[1].data_ptr(),
+                slot_offsets=slots[2].data_ptr(),
+                tables=tables.data_ptr(),
+                contexts=contexts.data_ptr(),
+                chunks=flat.buffer_info()[0],
+                kv_caches=self._addresses.buffer_info()[0],
+                outputs=bound.buffer_info()[0] if bound else 0,
+                phase_ns=address(self._timers(count)),
+                tokens=tokens,
+                sequences=sequences,
+                pages=tables.shape[1],
+                width=tables.stride(0),
+                block=block,
+                num_blocks=num_blocks,
+                decodes=decodes,
+                max_context_len=max_context_len,
+                chunk_count=len(flat) // 4,
+                threads=count,
+            )
+        return out
+
+    def _check_inputs(self, *inputs: Tensor) -> None:
+        """Raise ValueError for ids, positions, blocks, offsets, tables and contexts that no call could take."""
+        *columns, tables, contexts = inputs
+        tokens, (sequences, width) = columns[0].shape[0], tables.shape
+        if any(c.shape != (tokens,) or c.dtype != torch.int64 or not c.is_contiguous() for c in columns):
+            raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
+        check("tables", tables, (sequences, width), torch.int64)
+        check("contexts", contexts, (sequences,), torch.int64, in_place=True)
+        if tables.stride(1) != 1:
+            raise ValueError(f"the rows of tables must be contiguous, but have strides {tables.stride()}")
+        self._checked = inputs
+
+    def _use(self, kv_caches: Sequence[KvCache]) -> tuple[int, int]:
+        """Take the addresses of caches, unless they are those of the last call; returns their blocks and block size."""
+        if len(kv_caches) != len(self._ffns):
+            raise ValueError(f"KV caches of {len(kv_caches)} layers were given; expected {len(self._ffns)}")
+        if not same(kv_caches, self._kv_caches):
+            kv_heads, size = self._cache_shape
+            blocks, _, block, _ = kv_caches[0][0].shape
+            for tensor in chain.from_iterable(kv_caches):
+                check("a KV cache", tensor, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+            self._kv_caches = tuple(kv_caches)
+            self._addresses = array("q", [tensor.data_ptr() for tensor in chain.from_iterable(kv_caches)])
+        blocks, _, block, _ = self._kv_caches[0][0].shape
+        return blocks, block
+
+    def _bind_outputs(self, outputs: Sequence[LayerOutputs] | None, tokens: int) -> array[int]:
+        """What C++ knows as LayerOutputs, one after the other; empty where nothing but the output is wanted."""
+        if outputs and len(outputs) != len(self._ffns):
+            raise ValueError(f"outputs of {len(outputs)} layers are wanted; expected {len(self._ffns)}")
+        bound = array("q")
+        if not outputs or same(outputs, [OUTPUT_ONLY] * len(outputs)):
+            return bound
+        for one, ffn in zip(outputs, self._ffns, strict=True):
+            if not isinstance(ffn, Ffn) or not ffn.atoms:
+                raise ValueError("only DSC layers can be asked for more than their output")
+            ffn.check_outputs(tokens, one.picks, one.weights, one.signal)
+            bound.extend((int(one.grouped), address(one.picks), address(one.weights), address(one.signal)))
+        return bound
+
+    def _timers(self, count: int) -> Tensor | None:
+        """Where time is added up, with room for so many threads: there may be more than there were."""
+        if self._phase_ns is not None and (missing := kernels.PHASE_ROOM * (1 + count) - self._phase_ns.numel()) > 0:
+            self._phase_ns = F.pad(self._phase_ns, (0, missing))
+        return self._phase_ns
+
+    def measure(self, on: bool) -> None:
+        """Count from zero, or no more. Counting costs a clock reading per phase."""
+        self._phase_ns = torch.zeros(kernels.PHASE_ROOM * (1 + threads()), dtype=torch.int64) if on else None
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase since `measure`: STACK_PHASES, and as parts of "ffn" for a thread FFN_PHASES."""
+        if self._phase_ns is None:
+            return {}
+        own, *others = self._phase_ns.view(-1, kernels.PHASE_ROOM).double().mul(1e-9).unbind()
+        within = torch.stack(others).mean(0).tolist()
+        spent = dict(zip(kernels.STACK_PHASES, own.tolist(), strict=False))
+        return spent | dict(zip(kernels.FFN_PHASES, within, strict=False))
+
+
+def native_parts(layer: DecoderLayer) -> tuple[Linear, Linear, Ffn | Moe]:
+    """A layer's projections and its FFN. Raises ValueError where one of them is not native."""
+    qkv, out, ffn = layer.qkv, layer.out, layer.ffn
+    if isinstance(qkv, Linear) and isinstance(out, Linear) and isinstance(ffn, Ffn | Moe):
+        return qkv, out, ffn
+    raise ValueError(f"a stack takes native layers only, but one has {qkv.backend}, {out.backend} and {ffn.backend}")
+
+
+def same(these: Sequence[object], those: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))

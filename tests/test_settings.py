@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from dsc_serve import config as configuration
+from dsc_serve import machine
 from dsc_serve.cli import main
 from dsc_serve.config import API_KEYS, PREFIX, AccessConfig, ConfigError, LifeConfig, ServerConfig, engine_environment
 from dsc_serve.settings import SECTIONS, SETTINGS, Setting, choose, document, settings_of
@@ -160,8 +160,8 @@ def test_files_that_were_read_leave_a_container_s_memory_available(
 ) -> None:
     texts = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB"}
     texts |= {f"/sys/fs/cgroup/memory.{name}": text for name, text in files.items()}
-    monkeypatch.setattr(configuration, "read_text", lambda path: texts.get(path, ""))
-    assert configuration.available_memory() == available
+    monkeypatch.setattr(machine, "read_text", lambda path: texts.get(path, ""))
+    assert machine.available_memory() == available
 
 
 @pytest.mark.parametrize("value", ["9" * 30, "9" * 400, "1e308", "inf", "nan", "-1", "99999999999999"])

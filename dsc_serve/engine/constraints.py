@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.sampler import to_device
-from dsc_serve.grammars.follower import wait
+from dsc_serve.grammars.constraint import wait
 
 PATIENCE = 0.25  # of a step's forward pass, what others wait for late answers
 PATIENCE_S = 0.002  # but no longer

@@ -11,7 +11,7 @@ import torch
 
 from dsc_kernels import native, ops
 from dsc_kernels.plan import Planner
-from dsc_serve.config import DTYPES, ConfigError, EngineConfig, available_memory, default_threads, resolve_model
+from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
@@ -24,8 +24,10 @@ from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.engine.step_report import StepReport
-from dsc_serve.grammars.follower import Constraint, GrammarLimits, Grammars
+from dsc_serve.grammars.constraint import Constraint
+from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.grammars.schema import FIELD
+from dsc_serve.machine import available_memory, default_threads
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig

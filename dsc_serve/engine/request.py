@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.token_counts import TokenCounts
-from dsc_serve.grammars.follower import Constraint
+from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 

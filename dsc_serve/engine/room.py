@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dsc_serve.config import ConfigError, EngineConfig, available_memory
+from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.kv_cache import blocks_for
+from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import CheckpointError, ModelConfig
 

@@ -38,7 +38,7 @@ from dsc_serve.grammars.messages import (
 from dsc_serve.sampling_params import StructuredOutputs
 
 if TYPE_CHECKING:
-    from dsc_serve.grammars.follower import Constraint
+    from dsc_serve.grammars.constraint import Constraint
 
 # -P: the modules that this process has, not what lies in the working directory under their names.
 HOST = (sys.executable, "-P", "-m", "dsc_serve.grammars.host")

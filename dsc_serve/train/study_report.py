@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsc_serve.config import read_text
+from dsc_serve.machine import read_text
 from dsc_serve.train.plots import curve, line_chart
 from dsc_serve.train.record import read_log
 

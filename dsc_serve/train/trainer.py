@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsc_serve.config import default_threads
+from dsc_serve.machine import default_threads
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.initial import initial_tensors
 from dsc_serve.train.allocator import keep_memory

@@ -20,11 +20,12 @@ import msgspec
 import torch
 
 from dsc_kernels import ops
-from dsc_serve.config import ConfigError, default_threads, resolve_model
+from dsc_serve.config import ConfigError, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.grammars.follower import GrammarsFullError
 from dsc_serve.grammars.schema import FIELD
+from dsc_serve.machine import default_threads
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dsc_serve.config import EngineConfig, LifeConfig, default_threads, engine_environment
+from dsc_serve.config import EngineConfig, LifeConfig, engine_environment
+from dsc_serve.machine import default_threads
 from dsc_serve.worker.client import EngineClient
 from dsc_serve.worker.connection import EngineConnection, EngineDiedError, receive
 from dsc_serve.worker.files import SpareFiles

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsc_serve.grammars.follower import Constraint, Grammars, wait
+from dsc_serve.grammars.constraint import Constraint, wait
+from dsc_serve.grammars.follower import Grammars
 from dsc_serve.sampling_params import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 

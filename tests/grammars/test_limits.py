@@ -15,7 +15,8 @@ from grammars.conftest import END
 from grammars.drawing import PATIENCE_S, answered
 
 from dsc_serve.grammars import follower
-from dsc_serve.grammars.follower import Constraint, GrammarLimits, Grammars, GrammarsFullError
+from dsc_serve.grammars.constraint import Constraint
+from dsc_serve.grammars.follower import GrammarLimits, Grammars, GrammarsFullError
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 

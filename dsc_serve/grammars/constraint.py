@@ -1,0 +1,91 @@
+"""How far one request's output has come in its grammar, and what may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsc_serve.grammars.messages import Answer
+from dsc_serve.grammars.schema import FIELD
+from dsc_serve.sampling_params import StructuredOutputs
+
+if TYPE_CHECKING:
+    from dsc_serve.grammars.follower import _Grammars
+    from dsc_serve.grammars.link import Grammar
+
+
+class Constraint:
+    """How far one request's output has come in its grammar.
+
+    The grammar's answer for the tokens so far comes by itself: `ready` once it is there. Its fields then say what may
+    follow. late_s: seconds that steps went on without this request since its answer was not there.
+    """
+
+    def __init__(self, grammars: _Grammars, asked: StructuredOutputs, output: int) -> None:
+        self.asked, self.output = asked, output
+        self.tokens: list[int] = []
+        self.grammar: Grammar | None = None
+        self.complete = False
+        self.error = ""
+        self.late_s = 0.0
+        self.retried = False
+        self._grammars = grammars
+        self._answered = -1
+        self._bits = b""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what may follow, or that nothing can."""
+        return bool(self.error) or self._answered == len(self.tokens)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the grammar is there, so that only its answer can be late."""
+        return self.grammar is not None and self.grammar.compiled
+
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """The tokens that may follow, bool [vocabulary]; for a constraint that is ready and not complete."""
+        bits = np.frombuffer(self._bits, dtype=np.uint8)
+        return np.unpackbits(bits, count=self._grammars.vocab_size, bitorder="little").view(np.bool_)
+
+    def push(self, token: int) -> None:
+        """The output has grown by a token."""
+        with self._grammars.lock:
+            self.tokens.append(token)
+            if self.grammar is not None and not self.error:
+                self.grammar.push(self.output, token)
+
+    def take(self, answer: Answer) -> None:
+        """Under the grammars' lock."""
+        self._answered, self._bits, self.complete = answer.count, answer.allowed, answer.complete
+        self.error = self.error or answer.error
+
+    def forget_answers(self) -> None:
+        self._answered = -1
+
+    def wait(self, enough: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for news of any grammar until there is enough of it."""
+        with self._grammars.lock:
+            return self._grammars.lock.wait_for(enough, timeout_s)
+
+    def give_up(self, why: str) -> None:
+        """It has taken too long. What it keeps computing is ended; other outputs of its grammar begin anew."""
+        self._grammars.give_up(self, f"{FIELD} cannot be followed further: {why}")
+
+    def demote(self) -> None:
+        """Put its grammar behind all others. Safe to call again and again."""
+        if self.grammar is not None and not self.grammar.demoted:
+            self._grammars.demote(self.grammar)
+
+    def close(self) -> None:
+        """Nobody follows it any more. Safe to call twice."""
+        self._grammars.close_output(self)
+
+
+def wait(constraints: Sequence[Constraint], timeout_s: float, enough: Callable[[Iterable[object]], bool] = all) -> bool:
+    """Wait until all of these, at least one, are ready; with `any` until one of them is. Returns whether they are."""
+    return constraints[0].wait(lambda: enough(constraint.ready for constraint in constraints), timeout_s)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from foreign import huggingface_folder
+from model.test_import_gguf import byte_level_vocabulary, config, write
+from support.foreign import huggingface_folder
 from support.running_server import RunningServer, start_server, stop_server
 from support.small_models import wide_tensors
-from test_import_gguf import byte_level_vocabulary, config, write
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.cli import main

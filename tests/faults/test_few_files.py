@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from certificates import make_certificate
+from support.certificates import make_certificate
 from support.running_server import RunningServer, start_server, stop_server
 
 from dsc_serve.server.process import LEAST_CONNECTIONS, RESERVED_FILES

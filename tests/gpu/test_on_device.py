@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parts import ffn_parts, moe_parts
+from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
 from dsc_kernels import plain, reference

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parts import ffn_parts
+from support.layer_parts import ffn_parts
 from support.native_cases import random, routed_layer
 
 import dsc_kernels

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parts import ffn_parts
+from support.layer_parts import ffn_parts
 from support.operator_cases import EPS, TAU, arguments, decided, wide
 from torch import Tensor
 

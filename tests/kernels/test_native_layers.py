@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_parts import ffn_parts, moe_parts
+from support.layer_parts import ffn_parts, moe_parts
 from support.native_cases import CASES, DTYPES, TOLERANCE, Guarded, error, moe_layer, random, routed_layer
 from torch import Tensor
 

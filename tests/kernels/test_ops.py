@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_parts import ffn_parts, moe_parts
+from support.layer_parts import ffn_parts, moe_parts
 from support.shapes import EPS, TAU, Shape, layer, shapes
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layer_parts import ffn_parts, moe_parts
+from support.layer_parts import ffn_parts, moe_parts
 from support.native_cases import moe_layer, random, routed_layer
 from torch import Tensor
 

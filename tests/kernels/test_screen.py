@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layer_parts import ffn_parts
+from support.layer_parts import ffn_parts
 from support.weight_kinds import INPUTS, WEIGHTS
 from torch import Tensor
 

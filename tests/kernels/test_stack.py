@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_parts import ffn_parts, moe_parts
+from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
 from dsc_kernels import native

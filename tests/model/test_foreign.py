@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import ARCHITECTURES, FILES, FOLDERS, PROMPT, expected, file_of, folder_of
+from support.foreign import ARCHITECTURES, FILES, FOLDERS, PROMPT, expected, file_of, folder_of
 
 from dsc_serve import LLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import huggingface_folder
+from support.foreign import huggingface_folder
 from test_import_huggingface import expected_tensors
 
 from dsc_serve import LLM

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from foreign import PROMPT, YARN, folder_of, huggingface_folder
+from support.foreign import PROMPT, YARN, folder_of, huggingface_folder
 from support.small_models import small_config, wide_tensors
 from test_import_gguf import byte_level_vocabulary, config, write
 from test_import_huggingface import expected_tensors

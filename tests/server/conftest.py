@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from access import Write
 from fastapi import FastAPI
+from support.access import Write
 from support.fake_engine import FakeEngine
 from support.serving import app_around
 from tokenizers import AddedToken, decoders, models, pre_tokenizers

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from access import ALICE, BOB, ROOT, Write, bearer, entry
 from click.testing import CliRunner
 from fastapi import FastAPI
+from support.access import ALICE, BOB, ROOT, Write, bearer, entry
 from support.fake_engine import FakeEngine
 from support.serving import app_around, ask, client_of, complete, until
 

@@ -10,8 +10,8 @@ import ssl
 from pathlib import Path
 
 import pytest
-from certificates import make_certificate
 from fastapi import FastAPI
+from support.certificates import make_certificate
 from support.fake_engine import FakeEngine
 from support.serving import app_around, live, post_bytes, service_of, until
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from access import ALICE, BOB, ROOT, Write, bearer, entry
+from support.access import ALICE, BOB, ROOT, Write, bearer, entry
 from support.fake_engine import FakeEngine
 from support.serving import app_around, ask, until
 

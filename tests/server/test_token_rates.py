@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from access import ALICE, Write, bearer, entry
 from fastapi import FastAPI
+from support.access import ALICE, Write, bearer, entry
 from support.fake_engine import CONTEXT, FakeEngine, saying
 from support.serving import MESSAGES, app_around, ask, client_of, service_of, until
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from layer_parts import ffn_parts
 from torch import Tensor
 
 from dsc_kernels import plain
+from support.layer_parts import ffn_parts
 
 EPS, TAU = 1e-6, 20.0
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

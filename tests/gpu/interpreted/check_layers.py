@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parts import ffn_parts, moe_parts
 from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
+from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
 from dsc_kernels import plain, reference

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from model.test_import_gguf import byte_level_vocabulary, config, write
+from model.test_import_huggingface import LLAMA, ROPE_LLAMA3, expected_tensors
 from safetensors.torch import save_file
-from support.small_models import DATA, wide_tensors
-from test_import_gguf import byte_level_vocabulary, config, write
-from test_import_huggingface import LLAMA, ROPE_LLAMA3, expected_tensors
 from torch import Tensor
+
+from support.small_models import DATA, wide_tensors
 
 PROMPT = [(37 * i * i + 11 * i + 5) % 61 for i in range(40)]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

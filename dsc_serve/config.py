@@ -81,7 +81,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         str, Meta(description="Folder of this server's or of Hugging Face's form, GGUF file, or embedded model's name.")
     ] = EMBEDDED_MODEL
     context: Annotated[
-        int, Meta(ge=0, description="Most tokens of a prompt and its output; 0: as many as the model is for.")
+        int,
+        Meta(ge=0, le=2**30, description="Most tokens of a prompt and its output; 0: as many as the model is for."),
     ] = 0
     dtype: Annotated[
         Literal["auto", "float32", "fp32", "bfloat16", "bf16"],

@@ -137,7 +137,7 @@ def make_moe(weight: Tensor, up: Tensor, down: Tensor, experts: int, k: int):
 
 
 def bank(layer) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.bank
+    return layer.bank.u, layer.bank.v, layer.bank.gamma
 
 
 def router_weight(layer) -> Tensor:
@@ -150,7 +150,7 @@ def route_logits(layer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compose(layer, x: Tensor, atoms: Tensor, weights: Tensor, static: Tensor) -> Tensor:
-    u, v, gamma = layer.bank
+    u, v, gamma = bank(layer)
     return layers.expand(layers.contract(x, u, atoms, weights), v, atoms, gamma, static, x, x.dtype)
 
 
@@ -192,7 +192,7 @@ def make_engine(runner: Runner, running: int, context: int) -> Engine:
     blocks = running * -(-context // BLOCK)
     steps = max(STEP_TOKENS, running)
     config = EngineConfig(
-        device=DEVICE.type, max_running=running, step_tokens=steps, itl_target_ms=1e6, prefix_cache=False
+        device=DEVICE.type, max_running=running, step_tokens=steps, itl_target_ms=60_000.0, prefix_cache=False
     )
     return Engine(config, capacity(runner.model, blocks, context), runner, (), routing=runner.routing)
 

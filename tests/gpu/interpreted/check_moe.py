@@ -10,8 +10,8 @@ from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels.gpu import moe
-from dsc_kernels.native import Activation
 from dsc_kernels.plain import ACTIVATIONS
+from dsc_kernels.weights import Activation
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 

@@ -13,6 +13,8 @@ class CheckpointError(ValueError):
 
 def refuse_pointer(path: Path) -> None:
     """Raises CheckpointError where a file is what Git leaves in place of one that it keeps elsewhere."""
+    if not path.is_file():  # opening a pipe would wait for whoever writes to it
+        return
     try:
         with path.open("rb") as stream:
             beginning = stream.read(len(POINTER))

@@ -24,7 +24,7 @@ OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
 
 
-class Output:
+class FollowedOutput:
     """How far one request's output has come."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
@@ -44,7 +44,7 @@ class Member:
 
     def __init__(self, connection: socket.socket, vocab_size: int, ends: Sequence[int], memory_bytes: int) -> None:
         self._connection, self._vocab_size, self._ends = connection, vocab_size, list(ends)
-        self._outputs: dict[int, Output] = {}
+        self._outputs: dict[int, FollowedOutput] = {}
         self._at_first = private_bytes()
         self._memory, self._answers = 0, 0
         size = virtual_bytes() + memory_bytes + STACK_BYTES
@@ -93,12 +93,12 @@ class Member:
             self._outputs.pop(message.output, None)
             return
         if isinstance(message, Open):
-            self._outputs[message.output] = Output(self._matcher.deep_copy())
+            self._outputs[message.output] = FollowedOutput(self._matcher.deep_copy())
         output = self._outputs.get(message.output)
         if output is not None:
             self._send(self._answer(message.output, output, message.tokens))
 
-    def _answer(self, name: int, output: Output, tokens: Sequence[int]) -> Answer:
+    def _answer(self, name: int, output: FollowedOutput, tokens: Sequence[int]) -> Answer:
         allowed, complete, error = b"", False, ""
         try:
             output.push(tokens)

@@ -23,7 +23,7 @@ from dsc_serve.model.folder import (
 )
 from dsc_serve.model.gguf import gguf_source
 from dsc_serve.model.huggingface import huggingface_source
-from dsc_serve.model.source import Progress, Source
+from dsc_serve.model.source import LoadingProgress, ModelSource
 from dsc_serve.text.tokenizer import FILES
 
 __all__ = ["choose_dtype", "load_model", "load_tensors", "open_source", "save_checkpoint", "weight_files"]
@@ -31,11 +31,11 @@ __all__ = ["choose_dtype", "load_model", "load_tensors", "open_source", "save_ch
 log = logging.getLogger(__name__)
 
 
-def own_source(folder: Path) -> Source:
+def own_source(folder: Path) -> ModelSource:
     """A folder of the serving form. Raises CheckpointError."""
     config, tensors = load_config(folder), stored_tensors(weight_files(folder))
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
-    return Source(folder, config, tensors, dtype, lambda: text_files(folder, FILES))
+    return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES))
 
 
 def is_own(path: Path) -> bool:
@@ -48,14 +48,14 @@ def is_own(path: Path) -> bool:
 
 
 # What a path is taken for: the first whose test holds.
-SOURCES: tuple[tuple[Callable[[Path], bool], Callable[[Path], Source]], ...] = (
+SOURCES: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelSource]], ...] = (
     (Path.is_file, gguf_source),
     (is_own, own_source),
     (Path.is_dir, huggingface_source),
 )
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> ModelSource:
     """The model at a path, of which no weight has been read yet. Raises CheckpointError, TokenizerError."""
     for takes, opened in SOURCES:
         if takes(path):
@@ -99,7 +99,7 @@ def load_model(path: Path, dtype: str, device: torch.device, context: int = 0) -
         raise CheckpointError(f"{path}: {error}") from None
     if config.max_position_embeddings > (most := source.config.max_position_embeddings):
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
-    with Progress(source) as progress:
+    with LoadingProgress(source) as progress:
         try:
             model = Decoder(config, source.weights(progress), choose_dtype(dtype, source.dtype, device), device)
         except CheckpointError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsc_serve.files import refuse_pointer
 from dsc_serve.model.config import CheckpointError, ModelConfig, read_json, save_config
 from dsc_serve.model.decoder import tensor_shapes
-from dsc_serve.model.source import Progress, Source, Stored, check_finite, check_stored
+from dsc_serve.model.source import LoadingProgress, ModelSource, Stored, check_finite, check_stored
 from dsc_serve.panics import PanicError, panics_as_errors
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -153,7 +153,7 @@ def refuse_taken(folder: Path) -> None:
         raise CheckpointError(f"{folder}: holds a checkpoint already ({taken[0].name}); name an empty folder")
 
 
-def write_source(source: Source, out: Path, dtype: torch.dtype | None = None) -> None:
+def write_source(source: ModelSource, out: Path, dtype: torch.dtype | None = None) -> None:
     """Write what a source gives as a folder of the serving form, in this dtype where one is given.
 
     Raises CheckpointError, TokenizerError.
@@ -161,7 +161,7 @@ def write_source(source: Source, out: Path, dtype: torch.dtype | None = None) ->
     refuse_taken(out)
     source.check()
     texts = source.texts()
-    with Progress(source) as progress:
+    with LoadingProgress(source) as progress:
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in source.weights(progress).items()}
     save_checkpoint(source.config, tensors, out, source.path)
     for name, text in texts.items():

@@ -19,7 +19,7 @@ from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.dequantise import FLOATS, UnknownKindError, dequantised, kind_of, stored_bytes
 from dsc_serve.model.folder import EMBEDDING, write_source
 from dsc_serve.model.rope import lengthened
-from dsc_serve.model.source import Source, Stored
+from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer, start_and_ends
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
@@ -57,7 +57,7 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> M
     return source.config
 
 
-def gguf_source(file: Path) -> Source:
+def gguf_source(file: Path) -> ModelSource:
     """A GGUF file, or a split one by any of its parts, as it is: its tensors are read as float32.
 
     They count as stored in the dtype of the embedding, quantised ones as bfloat16. Raises CheckpointError.
@@ -81,7 +81,7 @@ def gguf_source(file: Path) -> Source:
                 tensors[name] = replace(own, read=partial(in_halves, own, config.head_dim))
     kinds = {entry.kind for entry in content.tensors if OUTER.get(entry.name) == EMBEDDING}
     dtype = FLOATS.get(kind_of(kinds.pop()), torch.bfloat16) if kinds else torch.bfloat16
-    return Source(file, config, tensors, dtype, partial(text_files, content))
+    return ModelSource(file, config, tensors, dtype, partial(text_files, content))
 
 
 def text_files(content: GgufFile) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, read_json
 from dsc_serve.model.folder import EMBEDDING, config_file, stored_tensors, text_files, weight_files, write_source
 from dsc_serve.model.rope import lengthened
-from dsc_serve.model.source import Source, Stored
+from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.text.tokenizer import FILES, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def import_huggingface(folder: Path, out: Path) -> ModelConfig:
     return source.config
 
 
-def huggingface_source(folder: Path) -> Source:
+def huggingface_source(folder: Path) -> ModelSource:
     """A folder of `config.json`, safetensors and tokenizer files as it is. Raises CheckpointError, TokenizerError."""
     config_file(folder)
     tokenizer = Tokenizer.load(folder)
@@ -71,7 +71,7 @@ def huggingface_source(folder: Path) -> Source:
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
-    return Source(folder, config, tensors, dtype, lambda: {} if tokenizer is None else text_files(folder, FILES))
+    return ModelSource(folder, config, tensors, dtype, lambda: {} if tokenizer is None else text_files(folder, FILES))
 
 
 def tie(tensors: dict[str, Stored], folder: Path) -> bool:

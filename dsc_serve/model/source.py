@@ -31,7 +31,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model at a path, under the names and in the forms of `tensor_shapes`; nothing of it has been read yet.
 
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
@@ -57,7 +57,7 @@ class Source:
 class Weights(Mapping[str, Tensor]):
     """A source's tensors, each read and found finite when it is asked for, and not kept here."""
 
-    def __init__(self, source: Source, progress: Callable[[int], None]) -> None:
+    def __init__(self, source: ModelSource, progress: Callable[[int], None]) -> None:
         self._source, self._progress = source, progress
 
     def __getitem__(self, name: str) -> Tensor:
@@ -109,10 +109,10 @@ def check_finite(name: str, tensor: Tensor, source: Path) -> None:
         raise CheckpointError(f"{source}: tensor {name} holds {bad} values that are not finite")
 
 
-class Progress:
+class LoadingProgress:
     """Shows on standard error how far reading has come: as a bar on a terminal, elsewhere as lines of the log."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self._total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
         self._name, self._done = source.path.name, 0
         self._next = time.monotonic() + SILENT_S
@@ -133,7 +133,7 @@ class Progress:
             self._next = time.monotonic() + APART_S
             print(f"loading {self._name}: {self._done / max(self._total, 1):.0%}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> LoadingProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

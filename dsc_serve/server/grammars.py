@@ -24,14 +24,14 @@ WAITING_PER_KEY = 16  # and that wait for that
 CHECK_LIMIT_S = 60.0  # for an engine that hangs
 
 
-class Engine(Protocol):
+class GrammarEngine(Protocol):
     async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked: ...
 
 
 class GrammarChecks:
     """Has grammars compiled, few at a time for each key, and stops where the client has left."""
 
-    def __init__(self, engine: Engine, has_tokenizer: bool) -> None:
+    def __init__(self, engine: GrammarEngine, has_tokenizer: bool) -> None:
         self._engine, self._has_tokenizer = engine, has_tokenizer
         self._asking: Counter[str] = Counter()
         self._turns: dict[str, asyncio.Semaphore] = {}

@@ -39,7 +39,7 @@ class RendererError(ValueError):
         self.fatal = fatal
 
 
-class Start(msgspec.Struct, array_like=True):
+class StartRendering(msgspec.Struct, array_like=True):
     """cpu_s: the limit for this and for each text."""
 
     template: str
@@ -53,13 +53,13 @@ class Render(msgspec.Struct, array_like=True):
 
 
 class Rendered(msgspec.Struct, array_like=True):
-    """text: of a `Render`, "" of a `Start`. fault: why there is none."""
+    """text: of a `Render`, "" of a `StartRendering`. fault: why there is none."""
 
     text: str = ""
     fault: str = ""
 
 
-def send(connection: socket.socket, message: Start | Render | Rendered) -> None:
+def send(connection: socket.socket, message: StartRendering | Render | Rendered) -> None:
     """Raises OSError, and UnicodeEncodeError for a lone surrogate."""
     body = msgspec.msgpack.encode(message)
     connection.sendall(HEADER.pack(len(body)) + body)
@@ -107,7 +107,7 @@ class Renderer:
             ours.close()
             raise
         try:
-            self._ask(Start(template, dict(special_tokens), CPU_S))
+            self._ask(StartRendering(template, dict(special_tokens), CPU_S))
         except BaseException:
             self.close()
             raise
@@ -129,7 +129,7 @@ class Renderer:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, message: Start | Render) -> str:
+    def _ask(self, message: StartRendering | Render) -> str:
         end = time.monotonic() + WAIT_S
         try:
             self._connection.settimeout(WAIT_S)
@@ -176,7 +176,7 @@ def main(descriptor: int) -> None:
 
 def follow(connection: socket.socket) -> None:
     """Compile and then render until the other side hangs up. Raises EOFError and OSError."""
-    start = msgspec.msgpack.decode(receive(connection), type=Start)
+    start = msgspec.msgpack.decode(receive(connection), type=StartRendering)
     made: list[Sandbox] = []
     send(connection, answer_to(lambda: made.append(Sandbox(start.template, start.special_tokens)), start.cpu_s))
     for sandbox in made:

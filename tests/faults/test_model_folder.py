@@ -113,11 +113,22 @@ def ask_to_the_end(server: RunningServer, body: dict[str, object]) -> None:
         server.client.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**9 * 10 }}", "{{ 9 ** (9 ** 9) }}", "{{ 1 | nothing }}", "{% if %}"])
+def test_a_template_that_does_not_compile_fails_chats_alone(
+    start: Callable[..., RunningServer], folder: Path, template: str
+) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    server = start()
+    assert any("chats cannot be served" in line for line in server.log)
+    assert answer(server)
+    refused = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}])
+    assert refused.status_code == 400
+    assert "chat template is broken" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("chat_template.jinja", "{{ 'a' * 10**9 * 10 }}"),
-        ("chat_template.jinja", "{{ 9 ** (9 ** 9) }}"),
         ("tokenizer_config.json", "[" * 100_000),
         ("config.json", "[" * 100_000),
     ],

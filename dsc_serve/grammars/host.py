@@ -30,7 +30,7 @@ from dsc_serve.grammars.vocabulary import Vocabulary
 AT_ONCE = 3  # grammars that are compiled with precedence
 MOST_LATE = 8  # unfinished ones that have lost it; beyond that the oldest is given up
 # After so many seconds a grammar that is still being compiled goes down in rank. Ordinary ones take milliseconds.
-NICENESS = ((0.03, 5), (0.2, 19))
+NICENESS = ((0.02, 10), (0.2, 19))
 PRECEDENCE_S = NICENESS[-1][0]
 DEMOTED = 19
 PIECE = 2**16
@@ -193,6 +193,8 @@ class Host:
             process.niceness = niceness
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, thread, niceness)
+                if niceness == DEMOTED:  # it then runs only where nobody else would
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
     def _end(self, process: Process, reason: str) -> None:
         process.reason = process.reason or reason

@@ -61,8 +61,9 @@ class Constraint:
 
     def take(self, answer: Answer) -> None:
         """Under the grammars' lock."""
-        self._answered, self._bits, self.complete = answer.count, answer.allowed, answer.complete
+        self._bits, self.complete = answer.allowed, answer.complete
         self.error = self.error or answer.error
+        self._answered = answer.count  # last: who looks without the lock must find the rest there
 
     def forget_answers(self) -> None:
         self._answered = -1

@@ -11,8 +11,15 @@ from dsc_serve.gguf_file import open_gguf
 from dsc_serve.model.checkpoint import weight_files
 from dsc_serve.model.config import CheckpointError
 
-# The chat template and its like are the API process's, which reads them once.
-OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json")
+# The chat template is the API process's, which reads it once; all else decides tokens, their ends or their texts.
+OTHER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 READERS = 4
 
 Stamp = tuple[int, ...] | None

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsc_serve.documents import DocumentError, read_document
 from dsc_serve.files import refuse_pointer
 from dsc_serve.model.config import CheckpointError, ModelConfig, read_json, save_config
 from dsc_serve.model.decoder import tensor_shapes
@@ -98,16 +99,20 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                     if dtype is None:
                         what = f"tensor {name} is stored as {part.get_dtype()}, which is not known"
                         raise CheckpointError(f"{file}: {what}")
-                    tensors[name] = Stored(tuple(part.get_shape()), dtype, partial(read_tensor, source, name))
+                    tensors[name] = Stored(tuple(part.get_shape()), dtype, partial(read_tensor, file, source, name))
         except (SafetensorError, OSError, PanicError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
     return tensors
 
 
-def read_tensor(source: Any, name: str) -> Tensor:
-    """A copy: what the library gives is the file's own pages, which change with the file."""
-    tensor: Tensor = source.get_tensor(name)
-    return tensor.clone()
+def read_tensor(file: Path, source: Any, name: str) -> Tensor:
+    """A copy: what the library gives is the file's own pages, which change with the file. Raises CheckpointError."""
+    try:
+        with panics_as_errors():
+            tensor: Tensor = source.get_tensor(name)
+            return tensor.clone()
+    except (SafetensorError, OSError, PanicError) as error:
+        raise CheckpointError(f"{file}: tensor {name} is not readable: {error}") from None
 
 
 def load_tensors(files: list[Path]) -> dict[str, Tensor]:
@@ -121,8 +126,8 @@ def text_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if (folder / name).is_file():
             try:
-                texts[name] = (folder / name).read_text("utf8")
-            except (OSError, ValueError) as error:
+                texts[name] = read_document(folder / name)
+            except (OSError, DocumentError) as error:
                 raise CheckpointError(f"{folder / name}: not readable: {error}") from None
     return texts
 

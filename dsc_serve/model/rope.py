@@ -12,7 +12,6 @@ from torch import Tensor
 from dsc_kernels.memory import zeros
 from dsc_serve.model.schema import Size, Strict
 
-ROWS = 2**14  # of the table that are computed at a time
 Positive = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(ge=1)]
 AHEAD = 4096  # positions that are filled in together

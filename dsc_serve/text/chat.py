@@ -30,6 +30,9 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        if len(template) > MOST_TEMPLATE:
+            what = f"chat_template has {len(template)} characters"
+            raise ChatTemplateError(f"{what}; at most {MOST_TEMPLATE} are allowed")
         if wrong := syntax_fault(template):
             raise ChatTemplateError(wrong)
         self._source, self._special_tokens = template, dict(special_tokens)
@@ -123,6 +126,4 @@ def load_chat_template(
         template = read_document(path, MOST_TEMPLATE) if in_file else default_template(config.get("chat_template"))
     except (OSError, DocumentError) as error:
         raise ChatTemplateError(f"{TEMPLATE_FILE} cannot be read: {one_line(error)}") from error
-    if template is not None and len(template) > MOST_TEMPLATE:
-        raise ChatTemplateError(f"chat_template has {len(template)} characters; at most {MOST_TEMPLATE} are allowed")
     return None if template is None else ChatTemplate(template, special_tokens)

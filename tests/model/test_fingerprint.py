@@ -15,7 +15,7 @@ from support.small_models import SMALL_FFN
 from dsc_kernels import ops
 from dsc_serve import LLM
 from dsc_serve.model.config import CheckpointError
-from dsc_serve.model.fingerprint import Fingerprint
+from dsc_serve.model.fingerprint import OTHER_FILES, Fingerprint
 
 PROMPT = [[1, 2, 3, 5, 8, 13, 21]]
 
@@ -103,3 +103,16 @@ def test_files_that_change_while_they_are_loaded_are_named(small_model: Callable
     name = "tokenizer.json" if change in ("gone", "new") else "model.safetensors"
     with pytest.raises(CheckpointError, match=rf"{name}: changed while the model was being loaded"):
         seal.take()
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_each_file_that_decides_tokens_is_in_the_fingerprint(small_model: Callable[..., Path], name: str) -> None:
+    folder = small_model()
+    found = set()
+    for content in (None, "{}", '{"a": 1}'):
+        if content is not None and name != "config.json":
+            (folder / name).write_text(content)
+        elif content is not None:
+            (folder / name).write_text((folder / name).read_text() + content[1:-1].replace('"a": 1', " ") + "\n")
+        found.add(Fingerprint(folder).take())
+    assert len(found) == 3

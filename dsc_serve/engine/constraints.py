@@ -117,7 +117,8 @@ class Followers:
             return End(request, "error", constraint.error) if constraint.error else None
         if request.held:
             request.held = False
-            constraint.late_s += self._clock() - self._held_since.pop(request.id)
+            # Until the answer came, not until a step had time to look.
+            constraint.late_s += max(0.0, constraint.answered_at - self._held_since.pop(request.id))
         if constraint.complete:
             return End(request, "stop")
         return End(request, "length") if full else None

@@ -77,8 +77,11 @@ class Request:
 
     @property
     def may_sample(self) -> bool:
-        """Whether it is known which tokens may follow, and there is one."""
-        return self.constraint is None or (self.constraint.ready and not self.constraint.complete)
+        """Whether it is known which tokens may follow, and there is one, and room for it."""
+        if self.constraint is None:
+            return True
+        full = len(self.tokens) - self.prompt_size >= self.max_tokens  # it waits to hear whether its text is whole
+        return self.constraint.ready and not self.constraint.complete and not full
 
     def append(self, token: int) -> None:
         """Take in a token of its output."""

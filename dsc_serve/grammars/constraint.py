@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class Constraint:
         self.error = ""
         self.late_s = 0.0
         self.retried = False
+        self.answered_at = 0.0  # monotonic seconds
         self._grammars = grammars
         self._answered = -1
         self._bits = b""
@@ -63,6 +65,7 @@ class Constraint:
         """Under the grammars' lock."""
         self._bits, self.complete = answer.allowed, answer.complete
         self.error = self.error or answer.error
+        self.answered_at = time.monotonic()
         self._answered = answer.count  # last: who looks without the lock must find the rest there
 
     def forget_answers(self) -> None:

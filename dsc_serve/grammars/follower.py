@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 MOST_KEPT = 32  # compiled grammars that nobody follows at the moment
 MOST_REFUSED = 1024  # that are remembered
+REMEMBERED = 0.75  # of the time it has: what took less of the processor was held up by others
 REFUSED_S = 600.0  # for so long: what was too slow on a busy machine may be asked for again
 MOST_WAITING = 64  # grammars that have not been compiled yet
+MOST_LIVE = 512  # grammars that have a process, or wait for one
 STARTED_S = 60.0  # for a host to start, and all that waits before one, when somebody does wait
 Told = Callable[[str], None]
 
@@ -173,6 +175,8 @@ class _Grammars:
             grammar, constraint.grammar = constraint.grammar, None
             if grammar is not None and grammar.outputs.pop(constraint.output, None) is not None:
                 grammar.drop(constraint.output)
+                if grammar.idle and (constraint.output in grammar.pending or not grammar.compiled):
+                    self._kill(grammar, "nobody wants it any more")  # what it computes is for nobody
                 self._tidy()
 
     def _attach(self, constraint: Constraint) -> None:
@@ -187,12 +191,26 @@ class _Grammars:
         if grammar is None:
             if sum(not other.compiled for other in self.by_id.values()) >= MOST_WAITING:
                 raise GrammarsFullError(f"{MOST_WAITING} grammars wait to be compiled")
+            grammar = self._compile(key, asked)
+        grammar.used = next(self._uses)
+        return grammar
+
+    def _compile(self, key: bytes, asked: StructuredOutputs) -> Grammar:
+        if len(self.by_id) >= MOST_LIVE:
+            raise GrammarsFullError(f"{MOST_LIVE} grammars are followed already")
+        try:
             link = self.start()
             ours, theirs = grammar_sockets()
-            grammar = Grammar(next(self._ids), key, asked, ours)
-            self.by_id[grammar.id] = self._by_key[key] = grammar
-            link.compile(grammar, theirs)
-        grammar.used = next(self._uses)
+            try:
+                grammar = Grammar(next(self._ids), key, asked, ours)
+                link.compile(grammar, theirs)
+            except BaseException:
+                ours.close()
+                theirs.close()
+                raise
+        except (OSError, RuntimeError) as error:  # no descriptor, process or thread can be had: nobody else's fault
+            raise GrammarsFullError(f"no process can be had for a grammar: {error}") from error
+        self.by_id[grammar.id] = self._by_key[key] = grammar
         return grammar
 
     def _remembered(self, key: bytes) -> str:
@@ -276,7 +294,7 @@ class _Grammars:
         reason = grammar.ending or message.reason or "its process ended"
         error = f"{FIELD} cannot be used: {reason}"
         if not grammar.compiled and not grammar.ending:
-            if message.cpu_s >= self._limits.timeout_s / 4 or "MiB" in reason:
+            if message.cpu_s >= REMEMBERED * self._limits.timeout_s or "MiB" in reason:
                 self._refuse(grammar.key, error)
             for constraint in grammar.outputs.values():
                 constraint.error = error
@@ -308,7 +326,7 @@ class _Grammars:
             constraint.retried = True
             try:
                 self._attach(constraint)
-            except (GrammarsFullError, OSError) as error:
+            except Exception as error:  # whatever it is, the others are still to be told
                 constraint.error = f"{FIELD} cannot be followed further: {error}"
 
     def _refuse(self, key: bytes, error: str) -> None:

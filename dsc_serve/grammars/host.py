@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import llguidance
 import tokenizers
@@ -62,6 +63,7 @@ class Host:
 
     def run(self) -> None:
         """Until the other side hangs up."""
+        self._pid = os.getpid()
         self._frames = Frames(to_host)
         self._descriptors: deque[int] = deque()
         self._selector = selectors.DefaultSelector()
@@ -84,7 +86,9 @@ class Host:
             return False
         self._descriptors += descriptors
         for message in self._frames.add(piece):
-            if isinstance(message, Compile):
+            if isinstance(message, Compile) and not self._descriptors:  # it was lost where too many files are open
+                self._tell(message.grammar, "no process can be made for it: too many files are open", 0.0)
+            elif isinstance(message, Compile):
                 self.waiting.append((message, self._descriptors.popleft()))
             elif isinstance(message, Demote) and message.grammar in self.processes:
                 process = self.processes[message.grammar]
@@ -148,12 +152,14 @@ class Host:
         return min(left, default=0.05 if ages else None)
 
     def _start(self, message: Compile, descriptor: int) -> None:
-        ours, theirs = os.pipe()
+        held = [descriptor]
         try:
+            ours, theirs = os.pipe()
+            held += [ours, theirs]
             pid = os.fork()
         except OSError as error:
-            for held in (ours, theirs, descriptor):
-                os.close(held)
+            for open_ in held:
+                os.close(open_)
             self._tell(message.grammar, f"no process can be made for it: {error}", 0.0)
             return
         if pid == 0:
@@ -168,8 +174,13 @@ class Host:
         """Be the grammar's process from now on; never returns."""
         code = 1
         try:
+            parent = self._pid
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             quiet()
+            if os.getppid() != parent:  # which ended before it could take this process with it
+                return
+            with contextlib.suppress(OSError):
+                Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this goes first
             self._selector.close()
             self.connection.close()
             held = [process.pipe for process in self.processes.values()]

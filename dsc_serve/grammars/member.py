@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 LARGEST_PACKET = 2**18
 PAGE = resource.getpagesize()
 MEASURED_EVERY = 64  # answers
+LONG_S = 0.005  # for an answer: it may have taken memory
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
 
@@ -100,6 +102,7 @@ class Member:
 
     def _answer(self, name: int, output: FollowedOutput, tokens: Sequence[int]) -> Answer:
         allowed, complete, error = b"", False, ""
+        began = time.monotonic()
         try:
             output.push(tokens)
             matcher = output.matcher
@@ -114,7 +117,7 @@ class Member:
             raise
         except BaseException as fault:  # a panic of the library is not an Exception
             error = f"{FIELD} cannot be followed further: {reason(str(fault))[:300]}"
-        if self._answers % MEASURED_EVERY == 0:
+        if self._answers % MEASURED_EVERY == 0 or time.monotonic() - began > LONG_S:
             self._measured()
         self._answers += 1
         return Answer(name, output.count, allowed, complete, error, self._memory)

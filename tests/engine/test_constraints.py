@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class Grammar:
     """Answers when it is told to; allows any token. ends_after: tokens after which nothing may follow."""
 
     def __init__(self, vocab_size: int, ends_after: int = 10**9) -> None:
+        self.clock: Callable[[], float] = time.monotonic
+        self.answered_at = 0.0
         self.ready, self.compiled, self.error, self.late_s = True, True, "", 0.0
         self.allowed = np.ones(vocab_size, dtype=np.bool_)
         self.pushed: list[int] = []
@@ -25,6 +28,14 @@ class Grammar:
         self.waits: list[float] = []
         self.late_for: list[int] = []  # numbers of tokens after which no answer comes by itself
         self._ends_after = ends_after
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        self._ready, self.answered_at = ready, self.clock()
 
     @property
     def complete(self) -> bool:
@@ -146,6 +157,7 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
     now = [0.0]
     request = Request("late", 1, [1, 2], SamplingParams(), 9)
     grammar: Any = Grammar(8)
+    grammar.clock = lambda: now[0]
     request.constraint = grammar
     followers = Followers(lambda request: True, lambda: now[0])
     followers.add(request)
@@ -155,6 +167,7 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
         now[0] += DEMOTED_S / 2
         assert followers.settle() == [] and request.held
         grammar.ready = True
+        now[0] += 3  # until a step looks
         assert followers.settle() == [] and not request.held
         now[0] += 10
     assert grammar.late_s == pytest.approx(1.5 * DEMOTED_S) and grammar.demotions >= 1
@@ -178,3 +191,12 @@ def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:
     assert followers.settle() == []
     grammar.compiled = True
     assert followers.settle() == [] and grammar.demotions == 0
+
+
+def test_a_request_without_room_for_a_token_gets_none() -> None:
+    """One that was full when it was preempted is computed again before its grammar has answered."""
+    request = Request("full", 1, [1, 2, 3], SamplingParams(), 2)
+    request.constraint = Grammar(8)  # type: ignore[assignment]
+    assert request.output_size == request.max_tokens and not request.may_sample
+    request.max_tokens = 3
+    assert request.may_sample

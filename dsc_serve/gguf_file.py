@@ -177,16 +177,16 @@ class Header:
 
     def texts(self, count: int) -> list[str]:
         length_of = struct.Struct(f"{self._order}Q").unpack_from
-        content, at, found = self._content, self._at, []
+        content, size, at, found = self._content, self._size, self._at, []
         self._need(8 * count)
         for _ in range(count):
-            self._at = at
-            self._need(8)
-            (length,) = length_of(content, at)
-            self._at = at = at + 8
-            self._need(length)
-            found.append(content[at : at + length].decode())
-            at += length
+            start = at + 8
+            end = start + length_of(content, at)[0] if start <= size else size + 1
+            if end > size:  # looked at here, not in a call for each: a vocabulary has a hundred thousand
+                self._at = at
+                self._need(end - at)
+            found.append(content[start:end].decode())
+            at = end
         self._at = at
         return found
 

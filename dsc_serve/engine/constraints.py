@@ -33,14 +33,19 @@ class End:
     error: str = ""
 
 
-def answered(requests: Sequence[Request], forward_s: float) -> list[bool]:
-    """Which of the requests that a step has computed may be sampled; waits a little for those that are late."""
+def answered(requests: Sequence[Request], forward_s: float, company: bool) -> tuple[list[bool], float]:
+    """Which of the requests that a step has computed to their end may be sampled; waits a little for those that are
+    late, and returns how long, in seconds. company: whether the step has computed anything else.
+    """
     late = [request.constraint for request in requests if request.constraint is not None and not request.may_sample]
     open_ = [constraint for constraint in late if not constraint.ready]
+    waited_s = 0.0
     if open_:
-        alone = len(late) == len(requests)
+        alone = len(late) == len(requests) and not company
+        began = time.perf_counter()
         wait(open_, ALONE_S if alone else min(PATIENCE_S, PATIENCE * forward_s), any if alone else all)
-    return [request.may_sample for request in requests]
+        waited_s = time.perf_counter() - began
+    return [request.may_sample for request in requests], waited_s
 
 
 def constrain(logits: Tensor, requests: Sequence[Request]) -> dict[str, str]:
@@ -71,6 +76,7 @@ class Followers:
         self._lives, self._clock = lives, clock
         self._requests: dict[str, Request] = {}
         self._held_since: dict[str, float] = {}
+        self._uncompiled_since: dict[str, float] = {}  # of those that are held
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -95,6 +101,7 @@ class Followers:
         for request in [request for request in self._requests.values() if not self._lives(request)]:
             del self._requests[request.id]
             self._held_since.pop(request.id, None)
+            self._uncompiled_since.pop(request.id, None)
 
     def wait(self) -> bool:
         """Where nobody else is computed: wait for one of those that sit out. Returns whether there are any."""
@@ -117,6 +124,7 @@ class Followers:
             return End(request, "error", constraint.error) if constraint.error else None
         if request.held:
             request.held = False
+            self._uncompiled_since.pop(request.id, None)
             # Until the answer came, not until a step had time to look.
             constraint.late_s += max(0.0, constraint.answered_at - self._held_since.pop(request.id))
         if constraint.complete:
@@ -127,10 +135,15 @@ class Followers:
         """What being late costs a request's grammar, and at last the request."""
         constraint = request.constraint
         assert constraint is not None
-        if not constraint.compiled:  # the host sees to it that this does not take long
-            self._held_since[request.id] = self._clock()
+        now = self._clock()
+        if not constraint.compiled:  # the host sees to it that this does not take long, where it is there and has time
+            self._held_since[request.id] = now
+            if now - self._uncompiled_since.setdefault(request.id, now) > constraint.compile_limit_s:
+                why = f"its grammar was not there within {constraint.compile_limit_s:g} s; try again"
+                constraint.give_up(why, blameless=True)
             return
-        late_s = constraint.late_s + self._clock() - self._held_since[request.id]
+        self._uncompiled_since.pop(request.id, None)
+        late_s = constraint.late_s + now - self._held_since[request.id]
         if late_s > LATE_S:
             constraint.give_up(f"its answers came {LATE_S:g} s later than the steps that waited for them")
         elif late_s > DEMOTED_S:

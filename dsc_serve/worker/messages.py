@@ -118,11 +118,14 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
 
 
 class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
-    """error: "" where the grammar can be used. full: it has not been looked at, since too many wait."""
+    """error: "" where the grammar can be used. full: it has not been looked at, since too many wait. lost: nobody can
+    say, since the processes of grammars have ended or cannot be had.
+    """
 
     ticket: int
     error: str
     full: bool = False
+    lost: bool = False
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | Shutdown

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc_serve.grammars.memory import processor_s
 from dsc_serve.grammars.messages import Answer
 from dsc_serve.grammars.schema import FIELD
 from dsc_serve.sampling_params import StructuredOutputs
@@ -23,8 +24,8 @@ class Constraint:
 
     The grammar's answer for the tokens so far comes by itself: `ready` once it is there. Its fields then say what may
     follow. error: why it cannot go on; blameless: and whether that is nobody's fault who asked for it. late_s: seconds
-    that steps went on without this request since its answer was not there. retried: whether it has begun anew, since
-    its process ended, and not been answered since.
+    that it has computed, or run behind all others, while steps went on without this request. retried: whether it has
+    begun anew, since its process ended, and not been answered since.
     """
 
     def __init__(self, grammars: _Grammars, asked: StructuredOutputs, output: int) -> None:
@@ -50,6 +51,15 @@ class Constraint:
     def compiled(self) -> bool:
         """Whether the grammar is there, so that only its answer can be late."""
         return self.grammar is not None and self.grammar.compiled
+
+    @property
+    def demoted(self) -> bool:
+        return self.grammar is not None and self.grammar.demoted
+
+    @property
+    def used_s(self) -> float | None:
+        """Seconds of the processor that its grammar has answered for so far; None where that is not known."""
+        return None if self.grammar is None or not self.grammar.pid else processor_s(self.grammar.pid)
 
     @property
     def compile_limit_s(self) -> float:

@@ -1,4 +1,4 @@
-"""What processes hold, as the system counts it, and how often to look."""
+"""What processes take, as the system counts it, and how often to look."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def grown_bytes(process: int, at_first: int) -> int:
         return max(0, own_bytes(process) - at_first)
     except (OSError, ValueError):
         return 0
+
+
+def processor_s(process: int) -> float | None:
+    """Seconds of the processor that a process's first thread has used; None where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_bytes().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def pages(process: int | str) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ class Grammar:
         self.allowed = np.ones(vocab_size, dtype=np.bool_)
         self.pushed: list[int] = []
         self.demotions = self.closed = 0
+        self.used_s: float | None = None
         self.waits: list[float] = []
         self.late_for: list[int] = []  # numbers of tokens after which no answer comes by itself
         self._ends_after = ends_after
@@ -50,6 +51,10 @@ class Grammar:
         self.waits.append(timeout_s)
         time.sleep(self.wait_s)
         return False
+
+    @property
+    def demoted(self) -> bool:
+        return self.demotions > 0
 
     def demote(self) -> None:
         self.demotions += 1
@@ -219,6 +224,33 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
     now[0] += LATE_S
     (end,) = followers.settle()
     assert end.finish_reason == "error" and "1 s later than the steps" in end.error
+
+
+def test_a_grammar_that_waits_for_a_processor_is_not_to_blame() -> None:
+    now = [0.0]
+    request = Request("starved", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    grammar.clock, grammar.used_s = lambda: now[0], 1.0
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    for _ in range(10):
+        grammar.ready = False
+        followers.hold("starved")
+        now[0] += 3
+        grammar.used_s += DEMOTED_S / 20
+        assert followers.settle() == []
+        grammar.ready = True
+        assert followers.settle() == []
+    assert grammar.late_s == pytest.approx(DEMOTED_S / 2) and grammar.demotions == 0
+    grammar.ready = False
+    followers.hold("starved")
+    now[0] += 3
+    grammar.used_s += DEMOTED_S
+    assert followers.settle() == [] and grammar.demotions == 1
+    now[0] += LATE_S  # which counts from now on, whoever has the processor
+    (end,) = followers.settle()
+    assert end.finish_reason == "error" and "1 s later" in end.error
 
 
 def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:

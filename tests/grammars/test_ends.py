@@ -216,3 +216,13 @@ def test_who_comes_after_a_demotion_gets_the_rank_of_others(make: Callable[..., 
     late.close()
     until(lambda: children(host_of(grammars)) == [new], "what nobody may use again is kept")
     assert answered(grammars.constraint(LETTERS)).grammar is honest.grammar
+
+
+def test_what_a_grammar_has_used_of_the_processor_is_known(make: Callable[..., Grammars]) -> None:
+    grammars = make()
+    constraint = grammars.constraint(LETTERS)
+    before = answered(constraint).used_s
+    for _ in range(20):
+        follow(constraint)
+    after = answered(constraint).used_s
+    assert before is not None and after is not None and 0 < before < after < PATIENCE_S

@@ -120,6 +120,7 @@ class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
     ticket: int
     error: str  # "" where the grammar can be used
     full: bool = False  # it has not been looked at, since too many wait
+    lost: bool = False  # nobody can say: the processes of grammars have ended or cannot be had
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | Shutdown

@@ -75,9 +75,12 @@ class Weights(Mapping[str, Tensor]):
 
 def check_count(config: ModelConfig, count: int, source: Path) -> None:
     """Raises CheckpointError where so few tensors cannot be this model's, before each that is missing is looked for."""
-    layers, each = config.num_hidden_layers, len(KINDS[config.ffn.kind].shapes(config))
-    if layers * each > count:
-        needed = f"num_hidden_layers is {layers}, and the FFN of each has {each} tensors"
+    kinds = config.layers
+    sizes = {id(kind): len(KINDS[kind.ffn.kind].shapes(kind)) for kind in kinds}
+    each = min(sizes.values())
+    if sum(sizes[id(kind)] for kind in kinds) > count:
+        least = "" if len(set(sizes.values())) == 1 else " or more"
+        needed = f"num_hidden_layers is {len(kinds)}, and the FFN of each has {each}{least} tensors"
         raise CheckpointError(f"{source}: {needed}; the weights hold {count} tensors in all")
 
 

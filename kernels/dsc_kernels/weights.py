@@ -15,7 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dsc_kernels.backend import Layer, Linear
 
-Activation = Literal["none", "gelu", "silu"]
+Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
+# Where a layer's norms stand: before each branch; after it and before the sum; before both branches, which lie beside
+# each other; the same with one norm for both, which is then that of attention.
+NormPlaces = Literal["before", "after", "parallel", "shared"]
 
 MAX_PICKS = 64  # rows that a token may pick where kernels of ours compute
 
@@ -66,13 +69,21 @@ class FfnOptions:
     eps: float = 0.0  # of the coefficients' denominator
 
 
+@dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """An expert that every token runs through; its width is its own."""
+
+    mlp: MlpWeights  # gated where the others are
+    gate: Tensor | None = None  # [d]: its output is multiplied by sigmoid(gate · x); None: it is not
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeOptions:
     """How a mixture of experts computes."""
 
     activation: Activation
     k: int  # experts picked per token
-    normalize: bool = False  # whether the weights of those sum to 1
+    normalize: bool = False  # whether the weights of those sum to 1, as with a softmax over their logits alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +95,27 @@ class NormWeights:
     eps: float
 
 
+@dataclass(frozen=True, eq=False)
+class QkNorm:
+    """RMSNorm of queries and keys before they are turned: of each head, or of all heads of a token together."""
+
+    query: Tensor  # [size], or [heads · size]
+    key: Tensor  # [size], or [kv heads · size]
+    eps: float
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecoderLayer:
     """What one layer of a decoder consists of."""
 
+    norms: NormPlaces = "before"
     attention_norm: NormWeights
     qkv: Linear  # [(heads + 2 · kv heads) · size, d]
     out: Linear  # [d, heads · size]
     heads: int
     kv_heads: int
-    cos_sin_cache: Tensor | None  # float32 [positions, 2, size / 2]; None where queries and keys are not turned
+    qk_norm: QkNorm | None = None
+    cos_sin_cache: Tensor | None  # float32 [positions, 2, turned / 2]; None where queries and keys are not turned
     ffn_norm: NormWeights
     ffn: Layer
 

@@ -185,9 +185,9 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
     [
         ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported; supported: Llama"),
         ({"architectures": None}, "architecture None is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; supported: default"),
+        ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: Field required"),
-        ({"hidden_act": "gelu_new"}, "hidden_act: Input should be 'gelu' or 'silu' (got 'gelu_new')"),
+        ({"hidden_act": "relu"}, "hidden_act: Input should be 'gelu', 'gelu_tanh' or 'silu' (got 'relu')"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config); supp"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding_window is 16, below the context"),

@@ -5,20 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsc_kernels import plain
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import KvCache, Slots
+from dsc_kernels.weights import KvCache, QkNorm, Slots
 
 UNLIMITED = 2**62  # positions, where none is looked up
 
 
-def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    cos_sin_cache: Tensor | None,
+    slots: Slots,
+    cache: KvCache,
+    qk_norm: QkNorm | None = None,
+) -> None:
     """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first.
 
     qkv [T, heads + 2 · kv heads, size], contiguous; cos_sin_cache float32 [positions, 2, size / 2], None: nothing is
     turned. Raises ValueError for what does not fit, also for numbers in the slots.
     """
+    if qk_norm is not None:
+        plain.store_kv(qkv, heads, cos_sin_cache, slots, cache, qk_norm)
+        return
     tokens, _, size = qkv.shape
     (positions, blocks, offsets), (keys, values) = slots, cache
     num_blocks, kv_heads, block, _ = keys.shape

@@ -22,6 +22,7 @@ from dsc_kernels.weights import (
     MoeOptions,
     NormWeights,
     Router,
+    SharedExpert,
     gates_of,
 )
 
@@ -268,7 +269,9 @@ class Ffn(_Layer):
 class Moe(_Layer):
     """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum."""
 
-    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+    def __init__(
+        self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+    ) -> None:
         gates = gates_of(experts)
         hidden, d = experts[0].up.shape
         super().__init__(d, experts[0].up.dtype)
@@ -313,8 +316,11 @@ class Moe(_Layer):
         return out
 
 
-def norm(x: Tensor, weights: NormWeights) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] in float32 and rounded once; weights have x's dtype."""
+def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] in float32 and rounded once; weights have x's dtype.
+
+    residual [T, d]: is added before that, where it is given.
+    """
     batch, d = x.shape
     weight, bias = weights.weight, weights.bias
     check("x", x, (batch, d), x.dtype)
@@ -336,4 +342,4 @@ def norm(x: Tensor, weights: NormWeights) -> Tensor:
             eps=weights.eps,
             threads=threads(),
         )
-    return out
+    return out if residual is None else out + residual

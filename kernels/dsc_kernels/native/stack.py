@@ -21,7 +21,14 @@ from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs
 
 def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
     """Embeddings and all layers in one call, where every layer is native; None elsewhere. See `Stack`."""
-    native = (isinstance(b.qkv, Linear) and isinstance(b.out, Linear) and isinstance(b.ffn, Ffn | Moe) for b in layers)
+    native = (
+        b.norms == "before"
+        and b.qk_norm is None
+        and isinstance(b.qkv, Linear)
+        and isinstance(b.out, Linear)
+        and isinstance(b.ffn, Ffn | Moe)
+        for b in layers
+    )
     return Stack(token_embedding, position_embedding, layers) if all(native) else None
 
 

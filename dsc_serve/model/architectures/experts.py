@@ -10,9 +10,12 @@ from torch import Tensor
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.settings import Fields, Settings
-from dsc_serve.model.architectures.tensors import LAYER, Tensors, Whole
+from dsc_serve.model.architectures.tensors import LAYER, Tensors, Whole, renamed
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.source import Stored
+
+NAMES = {r"\.mlp\.gate\.": ".mlp.router."}
+STACKED = {".mlp.experts.gate_up_proj": "gate_proj+up_proj", ".mlp.experts.down_proj": "down_proj"}
 
 
 def mixture(s: Settings, experts: tuple[str, ...], size: str, normalize: bool) -> Fields:
@@ -25,6 +28,20 @@ def mixture(s: Settings, experts: tuple[str, ...], size: str, normalize: bool) -
         "router_norm": False,
         "normalize_weights": normalize,
     }
+
+
+def dense_layers(s: Settings) -> list[bool]:
+    """Which layers have a plain MLP: those named, and those between the mixtures. Raises CheckpointError."""
+    named, every = s.get("mlp_only_layers", default=[]), s.size("decoder_sparse_step", default=1)
+    if not isinstance(named, list) or not all(type(layer) is int for layer in named):
+        s.refuse("mlp_only_layers", named, "a list of layers' numbers")
+    layers = range(s.size("num_hidden_layers"))
+    return [layer in named or (layer + 1) % every > 0 for layer in layers]
+
+
+def expert_tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    """The tensors of a family whose router is `mlp.gate`, with experts one by one or all in one tensor."""
+    return unstacked(renamed(stored, NAMES), s, config, STACKED)
 
 
 def unstacked(tensors: Mapping[str, Stored], s: Settings, config: ModelConfig, names: Mapping[str, str]) -> Tensors:

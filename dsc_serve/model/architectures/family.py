@@ -15,6 +15,7 @@ from dsc_serve.model.source import Stored
 
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 ROTARY = Positions()
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def as_stored(tensors: Mapping[str, Stored], settings: Settings, config: ModelConfig) -> Tensors:
@@ -36,30 +37,29 @@ class Architecture:
     tensors: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
 
 
-def frame(s: Settings, positions: Positions | None = ROTARY) -> Fields:
-    """What decoders of gated MLPs and RMSNorm share, Llama above all; positions None: they are learned."""
+def activation(name: Any) -> Any:
+    """Our name of an activation; one that is not known stays, to be refused."""
+    return ACTIVATIONS.get(name, name) if isinstance(name, str) else name
+
+
+def frame(s: Settings, positions: Positions = ROTARY, act: str = "silu") -> Fields:
+    """What decoders of gated MLPs and RMSNorm share, Llama above all. act: the activation where the config has none."""
     heads, width = s.get("num_attention_heads"), s.get("hidden_size")
     head_dim = s.get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         head_dim = width // heads
-    act = s.get("hidden_act", default="silu")
-    fields: Fields = {
+    return {
         **{name: s.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
         "num_key_value_heads": s.get("num_key_value_heads", default=heads),
         "head_dim": head_dim,
         "norm_type": "rmsnorm",
         "norm_eps": s.get("rms_norm_eps", default=1e-6),
-        "hidden_act": ACTIVATIONS.get(act, act) if isinstance(act, str) else act,
+        "hidden_act": activation(s.get("hidden_act", default=act)),
         "mlp_gated": True,
         "tie_word_embeddings": s.get("tie_word_embeddings", default=False),
         "ffn": dense(s),
+        **positions.fields(s, head_dim),
     }
-    if positions is None:
-        return fields | {
-            "position_embedding_type": "learned",
-            "max_position_embeddings": s.get("max_position_embeddings"),
-        }
-    return fields | positions.fields(s, head_dim)
 
 
 def dense(s: Settings, size: str = "intermediate_size", bias: Any = False) -> Fields:

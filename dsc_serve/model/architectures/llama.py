@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dsc_serve.model.architectures.family import Architecture, dense, frame, full_attention
+from dsc_serve.model.architectures.family import ROTARY, Architecture, dense, frame, full_attention
+from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 
 
-def llama(s: Settings) -> Fields:
+def llama_fields(s: Settings, positions: Positions = ROTARY) -> Fields:
     bias = bool(s.get("attention_bias", default=False))
     ffn = dense(s, bias=s.get("mlp_bias", default=False))
-    return frame(s) | {"attention_bias": bias, "attention_output_bias": bias, "ffn": ffn}
+    return frame(s, positions) | {"attention_bias": bias, "attention_output_bias": bias, "ffn": ffn}
 
 
 def mistral(s: Settings) -> Fields:
@@ -22,4 +23,4 @@ def qwen2(s: Settings) -> Fields:
     return frame(s) | {"attention_bias": True}
 
 
-LLAMA, MISTRAL, QWEN2 = Architecture(llama), Architecture(mistral), Architecture(qwen2)
+LLAMA, MISTRAL, QWEN2 = Architecture(llama_fields), Architecture(mistral), Architecture(qwen2)

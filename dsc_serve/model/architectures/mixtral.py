@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.experts import mixture, unstacked
+from dsc_serve.model.architectures.experts import expert_tensors, mixture
 from dsc_serve.model.architectures.family import Architecture, frame, full_attention
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed
@@ -12,12 +12,11 @@ from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.source import Stored
 
 NAMES = {
-    r"\.(block_sparse_moe|mlp)\.gate\.": ".mlp.router.",
+    r"\.block_sparse_moe\.gate\.": ".mlp.router.",
     r"\.block_sparse_moe\.experts\.(\d+)\.w1\.": r".mlp.experts.\1.gate_proj.",
     r"\.block_sparse_moe\.experts\.(\d+)\.w3\.": r".mlp.experts.\1.up_proj.",
     r"\.block_sparse_moe\.experts\.(\d+)\.w2\.": r".mlp.experts.\1.down_proj.",
 }
-STACKED = {".mlp.experts.gate_up_proj": "gate_proj+up_proj", ".mlp.experts.down_proj": "down_proj"}
 
 
 def fields(s: Settings) -> Fields:
@@ -27,7 +26,7 @@ def fields(s: Settings) -> Fields:
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
-    return unstacked(renamed(stored, NAMES), s, config, STACKED)
+    return expert_tensors(renamed(stored, NAMES), s, config)
 
 
 MIXTRAL = Architecture(fields, tensors)

@@ -105,7 +105,9 @@ PyObject* ffn(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 
 #define F(field) ARGUMENT(MoeLayer, field)
 Signature moe_layer_signature("moe_layer", {F(is_bf16), F(router), F(router_bias), F(up), F(gate), F(down), F(d),
-                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation)});
+                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation),
+                                            F(shared_up), F(shared_gate), F(shared_down), F(shared_scale),
+                                            F(shared_hidden)});
 #undef F
 
 PyObject* moe_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -124,7 +126,7 @@ PyObject* moe(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 }
 
 #define F(field) ARGUMENT(Typed<Norm>, field)
-Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(out), F(batch), F(d), F(eps), F(threads)});
+Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(residual), F(out), F(batch), F(d), F(eps), F(threads)});
 #undef F
 
 PyObject* norm(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

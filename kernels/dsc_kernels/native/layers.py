@@ -27,7 +27,9 @@ from dsc_kernels.weights import (
 )
 
 NAME = "native"
-ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
+ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2, "gelu_tanh": 3}
+
+SHARED = ("shared_up", "shared_gate", "shared_down", "shared_scale", "shared_hidden")  # a shared expert's arguments
 
 
 def pack(*weights: Tensor) -> Tensor:
@@ -267,7 +269,10 @@ class Ffn(_Layer):
 
 
 class Moe(_Layer):
-    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum."""
+    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum.
+
+    An expert that all tokens share is computed in the same call. Raises ValueError for what does not fit.
+    """
 
     def __init__(
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
@@ -285,6 +290,7 @@ class Moe(_Layer):
             shapes[f"down of expert {e}"] = expert.down, (d, hidden)
         check_all(shapes, self.dtype)
         check_all({"router_bias": (router.bias, (count,))})
+        own = self._shared(shared, gates is not None)
         self.capsule = kernels.moe_layer(
             is_bf16=is_bf16(self.dtype),
             router=self._keep(resident(pack(router.weight))),
@@ -299,7 +305,24 @@ class Moe(_Layer):
             k=k,
             normalize=int(options.normalize),
             activation=ACTIVATIONS[options.activation],
+            **own,
         )
+
+    def _shared(self, shared: SharedExpert | None, gated: bool) -> dict[str, int]:
+        """The arguments that are the shared expert's."""
+        if shared is None:
+            return dict.fromkeys(SHARED, 0)
+        mlp, d = shared.mlp, self.d
+        hidden = mlp.up.shape[0]
+        if (mlp.gate is not None) != gated:
+            raise ValueError("the shared expert and the others must all have a gate, or none")
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"up of the shared expert": (mlp.up, (hidden, d))}
+        shapes["gate of the shared expert"] = mlp.gate, (hidden, d)
+        shapes["down of the shared expert"] = mlp.down, (d, hidden)
+        shapes["the shared expert's gate"] = shared.gate, (d,)
+        check_all(shapes, self.dtype)
+        packed = (None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down))
+        return dict(zip(SHARED, (*map(self._keep, packed), self._keep(shared.gate), hidden), strict=True))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
@@ -328,6 +351,9 @@ def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Ten
     if bias is not None:
         check("bias", bias, (d,), x.dtype)
         bias = bias.contiguous()
+    if residual is not None:
+        check("residual", residual, (batch, d), x.dtype)
+        residual = residual.contiguous()
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(batch, d, dtype=x.dtype)
     if batch:
@@ -336,10 +362,11 @@ def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Ten
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             bias=address(bias),
+            residual=address(residual),
             out=out.data_ptr(),
             batch=batch,
             d=d,
             eps=weights.eps,
             threads=threads(),
         )
-    return out if residual is None else out + residual
+    return out

@@ -41,6 +41,7 @@ class Case:
     """A checkpoint of a family.
 
     features: changes of its config, each of which changes the logits: what was read and not used would show.
+    native: whether the native stack serves it, which knows no biases in MLPs.
     """
 
     config: dict[str, Any]
@@ -172,6 +173,7 @@ CASES: dict[str, Case] = {
             **{**MULTIPLIERS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         ),
         NO_MULTIPLIER,
+        native=False,
     ),
     "granitemoe": Case(
         decoder("GraniteMoeForCausalLM", "granitemoe", tie_word_embeddings=True, **GRANITE_MOE),
@@ -231,29 +233,24 @@ CASES: dict[str, Case] = {
         [{"no_rope_layers": [1, 1, 1]}],
     ),
     "smollm3 by interval": Case(
-        decoder("SmolLM3ForCausalLM", "smollm3", no_rope_layer_interval=2), [{"no_rope_layer_interval": 4}]
+        decoder("SmolLM3ForCausalLM", "smollm3", no_rope_layer_interval=4, num_hidden_layers=5),
+        [{"no_rope_layer_interval": 3}],
     ),
     "gpt2": Case(GPT2, native=False),
     "gpt2 with older names": Case({**GPT2, "n_inner": 80}, native=False, older_names=True),
-    "stablelm": Case(decoder("StableLmForCausalLM", "stablelm", **STABLELM), native=False),
-    "stablelm with norms of heads": Case(
-        decoder("StableLmForCausalLM", "stablelm", **{**STABLELM, "qk_layernorm": True, "use_qkv_bias": False}),
-        native=False,
-    ),
+    "stablelm": Case(decoder("StableLmForCausalLM", "stablelm", **STABLELM)),
     "stablelm in parallel": Case(
-        decoder("StableLmForCausalLM", "stablelm", **{**STABLELM, "use_parallel_residual": True}), native=False
+        decoder("StableLmForCausalLM", "stablelm", **{**STABLELM, "use_parallel_residual": True})
     ),
     "gptneox": Case(GPT_NEOX, PARALLEL, native=False),
     "gptneox one after the other": Case(
         {**GPT_NEOX, "use_parallel_residual": False, "rotary_pct": 1.0}, [{"use_parallel_residual": True}], native=False
     ),
-    "falcon": Case(FALCON, native=False),
+    "falcon": Case(FALCON),
     "falcon one after the other": Case(
         {**FALCON, "parallel_attn": False, "multi_query": False, "bias": True}, native=False
     ),
-    "falcon new": Case(
-        {**FALCON, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True}, native=False
-    ),
+    "falcon new": Case({**FALCON, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon new with one norm": Case(
         {
             **FALCON,
@@ -264,7 +261,6 @@ CASES: dict[str, Case] = {
             "tie_word_embeddings": False,
             "ffn_hidden_size": 80,
         },
-        native=False,
     ),
 }
 

@@ -230,6 +230,12 @@ class ModelConfig(Strict):
         return self.model_copy(update={"max_position_embeddings": positions}) if positions else self
 
     @property
+    def longest_context(self) -> int:
+        """The positions that the model is for, which may be more than are served unless asked for."""
+        scaling = self.rope_scaling
+        return scaling.max_position_embeddings if isinstance(scaling, LongRope) else self.max_position_embeddings
+
+    @property
     def kinds(self) -> tuple[ModelConfig, ...]:
         """For each kind of layer a configuration whose layers are all of it."""
         if not self.layer_kinds:

@@ -73,7 +73,7 @@ def full_attention(s: Settings, acts: bool, default: int | None = None) -> None:
         raise CheckpointError(f"{s.path}: sliding_window is {window}, below the context of {context}; supported: none")
 
 
-def by_layer(s: Settings, common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:
+def by_layer(common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:
     """Fields of a model some of whose layers differ: common holds for all others. differs: for each layer."""
     if not any(differs):
         return dict(common)

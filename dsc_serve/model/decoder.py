@@ -41,8 +41,8 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         shapes["model.embed_positions.weight"] = (config.max_position_embeddings, d)
     for i, kind in enumerate(config.layers):
         layer = f"model.layers.{i}"
-        for name in dict.fromkeys(NORM_NAMES[kind.norms]):
-            shapes |= norm(f"{layer}.{name}")
+        first, second = NORM_NAMES[kind.norms]
+        shapes |= norm(f"{layer}.{first}")
         for name, size in (("q", config.query_size), ("k", config.kv_size), ("v", config.kv_size)):
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, d)
             if config.attention_bias:
@@ -53,6 +53,7 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         if kind.qk_norm != "none":
             sizes = (kind.head_dim,) * 2 if kind.qk_norm == "head" else (kind.query_size, kind.kv_size)
             shapes |= {f"{layer}.self_attn.{name}_norm.weight": (n,) for name, n in zip("qk", sizes, strict=True)}
+        shapes |= norm(f"{layer}.{second}")  # after attention's: the order is that in which weights are drawn
         ffn = KINDS[kind.ffn.kind].shapes(kind)
         shapes |= {f"{layer}.mlp.{name}": shape for name, shape in ffn.items()}
     shapes |= norm("model.norm")

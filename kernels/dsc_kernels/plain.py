@@ -129,9 +129,9 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        up = F.linear(x, w.up)
-        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate)) * up
-        return F.linear(hidden, w.down)
+        up = F.linear(x, w.up, w.up_bias)
+        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate, w.gate_bias)) * up
+        return F.linear(hidden, w.down, w.down_bias)
 
 
 class Ffn:

@@ -25,15 +25,30 @@ MAX_PICKS = 64  # rows that a token may pick where kernels of ours compute
 
 @dataclass(frozen=True, eq=False)
 class MlpWeights:
-    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate. Of one layer, or of one expert."""
+    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate, each product plus its bias where it has one.
+
+    Of one layer, or of one expert, which has no biases.
+    """
 
     up: Tensor  # W_1 [hidden, d]
     gate: Tensor | None  # W_g [hidden, d], None unless gated
     down: Tensor  # W_2 [d, hidden]
+    up_bias: Tensor | None = None  # [hidden]
+    gate_bias: Tensor | None = None  # [hidden]
+    down_bias: Tensor | None = None  # [d]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.up_bias, self.gate_bias, self.down_bias
 
 
 def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
-    """The experts' gates, None where they have none. Raises ValueError where only some have one, or for no experts."""
+    """The experts' gates, None where they have none.
+
+    Raises ValueError where only some have one, for no experts, and for experts with biases.
+    """
+    if any(bias is not None for expert in experts for bias in expert.biases):
+        raise ValueError("an expert has a bias; experts have none")
     gates = [expert.gate for expert in experts if expert.gate is not None]
     if len(gates) not in (0, len(experts)) or not experts:
         raise ValueError(f"{len(gates)} of {len(experts)} experts have a gate; all must, or none")

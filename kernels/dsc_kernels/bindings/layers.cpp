@@ -82,9 +82,9 @@ PyObject* argmax(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject*
 
 #define F(field) ARGUMENT(FfnLayer, field)
 Signature ffn_layer_signature("ffn_layer",
-                              {F(is_bf16),  F(up),    F(gate), F(down),         F(router),     F(router_bias),  F(u),
-                               F(v),        F(gamma), F(d),    F(hidden),       F(atoms),      F(tau),          F(eps),
-                               F(norm_eps), F(k),     F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
+                              {F(is_bf16), F(up), F(gate), F(down), F(up_bias), F(gate_bias), F(down_bias), F(router),
+                               F(router_bias), F(u), F(v), F(gamma), F(d), F(hidden), F(atoms), F(tau), F(eps),
+                               F(norm_eps), F(k), F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
 #undef F
 
 PyObject* ffn_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

@@ -67,6 +67,9 @@ struct Ffn {
   const void* up;            // packed [hidden, d]
   const void* gate;          // packed [hidden, d] or null
   const void* down;          // packed [d, hidden]
+  const float* up_bias;      // [hidden] or null
+  const float* gate_bias;    // [hidden] or null
+  const float* down_bias;    // [d] or null
   const void* router;        // packed [atoms, d], folded with its norm; null where it is screened
   const float* router_bias;  // [panels · 16], −∞ behind the last atom
   Screen screen;

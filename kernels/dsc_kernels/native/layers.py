@@ -121,6 +121,10 @@ class _Layer:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
+    def _keep_wide(self, tensor: Tensor | None) -> int:
+        """The same as float32."""
+        return self._keep(None if tensor is None else tensor.float())
+
     def _ready(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         check("x", x, (x.shape[0], self.d), self.dtype)
         if residual is not None:
@@ -147,6 +151,7 @@ class Ffn(_Layer):
         if not min(1, self.atoms) <= k <= self.atoms or rank < 0 or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k from 1 to {self.atoms}")
         check_all({"gate": (mlp.gate, (hidden, d)), "down": (mlp.down, (d, hidden))}, self.dtype)
+        self._check_biases(mlp, hidden)
         self.screen, bias, u, v, gamma, weight, norm_eps = NO_SCREEN, None, None, None, None, None, -1.0
         if router is not None and bank is not None:
             self._check_routing(router, bank, rank)
@@ -163,6 +168,9 @@ class Ffn(_Layer):
             up=self._keep(up),
             gate=self._keep(gate),
             down=self._keep(down),
+            up_bias=self._keep_wide(mlp.up_bias),
+            gate_bias=self._keep_wide(mlp.gate_bias),
+            down_bias=self._keep_wide(mlp.down_bias),
             router=self._keep(packed),
             router_bias=self._keep(bias),
             u=self._keep(u),
@@ -187,6 +195,12 @@ class Ffn(_Layer):
             screen_slack=self.screen.slack,
             screen_counters=self._keep(self.screen.counters),
         )
+
+    def _check_biases(self, mlp: MlpWeights, hidden: int) -> None:
+        if mlp.gate is None and mlp.gate_bias is not None:
+            raise ValueError("a bias of a gate, but no gate")
+        biases = {"up_bias": (mlp.up_bias, (hidden,)), "gate_bias": (mlp.gate_bias, (hidden,))}
+        check_all({**biases, "down_bias": (mlp.down_bias, (self.d,))})
 
     def _check_routing(self, router: Router, bank: AtomBank, rank: int) -> None:
         rows = (self.atoms * max(rank, 1), self.d)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import CASES, LENGTHS, NEW_TOKENS, PROMPTS, chosen, expected, family_folder
+from support.family_files import FILES, family_file
 from torch import Tensor
 
 from dsc_kernels import native
@@ -74,13 +75,22 @@ def test_a_field_that_is_read_acts(name: str, change: dict[str, Any], tmp_path: 
 
 @pytest.mark.skipif(native.active() is None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("name", CASES)
-def test_the_native_stack_serves_all_but_biases_in_mlps(name: str, folders: dict[str, Path]) -> None:
+def test_the_native_stack_serves_every_family(name: str, folders: dict[str, Path]) -> None:
     model = load_model(folders[name], "float32", torch.device("cpu"))
-    assert (model.stack is not None) == CASES[name].native
-    if CASES[name].native:
-        assert {layer.ffn.layer.backend for layer in model.layers} == {"native"}
+    assert model.stack is not None
+    assert {layer.ffn.layer.backend for layer in model.layers} == {"native"}
 
 
 def test_there_is_a_case_for_every_family() -> None:
     older = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # which test_foreign.py holds
     assert {case.config["architectures"][0] for case in CASES.values()} == ARCHITECTURES.keys() - older
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_gguf_file_gives_the_logits_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    want, file = expected(name), family_file(name, tmp_path / "m.gguf")
+    for context in (SHORT, LONG) if name in LONGROPE else (0,):
+        with LLM(str(file), dtype="float32", context=context, threads=1) as llm:
+            for i in lasting(name, context):
+                logits = llm.logits([PROMPTS[i]])[0][chosen(len(PROMPTS[i]))]
+                assert error(logits, want.logits[i]) < EXACT

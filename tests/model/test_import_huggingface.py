@@ -183,7 +183,10 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported; supported: Llama"),
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            "'GemmaForCausalLM' is not supported; supported: Falcon",
+        ),
         ({"architectures": None}, "architecture None is not supported"),
         ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: Field required"),

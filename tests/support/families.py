@@ -41,12 +41,10 @@ class Case:
     """A checkpoint of a family.
 
     features: changes of its config, each of which changes the logits: what was read and not used would show.
-    native: whether the native stack serves it, which knows no biases in MLPs.
     """
 
     config: dict[str, Any]
     features: list[dict[str, Any]] = field(default_factory=list)
-    native: bool = True
     seed: int = 0  # one more where two tokens were too near to each other
     older_names: bool = False  # as the first files of GPT-2 have them
 
@@ -173,7 +171,6 @@ CASES: dict[str, Case] = {
             **{**MULTIPLIERS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         ),
         NO_MULTIPLIER,
-        native=False,
     ),
     "granitemoe": Case(
         decoder("GraniteMoeForCausalLM", "granitemoe", tie_word_embeddings=True, **GRANITE_MOE),
@@ -236,20 +233,18 @@ CASES: dict[str, Case] = {
         decoder("SmolLM3ForCausalLM", "smollm3", no_rope_layer_interval=4, num_hidden_layers=5),
         [{"no_rope_layer_interval": 3}],
     ),
-    "gpt2": Case(GPT2, native=False),
-    "gpt2 with older names": Case({**GPT2, "n_inner": 80}, native=False, older_names=True),
+    "gpt2": Case(GPT2),
+    "gpt2 with older names": Case({**GPT2, "n_inner": 80}, older_names=True),
     "stablelm": Case(decoder("StableLmForCausalLM", "stablelm", **STABLELM)),
     "stablelm in parallel": Case(
         decoder("StableLmForCausalLM", "stablelm", **{**STABLELM, "use_parallel_residual": True})
     ),
-    "gptneox": Case(GPT_NEOX, PARALLEL, native=False),
+    "gptneox": Case(GPT_NEOX, PARALLEL),
     "gptneox one after the other": Case(
-        {**GPT_NEOX, "use_parallel_residual": False, "rotary_pct": 1.0}, [{"use_parallel_residual": True}], native=False
+        {**GPT_NEOX, "use_parallel_residual": False, "rotary_pct": 1.0}, [{"use_parallel_residual": True}]
     ),
     "falcon": Case(FALCON),
-    "falcon one after the other": Case(
-        {**FALCON, "parallel_attn": False, "multi_query": False, "bias": True}, native=False
-    ),
+    "falcon one after the other": Case({**FALCON, "parallel_attn": False, "multi_query": False, "bias": True}),
     "falcon new": Case({**FALCON, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon new with one norm": Case(
         {

@@ -49,7 +49,7 @@ def test_a_pattern_is_repeated_over_the_layers() -> None:
         ({"rotary_dim": 18}, "rotary_dim is 18; it must be even and at most head_dim, 16"),
         (
             {"ffn": {"kind": "dsc", "num_atoms": 9, "atoms_per_token": 2, "static_size": 4}, **TWO},
-            "'dsc' in some layers",
+            "some are of kind 'dsc'",
         ),
     ],
 )

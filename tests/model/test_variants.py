@@ -22,7 +22,6 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
 DENSE = {"kind": "dense", "size": 28}
-WIDER = {"kind": "dsc", "num_atoms": 50, "atoms_per_token": 5, "static_size": 16}
 SHARED = {"shared_expert": {"size": 13, "gated": False}, "normalize_weights": True}
 EACH: dict[str, Any] = {
     "layer_kinds": [{"norms": "after"}, {"norms": "shared"}, {"norms": "parallel", "qk_norm": "all"}, {"ffn": DENSE}],
@@ -52,7 +51,7 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe", {"norms": "after", "mlp_gated": True}, {"shared_expert": {"size": 9}}),
     ("moe", {"layer_kinds": [{"ffn": DENSE, "rotation": False}, {}], "layer_pattern": [0, 1]}, SHARED),
     ("dense", {**EACH, "num_hidden_layers": 5}, {}),
-    ("dsc", {"layer_kinds": [{"qk_norm": "head"}, {"ffn": WIDER}], "layer_pattern": [0, 1], "qk_norm": "all"}, {}),
+    ("dsc", {"layer_kinds": [{"qk_norm": "head"}, {"norms": "after"}], "layer_pattern": [0, 1], "qk_norm": "all"}, {}),
 ]
 
 

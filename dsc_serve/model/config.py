@@ -178,10 +178,9 @@ class ModelConfig(Strict):
             )
         if len(pattern) > layers:
             raise ValueError(f"layer_pattern has {len(pattern)} entries, more than num_hidden_layers, {layers}")
-        if len({layer.ffn.kind for layer in self.kinds} | {"dsc"}) > 1 and any(
-            isinstance(layer.ffn, DscConfig) for layer in self.kinds
-        ):
-            raise ValueError("ffn of kind 'dsc' in some layers; it must be in all of them or in none")
+        ffns = [layer.ffn for layer in self.kinds]
+        if any(isinstance(own, DscConfig) for own in ffns) and any(own != ffns[0] for own in ffns):
+            raise ValueError("ffn differs between layers, of which some are of kind 'dsc'; then all must have the same")
         return self
 
     @model_validator(mode="after")
@@ -230,11 +229,17 @@ class ModelConfig(Strict):
         return self.model_copy(update={"max_position_embeddings": positions}) if positions else self
 
     @property
+    def longest_context(self) -> int:
+        """The positions that the model is for, which may be more than are served unless asked for."""
+        scaling = self.rope_scaling
+        return scaling.max_position_embeddings if isinstance(scaling, LongRope) else self.max_position_embeddings
+
+    @property
     def kinds(self) -> tuple[ModelConfig, ...]:
         """For each kind of layer a configuration whose layers are all of it."""
         if not self.layer_kinds:
             return (self,)
-        alike = {"layer_kinds": [], "layer_pattern": []}
+        alike: dict[str, object] = {"layer_kinds": [], "layer_pattern": []}
         own = ({name: getattr(kind, name) for name in LayerKind.model_fields} for kind in self.layer_kinds)
         changes = ({name: value for name, value in kind.items() if value is not None} for kind in own)
         return tuple(self.model_copy(update={**alike, **change}) for change in changes)

@@ -12,7 +12,7 @@ import torch
 from dsc_serve.model.architectures import Settings, architecture_of
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, read_json
 from dsc_serve.model.folder import EMBEDDING, config_file, stored_tensors, text_files, weight_files, write_source
-from dsc_serve.model.source import ModelSource, Stored
+from dsc_serve.model.source import ModelSource, Stored, commonest_dtype
 from dsc_serve.text.tokenizer import FILES, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,19 +34,21 @@ def huggingface_source(folder: Path) -> ModelSource:
     config_file(folder)
     tokenizer = Tokenizer.load(folder)
     config = huggingface_config(folder, None if tokenizer is None else tokenizer.eos_token_id)
-    tensors = mapped_tensors(folder, config)
+    tensors, dtype = mapped_tensors(folder, config)
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
-    dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
     return ModelSource(folder, config, tensors, dtype, lambda: {} if tokenizer is None else text_files(folder, FILES))
 
 
-def mapped_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """The tensors of a folder as its family has them in the serving form. Raises CheckpointError."""
+def mapped_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:
+    """The tensors of a folder as its family has them in the serving form, and the dtype that most of it is stored in.
+
+    What a family multiplies becomes float32, whatever that dtype is. Raises CheckpointError.
+    """
     stored = stored_tensors(weight_files(folder))
     stored = {name: own for name, own in stored.items() if not name.endswith(BUFFERS)}
     settings = Settings(read_json(folder / "config.json"), folder / "config.json")
-    return architecture_of(settings).tensors(stored, settings, config)
+    return architecture_of(settings).tensors(stored, settings, config), commonest_dtype(stored)
 
 
 def tie(tensors: dict[str, Stored], folder: Path) -> bool:

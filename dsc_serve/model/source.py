@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+
+def commonest_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype that most numbers are stored in; float32 where there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in tensors.values():
+        if stored.dtype in STORED_DTYPES:
+            sizes[stored.dtype] += torch.Size(stored.shape).numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 @dataclass(frozen=True)

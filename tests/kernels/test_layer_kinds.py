@@ -23,6 +23,7 @@ from dsc_kernels.weights import (
     QkNorm,
     Router,
     SharedExpert,
+    Slots,
 )
 
 pytestmark = [
@@ -191,15 +192,15 @@ def arranged(
     return ffn(fed, residual=y)
 
 
-CASES = [
-    *(("before", qk, turned, "dense") for qk, turned in product(("none", "head", "all"), (0, 6, 16))),
-    *((places, "head", 8, ffn) for places, ffn in product(PLACES, FFNS)),
+KINDS = [
+    *((("before", qk, turned, "dense"), SHAPES[1]) for qk, turned in product(("none", "head", "all"), (0, 6, 20))),
+    *(((places, "head", 8, ffn), shape) for places, ffn, shape in product(PLACES, FFNS, (SHAPES[0], SHAPES[1]))),
+    (("after", "all", 32, "shared"), SHAPES[2]),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "shape"), KINDS, ids=str)
 def test_layers_of_each_kind_in_one_call(
     case: tuple[NormPlaces, str, int, str], shape: tuple[int, list[int], int, int], dtype: torch.dtype
 ) -> None:
@@ -264,10 +265,7 @@ def test_many_small_experts_and_a_shared_one(
 
 def test_what_does_not_fit_is_refused() -> None:
     qkv, cache = torch.zeros(2, 4, 8), KvCache(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
-    from dsc_kernels.weights import Slots
-
-    slots = Slots(*(torch.tensor([0, 1]) for _ in range(2)), torch.tensor([0, 1]))
-    slots = Slots(slots.positions, torch.zeros(2, dtype=torch.int64), slots.offsets)
+    slots = Slots(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0, 1]))
     for message, norm in (
         ("the norm of queries is", QkNorm(torch.ones(7), torch.ones(8), EPS)),
         ("the norm of keys is", QkNorm(torch.ones(16), torch.ones(16), EPS)),

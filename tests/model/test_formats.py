@@ -14,7 +14,7 @@ from support.small_models import DATA
 from dsc_serve import LLM
 from dsc_serve.model.config import FORMAT, CheckpointError, load_config
 
-WRITTEN = [(number, kind) for number in (1,) for kind in ("dsc", "moe", "molora", "dense")]
+WRITTEN = [*((1, kind) for kind in ("dsc", "moe", "molora", "dense")), (2, "kinds")]
 
 
 @pytest.mark.parametrize(("number", "kind"), WRITTEN)

@@ -79,7 +79,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; supported: True"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; supported: False"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; supported: False"),
-    ("gpt2", {"activation_function": "relu"}, "hidden_act: Input should be 'gelu', 'gelu_tanh' or 'silu'"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; supported: gelu"),
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True; supported: False"),
     ("gptneox", {"rotary_pct": 0}, "rotary_pct is 0; supported: above 0, at most 1"),
     ("gptneox", {"use_parallel_residual": "yes"}, "use_parallel_residual is 'yes', expected true or false"),

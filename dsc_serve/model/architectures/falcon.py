@@ -51,7 +51,7 @@ def fields(s: Settings) -> Fields:
         "norms": norms(s),
         "attention_bias": bias,
         "attention_output_bias": bias,
-        "hidden_act": activation(s.get("activation", default="gelu")),
+        "hidden_act": activation(s, "activation", "gelu"),
         "mlp_gated": False,
         "tie_word_embeddings": s.get("tie_word_embeddings", default=True),
         "ffn": {"kind": "dense", "size": s.get("ffn_hidden_size", default=4 * width), "bias": bias},

@@ -13,7 +13,14 @@ from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.source import Stored
 
-ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
 ROTARY = Positions()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -37,9 +44,12 @@ class Architecture:
     tensors: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
 
 
-def activation(name: Any) -> Any:
-    """Our name of an activation; one that is not known stays, to be refused."""
-    return ACTIVATIONS.get(name, name) if isinstance(name, str) else name
+def activation(s: Settings, field: str, default: str) -> str:
+    """The activation that a field names. Raises CheckpointError."""
+    name = s.get(field, default=default)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        s.refuse(field, name, ", ".join(ACTIVATIONS))
+    return ACTIVATIONS[name]
 
 
 def frame(s: Settings, positions: Positions = ROTARY, act: str = "silu") -> Fields:
@@ -54,7 +64,7 @@ def frame(s: Settings, positions: Positions = ROTARY, act: str = "silu") -> Fiel
         "head_dim": head_dim,
         "norm_type": "rmsnorm",
         "norm_eps": s.get("rms_norm_eps", default=1e-6),
-        "hidden_act": activation(s.get("hidden_act", default=act)),
+        "hidden_act": activation(s, "hidden_act", act),
         "mlp_gated": True,
         "tie_word_embeddings": s.get("tie_word_embeddings", default=False),
         "ffn": dense(s),
@@ -73,7 +83,7 @@ def full_attention(s: Settings, acts: bool, default: int | None = None) -> None:
         raise CheckpointError(f"{s.path}: sliding_window is {window}, below the context of {context}; supported: none")
 
 
-def by_layer(s: Settings, common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:
+def by_layer(common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:
     """Fields of a model some of whose layers differ: common holds for all others. differs: for each layer."""
     if not any(differs):
         return dict(common)

@@ -44,7 +44,7 @@ def fields(s: Settings) -> Fields:
         "norm_eps": s.get("layer_norm_epsilon", default=1e-5),
         "attention_bias": True,
         "attention_output_bias": True,
-        "hidden_act": activation(s.get("activation_function", default="gelu_new")),
+        "hidden_act": activation(s, "activation_function", "gelu_new"),
         "tie_word_embeddings": s.get("tie_word_embeddings", default=True),
         "ffn": {"kind": "dense", "size": s.get("n_inner", default=4 * width), "bias": True},
     }

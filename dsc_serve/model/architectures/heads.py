@@ -17,7 +17,7 @@ def split_heads(tensors: Tensors, attention: str, groups: int, config: ModelConf
     """
     queries, size = config.num_attention_heads // groups, config.head_dim
 
-    def take(whole: Tensor, number: int) -> Tensor:
+    def take(whole: Tensor, *, number: int) -> Tensor:
         heads = whole.view(groups, queries + 2, size, *whole.shape[1:])
         own = heads[:, :queries] if number == 0 else heads[:, queries + number - 1]
         return own.reshape(-1, *whole.shape[1:])

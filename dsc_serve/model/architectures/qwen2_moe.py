@@ -12,7 +12,7 @@ def fields(s: Settings) -> Fields:
     shared = {"size": s.get("shared_expert_intermediate_size"), "gated": True}
     experts = mixture(s, ("num_experts", "num_local_experts"), "moe_intermediate_size", s.flag("norm_topk_prob"))
     own = {"attention_bias": s.flag("qkv_bias", default=True), "ffn": {**experts, "shared_expert": shared}}
-    return by_layer(s, frame(s) | own, {"ffn": dense(s)}, dense_layers(s))
+    return by_layer(frame(s) | own, {"ffn": dense(s)}, dense_layers(s))
 
 
 QWEN2_MOE = Architecture(fields, expert_tensors)

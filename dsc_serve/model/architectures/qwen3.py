@@ -16,7 +16,7 @@ def fields(s: Settings) -> Fields:
 
 def moe_fields(s: Settings) -> Fields:
     experts = mixture(s, ("num_experts", "num_local_experts"), "moe_intermediate_size", s.flag("norm_topk_prob"))
-    return by_layer(s, fields(s) | {"ffn": experts}, {"ffn": dense(s)}, dense_layers(s))
+    return by_layer(fields(s) | {"ffn": experts}, {"ffn": dense(s)}, dense_layers(s))
 
 
 QWEN3, QWEN3_MOE = Architecture(fields), Architecture(moe_fields, expert_tensors)

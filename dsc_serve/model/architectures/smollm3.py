@@ -13,7 +13,7 @@ POSITIONS = Positions(default_theta=2e6)
 def fields(s: Settings) -> Fields:
     full_attention(s, acts=bool(s.get("use_sliding_window")))
     own = llama_fields(s, POSITIONS) | {"tie_word_embeddings": s.get("tie_word_embeddings", default=True)}
-    return by_layer(s, own, {"rotation": False}, unturned(s))
+    return by_layer(own, {"rotation": False}, unturned(s))
 
 
 def unturned(s: Settings) -> list[bool]:

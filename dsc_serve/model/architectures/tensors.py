@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,16 +55,26 @@ class Whole:
         return own
 
 
+class Take(Protocol):
+    """Of a whole the part of this number."""
+
+    def __call__(self, whole: Tensor, *, number: int) -> Tensor: ...
+
+
+def narrowed(whole: Tensor, start: int, count: int) -> Tensor:
+    return whole[start : start + count]
+
+
 def split_rows(
     tensors: Tensors,
     name: str,
     parts: Mapping[str, int],
     path: Path,
-    take: Callable[[Tensor, int], Tensor] | None = None,
+    take: Take | None = None,
 ) -> None:
     """In place: the rows of one tensor become several, by name as many as given, in order.
 
-    take: what of the whole is the part of this number, where its rows do not lie together. Nothing happens where there
+    take: gives a part where its rows do not lie together. Nothing happens where there
     is no such tensor, which is missed later. Raises CheckpointError where it has other rows.
     """
     stored = tensors.pop(name, None)
@@ -75,7 +86,7 @@ def split_rows(
         raise CheckpointError(f"{path}: tensor {name} has shape {list(stored.shape)}, expected {expected}")
     whole, start = Whole(stored), 0
     for i, (part, count) in enumerate(parts.items()):
-        own = partial(Tensor.narrow, dim=0, start=start, length=count) if take is None else partial(take, number=i)
+        own = partial(narrowed, start=start, count=count) if take is None else partial(take, number=i)
         tensors[part] = whole.part((count, *stored.shape[1:]), own)
         start += count
 

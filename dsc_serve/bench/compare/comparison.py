@@ -133,9 +133,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                     f"a preset of {', '.join(MIXTURES)}, and left out else"
                 )
             if self.preset in MIXTURES and not system.folder and system.ffn not in ("moe", "dsc"):
-                raise ComparisonError(
-                    f"system {system.name!r} is none of preset {self.preset!r}, which has moe and dsc"
-                )
+                raise ComparisonError(f"system {system.name!r} must be moe or dsc, which preset {self.preset!r} has")
             if system.ours and system.form is not None:
                 raise ComparisonError(f"system {system.name!r} has a form but no command to serve it")
         for name in self.limits:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from dsc_serve.bench.compare.comparison import ComparedSystem, Comparison, ComparisonError
 from dsc_serve.bench.compare.results import Results
 
@@ -22,7 +24,7 @@ def missing(comparison: Comparison, results: Results, system: ComparedSystem, nu
 
 def go_on_from(before: Results, results: Results) -> None:
     """Take over what was measured. Raises ComparisonError where it was another comparison or another machine."""
-    asked, found = dict(results.comparison), dict(before.comparison)
+    asked, found = (msgspec.json.decode(msgspec.json.encode(own.comparison)) for own in (results, before))
     for content in (asked, found):
         content.pop("rounds", None)
     for name in asked.keys() | found.keys():

@@ -204,7 +204,7 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> None:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
 def import_hf(folder: Path, out: Path) -> None:
-    """Convert FOLDER (config.json, safetensors, tokenizer.json) of a Llama, Mistral or Qwen2 model."""
+    """Convert FOLDER (config.json, safetensors, tokenizer.json) of a family in docs/models.md."""
     from dsc_serve.model.huggingface import import_huggingface
 
     _report_import(import_huggingface(folder, out), out)

@@ -38,7 +38,6 @@ rounds = 1
 prompt_tokens = 5
 output_tokens = 4
 vocab_size = 90
-profiled = [1]
 """
 SYSTEM = '[[system]]\nname = "{name}"\nfolder = "{folder}"\n'
 
@@ -112,6 +111,7 @@ def small(name: str) -> ModelConfig:
     return config.model_copy(update={**sizes, **heads, "max_position_embeddings": 256, "ffn": ffn})
 
 
+@pytest.mark.timeout(400)  # six processes load torch, one after another
 def test_a_mixture_and_its_two_dscs_are_measured_with_their_sizes_in_every_table(tmp_path: Path) -> None:
     moe = small("qwen")
     configs = {"moe": moe} | {

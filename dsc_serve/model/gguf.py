@@ -23,6 +23,13 @@ from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer, 
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 BIAS = "model.layers.0.{}.bias"
+NEUTRAL: dict[str, tuple[object, str]] = {  # what some architectures of GGUF files know and no family here
+    "attention.causal": (True, "True: each token sees those before it"),
+    "attention.clamp_kqv": (0, "0, none"),
+    "attention.max_alibi_bias": (0, "0, none"),
+    "attn_logit_softcapping": (0, "0, none"),
+    "final_logit_softcapping": (0, "0, none"),
+}
 OTHER_TYPES = {
     "adapter": "; an adapter is no model by itself: merge it into its base, as llama-export-lora does",
     "mmproj": "; it belongs beside a model and is none",
@@ -102,6 +109,8 @@ def gguf_config(
     """The configuration that a file's metadata and tensors describe. factors: of FACTORS. Raises CheckpointError."""
     head_dim = metadata.head_dim
     metadata.refuse(metadata.name("attention.value_length"), head_dim, "values of the keys' size")
+    for name, (neutral, supported) in NEUTRAL.items():
+        metadata.refuse(metadata.name(name), neutral, supported)
     context, window = metadata.own("context_length"), metadata.own("attention.sliding_window")
     if not (type(window) is int and (window == 0 or (type(context) is int and window >= context))):
         metadata.refuse(metadata.name("attention.sliding_window"), context, "attention to the whole context")

@@ -51,6 +51,7 @@ INNER = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 EXPERTS = {f".mlp.experts.{part}.weight": part for part in ("gate_proj", "up_proj", "down_proj")}
+ONE_BY_ONE = {f"ffn_{part}": f"{part}_proj" for part in ("gate", "up", "down")}  # of experts in older files
 BRANCH_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
@@ -86,6 +87,8 @@ class GgufFamily:
         parts, inner = name.split("."), {**INNER, **self.names}
         if len(parts) == 4 and parts[0] == "blk" and parts[2] in inner:
             return f"model.layers.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
+        if len(parts) == 5 and parts[0] == "blk" and parts[2] in ONE_BY_ONE:
+            return f"model.layers.{parts[1]}.mlp.experts.{parts[3]}.{ONE_BY_ONE[parts[2]]}.{parts[4]}"
         return name
 
     def tensors(self, stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
@@ -117,6 +120,7 @@ def mixture(
     used = metadata.need(metadata.name("expert_used_count"), int)
     for name in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
         metadata.refuse(metadata.name(name), 1, "1")
+    metadata.refuse(metadata.name("expert_gating_func"), 1, "1, softmax")
     metadata.refuse(metadata.name("expert_weights_norm"), normalize, f"{normalize}, for this architecture")
     size, whole = metadata.own("expert_feed_forward_length"), metadata.own("feed_forward_length")
     if not size:

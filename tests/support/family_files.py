@@ -152,8 +152,10 @@ def groups_of(c: dict[str, Any]) -> int:
     return int(c["num_kv_heads"]) if c["new_decoder_architecture"] else 1
 
 
-def family_file(name: str, out: Path, change: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
-    """A case's checkpoint as a GGUF file of float32 tensors."""
+def family_file(
+    name: str, out: Path, change: Callable[[gguf.GGUFWriter], None] | None = None, one_by_one: bool = False
+) -> Path:
+    """A case's checkpoint as a GGUF file of float32 tensors; one_by_one: the experts too, as in older files."""
     c = CASES[name].config
     kind = c["model_type"]
     writer = gguf.GGUFWriter(out, ARCHITECTURES[kind])
@@ -182,7 +184,11 @@ def family_file(name: str, out: Path, change: Callable[[gguf.GGUFWriter], None] 
     if change is not None:
         change(writer)
     for own, values in converted(name).items():
-        writer.add_tensor(own, np.ascontiguousarray(values))
+        if one_by_one and "_exps." in own:
+            for e, expert in enumerate(values):
+                writer.add_tensor(own.replace("_exps.", f".{e}."), np.ascontiguousarray(expert))
+        else:
+            writer.add_tensor(own, np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -113,7 +113,7 @@ class LLM:
             tracks: list[_Track] = []
             try:
                 for prompt, own in zip(listed, each, strict=True):
-                    tracks += [self._submit(prompt, own, choice) for choice in range(own.n)]
+                    tracks += self._submit(prompt, own)
                 running = {track.id for track in tracks}
                 while running:
                     running.difference_update(self._step())
@@ -142,7 +142,7 @@ class LLM:
 
     def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
         """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
-        track = self._submit(ids, params, 0)
+        (track,) = self._submit(ids, params)
         news: deque[RequestOutput] = deque()
         track.news = news
         try:
@@ -247,16 +247,18 @@ class LLM:
             raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")
         return params
 
-    def _submit(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
-        own = params.for_choice(choice)
-        self.engine.check(own)
-        track = self._track(prompt, own, choice)
+    def _submit(self, prompt: list[int], params: SamplingParams) -> list[_Track]:
+        """The choices of one prompt."""
+        each = [params.for_choice(i) for i in range(params.n)]
+        self.engine.check(each[0])
+        tracks = [self._track(prompt, own, i) for i, own in enumerate(each)]
+        first, *others = ((track.id, own) for track, own in zip(tracks, each, strict=True))
         try:
-            self.engine.add(track.id, prompt, own)
+            self.engine.add(first[0], prompt, first[1], siblings=others)
         except ValueError:
-            self._drop([track])
+            self._drop(tracks)
             raise
-        return track
+        return tracks
 
     def _track(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
         text = TextStream(self.tokenizer, prompt, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,26 +112,39 @@ class Engine:
         collect: Collect | None = None,
         scheduling: SchedulingParams | None = None,
         age_s: float = 0.0,
+        siblings: Sequence[tuple[str, SamplingParams]] = (),
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
 
+        siblings: ids and parameters of further choices of the same prompt, which is computed once for all of them; the
+            parameters may differ in how tokens are chosen and when to stop, not in what is reported of the prompt.
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
         Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
         too many grammars wait before its own.
         """
-        if self.scheduler.get(request_id) is not None:
-            raise ValueError(f"request id {request_id!r} is in use")
-        max_tokens = resolve_max_tokens(prompt, params, self.capacity)
-        request = Request(
-            request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
-        )
-        request.constraint = self._constraint(params)
-        if self.routing is not None:
-            self.routing.expect(request)
+        family: list[Request] = []
+        try:
+            for one_id, own in ((request_id, params), *siblings):
+                if self.scheduler.get(one_id) is not None or one_id in [one.id for one in family]:
+                    raise ValueError(f"request id {one_id!r} is in use")
+                max_tokens = resolve_max_tokens(prompt, own, self.capacity)
+                one = Request(
+                    one_id, len(prompt), list(prompt), own, max_tokens, collect, scheduling or SchedulingParams()
+                )
+                one.constraint = self._constraint(own)
+                family.append(one)
+        except BaseException:
+            for one in family:
+                one.close()
+            raise
+        request, *request.siblings = family
+        for one in family:
+            if self.routing is not None:
+                self.routing.expect(one)
+            if one.constraint is not None:
+                self.followers.add(one)
         self.scheduler.add(request, age_s)
-        if request.constraint is not None:
-            self.followers.add(request)
         return request
 
     def check(self, params: SamplingParams) -> None:
@@ -170,6 +183,7 @@ class Engine:
         if not plan.tokens and self.followers.wait():
             return deltas + self._settled()
         work = self.scheduler.begin(plan)
+        self.runner.copy_blocks(self.scheduler.copies)
         scheduled = time.perf_counter()
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
@@ -177,15 +191,17 @@ class Engine:
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
         plan.tokens.update(done.fewer)
-        for request_id in result.late:  # its last token is computed again when it can be sampled
-            plan.tokens[request_id] -= 1
+        for request_id in result.late:
             self.followers.hold(request_id)
+        for request_id in result.late & plan.tokens.keys():  # its last token is computed again when it can be sampled
+            plan.tokens[request_id] -= 1
+        told = [one for request, _ in work for one in (request, *request.siblings)]
         ended = self.scheduler.commit(plan, result.tokens, self._eos)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started))
         self._check()
-        deltas += [delta for request, _ in work if (delta := self._progress(request, done, ended)) is not None]
+        deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
         if result.late:
             deltas += self._settled()
         self.followers.prune()

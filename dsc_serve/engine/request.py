@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,16 @@ from dsc_serve.scheduling_params import SchedulingParams
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
 FORESIGHT = 128  # output tokens that a request is expected to take at most, before it has taken them
+
+
+@dataclass(eq=False, slots=True)
+class SharedPrompt:
+    """A prompt that one request computes for others, too."""
+
+    waiting: int  # requests that may still want it
+    names: list[bytes]  # of KV blocks, which are for these requests alone
+    private: bool  # whether nobody else may find any of its blocks
+    tail: bytes | None = None  # the name of the block that holds its end, once it is computed
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +50,9 @@ class Request:
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # the same as an array
     collected: list[Tensor] = field(default_factory=list)  # what `collect` kept
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they have been needed
+    siblings: Sequence[Request] = ()  # other choices of its prompt, which wait until it has computed it
+    leader: Request | None = None  # whose prompt it waits for
+    shared: SharedPrompt | None = None  # what it has of its siblings, or they of it, while it may be wanted
     hash_seed: bytes | None = None  # what these begin with; None: it neither finds nor leaves a prefix
     cached_tokens: int | None = None  # of the prompt, from the prefix cache; None until its first step is committed
     queued_s: float = 0.0  # from its arrival to its first admission
@@ -74,6 +87,16 @@ class Request:
     def due(self) -> int:
         """Tokens that the next step may compute."""
         return 0 if self.held else len(self.tokens) - self.num_computed
+
+    @property
+    def tail(self) -> bytes | None:
+        """The name of the block that its prompt's end can be copied from."""
+        return None if self.shared is None else self.shared.tail
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it, or of the prompt that it waits for, has been computed."""
+        return self.cached_tokens is not None or (self.leader is not None and self.leader.cached_tokens is not None)
 
     @property
     def may_sample(self) -> bool:

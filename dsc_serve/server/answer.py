@@ -16,6 +16,7 @@ from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
 from dsc_serve.text.stream import TextStream
+from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, RoutingSlice, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -50,6 +51,7 @@ class Choice:
     prompt: list[int]
     params: SamplingParams
     text: TextStream
+    family: Family  # all choices of the same prompt
     echo: str | None = None  # the prompt's text, where the answer begins with it
     begun: bool = False
     told: int = 0  # tokens that log probabilities have been reported for
@@ -103,7 +105,7 @@ class ResponseFormatter(ABC):
         self, prompt: list[int], params: SamplingParams, start: int = 0, echo: str | None = None
     ) -> list[Choice]:
         """The `params.n` choices of one prompt, numbered from `start`. Raises ApiError (400)."""
-        choices = []
+        choices, family = [], Family(params.n)
         for i in range(params.n):
             own = params.for_choice(i)
             try:
@@ -111,7 +113,7 @@ class ResponseFormatter(ABC):
             except ParameterError as error:
                 raise from_parameter(error, self.names) from None
             request_id = f"{self.id}-{start // params.n}-{i}"
-            choices.append(Choice(start + i, request_id, prompt, own, text, echo))
+            choices.append(Choice(start + i, request_id, prompt, own, text, family, echo))
         return choices
 
     def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:

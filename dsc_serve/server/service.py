@@ -21,6 +21,7 @@ from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
+from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
@@ -55,7 +56,12 @@ class EngineHandle(Protocol):
     def heartbeat_age_s(self) -> float: ...
 
     def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams | None = None,
+        family: Family | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...

@@ -163,7 +163,9 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
+            deltas = self._service.engine.generate(
+                choice.request_id, choice.prompt, choice.params, self._scheduling, choice.family
+            )
             async with aclosing(deltas):
                 with panics_as_errors():
                     await self._follow_deltas(choice, deltas, emit)

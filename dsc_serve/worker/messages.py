@@ -29,8 +29,15 @@ class Start(msgspec.Struct, tag=True, array_like=True):
     config: EngineConfig
 
 
+class Sibling(msgspec.Struct, array_like=True):
+    """A further choice of a prompt."""
+
+    request_id: str
+    params: SamplingParams
+
+
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests.
+    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests, the others `siblings`.
 
     age_s: how much of the request's time has passed, with an engine that is no more and without any.
     """
@@ -40,6 +47,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     params: SamplingParams
     scheduling: SchedulingParams = SchedulingParams()
     age_s: float = 0.0
+    siblings: list[Sibling] = []
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):

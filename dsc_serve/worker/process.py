@@ -100,7 +100,7 @@ def stats_of(engine: Engine, ticket: int) -> Stats:
     return Stats(
         ticket=ticket,
         running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
+        waiting=len(scheduler.waiting) + len(scheduler.families),
         blocks_free=scheduler.pool.free,
         blocks_cached=scheduler.pool.cached,
         blocks_total=scheduler.pool.total,
@@ -174,11 +174,13 @@ class EngineProcess:
                         message.params,
                         scheduling=message.scheduling,
                         age_s=message.age_s,
+                        siblings=[(one.request_id, one.params) for one in message.siblings],
                     )
             except (ParameterError, GrammarsFullError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
                 field = FIELD if isinstance(error, GrammarsFullError) else field
-                self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
+                ids = [message.request_id, *(one.request_id for one in message.siblings)]
+                self.tell([Delta(one, [], "error", error=str(error), error_field=field) for one in ids])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):
                 self.tell([Delta(message.request_id, [], message.reason)])

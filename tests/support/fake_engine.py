@@ -16,7 +16,7 @@ from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.grammars.compile import compiled
 from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, ParameterError, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.client import EngineDiedError, Family
 from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, RoutingSlice, Stats, TokenLogprobs
 
 VOCAB = 300
@@ -100,7 +100,12 @@ class FakeEngine:
         )
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams | None = None,
+        family: Family | None = None,
     ) -> AsyncGenerator[Delta, None]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")

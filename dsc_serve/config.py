@@ -143,6 +143,13 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     grammars_memory_mb: Annotated[
         int, Meta(ge=16, le=65536, description="MiB of all grammars together; the longest unused go first.")
     ] = 512
+    pooling: Annotated[
+        Literal["auto", "last", "mean"],
+        Meta(
+            description="How a text's hidden states become its embedding: the last token's, or their mean; auto: as "
+            "the checkpoint's own files say, else last."
+        ),
+    ] = "auto"
     grouping: Annotated[
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),

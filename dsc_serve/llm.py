@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,7 +21,14 @@ from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
 from dsc_serve.engine.request import Collect
-from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import (
+    EMBEDDED,
+    EmbeddingParams,
+    ParameterError,
+    SamplingParams,
+    check_embedding,
+    resolve_max_tokens,
+)
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -155,6 +163,32 @@ class LLM:
                 self._step()
         finally:
             self._drop([track])
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> Tensor:
+        """The vectors of texts or token-id lists: float32 [prompts, d], or [prompts, dimensions].
+
+        How hidden states become a vector is the setting `pooling`; dimensions: only so many first components,
+        normalised again. Raises ParameterError before anything runs when a prompt or `dimensions` cannot be used.
+        """
+        asked = EmbeddingParams(dimensions=dimensions)
+        check_embedding(asked, self.engine.capacity)
+        listed = self._listed(prompts)
+        for ids in listed:
+            resolve_max_tokens(ids, EMBEDDED, self.engine.capacity)
+        tracks: list[_Track] = []
+        try:
+            for ids in listed:
+                tracks.append(self._track(ids, EMBEDDED, 0))
+                self.engine.add(tracks[-1].id, ids, EMBEDDED, embedding=asked)
+            while any(track.output.finish_reason is None for track in tracks):
+                self._step()
+                for track in tracks:
+                    track.check()
+        finally:
+            self._drop(tracks)
+        size = dimensions or self.engine.capacity.hidden_size
+        vectors = np.frombuffer(b"".join(track.embedding for track in tracks), "<f4")
+        return torch.from_numpy(vectors.astype(np.float32).reshape(len(tracks), size))
 
     def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
@@ -293,6 +327,7 @@ class _Track:
         self.id, self.text = request_id, text
         self.news: deque[RequestOutput] | None = None
         self.error = ""
+        self.embedding = b""
         self.output = RequestOutput(
             prompt_token_ids=prompt,
             index=index,
@@ -310,6 +345,7 @@ class _Track:
         if delta.finish_reason == "error":
             self.error, self.output.finish_reason = delta.error, "error"
             return
+        self.embedding = delta.embedding or b""
         new = RequestOutput(
             prompt_token_ids=self.output.prompt_token_ids,
             text=self.text.push(delta.token_ids),

@@ -216,6 +216,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, n=1, seed=seed)
 
 
+class EmbeddingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a text becomes a vector. dimensions: only so many of its first components (None: all), normalised again."""
+
+    dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
+            reject("dimensions", self.dimensions, "a positive integer or None")
+
+
+EMBEDDED = SamplingParams(temperature=0, max_tokens=0)  # how much a request generates that asks for a vector
+
+
 class EngineCapacity(msgspec.Struct, frozen=True):
     """What one engine can hold."""
 
@@ -225,6 +238,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     block_size: int  # tokens in one
     layers: int = 0
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
+    hidden_size: int = 0  # components of an embedding
 
     @property
     def max_tokens(self) -> int:
@@ -266,6 +280,14 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
             f"{capacity.max_tokens} ({what})",
         )
     return params.max_tokens
+
+
+def check_embedding(params: EmbeddingParams, capacity: EngineCapacity) -> None:
+    """Raises ParameterError where the model's vectors have fewer components than are asked for."""
+    if params.dimensions is not None and params.dimensions > capacity.hidden_size:
+        reject(
+            "dimensions", params.dimensions, f"between 1 and {capacity.hidden_size}, which this model's vectors have"
+        )
 
 
 def check_routing(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> None:

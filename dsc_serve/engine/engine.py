@@ -18,6 +18,7 @@ from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
+from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.room import check_room
 from dsc_serve.engine.routing import RoutingWatch
@@ -32,7 +33,15 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.model.pooling import Pooling, pooling_of
+from dsc_serve.sampling_params import (
+    EmbeddingParams,
+    EngineCapacity,
+    ParameterError,
+    SamplingParams,
+    check_embedding,
+    resolve_max_tokens,
+)
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -76,6 +85,7 @@ class Engine:
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
+        self.pooling = Pooling()
         self._eos = frozenset(eos)
         self.grammars: Grammars | None = None
         if tokenizer is not None:
@@ -92,11 +102,13 @@ class Engine:
             block_size=config.block_size,
             layers=model.config.num_hidden_layers,
             atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
+            hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
         engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
@@ -113,11 +125,13 @@ class Engine:
         scheduling: SchedulingParams | None = None,
         age_s: float = 0.0,
         siblings: Sequence[tuple[str, SamplingParams]] = (),
+        embedding: EmbeddingParams | None = None,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
 
         siblings: ids and parameters of further choices of the same prompt, which is computed once for all of them; the
             parameters may differ in how tokens are chosen and when to stop, not in what is reported of the prompt.
+        embedding: where given, the prompt's vector comes with its end; `params` are then EMBEDDED.
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
         Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
@@ -132,6 +146,9 @@ class Engine:
                 one = Request(
                     one_id, len(prompt), list(prompt), own, max_tokens, collect, scheduling or SchedulingParams()
                 )
+                if embedding is not None:
+                    check_embedding(embedding, self.capacity)
+                    one.pooler = self._pooler(embedding, len(prompt))
                 one.constraint = self._constraint(own)
                 family.append(one)
         except BaseException:
@@ -225,6 +242,7 @@ class Engine:
             cached_tokens=request.cached_tokens or 0,
             queued_s=request.queued_s,
             routing=routing,
+            embedding=result.embeddings.get(request_id),
         )
 
     def _failed(self, request_id: str, error: Exception) -> Delta:
@@ -238,6 +256,11 @@ class Engine:
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         asked = params.structured_outputs
         return None if asked is None else self.usable_grammars().constraint(asked)
+
+    def _pooler(self, embedding: EmbeddingParams, prompt_size: int) -> Pooler:
+        if self.pooling.fault:
+            raise ParameterError("model", f"model cannot embed texts: {self.pooling.fault}")
+        return Pooler(self.pooling, embedding, prompt_size)
 
     def _settled(self) -> list[Delta]:
         return [self._ended(end) for end in self.followers.settle()] if self.followers else []

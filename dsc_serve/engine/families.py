@@ -1,7 +1,7 @@
 """Choices of one prompt: the first computes it, and all of them draw their first token from its last logits.
 
 The others stand outside the queue until then. Each goes on by itself afterwards: it shares the prompt's full blocks and
-copies the one that holds its end, whose name is the family's own. Where that has been evicted it computes that end anew.
+copies the one that holds its end, whose name is the family's own. Where that has been evicted it computes the end anew.
 """
 
 from __future__ import annotations

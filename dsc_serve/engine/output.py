@@ -70,3 +70,4 @@ class Delta(msgspec.Struct, array_like=True):
     cached_tokens: int = 0  # of the prompt, found in the prefix cache, once the request has begun
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
+    embedding: bytes | None = None  # float32, little-endian, with the end of a request that asks for one

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
+from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.sampling_params import SamplingParams
@@ -42,13 +43,14 @@ class Request:
     max_tokens: int  # most output tokens, already bounded by the context
     collect: Collect | None = None
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
+    pooler: Pooler | None = None  # where it asks for its prompt's vector
     seed: int = 0
     num_computed: int = 0  # tokens that the KV cache holds
     routed: int = 0  # positions whose picks have been reported
     reported: int = 0  # prompt positions whose logits have been; recomputing after a preemption must not repeat them
     blocks: list[int] = field(default_factory=list)  # the KV blocks it owns, in order
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # the same as an array
-    collected: list[Tensor] = field(default_factory=list)  # what `collect` kept
+    collected: list[Tensor] = field(default_factory=list)  # what `collect` or `pooler` kept
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they have been needed
     siblings: Sequence[Request] = ()  # other choices of its prompt, which wait until it has computed it
     leader: Request | None = None  # whose prompt it waits for
@@ -131,7 +133,13 @@ class Request:
     @property
     def wants_prompt_rows(self) -> bool:
         """Whether every position must be computed for the request itself."""
-        return self.wants_prompt_logits or self.params.routing != 0
+        pooled = self.pooler is not None and self.pooler.every_position
+        return pooled or self.wants_prompt_logits or self.params.routing != 0
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether anything but its next token is made of the prompt's hidden states."""
+        return self.pooler is not None or self.wants_prompt_logits
 
     @property
     def wants_prompt_logits(self) -> bool:

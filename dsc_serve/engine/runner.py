@@ -41,6 +41,7 @@ class StepResult:
     tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
+    embeddings: dict[str, bytes] = field(default_factory=dict)  # float32, where asked for and complete
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
     late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
@@ -51,6 +52,7 @@ class StepResult:
         self.tokens |= other.tokens
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
+        self.embeddings |= other.embeddings
         self.stuck |= other.stuck
         self.late |= other.late
         self.routing |= other.routing
@@ -205,7 +207,7 @@ class Runner:
         requests: list[Request] = []
         start = 0
         for request, count in ordered:
-            if request.wants_prompt_logits and request.reported < request.prompt_size:
+            if request.reads_prompt and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
             if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
                 rows += [start + count - 1] * (1 + len(request.siblings))  # choices begin with the same logits
@@ -304,9 +306,18 @@ class Runner:
             start += count
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
-        """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
+        """Report of the prompt positions among a chunk's rows what has not been reported before."""
         first = max(request.num_computed, request.reported)
         end = min(request.num_computed + hidden.shape[0], request.prompt_size)
+        if request.pooler is not None:
+            start = first + request.pooler.skipped(first, end)
+            if start < end:
+                rows = self.model.norm(hidden[start - request.num_computed : end - request.num_computed])
+                request.collected.append(request.pooler.part(rows))
+            request.reported = end
+            if end == request.prompt_size:
+                result.embeddings[request.id] = request.pooler.vector(request.collected)
+            return
         entries: list[TokenLogprobs | None] = [None] if first == 0 else []
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)

@@ -77,6 +77,7 @@ class SharedFields(msgspec.Struct):
     """The fields that say what a request shares with others; the replica checks them."""
 
     prompt: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
     messages: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     user: str | None = None
     cache_salt: str | None = None
@@ -98,5 +99,5 @@ def placement_key(authorization: str, body: bytes) -> PlacementKey:
     if asked.user:
         tenant = f"{tenant} {asked.user}"
     messages = [] if asked.messages is msgspec.UNSET else asked.messages
-    prompt = b"".join(map(bytes, messages)) or bytes(asked.prompt)
+    prompt = b"".join(map(bytes, messages)) or bytes(asked.prompt) or bytes(asked.input)
     return PlacementKey(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))

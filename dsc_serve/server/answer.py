@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import msgspec
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.sampling_params import EmbeddingParams, ParameterError, SamplingParams
 from dsc_serve.server.errors import from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
@@ -52,6 +52,7 @@ class Choice:
     params: SamplingParams
     text: TextStream
     family: Family  # all choices of the same prompt
+    embedding: EmbeddingParams | None = None  # where its prompt's vector is asked for
     echo: str | None = None  # the prompt's text, where the answer begins with it
     begun: bool = False
     told: int = 0  # tokens that log probabilities have been reported for
@@ -70,6 +71,7 @@ class ChoiceUpdate:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, where asked for, then of it
     routing: list[RoutingSlice] = field(default_factory=list)
+    embedding: bytes | None = None
     finish_reason: str | None = None
 
     def add(self, delta: Delta, text: str, kept: int, finish_reason: str | None) -> None:
@@ -82,6 +84,7 @@ class ChoiceUpdate:
             self.logprobs.extend(delta.logprobs[:kept])
         if delta.routing is not None:
             self.routing.append(delta.routing)
+        self.embedding = delta.embedding or self.embedding
         self.finish_reason = finish_reason
 
 
@@ -113,7 +116,7 @@ class ResponseFormatter(ABC):
             except ParameterError as error:
                 raise from_parameter(error, self.names) from None
             request_id = f"{self.id}-{start // params.n}-{i}"
-            choices.append(Choice(start + i, request_id, prompt, own, text, family, echo))
+            choices.append(Choice(start + i, request_id, prompt, own, text, family, echo=echo))
         return choices
 
     def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -127,6 +130,11 @@ class ResponseFormatter(ABC):
         if update.finish_reason is not None:
             entry["timings"] = choice.clock.timings(choice.cached_tokens)
         return {"dsc": entry} if entry else {}
+
+    def ended(self, choice: Choice) -> None:
+        """Count a choice that has ended."""
+        clock = choice.clock
+        self.service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
 
     @abstractmethod
     def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
+from dsc_serve.server.embeddings import create_embeddings
 from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
@@ -64,6 +65,10 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await create_embeddings(service, request)
 
     @app.post("/v1/dsc/trace")
     async def trace(request: Request) -> Response:

@@ -94,15 +94,15 @@ def count_of(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def one_by_one(prompt: Prompt) -> dict[str, str | list[int]]:
-    """The prompts by what the client calls them."""
+def one_by_one(prompt: Prompt, param: str = "prompt") -> dict[str, str | list[int]]:
+    """The prompts by what the client calls them, who calls the field so."""
     if isinstance(prompt, str):
-        return {"prompt": prompt}
+        return {param: prompt}
     items: Sequence[int | str | list[int]] = prompt
     ids = [item for item in items if isinstance(item, int)]
     if ids or not items:
-        return {"prompt": ids}
-    return {f"prompt.{i}": item for i, item in enumerate(items) if not isinstance(item, int)}
+        return {param: ids}
+    return {f"{param}.{i}": item for i, item in enumerate(items) if not isinstance(item, int)}
 
 
 def echoed(tokenizer: Tokenizer | None, prompt: str | list[int], params: SamplingParams) -> str:

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from dsc_serve.server.embeddings import EmbeddingRequest
 from dsc_serve.server.fields import Fields
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest
@@ -150,6 +151,26 @@ class Trace(Answer):
     usage: Usage
 
 
+class Embedding(Answer):
+    """`embedding` is a list of numbers or, where `encoding_format` is base64, float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Tokens(Answer):
     count: int
     max_model_len: int
@@ -203,6 +224,7 @@ class State(Answer):
 BODIES: dict[str, type[Fields]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingRequest,
     "/v1/dsc/trace": TraceRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -210,6 +232,7 @@ BODIES: dict[str, type[Fields]] = {
 ANSWERS: dict[str, type[Answer]] = {
     "/v1/completions": Completion,
     "/v1/chat/completions": ChatCompletion,
+    "/v1/embeddings": Embeddings,
     "/v1/dsc/trace": Trace,
     "/tokenize": Tokens,
     "/detokenize": Text,
@@ -242,6 +265,11 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "choice": {"messages": CHAT, "structured_outputs": {"choice": ["Peter", "Paul"]}},
         "deadline": {"messages": CHAT, "max_completion_tokens": 4, "dsc": {"deadline_ms": 60000}},
+    },
+    "/v1/embeddings": {
+        "text": {"input": "Once upon a time"},
+        "texts, cut": {"input": ["Once", "Twice"], "dimensions": 4, "encoding_format": "base64"},
+        "token ids": {"input": [[11, 12], [13]]},
     },
     "/v1/dsc/trace": {"text": {"prompt": "Once upon a time"}, "token ids": {"prompt": [11, 12], "top_k_atoms": 1}},
     "/tokenize": {"prompt": {"prompt": "Once", "return_token_strs": True}, "messages": {"messages": CHAT}},

@@ -33,13 +33,13 @@ TEXT_OR_LIST = Discriminator(
 FIRST_ERROR = Field(fail_fast=True)
 
 
-def check_prompt(value: Any) -> Prompt:
-    """Checks by sets of types: a prompt may hold a million ids."""
+def check_prompt(value: Any, param: str = "prompt") -> Prompt:
+    """Checks by sets of types: a prompt may hold a million ids. param: the field's name."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         allowed = "a string, a list of token ids, a list of strings or a list of lists of token ids"
-        raise bad_request("prompt", f"prompt is {shown(value)}; it must be {allowed}", "invalid_type")
+        raise bad_request(param, f"{param} is {shown(value)}; it must be {allowed}", "invalid_type")
     kinds = set(map(type, value))
     if kinds <= {int} or kinds == {str}:
         return value
@@ -47,14 +47,14 @@ def check_prompt(value: Any) -> Prompt:
         for i, ids in enumerate(value):
             if not set(map(type, ids)) <= {int}:
                 j = next(j for j, id in enumerate(ids) if type(id) is not int)
-                raise wrong_item(f"prompt.{i}.{j}", ids[j], "a token id (an integer)")
+                raise wrong_item(f"{param}.{i}.{j}", ids[j], "a token id (an integer)")
         return value
     first = type(value[0])
     wanted = {int: "a token id (an integer)", str: "a string", list: "a list of token ids"}.get(first)
     if wanted is None:
-        raise wrong_item("prompt.0", value[0], "a string, a token id or a list of token ids")
+        raise wrong_item(f"{param}.0", value[0], "a string, a token id or a list of token ids")
     i = next(i for i, item in enumerate(value) if type(item) is not first)
-    raise wrong_item(f"prompt.{i}", value[i], f"{wanted}, as prompt.0 is")
+    raise wrong_item(f"{param}.{i}", value[i], f"{wanted}, as {param}.0 is")
 
 
 def wrong_item(param: str, value: object, allowed: str) -> Exception:

@@ -12,7 +12,13 @@ import msgspec
 from fastapi import Request
 
 from dsc_serve.config import LimitConfig
-from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs, resolve_max_tokens
+from dsc_serve.sampling_params import (
+    EmbeddingParams,
+    ParameterError,
+    SamplingParams,
+    StructuredOutputs,
+    resolve_max_tokens,
+)
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
@@ -62,6 +68,7 @@ class EngineHandle(Protocol):
         params: SamplingParams,
         scheduling: SchedulingParams | None = None,
         family: Family | None = None,
+        embedding: EmbeddingParams | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
@@ -114,12 +121,19 @@ class Service:
             message = f"model {shown(name)} is not served here; this server has {shown(self.model_name)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, param: str, chat: bool = False, low_priority: bool = False) -> list[int]:
-        """Token ids of a prompt; aside: of one that no generation waits for. Raises ApiError, naming `param`."""
+    async def encode(
+        self, text: str, param: str, chat: bool = False, low_priority: bool = False, unbounded: bool = False
+    ) -> list[int]:
+        """Token ids of a prompt; low_priority: of one that no generation waits for; unbounded: however long it is.
+
+        Raises ApiError, naming `param`.
+        """
         if self.tokenizer is None:
             message = f"{param} is text, but this model has no tokenizer; send token ids"
             raise bad_request(param, message)
-        if len(text) > self._max_characters:  # encoding it to learn that it does not fit can take seconds
+        if (
+            len(text) > self._max_characters and not unbounded
+        ):  # encoding it to learn that it does not fit can take seconds
             limit = self.engine.model.capacity.max_tokens
             message = f"{param} has {len(text)} characters, which is more than {limit} tokens can hold"
             raise bad_request(param, message, "context_length_exceeded")
@@ -132,6 +146,20 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    async def tokens(
+        self, prompt: str | list[int], param: str, params: SamplingParams, truncate: int | None, chat: bool = False
+    ) -> list[int]:
+        """A prompt's token ids, or its last `truncate` ones (-1: as many as fit). As `encode`; chat: it is rendered."""
+        if isinstance(prompt, str):
+            prompt = await self.encode(prompt, param, chat, unbounded=truncate is not None)
+        if truncate is None:
+            return prompt
+        room = self.engine.model.capacity.max_tokens - (params.max_tokens if params.max_tokens is not None else 1)
+        most = max(room, 1) if truncate == -1 else truncate
+        if truncate == -1 and self.limits.max_prompt_tokens:
+            most = min(most, self.limits.max_prompt_tokens)
+        return prompt[-most:]
 
     def warm(self) -> None:
         """Have ready what the first chat would wait for, in a while."""

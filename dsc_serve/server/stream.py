@@ -51,13 +51,21 @@ class Generation(Response):
     """Runs the choices of one HTTP request and answers in the shape of its endpoint.
 
     An answer begins with the first news, so that what fails before it gets a status of its own. A client that leaves
-    ends its choices in the engine.
+    ends its choices in the engine. at_once: so many of the choices run at a time (None: all).
     """
 
     def __init__(
-        self, service: Service, formatter: ResponseFormatter, choices: list[Choice], *, prompt_tokens: int, stream: bool
+        self,
+        service: Service,
+        formatter: ResponseFormatter,
+        choices: list[Choice],
+        *,
+        prompt_tokens: int,
+        stream: bool,
+        at_once: int | None = None,
     ) -> None:
         super().__init__()
+        self._at_once = len(choices) if at_once is None else at_once
         self._service = service
         self._formatter = formatter
         self._choices = choices
@@ -152,10 +160,16 @@ class Generation(Response):
         """Run all choices at once to their ends. The first failure ends them all."""
         if len(self._choices) == 1:
             return await self._follow(self._choices[0], emit)
+        places = asyncio.Semaphore(self._at_once)
+
+        async def follow(choice: Choice) -> None:
+            async with places:
+                await self._follow(choice, emit)
+
         try:
             async with asyncio.TaskGroup() as group:
                 for choice in self._choices:
-                    group.create_task(self._follow(choice, emit))
+                    group.create_task(follow(choice))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return None
@@ -164,7 +178,9 @@ class Generation(Response):
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
             deltas = self._service.engine.generate(
-                choice.request_id, choice.prompt, choice.params, self._scheduling, choice.family
+                *(choice.request_id, choice.prompt, choice.params, self._scheduling),
+                family=choice.family,
+                embedding=choice.embedding,
             )
             async with aclosing(deltas):
                 with panics_as_errors():
@@ -181,8 +197,7 @@ class Generation(Response):
             choice.outcome = "abort"
             raise
         finally:
-            clock = choice.clock
-            self._service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
+            self._formatter.ended(choice)
 
     async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> None:
         """Emit what is new of a choice until it ends. Raises ApiError where it fails, or ends without a reason."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
+from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
@@ -142,11 +142,12 @@ class EngineClient:
         params: SamplingParams,
         scheduling: SchedulingParams | None = None,
         family: Family | None = None,
+        embedding: EmbeddingParams | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
         family: of the choices of one prompt; the others must be generated at the same time, since all wait for each
-            other.
+            other. embedding: where given, the prompt's vector comes with its end.
         Raises EngineDiedError when the engine is not running, or ends before the request does; UnreadError when the
         iterator was left behind.
         """
@@ -156,7 +157,7 @@ class EngineClient:
             raise ValueError(f"request id {request_id!r} is in use")
         family = family or Family(1)
         pending = self._pending[request_id] = Pending(
-            Submit(request_id, prompt, params, scheduling or SchedulingParams()), family
+            Submit(request_id, prompt, params, scheduling or SchedulingParams(), embedding=embedding), family
         )
         family.members.append(pending)
         timers, ended = self._timers(pending), False

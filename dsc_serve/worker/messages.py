@@ -16,7 +16,8 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import EngineCapacity, SamplingParams, StructuredOutputs
+from dsc_serve.model.pooling import Pooling
+from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 
 HEADER = struct.Struct("<I")
@@ -37,7 +38,7 @@ class Sibling(msgspec.Struct, array_like=True):
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests, the others `siblings`.
+    """Generate from `prompt` (token ids), or embed it. `params.n` is 1: of several choices the others are `siblings`.
 
     age_s: how much of the request's time has passed, with an engine that is no more and without any.
     """
@@ -48,6 +49,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     scheduling: SchedulingParams = SchedulingParams()
     age_s: float = 0.0
     siblings: list[Sibling] = []
+    embedding: EmbeddingParams | None = None
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):
@@ -90,6 +92,7 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     total_parameters: int
     active_parameters: int
     fingerprint: str = ""
+    pooling: Pooling = Pooling()
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

@@ -92,6 +92,7 @@ def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
         total_parameters=total,
         active_parameters=active,
         fingerprint=fingerprint,
+        pooling=engine.pooling,
     )
 
 
@@ -174,6 +175,7 @@ class EngineProcess:
                         message.params,
                         scheduling=message.scheduling,
                         age_s=message.age_s,
+                        embedding=message.embedding,
                         siblings=[(one.request_id, one.params) for one in message.siblings],
                     )
             except (ParameterError, GrammarsFullError, ValueError, PanicError) as error:

@@ -307,6 +307,10 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="Listen on this address.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Listen on this port; 0 picks a free one.")] = 8000
     served_model_name: Annotated[str, Meta(description="The model's name in the API; empty: its folder's.")] = ""
+    tool_calls: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "granite", "json"],
+        Meta(description="How the model writes calls of tools; auto: as its chat template and its tokens show."),
+    ] = "auto"
     tls_cert: Annotated[str, Meta(description="PEM file of the server's certificate chain; with it, HTTPS.")] = ""
     tls_key: Annotated[str, Meta(description="PEM file of the certificate's private key.")] = ""
     engine: EngineConfig = EngineConfig()

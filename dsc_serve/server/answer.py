@@ -11,14 +11,18 @@ from uuid import uuid4
 import msgspec
 
 from dsc_serve.sampling_params import EmbeddingParams, ParameterError, SamplingParams
-from dsc_serve.server.errors import from_parameter
+from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.dialect import Reading
+from dsc_serve.server.tools.parts import Part
+from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.text.stream import TextStream
 from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, RoutingSlice, TokenLogprobs
 
+DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 MARK = uuid4().hex  # where an event that is made beforehand has room for a text
@@ -53,6 +57,7 @@ class Choice:
     text: TextStream
     family: Family  # all choices of the same prompt
     embedding: EmbeddingParams | None = None  # where its prompt's vector is asked for
+    reader: AnswerReader | None = None  # where the text has parts
     echo: str | None = None  # the prompt's text, where the answer begins with it
     begun: bool = False
     told: int = 0  # tokens that log probabilities have been reported for
@@ -73,6 +78,11 @@ class ChoiceUpdate:
     routing: list[RoutingSlice] = field(default_factory=list)
     embedding: bytes | None = None
     finish_reason: str | None = None
+    parts: list[Part] = field(default_factory=list)  # instead of `text` where there is a reader
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.parts) or any(self.text)
 
     def add(self, delta: Delta, text: str, kept: int, finish_reason: str | None) -> None:
         """Take in a delta: the text that it added, and its first `kept` tokens, which are those before a stop."""
@@ -105,18 +115,26 @@ class ResponseFormatter(ABC):
         self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
 
     def choices(
-        self, prompt: list[int], params: SamplingParams, start: int = 0, echo: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        start: int = 0,
+        echo: str | None = None,
+        reading: Reading | None = None,
     ) -> list[Choice]:
         """The `params.n` choices of one prompt, numbered from `start`. Raises ApiError (400)."""
         choices, family = [], Family(params.n)
+        dialect = self.service.dialect
+        shown = frozenset() if reading is None else dialect.shown(reading.choice)
         for i in range(params.n):
             own = params.for_choice(i)
             try:
-                text = TextStream(self.service.tokenizer, prompt, own)
+                text = TextStream(self.service.tokenizer, prompt, own, shown)
             except ParameterError as error:
                 raise from_parameter(error, self.names) from None
             request_id = f"{self.id}-{start // params.n}-{i}"
-            choices.append(Choice(start + i, request_id, prompt, own, text, family, echo=echo))
+            reader = None if reading is None else dialect.reader(reading)
+            choices.append(Choice(start + i, request_id, prompt, own, text, family, reader=reader, echo=echo))
         return choices
 
     def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -154,7 +172,8 @@ class ResponseFormatter(ABC):
         """Whether the events between a choice's first and its last differ in nothing but their text."""
         params = choice.params
         reporting = params.logprobs is not None or params.prompt_logprobs is not None or params.routing != 0
-        return self.service.tokenizer is not None and not reporting and not self.continuous_usage
+        plain = self.service.tokenizer is not None and choice.reader is None
+        return plain and not reporting and not self.continuous_usage
 
     def text_event(self, choice: Choice, text: str) -> bytes:
         """As `events` for a text alone, of a plain choice that has begun: made once and then filled in."""
@@ -164,8 +183,13 @@ class ResponseFormatter(ABC):
         before, after = choice.frame
         return before + one_line(text) + after
 
-    def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return event(self._chunk([], usage)) if self.include_usage else b""
+    def last_events(self, usage: dict[str, Any]) -> bytes:
+        """What ends a stream that went well."""
+        return (event(self._chunk([], usage)) if self.include_usage else b"") + DONE
+
+    def failed_events(self, error: ApiError, usage: dict[str, Any]) -> bytes:
+        """What ends a stream that did not."""
+        return event(error.body) + DONE
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": choices}

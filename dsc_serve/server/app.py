@@ -39,7 +39,7 @@ def create_app(
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
     admission = Admission(Permits(generation_slots(config)), config.limits)
-    service = Service(client, tokenizer, served_name(config), admission, config.limits)
+    service = Service(client, tokenizer, served_name(config), admission, config.limits, config.tool_calls)
     service.metrics.ring = ring
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
@@ -139,4 +139,6 @@ def model_card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dsc-serve",
         "max_model_len": limits.max_tokens,
+        "tool_calls": service.dialect.form.name,
+        "reasoning": service.dialect.reasoning is not None,
     }

@@ -101,6 +101,7 @@ ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "greater_than_equal": lambda context: f"at least {context['ge']}",
     "less_than_equal": lambda context: f"at most {context['le']}",
     "string_too_long": lambda context: f"a string of at most {context['max_length']} characters",
+    "string_pattern_mismatch": lambda context: f"a string of the form {context['pattern']}",
     "too_short": lambda context: f"a list of at least {context['min_length']}",
     "too_long": lambda context: f"one of at most {context['max_length']} entries",
 }

@@ -20,6 +20,7 @@ from dsc_serve.server.trace import TraceRequest
 
 TEMPLATE = "#/components/schemas/{model}"
 FinishReason = Literal["stop", "length", "timeout"]
+ChatFinishReason = Literal["stop", "length", "timeout", "tool_calls"]
 AGE = {"type": "integer", "minimum": 0, "maximum": 99}
 SCHEMA = {"type": "object", "properties": {"age": AGE}, "required": ["age"]}
 
@@ -119,17 +120,32 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class CalledFunction(Answer):
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Answer):
     role: Literal["assistant"]
-    content: str
+    """reasoning_content and tool_calls: only where there are some; content is null beside calls without text."""
+
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Answer):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     dsc: Dsc | None = None
 
 
@@ -192,6 +208,8 @@ class Model(Answer):
     created: int
     owned_by: str
     max_model_len: int
+    tool_calls: str
+    reasoning: bool
 
 
 class Models(Answer):

@@ -13,6 +13,7 @@ from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.extensions import DscFields, SchedulingFields
 from dsc_serve.server.fields import Count, Fields, Only
 from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
+from dsc_serve.server.tools.fields import CallFields, ChoiceField, ToolChoice, Tools, choice_of, tools_of
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
 TOKEN_ID_DIGITS = 10
@@ -222,17 +223,25 @@ class TextPart(Fields):
 
 
 class Message(Fields):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+    """content may be null, or missing, in an assistant's message. tool_call_id: of a tool's message, whose content is
+    the result of the call of that id. reasoning_content: as an answer had it; the template decides what to do with it.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST] | None = None
     name: Annotated[Any, Only()] = None
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
+    tool_calls: Annotated[list[CallFields], FIRST_ERROR] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
     function_call: Annotated[Any, Only()] = None
 
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
@@ -250,7 +259,7 @@ class ChatRequest(GenerationFields):
     metadata: Annotated[Any, Only({})] = None
     modalities: Annotated[Any, Only(["text"])] = None
     moderation: Annotated[Any, Only()] = None
-    parallel_tool_calls: Annotated[Any, Only(False)] = None
+    parallel_tool_calls: bool | None = None
     prediction: Annotated[Any, Only()] = None
     prompt_cache_key: Annotated[Any, Only()] = None
     prompt_cache_options: Annotated[Any, Only()] = None
@@ -259,8 +268,8 @@ class ChatRequest(GenerationFields):
     safety_identifier: Annotated[Any, Only()] = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
     store: Annotated[Any, Only(False)] = None
-    tool_choice: Annotated[Any, Only("none")] = None
-    tools: Annotated[Any, Only([])] = None
+    tool_choice: ChoiceField = None
+    tools: Tools | None = None
     verbosity: Annotated[Any, Only("medium")] = None
     web_search_options: Annotated[Any, Only()] = None
 
@@ -268,6 +277,10 @@ class ChatRequest(GenerationFields):
     def names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return {**super().names, "prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+
+    def choice(self) -> ToolChoice:
+        """Raises ApiError (400)."""
+        return choice_of(tools_of(self.tools or []), self.tool_choice, self.parallel_tool_calls)
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""

@@ -25,6 +25,7 @@ from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.grammars import GrammarChecks
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
+from dsc_serve.server.tools.dialect import Dialect
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
 from dsc_serve.worker.client import Family
@@ -90,6 +91,7 @@ class Service:
         model_name: str,
         admission: Admission,
         limits: LimitConfig,
+        tool_calls: str = "auto",
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -98,6 +100,7 @@ class Service:
         self.limits = limits
         self.metrics = Metrics(engine, admission.permits)
         self.created = int(time.time())
+        self.dialect = Dialect(tokenizer, tool_calls)
         longest = 0
         self.grammars = GrammarChecks(engine, tokenizer is not None)
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")

@@ -16,7 +16,7 @@ from dsc_serve.panics import panics_as_errors
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
-from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import (
     CLIENT_CLOSED,
@@ -28,12 +28,12 @@ from dsc_serve.server.errors import (
 )
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
 
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -120,23 +120,24 @@ class Generation(Response):
         async def write(choice: Choice, update: ChoiceUpdate) -> None:
             async with writing:
                 usage = self._usage() if self._formatter.continuous_usage else None
-                await self._send(send, self._formatter.events(choice, update, usage), EVENT_STREAM_HEADERS)
+                if events := self._formatter.events(choice, update, usage):
+                    await self._send(send, events, EVENT_STREAM_HEADERS)
 
         outcome = 200
         try:
             await self._follow_all(write)
-            last = self._formatter.usage_event(self._usage())
+            last = self._formatter.last_events(self._usage())
         except ClientGoneError:
             raise
         except ApiError as error:
             if not self._begun:
                 raise
-            last, outcome = event(error.body), error.status
+            last, outcome = self._formatter.failed_events(error, self._usage()), error.status
         except Exception:
             if self._begun:
-                await self._send(send, event(internal_error().body) + DONE, [], more=False)
+                await self._send(send, self._formatter.failed_events(internal_error(), self._usage()), [], more=False)
             raise
-        await self._send(send, last + DONE, [], more=False)
+        await self._send(send, last, [], more=False)
         self._outcome = outcome
 
     async def _send(self, send: Send, data: bytes, headers: list[tuple[bytes, bytes]], more: bool = True) -> None:
@@ -197,6 +198,9 @@ class Generation(Response):
             choice.outcome = "abort"
             raise
         finally:
+            reader = choice.reader
+            if reader is not None and reader.calls:
+                self._service.metrics.called(self._service.dialect.form.name, reader.calls, reader.malformed)
             self._formatter.ended(choice)
 
     async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> None:
@@ -229,13 +233,29 @@ class Generation(Response):
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
                 choice.outcome = reason = "stop"
-            update.add(delta, new, text.token_count - before, reason)
-            if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(update.text))):
+            kept = text.token_count - before
+            if choice.reader is not None:
+                reason, new = self._read(choice, choice.reader, update, new, kept, reason), ""
+            update.add(delta, new, kept, reason)
+            news = delta.token_ids if tokens_only else update.has_news or (choice.reader is not None and not told)
+            if reason is not None or (self._stream and news):
                 await emit(choice, update)
                 update, told = ChoiceUpdate(), True
             if reason is not None:
                 return
         raise engine_failure("the engine ended the request without a reason")
+
+    def _read(
+        self, choice: Choice, reader: AnswerReader, update: ChoiceUpdate, new: str, tokens: int, reason: str | None
+    ) -> str | None:
+        """Take new text for the parts of the answer. Returns why it ends, which it may since no more calls may come."""
+        update.parts += reader.push(new, tokens)
+        if reader.done and reason is None:
+            self._service.engine.finish(choice.request_id, "stop")
+            choice.outcome = reason = "stop"
+        if reason is not None:
+            update.parts += reader.finish()
+        return reason
 
     def _measure(self, choice: Choice, delta: Delta, begun: bool) -> None:
         """Count a delta's tokens, and how long they took."""

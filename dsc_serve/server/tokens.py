@@ -14,19 +14,21 @@ from dsc_serve.server.fields import Fields
 from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import Messages, wrong_item
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.fields import Tools, tools_of
 
 
 class TokenizeRequest(Fields):
     """Either `prompt`, or the `messages` of a chat.
 
     add_special_tokens: what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template
-    writes its own. add_generation_prompt: of a chat, whether the assistant's answer begins (default: true).
-    return_token_strs: tell each token's text.
+    writes its own. tools: of a chat, as its request would have them. add_generation_prompt: of a chat, whether the
+    assistant's answer begins (default: true). return_token_strs: tell each token's text.
     """
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -56,7 +58,11 @@ async def tokenize(service: Service, request: Request) -> Response:
     text, param = fields.prompt or "", "prompt"
     if fields.messages is not None:
         param = "messages"
-        text = await rendered(service, fields.messages, fields.add_generation_prompt is not False, low_priority=True)
+        tools = tools_of(fields.tools or [])
+        begin = fields.add_generation_prompt is not False
+        text = await rendered(service, fields.messages, tools, begin, low_priority=True)
+    elif fields.tools:
+        raise bad_request("tools", "tools is set; it may only be with messages")
     elif fields.add_generation_prompt is not None:
         raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens

@@ -38,7 +38,7 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
 ELSEWHERE = {"dsc", "response_format", "structured_outputs", "model", "n"}
 ELSEWHERE |= {"stream", "stream_options", "user", "logprobs", "priority", "queue_timeout_s", "timeout_s", "cache_salt"}
 COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
-CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}
+CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls"}
 
 NEUTRAL: dict[str, list[Any]] = {
     "audio": [],
@@ -47,7 +47,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "metadata": [{}],
     "modalities": [["text"]],
     "moderation": [],
-    "parallel_tool_calls": [False],
     "prediction": [],
     "prompt_cache_key": [],
     "prompt_cache_options": [],
@@ -56,8 +55,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "safety_identifier": [],
     "service_tier": ["auto", "default"],
     "store": [False],
-    "tool_choice": ["none"],
-    "tools": [[]],
     "verbosity": ["medium"],
     "web_search_options": [],
 }
@@ -273,10 +270,10 @@ def test_a_wrong_field_of_completions_is_named(app: FastAPI, fields: dict[str, A
         ({"messages": [*MESSAGES, {"role": "user", "content": 5}]}, "messages.1.content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages.0.mood"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content.0.text"),

@@ -29,6 +29,33 @@ class ParameterError(ValueError):
         self.field = field
 
 
+class ContextLengthError(ParameterError):
+    """A prompt, or it and what may be generated, that is longer than what there is room for.
+
+    In OpenAI's words, by which clients know that a shorter prompt, or a model with a longer context, would do.
+    limit: tokens that there is room for. completion: None where only the prompt is too long.
+    """
+
+    def __init__(self, field: str, limit: int, prompt: int, completion: int | None, note: str = "") -> None:
+        self.limit, self.prompt, self.completion, self.note = limit, prompt, completion, note
+        super().__init__(field, "")
+        self.args = (self.described("prompt") + self.advice(field),)
+
+    def described(self, what: str) -> str:
+        """What is wrong, where the client calls the prompt so."""
+        has = f"This model's maximum context length is {self.limit} tokens{self.note}. However, "
+        if self.completion is None:
+            return f"{has}your {what} resulted in {self.prompt} tokens. Please reduce the length of the {what}."
+        parts = f"{self.prompt} in the {what}, {self.completion} in the completion"
+        whole = f"{has}you requested {self.prompt + self.completion} tokens ({parts})."
+        return f"{whole} Please reduce the length of the {what} or completion."
+
+    def advice(self, limit_name: str) -> str:
+        """What else would do, where the client calls `max_tokens` so; "" where nothing would."""
+        room = self.limit - self.prompt
+        return f" {limit_name} may be at most {room} here." if self.field == "max_tokens" and room > 0 else ""
+
+
 def reject(field: str, value: object, allowed: str) -> NoReturn:
     raise ParameterError(field, f"{field} is {value!r}; it must be {allowed}")
 
@@ -80,9 +107,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
         which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
         Lark's or GBNF's syntax, that begins with `start` or `root`.
-    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space, or a line break and an
-        indent of up to 20). disable_any_whitespace: nothing may. disable_additional_properties: objects whose schema
-        names properties have no others, unless it says so itself.
+    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: nothing, so that a text is short
+        and comes to its end). disable_any_whitespace: False lets a space stand there, or a line break and an indent of
+        up to 20. disable_additional_properties: objects whose schema names properties have no others, unless it says
+        so itself.
     calls: calls of tools, instead of any of the five, or as an alternative to it.
     reasoning: what may stand before all that.
     """
@@ -93,7 +121,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     choice: tuple[str, ...] = ()
     grammar: str | None = None
     whitespace_pattern: str | None = None
-    disable_any_whitespace: bool = False
+    disable_any_whitespace: bool | None = None
     disable_additional_properties: bool = False
     calls: CallGrammar | None = None
     reasoning: ReasoningGrammar | None = None
@@ -135,7 +163,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens and when to stop.
 
-    temperature: 0 takes the most likely token; else logits are divided by it.
+    temperature: 0 takes the most likely token; else logits are divided by it. Below 0.001 it is taken for 0, since
+        nothing but the most likely token would ever be drawn.
     top_k: only the k most likely tokens (0 or -1: all).
     top_p: only the smallest set of most likely tokens whose probability reaches p, after top_k.
     min_p: only tokens at least min_p times as likely as the most likely one.
@@ -182,8 +211,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 reject(field, value, "a finite number")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            reject("temperature", self.temperature, f"0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            reject("temperature", self.temperature, f"0 (greedy) or above, and at most {MAX_TEMPERATURE:g}")
+        if self.temperature < MIN_TEMPERATURE:
+            msgspec.structs.force_setattr(self, "temperature", 0.0)
         if not 0 < self.top_p <= 1:
             reject("top_p", self.top_p, "above 0 and at most 1")
         if not -1 <= self.top_k <= INT32_MAX:
@@ -303,9 +334,10 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     """
     if not prompt:
         raise ParameterError("prompt", "prompt is empty; at least one token is needed")
-    what = "the model's context" if capacity.max_tokens == capacity.max_model_len else "the KV pool"
-    if len(prompt) > capacity.max_tokens:
-        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {capacity.max_tokens}")
+    limit = capacity.max_tokens
+    note = "" if limit == capacity.max_model_len else " on this server, whose KV pool holds no more"
+    if len(prompt) > limit:
+        raise ContextLengthError("prompt", limit, len(prompt), params.max_tokens or None, note)
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= capacity.vocab_size:
         bad = low if low < 0 else high
@@ -318,16 +350,12 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     room = capacity.max_tokens - len(prompt)
     if params.max_tokens is None:
         if room == 0:
-            raise ParameterError("prompt", f"prompt has {len(prompt)} tokens and fills {what}; none can be generated")
+            raise ContextLengthError("prompt", limit, len(prompt), 1, note)
         if params.min_tokens > room:
             reject("min_tokens", params.min_tokens, f"at most {room}, what is left after the prompt")
         return room
     if params.max_tokens > room:
-        raise ParameterError(
-            "max_tokens",
-            f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens; together they may be at most "
-            f"{capacity.max_tokens} ({what})",
-        )
+        raise ContextLengthError("max_tokens", limit, len(prompt), params.max_tokens, note)
     return params.max_tokens
 
 

@@ -33,7 +33,7 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.model.pooling import Pooling, pooling_of
+from dsc_serve.pooling import Pooling, pooling_of
 from dsc_serve.sampling_params import (
     EmbeddingParams,
     EngineCapacity,

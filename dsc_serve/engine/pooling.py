@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsc_serve.model.pooling import Pooling
+from dsc_serve.pooling import Pooling
 from dsc_serve.sampling_params import EmbeddingParams
 
 

@@ -125,9 +125,9 @@ def alone(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
 
 
 def json_grammar(schema: str, asked: StructuredOutputs) -> str:
-    spaces: JsonCompileOptions = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
-    if asked.disable_any_whitespace:
-        spaces = {"whitespace_flexible": False}
+    spaces: JsonCompileOptions = {"whitespace_flexible": False}
+    if asked.whitespace_pattern or asked.disable_any_whitespace is False:
+        spaces = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
 
 

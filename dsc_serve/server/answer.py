@@ -78,7 +78,13 @@ class ChoiceUpdate:
     routing: list[RoutingSlice] = field(default_factory=list)
     embedding: bytes | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop text or stop token that ended it
     parts: list[Part] = field(default_factory=list)  # instead of `text` where there is a reader
+
+    @property
+    def openai_reason(self) -> str | None:
+        """Why it ended as OpenAI's clients know it: one that is out of time was cut short."""
+        return "length" if self.finish_reason == "timeout" else self.finish_reason
 
     @property
     def has_news(self) -> bool:
@@ -112,7 +118,7 @@ class ResponseFormatter(ABC):
         self.user = fields.user
         self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
-        self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
+        self._head = {"id": answer_id, "created": int(time.time()), "model": fields.model or service.model_name}
 
     def choices(
         self,
@@ -138,10 +144,15 @@ class ResponseFormatter(ABC):
         return choices
 
     def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
-        """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for."""
-        if not self.extended:
-            return {}
+        """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for.
+
+        A reason to end that OpenAI's clients do not know is told in any case.
+        """
         entry: dict[str, Any] = {}
+        if self.extended or update.finish_reason != update.openai_reason:
+            entry = {} if update.finish_reason is None else {"finish_reason": update.finish_reason}
+        if not self.extended:
+            return {"dsc": entry} if entry else {}
         routing = routing_entry(update.routing, choice.prompt, choice.text.kept_tokens)
         if routing is not None:
             entry["routing"] = routing

@@ -28,9 +28,9 @@ from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer
 
 
-def served_name(config: ServerConfig) -> str:
+def served_names(config: ServerConfig) -> tuple[str, ...]:
     """What clients call the model: as configured, else the name of its folder, or of its file without `.gguf`."""
-    return config.served_model_name or Path(config.engine.model).resolve().name.removesuffix(".gguf")
+    return config.served_names or (Path(config.engine.model).resolve().name.removesuffix(".gguf"),)
 
 
 def create_app(
@@ -39,7 +39,15 @@ def create_app(
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
     admission = Admission(Permits(generation_slots(config)), config.limits)
-    service = Service(client, tokenizer, served_name(config), admission, config.limits, config.tool_calls)
+    service = Service(
+        client,
+        tokenizer,
+        served_names(config),
+        admission,
+        config.limits,
+        config.tool_calls,
+        config.escape_special_tokens,
+    )
     service.metrics.ring = ring
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
@@ -88,12 +96,12 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [model_card(service)]})
+        return json_response({"object": "list", "data": [model_card(service, name) for name in service.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         service.check_model(name)
-        return json_response(model_card(service))
+        return json_response(model_card(service, name))
 
     def trouble() -> str:
         """Why the server is not ready, "" when it is."""
@@ -131,10 +139,10 @@ def create_app(
     return app
 
 
-def model_card(service: Service) -> dict[str, Any]:
+def model_card(service: Service, name: str) -> dict[str, Any]:
     limits = service.engine.model.capacity
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "dsc-serve",

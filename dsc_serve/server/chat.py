@@ -23,6 +23,8 @@ from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part
 from dsc_serve.text.chat import ChatTemplateError
 from dsc_serve.worker.messages import TokenLogprobs
 
+END = uuid4().hex  # marks the end of a message that is gone on with, while it is rendered
+
 
 class ChatFormatter(ResponseFormatter):
     kind = "chat.completion"
@@ -34,6 +36,7 @@ class ChatFormatter(ResponseFormatter):
             "message": {"role": "assistant", **message_of(choice, update), "refusal": None},
             "logprobs": self._logprobs(choice, update),
             "finish_reason": finish_reason(choice, update),
+            "stop_reason": update.stop_reason,
             **self.extension(choice, update),
         }
 
@@ -49,7 +52,8 @@ class ChatFormatter(ResponseFormatter):
             deltas = [{"content": text}]
         pieces += [piece(choice, delta, None if i else logprobs) for i, delta in enumerate(deltas)]
         if update.finish_reason is not None:
-            pieces.append(piece(choice, {}, finish_reason=finish_reason(choice, update)))
+            last = piece(choice, {}, finish_reason=finish_reason(choice, update))
+            pieces.append({**last, "stop_reason": update.stop_reason})
         if pieces:
             pieces[-1].update(self.extension(choice, update))
         return pieces
@@ -111,7 +115,7 @@ def call_of(name: str, function: str, arguments: object) -> dict[str, Any]:
 
 def finish_reason(choice: Choice, update: ChoiceUpdate) -> str | None:
     called = choice.reader is not None and choice.reader.calls
-    return "tool_calls" if called and update.finish_reason == "stop" else update.finish_reason
+    return "tool_calls" if called and update.finish_reason == "stop" else update.openai_reason
 
 
 def piece(
@@ -126,17 +130,46 @@ async def rendered(
     tools: Sequence[Tool] = (),
     add_generation_prompt: bool = True,
     low_priority: bool = False,
+    continue_final: bool = False,
 ) -> str:
-    """The messages as the one text that the model reads; aside: as in `Service.encode`. Raises ApiError (400)."""
+    """The messages as the one text that the model reads, for `Service.encode`; low_priority: as there.
+
+    continue_final: it ends with the last message, which is gone on with. Raises ApiError (400).
+    """
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
         raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
     known, offered = for_template(checked(messages), tools, service.dialect)
+    known, offered = service.spelling.hidden(known), service.spelling.hidden(offered)
+    if continue_final:
+        if known[-1].get("tool_calls"):
+            field = "continue_final_message"
+            raise bad_request(field, f"{field} is true; it may not be where the last message has tool_calls")
+        known = [*known[:-1], {**known[-1], "content": f"{known[-1]['content']}{END}"}]
+    begins = add_generation_prompt and not continue_final
     try:
-        return await service.rendered(lambda: template.render(known, add_generation_prompt, offered), low_priority)
+        text = await service.rendered(lambda: template.render(known, begins, offered), low_priority)
     except ChatTemplateError as error:
-        raise bad_request("messages", f"messages cannot be used: {error}") from None
+        shown_error = service.spelling.shown(str(error)).replace(END, "")
+        raise bad_request("messages", f"messages cannot be used: {shown_error}") from None
+    return ending_with_last(text) if continue_final else text
+
+
+def check_continuation(continue_final: bool | None, add_generation_prompt: bool | None) -> None:
+    """Raises ApiError (400) where an answer is to begin, and the last message to go on."""
+    if continue_final and add_generation_prompt:
+        name = "continue_final_message"
+        raise bad_request(name, f"{name} and add_generation_prompt are both true; send one of the two")
+
+
+def ending_with_last(text: str) -> str:
+    """A rendered text up to the end of the last message. Raises ApiError (400)."""
+    before, found, _ = text.rpartition(END)
+    if not found:
+        what = "this model's chat template does not show the last message as it is"
+        raise bad_request("continue_final_message", f"continue_final_message cannot be used: {what}")
+    return before
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -154,6 +187,8 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise bad_request(f"{field}.content", f"{field}.content is missing; it is required where role is {role}")
         # `developer` is the newer name of `system`; templates know the older one.
         made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": message.text}
+        if message.name is not None:
+            made["name"] = message.name
         if message.reasoning_content:
             made["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
@@ -177,12 +212,17 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, ChatRequest)
     service.check_model(fields.model)
+    check_continuation(fields.continue_final_message, fields.add_generation_prompt)
     choice = fields.choice()
     params, names = constrained(service, fields.params(), choice, fields.names)
     await service.grammars.check(request, params, names)  # which may take long, so without a place
     service.admit(request, params.n, "n")
-    text = await rendered(service, fields.messages, choice.tools)
-    prompt = await service.encode(text, "messages", chat=True)
+    text = await rendered(
+        *(service, fields.messages, choice.tools),
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        continue_final=fields.continue_final_message is True,
+    )
+    prompt = await service.tokens(text, "messages", params, fields.truncate_prompt_tokens, chat=True)
     params, reading = begin(service, service.apply_limits(prompt, params, names), choice, text)
     formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)
     formatter.names = names

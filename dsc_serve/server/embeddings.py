@@ -11,23 +11,22 @@ from uuid import uuid4
 import numpy as np
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import Field, PlainValidator
+from pydantic import PlainValidator
 
 from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, ParameterError, check_embedding
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.completions import count_of, one_by_one
 from dsc_serve.server.errors import bad_request, from_parameter
 from dsc_serve.server.fields import Count
+from dsc_serve.server.harmless import HarmlessFields
 from dsc_serve.server.limits import read_fields
 from dsc_serve.server.middleware import EXCHANGE, Exchange
-from dsc_serve.server.schema import EngineFields, Prompt, check_prompt
+from dsc_serve.server.schema import EngineFields, Prompt, Truncation, check_prompt
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
 
 MAX_INPUTS = 2048  # of one request; OpenAI's limit, too
 AT_ONCE = 16  # of them in the engine, so that a list of texts leaves places to others
-
-Truncation = Annotated[int, Field(ge=-1)]
 
 
 def check_input(value: Any) -> Prompt:
@@ -37,7 +36,7 @@ def check_input(value: Any) -> Prompt:
     return prompt
 
 
-class EmbeddingRequest(EngineFields):
+class EmbeddingRequest(EngineFields, HarmlessFields):
     """dimensions: only so many first components, normalised again. truncate_prompt_tokens: as in a completion."""
 
     input: Annotated[Prompt, PlainValidator(check_input, json_schema_input_type=Prompt)]
@@ -85,6 +84,9 @@ async def create_embeddings(service: Service, request: Request) -> Response:
         check_embedding(embedding, model.capacity)
     except ParameterError as error:
         raise from_parameter(error, fields.names) from None
+    if fields.truncate_prompt_tokens == 0:
+        name = "truncate_prompt_tokens"
+        raise bad_request(name, f"{name} is 0; it must be at least 1, or -1 for as many as fit")
     count = count_of(fields.input)
     if count > MAX_INPUTS:
         raise bad_request("input", f"input has {count} texts; one request may have at most {MAX_INPUTS}")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.sampling_params import ContextLengthError, ParameterError
 
 MAX_MESSAGE = 500
 MAX_SHOWN = 60
@@ -22,6 +22,7 @@ MAX_PARAM = 120
 UNION_MEMBERS = ("(text)", "(list)")
 MAX_DETAILED = 100
 PATH = re.compile(r"""(?<=['"])/[^'"\n]*/|(?<![\w/:.~-])/(?:[^\s/'",;:()\[\]]+/)+""")  # up to its last part
+CONTEXT_LENGTH = "context_length_exceeded"
 CLIENT_CLOSED = 499  # never sent: it is how a request whose client has left is counted
 
 
@@ -65,6 +66,9 @@ def bad_request(param: str | None, message: str, code: str = "invalid_value") ->
 def from_parameter(error: ParameterError, names: Mapping[str, str], code: str = "invalid_value") -> ApiError:
     """`names` maps our fields to what the client calls them where the two differ."""
     message, param = str(error), names.get(error.field, error.field)
+    if isinstance(error, ContextLengthError):
+        message = error.described(names.get("prompt", "prompt").split(".")[0]) + error.advice(param)
+        return bad_request(param, message, CONTEXT_LENGTH)
     if message.startswith(error.field):
         message = param + message.removeprefix(error.field)
     return bad_request(param, message, code)

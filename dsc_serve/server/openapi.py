@@ -19,8 +19,8 @@ from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest
 from dsc_serve.server.trace import TraceRequest
 
 TEMPLATE = "#/components/schemas/{model}"
-FinishReason = Literal["stop", "length", "timeout"]
-ChatFinishReason = Literal["stop", "length", "timeout", "tool_calls"]
+FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 AGE = {"type": "integer", "minimum": 0, "maximum": 99}
 SCHEMA = {"type": "object", "properties": {"age": AGE}, "required": ["age"]}
 
@@ -74,6 +74,9 @@ class Timings(Answer):
 
 
 class Dsc(Answer):
+    """finish_reason: this server's own, where it may say more than OpenAI's five do."""
+
+    finish_reason: Literal["stop", "length", "timeout"] | None = None
     routing: Routing | None = None
     timings: Timings | None = None
 
@@ -92,6 +95,7 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None
     token_ids: list[int] | None = None
     dsc: Dsc | None = None
 
@@ -146,6 +150,7 @@ class ChatChoice(Answer):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: str | int | None
     dsc: Dsc | None = None
 
 

@@ -233,6 +233,9 @@ class Generation(Response):
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
                 choice.outcome = reason = "stop"
+                update.stop_reason = text.stop_text
+            elif reason == "stop" and delta.token_ids and delta.token_ids[-1] in choice.params.stop_token_ids:
+                update.stop_reason = delta.token_ids[-1]
             kept = text.token_count - before
             if choice.reader is not None:
                 reason, new = self._read(choice, choice.reader, update, new, kept, reason), ""

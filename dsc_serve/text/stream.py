@@ -42,6 +42,11 @@ class TextStream:
         return self._matcher.found is not None
 
     @property
+    def stop_text(self) -> str | None:
+        """The stop string that was found."""
+        return self._matcher.found
+
+    @property
     def token_count(self) -> int:
         return len(self.kept_tokens)
 

@@ -16,7 +16,7 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.model.pooling import Pooling
+from dsc_serve.pooling import Pooling
 from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 

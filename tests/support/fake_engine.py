@@ -14,7 +14,7 @@ import numpy as np
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.grammars.compile import compiled
-from dsc_serve.model.pooling import Pooling
+from dsc_serve.pooling import Pooling
 from dsc_serve.sampling_params import (
     ALL_ATOMS,
     EmbeddingParams,

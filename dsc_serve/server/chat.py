@@ -18,7 +18,7 @@ from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
 from dsc_serve.server.tools.dialect import Reading
 from dsc_serve.server.tools.fields import Tool, ToolChoice
-from dsc_serve.server.tools.messages import arguments_of, for_template
+from dsc_serve.server.tools.messages import Known, arguments_of, call_of, for_template
 from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part, Reasoning
 from dsc_serve.text.chat import ChatTemplateError
 from dsc_serve.worker.messages import TokenLogprobs
@@ -105,10 +105,6 @@ def delta_of(part: Part) -> dict[str, Any]:
     return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
 
-def call_of(name: str, function: str, arguments: object) -> dict[str, Any]:
-    return {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
-
-
 def finish_reason(choice: Choice, update: ChoiceUpdate) -> str | None:
     called = choice.reader is not None and choice.reader.calls
     return "tool_calls" if called and update.finish_reason == "stop" else update.finish_reason
@@ -128,23 +124,35 @@ async def rendered(
     low_priority: bool = False,
 ) -> str:
     """The messages as the one text that the model reads; aside: as in `Service.encode`. Raises ApiError (400)."""
+    return await rendered_messages(service, checked(messages), tools, add_generation_prompt, low_priority)
+
+
+async def rendered_messages(
+    service: Service,
+    messages: Sequence[Known],
+    tools: Sequence[Tool] = (),
+    add_generation_prompt: bool = True,
+    low_priority: bool = False,
+    param: str = "messages",
+) -> str:
+    """As `rendered`, of messages as templates know them; `param` is what the client calls them."""
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
-        raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
-    known, offered = for_template(checked(messages), tools, service.dialect)
+        raise bad_request(param, f"{param} cannot be used: this model has no {what}; use /v1/completions")
+    known, offered = for_template(messages, tools, service.dialect)
     try:
         return await service.rendered(lambda: template.render(known, add_generation_prompt, offered), low_priority)
     except ChatTemplateError as error:
-        raise bad_request("messages", f"messages cannot be used: {error}") from None
+        raise bad_request(param, f"{param} cannot be used: {error}") from None
 
 
-def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def checked(messages: Sequence[Message]) -> list[Known]:
     """The messages as templates know them. Raises ApiError (400) where a field is in a message of the wrong role, or a
     result is of no call before it.
     """
     called: dict[str, str] = {}
-    known: list[dict[str, Any]] = []
+    known: list[Known] = []
     for i, message in enumerate(messages):
         field, role = f"messages.{i}", message.role
         for name, owner in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
@@ -153,7 +161,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.content is None and role != "assistant":
             raise bad_request(f"{field}.content", f"{field}.content is missing; it is required where role is {role}")
         # `developer` is the newer name of `system`; templates know the older one.
-        made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": message.text}
+        made: Known = {"role": "system" if role == "developer" else role, "content": message.text}
         if message.reasoning_content:
             made["reasoning_content"] = message.reasoning_content
         if message.tool_calls:

@@ -171,12 +171,12 @@ def checked(messages: Sequence[Message]) -> list[Known]:
                 for call in message.tool_calls
             ]
         if role == "tool":
-            name = message.tool_call_id
-            if name is None or name not in called:
-                what = "is missing" if name is None else f"is {shown(name)}"
+            of = message.tool_call_id
+            if of is None or of not in called:
+                what = "is missing" if of is None else f"is {shown(of)}"
                 allowed = "it must be the id of a call in an earlier message of the assistant"
                 raise bad_request(f"{field}.tool_call_id", f"{field}.tool_call_id {what}; {allowed}")
-            made |= {"tool_call_id": name, "name": called[name]}
+            made |= {"tool_call_id": of, "name": called[of]}
         known.append(made)
     return known
 

@@ -62,7 +62,7 @@ class Output:
         else:
             (part,) = item["content"]
             name = TEXTS[kind][2]
-            more = {"logprobs": []} if kind is Content else {}
+            more: dict[str, Any] = {"logprobs": []} if kind is Content else {}
             events.append(self._event(f"{name}.done", content_index=0, text=part["text"], **more))
             events.append(self._event("response.content_part.done", content_index=0, part=dict(part)))
         item["status"] = status
@@ -78,7 +78,7 @@ class Output:
             self.items[-1]["content"] = [dict(empty)]
             events.append(self._event("response.content_part.added", content_index=0, part=dict(empty)))
         self.items[-1]["content"][0]["text"] += part.text
-        more = {"logprobs": []} if type(part) is Content else {}
+        more: dict[str, Any] = {"logprobs": []} if type(part) is Content else {}
         events.append(self._event(f"{name}.delta", content_index=0, delta=part.text, **more))
         return events
 

@@ -251,7 +251,7 @@ class ResponsesRequest(EngineFields):
             raise from_parameter(error, self.names) from None
 
     def _form(self) -> StructuredOutputs | None:
-        form, param = (self.text and self.text.format), "text.format"
+        form, param = None if self.text is None else self.text.format, "text.format"
         if form is None or form.type == "text":
             wanted = None
         elif form.type == "json_object":

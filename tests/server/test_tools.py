@@ -144,6 +144,7 @@ ROUND = [
     {
         "role": "assistant",
         "content": None,
+        "provider_specific_fields": {"refusal": None},  # as LiteLLM sends an answer back
         "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
         ],

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import torch
 from support.running_server import memory_mb, start_server, stop_server
-from support.tool_calls import check
+from support.tool_calls import CHOICES, check
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.gguf import import_gguf
@@ -126,11 +126,11 @@ def caller(weights: Path) -> Iterator[str]:
 
 
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("way", ["one required", "named", "strict"])
-def test_constrained_calls_are_valid_200_of_200(caller: str, way: str) -> None:
-    """The model knows no tools and nothing of JSON's schemas: the grammar does. Streamed and whole are the same."""
+def test_constrained_calls_are_valid_200_of_200(caller: str) -> None:
+    """Of a model that knows no tools. Required, of a name and strict by turns; streamed and whole are the same."""
+    ways = list(CHOICES)
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(lambda i: check(caller, way, i), range(200))) == 200
+        assert sum(pool.map(lambda i: check(caller, ways[i % len(ways)], i), range(200))) == 200
 
 
 def test_the_file_takes_hardly_more_memory_than_the_imported_folder(weights: Path, imported: Path) -> None:

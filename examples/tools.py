@@ -17,7 +17,10 @@ TOOLS: list[Any] = [
             "strict": True,  # arguments follow the schema, whatever the model has learnt
             "parameters": {
                 "type": "object",
-                "properties": {"city": {"enum": ["Paris", "Rome", "Vienna"]}, "year": {"type": "integer"}},
+                "properties": {
+                    "city": {"enum": ["Paris", "Rome", "Vienna"]},
+                    "year": {"type": "integer", "minimum": 1900, "maximum": 2100},
+                },
                 "required": ["city"],
                 "additionalProperties": False,
             },

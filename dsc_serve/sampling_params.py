@@ -107,10 +107,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
         which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
         Lark's or GBNF's syntax, that begins with `start` or `root`.
-    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: nothing, so that a text is short
-        and comes to its end). disable_any_whitespace: False lets a space stand there, or a line break and an indent of
-        up to 20. disable_additional_properties: objects whose schema names properties have no others, unless it says
-        so itself.
+    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space behind each comma and
+        colon, and nothing else). disable_any_whitespace: True lets nothing stand there, False a space, or a line break
+        and an indent of up to 20.
+    disable_additional_properties: objects whose schema names properties have no others, unless it says so itself.
     calls: calls of tools, instead of any of the five, or as an alternative to it.
     reasoning: what may stand before all that.
     """

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dsc_serve.sampling_params import CallGrammar, Literals, ReasoningGrammar, ToolGrammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 ANY = r"(.|\n)*"
 LINES = r"/\n{1,2}/"
 # Fixed, not free: what models were taught, and nothing that could go on for ever.
-SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SEPARATORS: JsonCompileOptions = {"item_separator": ", ", "key_separator": ": "}
 
 
 class Rules:

@@ -17,7 +17,7 @@ from dsc_serve.sampling_params import ParameterError, StructuredOutputs, ToolGra
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# A model that may put any amount of white space between two tokens of JSON may never come to its end.
+# Where it is asked for.
 WHITESPACE = r" |\n[ \t]{0,20}"
 APPENDED = re.compile("<state>|<non-verbose/>|<backtrace>")
 GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z][A-Za-z0-9_-]*[ \t]*::=", re.MULTILINE)
@@ -88,7 +88,8 @@ def prepared_arguments(tool: ToolGrammar, tokens: llguidance.LLTokenizer, asked:
     except ParameterError as error:
         raise ParameterError(tool.field, str(error).replace(FIELD, tool.field, 1)) from None
     given = schema.get("x-guidance")
-    return json.dumps({**schema, "x-guidance": {**(given if isinstance(given, dict) else {}), **SEPARATORS}})
+    fixed = {**SEPARATORS, "whitespace_flexible": False}
+    return json.dumps({**schema, "x-guidance": {**(given if isinstance(given, dict) else {}), **fixed}})
 
 
 def check_tools(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> None:
@@ -125,10 +126,12 @@ def alone(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
 
 
 def json_grammar(schema: str, asked: StructuredOutputs) -> str:
+    # A model that may choose white space between two tokens of JSON may never come to its end.
     spaces: JsonCompileOptions = {"whitespace_flexible": False}
-    if asked.whitespace_pattern or asked.disable_any_whitespace is False:
-        spaces = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
+    separators: JsonCompileOptions = {} if asked.disable_any_whitespace else {**SEPARATORS}
+    if asked.whitespace_pattern is not None or asked.disable_any_whitespace is False:
+        spaces, separators = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}, {}
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spaces, defaults=separators)
 
 
 def accepts(probe: tuple[str, str], tokens: llguidance.LLTokenizer) -> bool:

@@ -22,6 +22,7 @@ from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
+from dsc_serve.server.responses.endpoint import create_response
 from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
@@ -77,6 +78,10 @@ def create_app(
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         return await create_embeddings(service, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await create_response(service, request)
 
     @app.post("/v1/dsc/trace")
     async def trace(request: Request) -> Response:

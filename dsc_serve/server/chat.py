@@ -18,7 +18,7 @@ from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
 from dsc_serve.server.tools.dialect import Reading
 from dsc_serve.server.tools.fields import Tool, ToolChoice
-from dsc_serve.server.tools.messages import arguments_of, for_template
+from dsc_serve.server.tools.messages import Known, arguments_of, call_of, for_template
 from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part, Reasoning
 from dsc_serve.text.chat import ChatTemplateError
 from dsc_serve.worker.messages import TokenLogprobs
@@ -109,10 +109,6 @@ def delta_of(part: Part) -> dict[str, Any]:
     return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
 
-def call_of(name: str, function: str, arguments: object) -> dict[str, Any]:
-    return {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
-
-
 def finish_reason(choice: Choice, update: ChoiceUpdate) -> str | None:
     called = choice.reader is not None and choice.reader.calls
     return "tool_calls" if called and update.finish_reason == "stop" else update.openai_reason
@@ -136,12 +132,26 @@ async def rendered(
 
     continue_final: it ends with the last message, which is gone on with. Raises ApiError (400).
     """
+    return await rendered_messages(
+        service, checked(messages), tools, add_generation_prompt, low_priority, continue_final=continue_final
+    )
+
+
+async def rendered_messages(
+    service: Service,
+    messages: Sequence[Known],
+    tools: Sequence[Tool] = (),
+    add_generation_prompt: bool = True,
+    low_priority: bool = False,
+    param: str = "messages",
+    continue_final: bool = False,
+) -> str:
+    """As `rendered`, of messages as templates know them; `param` is what the client calls them."""
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
-        raise bad_request("messages", f"messages cannot be used: this model has no {what}; use /v1/completions")
-    known, offered = for_template(checked(messages), tools, service.dialect)
-    known, offered = service.spelling.hidden(known), service.spelling.hidden(offered)
+        raise bad_request(param, f"{param} cannot be used: this model has no {what}; use /v1/completions")
+    known, offered = service.spelling.hidden(for_template(messages, tools, service.dialect))
     if continue_final:
         if known[-1].get("tool_calls"):
             field = "continue_final_message"
@@ -151,8 +161,8 @@ async def rendered(
     try:
         text = await service.rendered(lambda: template.render(known, begins, offered), low_priority)
     except ChatTemplateError as error:
-        shown_error = service.spelling.shown(str(error)).replace(END, "")
-        raise bad_request("messages", f"messages cannot be used: {shown_error}") from None
+        said = service.spelling.shown(str(error)).replace(END, "")
+        raise bad_request(param, f"{param} cannot be used: {said}") from None
     return ending_with_last(text) if continue_final else text
 
 
@@ -172,12 +182,12 @@ def ending_with_last(text: str) -> str:
     return before
 
 
-def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def checked(messages: Sequence[Message]) -> list[Known]:
     """The messages as templates know them. Raises ApiError (400) where a field is in a message of the wrong role, or a
     result is of no call before it.
     """
     called: dict[str, str] = {}
-    known: list[dict[str, Any]] = []
+    known: list[Known] = []
     for i, message in enumerate(messages):
         field, role = f"messages.{i}", message.role
         for name, owner in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
@@ -186,7 +196,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.content is None and role != "assistant":
             raise bad_request(f"{field}.content", f"{field}.content is missing; it is required where role is {role}")
         # `developer` is the newer name of `system`; templates know the older one.
-        made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": message.text}
+        made: Known = {"role": "system" if role == "developer" else role, "content": message.text}
         if message.name is not None:
             made["name"] = message.name
         if message.reasoning_content:
@@ -198,12 +208,12 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 for call in message.tool_calls
             ]
         if role == "tool":
-            name = message.tool_call_id
-            if name is None or name not in called:
-                what = "is missing" if name is None else f"is {shown(name)}"
+            of = message.tool_call_id
+            if of is None or of not in called:
+                what = "is missing" if of is None else f"is {shown(of)}"
                 allowed = "it must be the id of a call in an earlier message of the assistant"
                 raise bad_request(f"{field}.tool_call_id", f"{field}.tool_call_id {what}; {allowed}")
-            made |= {"tool_call_id": name, "name": called[name]}
+            made |= {"tool_call_id": of, "name": called[of]}
         known.append(made)
     return known
 

@@ -19,7 +19,7 @@ from dsc_serve.sampling_params import ContextLengthError, ParameterError
 MAX_MESSAGE = 500
 MAX_SHOWN = 60
 MAX_PARAM = 120
-UNION_MEMBERS = ("(text)", "(list)")
+UNION_MEMBERS = ("(text)", "(list)", "(message)", "(call)", "(result)", "(reasoning)")
 MAX_DETAILED = 100
 PATH = re.compile(r"""(?<=['"])/[^'"\n]*/|(?<![\w/:.~-])/(?:[^\s/'",;:()\[\]]+/)+""")  # up to its last part
 CONTEXT_LENGTH = "context_length_exceeded"
@@ -99,6 +99,7 @@ ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "list_type": lambda _: "a list",
     "dict_type": lambda _: "an object",
     "model_type": lambda _: "an object",
+    "item_type": lambda _: "an item of type message, function_call, function_call_output or reasoning",
     "text_or_list_type": lambda _: "a string or a list",
     "literal_error": lambda context: str(context["expected"]).replace("'", '"'),
     "greater_than": lambda context: f"above {context['gt']}",

@@ -14,15 +14,16 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from dsc_serve.server.embeddings import EmbeddingRequest
 from dsc_serve.server.fields import Fields
+from dsc_serve.server.responses.described import RESPONSE_EXAMPLES, ResponseAnswer
+from dsc_serve.server.responses.schema import ResponsesRequest
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest
+from dsc_serve.server.tools.described import CALLED, SCHEMA, TOOL, ToolCall
 from dsc_serve.server.trace import TraceRequest
 
 TEMPLATE = "#/components/schemas/{model}"
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
-AGE = {"type": "integer", "minimum": 0, "maximum": 99}
-SCHEMA = {"type": "object", "properties": {"age": AGE}, "required": ["age"]}
 
 
 class Answer(BaseModel):
@@ -122,17 +123,6 @@ class ChatLogprob(TopLogprob):
 class ChatLogprobs(Answer):
     content: list[ChatLogprob]
     refusal: None
-
-
-class CalledFunction(Answer):
-    name: str
-    arguments: str
-
-
-class ToolCall(Answer):
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
 
 
 class AssistantMessage(Answer):
@@ -248,14 +238,16 @@ BODIES: dict[str, type[Fields]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/dsc/trace": TraceRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-ANSWERS: dict[str, type[Answer]] = {
+ANSWERS: dict[str, type[BaseModel]] = {
     "/v1/completions": Completion,
     "/v1/chat/completions": ChatCompletion,
     "/v1/embeddings": Embeddings,
+    "/v1/responses": ResponseAnswer,
     "/v1/dsc/trace": Trace,
     "/tokenize": Tokens,
     "/detokenize": Text,
@@ -267,9 +259,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "/health/ready": Health,
     "/admin/state": State,
 }
-STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
+STREAMED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who?"}]}]
-
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/completions": {
         "text": {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0.7, "seed": 1},
@@ -288,12 +279,15 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "choice": {"messages": CHAT, "structured_outputs": {"choice": ["Peter", "Paul"]}},
         "deadline": {"messages": CHAT, "max_completion_tokens": 4, "dsc": {"deadline_ms": 60000}},
+        "tool": {"messages": CHAT, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        "result of a tool": {"messages": [*CHAT, *CALLED], "tools": [TOOL], "max_completion_tokens": 4},
     },
     "/v1/embeddings": {
         "text": {"input": "Once upon a time"},
         "texts, cut": {"input": ["Once", "Twice"], "dimensions": 4, "encoding_format": "base64"},
         "token ids": {"input": [[11, 12], [13]]},
     },
+    "/v1/responses": RESPONSE_EXAMPLES,
     "/v1/dsc/trace": {"text": {"prompt": "Once upon a time"}, "token ids": {"prompt": [11, 12], "top_k_atoms": 1}},
     "/tokenize": {"prompt": {"prompt": "Once", "return_token_strs": True}, "messages": {"messages": CHAT}},
     "/detokenize": {"token ids": {"tokens": [11, 12]}},

@@ -261,6 +261,7 @@ class Message(Fields):
     """name: whose message it is, where the template shows that. cache_control: as in a part.
     content may be null, or missing, in an assistant's message. tool_call_id: of a tool's message, whose content is
     the result of the call of that id. reasoning_content: as an answer had it; the template decides what to do with it.
+    provider_specific_fields: LiteLLM's notes for itself, which it sends along with an answer of ours.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -273,6 +274,7 @@ class Message(Fields):
     tool_calls: Annotated[list[CallFields], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
     function_call: Annotated[Any, Only()] = None
 
     @property

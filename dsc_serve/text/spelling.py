@@ -45,8 +45,8 @@ class Spelling:
         if isinstance(value, str):
             text = self._spelled.sub(lambda found: f"{self._word}x{self._marks.index(found[0])}x", value)
             return cast(T, text)
-        if isinstance(value, list):
-            return cast(T, [self.hidden(item) for item in value])
+        if isinstance(value, list | tuple):
+            return cast(T, type(value)(self.hidden(item) for item in value))
         if isinstance(value, dict):
             return cast(T, {self.hidden(key): self.hidden(item) for key, item in value.items()})
         return value

@@ -107,8 +107,8 @@ CASES: dict[str, tuple[StructuredOutputs, list[str], list[str]]] = {
     ),
     "reasoning, then JSON": (
         StructuredOutputs(json=json.dumps(FLAG), reasoning=THINK),
-        ['<think>a {</think>\n\n{"on": true}', '{"on": true}', '{"on":true}'],
-        ['a{"on": true}', '<think>{"on": true}'],
+        ['<think>a {</think>\n\n{"on": true}', '{"on": true}'],
+        ['{"on":true}', 'a{"on": true}', '<think>{"on": true}'],
     ),
     "reasoning, then a regex": (
         StructuredOutputs(regex="a/[bc]+", reasoning=BEGUN),

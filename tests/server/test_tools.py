@@ -144,6 +144,7 @@ ROUND = [
     {
         "role": "assistant",
         "content": None,
+        "provider_specific_fields": {"refusal": None},  # as LiteLLM sends an answer back
         "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
         ],
@@ -176,10 +177,15 @@ def test_earlier_calls_and_results_reach_the_template(
 
 @pytest.mark.parametrize(
     "writes",
-    ["{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}", "{{ call.function.arguments + '' }}",
-     "{{ call.function.arguments }}", "{{ '' ~ call.function.arguments }}",
-     "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"],
-)  # fmt: skip
+    [
+        "{{ call.function.arguments | tojson }}",
+        "{{ '' + call.function.arguments }}",
+        "{{ call.function.arguments + '' }}",
+        "{{ call.function.arguments }}",
+        "{{ '' ~ call.function.arguments }}",
+        "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}",
+    ],
+)
 def test_arguments_are_an_object_or_json_as_the_template_takes_them(
     engine: FakeEngine, tokenizer: Tokenizer, writes: str
 ) -> None:
@@ -364,8 +370,11 @@ def test_reasoning_is_told_apart(engine: FakeEngine, tokenizer: Tokenizer, begun
     response = chat(app, stream=stream)
     if not stream:
         assert message_of(response) == {
-            "role": "assistant", "content": "Yes.", "refusal": None, "reasoning_content": THOUGHT,
-        }  # fmt: skip
+            "role": "assistant",
+            "content": "Yes.",
+            "refusal": None,
+            "reasoning_content": THOUGHT,
+        }
         return
     deltas = [event["choices"][0]["delta"] for event in events_of(response)]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == THOUGHT

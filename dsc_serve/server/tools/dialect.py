@@ -59,7 +59,7 @@ class Dialect:
         """None where an answer is nothing but text."""
         choice = reading.choice
         reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, reading.begun)
-        calls = CallParser(self.form, choice.names, int(choice.single)) if choice.tools else None
+        calls = CallParser(self.form, choice.names, int(choice.single), choice.must) if choice.tools else None
         return None if reasoning is None and calls is None else AnswerReader(reasoning, calls)
 
     def constrained(self, params: SamplingParams, choice: ToolChoice) -> SamplingParams:

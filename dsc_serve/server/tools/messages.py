@@ -59,6 +59,11 @@ def as_text(message: Known, dialect: Dialect) -> Known:
     return {"role": message["role"], "content": content}
 
 
+def call_of(name: str, function: str, arguments: object) -> Known:
+    """A call as messages have it; name: its id."""
+    return {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
+
+
 def arguments_text(arguments: object) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 

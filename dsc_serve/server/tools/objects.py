@@ -111,7 +111,7 @@ class HeldObject:
             return None, ""
         if not (value.keys() <= {"name", *OTHER_KEYS} or value.keys() & set(ARGUMENT_KEYS)):
             return None, ""
-        given = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
+        given: object = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
         if isinstance(given, str):
             try:
                 given = json.loads(given) if given.strip() else {}

@@ -19,13 +19,14 @@ SPACE = " \t\n\r"
 
 class CallParser:
     """Parses one answer. names: the tools that it may call. most: calls, after which nothing is read (0: any number).
+    must: there is nothing else than calls, so what is cut off before it is one is no text.
 
     count: calls so far. malformed: those whose arguments ended and are no JSON object. done: there are `most`.
     """
 
-    def __init__(self, form: CallForm, names: Collection[str], most: int = 0) -> None:
+    def __init__(self, form: CallForm, names: Collection[str], most: int = 0, must: bool = False) -> None:
         self._form, self._names, self._most = form, frozenset(names), most
-        self._complete = 0
+        self._must, self._complete = must, 0
         self._firsts = {mark[0] for mark in form.marks} | ({"{", "\n"} if form.bare else set())
         self.count = self.malformed = 0
         self._parts: list[Part] = []
@@ -64,7 +65,7 @@ class CallParser:
         """What is left at the end of the answer: a call that has begun stays one, anything else held is text."""
         if self._state in (self._arguing, self._closing, self._skipping):
             self._end_arguments()
-        elif not (self.count and self._state in (self._pausing, self._ending)) and not self.done:
+        elif not self._must and not (self.count and self._state in (self._pausing, self._ending)) and not self.done:
             self._text(self._before + self._held)
         self._held = ""
         return self._taken()

@@ -71,3 +71,4 @@ class Delta(msgspec.Struct, array_like=True):
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
     unavailable: bool = False  # of an error: nothing is wrong with the request, which may be sent again
+    embedding: bytes | None = None  # float32, little-endian, with the end of a request that asks for one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class StepResult:
     tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
+    embeddings: dict[str, bytes] = field(default_factory=dict)  # float32, where asked for and complete
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
     late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
@@ -51,6 +53,7 @@ class StepResult:
         self.tokens |= other.tokens
         self.logprobs |= other.logprobs
         self.prompt_logprobs |= other.prompt_logprobs
+        self.embeddings |= other.embeddings
         self.stuck |= other.stuck
         self.late |= other.late
         self.routing |= other.routing
@@ -202,27 +205,40 @@ class Runner:
         result = StepResult(forward_s=time.perf_counter() - started)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
-        rows, requests, start = [], [], 0
+        rows: list[int] = []
+        requests: list[Request] = []
+        start = 0
         for request, count in ordered:
-            if request.wants_prompt_logits and request.reported < request.prompt_size:
+            if request.reads_prompt and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
             if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
-                rows.append(start + count - 1)
+                rows += [start + count - 1] * (1 + len(request.siblings))  # choices begin with the same logits
                 requests.append(request)
+                requests += request.siblings
             start += count
         if not all(request.may_sample for request in requests):
             may, result.waited_s = answered(requests, result.forward_s, len(requests) < len(ordered))
             result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
-            rows = [row for row, known in zip(rows, may, strict=True) if known]
-            requests = [request for request in requests if request.id not in result.late]
+            known = [not result.late.intersection(waits_for(request)) for request in requests]
+            rows, requests = list(compress(rows, known)), list(compress(requests, known))
         if requests:
-            needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
+            every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
+            needed = hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
             if all(map(is_greedy, requests)):
                 tokens = sampler.read(self.model.argmax_tokens(needed))
                 result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
             else:
                 self._sample(self.model.logits(needed), requests, result)
         return result
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks, each pair's first to its second, as if all at once: one's source may be another's target."""
+        if not pairs:
+            return
+        sources, targets = to_device(torch.tensor(pairs), self.model.device).unbind(1)
+        for part in chain.from_iterable(self.kv_caches):
+            part[targets] = part[sources]
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The layers' output [T, d] for a step, replayed where its size was captured."""
@@ -288,13 +304,22 @@ class Runner:
         for request, count in ordered:
             routing = picks.report(request, start, count) if request.params.routing else None
             if routing is not None:
-                result.routing[request.id] = routing
+                result.routing |= dict.fromkeys([request.id, *(one.id for one in request.siblings)], routing)
             start += count
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
-        """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
+        """Report of the prompt positions among a chunk's rows what has not been reported before."""
         first = max(request.num_computed, request.reported)
         end = min(request.num_computed + hidden.shape[0], request.prompt_size)
+        if request.pooler is not None:
+            start = first + request.pooler.skipped(first, end)
+            if start < end:
+                rows = self.model.norm(hidden[start - request.num_computed : end - request.num_computed])
+                request.collected.append(request.pooler.part(rows))
+            request.reported = end
+            if end == request.prompt_size:
+                result.embeddings[request.id] = request.pooler.vector(request.collected)
+            return
         entries: list[TokenLogprobs | None] = [None] if first == 0 else []
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)
@@ -305,6 +330,12 @@ class Runner:
                 targets = request.tokens[start + 1 : min(stop + 1, request.prompt_size)]
                 top = [request.params.prompt_logprobs] * len(targets)
                 entries += logprobs(logits[: len(targets)], targets, top)
-        request.reported = max(request.reported, end)
-        if request.params.prompt_logprobs is not None:
-            result.prompt_logprobs[request.id] = entries
+        for one in (request, *request.siblings):
+            one.reported = max(request.reported, end)
+            if one.params.prompt_logprobs is not None:
+                result.prompt_logprobs[one.id] = entries
+
+
+def waits_for(request: Request) -> tuple[str, ...]:
+    """Whose grammars must have answered before a request is sampled: its own, and its leader's."""
+    return (request.id,) if request.leader is None else (request.id, request.leader.id)

@@ -55,8 +55,14 @@ class FakeRunner:
                 self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(request.num_tokens)
             ]
             assert held == request.tokens, "the KV pool does not hold what the request knows"
-            result.tokens[request.id] = self.sampler(hashed_logits(held)[None].clone(), [request])[0]
+            for one in (request, *request.siblings):
+                result.tokens[one.id] = self.sampler(hashed_logits(held)[None].clone(), [one])[0]
         return result
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        held = [list(self.pool[source]) for source, _ in pairs]
+        for (_, target), block in zip(pairs, held, strict=True):
+            self.pool[target] = block
 
 
 class FixedStepTime(StepTime):

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -263,7 +263,7 @@ def init(
     ffn: str,
     out: Path,
     preset: str,
-    equal: str | None,
+    equal: Literal["total", "active"] | None,
     context: int | None,
     dtype: str,
     seed: int,

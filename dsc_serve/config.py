@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from dsc_serve.addresses import wrong_origin, wrong_root_path
 from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
@@ -24,7 +24,6 @@ EMBEDDED_MODEL = "dsc-tiny"
 # No setting overflows where it is used, and none is without any limit.
 MOST = 10**12
 LONGEST_S = 7 * 24 * 3600
-ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")  # as browsers send it
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
@@ -238,10 +237,8 @@ class AccessConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for origin in self.cors_origins:
-            if not ORIGIN.fullmatch(origin):
-                allowed = "allowed: * or a scheme and a host in small letters, such as https://chat.example:8443"
-                raise ConfigError(f"cors_origins has {origin!r}, which no browser sends; {allowed}")
+        if wrong := wrong_origin(self.cors_origins):
+            raise ConfigError(wrong)
 
 
 class LifeConfig(Section, frozen=True, kw_only=True):
@@ -300,6 +297,10 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="Listen on this address.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Listen on this port; 0 picks a free one.")] = 8000
     served_model_name: Annotated[str, Meta(description="The model's name in the API; empty: its folder's.")] = ""
+    root_path: Annotated[
+        str, Meta(description="Path of this server behind a proxy, such as /llm; requests may come with it or without.")
+    ] = ""
+    page: Annotated[bool, Meta(description="Serve a page for people at /; it needs no key, its calls do.")] = True
     tls_cert: Annotated[str, Meta(description="PEM file of the server's certificate chain; with it, HTTPS.")] = ""
     tls_key: Annotated[str, Meta(description="PEM file of the certificate's private key.")] = ""
     engine: EngineConfig = EngineConfig()
@@ -314,6 +315,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
             )
+        if wrong := wrong_root_path(self.root_path):
+            raise ConfigError(wrong)
 
 
 def generation_slots(config: ServerConfig) -> int:

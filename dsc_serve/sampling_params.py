@@ -225,6 +225,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     block_size: int  # tokens in one
     layers: int = 0
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
+    atoms: int = 0  # of each layer's bank, likewise
 
     @property
     def max_tokens(self) -> int:

@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEPLOY_STAMP := $(VENV)/.installed-deploy
+PAGE_STAMP := $(VENV)/.installed-page
 
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
@@ -41,7 +42,8 @@ lint: install ## ruff, mypy, the import contracts, the Dockerfile
 test: lint ## lint and the tests (under 15 minutes)
 	$(BIN)/pytest -m "not full" --ignore=tests/deploy
 
-test-full: lint sanitize ## all of them, the long runs too, and the sanitizers
+test-full: lint sanitize $(PAGE_STAMP) ## all of them, the long runs too, the page in a browser, and the sanitizers
+	-@$(BIN)/python tests/support/programs.py chromium
 	$(BIN)/pytest --ignore=tests/deploy
 
 sanitize: install ## the kernels' tests with the address and undefined-behaviour sanitizers
@@ -53,6 +55,10 @@ test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real progra
 
 $(DEPLOY_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[deploy]'
+	@touch $@
+
+$(PAGE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[page]'
 	@touch $@
 
 soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back

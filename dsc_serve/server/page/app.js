@@ -139,9 +139,9 @@ function showForm() {
 
 function build() {
   byId("fields").append(
-    ...FIELDS.map(({ name, label, step, hint, lines }) =>
+    ...FIELDS.map(({ name, label, step, hint, value, lines }) =>
       el("label", { class: lines ? "wide" : null }, label, " ",
-        lines ? el("textarea", { id: name, rows: 2 }) : el("input", { id: name, type: "number", step, placeholder: hint })),
+        lines ? el("textarea", { id: name, rows: 2 }) : el("input", { id: name, type: "number", step, value, placeholder: hint })),
     ),
   );
   byId("form-kind").append(...Object.entries(FORMS).map(([value, { label }]) => el("option", { value }, label)));

@@ -1,13 +1,13 @@
 // What a request's body is made of: the fields of the form, and the values in them.
 
-const number = (name, label, step, hint, integer = false) => ({ name, label, step, hint, integer });
+const number = (name, label, step, hint, integer = false, value = "") => ({ name, label, step, hint, integer, value });
 
 export const FIELDS = [
   number("temperature", "Temperature", 0.1, "1"),
   number("top_p", "Top p", 0.05, "1"),
   number("top_k", "Top k", 1, "off", true),
   number("min_p", "Min p", 0.05, "0"),
-  number("max_tokens", "Most tokens", 1, "the context", true),
+  number("max_tokens", "Most tokens", 1, "as the server says", true, "256"),
   number("seed", "Seed", 1, "random", true),
   number("repetition_penalty", "Repetition penalty", 0.05, "1"),
   number("presence_penalty", "Presence penalty", 0.1, "0"),

@@ -325,3 +325,15 @@ def test_the_code_does_what_the_page_does(tab: OpenTab, tiny: RunningServer, vie
     told = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
     assert "".join(told) == shown and len(shown) >= 4
     assert httpx.get(tiny.url + "/health").status_code == 200
+
+
+def test_code_can_be_copied_where_the_browser_lends_no_clipboard(tab: OpenTab, scripted: Serve) -> None:
+    """As on a page that came by http from another machine."""
+    visit = tab(scripted(FakeEngine()))
+    visit.page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined }); code.open = true")
+    visit.until("curl.textContent.includes('Hello')")
+    visit.page.click(".copy[data-of=curl]")
+    visit.page.wait_for_selector("#copied:not(:empty)")
+    visit.page.focus("#message")
+    visit.page.keyboard.press("Control+V")
+    assert visit.page.input_value("#message").startswith("curl -N 'http://127.0.0.1")

@@ -10,7 +10,8 @@ import { Writer } from "./writing.js";
 
 const VIEWS = ["chat", "completion", "live"];
 const ENDPOINTS = { chat: "chat/completions", completion: "completions" };
-const BLAMED = { messages: "message", response_format: "form-text", structured_outputs: "form-text" }; // API's field: its element
+// A field of the API, and its element where that is not called the same.
+const BLAMED = { messages: "message", response_format: "form-text", structured_outputs: "form-text" };
 
 const atoms = new Atoms();
 const live = new Live();
@@ -141,7 +142,9 @@ function build() {
   byId("fields").append(
     ...FIELDS.map(({ name, label, step, hint, value, lines }) =>
       el("label", { class: lines ? "wide" : null }, label, " ",
-        lines ? el("textarea", { id: name, rows: 2 }) : el("input", { id: name, type: "number", step, value, placeholder: hint })),
+        lines
+          ? el("textarea", { id: name, rows: 2 })
+          : el("input", { id: name, type: "number", step, value, placeholder: hint })),
     ),
   );
   byId("form-kind").append(...Object.entries(FORMS).map(([value, { label }]) => el("option", { value }, label)));

@@ -8,6 +8,11 @@ const NEAREST = 5;
 const HOTTEST = 8;
 const MOVES = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
 
+function tableOf(names, rows) {
+  const head = el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name)));
+  return el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
+}
+
 export class Atoms {
   #picks = null;
   #model = null;
@@ -20,7 +25,8 @@ export class Atoms {
     this.cells = byId("cells");
     this.canvas = byId("map");
     byId("shade").addEventListener("change", () => this.#shadeCells());
-    this.cells.addEventListener("mouseleave", () => this.#show(this.#kept));
+    // What was shown last stays, so that the pointer can go to its atoms.
+    this.cells.addEventListener("mouseleave", () => this.#show(this.#kept ?? this.#shown));
     this.cells.addEventListener("keydown", (event) => this.#move(event));
     this.canvas.addEventListener("mousemove", (event) => this.#pointAt(event));
     this.canvas.addEventListener("mouseleave", () => this.#leaveMap());
@@ -72,7 +78,7 @@ export class Atoms {
 
   #cell(token) {
     const cell = el("button", {
-      type: "button", class: "cell", tabindex: this.cells.childElementCount ? -1 : 0,
+      type: "button", class: "cell", "aria-pressed": "false", tabindex: this.cells.childElementCount ? -1 : 0,
       onmouseenter: () => this.#show(token), onfocus: () => this.#show(token), onclick: () => this.#keep(token),
     });
     token.cell = cell;
@@ -106,10 +112,13 @@ export class Atoms {
   }
 
   #keep(token) {
-    this.#kept = this.#kept === token ? null : token;
-    for (const other of this.#picks.tokens) other?.cell.toggleAttribute("aria-pressed", false);
-    for (const cell of this.cells.children) cell.setAttribute("aria-pressed", String(cell === this.#kept?.cell));
+    this.#press(this.#kept === token ? null : token);
     this.#show(token);
+  }
+
+  #press(token) {
+    this.#kept = token;
+    for (const cell of this.cells.children) cell.setAttribute("aria-pressed", String(cell === token?.cell));
   }
 
   #move(event) {
@@ -118,8 +127,8 @@ export class Atoms {
     const ends = { Home: 0, End: cells.length - 1 };
     const to = event.key in MOVES ? at + MOVES[event.key] : ends[event.key];
     if (event.key === "Escape") {
-      this.#kept = null;
-      cells.forEach((cell) => cell.setAttribute("aria-pressed", "false"));
+      this.#press(null);
+      this.#show(null);
     }
     if (at < 0 || to === undefined || !cells[to]) return;
     event.preventDefault();
@@ -146,13 +155,14 @@ export class Atoms {
       return;
     }
     this.#lightAround(token);
-    const heading = el("p", {}, el("strong", {}, visible(this.names.of(token.id))), ` · token ${token.position} of the ${this.#part(token)}`);
+    const text = el("strong", {}, visible(this.names.of(token.id)));
+    const heading = el("p", {}, text, ` · token ${token.position} of the ${this.#part(token)}`);
     const rows = token.layers.map((picked, layer) =>
       el("tr", {}, el("th", { scope: "row" }, String(layer)), el("td", {}, token.signal[layer].toFixed(3)),
-        el("td", {}, ...picked.map((pick) => this.#chip(layer, pick.atom, pick.coefficient.toFixed(3), pick.coefficient)))),
+        el("td", {}, ...picked.map(({ atom, coefficient: c }) => this.#chip(layer, atom, c.toFixed(3), c)))),
     );
-    const head = el("tr", {}, ...["Layer", "Signal", "Atoms, with their coefficients"].map((name) => el("th", { scope: "col" }, name)));
-    place.replaceChildren(heading, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)), this.#neighbours(token));
+    const table = tableOf(["Layer", "Signal", "Atoms, with their coefficients"], rows);
+    place.replaceChildren(heading, table, this.#neighbours(token));
   }
 
   #lightAround(token) {
@@ -162,7 +172,9 @@ export class Atoms {
   #neighbours(token) {
     const near = this.#picks.nearest(token, NEAREST);
     if (!near.length) return el("p", {}, "It shares no atom with another token.");
-    const named = near.map(({ token: other, count }) => `${visible(this.names.of(other.id)).trim()} (token ${other.position}): ${count}`);
+    const named = near.map(
+      ({ token: other, count }) => `${visible(this.names.of(other.id)).trim()} (token ${other.position}): ${count}`,
+    );
     return el("p", {}, `Shares most, of its ${token.keys.size} picks, with ${named.join("; ")}`);
   }
 
@@ -195,8 +207,8 @@ export class Atoms {
       context.globalAlpha = 0.2 + 0.8 * (Math.log(1 + count) / Math.log(1 + most));
       context.fillRect(key % atoms, Math.floor(key / atoms), 1, 1);
     }
-    const used = rows.reduce((total, row) => total + row.used, 0);
-    this.canvas.setAttribute("aria-label", `Layers by atoms: ${used} of ${layers * atoms} were picked, ${layers * atoms - used} were not`);
+    const [all, used] = [layers * atoms, rows.reduce((total, row) => total + row.used, 0)];
+    this.canvas.setAttribute("aria-label", `Layers by atoms: ${used} of ${all} were picked, ${all - used} were not`);
     this.counts = counts;
   }
 
@@ -218,11 +230,12 @@ export class Atoms {
 
   #listLayers({ rows }) {
     const { atoms } = this.#picks.shape;
-    const head = el("tr", {}, ...["Layer", "Picked", "Dead", "Hottest atoms, and how many tokens picked them"].map((name) => el("th", { scope: "col" }, name)));
     const body = rows.map(({ used, hottest }, layer) =>
-      el("tr", {}, el("th", { scope: "row" }, String(layer)), el("td", {}, String(used)), el("td", {}, String(atoms - used)),
+      el("tr", {}, el("th", { scope: "row" }, String(layer)),
+        el("td", {}, String(used)), el("td", {}, String(atoms - used)),
         el("td", {}, ...hottest.map(({ atom, count }) => this.#chip(layer, atom, `×${count}`)))),
     );
-    byId("layers").replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
+    const names = ["Layer", "Picked", "Dead", "Hottest atoms, and how many tokens picked them"];
+    byId("layers").replaceChildren(tableOf(names, body));
   }
 }

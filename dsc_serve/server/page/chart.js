@@ -33,12 +33,14 @@ export class Chart {
   constructor(title, lines, unit) {
     this.title = title;
     this.unit = unit;
-    this.lines = lines.map((name, i) => ({ name, stroke: svg("path", { class: `line line-${i}` }), now: el("output") }));
+    const stroke = (i) => svg("path", { class: `line line-${i}` });
+    this.lines = lines.map((name, i) => ({ name, stroke: stroke(i), now: el("output") }));
     this.top = el("span", { class: "axis" });
     this.svg = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
     this.svg.append(...this.lines.map(({ stroke }) => stroke));
     const names = this.lines.map(({ name, now }, i) => el("span", { class: `key key-${i}` }, name, " ", now));
-    this.figure = el("figure", {}, el("figcaption", {}, el("h2", {}, title), el("p", {}, ...names)), this.top, this.svg);
+    const caption = el("figcaption", {}, el("h2", {}, title), el("p", {}, ...names));
+    this.figure = el("figure", {}, caption, this.top, this.svg);
   }
 
   /** rows: for each line its points over time; from and to: the ends of the axis, gap: see `path`; in ms. */

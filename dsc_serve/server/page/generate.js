@@ -57,7 +57,7 @@ function take(choice, outcome, see) {
 
 const milliseconds = (value) => (value < 10 ? value.toFixed(1) : value.toFixed(0));
 
-/** What came of a generation, in one line. started and first: performance.now() of the request and of its first news. */
+/** What came of a generation, in one line. started, first: performance.now() of the request and of its first news. */
 export function summary(outcome, started, first) {
   const parts = [];
   const made = outcome.usage?.completion_tokens;
@@ -67,7 +67,8 @@ export function summary(outcome, started, first) {
   }
   const ttft = outcome.timings?.ttft_ms ?? (first === null ? null : first - started);
   if (ttft !== null) parts.push(`first after ${milliseconds(ttft)} ms`);
-  const between = outcome.timings?.mean_itl_ms ?? (made > 1 && first !== null ? (performance.now() - first) / (made - 1) : null);
+  const measured = made > 1 && first !== null ? (performance.now() - first) / (made - 1) : null;
+  const between = outcome.timings?.mean_itl_ms ?? measured;
   if (between) parts.push(`then ${milliseconds(between)} ms each`);
   if (outcome.reason) parts.push(outcome.reason);
   return parts.join(" · ");

@@ -31,12 +31,14 @@ const CHARTS = [
     generated: rate("generated_tokens_total"), "of prompts": rate("prompt_tokens_total"),
   }],
   ["Time to first token", seconds, "time_to_first_token_seconds_bucket", {
-    half: quantile("time_to_first_token_seconds", 0.5), "95 %": quantile("time_to_first_token_seconds", 0.95),
+    median: quantile("time_to_first_token_seconds", 0.5), "95 %": quantile("time_to_first_token_seconds", 0.95),
   }],
   ["Time between tokens", seconds, "inter_token_latency_seconds_bucket", {
-    half: quantile("inter_token_latency_seconds", 0.5), "95 %": quantile("inter_token_latency_seconds", 0.95),
+    median: quantile("inter_token_latency_seconds", 0.5), "95 %": quantile("inter_token_latency_seconds", 0.95),
   }],
-  ["Generations", count, "requests_running", { running: gauge("requests_running"), waiting: gauge("requests_waiting") }],
+  ["Generations", count, "requests_running", {
+    running: gauge("requests_running"), waiting: gauge("requests_waiting"),
+  }],
   ["Prompt tokens found in the cache", percent, "prefix_asked_tokens_total", {
     share: share("prefix_cached_tokens_total", "prefix_asked_tokens_total"),
   }],
@@ -96,7 +98,7 @@ export class Live {
   /** What runs, in one line. */
   about() {
     const info = [...(this.#scrapes.at(-1).families.get("engine_info")?.values() ?? [])][0]?.labels;
-    const facts = info ? [`dsc-serve ${info.version}`, info.kernels, info.dtype, info.device, `policy ${info.policy}`] : [];
+    const facts = info ? [`dsc-serve ${info.version}`, info.kernels, info.dtype, info.device] : [];
     return [...facts, `looked at every ${PERIOD_MS / 1000} s, the last ${SHOWN_MS / 60000} minutes`].join(" · ");
   }
 

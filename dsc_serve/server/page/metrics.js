@@ -38,7 +38,7 @@ export function increase(before, after, name, fits = () => true) {
   return total;
 }
 
-/** Quantiles of what a histogram observed between two scrapes, as Prometheus interpolates; nulls where it was nothing. */
+/** Quantiles of what a histogram observed between two scrapes, as Prometheus interpolates; nulls: it was nothing. */
 export function quantiles(before, after, name, wanted) {
   const bucket = `${name}_bucket`;
   const edges = [...new Set([...(after.get(bucket)?.values() ?? [])].map(({ labels }) => labels.le))]

@@ -57,5 +57,6 @@ const MARKS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
 export function visible(text) {
   if (text === "") return "∅";
   const shown = text.startsWith("bytes:") ? text.slice(6) : text;
-  return /^\s+$/.test(shown) ? [...shown].map((letter) => MARKS[letter] ?? letter).join("") : shown.replaceAll("\n", "⏎");
+  if (/^\s+$/.test(shown)) return [...shown].map((letter) => MARKS[letter] ?? letter).join("");
+  return shown.replaceAll("\n", "⏎");
 }

@@ -11,7 +11,8 @@ class Message {
     this.text = el("div", { class: "text" }, text);
     this.tools = el("div", { class: "tools" });
     this.facts = el("p", { class: "facts" });
-    this.item = el("li", { class: `message ${role}` }, el("strong", {}, ROLES[role] ?? role), this.text, this.tools, this.facts);
+    const name = el("strong", {}, ROLES[role] ?? role);
+    this.item = el("li", { class: `message ${role}` }, name, this.text, this.tools, this.facts);
   }
 
   add(text) {
@@ -21,8 +22,8 @@ class Message {
   /** The calls as far as they have come. */
   show(calls) {
     calls.calls.forEach((call, i) => {
-      const place = this.tools.children[i] ?? this.tools.appendChild(el("pre", { class: "call", "aria-label": "Tool call" }));
-      place.textContent = `${call.function.name}(${call.function.arguments})`;
+      if (!this.tools.children[i]) this.tools.append(el("pre", { class: "call", "aria-label": "Tool call" }));
+      this.tools.children[i].textContent = `${call.function.name}(${call.function.arguments})`;
     });
   }
 

@@ -97,6 +97,30 @@ def test_the_charts_show_what_the_server_does(tab: OpenTab, tiny: RunningServer)
     assert "dsc-serve" in visit.page.inner_text("#live-note")
 
 
+def test_a_chart_is_of_what_there_is(tab: OpenTab, scripted: Serve) -> None:
+    """Counters that only some servers have; one that answers in between with an error leaves a gap and no more."""
+    visit = tab(scripted(FakeEngine()), expected="503")
+    looks: list[int] = []
+
+    def answer(route: Any) -> None:
+        looks.append(len(looks))
+        if looks[-1] == 2:
+            route.fulfill(status=503, content_type="application/json", body='{"error": {"message": "<b>busy</b>"}}')
+            return
+        text = f'dsc_serve_draft_tokens_total{{source="a"}} {8 * len(looks)}\n'
+        text += f'dsc_serve_draft_accepted_tokens_total{{source="a"}} {6 * len(looks)}\n'
+        route.fulfill(status=200, content_type="text/plain", body=text)
+
+    visit.page.route("**/metrics", answer)
+    visit.page.click("#tab-live")
+    visit.page.wait_for_selector("#live-note:has-text('No metrics: <b>busy</b>')")
+    titles = visit.run("[...document.querySelectorAll('figure:not([hidden]) h2')].map((one) => one.textContent)")
+    assert titles == ["Drafts accepted"]
+    label = visit.run("document.querySelector('figure:not([hidden]) svg').ariaLabel")
+    assert label == "Drafts accepted: share 75 %; highest of the last minutes 75 %"
+    visit.page.wait_for_selector("#live-note:has-text('looked at every 2 s')")
+
+
 def test_metrics_that_need_a_key_are_asked_for_with_it(tab: OpenTab, scripted: Serve) -> None:
     visit = tab(scripted(FakeEngine(), keys=f"me:{KEY}", metrics_key=True), expected="401")
     visit.page.click("#tab-live")

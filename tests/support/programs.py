@@ -1,5 +1,5 @@
-"""The system's programs that tests drive. Run as a script: install those named, or all that deploy/ is tested with, that
-are missing, or say how."""
+"""The system's programs that tests drive. Run as a script: install those named, or all that deploy/ is tested with,
+where they are missing, or say how."""
 
 from __future__ import annotations
 

@@ -42,6 +42,9 @@ const CHARTS = [
   ["Prompt tokens found in the cache", percent, "prefix_asked_tokens_total", {
     share: share("prefix_cached_tokens_total", "prefix_asked_tokens_total"),
   }],
+  ["Drafts accepted", percent, "draft_tokens_total", {
+    share: share("draft_accepted_tokens_total", "draft_tokens_total"),
+  }],
   ["KV pool", percent, "kv_blocks", { used: filled("used"), cached: filled("cached") }],
   ["Atoms nobody picked of late", percent, "routing_dead_share", { "mean of layers": mean("routing_dead_share") }],
 ];

@@ -165,6 +165,22 @@ def test_a_chat_tells_of_its_whole_conversation_and_a_new_one_of_nothing(tab: Op
     assert visit.page.locator(".cell").count() == 0 and visit.page.is_hidden("#map")
 
 
+def test_texts_that_could_not_be_had_are_asked_for_again(tab: OpenTab, tiny: RunningServer) -> None:
+    visit = tab(tiny.url, expected="429")
+    visit.field("max_tokens", "4")
+    busy = '{"error": {"message": "too many texts wait"}}'
+    visit.page.route("**/detokenize", lambda route: route.fulfill(status=429, body=busy))
+    visit.chat("Once")
+    visit.answered()
+    assert all(text.startswith("#") for text in visit.page.locator(".cell").all_inner_texts())
+    visit.page.unroute("**/detokenize")
+    visit.page.click("#new-chat")
+    visit.chat("Once")
+    visit.answered()
+    visit.until("!cells.textContent.includes('#')")
+    assert visit.page.inner_text(".cell:first-child") == "On"
+
+
 def test_nobody_who_does_not_ask_is_told(tab: OpenTab, tiny: RunningServer) -> None:
     visit = tab(tiny.url)
     sent: list[Any] = []

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import KEY, OpenTab, Serve, Visit
 from support.fake_engine import FakeEngine
-from support.running_server import RunningServer
+from support.running_server import RunningServer, cpu_seconds
 
+from dsc_serve.server import page
+
+LIVE = Path(page.__file__).parent / "live.js"
 SCRAPES = """
 # HELP dsc_serve_generated_tokens_total x
 dsc_serve_generated_tokens_total{replica="a"} %d
@@ -128,6 +133,29 @@ def test_metrics_that_need_a_key_are_asked_for_with_it(tab: OpenTab, scripted: S
     visit.page.fill("#key", KEY)
     visit.page.press("#key", "Tab")
     visit.page.wait_for_selector("#live-note:has-text('looked at every 2 s')")
+
+
+def test_a_look_takes_less_than_2_percent_of_a_core(tiny: RunningServer) -> None:
+    """Processor time of both processes for a scrape, beside the two seconds between the looks of the page."""
+    tiny.post("/v1/completions", prompt="Once", max_tokens=60)
+    tiny.wait_until(tiny.idle)
+
+    def spent() -> float:
+        return cpu_seconds(tiny.pid) + cpu_seconds(tiny.engine_pid)
+
+    looks = 150
+    rests = []
+    for ask in (lambda: None, lambda: tiny.get("/metrics").raise_for_status()):
+        before, began = spent(), time.monotonic()
+        for _ in range(looks):
+            ask()
+        time.sleep(max(0.0, 2.0 - (time.monotonic() - began)))
+        rests.append((spent() - before, time.monotonic() - began))
+    (idle, idle_s), (busy, busy_s) = rests
+    each = (busy - idle * busy_s / idle_s) / looks
+    print(f"a look takes {1e3 * each:.2f} ms of processor time")
+    (period,) = re.findall(r"PERIOD_MS = (\d+)", LIVE.read_text(encoding="utf-8"))
+    assert 0 < each < 0.02 * int(period) / 1000
 
 
 @pytest.fixture

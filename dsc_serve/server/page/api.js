@@ -2,10 +2,24 @@
 
 const KEY = "dsc-serve.key";
 
+function storage() {
+  try {
+    return window.sessionStorage;
+  } catch {
+    return null; // a browser that lets pages keep nothing
+  }
+}
+
+let current = storage()?.getItem(KEY) ?? "";
+
 /** The API key; the tab forgets it when it closes. */
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => current,
+  set(value) {
+    current = value;
+    if (value) storage()?.setItem(KEY, value);
+    else storage()?.removeItem(KEY);
+  },
 };
 
 /** An answer that is an error: its status, and the field to blame where there is one. */

@@ -33,15 +33,15 @@ export class TokenNames {
     this.#asking = true;
     const model = this.#model;
     const ids = [...this.#wanted].slice(0, LOT);
-    let texts = [];
+    let texts = null;
     try {
       const body = { tokens: ids, return_token_strs: true, ...(model ? { model } : {}) };
       texts = (await (await call("detokenize", { body })).json()).token_strs;
-    } catch {
-      texts = ids.map((id) => `#${id}`); // no tokenizer, or no leave: numbers do
+    } catch (error) {
+      if (error.status === 400) texts = ids.map((id) => `#${id}`); // no tokenizer: numbers do
     }
     this.#asking = false;
-    if (model !== this.#model) return;
+    if (model !== this.#model || texts === null) return; // what failed is asked for again with the next tokens
     ids.forEach((id, i) => {
       this.#texts.set(id, texts[i]);
       this.#wanted.delete(id);

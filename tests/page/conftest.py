@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import tokenizers
-from fastapi import FastAPI
+from support.browsing import OpenTab, Serve, Visit, in_thread
 from support.fake_engine import FakeEngine
 from support.programs import BROWSER, program
 from support.running_server import RunningServer, start_server, stop_server
-from support.serving import live
 from tokenizers import decoders, models, pre_tokenizers
 
 from dsc_serve.config import AccessConfig, EngineConfig, ServerConfig
@@ -28,13 +23,6 @@ from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-KEY = "k" * 16
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/page/" in str(item.path):
-            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")
@@ -45,52 +33,6 @@ def chromium() -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=path, chromium_sandbox=os.geteuid() != 0)
         yield browser
         browser.close()
-
-
-@dataclass
-class Visit:
-    """A tab that shows a page. asked: the addresses that it asked for; wrong: what its console and its scripts said."""
-
-    page: Any
-    url: str
-    asked: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def open(self) -> Visit:
-        self.page.goto(self.url)
-        self.until("model.options.length > 0 || notice.textContent !== ''")
-        return self
-
-    def until(self, condition: str, limit_s: float = 20) -> None:
-        """Until an expression holds in the page, whose policy keeps the driver's own way of waiting out."""
-        end = time.monotonic() + limit_s
-        while not self.page.evaluate(condition):
-            assert time.monotonic() < end, condition
-            time.sleep(0.02)
-
-    def chat(self, text: str) -> None:
-        self.page.fill("#message", text)
-        self.page.press("#message", "Enter")
-
-    def field(self, name: str, value: str) -> None:
-        self.page.evaluate("name => { document.getElementById(name).closest('details').open = true }", name)
-        (self.page.select_option if name == "form-kind" else self.page.fill)(f"#{name}", value)
-
-    def answered(self) -> str:
-        """The last answer, once it is whole."""
-        self.page.wait_for_selector(".message:last-child .facts:not(:empty)")
-        self.page.wait_for_selector(".send:enabled >> visible=true")
-        return str(self.page.inner_text(".message:last-child .text"))
-
-    def notice(self) -> str:
-        self.page.wait_for_selector("#notice:not(:empty)")
-        return str(self.page.inner_text("#notice"))
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.page.evaluate(script, *arguments)
-
-
-OpenTab = Callable[..., Visit]
 
 
 @pytest.fixture
@@ -141,9 +83,6 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_token_id=None, chat_template=ChatTemplate(TEMPLATE, {}))
 
 
-Serve = Callable[..., str]
-
-
 @pytest.fixture
 def scripted(bytes_tokenizer: Tokenizer) -> Iterator[Serve]:
     """Serves an engine that says what it is told to; gives the server's address."""
@@ -164,27 +103,3 @@ def scripted(bytes_tokenizer: Tokenizer) -> Iterator[Serve]:
             return stack.enter_context(in_thread(app))
 
         yield serve
-
-
-@contextmanager
-def in_thread(app: FastAPI) -> Iterator[str]:
-    """The app over a real socket, in an event loop of its own."""
-    loop, stopping = asyncio.new_event_loop(), asyncio.Event()
-    ports: list[int] = []
-    ready = threading.Event()
-
-    async def run() -> None:
-        async with live(app) as port:
-            ports.append(port)
-            ready.set()
-            await stopping.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
-    thread.start()
-    try:
-        assert ready.wait(20)
-        yield f"http://127.0.0.1:{ports[0]}"
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(30)
-        loop.close()

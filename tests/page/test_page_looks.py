@@ -1,6 +1,6 @@
 """Keyboards, screen readers, phones, dark rooms; and the pictures of the documentation.
 
-`PAGE_PICTURES=docs/images .venv/bin/pytest tests/page/test_looks.py` writes the pictures there.
+`PAGE_PICTURES=docs/images .venv/bin/pytest tests/page/test_page_looks.py` writes the pictures there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OpenTab, Serve, Visit
+from support.browsing import OpenTab, Serve, Visit
 from support.fake_engine import FakeEngine, saying
 from support.running_server import RunningServer
+
+pytestmark = pytest.mark.full
 
 VIEWS = ("chat", "completion", "live")
 PHONE = {"width": 360, "height": 740}

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, OpenTab, Serve, Visit
+from support.browsing import KEY, OpenTab, Serve, Visit
 from support.fake_engine import FakeEngine
 from support.running_server import RunningServer, cpu_seconds
 
 from dsc_serve.server import page
+
+pytestmark = pytest.mark.full
 
 LIVE = Path(page.__file__).parent / "live.js"
 SCRAPES = """

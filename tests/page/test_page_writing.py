@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import KEY, OpenTab, Serve
+from support.browsing import KEY, OpenTab, Serve
 from support.fake_engine import FakeEngine, saying
 from support.running_server import RunningServer
+
+pytestmark = pytest.mark.full
 
 MARKUP = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>&lt;b&gt;"
 

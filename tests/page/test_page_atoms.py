@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import OpenTab, Visit
+from support.browsing import OpenTab, Visit
 from support.running_server import RunningServer, start_server, stop_server
+
+pytestmark = pytest.mark.full
 
 PROMPT = "The city and the cities of the north"
 TOKENS = 12

@@ -275,6 +275,7 @@ def test_an_answer_has_the_form_that_was_asked_for(tab: OpenTab, tiny: RunningSe
         "type": "object",
         "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}},
         "required": ["age"],
+        "additionalProperties": False,
     }
     forms = {
         "json_schema": (json.dumps(schema), lambda text: set(json.loads(text)) == {"age"}),

@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEPLOY_STAMP := $(VENV)/.installed-deploy
+PAGE_STAMP := $(VENV)/.installed-page
 
 # Two test processes share the cores: their threads give them up instead of spinning where they wait.
 BESIDE := OMP_WAIT_POLICY=passive
@@ -45,7 +46,8 @@ test: lint ## lint and the tests (under 15 minutes)
 	$(BESIDE) $(BIN)/pytest -n 2 --dist loadfile -m "not full and not alone" --ignore=tests/deploy
 	$(BIN)/pytest -m "alone and not full" --ignore=tests/deploy
 
-test-full: lint sanitize ## all of them, the long runs too, and the sanitizers
+test-full: lint sanitize $(PAGE_STAMP) ## all of them, the long runs too, the page in a browser, and the sanitizers
+	-@$(BIN)/python tests/support/programs.py chromium
 	$(BESIDE) $(BIN)/pytest -n 2 --dist loadfile -m "not alone" --ignore=tests/deploy
 	$(BIN)/pytest -m alone --ignore=tests/deploy
 
@@ -58,6 +60,10 @@ test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real progra
 
 $(DEPLOY_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[deploy]'
+	@touch $@
+
+$(PAGE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[page]'
 	@touch $@
 
 soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back

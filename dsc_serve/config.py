@@ -7,12 +7,12 @@ documents them. Names are unique over all sections, so that flags and variables 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from dsc_serve.addresses import wrong_origin, wrong_root_path
 from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 from dsc_serve.section import ConfigError as ConfigError
 from dsc_serve.section import Section as Section
@@ -24,7 +24,6 @@ EMBEDDED_MODEL = "dsc-tiny"
 # No setting overflows where it is used, and none is without any limit.
 MOST = 10**12
 LONGEST_S = 7 * 24 * 3600
-ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")  # as browsers send it
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
@@ -201,10 +200,8 @@ class AccessConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for origin in self.cors_origins:
-            if not ORIGIN.fullmatch(origin):
-                allowed = "allowed: * or a scheme and a host in small letters, such as https://chat.example:8443"
-                raise ConfigError(f"cors_origins has {origin!r}, which no browser sends; {allowed}")
+        if wrong := wrong_origin(self.cors_origins):
+            raise ConfigError(wrong)
 
 
 class LifeConfig(Section, frozen=True, kw_only=True):
@@ -265,6 +262,10 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     served_model_name: Annotated[
         str, Meta(description="The model's name in the API, or several with commas between; empty: its folder's.")
     ] = ""
+    root_path: Annotated[
+        str, Meta(description="Path of this server behind a proxy, such as /llm; requests may come with it or without.")
+    ] = ""
+    page: Annotated[bool, Meta(description="Serve a page for people at /; it needs no key, its calls do.")] = True
     tool_calls: Annotated[
         Literal["auto", "hermes", "llama3", "mistral", "granite", "json"],
         Meta(description="How the model writes calls of tools; auto: as its chat template and its tokens show."),
@@ -291,6 +292,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
             )
+        if wrong := wrong_root_path(self.root_path):
+            raise ConfigError(wrong)
 
     @property
     def served_names(self) -> tuple[str, ...]:

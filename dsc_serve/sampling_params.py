@@ -318,6 +318,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     block_size: int  # tokens in one
     layers: int = 0
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
+    atoms: int = 0  # of each layer's bank, likewise
     hidden_size: int = 0  # components of an embedding
 
     @property

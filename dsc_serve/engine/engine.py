@@ -95,13 +95,15 @@ class Engine:
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
         """An engine that runs a loaded model, with a KV pool of its own."""
+        ffn = model.config.ffn
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
             block_size=config.block_size,
             layers=model.config.num_hidden_layers,
-            atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
+            atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
+            atoms=ffn.num_atoms if isinstance(ffn, DscConfig) else 0,
             hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)

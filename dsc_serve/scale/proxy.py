@@ -45,7 +45,7 @@ class Proxy:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         app.state.config, app.state.reading = self._config, Counter()
         errors.install(app)
-        app.add_middleware(Paths)
+        app.add_middleware(Paths, root_path=self._config.root_path)
         app.add_route("/{path:path}", self.pass_on, ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
         return app
 

@@ -13,14 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from dsc_serve import __version__
 from dsc_serve.config import ServerConfig, generation_slots
-from dsc_serve.server import errors
+from dsc_serve.server import errors, page
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
 from dsc_serve.server.embeddings import create_embeddings
 from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
+from dsc_serve.server.middleware import HEALTH, REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
 from dsc_serve.server.responses.endpoint import create_response
 from dsc_serve.server.service import EngineHandle, Service
@@ -52,7 +52,7 @@ def create_app(
     service.metrics.ring = ring
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
-    app.add_middleware(AuthMiddleware, ring=ring, admission=admission, metrics_key=config.access.metrics_key)
+    app.add_middleware(AuthMiddleware, ring=ring, admission=admission, keyless=keyless(config))
     if config.access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -64,8 +64,12 @@ def create_app(
     app.add_middleware(
         RequestLogMiddleware, metrics=service.metrics, admission=admission, log_requests=config.log.log_requests
     )
-    app.add_middleware(Paths)  # the outermost: what is counted, let in and answered is one path
+    app.add_middleware(
+        Paths, root_path=config.root_path
+    )  # the outermost: what is counted, let in and answered is one path
     errors.install(app)
+    if config.page:
+        page.install(app, config.root_path)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -137,15 +141,22 @@ def create_app(
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = describe(app)
+            app.openapi_schema = describe(app, config.root_path)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the framework's documented way
     return app
 
 
+def keyless(config: ServerConfig) -> frozenset[str]:
+    """The paths that are open to all."""
+    metrics = frozenset() if config.access.metrics_key else frozenset({"/metrics"})
+    return HEALTH | metrics | (page.paths() if config.page else frozenset())
+
+
 def model_card(service: Service, name: str) -> dict[str, Any]:
     limits = service.engine.model.capacity
+    dsc = {"layers": limits.layers, "atoms": limits.atoms, "atoms_per_token": limits.atoms_per_token}
     return {
         "id": name,
         "object": "model",
@@ -154,4 +165,5 @@ def model_card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": limits.max_tokens,
         "tool_calls": service.dialect.form.name,
         "reasoning": service.dialect.reasoning is not None,
+        "dsc": dsc if limits.atoms_per_token else None,
     }

@@ -6,6 +6,7 @@ import contextvars
 import logging
 import re
 import time
+from collections.abc import Set
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,8 +22,8 @@ from dsc_serve.server.metrics.requests import Metrics
 log = logging.getLogger("dsc_serve.requests")
 
 HEALTH = frozenset({"/health", "/health/live", "/health/ready"})
-ENDPOINTS = HEALTH | GENERATIONS | {"/v1/models", "/metrics", "/tokenize", "/detokenize", "/version"}
-MODEL_PREFIX, ADMIN_PREFIX = "/v1/models/", "/admin/"
+ENDPOINTS = HEALTH | GENERATIONS | {"/", "/v1/models", "/metrics", "/tokenize", "/detokenize", "/version"}
+MODEL_PREFIX, ADMIN_PREFIX, PAGE_PREFIX = "/v1/models/", "/admin/", "/page/"
 REQUEST_ID = "x-request-id"
 USABLE_ID = re.compile(r"[!-~]{1,128}")
 EXCHANGE = "dsc_serve.exchange"
@@ -31,14 +32,23 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 
 
 class Paths:
-    """The ASGI layer that takes a path that ends with a slash for the same one without it."""
+    """The ASGI layer that takes a path that ends with a slash for the same one without it.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    root_path: the path of this app behind a proxy; a proxy may leave it on what it passes on, or take it off.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+        self.app, self.root_path = app, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        if scope["type"] == "http":
+            path = scope["path"]
+            if self.root_path and (path == self.root_path or path.startswith(self.root_path + "/")):
+                path = path.removeprefix(self.root_path) or "/"
+            if path.endswith("/"):
+                path = path.rstrip("/") or "/"
+            if self.root_path or path != scope["path"]:
+                scope = {**scope, "path": path, "root_path": self.root_path}
         await self.app(scope, receive, send)
 
 
@@ -51,7 +61,7 @@ class Exchange:
 
     def __init__(self, path: str, admission: Admission, send: Send) -> None:
         # Unknown paths share one label: clients must not be able to create series.
-        prefixes = {"/v1/models/{id}": MODEL_PREFIX, "/admin": ADMIN_PREFIX}
+        prefixes = {"/v1/models/{id}": MODEL_PREFIX, "/admin": ADMIN_PREFIX, "/page": PAGE_PREFIX}
         known = next((name for name, prefix in prefixes.items() if path.startswith(prefix)), "other")
         self.endpoint = path if path in ENDPOINTS else known
         self.send = send
@@ -121,11 +131,11 @@ class RequestLogMiddleware:
 class AuthMiddleware:
     """The ASGI layer that lets a request in only with a key where one is needed, and a generation where one has room.
 
-    Both are told before the body is read.
+    Both are told before the body is read. keyless: paths that nobody needs a key for.
     """
 
-    def __init__(self, app: ASGIApp, ring: KeyRing, admission: Admission, metrics_key: bool) -> None:
-        self.app, self.ring, self.admission, self.metrics_key = app, ring, admission, metrics_key
+    def __init__(self, app: ASGIApp, ring: KeyRing, admission: Admission, keyless: Set[str]) -> None:
+        self.app, self.ring, self.admission, self.keyless = app, ring, admission, keyless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -141,8 +151,7 @@ class AuthMiddleware:
         exchange: Exchange = scope[EXCHANGE]
         path = scope["path"]
         admin = path.startswith(ADMIN_PREFIX)
-        open_to_all = path in HEALTH or (path == "/metrics" and not self.metrics_key)
-        if admin or (self.ring.required and not open_to_all):
+        if admin or (self.ring.required and path not in self.keyless):
             exchange.key = self._key(Headers(scope=scope).get("authorization", ""))
             exchange.lease = self.admission.lease(exchange.key)
             if admin and not exchange.key.admin:

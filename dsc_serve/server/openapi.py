@@ -190,14 +190,27 @@ class Tokens(Answer):
 
 
 class Text(Answer):
+    """token_strs: where asked for."""
+
     prompt: str
+    token_strs: list[str] | None = None
 
 
 class Version(Answer):
     version: str
 
 
+class ModelDsc(Answer):
+    """What a token picks: `atoms_per_token` of the `atoms` in each of the `layers`."""
+
+    layers: int
+    atoms: int
+    atoms_per_token: int
+
+
 class Model(Answer):
+    """dsc: null where the model has no DSC layers."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -205,6 +218,7 @@ class Model(Answer):
     max_model_len: int
     tool_calls: str
     reasoning: bool
+    dsc: ModelDsc | None
 
 
 class Models(Answer):
@@ -290,7 +304,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/responses": RESPONSE_EXAMPLES,
     "/v1/dsc/trace": {"text": {"prompt": "Once upon a time"}, "token ids": {"prompt": [11, 12], "top_k_atoms": 1}},
     "/tokenize": {"prompt": {"prompt": "Once", "return_token_strs": True}, "messages": {"messages": CHAT}},
-    "/detokenize": {"token ids": {"tokens": [11, 12]}},
+    "/detokenize": {"token ids": {"tokens": [11, 12]}, "each": {"tokens": [11, 12], "return_token_strs": True}},
 }
 
 ERRORS = {
@@ -312,9 +326,10 @@ def reference(model: type[BaseModel]) -> dict[str, Any]:
     return {"$ref": TEMPLATE.format(model=model.__name__)}
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of an app."""
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+def describe(app: FastAPI, root_path: str) -> dict[str, Any]:
+    """The OpenAPI document of an app. root_path: its path behind a proxy, if it has one."""
+    servers: list[dict[str, str | Any]] | None = [{"url": root_path}] if root_path else None
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes, servers=servers)
     for path, item in document["paths"].items():
         name = path.replace(":path}", "}")
         for operation in item.values():

@@ -48,7 +48,10 @@ def check_tokens(value: Any) -> list[int]:
 
 
 class DetokenizeRequest(Fields):
+    """return_token_strs: tell each token's text too."""
+
     model: str | None = None
+    return_token_strs: bool | None = None
     tokens: Annotated[list[int], PlainValidator(check_tokens, json_schema_input_type=list[int])]
 
 
@@ -100,4 +103,7 @@ async def detokenize(service: Service, request: Request) -> Response:
         if not 0 <= id < capacity.vocab_size:
             raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {capacity.vocab_size - 1}")
     text = await service.run_low_priority(lambda: tokenizer.decode(ids, skip_special_tokens=False))
-    return json_response({"prompt": text})
+    if not fields.return_token_strs:
+        return json_response({"prompt": text})
+    names = await service.run_low_priority(lambda: [service.token_name(id) for id in ids])
+    return json_response({"prompt": text, "token_strs": names})

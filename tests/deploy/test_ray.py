@@ -183,6 +183,12 @@ def test_the_door_speaks_as_the_server_does(cluster: Cluster) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert httpx.get(f"{cluster.url}/health/ready", timeout=60).status_code == 200
     assert "/v1/completions" in httpx.get(f"{cluster.url}/openapi.json", timeout=60).json()["paths"]
+    index = httpx.get(f"{cluster.url}/", timeout=60)
+    assert "default-src 'none'" in index.headers["content-security-policy"] and "page/app.js" in index.text
+    again = httpx.get(f"{cluster.url}/page/app.js", headers={"if-none-match": index.headers["etag"]}, timeout=60)
+    assert again.status_code == 200, "another file's tag"
+    again = httpx.get(f"{cluster.url}/", headers={"if-none-match": index.headers["etag"]}, timeout=60)
+    assert (again.status_code, again.content) == (304, b"")
 
     async def crowd() -> list[Stream]:
         return await follow(cluster, [{"prompt": f"Chapter {i}", "max_tokens": 30} for i in range(16)])

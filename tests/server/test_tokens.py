@@ -30,6 +30,12 @@ def test_token_texts_are_told_on_request(app: FastAPI) -> None:
     assert body["token_strs"] == ["h", "bytes:\\xc3", "bytes:\\xa9"]
 
 
+def test_the_texts_of_token_ids_are_told_on_request(app: FastAPI) -> None:
+    body = post(app, "/detokenize", tokens=[104, 195, 169, 256], return_token_strs=True)
+    assert body == {"prompt": "hé<|end|>", "token_strs": ["h", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"]}
+    assert post(app, "/detokenize", tokens=[104], return_token_strs=False) == {"prompt": "h"}
+
+
 def test_messages_are_tokenised_as_a_chat_sees_them(app: FastAPI, engine: FakeEngine) -> None:
     tokens = post(app, "/tokenize", messages=MESSAGES)["tokens"]
     ask(app, "POST", "/v1/chat/completions", json={"messages": MESSAGES})

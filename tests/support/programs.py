@@ -1,4 +1,5 @@
-"""The system's programs that these tests drive. Run as a script: install those that are missing, or say how."""
+"""The system's programs that tests drive. Run as a script: install those named, or all that deploy/ is tested with,
+where they are missing, or say how."""
 
 from __future__ import annotations
 
@@ -10,22 +11,24 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = {  # program: its Debian package
+PACKAGES = {  # program: its Debian packages
     "buildah": "buildah",
     "debootstrap": "debootstrap",
     "podman": "podman",
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "runc": "runc",
+    "chromium": "chromium fonts-dejavu-core",
 }
+BROWSER = "chromium"
 
 
-def missing() -> list[str]:
-    return [program for program in PACKAGES if shutil.which(program) is None]
+def missing(programs: list[str]) -> list[str]:
+    return [program for program in programs if shutil.which(program) is None]
 
 
 def install_line(programs: list[str]) -> list[str]:
-    packages = sorted({PACKAGES[program] for program in programs})
+    packages = sorted({package for program in programs for package in PACKAGES[program].split()})
     return ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
 
 
@@ -37,8 +40,8 @@ def program(name: str) -> str:
     return found
 
 
-def main() -> int:
-    programs = missing()
+def main(wanted: list[str]) -> int:
+    programs = missing(wanted)
     if not programs:
         return 0
     line = install_line(programs)
@@ -47,11 +50,11 @@ def main() -> int:
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["apt-get", "update", "--quiet"], line):
             subprocess.run([*root, *command], env=env, stdout=subprocess.DEVNULL)
-    if left := missing():
+    if left := missing(wanted):
         print(f"{', '.join(left)} cannot be found; type\n    sudo {' '.join(line)}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] or [program for program in PACKAGES if program != BROWSER]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsc_serve.documents import DocumentError, read_document
 from dsc_serve.text.renderer import Renderer, RendererError
-from dsc_serve.text.sandbox import Message, syntax_fault, variables_of
+from dsc_serve.text.sandbox import Message, names_in, syntax_fault
 from dsc_serve.text.sandbox import one_line as one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -39,7 +39,7 @@ class ChatTemplate:
         if wrong := syntax_fault(template):
             raise ChatTemplateError(wrong)
         self.source, self._special_tokens = template, dict(special_tokens)
-        self.knows_tools = "tools" in variables_of(template)
+        self.knows_tools = "tools" in names_in(template)
         self._idle: list[Renderer] = []
         weakref.finalize(self, close_all, self._idle)
 

@@ -9,7 +9,6 @@ from datetime import datetime
 from typing import NoReturn
 
 import jinja2
-import jinja2.meta
 import jinja2.nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -109,10 +108,13 @@ def syntax_fault(template: str) -> str:
     return ""
 
 
-def variables_of(template: str) -> frozenset[str]:
-    """Names that the source of a template takes from outside; none where it cannot be parsed."""
+def names_in(template: str) -> frozenset[str]:
+    """Names that the source of a template speaks of; none where it cannot be parsed.
+
+    It is only read: the library's own way of asking for variables would compute constants.
+    """
     try:
-        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
+        return frozenset(node.name for node in environment().parse(template).find_all(jinja2.nodes.Name))
     except Exception:
         return frozenset()
 

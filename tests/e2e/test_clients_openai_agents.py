@@ -25,27 +25,27 @@ def settings(**fields: Any) -> Any:
     return agents.ModelSettings(**{"max_tokens": 100, "temperature": 0.5, "parallel_tool_calls": False, **fields})
 
 
-def test_chat_and_stream(model: Any) -> None:
-    own = settings(max_tokens=12, temperature=0, parallel_tool_calls=None)
+def test_chat(model: Any) -> None:
+    own = settings(max_tokens=12, parallel_tool_calls=None)
     agent = agents.Agent(name="clerk", instructions="Be brief.", model=model, model_settings=own)
+    assert agents.Runner.run_sync(agent, QUESTION).final_output
+
+
+def test_structured_output_and_its_stream(model: Any) -> None:
+    """The library takes a stream that ends for its length for a failure, so this one comes to its end by itself."""
+    own = settings(parallel_tool_calls=None)
+    agent = agents.Agent(name="clerk", model=model, output_type=Report, model_settings=own)
 
     async def told() -> None:
-        whole = (await agents.Runner.run(agent, QUESTION)).final_output
+        assert isinstance((await agents.Runner.run(agent, QUESTION)).final_output, Report)
         result = agents.Runner.run_streamed(agent, QUESTION)
         deltas = ""
         async for event in result.stream_events():
             if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
                 deltas += event.data.delta
-        assert whole and result.final_output == deltas == whole
+        assert result.final_output == Report.model_validate_json(deltas)
 
     asyncio.run(told())
-
-
-def test_structured_output(model: Any) -> None:
-    agent = agents.Agent(
-        name="clerk", model=model, output_type=Report, model_settings=settings(parallel_tool_calls=None)
-    )
-    assert isinstance(agents.Runner.run_sync(agent, QUESTION).final_output, Report)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -80,6 +80,8 @@ FRAGMENTS = st.lists(
             '{"name": "get", "arguments": {}}',
             '{"name": "other", "arguments": {}}',
             '"parameters": ',
+            '{"id": 1}',
+            '{"type": "function", "arguments": {}}',
             '{"arguments": {"a": 1}, "name": "get"}',
             '"x": 1',
             '{"type": "function", "name": "get"}',
@@ -191,7 +193,7 @@ LOOKALIKES = [
 @every_form
 @pytest.mark.parametrize("text", LOOKALIKES)
 def test_text_that_merely_looks_like_a_call_stays_text(form: CallForm, text: str) -> None:
-    for given_ in (text, f"Look: {text}", f"{text}\nand so on"):
+    for given_ in (text, f"Look: {text}", f" \n{text}\n", f"{text}\nand so on"):
         assert read(form, [given_]) == [Content(given_)]
         assert read(form, list(given_)) == [Content(given_)]
 

@@ -194,6 +194,29 @@ def test_a_lone_surrogate_in_a_message_is_named() -> None:
         render("{{ messages[0].content }}", [{"role": "user", "content": "\ud800"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "knows"),
+    [
+        (CHATML, False),
+        ("{% if tools %}x{% endif %}", True),
+        ("{{ 'tools' }}", False),
+        ("{% for tool in tools or [] %}{{ tool }}{% endfor %}", True),
+        ("{{ 10 ** (10 ** 9) }}{{ tools }}", True),  # which nobody may compute to find that out
+    ],
+)
+def test_a_template_that_speaks_of_tools_is_told_by_reading_it(template: str, knows: bool) -> None:
+    began = time.process_time()
+    assert ChatTemplate(template, {}).knows_tools is knows
+    assert time.process_time() - began < 1
+
+
+def test_tools_and_arguments_reach_the_template() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": "é"}}}
+    template = ChatTemplate("{{ tools[0].name }} {{ messages[0].tool_calls[0].function.arguments }}", {})
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert template.render([message], tools=[{"name": "f"}]) == 'f {"a": "é"}'
+
+
 @pytest.mark.usefixtures("hurried")
 def test_what_does_not_compile_is_found_without_messages() -> None:
     for template in ("{{ 'a' * 10**9 * 4 }}", "{{ 10**(10**8) }}", "{{ 1 | nothing }}"):

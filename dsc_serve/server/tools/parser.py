@@ -171,8 +171,8 @@ class CallParser:
             self._held += char
             name, arguments = self._object.call
             if name is None:
-                held, self._held = self._held, ""
-                self._text(self._before + held)
+                held, self._held, self._before = self._before + self._held, "", ""
+                self._text(held)
                 self._state, self._in_list, self._line_start = self._reading, False, False
                 return
             self._start(name)

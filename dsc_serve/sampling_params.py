@@ -32,28 +32,29 @@ class ParameterError(ValueError):
 class ContextLengthError(ParameterError):
     """A prompt, or it and what may be generated, that is longer than what there is room for.
 
-    In OpenAI's words, by which clients know that a shorter prompt, or a model with a longer context, would do.
-    limit: tokens that there is room for. completion: None where only the prompt is too long.
+    limit: tokens that there is room for; note: why so many. completion: None where only the prompt is too long.
     """
 
-    def __init__(self, field: str, limit: int, prompt: int, completion: int | None, note: str = "") -> None:
+    def __init__(
+        self, field: str, message: str, limit: int, prompt: int, completion: int | None = None, note: str = ""
+    ) -> None:
+        super().__init__(field, message)
         self.limit, self.prompt, self.completion, self.note = limit, prompt, completion, note
-        super().__init__(field, "")
-        self.args = (self.described("prompt") + self.advice(field),)
 
-    def described(self, what: str) -> str:
-        """What is wrong, where the client calls the prompt so."""
+    def told(self, what: str, limit_name: str) -> str:
+        """In OpenAI's words, by which clients know that a shorter prompt, or a model with a longer context, would do.
+
+        what: what the client calls the prompt; limit_name: and `max_tokens`.
+        """
         has = f"This model's maximum context length is {self.limit} tokens{self.note}. However, "
         if self.completion is None:
             return f"{has}your {what} resulted in {self.prompt} tokens. Please reduce the length of the {what}."
         parts = f"{self.prompt} in the {what}, {self.completion} in the completion"
         whole = f"{has}you requested {self.prompt + self.completion} tokens ({parts})."
-        return f"{whole} Please reduce the length of the {what} or completion."
-
-    def advice(self, limit_name: str) -> str:
-        """What else would do, where the client calls `max_tokens` so; "" where nothing would."""
-        room = self.limit - self.prompt
-        return f" {limit_name} may be at most {room} here." if self.field == "max_tokens" and room > 0 else ""
+        whole += f" Please reduce the length of the {what} or completion."
+        if self.field != "max_tokens":
+            return whole
+        return f"{whole} {limit_name} may be at most {self.limit - self.prompt}, together with the {what} {self.limit}."
 
 
 def reject(field: str, value: object, allowed: str) -> NoReturn:
@@ -335,10 +336,12 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     """
     if not prompt:
         raise ParameterError("prompt", "prompt is empty; at least one token is needed")
-    limit = capacity.max_tokens
-    note = "" if limit == capacity.max_model_len else " on this server, whose KV pool holds no more"
-    if len(prompt) > limit:
-        raise ContextLengthError("prompt", limit, len(prompt), params.max_tokens or None, note)
+    limit, size = capacity.max_tokens, len(prompt)
+    what = "the model's context" if limit == capacity.max_model_len else "the KV pool"
+    note = "" if limit == capacity.max_model_len else f" ({what} holds {limit})"
+    if size > limit:
+        message = f"prompt has {size} tokens; {what} holds {limit}"
+        raise ContextLengthError("prompt", message, limit, size, params.max_tokens or None, note)
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= capacity.vocab_size:
         bad = low if low < 0 else high
@@ -348,15 +351,20 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {capacity.vocab_size - 1}")
     if params.routing:
         check_routing(prompt, params, capacity)
-    room = capacity.max_tokens - len(prompt)
+    room = limit - size
     if params.max_tokens is None:
         if room == 0:
-            raise ContextLengthError("prompt", limit, len(prompt), 1, note)
+            message = f"prompt has {size} tokens and fills {what}; none can be generated"
+            raise ContextLengthError("prompt", message, limit, size, 1, note)
         if params.min_tokens > room:
             reject("min_tokens", params.min_tokens, f"at most {room}, what is left after the prompt")
         return room
     if params.max_tokens > room:
-        raise ContextLengthError("max_tokens", limit, len(prompt), params.max_tokens, note)
+        message = (
+            f"max_tokens is {params.max_tokens} and the prompt has {size} tokens; together they may be at most {limit} "
+            f"({what})"
+        )
+        raise ContextLengthError("max_tokens", message, limit, size, params.max_tokens, note)
     return params.max_tokens
 
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import (
+    ContextLengthError,
+    EngineCapacity,
+    ParameterError,
+    SamplingParams,
+    resolve_max_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +89,17 @@ def test_a_temperature_at_which_nothing_else_is_ever_drawn_is_greedy(tiny: float
     assert SamplingParams(temperature=tiny).greedy
 
 
-def test_what_does_not_fit_is_said_in_openais_words() -> None:
-    with pytest.raises(ParameterError) as error:
+def test_what_does_not_fit_can_be_said_in_openais_words() -> None:
+    with pytest.raises(ContextLengthError, match="max_tokens is 9 and the prompt has 15 tokens; together") as error:
         resolve_max_tokens([1] * 15, SamplingParams(max_tokens=9), EngineCapacity(10, 20, 5, 4))
-    assert str(error.value) == (
-        "This model's maximum context length is 20 tokens. However, you requested 24 tokens (15 in the prompt, 9 in "
-        "the completion). Please reduce the length of the prompt or completion. max_tokens may be at most 5 here."
+    assert error.value.told("messages", "max_completion_tokens") == (
+        "This model's maximum context length is 20 tokens. However, you requested 24 tokens (15 in the messages, 9 in "
+        "the completion). Please reduce the length of the messages or completion. max_completion_tokens may be at most "
+        "5, together with the messages 20."
     )
-    with pytest.raises(ParameterError, match=r"length is 8 tokens on this server, whose KV pool .* 9 tokens\. Please"):
+    with pytest.raises(ContextLengthError, match="prompt has 9 tokens; the KV pool holds 8") as error:
         resolve_max_tokens([1] * 9, SamplingParams(max_tokens=None), EngineCapacity(10, 20, 2, 4))
+    assert error.value.told("prompt", "max_tokens") == (
+        "This model's maximum context length is 8 tokens (the KV pool holds 8). However, your prompt resulted in 9 "
+        "tokens. Please reduce the length of the prompt."
+    )

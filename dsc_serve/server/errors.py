@@ -67,8 +67,7 @@ def from_parameter(error: ParameterError, names: Mapping[str, str], code: str = 
     """`names` maps our fields to what the client calls them where the two differ."""
     message, param = str(error), names.get(error.field, error.field)
     if isinstance(error, ContextLengthError):
-        message = error.described(names.get("prompt", "prompt").split(".")[0]) + error.advice(param)
-        return bad_request(param, message, CONTEXT_LENGTH)
+        return bad_request(param, error.told(names.get("prompt", "prompt").split(".")[0], param), CONTEXT_LENGTH)
     if message.startswith(error.field):
         message = param + message.removeprefix(error.field)
     return bad_request(param, message, code)

@@ -234,10 +234,10 @@ class Service:
     def _check_limits(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises ParameterError naming the first field beyond what this server allows; 0 allows anything."""
         limits = self.limits
-        if 0 < limits.max_prompt_tokens < len(prompt):
-            raise ContextLengthError(
-                "prompt", limits.max_prompt_tokens, len(prompt), None, " for prompts on this server"
-            )
+        size, most = len(prompt), limits.max_prompt_tokens
+        if 0 < most < size:
+            message = f"prompt is {size} tokens; this server allows at most {most}"
+            raise ContextLengthError("prompt", message, most, size, note=f" here ({message})")
         alternatives = max(params.logprobs or 0, params.prompt_logprobs or 0)
         for field, value, most in (
             ("max_tokens", params.max_tokens or 0, limits.max_output_tokens or params.max_tokens or 0),

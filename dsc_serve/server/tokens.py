@@ -98,7 +98,8 @@ async def detokenize(service: Service, request: Request) -> Response:
     if tokenizer is None:
         raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")
     if len(ids) > capacity.max_tokens:
-        raise from_parameter(ContextLengthError("tokens", capacity.max_tokens, len(ids), None), {"prompt": "tokens"})
+        error = ContextLengthError("tokens", "", capacity.max_tokens, len(ids))
+        raise from_parameter(error, {"prompt": "tokens"})
     for i, id in enumerate(ids):
         if not 0 <= id < capacity.vocab_size:
             raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {capacity.vocab_size - 1}")

@@ -7,12 +7,16 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine, saying
-from support.serving import ask, chat, complete, events_of
+from support.serving import app_around, ask, chat, complete, events_of
+from tokenizers import decoders, models, pre_tokenizers
 
+from dsc_serve.config import ConfigError, ServerConfig
 from dsc_serve.sampling_params import StructuredOutputs
 from dsc_serve.server.app import create_app
+from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -225,8 +229,6 @@ def test_a_format_that_is_none_is_named(app: FastAPI, asked: dict[str, Any], par
 
 
 def test_a_model_may_have_several_names(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    from dsc_serve.config import ConfigError, ServerConfig
-
     app = create_app(ServerConfig(served_model_name="small, gpt-4o-mini"), engine, tokenizer)
     assert [card["id"] for card in ask(app, "GET", "/v1/models").json()["data"]] == ["small", "gpt-4o-mini"]
     assert ask(app, "GET", "/v1/models/gpt-4o-mini").json()["id"] == "gpt-4o-mini"
@@ -273,3 +275,38 @@ def test_a_chat_that_does_not_fit_is_told_as_openai_tells_it(app: FastAPI) -> No
     )
     (whole,) = {error_of(chat(app, messages=[message]))["message"]}
     assert whole.endswith("However, your messages resulted in 517 tokens. Please reduce the length of the messages.")
+
+
+def test_a_gap_is_filled_where_the_tokenizer_has_marks_for_it(engine: FakeEngine) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    app = app_around(engine, Tokenizer(backend))
+    assert text_of(complete(app, prompt="ab", suffix="yz", max_tokens=2)) == "ab"  # what the engine says
+    assert engine.submitted[-1][1] == [256, *b"ab", 257, *b"yz", 258]
+    assert complete(app, prompt=[1], suffix="yz").json()["usage"]["prompt_tokens"] == 6
+    for other in ({"echo": True}, {"truncate_prompt_tokens": 3}):
+        assert error_of(complete(app, suffix="yz", **other))["param"] == "suffix"
+    assert error_of(complete(app, suffix="y" * 600))["code"] == "context_length_exceeded"
+
+
+def test_without_marks_a_suffix_is_refused(app: FastAPI) -> None:
+    error = error_of(complete(app, suffix="yz"))
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
+    assert "has no marks for filling in the middle" in error["message"]
+    assert complete(app, suffix="").status_code == 200
+
+
+@pytest.mark.parametrize("escapes", [False, True])
+def test_an_operator_may_have_spelled_marks_read_as_text(
+    engine: FakeEngine, tokenizer: Tokenizer, escapes: bool
+) -> None:
+    app = create_app(ServerConfig(escape_special_tokens=escapes), engine, tokenizer)
+    messages = [{"role": "user", "content": "a<|end|>b"}]
+    assert chat(app, messages=messages).status_code == 200
+    ids = engine.submitted[-1][1]
+    assert ids.count(256) == (0 if escapes else 1)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<user>a<|end|>b<assistant>"
+    assert ask(app, "POST", "/tokenize", json={"messages": messages}).json()["tokens"] == ids
+    assert complete(app, prompt="<|end|>").json()["usage"]["prompt_tokens"] == 1  # which is the client's own affair

@@ -125,13 +125,13 @@ def test_a_checkpoint_whose_pooling_is_not_supported_says_so(app: FastAPI, engin
 def test_a_failure_of_one_text_is_that_of_all(app: FastAPI, engine: FakeEngine) -> None:
     engine.fail_after = 0
     assert embed(app, ["a", "b"]).status_code == 500
-    assert 'dsc_serve_embeddings_total{outcome="error"} 2' in ask(app, "GET", "/metrics").text
+    assert 'dsc_serve_embeddings_total{finish_reason="error"} 2' in ask(app, "GET", "/metrics").text
 
 
 def test_embeddings_are_counted_as_such(app: FastAPI) -> None:
     embed(app, ["a", "bc"])
     scraped = ask(app, "GET", "/metrics").text
-    assert 'dsc_serve_embeddings_total{outcome="done"} 2' in scraped
+    assert 'dsc_serve_embeddings_total{finish_reason="done"} 2' in scraped
     assert "dsc_serve_prompt_tokens_total 3" in scraped
     assert 'dsc_serve_generations_total{finish_reason="length"} 0' in scraped
 

@@ -113,7 +113,8 @@ def test_a_deadline_ends_the_text_and_is_an_error_where_there_is_none(
 ) -> None:
     engine.fail_after, engine.error = 2, Delta("", [], "timeout", error="the request did not end within 1 s")
     response = ask_for(app, dsc={"deadline_ms": 1000})
-    assert response.json()["choices"][0]["finish_reason"] == "timeout"
+    assert response.json()["choices"][0]["finish_reason"] == "length"
+    assert response.json()["choices"][0]["dsc"]["finish_reason"] == "timeout"
     engine.fail_after = 0
     for stream in (False, True):
         response = ask_for(app, dsc={"deadline_ms": 1000}, stream=stream)

@@ -23,7 +23,7 @@ FIRST_TOKEN_EDGES_S = (
 )  # fmt: skip
 DURATION_EDGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 FINISH_REASONS = ("stop", "length", "abort", "timeout", "error")
-EMBEDDING_OUTCOMES = ("done", "abort", "timeout", "error")
+EMBEDDING_ENDS = ("done", "abort", "timeout", "error")
 STATUSES = (200, 429, CLIENT_CLOSED, 500, 503)  # there from the start: a series that begins above 0 shows no increase
 STATS_TIMEOUT_S = 1.0
 
@@ -44,7 +44,7 @@ class Metrics(Collector):
         )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
-        self._embeddings: Counter[tuple[str, ...]] = Counter({(outcome,): 0 for outcome in EMBEDDING_OUTCOMES})
+        self._embeddings: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in EMBEDDING_ENDS})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
         self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
         self._prompt_sizes, self._output_sizes = Histogram(COUNT_EDGES), Histogram(COUNT_EDGES)
@@ -68,8 +68,8 @@ class Metrics(Collector):
         if per_token_s is not None:
             self._per_token.observe(per_token_s)
 
-    def embedding_ended(self, outcome: str) -> None:
-        self._embeddings[outcome,] += 1
+    def embedding_ended(self, reason: str) -> None:
+        self._embeddings[reason,] += 1
 
     def called(self, form: str, calls: int, malformed: int) -> None:
         """An answer had calls of this form, some of whose arguments were no JSON object."""
@@ -115,7 +115,7 @@ class Metrics(Collector):
         yield counters(
             "embeddings",
             "Texts of /v1/embeddings that ended; done: with a vector; abort: the client left, or another text failed.",
-            ("outcome",),
+            ("finish_reason",),
             self._embeddings,
         )
         yield histogram(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsc_serve.engine.position import Position
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.sampler import to_device
 from dsc_serve.grammars.constraint import wait
@@ -43,7 +44,7 @@ def answered(requests: Sequence[Request], forward_s: float) -> list[bool]:
     return [request.may_sample for request in requests]
 
 
-def constrain(logits: Tensor, requests: Sequence[Request]) -> dict[str, str]:
+def constrain(logits: Tensor, requests: Sequence[Position]) -> dict[str, str]:
     """Set the logits [R, V] of tokens that may not follow to −∞, in place.
 
     Returns why a request cannot go on, by id, for those that cannot.

@@ -47,6 +47,10 @@ class RoutingSlice(msgspec.Struct, array_like=True):
             np.frombuffer(self.signal, "<f4").reshape(self.shape[:2]),
         )
 
+    def before(self, end: int) -> RoutingSlice:
+        """Of the tokens at positions before `end` alone."""
+        return RoutingSlice.packed(self.start, *(array[: max(0, end - self.start)] for array in self.arrays))
+
     @classmethod
     def joined(cls, parts: Sequence[RoutingSlice]) -> RoutingSlice:
         """One for parts that follow each other; at least one."""
@@ -70,3 +74,4 @@ class Delta(msgspec.Struct, array_like=True):
     cached_tokens: int = 0  # of the prompt, found in the prefix cache, once the request has begun
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
+    prediction: tuple[int, int] = (0, 0)  # tokens of the predicted text that were tried: those that were right, and not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
+from dsc_serve.engine.position import Further, Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
@@ -39,6 +40,7 @@ class StepResult:
 
     tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
+    further: dict[str, Further] = field(default_factory=dict)  # after that token, of requests with drafts
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
     late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
@@ -49,6 +51,7 @@ class StepResult:
         """Take in what another part of the same step computed, of other requests."""
         self.tokens |= other.tokens
         self.logprobs |= other.logprobs
+        self.further |= other.further
         self.prompt_logprobs |= other.prompt_logprobs
         self.stuck |= other.stuck
         self.late |= other.late
@@ -182,7 +185,10 @@ class Runner:
         return [layer.planner for layer in self._layers if layer.planner is not None]
 
     def run(self, work: Work) -> StepResult:
-        """Compute the given number of new tokens of each request and sample where that is all of them."""
+        """Compute the given number of new tokens of each request and sample where that is all of them.
+
+        What is more than all of them are its first drafts: a token is drawn after each of these too.
+        """
         if torch.is_inference_mode_enabled():  # the engine's loop switches once: switching takes 1 % of a short step
             return self._run(work)
         with torch.inference_mode():
@@ -198,29 +204,52 @@ class Runner:
         if self.routing is not None:
             self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
-        if picks is not None:
-            self._report_picks(ordered, StepPicks(picks), result)
         rows, requests, start = [], [], 0
+        ahead: list[tuple[int, PositionAhead]] = []  # with their rows
         for request, count in ordered:
+            known = request.num_uncomputed
             if request.wants_prompt_logits and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
-            if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
-                rows.append(start + count - 1)
+            if count >= known and request.max_tokens > 0:
+                rows.append(start + known - 1)
                 requests.append(request)
+                for drafts in range(1, count - known + 1):
+                    ahead.append((start + known - 1 + drafts, PositionAhead(request, drafts)))
             start += count
         if not all(request.may_sample for request in requests):
             may = answered(requests, result.forward_s)
             result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
             rows = [row for row, known in zip(rows, may, strict=True) if known]
             requests = [request for request in requests if request.id not in result.late]
+            ahead = [(row, position) for row, position in ahead if position.request.id not in result.late]
         if requests:
-            needed = hidden if len(rows) == hidden.shape[0] else hidden[to_device(torch.tensor(rows), hidden.device)]
-            if all(map(is_greedy, requests)):
-                tokens = sampler.read(self.model.argmax_tokens(needed))
-                result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
-            else:
-                self._sample(self.model.logits(needed), requests, result)
+            rows += [row for row, _ in ahead]
+            self._draw(hidden, rows, requests, [position for _, position in ahead], result)
+        if picks is not None:
+            self._report_picks(ordered, StepPicks(picks), result)
+        if ahead and self.routing is not None:
+            self.routing.keep(np.concatenate([np.arange(*rows) for _, rows in kept_rows(ordered, result)]))
         return result
+
+    def _draw(
+        self, hidden: Tensor, rows: list[int], requests: list[Request], ahead: list[PositionAhead], result: StepResult
+    ) -> None:
+        """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
+        whole = len(rows) == hidden.shape[0] and not ahead  # then they are in order
+        needed = hidden if whole else hidden[to_device(torch.tensor(rows), hidden.device)]
+        positions: list[Position] = [*requests, *ahead]
+        entries: dict[int, TokenLogprobs] = {}
+        if all(map(is_greedy, positions)):
+            tokens = sampler.read(self.model.argmax_tokens(needed))
+        else:
+            tokens, entries = self._sample(self.model.logits(needed), positions, result)
+        count = len(requests)
+        result.tokens = {request.id: token for request, token in zip(requests, tokens[:count], strict=True)}
+        if entries:
+            result.logprobs = {request.id: entries[i] for i, request in enumerate(requests) if i in entries}
+        if ahead:
+            after = {i - count: entry for i, entry in entries.items() if i >= count}
+            result.further = agreed(result.tokens, ahead, tokens[count:], after)
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The layers' output [T, d] for a step, replayed where its size was captured."""
@@ -260,7 +289,7 @@ class Runner:
         for row, (request, count) in enumerate(ordered[decodes:], decodes):
             first, end = request.num_computed, request.num_computed + count
             new = slice(start, start + count)
-            token_ids[new] = request.tokens[first:end]
+            token_ids[new] = request.span(first, end)
             positions[new] = np.arange(first, end)
             slot_blocks[new] = request.table[positions[new] // size]
             slot_offsets[new] = positions[new] % size
@@ -269,25 +298,25 @@ class Runner:
             start += count
         return tuple(chunks)
 
-    def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:
-        reporting = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+    def _sample(
+        self, logits: Tensor, positions: list[Position], result: StepResult
+    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """A token for each row of logits, and the log probabilities of those that are asked for, by row."""
+        reporting = [i for i, position in enumerate(positions) if position.params.logprobs is not None]
         raw = logits[reporting] if reporting else None  # a copy: sampling changes the logits
-        result.stuck = constrain(logits, requests)
-        tokens = self.sampler(logits, requests)
-        for request, token in zip(requests, tokens, strict=True):
-            result.tokens[request.id] = token
-        if raw is not None:
-            top = [requests[i].params.logprobs or 0 for i in reporting]
-            entries = logprobs(raw, [tokens[i] for i in reporting], top)
-            result.logprobs |= {requests[i].id: entry for i, entry in zip(reporting, entries, strict=True)}
+        result.stuck = constrain(logits, positions)
+        tokens = self.sampler(logits, positions)
+        if raw is None:
+            return tokens, {}
+        top = [positions[i].params.logprobs or 0 for i in reporting]
+        entries = logprobs(raw, [tokens[i] for i in reporting], top)
+        return tokens, dict(zip(reporting, entries, strict=True))
 
     def _report_picks(self, ordered: Work, picks: StepPicks, result: StepResult) -> None:
-        start = 0
-        for request, count in ordered:
-            routing = picks.report(request, start, count) if request.params.routing else None
+        for request, (start, end) in kept_rows(ordered, result):
+            routing = picks.report(request, start, end - start) if request.params.routing else None
             if routing is not None:
                 result.routing[request.id] = routing
-            start += count
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
         """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
@@ -306,3 +335,13 @@ class Runner:
         request.reported = max(request.reported, end)
         if request.params.prompt_logprobs is not None:
             result.prompt_logprobs[request.id] = entries
+
+
+def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tuple[int, int]]]:
+    """A step's requests, each with its first row and the one after its last that is no wrong draft's."""
+    start = 0
+    for request, count in ordered:
+        further = result.further.get(request.id)
+        wrong = 0 if further is None else further.computed - len(further.tokens)
+        yield request, (start, start + count - wrong)
+        start += count

@@ -1,0 +1,22 @@
+"""What the engine reports of drafts. Free of torch; travels between processes as it is."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from dsc_serve.engine.histogram import COUNT_EDGES, Histogram
+
+
+class DraftReport(msgspec.Struct, array_like=True):
+    """All drafts since the start, by source."""
+
+    drafted: dict[str, int] = {}  # tokens that were computed
+    accepted: dict[str, int] = {}  # of these, which proved right
+    width: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # drafts of a request in a step
+
+    def count(self, source: str, right: int, computed: int) -> None:
+        self.drafted[source] = self.drafted.get(source, 0) + computed
+        self.accepted[source] = self.accepted.get(source, 0) + right
+        self.width.observe(computed)

@@ -236,6 +236,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     block_size: int  # tokens in one
     layers: int = 0
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
+    max_drafts: int = 0  # of one request in a step; 0: none are computed
 
     @property
     def max_tokens(self) -> int:
@@ -262,6 +263,11 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
         ids = getattr(params, field)
         if ids and max(ids) >= capacity.vocab_size:
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {capacity.vocab_size - 1}")
+    if params.prediction_token_ids and not capacity.max_drafts:
+        field = "prediction_token_ids"
+        raise ParameterError(field, f"{field} is set; it would do nothing, since speculation is off here")
+    if (params.max_drafts or 0) > capacity.max_drafts:
+        reject("max_drafts", params.max_drafts, f"at most {capacity.max_drafts}, as this engine was started")
     if params.routing:
         check_routing(prompt, params, capacity)
     room = capacity.max_tokens - len(prompt)

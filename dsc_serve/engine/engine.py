@@ -95,6 +95,7 @@ class Engine:
             block_size=config.block_size,
             layers=model.config.num_hidden_layers,
             atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
+            max_drafts=config.drafts,
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
@@ -130,7 +131,6 @@ class Engine:
             request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
         )
         request.constraint = self._constraint(params)
-        request.drafting = self.drafter.drafting(params, len(prompt))
         if self.routing is not None:
             self.routing.expect(request)
         self.scheduler.add(request, age_s)

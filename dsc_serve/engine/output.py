@@ -49,7 +49,9 @@ class RoutingSlice(msgspec.Struct, array_like=True):
 
     def before(self, end: int) -> RoutingSlice:
         """Of the tokens at positions before `end` alone."""
-        return RoutingSlice.packed(self.start, *(array[: max(0, end - self.start)] for array in self.arrays))
+        count = max(0, end - self.start)
+        atoms, coefficients, signal = self.arrays
+        return RoutingSlice.packed(self.start, atoms[:count], coefficients[:count], signal[:count])
 
     @classmethod
     def joined(cls, parts: Sequence[RoutingSlice]) -> RoutingSlice:

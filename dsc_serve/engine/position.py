@@ -18,6 +18,8 @@ class Position(Protocol):
     """What drawing a token goes by; the properties are those of `request.Request`."""
 
     @property
+    def id(self) -> str: ...
+    @property
     def params(self) -> SamplingParams: ...
     @property
     def seed(self) -> int: ...
@@ -35,10 +37,10 @@ class Position(Protocol):
 class PositionAhead:
     """A request as it will stand if the first `ahead` of its drafts, at least one, prove right."""
 
-    __slots__ = ("ahead", "constraint", "num_tokens", "output_size", "params", "prompt_size", "request", "seed")
+    __slots__ = ("ahead", "constraint", "id", "num_tokens", "output_size", "params", "prompt_size", "request", "seed")
 
     def __init__(self, request: Request, ahead: int) -> None:
-        self.request, self.ahead = request, ahead
+        self.request, self.ahead, self.id = request, ahead, request.id
         self.params, self.seed, self.prompt_size = request.params, request.seed, request.prompt_size
         self.constraint = request.constraint
         self.num_tokens, self.output_size = request.num_tokens + ahead, request.output_size + ahead

@@ -54,7 +54,7 @@ class Request:
     constraint: Constraint | None = None  # where its output stands in the grammar that it has to follow
     held: bool = False  # it sits steps out until the grammar has answered
     drafts: Sequence[int] = ()  # what this step computes after its tokens; they may prove wrong
-    drafting: Drafting | None = None  # where its drafts come from; None: it has none
+    drafting: Drafting | None = None  # where its drafts come from, once it has been asked for some
     token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)  # by first position, for penalties
 
     def __post_init__(self) -> None:

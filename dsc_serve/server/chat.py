@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -102,6 +103,9 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
     service.admit(request, params.n, "n")
     prompt = await service.encode(await rendered(service, fields.messages), "messages", chat=True)
+    if fields.prediction is not None:
+        predicted = await service.encode(fields.prediction.text, "prediction", chat=True)
+        params = msgspec.structs.replace(params, prediction_token_ids=tuple(predicted))
     params = service.apply_limits(prompt, params, fields.names)
     formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)
     choices = formatter.choices(prompt, params)

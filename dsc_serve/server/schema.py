@@ -148,10 +148,10 @@ class GenerationFields(EngineFields):
     @property
     def names(self) -> Mapping[str, str]:
         whole = self.dsc is None or self.dsc.top_k_atoms is None
-        routing = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms"}
+        own = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms", "max_drafts": "dsc.max_drafts"}
         if self.response_format is None or self.structured_outputs is not None:
-            return routing
-        return {**routing, "structured_outputs": "response_format"}
+            return own
+        return {**own, "structured_outputs": "response_format"}
 
     @property
     def include_usage(self) -> bool:
@@ -177,6 +177,7 @@ class GenerationFields(EngineFields):
             given["logit_bias"] = {token_id_key(key): bias for key, bias in self.logit_bias.items()}
         if self.dsc is not None:
             given["routing"] = self.dsc.routing
+            given["max_drafts"] = self.dsc.max_drafts
         try:
             given["structured_outputs"] = structured_outputs(self.response_format, self.structured_outputs)
             return SamplingParams(**(given | own))
@@ -221,9 +222,27 @@ class TextPart(Fields):
     text: str
 
 
+Content = Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+
+
+def text_of(content: str | list[TextPart], between: str = "\n") -> str:
+    return content if isinstance(content, str) else between.join(part.text for part in content)
+
+
+class Prediction(Fields):
+    """A text that much of the answer is expected to be like: it then comes faster, and is the same."""
+
+    type: Literal["content"]
+    content: Content
+
+    @property
+    def text(self) -> str:
+        return text_of(self.content, "")
+
+
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+    content: Content
     name: Annotated[Any, Only()] = None
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
@@ -233,7 +252,7 @@ class Message(Fields):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return text_of(self.content)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -251,7 +270,7 @@ class ChatRequest(GenerationFields):
     modalities: Annotated[Any, Only(["text"])] = None
     moderation: Annotated[Any, Only()] = None
     parallel_tool_calls: Annotated[Any, Only(False)] = None
-    prediction: Annotated[Any, Only()] = None
+    prediction: Prediction | None = None
     prompt_cache_key: Annotated[Any, Only()] = None
     prompt_cache_options: Annotated[Any, Only()] = None
     prompt_cache_retention: Annotated[Any, Only()] = None
@@ -267,7 +286,8 @@ class ChatRequest(GenerationFields):
     @property
     def names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {**super().names, "prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        own = {"prompt": "messages", "logprobs": "top_logprobs", "prediction_token_ids": "prediction"}
+        return {**super().names, **own, "max_tokens": limit}
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""

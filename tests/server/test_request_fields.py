@@ -38,7 +38,7 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
 ELSEWHERE = {"dsc", "response_format", "structured_outputs", "model", "n"}
 ELSEWHERE |= {"stream", "stream_options", "user", "logprobs", "priority", "queue_timeout_s", "timeout_s", "cache_salt"}
 COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
-CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}
+CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "prediction"}
 
 NEUTRAL: dict[str, list[Any]] = {
     "audio": [],
@@ -48,7 +48,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "modalities": [["text"]],
     "moderation": [],
     "parallel_tool_calls": [False],
-    "prediction": [],
     "prompt_cache_key": [],
     "prompt_cache_options": [],
     "prompt_cache_retention": [],
@@ -77,7 +76,12 @@ def test_every_field_is_tested_here() -> None:
     shared = PASSED_ON.keys() | ELSEWHERE
     assert CompletionRequest.model_fields.keys() == shared | COMPLETION_ONLY
     assert ChatRequest.model_fields.keys() == shared | CHAT_ONLY | NEUTRAL.keys()
-    assert set(SamplingParams.__struct_fields__) <= shared | {"prompt_logprobs", "routing"}
+    assert set(SamplingParams.__struct_fields__) <= shared | {
+        "prompt_logprobs",
+        "routing",
+        "prediction_token_ids",
+        "max_drafts",
+    }
 
 
 @pytest.mark.parametrize("ask_for", ENDPOINTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from support.fake_runner import VOCABULARY, hashed_logits
+import msgspec
 
 from dsc_serve.bench.step.known_drafts import known_kinds
 from dsc_serve.engine.draft_time import DraftCost, DraftTime
@@ -13,6 +13,7 @@ from dsc_serve.engine.drafts import SourceKind
 from dsc_serve.engine.drafts.drafter import Choose, Drafter
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.step_time import Estimate
+from support.fake_runner import VOCABULARY, hashed_logits
 
 
 def any_width(seed: int) -> Choose:
@@ -49,6 +50,7 @@ def guess(engine: Engine, most: int, rate: float, seed: int, known: bool = False
     greedy = {"greedy": SourceKind(lambda params, start: GreedySource(rate, seed), (0.5,))}
     kinds = known_kinds(rate, VOCABULARY) if known else greedy
     engine.drafter = Drafter(most, engine.config.step_tokens, engine._eos, kinds, any_width(seed))
+    engine.capacity = msgspec.structs.replace(engine.capacity, max_drafts=most)
     times = engine.scheduler.step_time
     times.estimate = times.estimate or Estimate(step=1.0)
     times.drafts = FreeDrafts()

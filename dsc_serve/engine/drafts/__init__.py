@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsc_serve.engine.drafts.drafting import PREDICTION, Source
+from dsc_serve.engine.drafts.drafting import PREDICTION, DraftSource
 from dsc_serve.engine.drafts.ngram import NgramSource
 from dsc_serve.engine.drafts.prediction import PredictionSource
 from dsc_serve.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ class SourceKind:
     chances: what is expected of its drafts before any was tried, for each strength.
     """
 
-    make: Callable[[SamplingParams, int], Source | None]
+    make: Callable[[SamplingParams, int], DraftSource | None]
     chances: tuple[float, ...]
 
 

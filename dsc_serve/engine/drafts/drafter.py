@@ -14,7 +14,6 @@ from dsc_serve.engine.policies.base import Plan
 from dsc_serve.engine.position import Further
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.step_time import SHORTEST_MS, StepTime
-from dsc_serve.sampling_params import SamplingParams
 
 REFRESH = 64  # of so many steps with drafts one goes without, so that what steps take without stays known
 PROBE = 64  # after so many steps without drafts one is tried: answers change
@@ -37,7 +36,7 @@ class Drafter:
         kinds: Mapping[str, SourceKind] = SOURCES,
         choose: Choose = widths,
     ) -> None:
-        self.most, self.report = most, DraftReport()
+        self.most, self.report = most, DraftReport.of(kinds)
         self._step_tokens, self._ends, self._kinds, self._choose = step_tokens, frozenset(ends), kinds, choose
         self._seen: dict[Strength, Acceptance] = {
             (name, strength): Acceptance(chance)
@@ -46,19 +45,7 @@ class Drafter:
         }
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
-
-    def drafting(self, params: SamplingParams, prompt_size: int) -> Drafting | None:
-        """The sources of a new request; None where it has none, or wants none.
-
-        One that follows a grammar has none: what may follow a draft is not known when the step begins.
-        """
-        most = self.most if params.max_drafts is None else min(self.most, params.max_drafts)
-        if most == 0 or params.structured_outputs is not None:
-            return None
-        sources = {name: kind.make(params, prompt_size) for name, kind in self._kinds.items()}
-        usable = {name: source for name, source in sources.items() if source is not None}
-        expected = {strength: seen.chance for strength, seen in self._seen.items()}
-        return Drafting(usable, most, expected) if usable else None
+        self._turn = 0
 
     def add(self, plan: Plan, running: Mapping[str, Request], times: StepTime) -> Plan:
         """Let requests of a plan compute drafts after their tokens."""
@@ -90,31 +77,49 @@ class Drafter:
         step_ms, cost = max(estimate.ms(load), SHORTEST_MS), times.drafts.cost(estimate.single)
         drawn = max(load.singles, 1)
         able = [
-            request
+            (request, request.drafting or self._begin(request))
             for request_id, count in plan.tokens.items()
-            if count == 1 and (request := running.get(request_id)) is not None and request.drafting is not None
+            if count == 1 and (request := running.get(request_id)) is not None
         ]
         least = cost.token * drawn / step_ms  # no draft that is less likely right can pay
-        hopeful = [request for request in able if request.drafting is not None and request.drafting.chance > least]
-        probing = not hopeful and self._without >= PROBE
-        if probing:
-            hopeful = able[:: max(len(able), 1)]
-        offers = [(request, offer) for request in hopeful if (offer := self._offer(request)) is not None]
+        hopeful = [(request, drafting) for request, drafting in able if drafting.chance > least]
+        if not hopeful and self._without >= PROBE:
+            return self._probe(able)
+        offers = [(one[0], offer) for one in hopeful if (offer := self._offer(*one)) is not None]
         if not offers:
             return {}
-        if probing:
-            request, (drafted, _) = offers[0]
-            return self._planned([(request, drafted)], [1])
         options = [(chance, len(drafted.tokens)) for _, (drafted, chance) in offers]
         chosen = self._choose(options, drawn, step_ms, cost, room)
         if not any(chosen) and self._without >= PROBE:
-            chosen = [1, *chosen[1:]]
+            return self._probe(able)
         return self._planned([(request, drafted) for request, (drafted, _) in offers], chosen)
 
-    def _offer(self, request: Request) -> tuple[DraftTokens, float] | None:
+    def _begin(self, request: Request) -> Drafting:
+        """The sources of a new request.
+
+        One that follows a grammar has none: what may follow a draft is not known when the step begins.
+        """
+        params = request.params
+        most = self.most if params.max_drafts is None else min(self.most, params.max_drafts)
+        kinds = self._kinds if most and request.constraint is None else {}
+        made = {name: kind.make(params, request.prompt_size) for name, kind in kinds.items()}
+        sources = {name: source for name, source in made.items() if source is not None}
+        request.drafting = Drafting(sources, most, {strength: seen.chance for strength, seen in self._seen.items()})
+        return request.drafting
+
+    def _probe(self, able: Sequence[tuple[Request, Drafting]]) -> dict[str, DraftTokens]:
+        """One draft of one request, each in its turn, though it is not expected to pay."""
+        self._turn += 1
+        request, drafting = able[self._turn % len(able)] if able else (None, None)
+        offer = None if request is None or drafting is None else self._offer(request, drafting)
+        if request is None or offer is None:
+            return {}
+        return self._planned([(request, offer[0])], [1])
+
+    def _offer(self, request: Request, drafting: Drafting) -> tuple[DraftTokens, float] | None:
         """A request's drafts as far as they may count: none ends it, and the token after them has room."""
-        drafting, params = request.drafting, request.params
-        if drafting is None or request.num_uncomputed != 1:
+        params = request.params
+        if request.output_size == 0 or request.num_uncomputed != 1:
             return None
         most = min(drafting.most, request.max_tokens - request.output_size - 1)
         offer = drafting.draft(request.tokens, most) if most > 0 else None
@@ -127,9 +132,7 @@ class Drafter:
                 return (replace(drafted, tokens=tokens[:i]), chance) if i else None
         return drafted, chance
 
-    def _planned(
-        self, offers: Sequence[tuple[Request, DraftTokens]], chosen: Sequence[int]
-    ) -> dict[str, DraftTokens]:
+    def _planned(self, offers: Sequence[tuple[Request, DraftTokens]], chosen: Sequence[int]) -> dict[str, DraftTokens]:
         planned = {}
         for (request, drafted), width in zip(offers, chosen, strict=True):
             if width and request.drafting is not None:

@@ -23,7 +23,7 @@ class DraftTokens:
     strength: int = 0
 
 
-class Source(Protocol):
+class DraftSource(Protocol):
     """Drafts for one request: a pure function of its tokens and of what the source has kept of them."""
 
     def draft(self, tokens: Sequence[int], most: int) -> tuple[Sequence[int], int]:
@@ -55,7 +55,7 @@ class Drafting:
     most: drafts that a step may compute. expected: the chance of a source's drafts before any was tried.
     """
 
-    def __init__(self, sources: dict[str, Source], most: int, expected: dict[Strength, float]) -> None:
+    def __init__(self, sources: dict[str, DraftSource], most: int, expected: dict[Strength, float]) -> None:
         self.sources, self.most = sources, most
         self._expected = expected
         self._acceptances: dict[Strength, Acceptance] = {}
@@ -83,4 +83,5 @@ class Drafting:
         self.chance = self._best()
 
     def _best(self) -> float:
-        return max(self.chance_of(strength) for strength in self._expected if strength[0] in self.sources)
+        chances = [self.chance_of(strength) for strength in self._expected if strength[0] in self.sources]
+        return max(chances, default=0.0)

@@ -48,9 +48,7 @@ class PredictionSource:
         first, end = max(0, self._anchor - WINDOW // 4), min(len(predicted), self._anchor + WINDOW)
         for place in sorted(range(first, end), key=lambda place: abs(place - self._anchor)):
             length = 0
-            while (
-                length < CONTEXT and length <= min(place, at) and predicted[place - length] == tokens[at - length]
-            ):
+            while length < CONTEXT and length <= min(place, at) and predicted[place - length] == tokens[at - length]:
                 length += 1
             if length > best:
                 best, found = length, place + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Self
 
 import msgspec
 
@@ -16,7 +18,12 @@ class DraftReport(msgspec.Struct, array_like=True):
     accepted: dict[str, int] = {}  # of these, which proved right
     width: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # drafts of a request in a step
 
+    @classmethod
+    def of(cls, sources: Iterable[str]) -> Self:
+        """Of sources that have not drafted yet."""
+        return cls(dict.fromkeys(sources, 0), dict.fromkeys(sources, 0))
+
     def count(self, source: str, right: int, computed: int) -> None:
-        self.drafted[source] = self.drafted.get(source, 0) + computed
-        self.accepted[source] = self.accepted.get(source, 0) + right
+        self.drafted[source] += computed
+        self.accepted[source] += right
         self.width.observe(computed)

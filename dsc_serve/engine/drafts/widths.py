@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dsc_serve.engine.draft_time import DraftCost
 
 
-def widths(
-    options: Sequence[tuple[float, int]], drawn: float, step_ms: float, cost: DraftCost, room: int
-) -> list[int]:
+def widths(options: Sequence[tuple[float, int]], drawn: float, step_ms: float, cost: DraftCost, room: int) -> list[int]:
     """Drafts for each of `options` (the chance that one is right where all before it are, and how many there are).
 
     drawn: tokens that the step draws without any, in `step_ms`. room: drafts that it may hold in all. Who most likely

@@ -101,7 +101,7 @@ def test_drafts_change_nothing_but_the_number_of_steps(
     seed: int,
 ) -> None:
     """Sampled or greedy, with penalties, biases, ends, log probabilities, shared prefixes and preemptions."""
-    size = dict(blocks=200, block_size=4, step_tokens=16, max_running=4, context=CONTEXT)
+    size = {"blocks": 200, "block_size": 4, "step_tokens": 16, "max_running": 4, "context": CONTEXT}
     alone = [answers(fake_engine(**size), [request], 0)[0] for request in requests]
     predicted = [
         (prompt, msgspec.structs.replace(params, prediction_token_ids=tuple(own.tokens)))

@@ -10,7 +10,7 @@ from dsc_serve.engine.drafts.drafting import PREDICTION, DraftTokens
 from dsc_serve.engine.output import Delta, TokenLogprobs
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.token_counts import TokenCounts
-from dsc_serve.grammars.constraint import Constraint
+from dsc_serve.grammars.constraint import Constraint, ConstraintAhead
 from dsc_serve.sampling_params import SamplingParams
 
 
@@ -24,7 +24,7 @@ class Position(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def constraint(self) -> Constraint | None: ...
+    def constraint(self) -> Constraint | ConstraintAhead | None: ...
     @property
     def prompt_size(self) -> int: ...
     @property
@@ -42,7 +42,8 @@ class PositionAhead:
     def __init__(self, request: Request, ahead: int) -> None:
         self.request, self.ahead, self.id = request, ahead, request.id
         self.params, self.seed, self.prompt_size = request.params, request.seed, request.prompt_size
-        self.constraint = request.constraint
+        constraint = request.constraint
+        self.constraint = None if constraint is None else ConstraintAhead(constraint, ahead)
         self.num_tokens, self.output_size = request.num_tokens + ahead, request.output_size + ahead
 
     def token_counts(self, start: int) -> TokenCounts:
@@ -88,7 +89,7 @@ def add_further(deltas: Sequence[Delta], further: Mapping[str, Further], drafts:
     """Let a step's news tell what it found after drafts, and of those from predicted texts how many were right."""
     for delta in deltas:
         found = further.get(delta.request_id)
-        if found is None:
+        if found is None or not delta.token_ids:
             continue
         delta.token_ids += found.tokens
         if delta.logprobs is not None:

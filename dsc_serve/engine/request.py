@@ -97,6 +97,12 @@ class Request:
         if self.constraint is not None:
             self.constraint.push(token)
 
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take in several tokens of its output."""
+        self.tokens.extend(tokens)
+        if self.constraint is not None:
+            self.constraint.extend(tokens)
+
     def close(self) -> None:
         """It has ended. Safe to call twice."""
         if self.constraint is not None:

@@ -231,10 +231,10 @@ class Scheduler:
         """
         request.drafts, reason = (), None
         tokens = () if further is None else further.tokens
-        for token in tokens:
-            request.num_computed += 1
-            request.append(token)
-            reason = end_of(request, token, eos)
+        if tokens:
+            request.num_computed += len(tokens)
+            request.extend(tokens)
+            reason = end_of(request, tokens[-1], eos)  # no draft ends a request, so that only the last token may
         if request.num_computed % self.block_size < len(tokens) and request.hash_seed is not None:
             self._publish(request, len(tokens))
         held = blocks_for(request.num_computed, self.block_size)

@@ -21,6 +21,7 @@ from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 LARGEST_PACKET = 2**18
 PAGE = resource.getpagesize()
 MEASURED_EVERY = 64  # answers
+MOST_FORCED = 32  # tokens that an answer tells
 LONG_S = 0.005  # for an answer: it may have taken memory
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
@@ -102,6 +103,8 @@ class Member:
 
     def _answer(self, name: int, output: FollowedOutput, tokens: Sequence[int]) -> Answer:
         allowed, complete, error = b"", False, ""
+        forced: tuple[int, ...] = ()
+        after = b""
         began = time.monotonic()
         try:
             output.push(tokens)
@@ -113,6 +116,8 @@ class Member:
                     error = f"{FIELD} cannot be followed further: {reason(matcher.get_error())}"
                 elif not any(allowed):
                     error = f"{FIELD} cannot be followed further: no token of the model fits"
+                else:
+                    forced, after = self._forced(matcher)
         except MemoryError:
             raise
         except BaseException as fault:  # a panic of the library is not an Exception
@@ -120,7 +125,30 @@ class Member:
         if self._answers % MEASURED_EVERY == 0 or time.monotonic() - began > LONG_S:
             self._measured()
         self._answers += 1
-        return Answer(name, output.count, allowed, complete, error, self._memory)
+        return Answer(name, output.count, allowed, complete, error, self._memory, forced, after)
+
+    def _forced(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
+        """The tokens that must follow one after the other, and what may follow the last."""
+        likely = matcher.compute_ff_tokens()[:MOST_FORCED]
+        if not likely:
+            return (), b""
+        ahead, forced = matcher.deep_copy(), []
+        allowed = self._allowed(ahead)
+        for token in likely:
+            if token >= self._vocab_size or allowed != self._sole(token):
+                break
+            ahead.consume_token(token)
+            forced.append(token)
+            if ahead.is_stopped():
+                return tuple(forced), b""
+            allowed = self._allowed(ahead)
+        return tuple(forced), b"" if ahead.is_error() or not any(allowed) else allowed
+
+    def _sole(self, token: int) -> bytes:
+        """As `_allowed` where nothing but this token is."""
+        marks = np.zeros(self._vocab_size, dtype=np.uint8)
+        marks[token] = 1
+        return np.packbits(marks, bitorder="little").tobytes()
 
     def _allowed(self, matcher: llguidance.LLMatcher) -> bytes:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)

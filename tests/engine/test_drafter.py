@@ -107,7 +107,7 @@ def drafting_engine(kinds: dict[str, SourceKind], estimate: Estimate) -> Engine:
 
 
 def test_drafts_that_are_never_right_are_given_up_and_tried_now_and_then() -> None:
-    engine = drafting_engine({"wrong": SourceKind(lambda params, start: Wrong(), (0.6,))}, Estimate(2.0, 0.5))
+    engine = drafting_engine({"wrong": SourceKind(lambda request: Wrong(), (0.6,))}, Estimate(2.0, 0.5))
     engine.add("a", [1, 2], SamplingParams(temperature=0, max_tokens=300, ignore_eos=True))
     while engine.has_work:
         engine.step()

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from support.captures import Capture
-from support.drafts import guess
+from support.drafts import draft_from, guess
 
 from dsc_kernels import ops
 from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
-from dsc_serve.sampling_params import EngineCapacity
+from dsc_serve.sampling_params import EngineCapacity, StructuredOutputs
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]
 KINDS = ["dsc", "moe", "molora", "dense"]
@@ -133,3 +134,45 @@ def test_a_stop_string_cuts_what_was_computed_with_it() -> None:
         guess(llm.engine, 7, 1.0, 3, known=True)
         llm.engine.drafter._choose = lambda options, *_: [most for _, most in options]
         same(generated(llm, prompt, predicting(asked, [whole])), alone)
+
+
+SCHEMA = """{"type": "object", "additionalProperties": false, "required": ["firstname", "population", "colour"],
+"properties": {"firstname": {"type": "string", "maxLength": 6}, "population": {"type": "integer", "maximum": 9999},
+"colour": {"enum": ["red", "green", "blueish"]}}}"""
+SHAPES = [
+    StructuredOutputs(json=SCHEMA, disable_any_whitespace=True),
+    StructuredOutputs(regex="(yes|no), because of the (weather|government)\\."),
+    StructuredOutputs(choice=("a long choice of words", "another one")),
+    StructuredOutputs(json=SCHEMA),
+]
+
+
+def test_what_a_grammar_forces_costs_no_step_of_its_own() -> None:
+    """Greedy and sampled, with log probabilities, bounds and penalties, beside a request without a grammar."""
+    asked = [
+        SamplingParams(
+            temperature=0.9 * (i % 2),
+            seed=i,
+            max_tokens=8 if i == 5 else 80,
+            structured_outputs=SHAPES[i % 4],
+            logprobs=1 if i == 2 else None,
+            frequency_penalty=0.5 * (i == 3),
+        )
+        for i in range(8)
+    ]
+    asked += [SamplingParams(temperature=0, max_tokens=30), SamplingParams(temperature=0, max_tokens=60)]
+    prompts = [[5 + i, 6, 7] for i in range(9)] + [[1, 2, 3, 4] * 4]
+    with LLM(threads=1, dtype="float32", block_size=4) as llm:
+        alone = generated(llm, prompts, asked)
+        first = generated(llm, prompts[:1], asked[:1])
+        steps = llm.engine.counters.steps
+        generated(llm, prompts[:1], asked[:1])
+        steps = llm.engine.counters.steps - steps
+        draft_from(llm.engine, 7, SOURCES)
+        same(generated(llm, prompts, asked), alone)
+        report = llm.engine.drafter.report
+        assert report.accepted["grammar"] == report.drafted["grammar"] > 20
+        assert report.drafted["ngram"] > report.accepted["ngram"] > 0
+        before = llm.engine.counters.steps
+        same(generated(llm, prompts[:1], asked[:1]), first)
+        assert llm.engine.counters.steps - before < 0.75 * steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -47,9 +47,19 @@ class GreedySource:
 
 def guess(engine: Engine, most: int, rate: float, seed: int, known: bool = False) -> None:
     """Let an engine draft, whatever it costs: greedy continuations, or with `known` what requests predict."""
-    greedy = {"greedy": SourceKind(lambda params, start: GreedySource(rate, seed), (0.5,))}
-    kinds = known_kinds(rate, VOCABULARY) if known else greedy
-    engine.drafter = Drafter(most, engine.config.step_tokens, engine._eos, kinds, any_width(seed))
+    greedy = {"greedy": SourceKind(lambda request: GreedySource(rate, seed), (0.5,))}
+    draft_from(engine, most, known_kinds(rate, VOCABULARY) if known else greedy, any_width(seed))
+
+
+def all_there_are(
+    options: Sequence[tuple[float, int]], drawn: float, step_ms: float, cost: DraftCost, room: int
+) -> list[int]:
+    return [min(most, room // len(options)) for _, most in options]
+
+
+def draft_from(engine: Engine, most: int, kinds: Mapping[str, SourceKind], choose: Choose = all_there_are) -> None:
+    """Let an engine draft from sources, whatever it costs."""
+    engine.drafter = Drafter(most, engine.config.step_tokens, engine._eos, kinds, choose)
     engine.capacity = msgspec.structs.replace(engine.capacity, max_drafts=most)
     times = engine.scheduler.step_time
     times.estimate = times.estimate or Estimate(step=1.0)

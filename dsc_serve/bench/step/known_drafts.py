@@ -31,6 +31,7 @@ def known_kinds(rate: float, vocabulary: int) -> dict[str, SourceKind]:
     """In the place of all sources: requests bring their outputs as predictions."""
     return {
         "known": SourceKind(
-            lambda params, start: KnownSource(params.prediction_token_ids, start, rate, vocabulary), (max(rate, 0.01),)
+            lambda request: KnownSource(request.params.prediction_token_ids, request.prompt_size, rate, vocabulary),
+            (max(rate, 0.01),),
         )
     }

@@ -95,14 +95,11 @@ class Drafter:
         return self._planned([(request, drafted) for request, (drafted, _) in offers], chosen)
 
     def _begin(self, request: Request) -> Drafting:
-        """The sources of a new request.
-
-        One that follows a grammar has none: what may follow a draft is not known when the step begins.
-        """
-        params = request.params
+        """The sources of a new request. One that follows a grammar has those that know what may follow each draft."""
+        params, free = request.params, request.constraint is None
         most = self.most if params.max_drafts is None else min(self.most, params.max_drafts)
-        kinds = self._kinds if most and request.constraint is None else {}
-        made = {name: kind.make(params, request.prompt_size) for name, kind in kinds.items()}
+        kinds = self._kinds if most else {}
+        made = {name: kind.make(request) for name, kind in kinds.items() if free or kind.with_grammar}
         sources = {name: source for name, source in made.items() if source is not None}
         request.drafting = Drafting(sources, most, {strength: seen.chance for strength, seen in self._seen.items()})
         return request.drafting

@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEPLOY_STAMP := $(VENV)/.installed-deploy
 
+# Two test processes share the cores: their threads give them up instead of spinning where they wait.
+BESIDE := OMP_WAIT_POLICY=passive
+
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
@@ -39,10 +42,12 @@ lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 test: lint ## lint and the tests (under 15 minutes)
-	$(BIN)/pytest -m "not full" --ignore=tests/deploy
+	$(BESIDE) $(BIN)/pytest -n 2 --dist loadfile -m "not full and not alone" --ignore=tests/deploy
+	$(BIN)/pytest -m "alone and not full" --ignore=tests/deploy
 
 test-full: lint sanitize ## all of them, the long runs too, and the sanitizers
-	$(BIN)/pytest --ignore=tests/deploy
+	$(BESIDE) $(BIN)/pytest -n 2 --dist loadfile -m "not alone" --ignore=tests/deploy
+	$(BIN)/pytest -m alone --ignore=tests/deploy
 
 sanitize: install ## the kernels' tests with the address and undefined-behaviour sanitizers
 	$(BIN)/python tests/kernels/sanitize.py

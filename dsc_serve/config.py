@@ -151,7 +151,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         int, Meta(ge=16, le=65536, description="MiB that one grammar may take, compiled and followed.")
     ] = 192
     grammars_memory_mb: Annotated[
-        int, Meta(ge=16, le=65536, description="MiB of all grammars together; the longest unused go first.")
+        int, Meta(ge=16, le=65536, description="MiB of all grammars together; the unused go first, then the largest.")
     ] = 512
     grouping: Annotated[
         Literal["auto", "always", "off"],

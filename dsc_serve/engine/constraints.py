@@ -1,7 +1,9 @@
 """Structured outputs in a step: tokens that may not follow are taken out of the logits before sampling.
 
 What may follow is computed beside the step, by the grammar's own process. A request whose answer is late sits out:
-nobody waits for it longer than PATIENCE of the step's own time.
+nobody waits for it longer than PATIENCE of the step's own time. Lateness is a grammar's fault only as far as it has
+computed meanwhile: on a busy machine an ordinary one waits for a processor. Once it has been put behind all others for
+that, all of it counts.
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ class End:
     error: str = ""
 
 
-def answered(requests: Sequence[Request], forward_s: float) -> list[bool]:
-    """Which of the requests that a step has computed may be sampled; waits a little for those that are late."""
+def answered(requests: Sequence[Request], forward_s: float, company: bool) -> tuple[list[bool], float]:
+    """Which of the requests that a step has computed to their end may be sampled; waits a little for those that are
+    late, and returns how long, in seconds. company: whether the step has computed anything else.
+    """
     late = [request.constraint for request in requests if request.constraint is not None and not request.may_sample]
     open_ = [constraint for constraint in late if not constraint.ready]
+    waited_s = 0.0
     if open_:
-        alone = len(late) == len(requests)
+        alone = len(late) == len(requests) and not company
+        began = time.perf_counter()
         wait(open_, ALONE_S if alone else min(PATIENCE_S, PATIENCE * forward_s), any if alone else all)
-    return [request.may_sample for request in requests]
+        waited_s = time.perf_counter() - began
+    return [request.may_sample for request in requests], waited_s
 
 
 def constrain(logits: Tensor, requests: Sequence[Position]) -> dict[str, str]:
@@ -72,6 +79,8 @@ class Followers:
         self._lives, self._clock = lives, clock
         self._requests: dict[str, Request] = {}
         self._held_since: dict[str, float] = {}
+        self._used_before: dict[str, float | None] = {}  # by the grammars of those that are held
+        self._uncompiled_since: dict[str, float] = {}  # of those that are held
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -84,7 +93,7 @@ class Followers:
         request = self._requests.get(request_id)
         if request is not None and not request.held:
             request.held = True
-            self._held_since[request_id] = self._clock()
+            self._since_now(request)
 
     def settle(self) -> list[End]:
         """Let those go on that have their answer; returns those that have come to their end, or cannot go on."""
@@ -96,6 +105,8 @@ class Followers:
         for request in [request for request in self._requests.values() if not self._lives(request)]:
             del self._requests[request.id]
             self._held_since.pop(request.id, None)
+            self._used_before.pop(request.id, None)
+            self._uncompiled_since.pop(request.id, None)
 
     def wait(self) -> bool:
         """Where nobody else is computed: wait for one of those that sit out. Returns whether there are any."""
@@ -118,21 +129,43 @@ class Followers:
             return End(request, "error", constraint.error) if constraint.error else None
         if request.held:
             request.held = False
+            self._uncompiled_since.pop(request.id, None)
             # Until the answer came, not until a step had time to look.
-            constraint.late_s += max(0.0, constraint.answered_at - self._held_since.pop(request.id))
+            constraint.late_s += self._late_s(request, constraint.answered_at)
         if constraint.complete:
             return End(request, "stop")
         return End(request, "length") if full else None
+
+    def _since_now(self, request: Request) -> None:
+        assert request.constraint is not None
+        self._held_since[request.id], self._used_before[request.id] = self._clock(), request.constraint.used_s
+
+    def _late_s(self, request: Request, until: float) -> float:
+        """Seconds of this wait that its grammar answers for."""
+        constraint = request.constraint
+        assert constraint is not None
+        late_s = max(0.0, until - self._held_since[request.id])
+        before, used = self._used_before[request.id], constraint.used_s
+        if constraint.demoted or before is None or used is None:
+            return late_s
+        return min(late_s, max(0.0, used - before))
 
     def _judge(self, request: Request) -> None:
         """What being late costs a request's grammar, and at last the request."""
         constraint = request.constraint
         assert constraint is not None
-        if not constraint.compiled:  # the host sees to it that this does not take long
-            self._held_since[request.id] = self._clock()
+        now = self._clock()
+        if not constraint.compiled:  # the host sees to it that this does not take long, where it is there and has time
+            self._since_now(request)
+            if now - self._uncompiled_since.setdefault(request.id, now) > constraint.compile_limit_s:
+                why = f"its grammar was not there within {constraint.compile_limit_s:g} s; try again"
+                constraint.give_up(why, blameless=True)
             return
-        late_s = constraint.late_s + self._clock() - self._held_since[request.id]
+        self._uncompiled_since.pop(request.id, None)
+        late_s = constraint.late_s + self._late_s(request, now)
         if late_s > LATE_S:
             constraint.give_up(f"its answers came {LATE_S:g} s later than the steps that waited for them")
-        elif late_s > DEMOTED_S:
+        elif late_s > DEMOTED_S and not constraint.demoted:
+            constraint.late_s = late_s
+            self._since_now(request)
             constraint.demote()

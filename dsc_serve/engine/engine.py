@@ -122,7 +122,7 @@ class Engine:
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
         Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
-        too many grammars wait before its own.
+        too many grammars wait before its own, GrammarsLostError when no process can be had for it.
         """
         if self.scheduler.get(request_id) is not None:
             raise ValueError(f"request id {request_id!r} is in use")
@@ -179,7 +179,7 @@ class Engine:
         result = done.result
         computed = time.perf_counter()
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
-        deltas += [self._stuck(request_id, reason) for request_id, reason in result.stuck.items()]
+        deltas += [self._stuck(request, result.stuck[request.id]) for request, _ in work if request.id in result.stuck]
         plan.shorten(done.fewer)
         for request_id in result.late:  # its last token is computed again when it can be sampled
             plan.tokens[request_id] -= 1
@@ -188,7 +188,7 @@ class Engine:
         self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
-            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started))
+            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - result.waited_s))
         self._check()
         deltas += [delta for request, _ in work if (delta := self._progress(request, done, ended)) is not None]
         if result.further:
@@ -222,9 +222,9 @@ class Engine:
         self.scheduler.finish(request_id)
         return Delta(request_id, [], "error", error=f"the step failed: {type(error).__name__}: {error}")
 
-    def _stuck(self, request_id: str, reason: str) -> Delta:
-        self.scheduler.finish(request_id)
-        return Delta(request_id, [], "error", error=reason, error_field=FIELD)
+    def _stuck(self, request: Request, reason: str) -> Delta:
+        self.scheduler.finish(request.id)
+        return blame(Delta(request.id, [], "error", error=reason), request)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         asked = params.structured_outputs
@@ -237,8 +237,8 @@ class Engine:
         self.scheduler.finish(end.request.id)
         self.followers.prune()
         news = Delta(end.request.id, [], end.finish_reason, cached_tokens=end.request.cached_tokens or 0)
-        news.error, news.error_field = end.error, FIELD if end.error else ""
-        return news
+        news.error = end.error
+        return blame(news, end.request) if end.error else news
 
     def _expired(self, request: Request, field: str) -> Delta:
         error, cached_tokens = request.scheduling.overdue(field), request.cached_tokens or 0
@@ -252,6 +252,13 @@ class Engine:
             raise AssertionError(fault)
         self.counters.repairs += 1
         self.scheduler.pool = BlockPool(self.scheduler.pool.total)  # nothing runs or waits: every block is free
+
+
+def blame(news: Delta, request: Request) -> Delta:
+    """Say of an error in following a grammar whose fault it is."""
+    news.unavailable = request.constraint is not None and request.constraint.blameless
+    news.error_field = "" if news.unavailable else FIELD
+    return news
 
 
 def grammar_limits(config: EngineConfig) -> GrammarLimits:

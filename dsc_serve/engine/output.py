@@ -76,4 +76,5 @@ class Delta(msgspec.Struct, array_like=True):
     cached_tokens: int = 0  # of the prompt, found in the prefix cache, once the request has begun
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
+    unavailable: bool = False  # of an error: nothing is wrong with the request, which may be sent again
     prediction: tuple[int, int] = (0, 0)  # tokens of the predicted text that were tried: those that were right, and not

@@ -46,6 +46,7 @@ class StepResult:
     late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
     forward_s: float = 0.0  # until the layers' output
+    waited_s: float = 0.0  # for grammars to answer
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
@@ -57,6 +58,7 @@ class StepResult:
         self.late |= other.late
         self.routing |= other.routing
         self.forward_s += other.forward_s
+        self.waited_s += other.waited_s
 
 
 class Inputs:
@@ -217,7 +219,7 @@ class Runner:
                     ahead.append((start + known - 1 + drafts, PositionAhead(request, drafts)))
             start += count
         if not all(request.may_sample for request in requests):
-            may = answered(requests, result.forward_s)
+            may, result.waited_s = answered(requests, result.forward_s, len(requests) < len(ordered))
             result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
             rows = [row for row, known in zip(rows, may, strict=True) if known]
             requests = [request for request in requests if request.id not in result.late]

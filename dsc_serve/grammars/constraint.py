@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc_serve.grammars.memory import processor_s
 from dsc_serve.grammars.messages import Answer, Push
 from dsc_serve.grammars.schema import FIELD
 from dsc_serve.sampling_params import StructuredOutputs
 
 if TYPE_CHECKING:
     from dsc_serve.grammars.follower import _Grammars
-    from dsc_serve.grammars.link import Grammar
+    from dsc_serve.grammars.grammar import Grammar
 
 
 class Constraint:
     """How far one request's output has come in its grammar.
 
     The grammar's answer for the tokens so far comes by itself: `ready` once it is there. Its fields then say what may
-    follow. late_s: seconds that steps went on without this request since its answer was not there.
+    follow. error: why it cannot go on; blameless: and whether that is nobody's fault who asked for it. late_s: seconds
+    that it has computed, or run behind all others, while steps went on without this request. retried: whether it has
+    begun anew, since its process ended, and not been answered since.
     """
 
     def __init__(self, grammars: _Grammars, asked: StructuredOutputs, output: int) -> None:
@@ -30,6 +33,7 @@ class Constraint:
         self.tokens: list[int] = []
         self.grammar: Grammar | None = None
         self.error = ""
+        self.blameless = False
         self.late_s = 0.0
         self.retried = False
         self.answered_at = 0.0  # monotonic seconds
@@ -52,6 +56,20 @@ class Constraint:
     def compiled(self) -> bool:
         """Whether the grammar is there, so that only its answer can be late."""
         return self.grammar is not None and self.grammar.compiled
+
+    @property
+    def demoted(self) -> bool:
+        return self.grammar is not None and self.grammar.demoted
+
+    @property
+    def used_s(self) -> float | None:
+        """Seconds of the processor that its grammar has answered for so far; None where that is not known."""
+        return None if self.grammar is None or not self.grammar.pid else processor_s(self.grammar.pid)
+
+    @property
+    def compile_limit_s(self) -> float:
+        """Seconds after which nobody need wait for the grammar any longer."""
+        return self._grammars.compile_limit_s
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
@@ -97,6 +115,7 @@ class Constraint:
         if answer.complete:
             self._complete_at = answer.count
         self.error = self.error or answer.error
+        self.retried = False
         self.answered_at = time.monotonic()
         # Who looks without the lock must find what was known of later tokens, and all the rest, there.
         known = {count: value for count, value in self._known.items() if count > answer.count and self._fresh}
@@ -107,14 +126,19 @@ class Constraint:
     def forget_answers(self) -> None:
         self._fresh = False
 
+    def fail(self, why: str, blameless: bool = False) -> None:
+        """It cannot go on; the first reason stands. Under the grammars' lock."""
+        if not self.error:
+            self.blameless, self.error = blameless, why
+
     def wait(self, enough: Callable[[], bool], timeout_s: float) -> bool:
         """Wait for news of any grammar until there is enough of it."""
         with self._grammars.lock:
             return self._grammars.lock.wait_for(enough, timeout_s)
 
-    def give_up(self, why: str) -> None:
+    def give_up(self, why: str, blameless: bool = False) -> None:
         """It has taken too long. What it keeps computing is ended; other outputs of its grammar begin anew."""
-        self._grammars.give_up(self, f"{FIELD} cannot be followed further: {why}")
+        self._grammars.give_up(self, f"{FIELD} cannot be followed further: {why}", blameless)
 
     def demote(self) -> None:
         """Put its grammar behind all others. Safe to call again and again."""

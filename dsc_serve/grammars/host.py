@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import selectors
 import signal
@@ -19,13 +20,27 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import llguidance
 import tokenizers
 
 from dsc_serve.grammars.member import OUT_OF_MEMORY, Member, quiet
-from dsc_serve.grammars.messages import Begin, Compile, Demote, Ended, Frames, Kill, framed, to_host
+from dsc_serve.grammars.memory import own_bytes
+from dsc_serve.grammars.messages import (
+    NO_OUTPUT,
+    Begin,
+    Compile,
+    Demote,
+    Ended,
+    Forked,
+    Frames,
+    FromHost,
+    Kill,
+    framed,
+    to_host,
+)
 from dsc_serve.grammars.vocabulary import Vocabulary
 
 AT_ONCE = 3  # grammars that are compiled with precedence
@@ -36,7 +51,9 @@ PRECEDENCE_S = NICENESS[-1][0]
 DEMOTED = 19
 PIECE = 2**16
 PR_SET_PDEATHSIG = 1
+PROCESS_MRELEASE = 448  # a system call, of the same number everywhere
 NUMBER = struct.Struct("=I")
+OUTPUT = struct.Struct("=q")
 
 
 @dataclass
@@ -46,6 +63,7 @@ class Process:
     grammar: int
     pid: int
     pipe: int  # numbers come: of the thread that compiles, then 0; the end of file when the process ends
+    computes: mmap.mmap  # the output whose answer it computes, written by it and read when it has ended
     started: float  # monotonic seconds
     compiler: int = 0  # the thread that compiles
     compiled: bool = False
@@ -87,25 +105,27 @@ class Host:
         self._descriptors += descriptors
         for message in self._frames.add(piece):
             if isinstance(message, Compile) and not self._descriptors:  # it was lost where too many files are open
-                self._tell(message.grammar, "no process can be made for it: too many files are open", 0.0)
+                self._refuse(message.grammar, "too many files are open")
             elif isinstance(message, Compile):
                 self.waiting.append((message, self._descriptors.popleft()))
             elif isinstance(message, Demote) and message.grammar in self.processes:
                 process = self.processes[message.grammar]
                 self._demote(process, DEMOTED, process.pid)
             elif isinstance(message, Kill):
-                self._drop(message.grammar)
+                self._drop(message.grammar, message.at_once)
         return bool(piece)
 
-    def _drop(self, grammar: int) -> None:
+    def _drop(self, grammar: int, at_once: bool) -> None:
         for waiting in self.waiting:
             if waiting[0].grammar == grammar:
                 self.waiting.remove(waiting)
                 os.close(waiting[1])
-                self._tell(grammar, "", 0.0)
+                self._tell(Ended(grammar, "", 0.0))
                 return
         if grammar in self.processes:
             self._end(self.processes[grammar], "nobody wants it any more")
+            if at_once:
+                take_memory(self.processes[grammar].pid)
 
     def _hear(self, process: Process) -> None:
         if told := os.read(process.pipe, NUMBER.size):
@@ -117,13 +137,17 @@ class Host:
         os.close(process.pipe)
         del self.processes[process.grammar]
         _, status, usage = os.wait4(process.pid, 0)
-        reason = process.reason or self._cause(process, os.waitstatus_to_exitcode(status))
-        self._tell(process.grammar, reason, usage.ru_utime + usage.ru_stime)
-
-    def _cause(self, process: Process, code: int) -> str:
-        if code == OUT_OF_MEMORY or -code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
-            return f"it takes more than {self.begin.memory_bytes >> 20} MiB, or nests too deeply"
-        return "" if code == 0 else f"its process ended with {code}"
+        (output,) = OUTPUT.unpack_from(process.computes)
+        process.computes.close()
+        code, cpu_s = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if process.reason:
+            ended = Ended(process.grammar, process.reason, cpu_s, output)
+        elif code == OUT_OF_MEMORY or -code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
+            reason = f"it takes more than {self.begin.memory_bytes >> 20} MiB, or nests too deeply"
+            ended = Ended(process.grammar, reason, cpu_s, output)
+        else:  # somebody else has ended it, or a fault of ours
+            ended = Ended(process.grammar, f"its process ended with {code}", cpu_s, output, blameless=True)
+        self._tell(ended)
 
     def _look(self) -> None:
         """Start, demote and end what is due."""
@@ -156,21 +180,25 @@ class Host:
         try:
             ours, theirs = os.pipe()
             held += [ours, theirs]
+            computes = mmap.mmap(-1, mmap.PAGESIZE)
+            OUTPUT.pack_into(computes, 0, NO_OUTPUT)
+            at_first = own_bytes()
             pid = os.fork()
         except OSError as error:
             for open_ in held:
                 os.close(open_)
-            self._tell(message.grammar, f"no process can be made for it: {error}", 0.0)
+            self._refuse(message.grammar, str(error))
             return
         if pid == 0:
-            self._become(message, descriptor, theirs)
+            self._become(message, descriptor, theirs, computes)
         os.close(theirs)
         os.close(descriptor)
-        process = Process(message.grammar, pid, ours, time.monotonic())
+        self._tell(Forked(message.grammar, pid, at_first))
+        process = Process(message.grammar, pid, ours, computes, time.monotonic())
         self.processes[message.grammar] = process
         self._selector.register(ours, selectors.EVENT_READ, process)
 
-    def _become(self, message: Compile, descriptor: int, pipe: int) -> None:
+    def _become(self, message: Compile, descriptor: int, pipe: int, computes: mmap.mmap) -> None:
         """Be the grammar's process from now on; never returns."""
         code = 1
         try:
@@ -189,14 +217,18 @@ class Host:
                 os.close(other)
             with socket.socket(fileno=descriptor) as connection:
                 begin = self.begin
-                member = Member(connection, begin.vocab_size, begin.ends, begin.memory_bytes)
+                mark = partial(OUTPUT.pack_into, computes, 0)
+                member = Member(connection, begin.vocab_size, begin.ends, begin.memory_bytes, mark)
                 code = member.run(message.asked, self.tokens, lambda number: tell(pipe, number))
         finally:
             os._exit(code)
 
-    def _tell(self, grammar: int, reason: str, cpu_s: float) -> None:
+    def _refuse(self, grammar: int, why: str) -> None:
+        self._tell(Ended(grammar, f"no process can be made for it: {why}", 0.0, blameless=True))
+
+    def _tell(self, message: FromHost) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who hung up is seen by the loop
-            self.connection.sendall(framed(Ended(grammar, reason, cpu_s)))
+            self.connection.sendall(framed(message))
 
     def _demote(self, process: Process, niceness: int, thread: int) -> None:
         """Put a thread of a grammar's behind others. Where the system knows no rank of threads, nothing happens."""
@@ -214,6 +246,19 @@ class Host:
     def _signal(self, process: Process, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
+
+
+def take_memory(pid: int) -> None:
+    """Take back the memory of a process that has been killed, by this process's rank and not by its own.
+
+    One that runs only where nobody else would may take seconds to end, and only root may raise its rank again.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            ctypes.CDLL(None).syscall(PROCESS_MRELEASE, descriptor, 0)
+        finally:
+            os.close(descriptor)
 
 
 def tell(pipe: int, number: int) -> None:

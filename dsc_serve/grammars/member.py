@@ -6,23 +6,20 @@ import os
 import resource
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import llguidance
 import numpy as np
 
 from dsc_serve.grammars.compile import compiled, reason
-from dsc_serve.grammars.messages import Answer, Compiled, Drop, FromGrammar, Open, encode, to_grammar
+from dsc_serve.grammars.memory import own_bytes, private_bytes, virtual_bytes
+from dsc_serve.grammars.messages import NO_OUTPUT, Answer, Compiled, Drop, FromGrammar, Open, encode, to_grammar
 from dsc_serve.grammars.schema import FIELD, unusable
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 
 LARGEST_PACKET = 2**18
-PAGE = resource.getpagesize()
-MEASURED_EVERY = 64  # answers
+MEASURED_EVERY = 64  # answers; between two of them what it has grown by is told apart from what it shares no longer
 MOST_FORCED = 32  # tokens that an answer tells
-LONG_S = 0.005  # for an answer: it may have taken memory
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
 
@@ -43,13 +40,22 @@ class Member:
     """Serves the outputs of one grammar until its socket is closed.
 
     vocab_size: of the model; the library's vocabulary has one token more. ends: the model's ends of a text.
+    computes: told which output's answer is computed from now on, or NO_OUTPUT.
     """
 
-    def __init__(self, connection: socket.socket, vocab_size: int, ends: Sequence[int], memory_bytes: int) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        vocab_size: int,
+        ends: Sequence[int],
+        memory_bytes: int,
+        computes: Callable[[int], None],
+    ) -> None:
         self._connection, self._vocab_size, self._ends = connection, vocab_size, list(ends)
+        self._computes = computes
         self._outputs: dict[int, FollowedOutput] = {}
         self._at_first = private_bytes()
-        self._memory, self._answers = 0, 0
+        self._unshared, self._answers = 0, 0
         size = virtual_bytes() + memory_bytes + STACK_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -80,7 +86,7 @@ class Member:
             )
             return 0
         tell(0)
-        self._send(Compiled("", self._measured()))
+        self._send(Compiled("", self._memory(closely=True)))
         try:
             while packet := self._connection.recv(LARGEST_PACKET):
                 self._take(packet)
@@ -95,17 +101,19 @@ class Member:
         if isinstance(message, Drop):
             self._outputs.pop(message.output, None)
             return
+        self._computes(message.output)
         if isinstance(message, Open):
             self._outputs[message.output] = FollowedOutput(self._matcher.deep_copy())
         output = self._outputs.get(message.output)
-        if output is not None:
-            self._send(self._answer(message.output, output, message.tokens))
+        answer = None if output is None else self._answer(message.output, output, message.tokens)
+        self._computes(NO_OUTPUT)
+        if answer is not None:
+            self._send(answer)
 
     def _answer(self, name: int, output: FollowedOutput, tokens: Sequence[int]) -> Answer:
         allowed, complete, error = b"", False, ""
         forced: tuple[int, ...] = ()
         after = b""
-        began = time.monotonic()
         try:
             output.push(tokens)
             matcher = output.matcher
@@ -122,10 +130,9 @@ class Member:
             raise
         except BaseException as fault:  # a panic of the library is not an Exception
             error = f"{FIELD} cannot be followed further: {reason(str(fault))[:300]}"
-        if self._answers % MEASURED_EVERY == 0 or time.monotonic() - began > LONG_S:
-            self._measured()
         self._answers += 1
-        return Answer(name, output.count, allowed, complete, error, self._memory, forced, after)
+        memory = self._memory(closely=self._answers % MEASURED_EVERY == 0)
+        return Answer(name, output.count, allowed, complete, error, memory, forced, after)
 
     def _forced(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
         """The tokens that must follow one after the other, and what may follow the last."""
@@ -157,25 +164,15 @@ class Member:
         allowed[self._ends] = end
         return np.packbits(allowed, bitorder="little").tobytes()
 
-    def _measured(self) -> int:
-        self._memory = max(0, private_bytes() - self._at_first)
-        return self._memory
+    def _memory(self, closely: bool) -> int:
+        """What it holds beyond what it began with."""
+        own = own_bytes()
+        if closely:
+            self._unshared = private_bytes() - self._at_first - own
+        return max(0, own + self._unshared)
 
     def _send(self, message: FromGrammar) -> None:
         self._connection.sendall(encode(message))
-
-
-def virtual_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
-
-
-def private_bytes() -> int:
-    """What this process holds that no other does; where the system does not tell, what it holds."""
-    try:
-        with open("/proc/self/smaps_rollup") as lines:  # noqa: PTH123  this is read in the middle of a step
-            return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
-    except OSError:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 def quiet() -> None:

@@ -14,6 +14,7 @@ import msgspec
 from dsc_serve.sampling_params import StructuredOutputs
 
 HEADER = struct.Struct("<I")
+NO_OUTPUT = -1
 
 
 class Begin(msgspec.Struct, tag=True, array_like=True):
@@ -40,17 +41,32 @@ class Demote(msgspec.Struct, tag=True, array_like=True):
 
 
 class Kill(msgspec.Struct, tag=True, array_like=True):
-    """To the host."""
+    """To the host. at_once: its memory is wanted before its turn to end comes, which its rank may put off."""
 
     grammar: int
+    at_once: bool = False
+
+
+class Forked(msgspec.Struct, tag=True, array_like=True):
+    """From the host: a grammar has a process. bytes_at_first: what that seemed to hold then."""
+
+    grammar: int
+    pid: int
+    bytes_at_first: int
 
 
 class Ended(msgspec.Struct, tag=True, array_like=True):
-    """From the host: a grammar's process is no more. reason: "" where it was told to end."""
+    """From the host: a grammar's process is no more.
+
+    reason: "" where it was told to end. output: the one whose answer it was computing, NO_OUTPUT for none.
+    blameless: it was not what was asked for that ended it.
+    """
 
     grammar: int
     reason: str
     cpu_s: float
+    output: int = NO_OUTPUT
+    blameless: bool = False
 
 
 class Open(msgspec.Struct, tag=True, array_like=True):
@@ -99,17 +115,18 @@ class Answer(msgspec.Struct, tag=True, array_like=True):
 
 
 ToHost = Begin | Compile | Demote | Kill
+FromHost = Forked | Ended
 ToGrammar = Open | Push | Drop
 FromGrammar = Compiled | Answer
 
 encode = msgspec.msgpack.Encoder().encode
 to_host = msgspec.msgpack.Decoder(ToHost)
-from_host = msgspec.msgpack.Decoder(Ended)
+from_host = msgspec.msgpack.Decoder(FromHost)
 to_grammar = msgspec.msgpack.Decoder(ToGrammar)
 from_grammar = msgspec.msgpack.Decoder(FromGrammar)
 
 
-def framed(message: ToHost | Ended) -> bytes:
+def framed(message: ToHost | FromHost) -> bytes:
     body = encode(message)
     return HEADER.pack(len(body)) + body
 

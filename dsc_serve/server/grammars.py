@@ -38,7 +38,7 @@ class GrammarChecks:
 
     async def check(self, request: Request, params: SamplingParams, names: Mapping[str, str]) -> None:
         """Raises ApiError: 400 when the grammar cannot be used (`names` as in `from_parameter`), 429 where too many
-        wait, 503 without an engine; and ClientDisconnect.
+        wait, 503 without an engine or processes for grammars; and ClientDisconnect.
         """
         asked = params.structured_outputs
         if asked is None:
@@ -60,6 +60,8 @@ class GrammarChecks:
                 self._turns.pop(name, None)
         if answer.full:
             raise too_many("too many grammars wait to be compiled", "queue_full")
+        if answer.lost:
+            raise engine_down(answer.error)
         if answer.error:
             raise from_parameter(ParameterError(FIELD, answer.error), names)
 

@@ -31,22 +31,17 @@ PER_KEY = ("streams_per_key", "requests_per_minute", "tokens_per_minute")
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One key. weight: its share of a busy engine; priority: lower is served earlier, where a request asks for none.
+    """One key. Limits: 0 is none, None the server's default."""
 
-    streams, requests_per_minute and tokens_per_minute bound its generations; 0: no limit, None: the server's default.
-    cache_salt: its prompts share cached prefixes with those of keys that have the same one, and no others.
-    admin: it may use /admin.
-    """
-
-    sha256: str
-    weight: float = 1.0
-    priority: int = 0
-    streams: int | None = None
+    sha256: str  # of the key, in hexadecimal digits
+    weight: float = 1.0  # its share of a busy engine
+    priority: int = 0  # of requests that ask for none; lower is served earlier
+    streams: int | None = None  # of its generations at a time, the most
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    cache_salt: str = ""
-    admin: bool = False
-    name: str = ""
+    cache_salt: str = ""  # its prompts share cached prefixes with those of keys that have the same one, and no others
+    admin: bool = False  # it may use /admin
+    name: str = ""  # for logs and metrics
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):

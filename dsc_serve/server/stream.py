@@ -241,7 +241,7 @@ class Generation(Response):
         log.error("request %s (user %r) failed: %s", delta.request_id, self._formatter.user, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
-        if not self._service.engine.alive:
+        if delta.unavailable or not self._service.engine.alive:
             return engine_down(delta.error)
         return engine_failure(delta.error or f"the engine ended the request: {delta.finish_reason}")
 

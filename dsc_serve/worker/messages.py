@@ -31,23 +31,20 @@ class Start(msgspec.Struct, tag=True, array_like=True):
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Generate from `prompt` (token ids). `params.n` is 1: several choices are several requests.
-
-    age_s: how much of the request's time has passed, with an engine that is no more and without any.
-    """
+    """Generate."""
 
     request_id: str
-    prompt: list[int]
-    params: SamplingParams
+    prompt: list[int]  # token ids
+    params: SamplingParams  # with n = 1: several choices are several requests
     scheduling: SchedulingParams = SchedulingParams()
-    age_s: float = 0.0
+    age_s: float = 0.0  # of the request's time, what has passed with an engine that is no more and without any
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):
-    """End a request now: "stop" when its stop string was found, "abort" when nobody wants it any more."""
+    """End a request now."""
 
     request_id: str
-    reason: str
+    reason: str  # "stop": its stop string was found; "abort": nobody wants it any more
 
 
 class StatsRequest(msgspec.Struct, tag=True, array_like=True):
@@ -72,17 +69,17 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
 
 
 class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
-    """What the engine loaded. Sent once, when it is ready. fingerprint: see `model.fingerprint`; "": of no files."""
+    """What the engine loaded. Sent once, when it is ready."""
 
     capacity: EngineCapacity
-    dtype: str
+    dtype: str  # that it computes in
     device: str
-    threads: int
-    kernels: str
+    threads: int  # that a step computes with
+    kernels: str  # the backend, as `inspect` names it
     policy: str
     total_parameters: int
-    active_parameters: int
-    fingerprint: str = ""
+    active_parameters: int  # of those, what one token reads
+    fingerprint: str = ""  # see `model.fingerprint`; "": of no files
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):
@@ -96,35 +93,36 @@ class StepDone(msgspec.Struct, tag=True, array_like=True):
 
 
 class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
-    """The engine's state at the moment of asking. held_back: see `Scheduler.held_back`."""
+    """The engine's state at the moment of asking. Counts are since it began."""
 
-    ticket: int
-    running: int
+    ticket: int  # of the question
+    running: int  # requests
     waiting: int
-    blocks_free: int
-    blocks_cached: int
+    blocks_free: int  # of the KV pool
+    blocks_cached: int  # kept for prefixes, and given up when they are needed
     blocks_total: int
     steps: int
     preemptions: int
     timeouts: int
     prompt_tokens: int
-    cached_tokens: int
-    invariant_repairs: int
-    routing: RoutingReport | None = None
-    bank_bytes: int = 0
+    cached_tokens: int  # of those, found in the prefix cache
+    invariant_repairs: int  # faults of the pool that were found and mended
+    routing: RoutingReport | None = None  # None: this kind of FFN routes nothing
+    bank_bytes: int = 0  # of all layers' atoms
     device: str = "cpu"
     step_report: StepReport = msgspec.field(default_factory=StepReport)
     phases: PhaseReport = msgspec.field(default_factory=PhaseReport)
-    held_back: dict[str, int] = {}
+    held_back: dict[str, int] = {}  # see `Scheduler.held_back`
     drafts: DraftReport = msgspec.field(default_factory=DraftReport)
 
 
 class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
-    """error: "" where the grammar can be used. full: it has not been looked at, since too many wait."""
+    """The answer to a `CheckGrammar`."""
 
     ticket: int
-    error: str
-    full: bool = False
+    error: str  # "" where the grammar can be used
+    full: bool = False  # it has not been looked at, since too many wait
+    lost: bool = False  # nobody can say: the processes of grammars have ended or cannot be had
 
 
 ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | Shutdown

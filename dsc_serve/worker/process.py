@@ -23,8 +23,7 @@ from dsc_kernels import ops
 from dsc_serve.config import ConfigError, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
-from dsc_serve.grammars.follower import GrammarsFullError
-from dsc_serve.grammars.schema import FIELD
+from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.machine import default_threads
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
@@ -176,10 +175,11 @@ class EngineProcess:
                         scheduling=message.scheduling,
                         age_s=message.age_s,
                     )
-            except (ParameterError, GrammarsFullError, ValueError, PanicError) as error:
+            except (ParameterError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
-                field = FIELD if isinstance(error, GrammarsFullError) else field
                 self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
+            except (GrammarsFullError, GrammarsLostError) as error:  # it may be right, and was when it was checked
+                self.tell([Delta(message.request_id, [], "error", error=str(error), unavailable=True)])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):
                 self.tell([Delta(message.request_id, [], message.reason)])
@@ -193,13 +193,14 @@ class EngineProcess:
     def _check(self, ticket: int, asked: StructuredOutputs) -> None:
         """Answers by the inbox, which the thread of the grammars may put something into."""
 
-        def told(error: str) -> None:
-            self._inbox.put(GrammarChecked(ticket, error))
+        def told(fault: Exception | None) -> None:
+            self._inbox.put(GrammarChecked(ticket, str(fault or ""), lost=isinstance(fault, GrammarsLostError)))
 
         try:
             self._checks[ticket] = self.engine.usable_grammars().check(asked, told)
-        except (ParameterError, GrammarsFullError) as error:
-            self.send(GrammarChecked(ticket, str(error), full=isinstance(error, GrammarsFullError)))
+        except (ParameterError, GrammarsFullError, GrammarsLostError) as error:
+            full, lost = isinstance(error, GrammarsFullError), isinstance(error, GrammarsLostError)
+            self.send(GrammarChecked(ticket, str(error), full, lost))
 
     def _receive(self) -> None:
         message: ToEngine | None = None

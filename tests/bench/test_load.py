@@ -95,7 +95,7 @@ def test_the_closed_loop_keeps_its_streams_busy_on_as_many_connections(serve: Se
 
 def test_warm_up_is_not_measured(serve: Serve) -> None:
     async def script(exchange: Any) -> None:
-        await asyncio.sleep(0.5 if exchange.index < 2 else 0)
+        await asyncio.sleep(3 if exchange.index < 2 else 0)
         await exchange.begin()
         await exchange.token()
         await exchange.end(1)
@@ -103,8 +103,8 @@ def test_warm_up_is_not_measured(serve: Serve) -> None:
     server = serve(script)
     result = load(server.url, concurrency=2, warmup=None)
     assert len(server.exchanges) == 5 and result.completed == 3
-    assert result.ttft.p99 is not None and result.ttft.p99 < 400
-    assert result.duration < 0.5
+    assert result.ttft.p99 is not None and result.ttft.p99 < 2400
+    assert result.duration < 3
 
 
 @pytest.mark.parametrize("piece", [1, 3, 50])

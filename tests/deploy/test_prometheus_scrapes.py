@@ -132,7 +132,7 @@ def test_a_scrape_is_short(prometheus: RunningPrometheus, server: RunningServer)
     (loaded,) = prometheus.query("quantile_over_time(0.5, scrape_duration_seconds[1m])")
     server.wait_until(server.idle, 60)
     times = []
-    with httpx.Client() as client:
+    with httpx.Client(timeout=60) as client:
         for _ in range(20):
             began = time.perf_counter()
             assert client.get(f"{server.url}/metrics").status_code == 200

@@ -134,7 +134,7 @@ def test_a_rolling_update_drops_no_request(cluster: Cluster) -> None:
     asyncio.run(run())
     print(f"served during a rolling update: {dict(served)}")
     assert set(served) == {"old", "new"}
-    assert httpx.get(f"{cluster.url}/v1/models").json()["data"][0]["id"] == "new"
+    assert httpx.get(f"{cluster.url}/v1/models", timeout=60).json()["data"][0]["id"] == "new"
 
 
 def test_a_queue_brings_a_replica_and_its_end_takes_it_away(cluster: Cluster) -> None:
@@ -165,7 +165,7 @@ def test_the_door_speaks_as_the_server_does(cluster: Cluster) -> None:
     cluster.configure({"max_running": 2, "max_waiting": 1, "take_s": 1, "door_waiting": 8})
 
     def post(path: str = "/v1/completions", **fields: Any) -> httpx.Response:
-        return httpx.post(cluster.url + path, json={"prompt": "Once", "max_tokens": 2, **fields}, timeout=30)
+        return httpx.post(cluster.url + path, json={"prompt": "Once", "max_tokens": 2, **fields}, timeout=60)
 
     whole = post(stream=False)
     assert whole.status_code == 200 and whole.json()["usage"]["completion_tokens"] == 2
@@ -175,14 +175,14 @@ def test_the_door_speaks_as_the_server_does(cluster: Cluster) -> None:
         (post(model="other"), 404, "model_not_found"),
         (post("/v1/nothing"), 404, "unknown_url"),
         (
-            httpx.post(f"{cluster.url}/v1/completions", content=b"{}", headers={"content-type": "x"}),
+            httpx.post(f"{cluster.url}/v1/completions", content=b"{}", headers={"content-type": "x"}, timeout=60),
             400,
             "invalid_type",
         ),
     ):
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    assert httpx.get(f"{cluster.url}/health/ready").status_code == 200
-    assert "/v1/completions" in httpx.get(f"{cluster.url}/openapi.json").json()["paths"]
+    assert httpx.get(f"{cluster.url}/health/ready", timeout=60).status_code == 200
+    assert "/v1/completions" in httpx.get(f"{cluster.url}/openapi.json", timeout=60).json()["paths"]
 
     async def crowd() -> list[Stream]:
         return await follow(cluster, [{"prompt": f"Chapter {i}", "max_tokens": 30} for i in range(16)])
@@ -196,7 +196,7 @@ def test_the_door_speaks_as_the_server_does(cluster: Cluster) -> None:
 def test_a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
     cluster.configure({})
     with httpx.stream(
-        "POST", f"{cluster.url}/v1/completions", json={"prompt": "On", "max_tokens": 900, "stream": True}, timeout=30
+        "POST", f"{cluster.url}/v1/completions", json={"prompt": "On", "max_tokens": 900, "stream": True}, timeout=60
     ) as response:
         lines = response.iter_lines()  # which must live on: its end closes the connection
         assert next(lines).startswith('data: {"id"')

@@ -59,7 +59,9 @@ def test_golden_greedy_ids_over_http(
     body = {"prompt": [row[:half] for row in greedy], "max_tokens": half, "temperature": 0}
     choices = golden_server.post("/v1/completions", **body).json()["choices"]
     assert [c["token_ids"] for c in choices] == [row[half:] for row in greedy]
-    with httpx.stream("POST", golden_server.url + "/v1/completions", json={**body, "stream": True}) as response:
+    with httpx.stream(
+        "POST", golden_server.url + "/v1/completions", json={**body, "stream": True}, timeout=60
+    ) as response:
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     streamed: dict[int, list[int]] = {}
     for event in events:
@@ -96,7 +98,7 @@ def test_bad_requests_are_told_what_is_wrong(
 
 def test_broken_json_is_told(golden_server: RunningServer) -> None:
     headers = {"content-type": "application/json"}
-    response = httpx.post(golden_server.url + "/v1/completions", content=b'{"prompt": [1', headers=headers)
+    response = httpx.post(golden_server.url + "/v1/completions", content=b'{"prompt": [1', headers=headers, timeout=60)
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
 
@@ -158,7 +160,7 @@ def test_the_engine_takes_no_modules_from_the_working_directory(
 def test_a_client_that_leaves_aborts_its_request(tiny: RunningServer, stream: bool) -> None:
     body = {"prompt": "On and on", "max_tokens": 900, "ignore_eos": True, "stream": stream}
     before = tiny.metric("dsc_serve_engine_steps_total")
-    with httpx.Client() as client:
+    with httpx.Client(timeout=60) as client:
         if stream:
             with client.stream("POST", tiny.url + "/v1/completions", json=body) as response:
                 events = response.iter_lines()
@@ -166,7 +168,7 @@ def test_a_client_that_leaves_aborts_its_request(tiny: RunningServer, stream: bo
                 assert tiny.metric("dsc_serve_requests_running") == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(tiny.url + "/v1/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+                client.post(tiny.url + "/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.3))
     tiny.wait_until(tiny.idle)
     assert tiny.metric("dsc_serve_engine_steps_total") - before < 800, "it ran on to its end"
 
@@ -263,7 +265,7 @@ def test_the_engine_does_not_outlive_a_killed_server(golden_folder: Callable[[st
     server = start_server(str(golden_folder("dsc")))
     engine = server.engine_pid
     server.process.kill()
-    server.process.wait(10)
+    server.process.wait(60)
     server.wait_until(lambda: not Path(f"/proc/{engine}").exists() or "Z" in state(engine))
 
 

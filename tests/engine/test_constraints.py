@@ -22,9 +22,11 @@ class Grammar:
         self.clock: Callable[[], float] = time.monotonic
         self.answered_at = 0.0
         self.ready, self.compiled, self.error, self.late_s = True, True, "", 0.0
+        self.blameless, self.compile_limit_s, self.wait_s = False, 12.0, 0.0
         self.allowed = np.ones(vocab_size, dtype=np.bool_)
         self.pushed: list[int] = []
         self.demotions = self.closed = 0
+        self.used_s: float | None = None
         self.waits: list[float] = []
         self.late_for: list[int] = []  # numbers of tokens after which no answer comes by itself
         self._ends_after = ends_after
@@ -47,13 +49,18 @@ class Grammar:
 
     def wait(self, enough: object, timeout_s: float) -> bool:
         self.waits.append(timeout_s)
+        time.sleep(self.wait_s)
         return False
+
+    @property
+    def demoted(self) -> bool:
+        return self.demotions > 0
 
     def demote(self) -> None:
         self.demotions += 1
 
-    def give_up(self, why: str) -> None:
-        self.error = why
+    def give_up(self, why: str, blameless: bool = False) -> None:
+        self.error, self.blameless = why, blameless
 
     def close(self) -> None:
         self.closed += 1
@@ -65,8 +72,9 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
-def added(llm: LLM, name: str, grammar: Grammar | None, max_tokens: int = 6) -> Request:
-    request = llm.engine.add(name, [5, 6, 7], SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+def added(llm: LLM, name: str, grammar: Grammar | None, max_tokens: int = 6, prompt: int = 3) -> Request:
+    tokens = list(range(5, 5 + prompt))
+    request = llm.engine.add(name, tokens, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
     if grammar is not None:
         request.constraint = grammar  # type: ignore[assignment]
         llm.engine.followers.add(request)
@@ -114,6 +122,46 @@ def test_others_wait_for_a_late_answer_a_part_of_their_step_at_most(llm: LLM) ->
     assert grammar.waits and max(grammar.waits) <= 0.002
     llm.engine.finish("late")
     assert len(llm.engine.followers) == 0
+
+
+def test_others_whose_prompt_is_computed_are_company(llm: LLM) -> None:
+    """They are not sampled in this step, and wait all the same."""
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for = [1]
+    added(llm, "late", grammar)
+    steps(llm, 1)
+    reader = added(llm, "reader", None, prompt=llm.engine.config.step_tokens + 40)
+    steps(llm, 1)
+    assert 0 < reader.num_computed < reader.num_tokens, "its prompt was computed in one step"
+    assert grammar.waits and max(grammar.waits) <= 0.002
+    for name in ("late", "reader"):
+        llm.engine.finish(name)
+
+
+def test_waiting_for_a_grammar_is_no_part_of_what_a_step_takes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = Grammar(llm.engine.capacity.vocab_size)
+    grammar.late_for, grammar.wait_s = [1], 2.0
+    seen: list[float] = []
+    monkeypatch.setattr(llm.engine.scheduler.step_time, "observe", lambda load, ms: seen.append(ms))
+    added(llm, "late", grammar)
+    added(llm, "other", None)
+    began = time.monotonic()
+    steps(llm, 2)
+    assert grammar.waits and time.monotonic() - began >= 2
+    assert len(seen) == 2 and max(seen) < 2000
+    for name in ("late", "other"):
+        llm.engine.finish(name)
+
+
+def test_an_error_that_is_nobodys_fault_blames_no_field(llm: LLM) -> None:
+    for late in ([], [1]):  # found by the step, and by one after it
+        grammar = Grammar(llm.engine.capacity.vocab_size)
+        grammar.late_for = late
+        added(llm, "lost", grammar)
+        steps(llm, 2 if late else 1)
+        grammar.error, grammar.blameless, grammar.ready = "its process has ended", True, True
+        (end,) = [delta for delta in to_the_end(llm) if delta.finish_reason]
+        assert (end.error, end.error_field, end.unavailable) == ("its process has ended", "", True)
 
 
 def test_whoever_is_alone_waits_for_its_answer_without_computing(llm: LLM) -> None:
@@ -178,6 +226,33 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
     assert end.finish_reason == "error" and "1 s later than the steps" in end.error
 
 
+def test_a_grammar_that_waits_for_a_processor_is_not_to_blame() -> None:
+    now = [0.0]
+    request = Request("starved", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    grammar.clock, grammar.used_s = lambda: now[0], 1.0
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    for _ in range(10):
+        grammar.ready = False
+        followers.hold("starved")
+        now[0] += 3
+        grammar.used_s += DEMOTED_S / 20
+        assert followers.settle() == []
+        grammar.ready = True
+        assert followers.settle() == []
+    assert grammar.late_s == pytest.approx(DEMOTED_S / 2) and grammar.demotions == 0
+    grammar.ready = False
+    followers.hold("starved")
+    now[0] += 3
+    grammar.used_s += DEMOTED_S
+    assert followers.settle() == [] and grammar.demotions == 1
+    now[0] += LATE_S  # which counts from now on, whoever has the processor
+    (end,) = followers.settle()
+    assert end.finish_reason == "error" and "1 s later" in end.error
+
+
 def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:
     now = [0.0]
     request = Request("early", 1, [1, 2], SamplingParams(), 9)
@@ -191,6 +266,28 @@ def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:
     assert followers.settle() == []
     grammar.compiled = True
     assert followers.settle() == [] and grammar.demotions == 0
+
+
+def test_a_grammar_that_is_never_compiled_is_not_waited_for_for_ever() -> None:
+    now = [0.0]
+    request = Request("held", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    grammar.ready = grammar.compiled = False
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    followers.hold("held")
+    for _ in range(2):  # the time begins anew with each wait
+        assert followers.settle() == []
+        now[0] += grammar.compile_limit_s
+        assert followers.settle() == []
+        grammar.compiled = True
+        assert followers.settle() == []
+        grammar.compiled = False
+    assert followers.settle() == []
+    now[0] += grammar.compile_limit_s + 1
+    (end,) = followers.settle()
+    assert end.finish_reason == "error" and "not there within 12 s" in end.error and grammar.blameless
 
 
 def test_a_request_without_room_for_a_token_gets_none() -> None:

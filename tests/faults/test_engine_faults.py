@@ -44,7 +44,7 @@ def steady() -> Iterator[RunningServer]:
 
 
 def check_nothing_is_left(server: RunningServer) -> None:
-    server.wait_until(server.idle, 30)
+    server.wait_until(server.idle, 90)
     assert server.metric('dsc_serve_kv_blocks{state="used"}') == 0
     assert server.metric("dsc_serve_permits_held") == 0
     assert server.metric("dsc_serve_invariant_repairs_total") == 0

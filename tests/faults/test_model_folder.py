@@ -97,7 +97,7 @@ def test_a_template_that_never_ends_does_not_keep_the_server_from_ending(
     asking = [threading.Thread(target=ask_to_the_end, args=(server, body)) for _ in range(8)]
     for thread in asking:
         thread.start()
-    server.wait_until(lambda: server.metric("dsc_serve_permits_held") >= 4, 30)
+    server.wait_until(lambda: server.metric("dsc_serve_permits_held") >= 4)
     assert answer(server)
     memory = memory_mb(server.pid)
     server.process.terminate()

@@ -99,7 +99,7 @@ def soak(server: RunningServer, count: int, seconds: float) -> None:
     assert left > 0.1 * total
     if total >= ENOUGH:
         assert growth < SLOPE_MB
-    server.wait_until(server.idle, 30)
+    server.wait_until(server.idle, 90)
     assert server.metric('dsc_serve_kv_blocks{state="used"}') == 0
     for gauge in ("permits_held", "requests_followed", "invariant_repairs_total"):
         assert server.metric(f"dsc_serve_{gauge}") == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from text.conftest import metaspace_backend
@@ -33,3 +33,18 @@ def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
     made = Grammars(tokenizer, tokenizer.vocab_size, (END,), GrammarLimits(timeout_s=60.0))
     yield made
     made.close()
+
+
+@pytest.fixture
+def make(bytes_tokenizer: Tokenizer) -> Iterator[Callable[..., Grammars]]:
+    made: list[Grammars] = []
+
+    def make(**limits: float) -> Grammars:
+        tokens = bytes_tokenizer
+        made.append(Grammars(tokens, tokens.vocab_size, (END,), GrammarLimits(**limits)))  # type: ignore[arg-type]
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for grammars in made:
+        grammars.close()

@@ -7,91 +7,57 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from grammars.conftest import END
-from grammars.drawing import PATIENCE_S, answered
+from grammars.drawing import answered
+from grammars.processes import children, host_of, large, quick, slow, until
 
-from dsc_serve.grammars import follower
+from dsc_serve.grammars import follower, refusals
 from dsc_serve.grammars.constraint import Constraint
-from dsc_serve.grammars.follower import GrammarLimits, Grammars, GrammarsFullError
+from dsc_serve.grammars.faults import GrammarsFullError
+from dsc_serve.grammars.follower import Grammars
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
-PRIMES = [499979, 499969, 499957, 499943, 499927, 499903, 499897, 499883]
 
-
-def slow(first: int = 0) -> StructuredOutputs:
-    """A schema that takes minutes to compile."""
-    numbers = {f"p{i}": {"type": "integer", "multipleOf": PRIMES[(first + i) % 8]} for i in range(8)}
-    return StructuredOutputs(json=json.dumps({"type": "object", "title": str(first), "properties": numbers}))
-
-
-def large() -> StructuredOutputs:
-    """A regex that takes a second to follow, and more memory than most."""
-    return StructuredOutputs(regex="a{1000000000}")
-
-
-def quick(name: str) -> StructuredOutputs:
-    return StructuredOutputs(json=json.dumps({"type": "object", "properties": {name: {"type": "string"}}}))
-
-
-@pytest.fixture
-def make(bytes_tokenizer: Tokenizer) -> Iterator[Callable[..., Grammars]]:
-    made: list[Grammars] = []
-
-    def make(**limits: float) -> Grammars:
-        tokens = bytes_tokenizer
-        made.append(Grammars(tokens, tokens.vocab_size, (END,), GrammarLimits(**limits)))  # type: ignore[arg-type]
-        made[-1].start()
-        return made[-1]
-
-    yield make
-    for grammars in made:
-        grammars.close()
-
-
-def until(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def host_of(grammars: Grammars) -> int:
-    link = grammars._inner._link
-    assert link is not None
-    return link._process.pid
-
-
-def test_what_takes_too_long_to_compile_is_ended_and_remembered(make: Callable[..., Grammars]) -> None:
+def test_what_takes_too_long_to_compile_is_ended_and_remembered(
+    make: Callable[..., Grammars], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower, "REMEMBERED", 0.0)  # however much of the processor others leave it
     grammars = make(timeout_s=0.5)
     grammars.compile(quick("first"))  # the host is there
     begun = time.monotonic()
     with pytest.raises(ParameterError, match=r"cannot be used: it takes longer than 0\.5 s") as error:
         grammars.compile(slow())
     assert error.value.field == "structured_outputs"
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30, "a minute's work was done"
     until(lambda: len(children(host_of(grammars))) == 1, "its process is still there")
-    begun = time.monotonic()
+    begun = time.thread_time()
     for attempt in (grammars.compile, grammars.constraint):
         with pytest.raises(ParameterError, match="longer than"):
             attempt(slow())
-    assert time.monotonic() - begun < 0.1
+    assert time.thread_time() - begun < 0.1
     assert len(children(host_of(grammars))) == 1
+
+
+def test_what_others_held_up_is_not_remembered(make: Callable[..., Grammars], monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = make(timeout_s=0.2)
+    monkeypatch.setattr(follower, "REMEMBERED", 2.0)  # more of the processor than one thread can have had
+    for _ in range(2):
+        begun = time.monotonic()
+        with pytest.raises(ParameterError, match="longer than"):
+            grammars.compile(slow())
+        assert time.monotonic() - begun >= 0.2
 
 
 def test_what_was_refused_may_be_asked_for_again_later(
     make: Callable[..., Grammars], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars = make(timeout_s=0.2)
-    monkeypatch.setattr(follower, "REFUSED_S", 0.0)
+    monkeypatch.setattr(follower, "REMEMBERED", 0.0)
+    monkeypatch.setattr(refusals, "REFUSED_S", 0.0)
     for _ in range(2):
         begun = time.monotonic()
         with pytest.raises(ParameterError, match="longer than"):
@@ -116,11 +82,7 @@ def test_whatever_a_text_does_to_the_compiler_others_are_served(
 ) -> None:
     grammars = make(timeout_s=1.0)
     outcome: list[str] = []
-
-    def told(error: str) -> None:
-        outcome.append(error)
-
-    grammars.check(asked, told)
+    grammars.check(asked, lambda fault: outcome.append(str(fault or "")))
     grammars.compile(quick("other"))
     until(lambda: bool(outcome), "no answer")
     assert outcome[0] == "" or outcome[0].startswith("structured_outputs cannot be used: ")
@@ -138,13 +100,13 @@ def test_memory_is_bounded(make: Callable[..., Grammars]) -> None:
 
 
 def test_newer_grammars_go_before_those_that_take_long(make: Callable[..., Grammars]) -> None:
-    grammars = make(timeout_s=30.0)
+    grammars = make(timeout_s=60.0)
     for i in range(6):
         grammars.check(slow(i), lambda error: None)
     begun = time.monotonic()
     for i in range(10):
         grammars.compile(quick(f"name{i}"))
-    assert time.monotonic() - begun < 20, "ordinary grammars wait for slow ones"
+    assert time.monotonic() - begun < 50, "ordinary grammars wait for slow ones"
 
 
 def test_too_many_waiting_grammars_are_refused(make: Callable[..., Grammars], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +122,7 @@ def test_too_many_waiting_grammars_are_refused(make: Callable[..., Grammars], mo
 def test_a_compilation_that_nobody_waits_for_is_stopped(make: Callable[..., Grammars]) -> None:
     grammars = make(timeout_s=60.0)
     grammars.compile(quick("kept"))
-    told: list[str] = []
+    told: list[Exception | None] = []
     cancels = [grammars.check(slow(), told.append) for _ in range(2)]
     waiting = [grammars.check(slow(i), told.append) for i in range(1, 6)]
     until(lambda: len(children(host_of(grammars))) > 2, "nothing is compiled")
@@ -203,21 +165,21 @@ def test_a_lost_process_is_replaced_without_a_trace(make: Callable[..., Grammars
     constraint = grammars.constraint(StructuredOutputs(regex="[ab]{3}"))
     constraint.push(int(answered(constraint).allowed.nonzero()[0][0]))
     answered(constraint)
-    before = constraint.allowed.copy()
+    before, grammar = constraint.allowed.copy(), constraint.grammar
     (process,) = children(host_of(grammars))
     os.kill(process, signal.SIGKILL)
-    until(lambda: constraint.retried, "nobody saw it end")
+    until(lambda: constraint.grammar is not grammar, "nobody saw it end")
     assert (answered(constraint).allowed == before).all() and constraint.error == ""
 
 
 def test_a_lost_host_is_replaced(make: Callable[..., Grammars]) -> None:
     grammars = make()
     constraint = grammars.constraint(StructuredOutputs(regex="[ab]{3}"))
-    before = answered(constraint).allowed.copy()
+    before, grammar = answered(constraint).allowed.copy(), constraint.grammar
     host = host_of(grammars)
     (process,) = children(host)
     os.kill(host, signal.SIGKILL)
-    until(lambda: constraint.retried, "nobody saw it end")
+    until(lambda: constraint.grammar is not grammar, "nobody saw it end")
     assert (answered(constraint).allowed == before).all()
     grammars.compile(quick("new"))
     until(lambda: not Path(f"/proc/{process}").exists(), "a grammar outlived its host")

@@ -45,7 +45,7 @@ async def said(app: FastAPI, *parts: bytes, pause_s: float = 0.0) -> bytes:
                 break
             writer.write(part)
             await asyncio.sleep(pause_s)
-        answer = await asyncio.wait_for(reading, 10)
+        answer = await asyncio.wait_for(reading, 60)
         writer.close()
         return answer
 
@@ -192,7 +192,7 @@ def test_headers_have_a_limit_wherever_they_come(engine: FakeEngine, sent: bytes
                 parts += 1
             assert engine.gate is not None
             engine.gate.set()
-            return await asyncio.wait_for(reading, 10), parts
+            return await asyncio.wait_for(reading, 60), parts
 
     answer, parts = asyncio.run(run())
     assert parts < 100, "it was read without end"
@@ -319,8 +319,8 @@ def test_handshakes_count_as_connections_and_have_no_more_time_than_headers(
             ends = [asyncio.create_task(read_all(reader)) for reader, _ in visitors]
             await until(lambda: sum(end.done() for end in ends) >= 7)
             assert len(app.state.server._handshakes) <= 3
-            assert await asyncio.wait_for(asyncio.gather(*ends), 10) == [b""] * 10
-            assert loop.time() - start < 5
+            assert await asyncio.wait_for(asyncio.gather(*ends), 60) == [b""] * 10
+            assert loop.time() - start < 20  # asyncio alone gives a handshake a minute
             assert not app.state.server._handshakes
             for _ in range(4):  # and all places are free again
                 reader, writer = await asyncio.open_connection(
@@ -347,7 +347,7 @@ def test_a_server_that_ends_waits_for_no_handshake(engine: FakeEngine, certifica
         assert await read_all(reader) == b""
         return asyncio.get_running_loop().time() - ended
 
-    assert asyncio.run(run()) < 5
+    assert asyncio.run(run()) < 20  # asyncio alone gives a handshake a minute
 
 
 def test_certificates_that_cannot_be_used_are_named(certificate: tuple[str, str]) -> None:

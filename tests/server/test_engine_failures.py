@@ -20,6 +20,16 @@ Ask = Callable[..., httpx.Response]
 ENDPOINTS = [complete, chat]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_may_be_sent_again_is_not_told_that_it_is_wrong(
+    app: FastAPI, engine: FakeEngine, stream: bool
+) -> None:
+    engine.fail_after, engine.error = 0, Delta("", [], "error", error="its process has ended", unavailable=True)
+    answer = complete(app, stream=stream)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["param"] is None and "its process has ended" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("ask_for", ENDPOINTS)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("die", "status", "code"), [(False, 500, "engine_error"), (True, 503, "engine_down")])

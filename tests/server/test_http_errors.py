@@ -122,7 +122,7 @@ def test_a_body_of_unknown_length_is_limited_while_it_is_read(app: FastAPI) -> N
 
         async with live(app) as port, httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{port}/v1/completions"
-            check_error(await client.post(url, content=body(), headers=JSON, timeout=30), 413)
+            check_error(await client.post(url, content=body(), headers=JSON, timeout=60), 413)
 
     asyncio.run(run())
 

@@ -172,7 +172,11 @@ def test_a_key_has_few_grammars_compiled_at_a_time(engine: FakeEngine, tokenizer
 
 @pytest.mark.parametrize(
     ("answer", "status"),
-    [(GrammarChecked(0, "", full=True), 429), (GrammarChecked(0, "structured_outputs cannot be used: slow"), 400)],
+    [
+        (GrammarChecked(0, "", full=True), 429),
+        (GrammarChecked(0, "structured_outputs cannot be used: slow"), 400),
+        (GrammarChecked(0, "structured_outputs cannot be used now: the process has ended", lost=True), 503),
+    ],
 )
 def test_what_the_engine_says_of_a_grammar_is_told(
     app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, answer: GrammarChecked, status: int

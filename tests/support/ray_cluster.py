@@ -96,7 +96,9 @@ class Cluster:
 
     def sample(self, name: str) -> dict[str, float]:
         """One metric without labels of its own, by replica."""
-        found = re.findall(rf'^{name}{{replica="(\w+)"}} (\S+)$', httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        found = re.findall(
+            rf'^{name}{{replica="(\w+)"}} (\S+)$', httpx.get(f"{self.url}/metrics", timeout=60).text, re.MULTILINE
+        )
         return {replica: float(value) for replica, value in found}
 
     def stop(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 
-START_LIMIT_S = 90
+START_LIMIT_S = 180
+PATIENCE_S = 60.0  # of whoever waits for what a busy machine does late
 SCRAPES = 10
 
 
@@ -28,7 +29,9 @@ class RunningServer:
     log: list[str]
     printed: threading.Thread
     client: httpx.Client = field(
-        default_factory=lambda: httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), verify=False)
+        default_factory=lambda: httpx.Client(
+            limits=httpx.Limits(max_keepalive_connections=0), timeout=PATIENCE_S, verify=False
+        )
     )
 
     @property
@@ -41,10 +44,10 @@ class RunningServer:
         return int(children[0])
 
     def get(self, path: str) -> httpx.Response:
-        return self.client.get(self.url + path, timeout=10)
+        return self.client.get(self.url + path, timeout=PATIENCE_S)
 
     def post(self, path: str, **body: object) -> httpx.Response:
-        return self.client.post(self.url + path, json=body, timeout=60)
+        return self.client.post(self.url + path, json=body, timeout=PATIENCE_S)
 
     def metric(self, name: str) -> float:
         """One sample of /metrics, its labels as they are written there.
@@ -60,7 +63,7 @@ class RunningServer:
         lines = self.get("/metrics").text.splitlines()
         return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
 
-    def wait_until(self, condition: Callable[[], bool], limit_s: float = 10) -> None:
+    def wait_until(self, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
         end = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < end, f"not reached within {limit_s} s"
@@ -116,11 +119,11 @@ def start_server(*arguments: str, program: Sequence[str] = ("-m", "dsc_serve.cli
         raise
 
 
-def stop_server(server: RunningServer) -> int:
+def stop_server(server: RunningServer, limit_s: float = PATIENCE_S) -> int:
     """Ask it to stop; returns its exit status."""
     server.process.terminate()
     try:
-        return server.process.wait(30)
+        return server.process.wait(limit_s)
     except subprocess.TimeoutExpired:
         server.process.kill()
         raise

@@ -19,6 +19,7 @@ from dsc_serve.server.service import Service
 from dsc_serve.text.tokenizer import Tokenizer
 from support.fake_engine import FakeEngine
 
+PATIENCE_S = 60.0  # of whoever waits for what a busy machine does late
 MESSAGES = [{"role": "user", "content": "hi"}]
 MAX_WAITING, MAX_RUNNING = 6, 2
 
@@ -91,14 +92,14 @@ async def live(app: FastAPI, send_buffer: int = 0) -> AsyncIterator[int]:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            await asyncio.wait_for(listening.wait(), 10)
+            await asyncio.wait_for(listening.wait(), PATIENCE_S)
             yield port
         finally:
             server.should_exit = True
-            await asyncio.wait_for(serving, 30)
+            await asyncio.wait_for(serving, PATIENCE_S)
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  what is waited for knows of no event
             await asyncio.sleep(0.005)

@@ -55,7 +55,7 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
 def finish(folder: Path, out: Path) -> bytes:
     process = start(folder, out)
     try:
-        assert process.wait(150) == 0, (folder / "output.log").read_text()
+        assert process.wait(400) == 0, (folder / "output.log").read_text()
     finally:
         process.kill()
     return (out / "model" / "model.safetensors").read_bytes()
@@ -64,7 +64,7 @@ def finish(folder: Path, out: Path) -> bytes:
 def kill_after(folder: Path, out: Path, step: int) -> None:
     process = start(folder, out)
     log = out / "log.jsonl"
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 300
     try:
         while process.poll() is None and time.monotonic() < give_up:
             lines = read_log(log)
@@ -73,7 +73,7 @@ def kill_after(folder: Path, out: Path, step: int) -> None:
             time.sleep(0.01)
     finally:
         process.kill()
-    assert process.wait(30) == -9, (folder / "output.log").read_text()
+    assert process.wait(60) == -9, (folder / "output.log").read_text()
 
 
 def test_kill_and_resume_gives_the_same_weights(tmp_path: Path) -> None:

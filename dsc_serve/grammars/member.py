@@ -135,7 +135,18 @@ class Member:
         return Answer(name, output.count, allowed, complete, error, memory, forced, after)
 
     def _forced(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
-        """The tokens that must follow one after the other, and what may follow the last."""
+        """The tokens that must follow one after the other, and what may follow the last.
+
+        A library that fails at this, which need not be known, has not failed at the answer.
+        """
+        try:
+            return self._look_ahead(matcher)
+        except MemoryError:
+            raise
+        except BaseException:  # a panic of the library is not an Exception
+            return (), b""
+
+    def _look_ahead(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
         likely = matcher.compute_ff_tokens()[:MOST_FORCED]
         if not likely:
             return (), b""

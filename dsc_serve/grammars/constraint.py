@@ -118,10 +118,13 @@ class Constraint:
         self.retried = False
         self.answered_at = time.monotonic()
         # Who looks without the lock must find what was known of later tokens, and all the rest, there.
-        known = {count: value for count, value in self._known.items() if count > answer.count and self._fresh}
-        end = answer.count + len(answer.forced)
-        known |= dict(enumerate(answer.forced, answer.count)) | ({end: answer.after} if answer.after else {})
-        self._known, self._fresh = ({answer.count: answer.allowed} | known), True
+        known: dict[int, bytes | int] = {answer.count: answer.allowed}
+        if self._fresh:
+            known |= {count: value for count, value in self._known.items() if count > answer.count}
+        known |= dict(enumerate(answer.forced, answer.count))
+        if answer.after:
+            known[answer.count + len(answer.forced)] = answer.after
+        self._known, self._fresh = known, True
 
     def forget_answers(self) -> None:
         self._fresh = False

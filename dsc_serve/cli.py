@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -204,7 +204,7 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> None:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
 def import_hf(folder: Path, out: Path) -> None:
-    """Convert FOLDER (config.json, safetensors, tokenizer.json) of a Llama, Mistral or Qwen2 model."""
+    """Convert FOLDER (config.json, safetensors, tokenizer.json) of a family in docs/models.md."""
     from dsc_serve.model.huggingface import import_huggingface
 
     _report_import(import_huggingface(folder, out), out)
@@ -240,7 +240,19 @@ def _report_import(config: Any, out: Path) -> None:
 @main.command(short_help="Write a model of random weights.")
 @click.option("--ffn", type=click.Choice(["dsc", "moe", "molora", "dense"]), required=True, help="FFN kind.")
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
-@click.option("--preset", type=click.Choice(["paper", "large"]), default="paper", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(["paper", "large", "olmoe", "granite", "qwen"]),
+    default="paper",
+    show_default=True,
+    help="Sizes.",
+)
+@click.option(
+    "--equal",
+    type=click.Choice(["total", "active"]),
+    default=None,
+    help="Which parameters of a DSC are as many as those of the mixture that the preset is.",
+)
 @click.option("--context", type=click.IntRange(1), default=None, help="Positions [default: the preset's].")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -248,7 +260,14 @@ def _report_import(config: Any, out: Path) -> None:
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Any field of config.json, e.g. ffn.num_atoms=512."
 )
 def init(
-    ffn: str, out: Path, preset: str, context: int | None, dtype: str, seed: int, changes: tuple[str, ...]
+    ffn: str,
+    out: Path,
+    preset: str,
+    equal: Literal["total", "active"] | None,
+    context: int | None,
+    dtype: str,
+    seed: int,
+    changes: tuple[str, ...],
 ) -> None:
     """Write a model of random weights without a tokenizer: a preset's sizes, changed by any number of --set.
 
@@ -256,6 +275,10 @@ def init(
     Presets (sizes by the paper's budget solver):
       paper   35 M parameters, 28 M active: vocabulary 50,304, d 384, 6 layers
       large   400 M parameters, 250 M active: vocabulary 50,304, d 1024, 24 layers
+    Presets of the shapes of mixtures that people run, about 0.7 billion parameters each (--ffn moe or dsc):
+      olmoe   64 experts, 8 picked
+      granite 32 experts, 8 picked
+      qwen    60 experts, 4 picked, and a shared one
     """
     import torch
 
@@ -263,7 +286,11 @@ def init(
     from dsc_serve.model.decoder import parameter_counts, tensor_shapes
     from dsc_serve.model.initial import changed_config, initial_tensors, preset_config
 
-    config = changed_config(preset_config(preset, ffn, context), changes)
+    try:
+        config = preset_config(preset, ffn, context, equal)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    config = changed_config(config, changes)
     tensors = {}
     count = len(tensor_shapes(config))
     stream = initial_tensors(config, seed, getattr(torch, dtype))

@@ -6,18 +6,18 @@ documents them. Names are unique over all sections, so that flags and variables 
 
 from __future__ import annotations
 
-import functools
-import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from dsc_serve.section import ConfigError as ConfigError
+from dsc_serve.section import Section as Section
+from dsc_serve.section import allowed_values as allowed_values
+from dsc_serve.section import converted as converted
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
@@ -28,50 +28,6 @@ ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")  # as browsers 
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the text names the setting, its value and what is allowed."""
-
-
-def allowed_values(kind: Any) -> str:
-    """What a field of this annotated type may hold, in words."""
-    base, *notes = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    if get_origin(base) is Literal:
-        return f"one of {', '.join(map(str, get_args(base)))}"
-    if get_origin(base) is tuple:
-        return "a list of texts"
-    name = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[base]
-    low = next((note.ge for note in notes if note.ge is not None), None)
-    high = next((note.le for note in notes if note.le is not None), None)
-    bounds = [f"{word} {bound}" for word, bound in (("at least", low), ("at most", high)) if bound is not None]
-    return f"{name} of {' and '.join(bounds)}" if bounds else name
-
-
-def converted(value: object, kind: Any, strict: bool = True) -> Any:
-    """A value as a field of this annotated type holds it. Raises ValidationError; not strict: texts are parsed."""
-    result = msgspec.convert(value, kind, strict=strict)
-    if isinstance(result, float) and not math.isfinite(result):
-        raise msgspec.ValidationError("not finite")
-    return result
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings that belong together. Raises ConfigError where a value is not what its field allows."""
-
-    def __post_init__(self) -> None:
-        for name, kind in self.kinds().items():
-            value = getattr(self, name)
-            try:
-                converted(value, kind)
-            except msgspec.ValidationError:
-                raise ConfigError(f"{name} is {value!r}; it must be {allowed_values(kind)}") from None
-
-    @classmethod
-    @functools.cache
-    def kinds(cls) -> Mapping[str, Any]:
-        """The annotated type of every field."""
-        return get_type_hints(cls, include_extras=True)
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
@@ -153,6 +109,13 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     grammars_memory_mb: Annotated[
         int, Meta(ge=16, le=65536, description="MiB of all grammars together; the unused go first, then the largest.")
     ] = 512
+    pooling: Annotated[
+        Literal["auto", "last", "mean"],
+        Meta(
+            description="How a text's hidden states become its embedding: the last token's, or their mean; auto: as "
+            "the checkpoint's own files say, else last."
+        ),
+    ] = "auto"
     grouping: Annotated[
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
@@ -314,9 +277,22 @@ class ServerConfig(Section, frozen=True, kw_only=True):
 
     host: Annotated[str, Meta(description="Listen on this address.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Listen on this port; 0 picks a free one.")] = 8000
-    served_model_name: Annotated[str, Meta(description="The model's name in the API; empty: its folder's.")] = ""
+    served_model_name: Annotated[
+        str, Meta(description="The model's name in the API, or several with commas between; empty: its folder's.")
+    ] = ""
+    tool_calls: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "granite", "json"],
+        Meta(description="How the model writes calls of tools; auto: as its chat template and its tokens show."),
+    ] = "auto"
     tls_cert: Annotated[str, Meta(description="PEM file of the server's certificate chain; with it, HTTPS.")] = ""
     tls_key: Annotated[str, Meta(description="PEM file of the certificate's private key.")] = ""
+    escape_special_tokens: Annotated[
+        bool,
+        Meta(
+            description="Encode special tokens that a chat's texts spell as text, so that no client can write the "
+            "template's marks."
+        ),
+    ] = False
     engine: EngineConfig = EngineConfig()
     limits: LimitConfig = LimitConfig()
     access: AccessConfig = AccessConfig()
@@ -325,10 +301,23 @@ class ServerConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parts_of(self.served_model_name)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError(
                 f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
             )
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        return parts_of(self.served_model_name)
+
+
+def parts_of(names: str) -> tuple[str, ...]:
+    """What stands between the commas. Raises ConfigError for names that are blank, or there twice."""
+    parts = tuple(part.strip() for part in names.split(",")) if names else ()
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"served_model_name is {names!r}; its names must not be blank, and each may be there once")
+    return parts
 
 
 def generation_slots(config: ServerConfig) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,7 +21,14 @@ from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
 from dsc_serve.engine.request import Collect
-from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.sampling_params import (
+    EMBEDDED,
+    EmbeddingParams,
+    ParameterError,
+    SamplingParams,
+    check_embedding,
+    resolve_max_tokens,
+)
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -113,7 +121,7 @@ class LLM:
             tracks: list[_Track] = []
             try:
                 for prompt, own in zip(listed, each, strict=True):
-                    tracks += [self._submit(prompt, own, choice) for choice in range(own.n)]
+                    tracks += self._submit(prompt, own)
                 running = {track.id for track in tracks}
                 while running:
                     running.difference_update(self._step())
@@ -142,7 +150,7 @@ class LLM:
 
     def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
         """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
-        track = self._submit(ids, params, 0)
+        (track,) = self._submit(ids, params)
         news: deque[RequestOutput] = deque()
         track.news = news
         try:
@@ -155,6 +163,32 @@ class LLM:
                 self._step()
         finally:
             self._drop([track])
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> Tensor:
+        """The vectors of texts or token-id lists: float32 [prompts, d], or [prompts, dimensions].
+
+        How hidden states become a vector is the setting `pooling`; dimensions: only so many first components,
+        normalised again. Raises ParameterError before anything runs when a prompt or `dimensions` cannot be used.
+        """
+        asked = EmbeddingParams(dimensions=dimensions)
+        check_embedding(asked, self.engine.capacity)
+        listed = self._listed(prompts)
+        for ids in listed:
+            resolve_max_tokens(ids, EMBEDDED, self.engine.capacity)
+        tracks: list[_Track] = []
+        try:
+            for ids in listed:
+                tracks.append(self._track(ids, EMBEDDED, 0))
+                self.engine.add(tracks[-1].id, ids, EMBEDDED, embedding=asked)
+            while any(track.output.finish_reason is None for track in tracks):
+                self._step()
+                for track in tracks:
+                    track.check()
+        finally:
+            self._drop(tracks)
+        size = dimensions or self.engine.capacity.hidden_size
+        vectors = np.frombuffer(b"".join(track.embedding for track in tracks), "<f4")
+        return torch.from_numpy(vectors.astype(np.float32).reshape(len(tracks), size))
 
     def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
@@ -247,16 +281,18 @@ class LLM:
             raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")
         return params
 
-    def _submit(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
-        own = params.for_choice(choice)
-        self.engine.check(own)
-        track = self._track(prompt, own, choice)
+    def _submit(self, prompt: list[int], params: SamplingParams) -> list[_Track]:
+        """The choices of one prompt."""
+        each = [params.for_choice(i) for i in range(params.n)]
+        self.engine.check(each[0])
+        tracks = [self._track(prompt, own, i) for i, own in enumerate(each)]
+        first, *others = ((track.id, own) for track, own in zip(tracks, each, strict=True))
         try:
-            self.engine.add(track.id, prompt, own)
+            self.engine.add(first[0], prompt, first[1], siblings=others)
         except ValueError:
-            self._drop([track])
+            self._drop(tracks)
             raise
-        return track
+        return tracks
 
     def _track(self, prompt: list[int], params: SamplingParams, choice: int) -> _Track:
         text = TextStream(self.tokenizer, prompt, params)
@@ -291,6 +327,7 @@ class _Track:
         self.id, self.text = request_id, text
         self.news: deque[RequestOutput] | None = None
         self.error = ""
+        self.embedding = b""
         self.output = RequestOutput(
             prompt_token_ids=prompt,
             index=index,
@@ -308,6 +345,7 @@ class _Track:
         if delta.finish_reason == "error":
             self.error, self.output.finish_reason = delta.error, "error"
             return
+        self.embedding = delta.embedding or b""
         before = self.text.token_count
         text = self.text.push(delta.token_ids)
         kept = self.text.token_count - before  # none after a stop string

@@ -30,8 +30,76 @@ class ParameterError(ValueError):
         self.field = field
 
 
+class ContextLengthError(ParameterError):
+    """A prompt, or it and what may be generated, that is longer than what there is room for.
+
+    In OpenAI's words, by which clients know that a shorter prompt, or a model with a longer context, would do.
+    limit: tokens that there is room for. completion: None where only the prompt is too long.
+    """
+
+    def __init__(self, field: str, limit: int, prompt: int, completion: int | None, note: str = "") -> None:
+        self.limit, self.prompt, self.completion, self.note = limit, prompt, completion, note
+        super().__init__(field, "")
+        self.args = (self.described("prompt") + self.advice(field),)
+
+    def described(self, what: str) -> str:
+        """What is wrong, where the client calls the prompt so."""
+        has = f"This model's maximum context length is {self.limit} tokens{self.note}. However, "
+        if self.completion is None:
+            return f"{has}your {what} resulted in {self.prompt} tokens. Please reduce the length of the {what}."
+        parts = f"{self.prompt} in the {what}, {self.completion} in the completion"
+        whole = f"{has}you requested {self.prompt + self.completion} tokens ({parts})."
+        return f"{whole} Please reduce the length of the {what} or completion."
+
+    def advice(self, limit_name: str) -> str:
+        """What else would do, where the client calls `max_tokens` so; "" where nothing would."""
+        room = self.limit - self.prompt
+        return f" {limit_name} may be at most {room} here." if self.field == "max_tokens" and room > 0 else ""
+
+
 def reject(field: str, value: object, allowed: str) -> NoReturn:
     raise ParameterError(field, f"{field} is {value!r}; it must be {allowed}")
+
+
+Literals = tuple[str | int, ...]  # texts, and tokens that are no text
+
+
+class ToolGrammar(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that may be called. head: what stands before its arguments. schema: theirs, as JSON. field: what an error
+    of it names.
+    """
+
+    head: Literals
+    schema: str
+    field: str
+
+
+class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of tools, at most `most`; at least one, unless other text is allowed.
+
+    Without other text a call begins with `mark`; tail: what stands behind its arguments. A list of calls stands
+    between `start` and `end`, with `between` between two; without them each call begins anew, after `apart`.
+    triggers: other text is allowed, until one of these regexes ends, or one of these tokens comes: then a call follows,
+    without its mark.
+    """
+
+    tools: tuple[ToolGrammar, ...]
+    mark: str | int
+    tail: Literals = ()
+    start: str = ""
+    between: str = ""
+    end: str = ""
+    apart: str = ""
+    most: int = 1
+    triggers: Literals = ()
+
+
+class ReasoningGrammar(msgspec.Struct, frozen=True, kw_only=True):
+    """Reasoning that may stand before a text, in which nothing is constrained. begun: the prompt has its opening."""
+
+    opening: str | int
+    closing: str | int
+    begun: bool
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,9 +108,12 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
         which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
         Lark's or GBNF's syntax, that begins with `start` or `root`.
-    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space, or a line break and an
-        indent of up to 20). disable_any_whitespace: nothing may. disable_additional_properties: objects whose schema
-        names properties have no others, unless it says so itself.
+    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space behind each comma and
+        colon, and nothing else). disable_any_whitespace: True lets nothing stand there, False a space, or a line break
+        and an indent of up to 20.
+    disable_additional_properties: objects whose schema names properties have no others, unless it says so itself.
+    calls: calls of tools, instead of any of the five, or as an alternative to it.
+    reasoning: what may stand before all that.
     """
 
     json: str | None = None
@@ -51,8 +122,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     choice: tuple[str, ...] = ()
     grammar: str | None = None
     whitespace_pattern: str | None = None
-    disable_any_whitespace: bool = False
+    disable_any_whitespace: bool | None = None
     disable_additional_properties: bool = False
+    calls: CallGrammar | None = None
+    reasoning: ReasoningGrammar | None = None
 
     def __post_init__(self) -> None:
         field = "structured_outputs"
@@ -65,20 +138,24 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.choice, tuple) or not all(isinstance(text, str) and text for text in self.choice):
             raise ParameterError(field, f"{field}.choice is {self.choice!r}; it must be texts, none of them empty")
         set_ = [name for name in ("json", "json_object", "regex", "choice", "grammar") if getattr(self, name)]
-        if len(set_) != 1:
+        if len(set_) != 1 and (set_ or self.calls is None):
             got = " and ".join(set_) or "none"
             raise ParameterError(
                 field, f"{field} has {got} of json, json_object, regex, choice and grammar; it must have exactly one"
             )
-        if (self.whitespace_pattern or self.disable_any_whitespace) and set_[0] not in ("json", "json_object"):
-            raise ParameterError(field, f"{field} has white space settings together with {set_[0]}; they are for JSON")
-        if self.disable_additional_properties and set_[0] != "json":
+        if (self.whitespace_pattern or self.disable_any_whitespace) and set_[:1] not in (["json"], ["json_object"]):
             raise ParameterError(
-                field, f"{field} has disable_additional_properties together with {set_[0]}; it is for json"
+                field, f"{field} has white space settings together with {''.join(set_) or 'calls'}; they are for JSON"
+            )
+        if self.disable_additional_properties and set_ != ["json"]:
+            raise ParameterError(
+                field,
+                f"{field} has disable_additional_properties together with {''.join(set_) or 'calls'}; it is for json",
             )
         if self.whitespace_pattern and self.disable_any_whitespace:
             raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
-        size = sum(len(text) for text in (*texts.values(), *self.choice) if text)
+        schemas = () if self.calls is None else (tool.schema for tool in self.calls.tools)
+        size = sum(len(text) for text in (*texts.values(), *self.choice, *schemas) if text)
         most = MAX_CHOICE_TEXT if self.choice else MAX_GRAMMAR
         if size > most:
             raise ParameterError(field, f"{field} has {size} characters; it may have at most {most}")
@@ -87,7 +164,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens and when to stop.
 
-    temperature: 0 takes the most likely token; else logits are divided by it.
+    temperature: 0 takes the most likely token; else logits are divided by it. Below 0.001 it is taken for 0, since
+        nothing but the most likely token would ever be drawn.
     top_k: only the k most likely tokens (0 or -1: all).
     top_p: only the smallest set of most likely tokens whose probability reaches p, after top_k.
     min_p: only tokens at least min_p times as likely as the most likely one.
@@ -138,8 +216,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 reject(field, value, "a finite number")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            reject("temperature", self.temperature, f"0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            reject("temperature", self.temperature, f"0 (greedy) or above, and at most {MAX_TEMPERATURE:g}")
+        if self.temperature < MIN_TEMPERATURE:
+            msgspec.structs.force_setattr(self, "temperature", 0.0)
         if not 0 < self.top_p <= 1:
             reject("top_p", self.top_p, "above 0 and at most 1")
         if not -1 <= self.top_k <= INT32_MAX:
@@ -170,16 +250,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             reject("stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
         if not all(type(t) is int and t >= 0 for t in self.stop_token_ids):
             reject("stop_token_ids", list(self.stop_token_ids), "token ids (integers from 0)")
-        if len(self.prediction_token_ids) > MAX_PREDICTION:
-            reject("prediction_token_ids", f"{len(self.prediction_token_ids)} ids", f"at most {MAX_PREDICTION}")
-        if not all(type(t) is int and t >= 0 for t in self.prediction_token_ids):
-            reject("prediction_token_ids", "a list with other values", "token ids (integers from 0)")
-        if self.max_drafts is not None and not 0 <= self.max_drafts <= INT32_MAX:
-            reject("max_drafts", self.max_drafts, "0 (none) or more")
-        for field in ("logprobs", "prompt_logprobs"):
+        predicted = self.prediction_token_ids
+        if len(predicted) > MAX_PREDICTION or not all(type(t) is int and t >= 0 for t in predicted):
+            reject("prediction_token_ids", f"{len(predicted)} values", f"at most {MAX_PREDICTION} token ids from 0")
+        for field, most in (("logprobs", MAX_LOGPROBS), ("prompt_logprobs", MAX_LOGPROBS), ("max_drafts", INT32_MAX)):
             value = getattr(self, field)
-            if value is not None and not 0 <= value <= MAX_LOGPROBS:
-                reject(field, value, f"between 0 and {MAX_LOGPROBS}")
+            if value is not None and not 0 <= value <= most:
+                reject(field, value, f"between 0 and {most}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
         if not ALL_ATOMS <= self.routing <= INT32_MAX:
@@ -227,6 +304,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, n=1, seed=seed)
 
 
+class EmbeddingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a text becomes a vector. dimensions: only so many of its first components (None: all), normalised again."""
+
+    dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
+            reject("dimensions", self.dimensions, "a positive integer or None")
+
+
+EMBEDDED = SamplingParams(temperature=0, max_tokens=0)  # how much a request generates that asks for a vector
+
+
 class EngineCapacity(msgspec.Struct, frozen=True):
     """What one engine can hold."""
 
@@ -236,6 +326,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     block_size: int  # tokens in one
     layers: int = 0
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
+    hidden_size: int = 0  # components of an embedding
     max_drafts: int = 0  # of one request in a step; 0: none are computed
 
     @property
@@ -252,9 +343,10 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     """
     if not prompt:
         raise ParameterError("prompt", "prompt is empty; at least one token is needed")
-    what = "the model's context" if capacity.max_tokens == capacity.max_model_len else "the KV pool"
-    if len(prompt) > capacity.max_tokens:
-        raise ParameterError("prompt", f"prompt has {len(prompt)} tokens; {what} holds {capacity.max_tokens}")
+    limit = capacity.max_tokens
+    note = "" if limit == capacity.max_model_len else " on this server, whose KV pool holds no more"
+    if len(prompt) > limit:
+        raise ContextLengthError("prompt", limit, len(prompt), params.max_tokens or None, note)
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= capacity.vocab_size:
         bad = low if low < 0 else high
@@ -264,8 +356,8 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
         if ids and max(ids) >= capacity.vocab_size:
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {capacity.vocab_size - 1}")
     if params.prediction_token_ids and not capacity.max_drafts:
-        field = "prediction_token_ids"
-        raise ParameterError(field, f"{field} is set; it would do nothing, since speculation is off here")
+        what = "prediction_token_ids is set; it would do nothing, since speculation is off here"
+        raise ParameterError("prediction_token_ids", what)
     if (params.max_drafts or 0) > capacity.max_drafts:
         reject("max_drafts", params.max_drafts, f"at most {capacity.max_drafts}, as this engine was started")
     if params.routing:
@@ -273,17 +365,21 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     room = capacity.max_tokens - len(prompt)
     if params.max_tokens is None:
         if room == 0:
-            raise ParameterError("prompt", f"prompt has {len(prompt)} tokens and fills {what}; none can be generated")
+            raise ContextLengthError("prompt", limit, len(prompt), 1, note)
         if params.min_tokens > room:
             reject("min_tokens", params.min_tokens, f"at most {room}, what is left after the prompt")
         return room
     if params.max_tokens > room:
-        raise ParameterError(
-            "max_tokens",
-            f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens; together they may be at most "
-            f"{capacity.max_tokens} ({what})",
-        )
+        raise ContextLengthError("max_tokens", limit, len(prompt), params.max_tokens, note)
     return params.max_tokens
+
+
+def check_embedding(params: EmbeddingParams, capacity: EngineCapacity) -> None:
+    """Raises ParameterError where the model's vectors have fewer components than are asked for."""
+    if params.dimensions is not None and params.dimensions > capacity.hidden_size:
+        reject(
+            "dimensions", params.dimensions, f"between 1 and {capacity.hidden_size}, which this model's vectors have"
+        )
 
 
 def check_routing(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> None:

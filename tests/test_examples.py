@@ -17,7 +17,7 @@ from support.running_server import RunningServer, start_server, stop_server
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = "routing_trace.py"
 LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
-TESTED = {"offline.py", "streaming.py", "structured_output.py", "routing_trace.py", "load_test.sh"}
+TESTED = {"offline.py", "streaming.py", "structured_output.py", "tools.py", "routing_trace.py", "load_test.sh"}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,13 @@ def test_structured_output(server: RunningServer) -> None:
     made = ast.literal_eval(city)
     assert made.keys() == {"city", "population", "climate"} and made["climate"] in ("dry", "mild", "wet")
     assert isinstance(made["population"], int) and re.fullmatch(r"1\d{3}-[01]\d-[0-3]\d", date)
+
+
+def test_tools(server: RunningServer) -> None:
+    called, answered = output("tools.py", server.url).split("\n", 1)
+    arguments = ast.literal_eval(called.removeprefix("called: population "))
+    assert arguments["city"] in ("Paris", "Rome", "Vienna") and arguments.keys() <= {"city", "year"}
+    assert answered.startswith("answered:")
 
 
 def test_routing_trace(server: RunningServer) -> None:

@@ -13,7 +13,7 @@ from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingPa
     ("field", "value"),
     [
         ("temperature", -1),
-        ("temperature", 1e-9),
+        ("temperature", -1e-9),
         ("temperature", 1e300),
         ("temperature", float("nan")),
         ("temperature", "hot"),
@@ -75,3 +75,20 @@ def test_min_tokens_must_fit_into_what_the_prompt_leaves() -> None:
     assert resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=12), capacity) == 12
     with pytest.raises(ParameterError, match="min_tokens is 13; it must be at most 12"):
         resolve_max_tokens([1] * 8, SamplingParams(max_tokens=None, min_tokens=13), capacity)
+
+
+@pytest.mark.parametrize("tiny", [1e-9, 1e-8, 0.0009, 5e-324])
+def test_a_temperature_at_which_nothing_else_is_ever_drawn_is_greedy(tiny: float) -> None:
+    assert SamplingParams(temperature=tiny) == SamplingParams(temperature=0)
+    assert SamplingParams(temperature=tiny).greedy
+
+
+def test_what_does_not_fit_is_said_in_openais_words() -> None:
+    with pytest.raises(ParameterError) as error:
+        resolve_max_tokens([1] * 15, SamplingParams(max_tokens=9), EngineCapacity(10, 20, 5, 4))
+    assert str(error.value) == (
+        "This model's maximum context length is 20 tokens. However, you requested 24 tokens (15 in the prompt, 9 in "
+        "the completion). Please reduce the length of the prompt or completion. max_tokens may be at most 5 here."
+    )
+    with pytest.raises(ParameterError, match=r"length is 8 tokens on this server, whose KV pool .* 9 tokens\. Please"):
+        resolve_max_tokens([1] * 9, SamplingParams(max_tokens=None), EngineCapacity(10, 20, 2, 4))

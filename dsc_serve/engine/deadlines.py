@@ -33,7 +33,7 @@ class Deadlines:
         found: dict[str, tuple[Request, str]] = {}
         while self._heap and self._heap[0][0] <= now:
             _, _, request, field = heapq.heappop(self._heap)
-            began = field == "queue_timeout_s" and request.cached_tokens is not None
+            began = field == "queue_timeout_s" and request.has_begun
             if self._is_live(request) and not began:
                 found.setdefault(request.id, (request, field))
         return list(found.values())

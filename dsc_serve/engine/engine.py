@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
+from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.room import check_room
@@ -34,7 +35,15 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.sampling_params import EngineCapacity, ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.pooling import Pooling, pooling_of
+from dsc_serve.sampling_params import (
+    EmbeddingParams,
+    EngineCapacity,
+    ParameterError,
+    SamplingParams,
+    check_embedding,
+    resolve_max_tokens,
+)
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -79,6 +88,7 @@ class Engine:
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes = 0
+        self.pooling = Pooling()
         self._eos = frozenset(eos)
         self.grammars: Grammars | None = None
         if tokenizer is not None:
@@ -96,11 +106,13 @@ class Engine:
             layers=model.config.num_hidden_layers,
             atoms_per_token=model.config.ffn.atoms_per_token if isinstance(model.config.ffn, DscConfig) else 0,
             max_drafts=config.drafts,
+            hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
         engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
@@ -116,26 +128,44 @@ class Engine:
         collect: Collect | None = None,
         scheduling: SchedulingParams | None = None,
         age_s: float = 0.0,
+        siblings: Sequence[tuple[str, SamplingParams]] = (),
+        embedding: EmbeddingParams | None = None,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
 
+        siblings: ids and parameters of further choices of the same prompt, which is computed once for all of them; the
+            parameters may differ in how tokens are chosen and when to stop, not in what is reported of the prompt.
+        embedding: where given, the prompt's vector comes with its end; `params` are then EMBEDDED.
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
         Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
         too many grammars wait before its own, GrammarsLostError when no process can be had for it.
         """
-        if self.scheduler.get(request_id) is not None:
-            raise ValueError(f"request id {request_id!r} is in use")
-        max_tokens = resolve_max_tokens(prompt, params, self.capacity)
-        request = Request(
-            request_id, len(prompt), list(prompt), params, max_tokens, collect, scheduling or SchedulingParams()
-        )
-        request.constraint = self._constraint(params)
-        if self.routing is not None:
-            self.routing.expect(request)
+        family: list[Request] = []
+        try:
+            for one_id, own in ((request_id, params), *siblings):
+                if self.scheduler.get(one_id) is not None or one_id in [one.id for one in family]:
+                    raise ValueError(f"request id {one_id!r} is in use")
+                max_tokens = resolve_max_tokens(prompt, own, self.capacity)
+                one = Request(
+                    one_id, len(prompt), list(prompt), own, max_tokens, collect, scheduling or SchedulingParams()
+                )
+                if embedding is not None:
+                    check_embedding(embedding, self.capacity)
+                    one.pooler = self._pooler(embedding, len(prompt))
+                one.constraint = self._constraint(own)
+                family.append(one)
+        except BaseException:
+            for one in family:
+                one.close()
+            raise
+        request, *request.siblings = family
+        for one in family:
+            if self.routing is not None:
+                self.routing.expect(one)
+            if one.constraint is not None:
+                self.followers.add(one)
         self.scheduler.add(request, age_s)
-        if request.constraint is not None:
-            self.followers.add(request)
         return request
 
     def check(self, params: SamplingParams) -> None:
@@ -174,6 +204,7 @@ class Engine:
         if not plan.tokens and self.followers.wait():
             return deltas + self._settled()
         work = self.scheduler.begin(plan)
+        self.runner.copy_blocks(self.scheduler.copies)
         scheduled = time.perf_counter()
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
@@ -181,16 +212,18 @@ class Engine:
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request, result.stuck[request.id]) for request, _ in work if request.id in result.stuck]
         plan.shorten(done.fewer)
-        for request_id in result.late:  # its last token is computed again when it can be sampled
-            plan.tokens[request_id] -= 1
+        for request_id in result.late:
             self.followers.hold(request_id)
+        for request_id in result.late & plan.tokens.keys():  # its last token is computed again when it can be sampled
+            plan.tokens[request_id] -= 1
+        told = [one for request, _ in work for one in (request, *request.siblings)]
         ended = self.scheduler.commit(plan, result.tokens, self._eos, result.further)
         self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - result.waited_s))
         self._check()
-        deltas += [delta for request, _ in work if (delta := self._progress(request, done, ended)) is not None]
+        deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
         if result.further:
             add_further(deltas, result.further, plan.drafts)
         if result.late:
@@ -216,6 +249,7 @@ class Engine:
             cached_tokens=request.cached_tokens or 0,
             queued_s=request.queued_s,
             routing=routing,
+            embedding=result.embeddings.get(request_id),
         )
 
     def _failed(self, request_id: str, error: Exception) -> Delta:
@@ -229,6 +263,11 @@ class Engine:
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         asked = params.structured_outputs
         return None if asked is None else self.usable_grammars().constraint(asked)
+
+    def _pooler(self, embedding: EmbeddingParams, prompt_size: int) -> Pooler:
+        if self.pooling.fault:
+            raise ParameterError("model", f"model cannot embed texts: {self.pooling.fault}")
+        return Pooler(self.pooling, embedding, prompt_size)
 
     def _settled(self) -> list[Delta]:
         return [self._ended(end) for end in self.followers.settle()] if self.followers else []

@@ -22,6 +22,8 @@ class StepRunner(Protocol):
 
     def run(self, work: Sequence[tuple[Request, int]]) -> StepResult: ...
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+
 
 @dataclass
 class Computed:
@@ -56,7 +58,8 @@ def compute(runner: StepRunner, work: Sequence[tuple[Request, int]]) -> Computed
 
 def attempt(runner: StepRunner, part: Sequence[tuple[Request, int]], result: StepResult) -> Exception | None:
     """Run one part and add what it computed to the result, or leave its requests as they were."""
-    marks = [(request, request.reported, request.routed, len(request.collected)) for request, _ in part]
+    told = [one for request, _ in part for one in (request, *request.siblings)]
+    marks = [(request, request.reported, request.routed, len(request.collected)) for request in told]
     try:
         with panics_as_errors():
             result.add(runner.run(part))

@@ -7,6 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 
@@ -26,6 +27,40 @@ def hash_seed(secret: bytes, salt: str) -> bytes:
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The name of a full block: of its tokens and, by the name of the block before it, of all tokens before them."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=HASH_BYTES).digest()
+
+
+class Prompted(Protocol):
+    """What a request says of the beginning that others may have computed; see `request.Request`."""
+
+    @property
+    def prompt_size(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def block_hashes(self) -> Sequence[bytes]: ...
+    @property
+    def tail(self) -> bytes | None: ...
+
+
+class Finder(Protocol):
+    def match(self, block_hashes: Sequence[bytes]) -> list[int]: ...
+
+
+def cached_blocks(pool: Finder, request: Prompted, block_size: int) -> list[int]:
+    """The blocks that a waiting request can share; its last token is computed in any case."""
+    return pool.match(request.block_hashes[: (request.num_tokens - 1) // block_size])
+
+
+def tail_block(pool: Finder, request: Prompted, shared: int, block_size: int) -> int | None:
+    """The block whose beginning a waiting request can copy behind so many shared ones; None where there is none."""
+    if request.tail is None or shared != request.prompt_size // block_size:
+        return None
+    return next(iter(pool.match([request.tail])), None)
+
+
+def tokens_found(request: Prompted, shared: int, tail: int | None, block_size: int) -> int:
+    """Tokens that a waiting request need not compute with so many shared blocks, and a tail to copy."""
+    return shared * block_size if tail is None else min(request.prompt_size, request.num_tokens - 1)
 
 
 class BlockPool:
@@ -98,6 +133,15 @@ class BlockPool:
         if self._hashes[block] is None and digest not in self._published:
             self._hashes[block] = digest
             self._published[digest] = block
+
+    def withdraw(self, digest: bytes) -> None:
+        """Let a block not be found by this name any more."""
+        block = self._published.pop(digest, None)
+        if block is not None:
+            self._hashes[block] = None
+            if self._owners[block] == 0:
+                del self._cached[block]
+                self._free.append(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one ownership of each block; of a prefix, the end is forgotten before its beginning."""

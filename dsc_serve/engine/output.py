@@ -77,4 +77,5 @@ class Delta(msgspec.Struct, array_like=True):
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
     unavailable: bool = False  # of an error: nothing is wrong with the request, which may be sent again
+    embedding: bytes | None = None  # float32, little-endian, with the end of a request that asks for one
     prediction: tuple[int, int] = (0, 0)  # tokens of the predicted text that were tried: those that were right, and not

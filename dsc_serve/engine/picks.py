@@ -31,7 +31,8 @@ class StepPicks:
             return None
         rows = slice(start + skipped, start + count)
         k = None if request.params.routing == ALL_ATOMS else request.params.routing
-        request.routed = request.num_computed + count
+        for one in (request, *request.siblings):
+            one.routed = request.num_computed + count
         return RoutingSlice.packed(
             request.num_computed + skipped,
             self._atoms[rows, :, :k],

@@ -66,6 +66,13 @@ class WaitingQueue:
         if front:
             self._lanes[key].move_to_end(request.id, last=False)
 
+    def replace(self, request: Request, heir: Request) -> None:
+        """Let another request of the same lane wait in the place of one."""
+        key = self._keys.pop(request.id)
+        self._keys[heir.id] = key
+        lane = [heir if one is request else one for one in self._lanes[key].values()]
+        self._lanes[key] = OrderedDict((one.id, one) for one in lane)
+
     def pop(self, request_id: str) -> Request | None:
         if request_id not in self._keys:
             return None

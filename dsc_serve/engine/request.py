@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.drafts.drafting import Drafting
+from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.sampling_params import SamplingParams
@@ -20,6 +21,16 @@ from dsc_serve.scheduling_params import SchedulingParams
 NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
 FORESIGHT = 128  # output tokens that a request is expected to take at most, before it has taken them
+
+
+@dataclass(eq=False, slots=True)
+class SharedPrompt:
+    """A prompt that one request computes for others, too."""
+
+    waiting: int  # requests that may still want it
+    names: list[bytes]  # of KV blocks, which are for these requests alone
+    private: bool  # whether nobody else may find any of its blocks
+    tail: bytes | None = None  # the name of the block that holds its end, once it is computed
 
 
 @dataclass(eq=False, slots=True)
@@ -33,14 +44,18 @@ class Request:
     max_tokens: int  # most output tokens, already bounded by the context
     collect: Collect | None = None
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
+    pooler: Pooler | None = None  # where it asks for its prompt's vector
     seed: int = 0
     num_computed: int = 0  # tokens that the KV cache holds
     routed: int = 0  # positions whose picks have been reported
     reported: int = 0  # prompt positions whose logits have been; recomputing after a preemption must not repeat them
     blocks: list[int] = field(default_factory=list)  # the KV blocks it owns, in order
     table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # the same as an array
-    collected: list[Tensor] = field(default_factory=list)  # what `collect` kept
+    collected: list[Tensor] = field(default_factory=list)  # what `collect` or `pooler` kept
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they have been needed
+    siblings: Sequence[Request] = ()  # other choices of its prompt, which wait until it has computed it
+    leader: Request | None = None  # whose prompt it waits for
+    shared: SharedPrompt | None = None  # what it has of its siblings, or they of it, while it may be wanted
     hash_seed: bytes | None = None  # what these begin with; None: it neither finds nor leaves a prefix
     cached_tokens: int | None = None  # of the prompt, from the prefix cache; None until its first step is committed
     queued_s: float = 0.0  # from its arrival to its first admission
@@ -77,6 +92,16 @@ class Request:
     def due(self) -> int:
         """Tokens that the next step may compute."""
         return 0 if self.held else len(self.tokens) - self.num_computed
+
+    @property
+    def tail(self) -> bytes | None:
+        """The name of the block that its prompt's end can be copied from."""
+        return None if self.shared is None else self.shared.tail
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it, or of the prompt that it waits for, has been computed."""
+        return self.cached_tokens is not None or (self.leader is not None and self.leader.cached_tokens is not None)
 
     @property
     def may_sample(self) -> bool:
@@ -122,7 +147,13 @@ class Request:
     @property
     def wants_prompt_rows(self) -> bool:
         """Whether every position must be computed for the request itself."""
-        return self.wants_prompt_logits or self.params.routing != 0
+        pooled = self.pooler is not None and self.pooler.every_position
+        return pooled or self.wants_prompt_logits or self.params.routing != 0
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether anything but its next token is made of the prompt's hidden states."""
+        return self.pooler is not None or self.wants_prompt_logits
 
     @property
     def wants_prompt_logits(self) -> bool:

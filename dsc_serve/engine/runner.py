@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
     further: dict[str, Further] = field(default_factory=dict)  # after that token, of requests with drafts
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
+    embeddings: dict[str, bytes] = field(default_factory=dict)  # float32, where asked for and complete
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
     late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
@@ -54,6 +56,7 @@ class StepResult:
         self.logprobs |= other.logprobs
         self.further |= other.further
         self.prompt_logprobs |= other.prompt_logprobs
+        self.embeddings |= other.embeddings
         self.stuck |= other.stuck
         self.late |= other.late
         self.routing |= other.routing
@@ -206,23 +209,26 @@ class Runner:
         if self.routing is not None:
             self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
-        rows, requests, start = [], [], 0
+        rows: list[int] = []
+        requests: list[Request] = []
         ahead: list[tuple[int, PositionAhead]] = []  # with their rows
+        start = 0
         for request, count in ordered:
-            known = request.num_uncomputed
-            if request.wants_prompt_logits and request.reported < request.prompt_size:
+            own = request.num_uncomputed
+            if request.reads_prompt and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
-            if count >= known and request.max_tokens > 0:
-                rows.append(start + known - 1)
+            if count >= own and request.max_tokens > 0:
+                rows += [start + own - 1] * (1 + len(request.siblings))  # choices begin with the same logits
                 requests.append(request)
-                for drafts in range(1, count - known + 1):
-                    ahead.append((start + known - 1 + drafts, PositionAhead(request, drafts)))
+                requests += request.siblings
+                for drafts in range(1, count - own + 1):
+                    ahead.append((start + own - 1 + drafts, PositionAhead(request, drafts)))
             start += count
         if not all(request.may_sample for request in requests):
             may, result.waited_s = answered(requests, result.forward_s, len(requests) < len(ordered))
             result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
-            rows = [row for row, known in zip(rows, may, strict=True) if known]
-            requests = [request for request in requests if request.id not in result.late]
+            known = [not result.late.intersection(waits_for(request)) for request in requests]
+            rows, requests = list(compress(rows, known)), list(compress(requests, known))
             ahead = [(row, position) for row, position in ahead if position.request.id not in result.late]
         if requests:
             rows += [row for row, _ in ahead]
@@ -237,8 +243,8 @@ class Runner:
         self, hidden: Tensor, rows: list[int], requests: list[Request], ahead: list[PositionAhead], result: StepResult
     ) -> None:
         """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
-        whole = len(rows) == hidden.shape[0] and not ahead  # then they are in order
-        needed = hidden if whole else hidden[to_device(torch.tensor(rows), hidden.device)]
+        every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
+        needed = hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
         positions: list[Position] = [*requests, *ahead]
         entries: dict[int, TokenLogprobs] = {}
         if all(map(is_greedy, positions)):
@@ -252,6 +258,15 @@ class Runner:
         if ahead:
             after = {i - count: entry for i, entry in entries.items() if i >= count}
             result.further = agreed(result.tokens, ahead, tokens[count:], after)
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks, each pair's first to its second, as if all at once: one's source may be another's target."""
+        if not pairs:
+            return
+        sources, targets = to_device(torch.tensor(pairs), self.model.device).unbind(1)
+        for part in chain.from_iterable(self.kv_caches):
+            part[targets] = part[sources]
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The layers' output [T, d] for a step, replayed where its size was captured."""
@@ -318,12 +333,21 @@ class Runner:
         for request, (start, end) in kept_rows(ordered, result):
             routing = picks.report(request, start, end - start) if request.params.routing else None
             if routing is not None:
-                result.routing[request.id] = routing
+                result.routing |= dict.fromkeys([request.id, *(one.id for one in request.siblings)], routing)
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
-        """Report the logits of the prompt positions among a chunk's rows that have not been reported before."""
+        """Report of the prompt positions among a chunk's rows what has not been reported before."""
         first = max(request.num_computed, request.reported)
         end = min(request.num_computed + hidden.shape[0], request.prompt_size)
+        if request.pooler is not None:
+            start = first + request.pooler.skipped(first, end)
+            if start < end:
+                rows = self.model.norm(hidden[start - request.num_computed : end - request.num_computed])
+                request.collected.append(request.pooler.part(rows))
+            request.reported = end
+            if end == request.prompt_size:
+                result.embeddings[request.id] = request.pooler.vector(request.collected)
+            return
         entries: list[TokenLogprobs | None] = [None] if first == 0 else []
         for start in range(first, end, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, end)
@@ -334,9 +358,10 @@ class Runner:
                 targets = request.tokens[start + 1 : min(stop + 1, request.prompt_size)]
                 top = [request.params.prompt_logprobs] * len(targets)
                 entries += logprobs(logits[: len(targets)], targets, top)
-        request.reported = max(request.reported, end)
-        if request.params.prompt_logprobs is not None:
-            result.prompt_logprobs[request.id] = entries
+        for one in (request, *request.siblings):
+            one.reported = max(request.reported, end)
+            if one.params.prompt_logprobs is not None:
+                result.prompt_logprobs[one.id] = entries
 
 
 def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tuple[int, int]]]:
@@ -347,3 +372,8 @@ def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tupl
         wrong = 0 if further is None else further.computed - len(further.tokens)
         yield request, (start, start + count - wrong)
         start += count
+
+
+def waits_for(request: Request) -> tuple[str, ...]:
+    """Whose grammars must have answered before a request is sampled: its own, and its leader's."""
+    return (request.id,) if request.leader is None else (request.id, request.leader.id)

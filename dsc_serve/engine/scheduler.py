@@ -12,7 +12,17 @@ from types import MappingProxyType
 import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
-from dsc_serve.engine.kv_cache import BlockPool, block_hash, blocks_for, hash_seed
+from dsc_serve.engine.families import Families
+from dsc_serve.engine.kv_cache import (
+    HASH_BYTES,
+    BlockPool,
+    block_hash,
+    blocks_for,
+    cached_blocks,
+    hash_seed,
+    tail_block,
+    tokens_found,
+)
 from dsc_serve.engine.policies import Plan, Policy, StepBudget, View
 from dsc_serve.engine.position import Further
 from dsc_serve.engine.queue import Accounts, WaitingQueue
@@ -50,20 +60,25 @@ class Scheduler:
         self.preemptions = self.timeouts = self.prompt_tokens = self.cached_tokens = 0
         self.phases = PhaseReport()
         self._deadlines = Deadlines(lambda request: self.get(request.id) is request)
+        self.families = Families()
+        self.copies: list[tuple[int, int]] = []  # blocks that must be copied before the step that has begun
         self._secret = secrets.token_bytes(16) if prefix_cache else None
 
     def add(self, request: Request, age_s: float = 0.0) -> None:
-        """Queue a request that arrived so long ago."""
-        request.arrived = self.clock() - age_s
-        if self._secret is not None and not request.wants_prompt_rows:
-            request.hash_seed = hash_seed(self._secret, request.scheduling.cache_salt)
+        """Queue a request that arrived so long ago, with its siblings."""
+        request.hash_seed = self._hash_seed(request)
+        if request.hash_seed is not None:
             self._hash_blocks(request, request.num_tokens // self.block_size)
-        self.accounts.enter(request)
-        self._deadlines.add(request)
+        for one in (request, *request.siblings):
+            one.arrived = self.clock() - age_s
+            one.hash_seed, one.block_hashes = request.hash_seed, list(request.block_hashes)
+            self.accounts.enter(one)
+            self._deadlines.add(one)
+        self.families.add(request, private=self._is_private(request))
         self.waiting.push(request)
 
     def get(self, request_id: str) -> Request | None:
-        return self.running.get(request_id) or self.waiting.get(request_id)
+        return self.running.get(request_id) or self.waiting.get(request_id) or self.families.get(request_id)
 
     def plan(self) -> Plan:
         view = View(
@@ -87,8 +102,7 @@ class Scheduler:
             self.waiting.push(request, front=True)
             self.preemptions += 1
         running, size = self.running, self.block_size
-        for request_id in [i for i in plan.tokens if i not in running]:
-            self._admit(request_id)
+        tails = [tail for i in plan.tokens if i not in running if (tail := self._admit(i)) is not None]
         work = [(running[request_id], count) for request_id, count in plan.tokens.items()]
         for request, count in work:
             if request.num_computed + count > len(request.blocks) * size:
@@ -96,6 +110,7 @@ class Scheduler:
                     self.pool.allocate(blocks_for(request.num_computed + count, size) - len(request.blocks))
                 )
                 request.table = np.array(request.blocks)
+        self.copies = [(block, request.blocks[request.num_computed // size]) for request, block in tails]
         return self._with_drafts(work, plan) if plan.drafts else work
 
     def commit(
@@ -125,6 +140,7 @@ class Scheduler:
             if token is not None:
                 if request.begun_at is None:
                     self._begin(request)
+                    ended |= self._part(request, tokens, eos)
                 request.append(token)
                 ended[request_id] = reason = end_of(request, token, eos)
             elif request.num_uncomputed == 0:
@@ -144,13 +160,14 @@ class Scheduler:
 
     def finish(self, request_id: str) -> Request | None:
         """End a request, whatever its state, and release what it holds. Safe to call twice: then returns None."""
-        request = self.running.pop(request_id, None) or self.waiting.pop(request_id)
+        request = self.get(request_id)
         if request is not None:
+            self._make_way(request)
             self._release(request)
             request.close()
             self.accounts.leave(request)
             self.waiting.rerank(request.scheduling)
-            self._deadlines.prune(len(self.running) + len(self.waiting))
+            self._deadlines.prune(len(self.running) + len(self.waiting) + len(self.families))
             if request.begun_at is not None:
                 self.phases.decode.observe(self.clock() - request.begun_at)
         return request
@@ -166,8 +183,8 @@ class Scheduler:
     def held_back(self) -> dict[str, int]:
         """How many wait, by what they wait for.
 
-        preempted: for blocks, a second time; running: for one of the places to run; blocks: for KV blocks, with the
-        first of the queue; step: for a step with tokens to spare, or for their turn.
+        preempted: for blocks, after they have begun; running: for one of the places to run; blocks: for KV blocks, with
+        the first of the queue; step: for a step with tokens to spare, or for their turn.
         """
         counts = dict.fromkeys(HELD_BACK, 0)
         new = [request for request in self.waiting.requests() if request.cached_tokens is None]
@@ -182,7 +199,48 @@ class Scheduler:
         """What breaks the invariants (see `BlockPool.fault`), or None."""
         return self.pool.fault(r.blocks for r in (*self.running.values(), *self.waiting.requests()))
 
-    def _admit(self, request_id: str) -> None:
+    def _hash_seed(self, request: Request) -> bytes | None:
+        """What the names of a request's blocks begin with; None where nobody is to find them."""
+        if self._secret is not None and not self._is_private(request):
+            return hash_seed(self._secret, request.scheduling.cache_salt)
+        return secrets.token_bytes(HASH_BYTES) if request.siblings else None
+
+    def _is_private(self, request: Request) -> bool:
+        """Whether it neither finds what others have computed, nor leaves anything to them but its siblings."""
+        return self._secret is None or request.wants_prompt_rows
+
+    def _make_way(self, request: Request) -> None:
+        """Take a request from where it stands. If siblings wait for its prompt, the first of them computes it."""
+        heir = self.families.leave(request, self.pool)
+        if self.running.pop(request.id, None) is not None:
+            if heir is not None:
+                self.waiting.push(heir, front=True)
+        elif heir is not None:
+            self.waiting.replace(request, heir)
+        else:
+            self.waiting.pop(request.id)
+
+    def _part(self, request: Request, tokens: Mapping[str, int], eos: frozenset[int]) -> dict[str, str | None]:
+        """A request's prompt is computed: its siblings go on by themselves, in the queue's front, as if preempted.
+
+        Returns why those that got a token have ended, as `commit`.
+        """
+        ended: dict[str, str | None] = {}
+        for sibling in reversed(self.families.part(request, self.pool, self.block_size)):
+            sibling.queued_s, sibling.cached_tokens = request.queued_s, request.prompt_size - 1
+            self.phases.queue.observe(sibling.queued_s)
+            self.waiting.push(sibling, front=True)
+            token = tokens.get(sibling.id)
+            if token is not None:
+                self._begin(sibling)
+                sibling.append(token)
+                ended[sibling.id] = reason = end_of(sibling, token, eos)
+                if reason is not None:
+                    self.finish(sibling.id)
+        return ended
+
+    def _admit(self, request_id: str) -> tuple[Request, int] | None:
+        """Returns the request with the block that it takes its prompt's end from, where it copies one."""
         for other in self.waiting.ahead_of(request_id):
             if other.overtaken == 0:
                 other.overtaken_at = self.clock()
@@ -195,15 +253,23 @@ class Scheduler:
         self.accounts.charge(request)
         self.waiting.rerank(request.scheduling)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
-        request.blocks = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
+        request.blocks = cached_blocks(self.pool, request, self.block_size)
+        tail = tail_block(self.pool, request, len(request.blocks), self.block_size)
         self.pool.share(request.blocks)
-        request.num_computed = len(request.blocks) * self.block_size
+        request.num_computed = tokens_found(request, len(request.blocks), tail, self.block_size)
         request.table = np.array(request.blocks, dtype=np.int64)
         self.running[request_id] = request
+        self._has_shared(request)
+        return None if tail is None else (request, tail)
+
+    def _has_shared(self, request: Request) -> None:
+        """An admitted request owns what it shares. One that computes the prompt for others has yet to leave it."""
+        if not request.siblings:
+            self.families.want_no_more(request, self.pool)
 
     def _fits(self, request: Request) -> bool:
         """Whether there are blocks to admit a waiting request, beside one to spare for each that runs."""
-        found = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
+        found = cached_blocks(self.pool, request, self.block_size)
         shared = sum(self.pool.owners(block) > 0 for block in found)
         needed = blocks_for(request.num_tokens, self.block_size) - shared
         return needed + len(self.running) <= self.pool.available

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from dsc_serve.grammars.schema import prepared, unusable
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.grammars.calls import SEPARATORS, Rules, pattern, with_calls, with_reasoning
+from dsc_serve.grammars.schema import FIELD, prepared, unusable
+from dsc_serve.sampling_params import ParameterError, StructuredOutputs, ToolGrammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# A model that may put any amount of white space between two tokens of JSON may never come to its end.
+# Where it is asked for.
 WHITESPACE = r" |\n[ \t]{0,20}"
 APPENDED = re.compile("<state>|<non-verbose/>|<backtrace>")
 GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z][A-Za-z0-9_-]*[ \t]*::=", re.MULTILINE)
@@ -35,31 +37,101 @@ def compiled(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> llguid
     except Exception as error:
         raise unusable(reason(str(error))) from None
     if matcher.is_error():
+        check_tools(asked, tokens)
         raise unusable(reason(matcher.get_error()))
     return matcher
 
 
 def grammar_of(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
     """The grammar in the library's form. Raises ValueError where its text cannot even be read."""
+    return alone(asked, tokens) if asked.calls is None and asked.reasoning is None else composed(asked, tokens)
+
+
+def composed(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
+    """The grammar of an answer that may have calls, or reasoning before it."""
+    rules, marks = Rules(), asked.reasoning
+    own: list[dict[str, object]] = []
+    answer = ""
+    if asked.regex is not None:
+        answer = rules.terminal(pattern(asked.regex))
+    elif asked.choice:
+        answer = rules.terminal(alternatives(asked.choice))
+    elif asked.grammar is not None:
+        own, answer = [{"name": "answer", "lark_grammar": lark_of(asked.grammar)}], "@answer"
+    elif asked.json is not None or asked.json_object:
+        (found,) = json.loads(alone(asked, tokens))["grammars"]
+        answer = rules.rule("%json " + json.dumps(found["json_schema"]))
+    calls = asked.calls
+    text_follows = calls is not None and bool(calls.triggers)
+
+    def whole(not_first: str = "") -> str:
+        if calls is None:
+            return answer
+        called = with_calls(rules, calls, lambda tool: prepared_arguments(tool, tokens, asked), not_first)
+        return rules.rule(f"{called} | {answer}" if answer else called)
+
+    if marks is None:
+        start = whole()
+    else:
+        marked = isinstance(marks.opening, str) and text_follows and not marks.begun
+        after = whole()
+        alone_ = whole(str(marks.opening)) if marked else after
+        start = with_reasoning(rules, marks, (after, alone_), text_follows)
+    return json.dumps({"grammars": [{"lark_grammar": rules.text(start)}, *own]})
+
+
+def prepared_arguments(tool: ToolGrammar, tokens: llguidance.LLTokenizer, asked: StructuredOutputs) -> str:
+    """A tool's schema as the library takes it. Raises ParameterError naming the tool's own field."""
+    narrow = StructuredOutputs(json=tool.schema, disable_additional_properties=True)
+    try:
+        schema = json.loads(prepared(tool.schema, lambda value: accepts(value, tokens), narrow))
+    except ParameterError as error:
+        raise ParameterError(tool.field, str(error).replace(FIELD, tool.field, 1)) from None
+    given = schema.get("x-guidance")
+    fixed = {**SEPARATORS, "whitespace_flexible": False}
+    return json.dumps({**schema, "x-guidance": {**(given if isinstance(given, dict) else {}), **fixed}})
+
+
+def check_tools(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> None:
+    """Of a grammar that did not compile: raises ParameterError where it is a tool's schema that does not."""
+    for tool in asked.calls.tools if asked.calls is not None else ():
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(prepared_arguments(tool, tokens, asked))
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise ParameterError(tool.field, f"{tool.field} cannot be used: {reason(matcher.get_error())}")
+
+
+def alternatives(choice: Sequence[str]) -> str:
+    # One terminal, not a rule with alternatives: thousands of choices are then matched by one automaton.
+    return " | ".join(map(json.dumps, choice))
+
+
+def lark_of(grammar: str) -> str:
+    # GBNF's rules are told by their "::="; everything else is Lark, however its first rule is marked.
+    if GBNF_RULE.search(grammar) and "%llguidance" not in grammar:
+        return gbnf_to_lark(grammar)
+    return grammar
+
+
+def alone(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
+    """The grammar of an answer that has one form."""
     if asked.regex is not None:
         return llguidance.grammar_from("regex", asked.regex)
     if asked.choice:
-        # One terminal, not a rule with alternatives: thousands of choices are then matched by one automaton.
-        return llguidance.grammar_from("lark", f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, asked.choice))}")
+        return llguidance.grammar_from("lark", f"start: CHOICE\nCHOICE: {alternatives(asked.choice)}")
     if asked.grammar is not None:
-        # GBNF's rules are told by their "::="; everything else is Lark, however its first rule is marked.
-        if GBNF_RULE.search(asked.grammar) and "%llguidance" not in asked.grammar:
-            return llguidance.grammar_from("lark", gbnf_to_lark(asked.grammar))
-        return llguidance.grammar_from("lark", asked.grammar)
+        return llguidance.grammar_from("lark", lark_of(asked.grammar))
     schema = '{"type": "object"}' if asked.json is None else asked.json
     return json_grammar(prepared(schema, lambda value: accepts(value, tokens), asked), asked)
 
 
 def json_grammar(schema: str, asked: StructuredOutputs) -> str:
-    spaces: JsonCompileOptions = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
-    if asked.disable_any_whitespace:
-        spaces = {"whitespace_flexible": False}
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
+    # A model that may choose white space between two tokens of JSON may never come to its end.
+    spaces: JsonCompileOptions = {"whitespace_flexible": False}
+    separators: JsonCompileOptions = {} if asked.disable_any_whitespace else {**SEPARATORS}
+    if asked.whitespace_pattern is not None or asked.disable_any_whitespace is False:
+        spaces, separators = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}, {}
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=spaces, defaults=separators)
 
 
 def accepts(probe: tuple[str, str], tokens: llguidance.LLTokenizer) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.weights import KvCache
+from dsc_kernels.weights import KvCache, QkNorm
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
 
@@ -15,7 +15,7 @@ class Attention:
     """One layer's attention: fused q, k, v projection, write to the pool, attend, output projection.
 
     qkv [(heads + 2 kv_heads) · head_dim, d], out [d, heads · head_dim], each with its bias or None.
-    cos_sin_cache: `rope_table`, or None where positions are learned.
+    cos_sin_cache: `rope_table`, or None where nothing is turned.
     """
 
     def __init__(
@@ -26,17 +26,18 @@ class Attention:
         out: Tensor,
         qkv_bias: Tensor | None,
         out_bias: Tensor | None,
+        qk_norm: QkNorm | None = None,
     ) -> None:
-        self.config, self.cos_sin_cache = config, cos_sin_cache
+        self.config, self.cos_sin_cache, self.qk_norm = config, cos_sin_cache, qk_norm
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor) -> Tensor:
-        """x [T, d] → [T, d], added to residual. cache: this layer's."""
+    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor | None) -> Tensor:
+        """x [T, d] → [T, d], plus residual where one is given. cache: this layer's."""
         c = self.config
         qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
-        ops.store_kv(qkv, heads, self.cos_sin_cache, batch.slots, cache)
+        ops.store_kv(qkv, heads, self.cos_sin_cache, batch.slots, cache, self.qk_norm)
         q = qkv[:, :heads]
         n = batch.decodes
         if n == x.shape[0]:

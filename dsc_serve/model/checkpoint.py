@@ -35,6 +35,10 @@ def own_source(folder: Path) -> ModelSource:
     """A folder of the serving form. Raises CheckpointError."""
     config, tensors = load_config(folder), stored_tensors(weight_files(folder))
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
+    said = read_json(config_file(folder)).get("torch_dtype")
+    for narrow in (torch.bfloat16, torch.float16):  # where an import has multiplied weights, these are float32
+        if str(narrow) == f"torch.{said}" and any(stored.dtype == narrow for stored in tensors.values()):
+            dtype = narrow
     return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES))
 
 
@@ -97,7 +101,7 @@ def load_model(path: Path, dtype: str, device: torch.device, context: int = 0) -
         config = source.config.with_context(context)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if config.max_position_embeddings > (most := source.config.max_position_embeddings):
+    if config.max_position_embeddings > (most := source.config.longest_context):
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
     with LoadingProgress(source) as progress:
         try:

@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError, model_validator
 from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.files import CheckpointError as CheckpointError
 from dsc_serve.files import refuse_pointer
-from dsc_serve.model.rope import DivisorsRope, DynamicRope, RopeScaling
+from dsc_serve.model.rope import DynamicRope, LongRope, RopeScaling
 from dsc_serve.model.schema import Layers, Parts, Size, Strict
 
-FORMAT = 1  # of what is written; one more whenever an older version would read it wrongly; without a number: 1
+FORMAT = 2  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
+SINCE_FORMAT_2 = ("norms", "qk_norm", "rotation", "rotary_dim", "layer_kinds", "layer_pattern")
 
 IGNORED = {
     "architectures",
@@ -56,8 +57,18 @@ class DscConfig(Strict):
         return self
 
 
+class SharedExpertConfig(Strict):
+    """An expert that every token runs through, its output times sigmoid(gate · x) where it is gated."""
+
+    size: Size
+    gated: bool = True
+
+
 class MoeConfig(Strict):
-    """Mixture of experts: each token runs through the k experts of the largest probability."""
+    """Mixture of experts: each token runs through the k experts of the largest probability, and the shared one if any.
+
+    normalize_weights: whether the weights of the k sum to 1, as where the softmax is over the logits of those k alone.
+    """
 
     kind: Literal["moe"] = "moe"
     num_experts: Parts
@@ -65,6 +76,7 @@ class MoeConfig(Strict):
     expert_size: Size
     router_norm: bool = True
     normalize_weights: bool = False
+    shared_expert: SharedExpertConfig | None = None
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoeConfig:
@@ -104,10 +116,29 @@ class DenseConfig(Strict):
 FfnConfig = Annotated[DscConfig | MoeConfig | MoloraConfig | DenseConfig, Field(discriminator="kind")]
 
 
+# Where the norms of a layer stand: each before its branch, each after its branch and before the sum, or each before its
+# branch with both branches beside each other, which may share one norm.
+NormPlaces = Literal["before", "after", "parallel", "shared"]
+# Which norm queries and keys get before they are turned: none, one over each head, or one over all heads together.
+QkNorm = Literal["none", "head", "all"]
+
+
+class LayerKind(Strict):
+    """In what layers of one kind differ from the model's own fields of these names; None: in nothing."""
+
+    ffn: FfnConfig | None = None
+    norms: NormPlaces | None = None
+    qk_norm: QkNorm | None = None
+    rotation: bool | None = None
+
+
 class ModelConfig(Strict):
-    """One decoder: pre-norm layers of attention and an FFN of the configured kind.
+    """One decoder: layers of attention and an FFN of the configured kind.
 
     attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
+    rotation: whether rotary positions turn queries and keys, and rotary_dim how many numbers of each head, None: all.
+    layer_kinds: what differs from layer to layer; layer_pattern: the kind of each layer, by its place in that list,
+    repeated over the layers. Without kinds all layers are alike.
     """
 
     model_type: Literal["dsc"] = "dsc"
@@ -125,12 +156,32 @@ class ModelConfig(Strict):
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     attention_output_bias: bool = False
-    hidden_act: Literal["gelu", "silu"] = "gelu"
+    norms: NormPlaces = "before"
+    qk_norm: QkNorm = "none"
+    rotation: bool = True
+    rotary_dim: Size | None = None
+    hidden_act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     mlp_gated: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     ffn: FfnConfig
+    layer_kinds: list[LayerKind] = Field(default_factory=list)
+    layer_pattern: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _kinds(self) -> ModelConfig:
+        kinds, pattern, layers = self.layer_kinds, self.layer_pattern, self.num_hidden_layers
+        if set(pattern) != set(range(len(kinds))):
+            raise ValueError(
+                f"layer_pattern names {sorted(set(pattern))} of the layer_kinds, of which are {len(kinds)}"
+            )
+        if len(pattern) > layers:
+            raise ValueError(f"layer_pattern has {len(pattern)} entries, more than num_hidden_layers, {layers}")
+        ffns = [layer.ffn for layer in self.kinds]
+        if any(isinstance(own, DscConfig) for own in ffns) and any(own != ffns[0] for own in ffns):
+            raise ValueError("ffn differs between layers, of which some are of kind 'dsc'; then all must have the same")
+        return self
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
@@ -143,15 +194,18 @@ class ModelConfig(Strict):
             for token in ids:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name} is {token}; allowed: 0 to {self.vocab_size - 1}")
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rope needs an even one")
+        turned = self.turned
+        if self.position_embedding_type == "rope" and (turned % 2 or turned > self.head_dim):
+            if self.rotary_dim is None:
+                raise ValueError(f"head_dim is {self.head_dim}; rope needs an even one")
+            raise ValueError(f"rotary_dim is {turned}; it must be even and at most head_dim, {self.head_dim}")
         scaling = self.rope_scaling
         if scaling is not None and self.position_embedding_type != "rope":
             raise ValueError("rope_scaling is given, but position_embedding_type is 'learned'")
-        if isinstance(scaling, DivisorsRope) and 2 * len(scaling.divisors) != self.head_dim:
-            raise ValueError(
-                f"rope_scaling.divisors has {len(scaling.divisors)} numbers; expected half of head_dim, {self.head_dim}"
-            )
+        for name, divisors in [] if scaling is None else scaling.divided:
+            if 2 * len(divisors) != turned:
+                what = "head_dim" if self.rotary_dim is None else "rotary_dim"
+                raise ValueError(f"rope_scaling.{name} has {len(divisors)} numbers; expected half of {what}, {turned}")
         return self
 
     @property
@@ -165,9 +219,41 @@ class ModelConfig(Strict):
         most = self.max_position_embeddings
         if positions > most and self.position_embedding_type == "learned":
             raise ValueError(f"context is {positions}; the model has learned {most} positions")
-        if positions > most and isinstance(self.rope_scaling, DynamicRope):
+        scaling = self.rope_scaling
+        if isinstance(scaling, LongRope) and positions > scaling.max_position_embeddings:
+            raise ValueError(
+                f"context is {positions}; with longrope at most {scaling.max_position_embeddings} are served"
+            )
+        if positions > most and isinstance(scaling, DynamicRope):
             raise ValueError(f"context is {positions}; with dynamic scaling of positions at most {most} are served")
         return self.model_copy(update={"max_position_embeddings": positions}) if positions else self
+
+    @property
+    def longest_context(self) -> int:
+        """The positions that the model is for, which may be more than are served unless asked for."""
+        scaling = self.rope_scaling
+        return scaling.max_position_embeddings if isinstance(scaling, LongRope) else self.max_position_embeddings
+
+    @property
+    def kinds(self) -> tuple[ModelConfig, ...]:
+        """For each kind of layer a configuration whose layers are all of it."""
+        if not self.layer_kinds:
+            return (self,)
+        alike: dict[str, object] = {"layer_kinds": [], "layer_pattern": []}
+        own = ({name: getattr(kind, name) for name in LayerKind.model_fields} for kind in self.layer_kinds)
+        changes = ({name: value for name, value in kind.items() if value is not None} for kind in own)
+        return tuple(self.model_copy(update={**alike, **change}) for change in changes)
+
+    @property
+    def layers(self) -> tuple[ModelConfig, ...]:
+        """For each layer, in order, the configuration of `kinds` that it is of."""
+        kinds, pattern = self.kinds, self.layer_pattern or [0]
+        return tuple(kinds[pattern[i % len(pattern)]] for i in range(self.num_hidden_layers))
+
+    @property
+    def turned(self) -> int:
+        """Numbers of each head that rotary positions turn."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def query_size(self) -> int:
@@ -197,7 +283,7 @@ def one_line(error: ValidationError) -> str:
     parts = []
     for item in error.errors()[:MOST_SHOWN]:
         # pydantic puts the kind of an FFN or of a scaling into the path
-        tags = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors"}
+        tags = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors", "longrope"}
         where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
         value = item.get("input")
         shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {shortened(value)})"
@@ -258,14 +344,24 @@ def generation_eos(path: Path) -> list[int] | None:
     return ids or None
 
 
+def stored_fields(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as it is written, with the lowest format number that holds it: older versions read lower ones."""
+    content = config.model_dump(exclude_none=True)
+    for name in SINCE_FORMAT_2:
+        if content.get(name) == ModelConfig.model_fields[name].get_default(call_default_factory=True):
+            content.pop(name, None)
+    newer = (
+        any(name in content for name in SINCE_FORMAT_2)
+        or config.hidden_act == "gelu_tanh"
+        or isinstance(config.rope_scaling, LongRope)
+        or (isinstance(config.ffn, MoeConfig) and config.ffn.shared_expert is not None)
+    )
+    return {"format": 2 if newer else 1, **content}
+
+
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:
     """Write `config.json` and `generation_config.json`; dtype is that of the stored tensors."""
-    content = {
-        "format": FORMAT,
-        "architectures": ["DscForCausalLM"],
-        **config.model_dump(exclude_none=True),
-        "torch_dtype": dtype,
-    }
+    content = {**stored_fields(config), "architectures": ["DscForCausalLM"], "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf8")
     tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id") if name in content}
     (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", "utf8")

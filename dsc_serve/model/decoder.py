@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-norm layers of attention and a configured FFN kind, final norm and head."""
+"""The decoder: embeddings, layers of attention and an FFN, each of its kind, final norm and head."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
-from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights
+from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights, QkNorm
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
 from dsc_serve.model.rope import RopeTable
+
+Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
+# By `norms` of a layer the names of attention's norm and the FFN's, which may be one.
+NORM_NAMES = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "parallel": ("input_layernorm", "post_attention_layernorm"),
+    "shared": ("input_layernorm", "input_layernorm"),
+}
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -30,10 +39,10 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, d)}
     if config.position_embedding_type == "learned":
         shapes["model.embed_positions.weight"] = (config.max_position_embeddings, d)
-    ffn = KINDS[config.ffn.kind].shapes(config)
-    for i in range(config.num_hidden_layers):
+    for i, kind in enumerate(config.layers):
         layer = f"model.layers.{i}"
-        shapes |= norm(f"{layer}.input_layernorm")
+        first, second = NORM_NAMES[kind.norms]
+        shapes |= norm(f"{layer}.{first}")
         for name, size in (("q", config.query_size), ("k", config.kv_size), ("v", config.kv_size)):
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, d)
             if config.attention_bias:
@@ -41,7 +50,11 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         shapes[f"{layer}.self_attn.o_proj.weight"] = (d, config.query_size)
         if config.attention_output_bias:
             shapes[f"{layer}.self_attn.o_proj.bias"] = (d,)
-        shapes |= norm(f"{layer}.post_attention_layernorm")
+        if kind.qk_norm != "none":
+            sizes = (kind.head_dim,) * 2 if kind.qk_norm == "head" else (kind.query_size, kind.kv_size)
+            shapes |= {f"{layer}.self_attn.{name}_norm.weight": (n,) for name, n in zip("qk", sizes, strict=True)}
+        shapes |= norm(f"{layer}.{second}")  # after attention's: the order is that in which weights are drawn
+        ffn = KINDS[kind.ffn.kind].shapes(kind)
         shapes |= {f"{layer}.mlp.{name}": shape for name, shape in ffn.items()}
     shapes |= norm("model.norm")
     if not config.tie_word_embeddings:
@@ -52,36 +65,84 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Total parameters, and those that one token uses."""
     total = sum(torch.Size(shape).numel() for shape in tensor_shapes(config).values())
-    return total, total - config.num_hidden_layers * KINDS[config.ffn.kind].idle_parameters(config)
+    return total, total - sum(KINDS[kind.ffn.kind].idle_parameters(kind) for kind in config.layers)
 
 
 class Norm:
-    """LayerNorm or RMSNorm over the last dimension; statistics in float32."""
+    """LayerNorm or RMSNorm over the last dimension, plus a residual where one is given; statistics in float32."""
 
     def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor | None) -> None:
         self.weights = NormWeights(weight, bias, config.norm_eps)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weights)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.norm(x, self.weights, residual)
 
 
 class TransformerLayer:
+    """One layer; `config.norms` says where its norms stand. norm1 belongs to attention, norm2 to the FFN."""
+
     def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
+        self._run = ARRANGEMENTS[attention.config.norms]
+
+    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
+        """x [T, d] → [T, d]."""
+        return self._run(self, x, batch, cache, self.ffn)
+
+    def picking(self, x: Tensor, batch: StepBatch, cache: KvCache, picks: list[Picks]) -> Tensor:
+        """The same, where the FFN is DSC's; what it picked is appended."""
+        ffn = self.ffn
+        assert isinstance(ffn, DscFfn)
+
+        def recorded(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            out, picked = ffn.routed(x, residual)
+            picks.append(picked)
+            return out
+
+        return self._run(self, x, batch, cache, recorded)
 
     def described(self) -> DecoderLayer:
         """What it consists of, for those who compute all blocks in one call."""
         c = self.attention.config
         return DecoderLayer(
+            norms=c.norms,
             attention_norm=self.norm1.weights,
             qkv=self.attention.qkv,
             out=self.attention.out,
             heads=c.num_attention_heads,
             kv_heads=c.num_key_value_heads,
+            qk_norm=self.attention.qk_norm,
             cos_sin_cache=self.attention.cos_sin_cache,
             ffn_norm=self.norm2.weights,
             ffn=self.ffn.layer,
         )
+
+
+def norms_before(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+    x = layer.attention(layer.norm1(x), batch, cache, residual=x)
+    return ffn(layer.norm2(x), residual=x)
+
+
+def norms_after(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+    x = layer.norm1(layer.attention(x, batch, cache, residual=None), residual=x)
+    return layer.norm2(ffn(x), residual=x)
+
+
+def parallel(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+    return ffn(layer.norm2(x), residual=layer.attention(layer.norm1(x), batch, cache, residual=x))
+
+
+def parallel_shared(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+    normed = layer.norm1(x)
+    return ffn(normed, residual=layer.attention(normed, batch, cache, residual=x))
+
+
+ARRANGEMENTS: dict[str, Callable[[TransformerLayer, Tensor, StepBatch, KvCache, Branch], Tensor]] = {
+    "before": norms_before,
+    "after": norms_after,
+    "parallel": parallel,
+    "shared": parallel_shared,
+}
 
 
 class Decoder:
@@ -106,21 +167,22 @@ class Decoder:
         self.positions = put("model.embed_positions.weight") if learned else None
         c = config
         self.rope = (
-            None if learned else RopeTable(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
+            None if learned else RopeTable(c.turned, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
         )
-        cos_sin_cache = None if self.rope is None else self.rope.table
         self.layers = []
-        for i in range(config.num_hidden_layers):
+        for i, kind in enumerate(config.layers):
             layer = f"model.layers.{i}"
-            attention = Attention(config, cos_sin_cache, *self._attention_weights(f"{layer}.self_attn.", put))
+            cos_sin_cache = self.rope.table if self.rope is not None and kind.rotation else None
+            attention = Attention(kind, cos_sin_cache, *attention_weights(kind, f"{layer}.self_attn.", put))
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             try:
-                ffn = KINDS[config.ffn.kind](config, own, dtype, device)
+                ffn = KINDS[kind.ffn.kind](kind, own, dtype, device)
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}{error}") from None
-            norms = norm(f"{layer}.input_layernorm"), norm(f"{layer}.post_attention_layernorm")
-            self.layers.append(TransformerLayer(norms[0], attention, norms[1], ffn))
+            norms = {name: norm(f"{layer}.{name}") for name in dict.fromkeys(NORM_NAMES[kind.norms])}
+            first, second = (norms[name] for name in NORM_NAMES[kind.norms])
+            self.layers.append(TransformerLayer(first, attention, second, ffn))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
@@ -128,17 +190,6 @@ class Decoder:
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
-
-    def _attention_weights(
-        self, prefix: str, put: Callable[[str], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        def joined(part: str) -> Tensor:
-            return torch.cat([put(f"{prefix}{p}_proj.{part}") for p in "qkv"])
-
-        c = self.config
-        qkv_bias = joined("bias") if c.attention_bias else None
-        out_bias = put(f"{prefix}o_proj.bias") if c.attention_output_bias else None
-        return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias
 
     def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
         """One per layer, of so many blocks, all zero."""
@@ -162,13 +213,7 @@ class Decoder:
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
-            x = layer.attention(layer.norm1(x), batch, cache, residual=x)
-            if picks is None:
-                x = layer.ffn(layer.norm2(x), residual=x)
-            else:
-                assert isinstance(layer.ffn, DscFfn)
-                x, picked = layer.ffn.routed(layer.norm2(x), residual=x)
-                picks.append(picked)
+            x = layer(x, batch, cache) if picks is None else layer.picking(x, batch, cache, picks)
         return x
 
     def _stacked(
@@ -193,6 +238,22 @@ class Decoder:
     def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
         return self.head.argmax(self.norm(hidden))
+
+
+def attention_weights(
+    config: ModelConfig, prefix: str, put: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, QkNorm | None]:
+    """What `Attention` consists of, in its order, from the tensors below a prefix."""
+
+    def joined(part: str) -> Tensor:
+        return torch.cat([put(f"{prefix}{p}_proj.{part}") for p in "qkv"])
+
+    qkv_bias = joined("bias") if config.attention_bias else None
+    out_bias = put(f"{prefix}o_proj.bias") if config.attention_output_bias else None
+    qk_norm = None
+    if config.qk_norm != "none":
+        qk_norm = QkNorm(put(f"{prefix}q_norm.weight"), put(f"{prefix}k_norm.weight"), config.norm_eps)
+    return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias, qk_norm
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:

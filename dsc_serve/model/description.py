@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 from dsc_kernels import ops
 from dsc_kernels.weights import MAX_PICKS
-from dsc_serve.model.config import DenseConfig, DscConfig, MoeConfig, MoloraConfig
+from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, parameter_counts
 
 
@@ -17,24 +20,15 @@ def describe(model: Decoder) -> dict[str, str]:
         "architecture": f"{c.num_hidden_layers} layers, width {c.hidden_size}, {c.num_attention_heads} heads "
         f"({c.num_key_value_heads} of keys and values) of {c.head_dim}",
         "vocabulary": f"{c.vocab_size}, {head} head",
-        "context": f"{c.max_position_embeddings} tokens, {c.position_embedding_type} positions",
-        "norm": c.norm_type,
+        "context": f"{c.max_position_embeddings} tokens, {positions(c)}",
+        "norm": norms(c),
         "mlp": f"{c.hidden_act}, {'gated' if c.mlp_gated else 'plain'}",
         "parameters": f"{total:,} in all, {active:,} active per token",
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     f = c.ffn
-    if isinstance(f, DenseConfig):
-        rows["ffn"] = f"dense, width {f.size}"
-    elif isinstance(f, MoeConfig):
-        rows["ffn"] = f"moe, {f.experts_per_token} of {f.num_experts} experts of width {f.expert_size}"
-    elif isinstance(f, MoloraConfig):
-        rows["ffn"] = f"molora, {f.adapters_per_token} of {f.num_adapters} adapters of rank {f.rank}, "
-        rows["ffn"] += f"static width {f.static_size}"
-    elif isinstance(f, DscConfig):
-        algorithm = "1" if not f.router_norm and not f.router_bias and f.gamma == "scalar" else "2"
-        rows["ffn"] = f"dsc (algorithm {algorithm}), {f.atoms_per_token} of {f.num_atoms} atoms, "
-        rows["ffn"] += f"static width {f.static_size}"
+    rows["ffn"] = "; ".join(by_kind(c, ffn))
+    if isinstance(f, DscConfig):
         layers = dsc_layers(model)
         size = sum(layer.bank_bytes for layer in layers)
         zero = sum(int((layer.u.abs().amax(1) * layer.v.abs().amax(1) == 0).sum()) for layer in layers)
@@ -47,6 +41,49 @@ def describe(model: Decoder) -> dict[str, str]:
         rows["certificate"] = f"max |γ| per layer, bounds the dynamic part's operator norm: {bounds}"
     rows["kernels"] = kernels(model)
     return rows
+
+
+def by_kind(config: ModelConfig, told: Callable[[ModelConfig], str]) -> list[str]:
+    """What is told of each kind of layers, with how many there are where the kinds differ in it."""
+    counts = Counter(told(layer) for layer in config.layers)
+    return list(counts) if len(counts) == 1 else [f"{text} ({count} layers)" for text, count in counts.items()]
+
+
+def positions(config: ModelConfig) -> str:
+    """How positions enter, by kind of layers."""
+    if config.position_embedding_type == "learned":
+        return "learned positions"
+    part = "" if config.rotary_dim is None else f" of {config.rotary_dim} of {config.head_dim} numbers of a head"
+    return "; ".join(by_kind(config, lambda layer: f"rope positions{part}" if layer.rotation else "no positions"))
+
+
+PLACES = {
+    "before": "",
+    "after": " after each branch",
+    "parallel": ", branches beside each other",
+    "shared": " that both branches share",
+}
+QK = {"none": "", "head": "; of queries and keys per head", "all": "; of queries and keys over all heads"}
+
+
+def norms(config: ModelConfig) -> str:
+    return "; ".join(by_kind(config, lambda layer: config.norm_type + PLACES[layer.norms] + QK[layer.qk_norm]))
+
+
+def ffn(config: ModelConfig) -> str:
+    """The FFN of layers that are all alike."""
+    f = config.ffn
+    if isinstance(f, DenseConfig):
+        return f"dense, width {f.size}"
+    if isinstance(f, MoeConfig):
+        shared = f", and one that all tokens share of width {f.shared_expert.size}" if f.shared_expert else ""
+        return f"moe, {f.experts_per_token} of {f.num_experts} experts of width {f.expert_size}{shared}"
+    if isinstance(f, MoloraConfig):
+        picked = f"{f.adapters_per_token} of {f.num_adapters} adapters of rank {f.rank}"
+        return f"molora, {picked}, static width {f.static_size}"
+    algorithm = "1" if not f.router_norm and not f.router_bias and f.gamma == "scalar" else "2"
+    picked = f"{f.atoms_per_token} of {f.num_atoms} atoms"
+    return f"dsc (algorithm {algorithm}), {picked}, static width {f.static_size}"
 
 
 def kernels(model: Decoder) -> str:

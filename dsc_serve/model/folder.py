@@ -133,11 +133,16 @@ def text_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def save_checkpoint(
-    config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path, source: Path | None = None
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    source: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would.
 
-    source: the file or folder that they come from, which errors name. Raises CheckpointError, also when the folder
+    source: the file or folder that they come from, which errors name. dtype: what the model is said to be stored in,
+    the embedding's where none is given. Raises CheckpointError, also when the folder
     holds a checkpoint already: parts of the old one would stay.
     """
     refuse_taken(folder)
@@ -148,7 +153,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    save_config(config, folder, str(tensors[EMBEDDING].dtype).removeprefix("torch."))
+    save_config(config, folder, str(dtype or tensors[EMBEDDING].dtype).removeprefix("torch."))
 
 
 def refuse_taken(folder: Path) -> None:
@@ -168,6 +173,6 @@ def write_source(source: ModelSource, out: Path, dtype: torch.dtype | None = Non
     texts = source.texts()
     with LoadingProgress(source) as progress:
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in source.weights(progress).items()}
-    save_checkpoint(source.config, tensors, out, source.path)
+    save_checkpoint(source.config, tensors, out, source.path, dtype or source.dtype)
     for name, text in texts.items():
         (out / name).write_text(text, "utf8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +22,25 @@ def lengthened(context: int, factor: float) -> int:
     return int(context * factor) if math.isfinite(factor) and factor > 1 else context
 
 
-class LinearRope(Strict):
+class Scaling(Strict):
+    """What stretches positions."""
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
+        """The frequencies [half of the turned numbers] of a model that serves so many positions."""
+        raise NotImplementedError
+
+    @property
+    def divided(self) -> list[tuple[str, list[float]]]:
+        """Fields that hold a number for each frequency."""
+        return []
+
+
+class LinearRope(Scaling):
     """Positions divided by `factor`; cosines and sines multiplied by `attention_factor`."""
 
     rope_type: Literal["linear"]
@@ -33,11 +51,11 @@ class LinearRope(Strict):
     def magnitude(self) -> float:
         return self.attention_factor
 
-    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
         return frequencies / self.factor
 
 
-class DynamicRope(Strict):
+class DynamicRope(Scaling):
     """Nothing changes up to the length that the model was trained with, and more is not served.
 
     Beyond it every token would change the angles of all before it, whose keys are cached.
@@ -45,16 +63,13 @@ class DynamicRope(Strict):
 
     rope_type: Literal["dynamic"]
     factor: Factor
-    magnitude: ClassVar[float] = 1.0
 
-    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
         return frequencies
 
 
-class Llama3Rope(Strict):
+class Llama3Rope(Scaling):
     """Low frequencies divided by `factor`, high ones kept, those between blended."""
-
-    magnitude: ClassVar[float] = 1.0
 
     rope_type: Literal["llama3"]
     factor: Factor
@@ -70,13 +85,13 @@ class Llama3Rope(Strict):
             )
         return self
 
-    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
-class YarnRope(Strict):
+class YarnRope(Scaling):
     """As llama3, blended linearly over the dimensions, with larger angles' attention scaled (arXiv 2309.00071)."""
 
     rope_type: Literal["yarn"]
@@ -89,7 +104,7 @@ class YarnRope(Strict):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
-    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
         half = frequencies.shape[0]
 
         def dimension(turns: float) -> float:
@@ -105,8 +120,6 @@ class YarnRope(Strict):
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
-
         def scale(m: float) -> float:
             return 0.1 * m * math.log(self.factor) + 1.0
 
@@ -117,7 +130,7 @@ class YarnRope(Strict):
         return scale(1.0)
 
 
-class DivisorsRope(Strict):
+class DivisorsRope(Scaling):
     """Each frequency divided by a number of its own, as GGUF files store llama3's scaling."""
 
     rope_type: Literal["divisors"]
@@ -125,38 +138,73 @@ class DivisorsRope(Strict):
     attention_factor: Positive = 1.0
 
     @property
+    def divided(self) -> list[tuple[str, list[float]]]:
+        return [("divisors", self.divisors)]
+
+    @property
     def magnitude(self) -> float:
         return self.attention_factor
 
-    def stretched(self, frequencies: Tensor, theta: float) -> Tensor:
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
         return frequencies / torch.tensor(self.divisors, dtype=frequencies.dtype)
 
 
+class LongRope(Scaling):
+    """Each frequency divided by a number of one list up to the length of the first training, of another beyond it.
+
+    The positions that are served decide which, for every text: were it each text's own length, a text that grows beyond
+    the first length would change the angles of all its keys, which are cached.
+    """
+
+    rope_type: Literal["longrope"]
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+    original_max_position_embeddings: Size
+    max_position_embeddings: Size
+    attention_factor: Positive | None = None
+
+    @property
+    def magnitude(self) -> float:
+        original = self.original_max_position_embeddings
+        if self.attention_factor is not None:
+            return self.attention_factor
+        factor = self.max_position_embeddings / original
+        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+
+    def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:
+        own = self.long_factor if positions > self.original_max_position_embeddings else self.short_factor
+        return frequencies / torch.tensor(own, dtype=frequencies.dtype)
+
+    @property
+    def divided(self) -> list[tuple[str, list[float]]]:
+        return [("short_factor", self.short_factor), ("long_factor", self.long_factor)]
+
+
 RopeScaling = Annotated[
-    LinearRope | DynamicRope | Llama3Rope | YarnRope | DivisorsRope, Field(discriminator="rope_type")
+    LinearRope | DynamicRope | Llama3Rope | YarnRope | DivisorsRope | LongRope, Field(discriminator="rope_type")
 ]
 
 
 class RopeTable:
-    """cos and sin of every position's angles, float32 [positions, 2, head_dim / 2], filled in as positions are reached.
+    """cos and sin of every position's angles, float32 [positions, 2, turned / 2], filled in as positions are reached.
 
     On the CPU what has not been reached takes no memory; elsewhere, where steps are replayed without asking, all is
-    filled in at once.
+    filled in at once. turned: numbers of a head that are turned.
     """
 
     def __init__(
         self,
-        head_dim: int,
+        turned: int,
         positions: int,
         theta: float,
         scaling: RopeScaling | None = None,
         device: torch.device | None = None,
     ) -> None:
-        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        self._frequencies = frequencies if scaling is None else scaling.stretched(frequencies, theta)
+        frequencies = theta ** -(torch.arange(0, turned, 2, dtype=torch.float64) / turned)
+        self._frequencies = frequencies if scaling is None else scaling.stretched(frequencies, theta, positions)
         self._magnitude = 1.0 if scaling is None else scaling.magnitude
         self.filled = 0
-        self.table = zeros((positions, 2, head_dim // 2), torch.float32, device)
+        self.table = zeros((positions, 2, turned // 2), torch.float32, device)
         if self.table.device.type != "cpu":
             self.reach(positions)
 
@@ -172,8 +220,8 @@ class RopeTable:
         self.filled = max(self.filled, end)
 
 
-def rope_table(head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """A `RopeTable` all filled in: float32 [positions, 2, head_dim / 2]."""
-    whole = RopeTable(head_dim, positions, theta, scaling)
+def rope_table(turned: int, positions: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """A `RopeTable` all filled in: float32 [positions, 2, turned / 2]."""
+    whole = RopeTable(turned, positions, theta, scaling)
     whole.reach(positions)
     return whole.table

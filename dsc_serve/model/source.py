@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+
+def commonest_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype that most numbers are stored in; float32 where there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in tensors.values():
+        if stored.dtype in STORED_DTYPES:
+            sizes[stored.dtype] += torch.Size(stored.shape).numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,12 @@ class Weights(Mapping[str, Tensor]):
 
 def check_count(config: ModelConfig, count: int, source: Path) -> None:
     """Raises CheckpointError where so few tensors cannot be this model's, before each that is missing is looked for."""
-    layers, each = config.num_hidden_layers, len(KINDS[config.ffn.kind].shapes(config))
-    if layers * each > count:
-        needed = f"num_hidden_layers is {layers}, and the FFN of each has {each} tensors"
+    kinds = config.layers
+    sizes = {id(kind): len(KINDS[kind.ffn.kind].shapes(kind)) for kind in kinds}
+    each = min(sizes.values())
+    if sum(sizes[id(kind)] for kind in kinds) > count:
+        least = "" if len(set(sizes.values())) == 1 else " or more"
+        needed = f"num_hidden_layers is {len(kinds)}, and the FFN of each has {each}{least} tensors"
         raise CheckpointError(f"{source}: {needed}; the weights hold {count} tensors in all")
 
 

@@ -78,6 +78,9 @@ class SharedFields(msgspec.Struct):
 
     prompt: msgspec.Raw = msgspec.Raw(b"")
     messages: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    tools: msgspec.Raw = msgspec.Raw(b"")
+    instructions: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
     user: str | None = None
     cache_salt: str | None = None
 
@@ -98,5 +101,7 @@ def placement_key(authorization: str, body: bytes) -> PlacementKey:
     if asked.user:
         tenant = f"{tenant} {asked.user}"
     messages = [] if asked.messages is msgspec.UNSET else asked.messages
-    prompt = b"".join(map(bytes, messages)) or bytes(asked.prompt)
+    # In the order in which templates write them: chats with other tools have another beginning.
+    chat = b"".join(map(bytes, (asked.tools, asked.instructions, *messages, asked.input)))
+    prompt = chat or bytes(asked.prompt)
     return PlacementKey(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))

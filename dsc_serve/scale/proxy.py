@@ -21,12 +21,11 @@ from dsc_serve.scale.scrape import merged
 from dsc_serve.scale.settings import ScaleConfig
 from dsc_serve.server import errors
 from dsc_serve.server.admission import GENERATIONS, too_many
-from dsc_serve.server.answer import event
+from dsc_serve.server.answer import DONE, event
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import ApiError, engine_down, internal_error
 from dsc_serve.server.limits import read_body
 from dsc_serve.server.middleware import HEALTH, REQUEST_ID, Paths
-from dsc_serve.server.stream import DONE
 
 MAX_TRIES = 2  # a request that two replicas died with may be what kills them
 ALL_S = 5.0

@@ -12,7 +12,7 @@ from dsc_serve.config import LimitConfig
 from dsc_serve.server.errors import ApiError, bad_request
 from dsc_serve.server.keys import Key
 
-GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/dsc/trace"})
+GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/dsc/trace"})
 RETRY_AFTER_S = 1
 SHUTTING_DOWN = "the server is shutting down"
 Clock = Callable[[], float]

@@ -10,14 +10,19 @@ from uuid import uuid4
 
 import msgspec
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
-from dsc_serve.server.errors import from_parameter
+from dsc_serve.sampling_params import EmbeddingParams, ParameterError, SamplingParams
+from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.dialect import Reading
+from dsc_serve.server.tools.parts import Part
+from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.text.stream import TextStream
+from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, RoutingSlice, TokenLogprobs
 
+DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 MARK = uuid4().hex  # where an event that is made beforehand has room for a text
@@ -50,6 +55,9 @@ class Choice:
     prompt: list[int]
     params: SamplingParams
     text: TextStream
+    family: Family  # all choices of the same prompt
+    embedding: EmbeddingParams | None = None  # where its prompt's vector is asked for
+    reader: AnswerReader | None = None  # where the text has parts
     echo: str | None = None  # the prompt's text, where the answer begins with it
     begun: bool = False
     told: int = 0  # tokens that log probabilities have been reported for
@@ -69,7 +77,19 @@ class ChoiceUpdate:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, where asked for, then of it
     routing: list[RoutingSlice] = field(default_factory=list)
+    embedding: bytes | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop text or stop token that ended it
+    parts: list[Part] = field(default_factory=list)  # instead of `text` where there is a reader
+
+    @property
+    def openai_reason(self) -> str | None:
+        """Why it ended as OpenAI's clients know it: one that is out of time was cut short."""
+        return "length" if self.finish_reason == "timeout" else self.finish_reason
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.parts) or any(self.text)
 
     def add(self, delta: Delta, text: str, kept: int, finish_reason: str | None) -> None:
         """Take in a delta: the text that it added, and its first `kept` tokens, which are those before a stop."""
@@ -81,6 +101,7 @@ class ChoiceUpdate:
             self.logprobs.extend(delta.logprobs[:kept])
         if delta.routing is not None:
             self.routing.append(delta.routing)
+        self.embedding = delta.embedding or self.embedding
         self.finish_reason = finish_reason
 
 
@@ -98,34 +119,52 @@ class ResponseFormatter(ABC):
         self.user = fields.user
         self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
-        self._head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
+        self._head = {"id": answer_id, "created": int(time.time()), "model": fields.model or service.model_name}
 
     def choices(
-        self, prompt: list[int], params: SamplingParams, start: int = 0, echo: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        start: int = 0,
+        echo: str | None = None,
+        reading: Reading | None = None,
     ) -> list[Choice]:
         """The `params.n` choices of one prompt, numbered from `start`. Raises ApiError (400)."""
-        choices = []
+        choices, family = [], Family(params.n)
+        dialect = self.service.dialect
+        shown = frozenset() if reading is None else dialect.shown(reading.choice)
         for i in range(params.n):
             own = params.for_choice(i)
             try:
-                text = TextStream(self.service.tokenizer, prompt, own)
+                text = TextStream(self.service.tokenizer, prompt, own, shown)
             except ParameterError as error:
                 raise from_parameter(error, self.names) from None
             request_id = f"{self.id}-{start // params.n}-{i}"
-            choices.append(Choice(start + i, request_id, prompt, own, text, echo))
+            reader = None if reading is None else dialect.reader(reading)
+            choices.append(Choice(start + i, request_id, prompt, own, text, family, reader=reader, echo=echo))
         return choices
 
     def extension(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
-        """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for."""
-        if not self.extended:
-            return {}
+        """The `dsc` object of an entry of `choices` as a dict to merge in, empty where it was not asked for.
+
+        A reason to end that OpenAI's clients do not know is told in any case.
+        """
         entry: dict[str, Any] = {}
+        if self.extended or update.finish_reason != update.openai_reason:
+            entry = {} if update.finish_reason is None else {"finish_reason": update.finish_reason}
+        if not self.extended:
+            return {"dsc": entry} if entry else {}
         routing = routing_entry(update.routing, choice.prompt, choice.text.kept_tokens)
         if routing is not None:
             entry["routing"] = routing
         if update.finish_reason is not None:
             entry["timings"] = choice.clock.timings(choice.cached_tokens)
         return {"dsc": entry} if entry else {}
+
+    def ended(self, choice: Choice) -> None:
+        """Count a choice that has ended."""
+        clock = choice.clock
+        self.service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
 
     @abstractmethod
     def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -145,7 +184,8 @@ class ResponseFormatter(ABC):
         """Whether the events between a choice's first and its last differ in nothing but their text."""
         params = choice.params
         reporting = params.logprobs is not None or params.prompt_logprobs is not None or params.routing != 0
-        return self.service.tokenizer is not None and not reporting and not self.continuous_usage
+        plain = self.service.tokenizer is not None and choice.reader is None
+        return plain and not reporting and not self.continuous_usage
 
     def text_event(self, choice: Choice, text: str) -> bytes:
         """As `events` for a text alone, of a plain choice that has begun: made once and then filled in."""
@@ -155,8 +195,13 @@ class ResponseFormatter(ABC):
         before, after = choice.frame
         return before + one_line(text) + after
 
-    def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return event(self._chunk([], usage)) if self.include_usage else b""
+    def last_events(self, usage: dict[str, Any]) -> bytes:
+        """What ends a stream that went well."""
+        return (event(self._chunk([], usage)) if self.include_usage else b"") + DONE
+
+    def failed_events(self, error: ApiError, usage: dict[str, Any]) -> bytes:
+        """What ends a stream that did not."""
+        return event(error.body) + DONE
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": choices}

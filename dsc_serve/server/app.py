@@ -17,19 +17,21 @@ from dsc_serve.server import errors
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
 from dsc_serve.server.chat import create_chat_completion
 from dsc_serve.server.completions import create_completion
+from dsc_serve.server.embeddings import create_embeddings
 from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.middleware import REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
+from dsc_serve.server.responses.endpoint import create_response
 from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer
 
 
-def served_name(config: ServerConfig) -> str:
+def served_names(config: ServerConfig) -> tuple[str, ...]:
     """What clients call the model: as configured, else the name of its folder, or of its file without `.gguf`."""
-    return config.served_model_name or Path(config.engine.model).resolve().name.removesuffix(".gguf")
+    return config.served_names or (Path(config.engine.model).resolve().name.removesuffix(".gguf"),)
 
 
 def create_app(
@@ -38,7 +40,15 @@ def create_app(
     """The application around a running engine; `ring` holds the API keys (None: nobody needs one)."""
     ring = ring or KeyRing("", "")
     admission = Admission(Permits(generation_slots(config)), config.limits)
-    service = Service(client, tokenizer, served_name(config), admission, config.limits)
+    service = Service(
+        client,
+        tokenizer,
+        served_names(config),
+        admission,
+        config.limits,
+        config.tool_calls,
+        config.escape_special_tokens,
+    )
     service.metrics.ring = ring
     app = FastAPI(title="dsc-serve", version=__version__, redirect_slashes=False)
     app.state.service, app.state.config, app.state.reading = service, config, Counter()
@@ -65,6 +75,14 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(service, request)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await create_embeddings(service, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await create_response(service, request)
+
     @app.post("/v1/dsc/trace")
     async def trace(request: Request) -> Response:
         return await create_trace(service, request)
@@ -83,12 +101,12 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [model_card(service)]})
+        return json_response({"object": "list", "data": [model_card(service, name) for name in service.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         service.check_model(name)
-        return json_response(model_card(service))
+        return json_response(model_card(service, name))
 
     def trouble() -> str:
         """Why the server is not ready, "" when it is."""
@@ -126,12 +144,14 @@ def create_app(
     return app
 
 
-def model_card(service: Service) -> dict[str, Any]:
+def model_card(service: Service, name: str) -> dict[str, Any]:
     limits = service.engine.model.capacity
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "dsc-serve",
         "max_model_len": limits.max_tokens,
+        "tool_calls": service.dialect.form.name,
+        "reasoning": service.dialect.reasoning is not None,
     }

@@ -30,7 +30,8 @@ class CompletionFormatter(ResponseFormatter):
             "index": choice.index,
             "text": "".join(update.text),
             "logprobs": None if choice.params.logprobs is None else self._logprobs(choice, update.logprobs),
-            "finish_reason": update.finish_reason,
+            "finish_reason": update.openai_reason,
+            "stop_reason": update.stop_reason,
             **self.extension(choice, update),
         }
         if self.service.tokenizer is None:
@@ -94,15 +95,15 @@ def count_of(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def one_by_one(prompt: Prompt) -> dict[str, str | list[int]]:
-    """The prompts by what the client calls them."""
+def one_by_one(prompt: Prompt, param: str = "prompt") -> dict[str, str | list[int]]:
+    """The prompts by what the client calls them, who calls the field so."""
     if isinstance(prompt, str):
-        return {"prompt": prompt}
+        return {param: prompt}
     items: Sequence[int | str | list[int]] = prompt
     ids = [item for item in items if isinstance(item, int)]
     if ids or not items:
-        return {"prompt": ids}
-    return {f"prompt.{i}": item for i, item in enumerate(items) if not isinstance(item, int)}
+        return {param: ids}
+    return {f"{param}.{i}": item for i, item in enumerate(items) if not isinstance(item, int)}
 
 
 def echoed(tokenizer: Tokenizer | None, prompt: str | list[int], params: SamplingParams) -> str:
@@ -128,12 +129,16 @@ async def create_completion(service: Service, request: Request) -> Response:
     for name, prompt in prompts.items():
         if choices:
             await asyncio.sleep(0)  # many prompts take a while: let the tokens of other requests pass
-        ids = await service.encode(prompt, name) if isinstance(prompt, str) else prompt
-        own = params
-        if fields.max_tokens is None and min(most, context - len(ids)) < DEFAULT_MAX_TOKENS:
+        own, cut = params, fields.truncate_prompt_tokens
+        if fields.suffix:
+            ids = await service.filled(prompt, name, fields.suffix)
+            ids = await service.tokens(ids, name, own, cut)
+        else:
+            ids = await service.tokens(prompt, name, own, cut)
+        if fields.limit is None and min(most, context - len(ids)) < DEFAULT_MAX_TOKENS:
             own = msgspec.structs.replace(params, max_tokens=None)  # a default must not refuse what fits without it
         own = service.apply_limits(ids, own, {**fields.names, "prompt": name})
-        echo = echoed(service.tokenizer, prompt, params) if fields.echo else None
+        echo = echoed(service.tokenizer, prompt if cut is None else ids, params) if fields.echo else None
         choices += formatter.choices(ids, own, len(choices), echo)
         prompt_tokens += len(ids)
     return Generation(service, formatter, choices, prompt_tokens=prompt_tokens, stream=bool(fields.stream))

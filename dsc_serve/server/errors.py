@@ -14,14 +14,15 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.sampling_params import ContextLengthError, ParameterError
 
 MAX_MESSAGE = 500
 MAX_SHOWN = 60
 MAX_PARAM = 120
-UNION_MEMBERS = ("(text)", "(list)")
+UNION_MEMBERS = ("(text)", "(list)", "(message)", "(call)", "(result)", "(reasoning)")
 MAX_DETAILED = 100
 PATH = re.compile(r"""(?<=['"])/[^'"\n]*/|(?<![\w/:.~-])/(?:[^\s/'",;:()\[\]]+/)+""")  # up to its last part
+CONTEXT_LENGTH = "context_length_exceeded"
 CLIENT_CLOSED = 499  # never sent: it is how a request whose client has left is counted
 
 
@@ -65,6 +66,9 @@ def bad_request(param: str | None, message: str, code: str = "invalid_value") ->
 def from_parameter(error: ParameterError, names: Mapping[str, str], code: str = "invalid_value") -> ApiError:
     """`names` maps our fields to what the client calls them where the two differ."""
     message, param = str(error), names.get(error.field, error.field)
+    if isinstance(error, ContextLengthError):
+        message = error.described(names.get("prompt", "prompt").split(".")[0]) + error.advice(param)
+        return bad_request(param, message, CONTEXT_LENGTH)
     if message.startswith(error.field):
         message = param + message.removeprefix(error.field)
     return bad_request(param, message, code)
@@ -95,12 +99,14 @@ ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "list_type": lambda _: "a list",
     "dict_type": lambda _: "an object",
     "model_type": lambda _: "an object",
+    "item_type": lambda _: "an item of type message, function_call, function_call_output or reasoning",
     "text_or_list_type": lambda _: "a string or a list",
     "literal_error": lambda context: str(context["expected"]).replace("'", '"'),
     "greater_than": lambda context: f"above {context['gt']}",
     "greater_than_equal": lambda context: f"at least {context['ge']}",
     "less_than_equal": lambda context: f"at most {context['le']}",
     "string_too_long": lambda context: f"a string of at most {context['max_length']} characters",
+    "string_pattern_mismatch": lambda context: f"a string of the form {context['pattern']}",
     "too_short": lambda context: f"a list of at least {context['min_length']}",
     "too_long": lambda context: f"one of at most {context['max_length']} entries",
 }

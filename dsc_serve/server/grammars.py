@@ -63,7 +63,9 @@ class GrammarChecks:
         if answer.lost:
             raise engine_down(answer.error)
         if answer.error:
-            raise from_parameter(ParameterError(FIELD, answer.error), names)
+            calls = () if asked.calls is None else asked.calls.tools
+            own = (tool.field for tool in calls if answer.error.startswith(f"{tool.field} "))
+            raise from_parameter(ParameterError(next(own, FIELD), answer.error), names)
 
     async def _unless_gone(self, request: Request, name: str, asked: StructuredOutputs) -> GrammarChecked:
         checking = asyncio.create_task(self._in_turn(name, asked))

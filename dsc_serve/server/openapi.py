@@ -12,15 +12,18 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from dsc_serve.server.embeddings import EmbeddingRequest
 from dsc_serve.server.fields import Fields
+from dsc_serve.server.responses.described import RESPONSE_EXAMPLES, ResponseAnswer
+from dsc_serve.server.responses.schema import ResponsesRequest
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 from dsc_serve.server.tokens import DetokenizeRequest, TokenizeRequest
+from dsc_serve.server.tools.described import CALLED, SCHEMA, TOOL, ToolCall
 from dsc_serve.server.trace import TraceRequest
 
 TEMPLATE = "#/components/schemas/{model}"
-FinishReason = Literal["stop", "length", "timeout"]
-AGE = {"type": "integer", "minimum": 0, "maximum": 99}
-SCHEMA = {"type": "object", "properties": {"age": AGE}, "required": ["age"]}
+FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Answer(BaseModel):
@@ -72,6 +75,9 @@ class Timings(Answer):
 
 
 class Dsc(Answer):
+    """finish_reason: this server's own, where it may say more than OpenAI's five do."""
+
+    finish_reason: Literal["stop", "length", "timeout"] | None = None
     routing: Routing | None = None
     timings: Timings | None = None
 
@@ -90,6 +96,7 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None
     token_ids: list[int] | None = None
     dsc: Dsc | None = None
 
@@ -120,15 +127,20 @@ class ChatLogprobs(Answer):
 
 class AssistantMessage(Answer):
     role: Literal["assistant"]
-    content: str
+    """reasoning_content and tool_calls: only where there are some; content is null beside calls without text."""
+
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Answer):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
+    stop_reason: str | int | None
     dsc: Dsc | None = None
 
 
@@ -148,6 +160,26 @@ class Trace(Answer):
     model: str
     dsc: Dsc
     usage: Usage
+
+
+class Embedding(Answer):
+    """`embedding` is a list of numbers or, where `encoding_format` is base64, float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class Tokens(Answer):
@@ -171,6 +203,8 @@ class Model(Answer):
     created: int
     owned_by: str
     max_model_len: int
+    tool_calls: str
+    reasoning: bool
 
 
 class Models(Answer):
@@ -203,13 +237,17 @@ class State(Answer):
 BODIES: dict[str, type[Fields]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/dsc/trace": TraceRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-ANSWERS: dict[str, type[Answer]] = {
+ANSWERS: dict[str, type[BaseModel]] = {
     "/v1/completions": Completion,
     "/v1/chat/completions": ChatCompletion,
+    "/v1/embeddings": Embeddings,
+    "/v1/responses": ResponseAnswer,
     "/v1/dsc/trace": Trace,
     "/tokenize": Tokens,
     "/detokenize": Text,
@@ -221,9 +259,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "/health/ready": Health,
     "/admin/state": State,
 }
-STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
+STREAMED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who?"}]}]
-
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/completions": {
         "text": {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0.7, "seed": 1},
@@ -242,7 +279,15 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "choice": {"messages": CHAT, "structured_outputs": {"choice": ["Peter", "Paul"]}},
         "deadline": {"messages": CHAT, "max_completion_tokens": 4, "dsc": {"deadline_ms": 60000}},
+        "tool": {"messages": CHAT, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        "result of a tool": {"messages": [*CHAT, *CALLED], "tools": [TOOL], "max_completion_tokens": 4},
     },
+    "/v1/embeddings": {
+        "text": {"input": "Once upon a time"},
+        "texts, cut": {"input": ["Once", "Twice"], "dimensions": 4, "encoding_format": "base64"},
+        "token ids": {"input": [[11, 12], [13]]},
+    },
+    "/v1/responses": RESPONSE_EXAMPLES,
     "/v1/dsc/trace": {"text": {"prompt": "Once upon a time"}, "token ids": {"prompt": [11, 12], "top_k_atoms": 1}},
     "/tokenize": {"prompt": {"prompt": "Once", "return_token_strs": True}, "messages": {"messages": CHAT}},
     "/detokenize": {"token ids": {"tokens": [11, 12]}},

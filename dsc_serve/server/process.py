@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from dsc_serve.config import API_KEYS, ConfigError, ServerConfig, resolve_model
 from dsc_serve.server.admission import SHUTTING_DOWN
-from dsc_serve.server.app import create_app, served_name
+from dsc_serve.server.app import create_app, served_names
 from dsc_serve.server.handshake import Handshake
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.logs import logging_to
@@ -255,7 +255,7 @@ def announcement(
     body = json.dumps({"prompt": prompt, "max_tokens": 32})
     key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return (
-        f"dsc-serve: {here} serves {served_name(config)}, {model.total_parameters / 1e6:.1f} M parameters, "
+        f"dsc-serve: {here} serves {', '.join(served_names(config))}, {model.total_parameters / 1e6:.1f} M parameters, "
         f"{model.active_parameters / 1e6:.1f} M active (kernels: {model.kernels}; {model.dtype}, {model.device}, "
         f"{model.threads} threads)\n"
         f"curl {there}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'"

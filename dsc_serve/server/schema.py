@@ -11,13 +11,18 @@ from dsc_serve.sampling_params import MAX_BIASES, ParameterError, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.extensions import DscFields, SchedulingFields
-from dsc_serve.server.fields import Count, Fields, Only
+from dsc_serve.server.fields import MAX_COUNT, Count, Fields, Only
+from dsc_serve.server.harmless import HarmlessGenerationFields, Notes
 from dsc_serve.server.structured import ResponseFormat, StructuredOutputsFields, structured_outputs
+from dsc_serve.server.tools.fields import CallFields, ChoiceField, ToolChoice, Tools, choice_of, tools_of
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the context's end
 TOKEN_ID_DIGITS = 10
 MAX_USER = 256  # characters
 MAX_MESSAGES = 4096
+MAX_SUFFIX = 2**20  # characters
+
+Truncation = Annotated[int, Field(ge=-1, le=MAX_COUNT)]
 
 TextOption = Annotated[str, Tag("(text)")]
 Prompt = str | list[int] | list[str] | list[list[int]]
@@ -33,13 +38,13 @@ TEXT_OR_LIST = Discriminator(
 FIRST_ERROR = Field(fail_fast=True)
 
 
-def check_prompt(value: Any) -> Prompt:
-    """Checks by sets of types: a prompt may hold a million ids."""
+def check_prompt(value: Any, param: str = "prompt") -> Prompt:
+    """Checks by sets of types: a prompt may hold a million ids. param: the field's name."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         allowed = "a string, a list of token ids, a list of strings or a list of lists of token ids"
-        raise bad_request("prompt", f"prompt is {shown(value)}; it must be {allowed}", "invalid_type")
+        raise bad_request(param, f"{param} is {shown(value)}; it must be {allowed}", "invalid_type")
     kinds = set(map(type, value))
     if kinds <= {int} or kinds == {str}:
         return value
@@ -47,14 +52,14 @@ def check_prompt(value: Any) -> Prompt:
         for i, ids in enumerate(value):
             if not set(map(type, ids)) <= {int}:
                 j = next(j for j, id in enumerate(ids) if type(id) is not int)
-                raise wrong_item(f"prompt.{i}.{j}", ids[j], "a token id (an integer)")
+                raise wrong_item(f"{param}.{i}.{j}", ids[j], "a token id (an integer)")
         return value
     first = type(value[0])
     wanted = {int: "a token id (an integer)", str: "a string", list: "a list of token ids"}.get(first)
     if wanted is None:
-        raise wrong_item("prompt.0", value[0], "a string, a token id or a list of token ids")
+        raise wrong_item(f"{param}.0", value[0], "a string, a token id or a list of token ids")
     i = next(i for i, item in enumerate(value) if type(item) is not first)
-    raise wrong_item(f"prompt.{i}", value[i], f"{wanted}, as prompt.0 is")
+    raise wrong_item(f"{param}.{i}", value[i], f"{wanted}, as {param}.0 is")
 
 
 def wrong_item(param: str, value: object, allowed: str) -> Exception:
@@ -120,8 +125,11 @@ class EngineFields(Fields):
             raise from_parameter(error, {}) from None
 
 
-class GenerationFields(EngineFields):
-    """What both endpoints take. The sampling fields are those of SamplingParams."""
+class GenerationFields(EngineFields, HarmlessGenerationFields):
+    """What both endpoints take. The sampling fields are those of SamplingParams.
+
+    truncate_prompt_tokens: keep so many of the prompt's last tokens, -1: as many as fit; vLLM's field.
+    """
 
     dsc: DscFields | None = None
     temperature: float | None = None
@@ -144,6 +152,7 @@ class GenerationFields(EngineFields):
     structured_outputs: StructuredOutputsFields | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -161,8 +170,25 @@ class GenerationFields(EngineFields):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
 
+    @property
+    def limit_name(self) -> str:
+        """The field that says how much may be generated; OpenAI has an older name of it and a newer one."""
+        return "max_tokens" if getattr(self, "max_completion_tokens", None) is None else "max_completion_tokens"
+
+    @property
+    def limit(self) -> int | None:
+        """What that field says. Raises ApiError (400) where both are set and differ."""
+        field = self.limit_name
+        limit: int | None = getattr(self, field)
+        if self.max_tokens not in (None, limit):
+            raise bad_request(field, f"{field} is {limit} but max_tokens is {self.max_tokens}; send one of the two")
+        return limit
+
     def sampling(self, **own: Any) -> SamplingParams:
         """The parameters for the engine; `own` are those that only this endpoint can tell. Raises ApiError (400)."""
+        if self.truncate_prompt_tokens == 0:
+            name = "truncate_prompt_tokens"
+            raise bad_request(name, f"{name} is 0; it must be at least 1, or -1 for as many as fit")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options", "stream_options is set; it may only be when stream is true")
         if self.continuous_usage and not self.include_usage:
@@ -201,25 +227,35 @@ class CompletionRequest(GenerationFields):
     prompt: Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)]
     logprobs: Count | None = None
     echo: bool | None = None
+    max_completion_tokens: Count | None = None
     best_of: Annotated[Any, Only(1)] = None
-    suffix: Annotated[Any, Only()] = None
+    suffix: Annotated[str, Field(max_length=MAX_SUFFIX)] | None = None
+    add_special_tokens: Annotated[Any, Only(True)] = None
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {**super().names, "prompt_logprobs": "logprobs"}
+        return {**super().names, "prompt_logprobs": "logprobs", "max_tokens": self.limit_name}
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""
-        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        limit, field = self.limit, self.limit_name
+        if limit is None:
+            limit = DEFAULT_MAX_TOKENS
         if limit == 0 and not self.echo:
-            raise bad_request("max_tokens", "max_tokens is 0; it must be at least 1, or 0 together with echo")
+            raise bad_request(field, f"{field} is 0; it must be at least 1, or 0 together with echo")
+        for other in ("echo", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, other):
+                raise bad_request("suffix", f"suffix is set together with {other}; send one of the two")
         prompt_logprobs = self.logprobs if self.echo else None
         return self.sampling(max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
 
 
 class TextPart(Fields):
+    """cache_control: what to keep in a cache, which this server decides itself; Anthropic's field."""
+
     type: Literal["text"]
     text: str
+    cache_control: Notes | None = None
 
 
 Content = Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
@@ -241,60 +277,71 @@ class Prediction(Fields):
 
 
 class Message(Fields):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Annotated[Any, Only()] = None
+    """name: whose message it is, where the template shows that. cache_control: as in a part.
+    content may be null, or missing, in an assistant's message. tool_call_id: of a tool's message, whose content is
+    the result of the call of that id. reasoning_content: as an answer had it; the template decides what to do with it.
+    provider_specific_fields: LiteLLM's notes for itself, which it sends along with an answer of ours.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Annotated[str, Field(max_length=MAX_USER)] | None = None
+    cache_control: Notes | None = None
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
+    tool_calls: Annotated[list[CallFields], FIRST_ERROR] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
     function_call: Annotated[Any, Only()] = None
 
     @property
     def text(self) -> str:
-        return text_of(self.content)
+        return "" if self.content is None else text_of(self.content)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatRequest(GenerationFields):
+    """add_generation_prompt: whether the assistant's answer begins (default: true). continue_final_message: go on with
+    the last message instead of beginning an answer; vLLM's fields.
+    """
+
     messages: Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: Annotated[Any, Only(False)] = None
+    echo: Annotated[Any, Only(False)] = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     max_completion_tokens: Count | None = None
     audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only("none")] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
     functions: Annotated[Any, Only([])] = None
-    metadata: Annotated[Any, Only({})] = None
     modalities: Annotated[Any, Only(["text"])] = None
     moderation: Annotated[Any, Only()] = None
-    parallel_tool_calls: Annotated[Any, Only(False)] = None
+    parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
-    prompt_cache_key: Annotated[Any, Only()] = None
-    prompt_cache_options: Annotated[Any, Only()] = None
-    prompt_cache_retention: Annotated[Any, Only()] = None
     reasoning_effort: Annotated[Any, Only("none")] = None
-    safety_identifier: Annotated[Any, Only()] = None
-    service_tier: Annotated[Any, Only("auto", "default")] = None
-    store: Annotated[Any, Only(False)] = None
-    tool_choice: Annotated[Any, Only("none")] = None
-    tools: Annotated[Any, Only([])] = None
+    tool_choice: ChoiceField = None
+    tools: Tools | None = None
     verbosity: Annotated[Any, Only("medium")] = None
     web_search_options: Annotated[Any, Only()] = None
 
     @property
     def names(self) -> Mapping[str, str]:
-        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         own = {"prompt": "messages", "logprobs": "top_logprobs", "prediction_token_ids": "prediction"}
-        return {**super().names, **own, "max_tokens": limit}
+        return {**super().names, **own, "max_tokens": self.limit_name}
+
+    def choice(self) -> ToolChoice:
+        """Raises ApiError (400)."""
+        return choice_of(tools_of(self.tools or []), self.tool_choice, self.parallel_tool_calls)
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        field = self.names["max_tokens"]
-        if self.max_tokens not in (None, limit):
-            raise bad_request(field, f"{field} is {limit} but max_tokens is {self.max_tokens}; send one of the two")
+        limit, field = self.limit, self.limit_name
         if limit is not None and limit < 1:
             raise bad_request(field, f"{field} is {limit}; it must be at least 1")
         if self.top_logprobs and not self.logprobs:

@@ -12,15 +12,26 @@ import msgspec
 from fastapi import Request
 
 from dsc_serve.config import LimitConfig
-from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs, resolve_max_tokens
+from dsc_serve.sampling_params import (
+    ContextLengthError,
+    EmbeddingParams,
+    ParameterError,
+    SamplingParams,
+    StructuredOutputs,
+    resolve_max_tokens,
+)
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
-from dsc_serve.server.errors import ApiError, bad_request, from_parameter, shown
+from dsc_serve.server.errors import CONTEXT_LENGTH, ApiError, bad_request, from_parameter, shown
 from dsc_serve.server.grammars import GrammarChecks
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
+from dsc_serve.server.tools.dialect import Dialect
 from dsc_serve.text.chat import ChatTemplate
+from dsc_serve.text.fill import fill_of
+from dsc_serve.text.spelling import Spelling
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError
+from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, Stats
 
 LONG_TEXT = 4096  # characters; about 3 ms to encode
@@ -55,7 +66,13 @@ class EngineHandle(Protocol):
     def heartbeat_age_s(self) -> float: ...
 
     def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams | None = None,
+        family: Family | None = None,
+        embedding: EmbeddingParams | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
@@ -74,17 +91,21 @@ class Service:
         self,
         engine: EngineHandle,
         tokenizer: Tokenizer | None,
-        model_name: str,
+        names: tuple[str, ...],
         admission: Admission,
         limits: LimitConfig,
+        tool_calls: str = "auto",
+        escape: bool = False,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.model_name = model_name
+        self.names = names
         self.admission = admission
         self.limits = limits
         self.metrics = Metrics(engine, admission.permits)
         self.created = int(time.time())
+        self.spelling = Spelling(tokenizer, escape)
+        self.dialect = Dialect(tokenizer, tool_calls)
         longest = 0
         self.grammars = GrammarChecks(engine, tokenizer is not None)
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
@@ -102,22 +123,36 @@ class Service:
     def chat_template(self) -> ChatTemplate | None:
         return None if self.tokenizer is None else self.tokenizer.chat_template
 
+    @property
+    def model_name(self) -> str:
+        """What an answer calls the model where the client does not."""
+        return self.names[0]
+
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) unless `name` is the served model or left out."""
-        if name not in (None, self.model_name):
-            message = f"model {shown(name)} is not served here; this server has {shown(self.model_name)}"
+        """Raises ApiError (404) unless `name` is one of the served model's or left out."""
+        if name not in (None, *self.names):
+            message = f"model {shown(name)} is not served here; this server has {', '.join(map(shown, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, param: str, chat: bool = False, low_priority: bool = False) -> list[int]:
-        """Token ids of a prompt; aside: of one that no generation waits for. Raises ApiError, naming `param`."""
+    async def encode(
+        self, text: str, param: str, chat: bool = False, low_priority: bool = False, unbounded: bool = False
+    ) -> list[int]:
+        """Token ids of a prompt; low_priority: of one that no generation waits for; unbounded: however long it is.
+
+        Raises ApiError, naming `param`.
+        """
         if self.tokenizer is None:
             message = f"{param} is text, but this model has no tokenizer; send token ids"
             raise bad_request(param, message)
-        if len(text) > self._max_characters:  # encoding it to learn that it does not fit can take seconds
+        if (
+            len(text) > self._max_characters and not unbounded
+        ):  # encoding it to learn that it does not fit can take seconds
             limit = self.engine.model.capacity.max_tokens
-            message = f"{param} has {len(text)} characters, which is more than {limit} tokens can hold"
-            raise bad_request(param, message, "context_length_exceeded")
-        encode = self.tokenizer.encode_chat if chat else self.tokenizer.encode
+            what = param.split(".")[0]
+            has = f"This model's maximum context length is {limit} tokens. However, your {what} resulted in more"
+            message = f"{has}: it has {len(text)} characters. Please reduce the length of the {what}."
+            raise bad_request(param, message, CONTEXT_LENGTH)
+        encode = self.spelling.encode_chat if chat else self.tokenizer.encode
         try:
             if len(text) < LONG_TEXT:
                 return encode(text)
@@ -126,6 +161,29 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, text)
         except TokenizerError as error:
             raise bad_request(param, f"{param} cannot be used: {error}") from None
+
+    async def filled(self, prompt: str | list[int], param: str, suffix: str) -> list[int]:
+        """The prompt whose continuation belongs between `prompt` and `suffix`. Raises ApiError."""
+        fill = None if self.tokenizer is None else fill_of(self.tokenizer)
+        if fill is None:
+            what = "this model's tokenizer has no marks for filling in the middle"
+            raise bad_request("suffix", f"suffix is not supported: {what}", "unsupported_parameter")
+        before = await self.encode(prompt, param, chat=True) if isinstance(prompt, str) else prompt
+        return fill.prompt(before, await self.encode(suffix, "suffix", chat=True))
+
+    async def tokens(
+        self, prompt: str | list[int], param: str, params: SamplingParams, truncate: int | None, chat: bool = False
+    ) -> list[int]:
+        """A prompt's token ids, or its last `truncate` ones (-1: as many as fit). As `encode`; chat: it is rendered."""
+        if isinstance(prompt, str):
+            prompt = await self.encode(prompt, param, chat, unbounded=truncate is not None)
+        if truncate is None:
+            return prompt
+        room = self.engine.model.capacity.max_tokens - (params.max_tokens if params.max_tokens is not None else 1)
+        most = max(room, 1) if truncate == -1 else truncate
+        if truncate == -1 and self.limits.max_prompt_tokens:
+            most = min(most, self.limits.max_prompt_tokens)
+        return prompt[-most:]
 
     def warm(self) -> None:
         """Have ready what the first chat would wait for, in a while."""
@@ -171,23 +229,24 @@ class Service:
             resolve_max_tokens(prompt, params, limits)
             return params
         except ParameterError as error:
-            too_long = len(prompt) + (params.max_tokens or 1) > limits.max_tokens
-            code = "context_length_exceeded" if too_long else "invalid_value"
-            raise from_parameter(error, names, code) from None
+            raise from_parameter(error, names) from None
 
     def _check_limits(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises ParameterError naming the first field beyond what this server allows; 0 allows anything."""
         limits = self.limits
+        if 0 < limits.max_prompt_tokens < len(prompt):
+            raise ContextLengthError(
+                "prompt", limits.max_prompt_tokens, len(prompt), None, " for prompts on this server"
+            )
         alternatives = max(params.logprobs or 0, params.prompt_logprobs or 0)
         for field, value, most in (
-            ("prompt", len(prompt), limits.max_prompt_tokens or len(prompt)),
             ("max_tokens", params.max_tokens or 0, limits.max_output_tokens or params.max_tokens or 0),
             ("n", params.n, limits.max_choices),
             ("logprobs", alternatives, limits.max_logprobs),
             ("stop", len(params.stop), limits.max_stops),
         ):
             if value > most:
-                what = {"prompt": " tokens", "stop": " texts"}.get(field, "")
+                what = {"stop": " texts"}.get(field, "")
                 raise ParameterError(field, f"{field} is {value}{what}; this server allows at most {most}")
 
     def token_name(self, token_id: int) -> str:

@@ -16,7 +16,7 @@ from dsc_serve.panics import panics_as_errors
 from dsc_serve.sampling_params import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
-from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode, event
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import (
     CLIENT_CLOSED,
@@ -28,12 +28,12 @@ from dsc_serve.server.errors import (
 )
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.worker.client import EngineDiedError, UnreadError
 from dsc_serve.worker.messages import Delta
 
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -51,13 +51,21 @@ class Generation(Response):
     """Runs the choices of one HTTP request and answers in the shape of its endpoint.
 
     An answer begins with the first news, so that what fails before it gets a status of its own. A client that leaves
-    ends its choices in the engine.
+    ends its choices in the engine. at_once: so many of the choices run at a time (None: all).
     """
 
     def __init__(
-        self, service: Service, formatter: ResponseFormatter, choices: list[Choice], *, prompt_tokens: int, stream: bool
+        self,
+        service: Service,
+        formatter: ResponseFormatter,
+        choices: list[Choice],
+        *,
+        prompt_tokens: int,
+        stream: bool,
+        at_once: int | None = None,
     ) -> None:
         super().__init__()
+        self._at_once = len(choices) if at_once is None else at_once
         self._service = service
         self._formatter = formatter
         self._choices = choices
@@ -112,23 +120,24 @@ class Generation(Response):
         async def write(choice: Choice, update: ChoiceUpdate) -> None:
             async with writing:
                 usage = self._usage() if self._formatter.continuous_usage else None
-                await self._send(send, self._formatter.events(choice, update, usage), EVENT_STREAM_HEADERS)
+                if events := self._formatter.events(choice, update, usage):
+                    await self._send(send, events, EVENT_STREAM_HEADERS)
 
         outcome = 200
         try:
             await self._follow_all(write)
-            last = self._formatter.usage_event(self._usage())
+            last = self._formatter.last_events(self._usage())
         except ClientGoneError:
             raise
         except ApiError as error:
             if not self._begun:
                 raise
-            last, outcome = event(error.body), error.status
+            last, outcome = self._formatter.failed_events(error, self._usage()), error.status
         except Exception:
             if self._begun:
-                await self._send(send, event(internal_error().body) + DONE, [], more=False)
+                await self._send(send, self._formatter.failed_events(internal_error(), self._usage()), [], more=False)
             raise
-        await self._send(send, last + DONE, [], more=False)
+        await self._send(send, last, [], more=False)
         self._outcome = outcome
 
     async def _send(self, send: Send, data: bytes, headers: list[tuple[bytes, bytes]], more: bool = True) -> None:
@@ -152,10 +161,16 @@ class Generation(Response):
         """Run all choices at once to their ends. The first failure ends them all."""
         if len(self._choices) == 1:
             return await self._follow(self._choices[0], emit)
+        places = asyncio.Semaphore(self._at_once)
+
+        async def follow(choice: Choice) -> None:
+            async with places:
+                await self._follow(choice, emit)
+
         try:
             async with asyncio.TaskGroup() as group:
                 for choice in self._choices:
-                    group.create_task(self._follow(choice, emit))
+                    group.create_task(follow(choice))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return None
@@ -163,7 +178,11 @@ class Generation(Response):
     async def _follow(self, choice: Choice, emit: Emit) -> None:
         """Run one choice to its end, emitting its news: as they come when streaming, else once at the end."""
         try:
-            deltas = self._service.engine.generate(choice.request_id, choice.prompt, choice.params, self._scheduling)
+            deltas = self._service.engine.generate(
+                *(choice.request_id, choice.prompt, choice.params, self._scheduling),
+                family=choice.family,
+                embedding=choice.embedding,
+            )
             async with aclosing(deltas):
                 with panics_as_errors():
                     await self._follow_deltas(choice, deltas, emit)
@@ -179,8 +198,10 @@ class Generation(Response):
             choice.outcome = "abort"
             raise
         finally:
-            clock = choice.clock
-            self._service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
+            reader = choice.reader
+            if reader is not None and reader.calls:
+                self._service.metrics.called(self._service.dialect.form.name, reader.calls, reader.malformed)
+            self._formatter.ended(choice)
 
     async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> None:
         """Emit what is new of a choice until it ends. Raises ApiError where it fails, or ends without a reason."""
@@ -215,13 +236,32 @@ class Generation(Response):
                 if reason is None:
                     self._service.engine.finish(choice.request_id, "stop")
                 choice.outcome = reason = "stop"
-            update.add(delta, new, text.token_count - before, reason)
-            if reason is not None or (self._stream and (delta.token_ids if tokens_only else any(update.text))):
+                update.stop_reason = text.stop_text
+            elif reason == "stop" and delta.token_ids and delta.token_ids[-1] in choice.params.stop_token_ids:
+                update.stop_reason = delta.token_ids[-1]
+            kept = text.token_count - before
+            if choice.reader is not None:
+                reason, new = self._read(choice, choice.reader, update, new, kept, reason), ""
+            update.add(delta, new, kept, reason)
+            news = delta.token_ids if tokens_only else update.has_news or (choice.reader is not None and not told)
+            if reason is not None or (self._stream and news):
                 await emit(choice, update)
                 update, told = ChoiceUpdate(), True
             if reason is not None:
                 return
         raise engine_failure("the engine ended the request without a reason")
+
+    def _read(
+        self, choice: Choice, reader: AnswerReader, update: ChoiceUpdate, new: str, tokens: int, reason: str | None
+    ) -> str | None:
+        """Take new text for the parts of the answer. Returns why it ends, which it may since no more calls may come."""
+        update.parts += reader.push(new, tokens)
+        if reader.done and reason is None:
+            self._service.engine.finish(choice.request_id, "stop")
+            choice.outcome = reason = "stop"
+        if reason is not None:
+            update.parts += reader.finish()
+        return reason
 
     def _measure(self, choice: Choice, delta: Delta, begun: bool) -> None:
         """Count a delta's tokens, and how long they took."""

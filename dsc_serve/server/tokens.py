@@ -8,27 +8,32 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import PlainValidator
 
-from dsc_serve.server.chat import rendered
-from dsc_serve.server.errors import bad_request, json_response
+from dsc_serve.sampling_params import ContextLengthError
+from dsc_serve.server.chat import check_continuation, rendered
+from dsc_serve.server.errors import bad_request, from_parameter, json_response
 from dsc_serve.server.fields import Fields
 from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import Messages, wrong_item
 from dsc_serve.server.service import Service
+from dsc_serve.server.tools.fields import Tools, tools_of
 
 
 class TokenizeRequest(Fields):
     """Either `prompt`, or the `messages` of a chat.
 
     add_special_tokens: what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template
-    writes its own. add_generation_prompt: of a chat, whether the assistant's answer begins (default: true).
-    return_token_strs: tell each token's text.
+    writes its own. tools: of a chat, as its request would have them. add_generation_prompt: of a chat, whether the
+    assistant's answer begins (default: true). continue_final_message: as of a chat. return_token_strs: tell each
+    token's text.
     """
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -56,9 +61,17 @@ async def tokenize(service: Service, request: Request) -> Response:
     text, param = fields.prompt or "", "prompt"
     if fields.messages is not None:
         param = "messages"
-        text = await rendered(service, fields.messages, fields.add_generation_prompt is not False, low_priority=True)
-    elif fields.add_generation_prompt is not None:
-        raise bad_request("add_generation_prompt", "add_generation_prompt is set; it may only be with messages")
+        tools = tools_of(fields.tools or [])
+        check_continuation(fields.continue_final_message, fields.add_generation_prompt)
+        text = await rendered(
+            *(service, fields.messages, tools, fields.add_generation_prompt is not False),
+            low_priority=True,
+            continue_final=fields.continue_final_message is True,
+        )
+    else:
+        for name in ("tools", "add_generation_prompt", "continue_final_message"):
+            if getattr(fields, name) not in (None, []):
+                raise bad_request(name, f"{name} is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
     ids = await service.encode(text, param, chat=not special, low_priority=True)
     names = None
@@ -82,8 +95,7 @@ async def detokenize(service: Service, request: Request) -> Response:
     if tokenizer is None:
         raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")
     if len(ids) > capacity.max_tokens:
-        message = f"tokens has {len(ids)} ids, which is more than the context of {capacity.max_tokens} holds"
-        raise bad_request("tokens", message, "context_length_exceeded")
+        raise from_parameter(ContextLengthError("tokens", capacity.max_tokens, len(ids), None), {"prompt": "tokens"})
     for i, id in enumerate(ids):
         if not 0 <= id < capacity.vocab_size:
             raise bad_request(f"tokens.{i}", f"tokens.{i} is {id}; allowed: 0 to {capacity.vocab_size - 1}")

@@ -17,7 +17,7 @@ class BrokenTemplate(ChatTemplate):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def render(self, messages: object, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: object, add_generation_prompt: bool = True, tools: object = ()) -> str:
         """Raises ChatTemplateError."""
         raise ChatTemplateError(f"this model's chat template is broken: {self.fault}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsc_serve.documents import DocumentError, read_document
 from dsc_serve.text.renderer import Renderer, RendererError
-from dsc_serve.text.sandbox import Message, syntax_fault
+from dsc_serve.text.sandbox import Message, syntax_fault, variables_of
 from dsc_serve.text.sandbox import one_line as one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -26,8 +26,11 @@ class ChatTemplate:
     template: jinja2 source. special_tokens: names such as "bos_token" to their text, readable in the template.
     It is rendered by processes of its own, as many as there are threads that render at once; they are started when
     they are needed, and end with this object.
+    source: the template itself. knows_tools: whether it says anything of tools that it is given.
     Raises ChatTemplateError when the template's syntax is wrong.
     """
+
+    source, knows_tools = "", False
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
         if len(template) > MOST_TEMPLATE:
@@ -35,7 +38,8 @@ class ChatTemplate:
             raise ChatTemplateError(f"{what}; at most {MOST_TEMPLATE} are allowed")
         if wrong := syntax_fault(template):
             raise ChatTemplateError(wrong)
-        self._source, self._special_tokens = template, dict(special_tokens)
+        self.source, self._special_tokens = template, dict(special_tokens)
+        self.knows_tools = "tools" in variables_of(template)
         self._idle: list[Renderer] = []
         weakref.finalize(self, close_all, self._idle)
 
@@ -47,7 +51,9 @@ class ChatTemplate:
         """Have a process ready, so that the first text does not wait for it. Raises ChatTemplateError."""
         self._idle.append(self._started())
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Message] = ()
+    ) -> str:
         """The text to encode, ending where the assistant's answer begins if `add_generation_prompt`.
 
         Takes seconds at most, so servers call it in a thread. Raises ChatTemplateError when the template refuses the
@@ -56,7 +62,7 @@ class ChatTemplate:
         """
         renderer = self._taken()
         try:
-            text = renderer.render(messages, add_generation_prompt)
+            text = renderer.render(messages, add_generation_prompt, tools)
         except RendererError as error:
             if error.fatal:
                 renderer.close()
@@ -81,7 +87,7 @@ class ChatTemplate:
 
     def _started(self) -> Renderer:
         try:
-            return Renderer(self._source, self._special_tokens)
+            return Renderer(self.source, self._special_tokens)
         except RendererError as error:
             raise ChatTemplateError(str(error)) from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from dsc_serve.text.tokenizer import Tokenizer
 
@@ -15,12 +15,18 @@ class IncrementalDetokenizer:
     between the two stay. Where the prompt ends within a character, or within what the decoder turns into something
     else, all of that counts as generated.
     At most 3 bytes are held back and a push costs the same however long the text already is, unless the tokenizer's
-    decoder looks across tokens: then also what its steps may still change.
+    decoder looks across tokens: then also what its steps may still change. shown: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        skip_special_tokens: bool = True,
+        shown: Set[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skip, self._shown = skip_special_tokens, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoding = tokenizer.decoding()
         tail, read = b"", 0
@@ -39,8 +45,9 @@ class IncrementalDetokenizer:
         text = ""
         for token_id in token_ids:
             if self._decoding.settled:
-                text += self._utf8.decode(self._tokenizer.shown_bytes(token_id, self._skip))
-            elif self._tokenizer.visible(token_id, self._skip):
+                skip = self._skip and token_id not in self._shown
+                text += self._utf8.decode(self._tokenizer.shown_bytes(token_id, skip))
+            elif self._tokenizer.visible(token_id, self._skip and token_id not in self._shown):
                 text += self._utf8.decode(self._news(self._decoding.push(token_id)))
         return text
 

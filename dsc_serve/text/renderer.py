@@ -50,6 +50,7 @@ class StartRendering(msgspec.Struct, array_like=True):
 class Render(msgspec.Struct, array_like=True):
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
+    tools: list[dict[str, Any]] = []
 
 
 class Rendered(msgspec.Struct, array_like=True):
@@ -116,10 +117,10 @@ class Renderer:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Message] = ()) -> str:
         """Raises RendererError."""
         try:
-            return self._ask(Render([dict(message) for message in messages], add_generation_prompt))
+            return self._ask(Render(list(map(dict, messages)), add_generation_prompt, list(map(dict, tools))))
         except UnicodeEncodeError:
             raise RendererError("the messages hold a lone surrogate, which is not valid Unicode") from None
 
@@ -182,7 +183,7 @@ def follow(connection: socket.socket) -> None:
     for sandbox in made:
         while True:
             asked = msgspec.msgpack.decode(receive(connection), type=Render)
-            work = functools.partial(sandbox.render, asked.messages, asked.add_generation_prompt)
+            work = functools.partial(sandbox.render, asked.messages, asked.add_generation_prompt, asked.tools)
             send(connection, answer_to(work, start.cpu_s))
 
 

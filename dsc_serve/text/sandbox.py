@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime
 from typing import NoReturn
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -24,6 +26,31 @@ class GenerationBlock(Extension):
     def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Arguments(dict[str, object]):
+    """Arguments of a call. Templates that take them for an object get one, those that write them as text get JSON."""
+
+    def __str__(self) -> str:
+        return to_json(self)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+
+def with_arguments(message: Message) -> Message:
+    """The message, with the arguments of its calls as templates may want them."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    changed = deepcopy(calls)
+    for call in changed:
+        if isinstance(call["function"]["arguments"], dict):
+            call["function"]["arguments"] = Arguments(call["function"]["arguments"])
+    return {**message, "tool_calls": changed}
 
 
 def raise_exception(message: str) -> NoReturn:
@@ -82,6 +109,14 @@ def syntax_fault(template: str) -> str:
     return ""
 
 
+def variables_of(template: str) -> frozenset[str]:
+    """Names that the source of a template takes from outside; none where it cannot be parsed."""
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
+    except Exception:
+        return frozenset()
+
+
 class Sandbox:
     """A compiled template. Raises what compiling raises."""
 
@@ -89,12 +124,12 @@ class Sandbox:
         self._template = environment().from_string(template)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Message] = ()) -> str:
         """Raises anything: what a template's expressions raise depends on the messages."""
         return self._template.render(
             **self._special_tokens,
-            messages=messages,
-            tools=None,
+            messages=[with_arguments(message) for message in messages],
+            tools=list(tools) or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )

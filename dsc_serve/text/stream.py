@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from dsc_serve.sampling_params import ParameterError, SamplingParams
 from dsc_serve.text.detokenize import IncrementalDetokenizer
@@ -16,15 +16,22 @@ class TextStream:
     Stop strings are looked for in the text produced after the first `params.min_tokens` tokens. Without a tokenizer
     tokens are counted, the text stays empty, and stop strings cannot be used (raises ParameterError).
 
+    shown: special tokens whose text is part of it although others' is not.
     stopped: a stop string was found. kept_tokens: the generated tokens, up to and including the one that completed the
     stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        shown: Set[int] = frozenset(),
+    ) -> None:
         if tokenizer is None and params.stop:
             raise ParameterError("stop", f"stop is {params.stop!r}; this model has no tokenizer, so it must be empty")
         self._detokenizer = (
-            None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt, params.skip_special_tokens)
+            None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt, params.skip_special_tokens, shown)
         )
         self._matcher = StopMatcher(params.stop)
         self._min_tokens = params.min_tokens
@@ -33,6 +40,11 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         return self._matcher.found is not None
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop string that was found."""
+        return self._matcher.found
 
     @property
     def token_count(self) -> int:

@@ -202,6 +202,21 @@ class Tokenizer:
         """Whether the token is a mark for the model, not text, such as the end of text."""
         return token_id in self._special
 
+    @property
+    def special_texts(self) -> dict[str, int]:
+        """Special tokens by their texts."""
+        return {text: token for token in self._special if (text := self._backend.id_to_token(token)) is not None}
+
+    def token_id(self, text: str) -> int | None:
+        """The token of exactly this text, as the vocabulary writes it; None where there is none."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that a prompt begins and ends with; none where that depends on the prompt."""
+        return self._frame or own_frame(self._backend) or ([], [])
+
     def visible(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether decoding shows the token."""
         return not (skip_special_tokens and token_id in self._special) and self._pieces.known(token_id)

@@ -13,6 +13,7 @@ from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.rope import rope_table
 from dsc_serve.train.ffn import TRAINED, FfnTrace, Pass, Weights
 from dsc_serve.train.functions import causal_attention, head_loss, rotated
+from dsc_serve.train.settings import check_trained
 
 SEEDS = 2**63  # beyond which torch takes none
 
@@ -30,6 +31,7 @@ class Network:
     """Computes the loss of token windows from a mapping of weights, all in one dtype and on one device."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        check_trained(config)
         self.config = config
         self.cos_sin_cache: tuple[Tensor, ...] = ()
         if config.position_embedding_type == "rope":

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from dsc_serve.config import ConfigError
 from dsc_serve.documents import DocumentError, parse_json, parse_toml, read_document
 from dsc_serve.model.budget import ParameterBudget
-from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, one_line
+from dsc_serve.model.config import CheckpointError, ModelConfig, MoeConfig, checked_config, one_line
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.schema import Size, Strict
 
@@ -171,6 +171,7 @@ class TrainSettings(Strict):
             config = checked_config(fields, "[model]")
         except CheckpointError as error:
             raise TrainError(str(error)) from None
+        check_trained(config)
         longest = max(phase.length for phase in self.schedule.phases)
         if longest > config.max_position_embeddings:
             raise TrainError(
@@ -198,6 +199,27 @@ class TrainSettings(Strict):
             raise TrainError(f"[budget] {reason}") from None
         solved: dict[str, Any] = ffn.model_dump()
         return solved
+
+
+# What is served but not trained, and what there is instead.
+TRAINED_FIELDS: dict[str, object] = {
+    "norms": "before",
+    "qk_norm": "none",
+    "rotation": True,
+    "rotary_dim": None,
+    "layer_kinds": [],
+}
+
+
+def check_trained(config: ModelConfig) -> None:
+    """Raises TrainError naming what of a configuration is served but not trained."""
+    for name, trained in TRAINED_FIELDS.items():
+        if (value := getattr(config, name)) != trained:
+            raise TrainError(f"[model] {name} is {value!r}; trained: {trained!r}")
+    if config.hidden_act == "gelu_tanh":
+        raise TrainError(f"[model] hidden_act is {config.hidden_act!r}; trained: 'gelu', 'silu'")
+    if isinstance(config.ffn, MoeConfig) and config.ffn.shared_expert is not None:
+        raise TrainError("[model] ffn.shared_expert is given; trained: mixtures without one")
 
 
 def _check_budget(config: ModelConfig, budget: BudgetSettings) -> None:

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
+from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
-from dsc_serve.worker.messages import Delta, Finish, GrammarChecked, ModelInfo, Stats, Submit
+from dsc_serve.worker.messages import Delta, Finish, GrammarChecked, ModelInfo, Sibling, Stats, Submit
 
 MAX_TRIES = 2  # a request that two engines died with may be what kills them
 LATE_S = 1.0  # how much later than the engine this process ends a request that is out of time
@@ -55,10 +55,22 @@ class Pending:
     """
 
     submit: Submit
+    family: Family
     deltas: Mailbox = field(default_factory=Mailbox)
     begun: bool = False
     tries: int = 0
     arrived: float = field(default_factory=time.monotonic)
+
+
+class Family:
+    """The choices of one prompt, which are submitted together once all of them are there. missing: those that are not.
+
+    The engine computes their prompt once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.missing = size
+        self.members: list[Pending] = []
 
 
 class EngineClient:
@@ -101,8 +113,9 @@ class EngineClient:
     def attach(self, connection: EngineConnection) -> None:
         """Serve through this connection from now on, the requests that were kept for it first."""
         self._connection, self._latest, self.trouble = connection, connection, ""
-        for pending in self._pending.values():
-            self._submit(pending)
+        for family in {id(pending.family): pending.family for pending in self._pending.values()}.values():
+            if not family.missing:
+                self._submit(family)
 
     def detach(self, reason: str) -> None:
         """The connection is lost: end the requests that had begun, keep the others for the next."""
@@ -123,10 +136,18 @@ class EngineClient:
             self._end(request_id, EngineDiedError(reason))
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams | None = None,
+        family: Family | None = None,
+        embedding: EmbeddingParams | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
+        family: of the choices of one prompt; the others must be generated at the same time, since all wait for each
+            other. embedding: where given, the prompt's vector comes with its end.
         Raises EngineDiedError when the engine is not running, or ends before the request does; UnreadError when the
         iterator was left behind.
         """
@@ -134,12 +155,14 @@ class EngineClient:
             raise EngineDiedError(self.trouble)
         if request_id in self._pending:
             raise ValueError(f"request id {request_id!r} is in use")
+        family = family or Family(1)
         pending = self._pending[request_id] = Pending(
-            Submit(request_id, prompt, params, scheduling or SchedulingParams())
+            Submit(request_id, prompt, params, scheduling or SchedulingParams(), embedding=embedding), family
         )
+        family.members.append(pending)
         timers, ended = self._timers(pending), False
         try:
-            self._submit(pending)
+            self._join(family)
             while not ended:
                 # ended by the engine's finish, by its death, or by the caller's cancellation
                 delta = await pending.deltas.get()
@@ -187,12 +210,25 @@ class EngineClient:
         self.finish(delta.request_id, "abort")
         self._end(delta.request_id, UnreadError(f"the client left {self._max_unread} steps' tokens unread"))
 
-    def _submit(self, pending: Pending) -> None:
+    def _join(self, family: Family) -> None:
+        """One of the missing is there."""
+        family.missing -= 1
+        if not family.missing and self._connection is not None:  # else: when there is one
+            self._submit(family)
+
+    def _submit(self, family: Family) -> None:
+        """Send those of a family that have not ended."""
         assert self._connection is not None
-        if pending.tries:
-            pending.submit.age_s = time.monotonic() - pending.arrived
-        pending.tries += 1
-        self._connection.send(pending.submit)
+        members = [pending for pending in family.members if pending.submit.request_id in self._pending]
+        if not members:
+            return
+        first, *others = members
+        if first.tries:
+            first.submit.age_s = time.monotonic() - first.arrived
+        first.submit.siblings = [Sibling(one.submit.request_id, one.submit.params) for one in others]
+        for pending in members:
+            pending.tries += 1
+        self._connection.send(first.submit)
 
     def _timers(self, pending: Pending) -> list[asyncio.TimerHandle]:
         limits = {name: limit for name in TIMEOUTS if (limit := getattr(pending.submit.scheduling, name)) is not None}

@@ -17,7 +17,8 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
-from dsc_serve.sampling_params import EngineCapacity, SamplingParams, StructuredOutputs
+from dsc_serve.pooling import Pooling
+from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams, StructuredOutputs
 from dsc_serve.scheduling_params import SchedulingParams
 
 HEADER = struct.Struct("<I")
@@ -30,14 +31,27 @@ class Start(msgspec.Struct, tag=True, array_like=True):
     config: EngineConfig
 
 
+class Sibling(msgspec.Struct, array_like=True):
+    """A further choice of a prompt."""
+
+    request_id: str
+    params: SamplingParams
+
+
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Generate."""
+    """Generate, or embed the prompt."""
 
     request_id: str
     prompt: list[int]  # token ids
-    params: SamplingParams  # with n = 1: several choices are several requests
+    params: SamplingParams  # with n = 1
     scheduling: SchedulingParams = SchedulingParams()
     age_s: float = 0.0  # of the request's time, what has passed with an engine that is no more and without any
+    siblings: list[Sibling] = []  # further choices of the prompt
+    embedding: EmbeddingParams | None = None  # given: the prompt's vector is asked for, and no token
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.request_id, *(one.request_id for one in self.siblings)]
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):
@@ -80,6 +94,7 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     total_parameters: int
     active_parameters: int  # of those, what one token reads
     fingerprint: str = ""  # see `model.fingerprint`; "": of no files
+    pooling: Pooling = Pooling()  # how prompts are embedded
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

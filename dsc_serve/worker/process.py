@@ -91,6 +91,7 @@ def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
         total_parameters=total,
         active_parameters=active,
         fingerprint=fingerprint,
+        pooling=engine.pooling,
     )
 
 
@@ -99,7 +100,7 @@ def stats_of(engine: Engine, ticket: int) -> Stats:
     return Stats(
         ticket=ticket,
         running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
+        waiting=len(scheduler.waiting) + len(scheduler.families),
         blocks_free=scheduler.pool.free,
         blocks_cached=scheduler.pool.cached,
         blocks_total=scheduler.pool.total,
@@ -174,12 +175,14 @@ class EngineProcess:
                         message.params,
                         scheduling=message.scheduling,
                         age_s=message.age_s,
+                        embedding=message.embedding,
+                        siblings=[(one.request_id, one.params) for one in message.siblings],
                     )
             except (ParameterError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
-                self.tell([Delta(message.request_id, [], "error", error=str(error), error_field=field)])
+                self.tell([Delta(one, [], "error", error=str(error), error_field=field) for one in message.ids])
             except (GrammarsFullError, GrammarsLostError) as error:  # it may be right, and was when it was checked
-                self.tell([Delta(message.request_id, [], "error", error=str(error), unavailable=True)])
+                self.tell([Delta(one, [], "error", error=str(error), unavailable=True) for one in message.ids])
         elif isinstance(message, Finish):
             if self.engine.finish(message.request_id):
                 self.tell([Delta(message.request_id, [], message.reason)])

@@ -18,7 +18,9 @@ from dsc_kernels.weights import (
     MlpWeights,
     MoeOptions,
     NormWeights,
+    QkNorm,
     Router,
+    SharedExpert,
     Slots,
 )
 
@@ -141,20 +143,30 @@ class Backend(Protocol):
     ) -> Ffn:
         """Raises ValueError for a router without a bank or the other way round, and for what does not fit."""
 
-    def Moe(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> OwningLayer: ...  # noqa: N802
+    def Moe(  # noqa: N802
+        self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+    ) -> OwningLayer: ...
 
     def stack(
         self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
     ) -> Stack | None:
         """Embeddings [vocabulary, d] and [positions, d], and all layers in one call; None where that is not offered."""
 
-    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
-        """Rows x [T, d] normed in float32 and rounded once."""
+    def norm(self, x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
+        """Rows x [T, d] normed in float32, plus residual [T, d] where one is given."""
 
-    def store_kv(self, qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
-        """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first.
+    def store_kv(
+        self,
+        qkv: Tensor,
+        heads: int,
+        cos_sin_cache: Tensor | None,
+        slots: Slots,
+        cache: KvCache,
+        qk_norm: QkNorm | None = None,
+    ) -> None:
+        """Write new tokens' keys and values to the cache; queries (in place) and keys are normed and turned first.
 
-        qkv [T, heads + 2 · kv heads, size]; cos_sin_cache float32 [positions, 2, size / 2], None: nothing is turned.
+        qkv [T, heads + 2 · kv heads, size]; cos_sin_cache float32 [positions, 2, turned / 2], None: nothing is turned.
         """
 
     def decode_attention(

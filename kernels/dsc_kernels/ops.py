@@ -27,7 +27,9 @@ from dsc_kernels.weights import (
     MlpWeights,
     MoeOptions,
     NormWeights,
+    QkNorm,
     Router,
+    SharedExpert,
     Slots,
 )
 
@@ -124,7 +126,9 @@ def ffn(mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank
     return chosen.Ffn(mlp, options, router, bank)
 
 
-def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> OwningLayer:
+def moe(
+    router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+) -> OwningLayer:
     """A mixture of experts. The router may come in any wider dtype."""
     dtype = experts[0].up.dtype
     chosen = backend(dtype, experts[0].up.device)
@@ -132,7 +136,7 @@ def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> O
         chosen = plain
     if chosen is not plain:
         router = replace(router, weight=router.weight.to(dtype))
-    return chosen.Moe(router, experts, options)
+    return chosen.Moe(router, experts, options, shared)
 
 
 def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
@@ -140,14 +144,21 @@ def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Se
     return backend(token_embedding.dtype, token_embedding.device).stack(token_embedding, position_embedding, layers)
 
 
-def norm(x: Tensor, weights: NormWeights) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d], in float32."""
-    return backend(x.dtype, x.device).norm(x, weights)
+def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d], in float32, plus residual [T, d] where one is given."""
+    return backend(x.dtype, x.device).norm(x, weights, residual)
 
 
-def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    cos_sin_cache: Tensor | None,
+    slots: Slots,
+    cache: KvCache,
+    qk_norm: QkNorm | None = None,
+) -> None:
     """Write new tokens' keys and values to the cache, queries and keys turned first; see `backend.Backend`."""
-    backend(qkv.dtype, qkv.device).store_kv(qkv, heads, cos_sin_cache, slots, cache)
+    backend(qkv.dtype, qkv.device).store_kv(qkv, heads, cos_sin_cache, slots, cache, qk_norm)
 
 
 def decode_attention(

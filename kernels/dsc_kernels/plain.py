@@ -23,7 +23,9 @@ from dsc_kernels.weights import (
     MlpWeights,
     MoeOptions,
     NormWeights,
+    QkNorm,
     Router,
+    SharedExpert,
     Slots,
 )
 
@@ -127,9 +129,9 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        up = F.linear(x, w.up)
-        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate)) * up
-        return F.linear(hidden, w.down)
+        up = F.linear(x, w.up, w.up_bias)
+        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate, w.gate_bias)) * up
+        return F.linear(hidden, w.down, w.down_bias)
 
 
 class Ffn:
@@ -200,14 +202,30 @@ def wide_router(router: Router) -> Router:
     return Router(router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
 
 
+class Shared:
+    """The shared expert of a mixture."""
+
+    def __init__(self, shared: SharedExpert, activation: Activation) -> None:
+        self.mlp = Mlp(shared.mlp, activation)
+        self.gate = None if shared.gate is None else shared.gate.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, d] → its output in float32, weighted by its gate where it has one."""
+        out = self.mlp(x).float()
+        return out if self.gate is None else out * (x.float() @ self.gate).sigmoid()[:, None]
+
+
 class Moe:
     """The mixture of experts: tokens sorted by expert, one pair of products per expert."""
 
     backend = NAME
     owns_weights = False
 
-    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+    def __init__(
+        self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+    ) -> None:
         self.experts = [Mlp(expert, options.activation) for expert in experts]
+        self.shared = None if shared is None else Shared(shared, options.activation)
         self.router, self.k, self.normalize = wide_router(router), options.k, options.normalize
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,6 +249,8 @@ class Moe:
         ]
         outputs = torch.cat(pieces).float() * weights.flatten()[order, None]
         start = torch.zeros(x.shape, device=x.device) if residual is None else residual.float()
+        if self.shared is not None:
+            start = start + self.shared(x)
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
@@ -238,26 +258,46 @@ def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Se
     """There is no such call here."""
 
 
-def norm(x: Tensor, weights: NormWeights) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d]."""
+def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d], plus residual [T, d] where one is given."""
     if weights.bias is not None:
-        return torch.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, weights.eps)
-    return torch.rms_norm(x, x.shape[-1:], weights.weight, weights.eps)
+        out = torch.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, weights.eps)
+    else:
+        out = torch.rms_norm(x, x.shape[-1:], weights.weight, weights.eps)
+    return out if residual is None else out + residual
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Turn the halves of each head x [T, heads, size] by cosines and sines [T, 2, size / 2], in float32 or wider."""
+    """Turn the halves of heads x [T, heads, turned] by cosines and sines [T, 2, turned / 2], in float32 or wider."""
     cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
-    """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first."""
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of heads x [T, heads, size]: of each where weight is [size], else of a token's all together."""
+    if weight.shape[0] == x.shape[2]:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    return torch.rms_norm(x.flatten(1), weight.shape, weight, eps).view(x.shape)
+
+
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    cos_sin_cache: Tensor | None,
+    slots: Slots,
+    cache: KvCache,
+    qk_norm: QkNorm | None = None,
+) -> None:
+    """Write new tokens' keys and values to the cache; queries (in place) and keys are normed and turned first."""
     (positions, blocks, offsets), (keys, values) = slots, cache
     turned = heads + keys.shape[1]
+    if qk_norm is not None:
+        qkv[:, :heads] = head_norm(qkv[:, :heads], qk_norm.query, qk_norm.eps)
+        qkv[:, heads:turned] = head_norm(qkv[:, heads:turned], qk_norm.key, qk_norm.eps)
     if cos_sin_cache is not None:
-        qkv[:, :turned] = rotate(qkv[:, :turned], cos_sin_cache[positions])
+        width = 2 * cos_sin_cache.shape[2]
+        qkv[:, :turned, :width] = rotate(qkv[:, :turned, :width], cos_sin_cache[positions])
     keys[blocks, :, offsets] = qkv[:, heads:turned]
     values[blocks, :, offsets] = qkv[:, turned:]
 

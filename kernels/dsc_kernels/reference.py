@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def project(rows: Tensor, eps: float) -> Tensor:
@@ -150,15 +156,45 @@ def moe_layer(
     k: int,
     normalize: bool,
     norm_eps: float | None,
+    shared: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    shared_gate: Tensor | None = None,
 ) -> Tensor:
-    """Σ_e p_e f_e(x) + residual over the k most likely of N experts; up, gate [N, H, d], down [N, d, H]."""
+    """Σ_e p_e f_e(x) + residual over the k most likely of N experts; up, gate [N, H, d], down [N, d, H].
+
+    shared: up, gate, down of an expert that every token gets, times sigmoid(shared_gate · x) where that [d] is given.
+    """
     weights, picks = softmax_top_k(router_logits(x, router, router_bias, norm_eps), k)
     if normalize:
         weights = weights / weights.sum(dim=1, keepdim=True)
     outputs = [mlp(x, up[e], None if gate is None else gate[e], down[e], activation) for e in range(len(up))]
     picked = torch.stack(outputs, dim=1).gather(1, picks[:, :, None].expand(-1, -1, x.shape[1]))
     out = torch.einsum("bk,bkd->bd", weights, picked)
+    if shared is not None:
+        own = mlp(x, *shared, activation)
+        out = out + (own if shared_gate is None else own * (x @ shared_gate).sigmoid()[:, None])
     return out if residual is None else out + residual
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, over the last dimension of x."""
+    centred = x if bias is None else x - x.mean(-1, keepdim=True)
+    scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return scaled if bias is None else scaled + bias
+
+
+def prepared_heads(x: Tensor, weight: Tensor | None, eps: float, cos_sin: Tensor | None) -> Tensor:
+    """Queries or keys x [T, heads, size] as attention takes them: normed, then turned.
+
+    weight: of an RMSNorm, [size] over each head or [heads · size] over all of a token's together; None: none.
+    cos_sin [T, 2, turned / 2]: of each token's angles, for the first numbers of a head; None: nothing is turned.
+    """
+    if weight is not None:
+        x = norm(x.reshape(len(x), -1, weight.shape[0]), weight, None, eps).view(x.shape)
+    if cos_sin is None:
+        return x
+    cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
+    first, second, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def decode_attention(

@@ -15,22 +15,40 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dsc_kernels.backend import Layer, Linear
 
-Activation = Literal["none", "gelu", "silu"]
+Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
+# Where a layer's norms stand: before each branch; after it and before the sum; before both branches, which lie beside
+# each other; the same with one norm for both, which is then that of attention.
+NormPlaces = Literal["before", "after", "parallel", "shared"]
 
 MAX_PICKS = 64  # rows that a token may pick where kernels of ours compute
 
 
 @dataclass(frozen=True, eq=False)
 class MlpWeights:
-    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate. Of one layer, or of one expert."""
+    """W_2 act(W_1 x), or W_2 (act(W_g x) ⊙ W_1 x) with a gate, each product plus its bias where it has one.
+
+    Of one layer, or of one expert, which has no biases.
+    """
 
     up: Tensor  # W_1 [hidden, d]
     gate: Tensor | None  # W_g [hidden, d], None unless gated
     down: Tensor  # W_2 [d, hidden]
+    up_bias: Tensor | None = None  # [hidden]
+    gate_bias: Tensor | None = None  # [hidden]
+    down_bias: Tensor | None = None  # [d]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.up_bias, self.gate_bias, self.down_bias
 
 
 def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
-    """The experts' gates, None where they have none. Raises ValueError where only some have one, or for no experts."""
+    """The experts' gates, None where they have none.
+
+    Raises ValueError where only some have one, for no experts, and for experts with biases.
+    """
+    if any(bias is not None for expert in experts for bias in expert.biases):
+        raise ValueError("an expert has a bias; experts have none")
     gates = [expert.gate for expert in experts if expert.gate is not None]
     if len(gates) not in (0, len(experts)) or not experts:
         raise ValueError(f"{len(gates)} of {len(experts)} experts have a gate; all must, or none")
@@ -66,13 +84,21 @@ class FfnOptions:
     eps: float = 0.0  # of the coefficients' denominator
 
 
+@dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """An expert that every token runs through; its width is its own."""
+
+    mlp: MlpWeights  # gated where the others are
+    gate: Tensor | None = None  # [d]: its output is multiplied by sigmoid(gate · x); None: it is not
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeOptions:
     """How a mixture of experts computes."""
 
     activation: Activation
     k: int  # experts picked per token
-    normalize: bool = False  # whether the weights of those sum to 1
+    normalize: bool = False  # whether the weights of those sum to 1, as with a softmax over their logits alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +110,27 @@ class NormWeights:
     eps: float
 
 
+@dataclass(frozen=True, eq=False)
+class QkNorm:
+    """RMSNorm of queries and keys before they are turned: of each head, or of all heads of a token together."""
+
+    query: Tensor  # [size], or [heads · size]
+    key: Tensor  # [size], or [kv heads · size]
+    eps: float
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecoderLayer:
     """What one layer of a decoder consists of."""
 
+    norms: NormPlaces = "before"
     attention_norm: NormWeights
     qkv: Linear  # [(heads + 2 · kv heads) · size, d]
     out: Linear  # [d, heads · size]
     heads: int
     kv_heads: int
-    cos_sin_cache: Tensor | None  # float32 [positions, 2, size / 2]; None where queries and keys are not turned
+    qk_norm: QkNorm | None = None
+    cos_sin_cache: Tensor | None  # float32 [positions, 2, turned / 2]; None where queries and keys are not turned
     ffn_norm: NormWeights
     ffn: Layer
 

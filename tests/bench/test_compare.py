@@ -210,3 +210,34 @@ def test_every_system_comes_first_and_none_always_follows_the_same() -> None:
     for name in "abcd":
         assert len({order[order.index(name) - 1] for order in orders if order[0] != name}) > 1
     assert runner.rotated([], 3) == []
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "answering_server.py"
+    script.write_bytes(SERVER.read_bytes())
+    file = write(tmp_path, fast=(sys.executable, str(script), "0"), slow=(sys.executable, str(script), "0"))
+    measure, out, asked = runner.run_load, tmp_path / "out", list[tuple[int, str]]()
+
+    def counted(config: LoadConfig) -> LoadResult:
+        if len(asked) == 4:
+            asked.append((0, "ended"))
+            raise KeyboardInterrupt
+        asked.append((config.seed, config.url))
+        return measure(config)
+
+    monkeypatch.setattr(runner, "run_load", counted)
+    options = [str(file), "--out", str(out), "--resume"]
+    assert CliRunner().invoke(compare_command, options).exit_code == 1
+    first = load_results(out / "results.json")
+    assert len(first.rows) == 4
+    assert CliRunner().invoke(compare_command, options).exit_code == 0
+    results = load_results(out / "results.json")
+    assert [(row.system, row.load, row.value, row.round) for row in results.rows[:4]] == [
+        (row.system, row.load, row.value, row.round) for row in first.rows
+    ]
+    assert results.rows[:4] == first.rows and len(results.rows) == 12 and results.machine["begun"] == first.date
+    assert len(asked) == 5 + 8
+    assert CliRunner().invoke(compare_command, options).exit_code == 0 and len(asked) == 5 + 8, "nothing is missing"
+    file.write_text(file.read_text(encoding="utf-8").replace("waves = 2", "waves = 3"), encoding="utf-8")
+    with pytest.raises(ComparisonError, match="the kept results are of another comparison: its waves is 2"):
+        CliRunner().invoke(compare_command, options, catch_exceptions=False)

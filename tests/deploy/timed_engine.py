@@ -18,8 +18,12 @@ TOKEN = 300
 class TimedRunner:
     def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
         time.sleep(STEP_S)
-        reached = [request.id for request, count in work if request.num_computed + count >= request.num_tokens]
+        computed = [request for request, count in work if request.num_computed + count >= request.num_tokens]
+        reached = [one.id for request in computed for one in (request, *request.siblings)]
         return StepResult(tokens=dict.fromkeys(reached, TOKEN))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from support.running_server import memory_mb, start_server, stop_server
+from support.tool_calls import CHOICES, check
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.gguf import import_gguf
@@ -113,6 +115,22 @@ def test_json_follows_its_schema(url: str) -> None:
     person = json.loads(text)
     assert person.keys() == {"name", "age"}
     assert isinstance(person["name"], str) and isinstance(person["age"], int)
+
+
+@pytest.fixture(scope="module")
+def caller(weights: Path) -> Iterator[str]:
+    """Many requests at a time."""
+    server = start_server(str(weights), "--max-running", "8")
+    yield server.url
+    stop_server(server)
+
+
+@pytest.mark.timeout(3000)
+def test_constrained_calls_are_valid_200_of_200(caller: str) -> None:
+    """Of a model that knows no tools. Required, of a name and strict by turns; streamed and whole are the same."""
+    ways = list(CHOICES)
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda i: check(caller, ways[i % len(ways)], i), range(200))) == 200
 
 
 def test_the_file_takes_hardly_more_memory_than_the_imported_folder(weights: Path, imported: Path) -> None:

@@ -91,9 +91,11 @@ class Interleavings(RuleBasedStateMachine):
         stops = tuple(data.draw(st.sets(st.integers(0, VOCABULARY - 1), max_size=2)))
         asks = data.draw(st.sampled_from([None, None, None, 0]))
         params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=stops, prompt_logprobs=asks)
-        request_id = str(len(self.sent))
-        self.sent[request_id] = Sent(prompt, max_tokens, stops, scheduling)
-        request = self.engine.add(request_id, prompt, params, scheduling=scheduling)
+        choices = data.draw(st.sampled_from([1, 1, 1, 2, 3, 6]))
+        request_id, *others = ids = [str(len(self.sent) + i) for i in range(choices)]
+        self.sent |= {one: Sent(prompt, max_tokens, stops, scheduling) for one in ids}
+        siblings = [(one, params) for one in others]
+        request = self.engine.add(request_id, prompt, params, scheduling=scheduling, siblings=siblings)
         signature = data.draw(st.sampled_from([None, 0b11, 0b1100]))
         request.signature = None if signature is None else np.array([signature], dtype=np.uint64)
 
@@ -138,7 +140,9 @@ class Interleavings(RuleBasedStateMachine):
         pool, requests = self.scheduler.pool, self.scheduler.running.values()
         owned = {block for request in requests for block in request.blocks}
         assert sorted([*pool._free, *pool._cached, *owned]) == list(range(pool.total))
-        assert pool.cached == 0 or self.engine.config.prefix_cache
+        live = [self.scheduler.get(request_id) for request_id in self.sent]
+        shared = any(request is not None and request.shared is not None for request in live)
+        assert pool.cached == 0 or self.engine.config.prefix_cache or shared
         assert len(self.scheduler.running) <= self.engine.config.max_running
         runner = self.engine.runner
         assert isinstance(runner, FakeRunner)
@@ -163,7 +167,7 @@ class Interleavings(RuleBasedStateMachine):
                 break
             self.step(1)
         scheduler = self.scheduler
-        assert not scheduler.running and not scheduler.waiting
+        assert not scheduler.running and not scheduler.waiting and not scheduler.families
         assert scheduler.pool.available == scheduler.pool.total
         self.nothing_is_left_behind()
         for sent in self.sent.values():

@@ -128,6 +128,9 @@ def test_what_is_reported_of_a_step_that_is_computed_again_is_whole(small_model:
                     raise KeyError
                 return result
 
+            def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+                inner.copy_blocks(pairs)
+
         llm.engine.runner = LateFault()
         outputs = llm.generate(prompts, params)
         assert failures > 0

@@ -38,6 +38,9 @@ class FaultyRunner:
             time.sleep(600)
         return self.inner.run(work)
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.inner.copy_blocks(pairs)
+
 
 if __name__ == "__main__":
     let_the_clock_jump()

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from support.running_server import RunningServer, cpu_seconds, memory_mb, start_server, stop_server
 
+pytestmark = pytest.mark.alone
 ATTACKERS = str(Path(__file__).with_name("attackers.py"))
 NEIGHBOURS = 2
 CLIENTS = 8

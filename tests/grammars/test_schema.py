@@ -28,7 +28,8 @@ class Accepting:
     """What one schema lets through."""
 
     def __init__(self, schema: Schema, **fields: bool) -> None:
-        self._matcher = compiled(StructuredOutputs(json=json.dumps(schema), **fields), single_bytes())
+        asked = StructuredOutputs(json=json.dumps(schema), whitespace_pattern=" ", **fields)
+        self._matcher = compiled(asked, single_bytes())
 
     def __call__(self, text: str) -> bool:
         matcher, ids = self._matcher.deep_copy(), list(text.encode())

@@ -273,7 +273,7 @@ def test_layers_that_do_not_fit_are_refused() -> None:
         ("4 heads, 4 for keys; the first layer has 4, 2", {"kv_heads": 4, "qkv": wide}),
         ("projections .* do not fit", {"qkv": wide}),
         ("parts of a layer are", {"ffn": narrow.layers[0].ffn}),
-        ("cos_sin_cache is", {"cos_sin_cache": torch.zeros(64, 2, 7)}),
+        ("cos_sin_cache turns 18 numbers", {"cos_sin_cache": torch.zeros(64, 2, 9)}),
     ]:
         with pytest.raises(ValueError, match=message):
             native.Stack(made.token_embedding, None, [layer, replace(layer, **wrong)])

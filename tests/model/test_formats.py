@@ -14,9 +14,10 @@ from support.small_models import DATA
 from dsc_serve import LLM
 from dsc_serve.model.config import FORMAT, CheckpointError, load_config
 
+WRITTEN = [*((1, kind) for kind in ("dsc", "moe", "molora", "dense")), (2, "kinds")]
 
-@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
-@pytest.mark.parametrize("number", range(1, FORMAT + 1))
+
+@pytest.mark.parametrize(("number", "kind"), WRITTEN)
 def test_old_checkpoints_load_for_ever(number: int, kind: str) -> None:
     folder = DATA / "old" / str(number)
     with LLM(str(folder / kind), dtype="float32") as llm:
@@ -30,7 +31,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_in_one_line(
 ) -> None:
     path = small_model() / "config.json"
     content = json.loads(path.read_text())
-    assert content["format"] == FORMAT
+    assert content["format"] == 1  # the lowest that holds it: older versions read it
     path.write_text(json.dumps({**content, "format": number, "a field of tomorrow": 1}))
     with pytest.raises(CheckpointError, match=rf"config\.json: format is {number!r}; this version reads 1 to {FORMAT}"):
         load_config(path.parent)

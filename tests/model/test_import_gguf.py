@@ -19,7 +19,8 @@ from torch import Tensor
 from dsc_serve import LLM
 from dsc_serve.model.checkpoint import load_tensors
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config
-from dsc_serve.model.gguf import INNER, OUTER, import_gguf
+from dsc_serve.model.gguf import import_gguf
+from dsc_serve.model.gguf_families import INNER, OUTER
 from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
@@ -317,11 +318,11 @@ def scaled_twice(writer: gguf.GGUFWriter) -> None:
 @pytest.mark.parametrize(
     ("architecture", "vocabulary", "change", "message"),
     [
-        ("gemma3", {}, None, "architecture 'gemma3' is not supported; supported: llama, qwen2"),
+        ("gemma3", {}, None, "architecture 'gemma3' is not supported; supported: falcon, gpt2"),
         ("llama", {"pre": "kimi-k2"}, None, "tokenizer.ggml.pre 'kimi-k2' is not supported; supported: default"),
         ("llama", {"model": "rwkv"}, None, "tokenizer 'rwkv' is not supported; supported: gpt2, llama"),
         ("llama", {"kinds": [1]}, None, "token_type has 1 entries; expected 320"),
-        ("llama", {}, lambda w: w.add_expert_count(4), "llama.expert_count is 4; supported: models without experts"),
+        ("llama", {}, lambda w: w.add_expert_count(4), "llama.expert_used_count is None, expected int"),
         ("llama", {}, lambda w: w.add_rope_dimension_count(8), "llama.rope.dimension_count is 8; supported: rotary"),
         ("llama", {}, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "type is 'longrope'; supp"),
         ("llama", {}, scaled_twice, "llama.rope.scale_linear is 4.0; supported: 1 in a file with rope_freqs"),

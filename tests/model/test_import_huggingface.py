@@ -183,11 +183,14 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported; supported: Llama"),
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            "'GemmaForCausalLM' is not supported; supported: Falcon",
+        ),
         ({"architectures": None}, "architecture None is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; supported: default"),
+        ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: Field required"),
-        ({"hidden_act": "gelu_new"}, "hidden_act: Input should be 'gelu' or 'silu' (got 'gelu_new')"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config); supp"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding_window is 16, below the context"),

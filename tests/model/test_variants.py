@@ -21,6 +21,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
+DENSE = {"kind": "dense", "size": 28}
+SHARED = {"shared_expert": {"size": 13, "gated": False}, "normalize_weights": True}
+EACH: dict[str, Any] = {
+    "layer_kinds": [{"norms": "after"}, {"norms": "shared"}, {"norms": "parallel", "qk_norm": "all"}, {"ffn": DENSE}],
+    "layer_pattern": [0, 1, 2, 3],
+}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dsc", {}, {}),
     ("dsc", {"position_embedding_type": "learned", "tie_word_embeddings": False}, {}),
@@ -38,6 +44,14 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dense", {"attention_output_bias": True, "mlp_gated": True, "rope_scaling": LLAMA3}, {"bias": True}),
     ("dense", {"norm_type": "rmsnorm", "rope_theta": 50.0, "rope_scaling": YARN}, {}),
     ("dense", {"rope_scaling": {"rope_type": "divisors", "divisors": [1, 1, 1.5, 2, 3, 4, 4.5, 8.0]}}, {}),
+    ("dsc", {"norms": "after", "qk_norm": "all", "norm_type": "rmsnorm"}, {}),
+    ("molora", {"norms": "parallel", "rotary_dim": 6, "hidden_act": "gelu_tanh"}, {}),
+    ("dense", {"norms": "shared", "qk_norm": "head", "num_key_value_heads": 1}, {"bias": True}),
+    ("dense", {"rotation": False, "mlp_gated": True, "hidden_act": "gelu_tanh"}, {"bias": True}),
+    ("moe", {"norms": "after", "mlp_gated": True}, {"shared_expert": {"size": 9}}),
+    ("moe", {"layer_kinds": [{"ffn": DENSE, "rotation": False}, {}], "layer_pattern": [0, 1]}, SHARED),
+    ("dense", {**EACH, "num_hidden_layers": 5}, {}),
+    ("dsc", {"layer_kinds": [{"qk_norm": "head"}, {"norms": "after"}], "layer_pattern": [0, 1], "qk_norm": "all"}, {}),
 ]
 
 

@@ -64,6 +64,19 @@ def test_a_body_that_cannot_be_read_still_finds_a_replica(body: bytes) -> None:
     assert set(order(placement, Ring(NAMES), (), IDLE, BOUND)) <= set(NAMES)
 
 
+def test_chats_begin_alike_as_far_as_templates_write_them_alike() -> None:
+    """Tools come first, then instructions and what has been said; a response's input is a chat's messages."""
+    tools, said, long = [{"name": "t" * 400}], [{"role": "user", "content": "x" * 400}], "i" * 400
+
+    def links(**body: object) -> tuple[int, ...]:
+        return placement_key("", json.dumps(body).encode()).chain
+
+    assert links(tools=tools, messages=said)[:2] == links(tools=tools, messages=[])[:2]
+    assert links(messages=said)[0] != links(tools=tools, messages=said)[0]
+    assert links(instructions=long, input="a")[:2] == links(instructions=long, input="b")[:2] != ()
+    assert links(input="x" * 400) and links(input="x" * 400) != links(input="y" * 400)
+
+
 def test_keys_spread_evenly_and_few_move_when_a_replica_leaves() -> None:
     keys = [asked(f"tenant {i}").key for i in range(4000)]
     before, after = Ring(NAMES), Ring(NAMES[:-1])

@@ -32,6 +32,7 @@ def test_a_chat_completion_has_the_shape_of_openais(app: FastAPI, engine: FakeEn
                 "message": {"role": "assistant", "content": "hello", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
             }
         ],
         "usage": {

@@ -22,7 +22,7 @@ def test_a_completion_has_the_shape_of_openais(app: FastAPI, engine: FakeEngine)
     assert body == {
         "object": "text_completion",
         "model": "fake",
-        "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length"}],
+        "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, **UNCACHED},
     }
     assert engine.submitted[0][1] == [104, 105]

@@ -42,7 +42,7 @@ def test_a_stream_is_framed_byte_by_byte_as_the_standard_says(app: FastAPI) -> N
     first = json.loads(payload.partition(b"\n\n")[0].removeprefix(b"data: "))
     expected = b""
     for text, reason in (("a", None), ("b", "length")):
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
         event = {
             "id": first["id"],
             "created": first["created"],

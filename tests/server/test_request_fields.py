@@ -13,6 +13,7 @@ from support.fake_engine import FakeEngine
 from support.serving import MESSAGES, ask, chat, complete
 
 from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.server.harmless import HarmlessGenerationFields
 from dsc_serve.server.schema import ChatRequest, CompletionRequest
 
 Ask = Callable[..., httpx.Response]
@@ -38,29 +39,22 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
 ELSEWHERE = {"dsc", "response_format", "structured_outputs", "model", "n"}
 ELSEWHERE |= {"stream", "stream_options", "user", "logprobs", "priority", "queue_timeout_s", "timeout_s", "cache_salt"}
 COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
-CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "prediction"}
+COMPLETION_ONLY |= {"max_completion_tokens", "add_special_tokens"}
+ELSEWHERE |= {"truncate_prompt_tokens"}
+CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls"}
+CHAT_ONLY |= {"add_generation_prompt", "continue_final_message", "add_special_tokens", "echo", "prediction"}
 
 NEUTRAL: dict[str, list[Any]] = {
     "audio": [],
-    "function_call": ["none"],
+    "function_call": ["none", "auto"],
     "functions": [[]],
-    "metadata": [{}],
     "modalities": [["text"]],
     "moderation": [],
-    "parallel_tool_calls": [False],
-    "prompt_cache_key": [],
-    "prompt_cache_options": [],
-    "prompt_cache_retention": [],
     "reasoning_effort": ["none"],
-    "safety_identifier": [],
-    "service_tier": ["auto", "default"],
-    "store": [False],
-    "tool_choice": ["none"],
-    "tools": [[]],
     "verbosity": ["medium"],
     "web_search_options": [],
 }
-COMPLETION_NEUTRAL: dict[str, list[Any]] = {"best_of": [1], "suffix": []}
+COMPLETION_NEUTRAL: dict[str, list[Any]] = {"best_of": [1], "suffix": [""], "add_special_tokens": [True]}
 
 
 def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 
 
 def test_every_field_is_tested_here() -> None:
-    shared = PASSED_ON.keys() | ELSEWHERE
+    shared = PASSED_ON.keys() | ELSEWHERE | HarmlessGenerationFields.model_fields.keys()
     assert CompletionRequest.model_fields.keys() == shared | COMPLETION_ONLY
     assert ChatRequest.model_fields.keys() == shared | CHAT_ONLY | NEUTRAL.keys()
     assert set(SamplingParams.__struct_fields__) <= shared | {
@@ -137,7 +131,7 @@ def test_an_unsupported_field_is_accepted_only_where_it_does_nothing(app: FastAP
 def test_so_is_one_of_completions(app: FastAPI, field: str) -> None:
     for value in [None, *COMPLETION_NEUTRAL[field]]:
         assert complete(app, **{field: value}).status_code == 200
-    for value in ("x", 2, True, ""):
+    for value in ("x", 2, False):
         assert error_of(complete(app, **{field: value}))["param"] == field
 
 
@@ -277,10 +271,10 @@ def test_a_wrong_field_of_completions_is_named(app: FastAPI, fields: dict[str, A
         ({"messages": [*MESSAGES, {"role": "user", "content": 5}]}, "messages.1.content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages.0.name"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages.0.mood"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content.0.text"),

@@ -49,9 +49,10 @@ def test_time_that_runs_out_before_the_first_token_is_an_error(app: FastAPI, eng
 def test_time_that_runs_out_later_ends_the_answer_with_what_there_is(app: FastAPI, engine: FakeEngine) -> None:
     engine.fail_after, engine.error = 3, LATE
     (choice,) = complete(app).json()["choices"]
-    assert (choice["text"], choice["finish_reason"]) == ("abc", "timeout")
+    assert (choice["text"], choice["finish_reason"], choice["dsc"]) == ("abc", "length", {"finish_reason": "timeout"})
     last = events_of(complete(app, stream=True))[-1]
-    assert last["choices"][0]["finish_reason"] == "timeout"
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert last["choices"][0]["dsc"] == {"finish_reason": "timeout"}
 
 
 def test_usage_counts_a_prompt_that_was_cached_once(app: FastAPI, engine: FakeEngine) -> None:

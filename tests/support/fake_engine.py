@@ -14,9 +14,17 @@ import numpy as np
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.grammars.compile import compiled
-from dsc_serve.sampling_params import ALL_ATOMS, EngineCapacity, ParameterError, SamplingParams, StructuredOutputs
+from dsc_serve.pooling import Pooling
+from dsc_serve.sampling_params import (
+    ALL_ATOMS,
+    EmbeddingParams,
+    EngineCapacity,
+    ParameterError,
+    SamplingParams,
+    StructuredOutputs,
+)
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.worker.client import EngineDiedError
+from dsc_serve.worker.client import EngineDiedError, Family
 from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, RoutingSlice, Stats, TokenLogprobs
 
 VOCAB = 300
@@ -53,6 +61,11 @@ def routing_of(start: int, count: int, params: SamplingParams) -> RoutingSlice:
     return RoutingSlice.packed(start, atoms, coefficients, signal)
 
 
+def vector_of(prompt: list[int], params: EmbeddingParams) -> bytes:
+    """Its size and its first token's number, then nothing."""
+    return np.array([len(prompt), prompt[0], 0, 0][: params.dimensions], "<f4").tobytes()
+
+
 class FakeEngine:
     """`delay_s` before every token. `fail_after` tokens comes an error; with `die` the whole engine is gone then.
 
@@ -71,7 +84,7 @@ class FakeEngine:
         self.gate: asyncio.Event | None = None
         self.tokens_per_step = 1
         self.capacity = EngineCapacity(
-            VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3, max_drafts=7
+            VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3, hidden_size=4, max_drafts=7
         )
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.scheduling: list[SchedulingParams] = []
@@ -88,6 +101,7 @@ class FakeEngine:
         self.policy = "fcfs"
         self.cached_tokens = 0
         self.prediction = (0, 0)  # of every delta of a request with a prediction
+        self.pooling = Pooling()
 
     @property
     def model(self) -> ModelInfo:
@@ -100,10 +114,17 @@ class FakeEngine:
             policy=self.policy,
             total_parameters=0,
             active_parameters=0,
+            pooling=self.pooling,
         )
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams, scheduling: SchedulingParams | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        scheduling: SchedulingParams | None = None,
+        family: Family | None = None,
+        embedding: EmbeddingParams | None = None,
     ) -> AsyncGenerator[Delta, None]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")
@@ -118,6 +139,7 @@ class FakeEngine:
                 await self.gate.wait()
                 self._check_ended()
             for delta in self._deltas(request_id, prompt, params):
+                delta.embedding = None if embedding is None else vector_of(prompt, embedding)
                 await asyncio.sleep(self.delay_s)
                 self._check_ended()
                 if self.raises is not None and delta.token_ids:

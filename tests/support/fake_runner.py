@@ -62,6 +62,8 @@ class FakeRunner:
     def _draw(self, held: list[int], request: Request, ahead: list[PositionAhead], result: StepResult) -> None:
         logits = torch.stack([hashed_logits(held[:size]) for size in range(request.num_tokens, len(held) + 1)])
         positions: list[Position] = [request, *ahead]
+        for one in request.siblings:
+            result.tokens[one.id] = self.sampler(logits[:1].clone(), [one])[0]
         tokens = self.sampler(logits.clone(), positions)
         result.tokens[request.id] = tokens[0]
         entries = {}
@@ -71,6 +73,11 @@ class FakeRunner:
             entries = dict(enumerate(found[1:]))
         if ahead:
             result.further |= agreed(result.tokens, ahead, tokens[1:], entries)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        held = [list(self.pool[source]) for source, _ in pairs]
+        for (_, target), block in zip(pairs, held, strict=True):
+            self.pool[target] = block
 
 
 class FixedStepTime(StepTime):

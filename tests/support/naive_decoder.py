@@ -27,7 +27,8 @@ def linear(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def mlp(config: ModelConfig, w: Weights, prefix: str, x: Tensor) -> Tensor:
-    act = F.gelu if config.hidden_act == "gelu" else F.silu
+    tanh = {"gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh((2 / math.pi) ** 0.5 * (v + 0.044715 * v**3)))}
+    act = {"gelu": F.gelu, "silu": F.silu, **tanh}[config.hidden_act]
     up = linear(w, f"{prefix}up_proj", x)
     hidden = act(linear(w, f"{prefix}gate_proj", x)) * up if config.mlp_gated else act(up)
     return linear(w, f"{prefix}down_proj", hidden)
@@ -60,7 +61,11 @@ def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Ten
     if c.normalize_weights:
         values = values / values.sum()
     pairs = zip(values, experts.tolist(), strict=True)
-    return sum((v * mlp(config, w, f"{p}experts.{e}.", x) for v, e in pairs), torch.zeros_like(x))
+    y = sum((v * mlp(config, w, f"{p}experts.{e}.", x) for v, e in pairs), torch.zeros_like(x))
+    if c.shared_expert is None:
+        return y
+    gate = 1 / (1 + (-(w[f"{p}shared_expert_gate.weight"][0] @ x)).exp()) if c.shared_expert.gated else 1
+    return y + gate * mlp(config, w, f"{p}shared_expert.", x)
 
 
 def molora(config: ModelConfig, c: MoloraConfig, w: Weights, p: str, x: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def ffn(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
 
 def frequency(config: ModelConfig, i: int) -> float:
     """The angle per position of pair i, with the configured scaling."""
-    plain = config.rope_theta ** (-2 * i / config.head_dim)
+    plain = config.rope_theta ** (-2 * i / config.turned)
     scaling = config.rope_scaling
     if isinstance(scaling, LinearRope):
         return plain / scaling.factor
@@ -112,8 +117,8 @@ def frequency(config: ModelConfig, i: int) -> float:
 
 
 def rope(config: ModelConfig, x: Tensor) -> Tensor:
-    """x [T, heads, head_dim]: each pair (i, i + head_dim / 2) turned by position · frequency(i)."""
-    half = config.head_dim // 2
+    """x [T, heads, head_dim]: each pair (i, i + turned / 2) turned by position · frequency(i)."""
+    half = config.turned // 2
     out = x.clone()
     scaling = config.rope_scaling
     size = 1 + 0.1 * math.log(scaling.factor) if isinstance(scaling, YarnRope) else 1
@@ -126,12 +131,20 @@ def rope(config: ModelConfig, x: Tensor) -> Tensor:
     return out
 
 
+def head_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
+    """x [T, heads, head_dim] over each head, or over all heads together."""
+    rows = x if config.qk_norm == "head" else x.flatten(1)
+    return (rows / (rows.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight).view(x.shape)
+
+
 def attention(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     size, heads = x.shape[0], config.num_attention_heads
     q = linear(w, f"{p}q_proj", x).view(size, heads, -1)
     k = linear(w, f"{p}k_proj", x).view(size, config.num_key_value_heads, -1)
     v = linear(w, f"{p}v_proj", x).view(size, config.num_key_value_heads, -1)
-    if config.position_embedding_type == "rope":
+    if config.qk_norm != "none":
+        q, k = (head_norm(config, w[f"{p}{name}_norm.weight"], x) for name, x in (("q", q), ("k", k)))
+    if config.position_embedding_type == "rope" and config.rotation:
         q, k = rope(config, q), rope(config, k)
     group = heads // config.num_key_value_heads
     out = torch.empty_like(q)
@@ -142,15 +155,35 @@ def attention(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     return linear(w, f"{p}o_proj", out.flatten(1))
 
 
+def layer(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
+    def normed(name: str, x: Tensor) -> Tensor:
+        return norm(config, w, f"{p}{name}", x)
+
+    def attended(x: Tensor) -> Tensor:
+        return attention(config, w, f"{p}self_attn.", x)
+
+    def fed(x: Tensor) -> Tensor:
+        return ffn(config, w, f"{p}mlp.", x)
+
+    if config.norms == "after":
+        x = x + normed("post_attention_layernorm", attended(x))
+        return x + normed("post_feedforward_layernorm", fed(x))
+    first = normed("input_layernorm", x)
+    if config.norms == "shared":
+        return x + attended(first) + fed(first)
+    if config.norms == "parallel":
+        return x + attended(first) + fed(normed("post_attention_layernorm", x))
+    x = x + attended(first)
+    return x + fed(normed("post_attention_layernorm", x))
+
+
 def logits(config: ModelConfig, tensors: Weights, ids: list[int]) -> Tensor:
     """float64 logits [T, vocabulary] of one sequence."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
     x = w["model.embed_tokens.weight"][ids]
     if config.position_embedding_type == "learned":
         x = x + w["model.embed_positions.weight"][: len(ids)]
-    for i in range(config.num_hidden_layers):
-        p = f"model.layers.{i}."
-        x = x + attention(config, w, f"{p}self_attn.", norm(config, w, f"{p}input_layernorm", x))
-        x = x + ffn(config, w, f"{p}mlp.", norm(config, w, f"{p}post_attention_layernorm", x))
+    for i, c in enumerate(config.layers):
+        x = layer(c, w, f"model.layers.{i}.", x)
     head = w["model.embed_tokens.weight"] if config.tie_word_embeddings else w["lm_head.weight"]
     return norm(config, w, "model.norm", x) @ head.T

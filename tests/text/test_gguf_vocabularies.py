@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
-from dsc_serve.model.gguf import Metadata
+from dsc_serve.model.gguf_metadata import Metadata
 from dsc_serve.text.gguf_tokenizer import converted_tokenizer
 from dsc_serve.text.tokenizer import Tokenizer
 

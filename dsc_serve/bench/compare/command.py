@@ -6,11 +6,16 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from dsc_serve.output_file import OUTPUT_FILE
+
+if TYPE_CHECKING:
+    from dsc_serve.bench.compare.comparison import Comparison
+    from dsc_serve.bench.compare.results import Results
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -26,6 +31,7 @@ RESULTS = "results.json"
 @click.option("--system", "systems", multiple=True, help="Only this system; may be given several times.")
 @click.option("--rounds", type=click.IntRange(1), help="Instead of the comparison's own number.")
 @click.option("--alone", is_flag=True, help="One system at a time in memory, started anew in every round.")
+@click.option("--resume", is_flag=True, help="Go on from the results in OUT: what was measured is not measured again.")
 @click.option(
     "--ratios", type=OUTPUT_FILE, help="Print what moved by more than 10 % against the ratios kept in this file."
 )
@@ -37,35 +43,54 @@ def compare_command(
     systems: tuple[str, ...],
     rounds: int | None,
     alone: bool,
+    resume: bool,
     ratios: Path | None,
     keep_ratios: bool,
 ) -> None:
     """Measure the systems of COMPARISON side by side and write one report.
 
-    COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm or smollm2.
+    COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2,
+    mixture-olmoe, mixture-granite or mixture-qwen; mixture is these three, each in a folder of its own below OUT.
     """
-    from dsc_serve.bench.compare.comparison import load_comparison
-    from dsc_serve.bench.compare.findings import sentences
-    from dsc_serve.bench.compare.ratios import keep, moved
-    from dsc_serve.bench.compare.results import Results, save_results
-    from dsc_serve.bench.compare.runner import run_comparison
+    from dsc_serve.bench.compare.comparison import load_comparison, members
 
     if keep_ratios and ratios is None:
         raise click.ClickException("--keep-ratios needs --ratios FILE")
-    asked = load_comparison(comparison)
-    if systems:
-        asked = asked.only(systems)
-    if rounds is not None:
-        asked = msgspec.structs.replace(asked, rounds=rounds)
+    names = members(comparison)
+    if ratios is not None and len(names) > 1:
+        raise click.ClickException(f"--ratios is of one comparison; {comparison} is {', '.join(names)}")
+    asked = {name: load_comparison(name) for name in names}
+    for name in names:
+        if systems:
+            asked[name] = asked[name].only(systems)
+        if rounds is not None:
+            asked[name] = msgspec.structs.replace(asked[name], rounds=rounds)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
-    work = models or out / "models"
+    words = [word for name in systems for word in ("--system", name)]
+    words += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
+    measured = True
+    for name in names:
+        own = out / name if len(names) > 1 else out
+        results = measure(asked[name], name, own, models or own / "models", words, alone, resume)
+        tell(results, own, ratios, keep_ratios)
+        measured &= bool(results.rows)
+    if not measured:
+        raise SystemExit(1)
+
+
+def measure(
+    asked: Comparison, name: str, out: Path, work: Path, words: list[str], alone: bool, resume: bool
+) -> Results:
+    """Run a comparison; its results lie in `out` after each load."""
+    from dsc_serve.bench.compare.results import load_results, save_results
+    from dsc_serve.bench.compare.runner import run_comparison
+
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
-    command = ["dsc-serve", "bench", "compare", Path(comparison).name, "--out", out.name]  # no folders of this machine
-    command += [word for name in systems for word in ("--system", name)]
-    command += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
+    command = ["dsc-serve", "bench", "compare", Path(name).name, "--out", out.name, *words]  # no folders of here
     kept: list[Path] = []
+    before = load_results(out / RESULTS) if resume and (out / RESULTS).is_file() else None
 
     def keep_results(found: Results) -> None:
         save_results(found, out / RESULTS)
@@ -75,26 +100,29 @@ def compare_command(
         click.echo(line, err=True)
 
     try:
-        results = run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results)
+        return run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results, before)
     except BaseException:
         if kept:
             report(f"{kept[0]} has what was measured until now; `dsc-serve bench report {out}` writes its report")
         raise
+
+
+def tell(results: Results, out: Path, ratios: Path | None, keep_ratios: bool) -> None:
+    """Write the report, and say what was found."""
+    from dsc_serve.bench.compare.findings import sentences
+    from dsc_serve.bench.compare.ratios import keep, moved
+
     write_report(results, out)
     click.echo("\n".join([*sentences(results), f"{out / 'report.html'} has the whole report"]))
     if ratios is not None:
         click.echo("\n".join(moved(results, ratios)))
         if keep_ratios:
             keep(results, ratios)
-    if not results.rows:
-        raise SystemExit(1)
 
 
-def write_report(results: object, out: Path) -> None:
+def write_report(results: Results, out: Path) -> None:
     from dsc_serve.bench.compare.report import CHARTS, html_page, write_charts
-    from dsc_serve.bench.compare.results import Results
 
-    assert isinstance(results, Results)
     (out / "report.html").write_text(html_page(results), encoding="utf-8")
     write_charts(results, out / "chart", list(CHARTS))
 

@@ -18,7 +18,9 @@ POSITIVE = Annotated[float, Meta(gt=0)]
 
 FfnKind = Literal["dsc", "moe", "molora", "dense"]
 Form = Literal["mixtral", "llama"]
-PresetName = Literal["paper", "large"]
+PresetName = Literal["paper", "large", "olmoe", "granite", "qwen"]
+MIXTURES = ("olmoe", "granite", "qwen")  # presets at which a DSC is equal to the mixture in one way only
+GROUPS = {"mixture": tuple(f"mixture-{name}" for name in MIXTURES)}  # comparisons that one name stands for
 
 
 class ComparisonError(ValueError):
@@ -30,6 +32,7 @@ class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     folder: the model to serve. Where it is empty, one of random weights is made at the comparison's preset: of our
         kind `ffn`, or of another server's `form`.
+    equal: at a preset that is a mixture of experts, which parameters of a DSC are as many as its: total or active.
     settings: flags of `dsc-serve serve`, by their names.
     command: how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its
         program is not installed. environment: added to this process's own.
@@ -41,6 +44,7 @@ class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     name: str
     ffn: FfnKind | None = None
     form: Form | None = None
+    equal: Literal["total", "active"] | None = None
     folder: str = ""
     settings: dict[str, str | int | float | bool] = {}
     command: tuple[str, ...] = ()
@@ -73,6 +77,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     together. rounds: of all systems in turn.
     rates: open loads, as multiples of the most requests per second that the baseline completed in its closed loops.
     rate_seconds: of each. limits: in milliseconds, which a request must keep to count in goodput.
+    sizes: whether each system's parameters are said beside its name in every table.
     profiled: numbers of running requests at which a step of ours is taken apart; empty: none.
     prompt_file, tokenizer: as in `bench serve`; without them prompts are random ids below vocab_size.
     temperature: of all requests; 0 is greedy.
@@ -96,6 +101,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rates: tuple[POSITIVE, ...] = ()
     rate_seconds: POSITIVE = 5.0
     limits: dict[str, float] = {}
+    sizes: bool = False
     profiled: tuple[COUNT, ...] = ()
     seed: int = 0
     start_timeout_s: POSITIVE = 600.0
@@ -121,6 +127,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ComparisonError(f"system {system.name!r} needs a folder, or one of ffn and form")
             if not system.ours and system.settings:
                 raise ComparisonError(f"system {system.name!r} has settings, which are of our own server; use command")
+            if (system.equal is not None) != (self.preset in MIXTURES and system.ffn == "dsc" and not system.folder):
+                raise ComparisonError(
+                    f"system {system.name!r}: equal is {system.equal!r}; it must be total or active for ffn 'dsc' at "
+                    f"a preset of {', '.join(MIXTURES)}, and left out else"
+                )
+            if self.preset in MIXTURES and not system.folder and system.ffn not in ("moe", "dsc"):
+                raise ComparisonError(f"system {system.name!r} must be moe or dsc, which preset {self.preset!r} has")
             if system.ours and system.form is not None:
                 raise ComparisonError(f"system {system.name!r} has a form but no command to serve it")
         for name in self.limits:
@@ -143,13 +156,18 @@ def included() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def members(name: str) -> tuple[str, ...]:
+    """The comparisons that a name stands for, mostly itself alone."""
+    return GROUPS.get(name, (name,))
+
+
 def load_comparison(name: str) -> Comparison:
     """A comparison that comes with the package, or one's own file. Raises ComparisonError in one line."""
     path = FOLDER / f"{name}.toml" if name in included() else Path(name)
     try:
         text = read_document(path)
     except (OSError, DocumentError) as error:
-        allowed = ", ".join(included())
+        allowed = ", ".join((*included(), *GROUPS))
         raise ComparisonError(f"comparison {name!r} cannot be read: {error}; it must be a file or {allowed}") from None
     try:
         content = parse_toml(text)

@@ -130,7 +130,7 @@ def ratio_rows(results: Results) -> list[list[str]]:
             ratio = results.ratio(subject, other, "closed", value, figure)
             told = "" if ratio is None else percent(ratio).replace("rounds ", "")
             cells.append(f"{told} *" if ratio and verdict(ratio, FIGURES[figure][1]) in ("better", "worse") else told)
-        rows.append([f"{subject} / {other}", FIGURES[figure][0], *cells])
+        rows.append([f"{results.label(subject)} / {results.label(other)}", FIGURES[figure][0], *cells])
     return rows
 
 

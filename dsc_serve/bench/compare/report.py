@@ -120,7 +120,7 @@ def expected(results: Results) -> list[Element]:
     def row(check: Check) -> Cells:
         wanted, ratio = check.expected, check.ratio
         measured = "–" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        name = f"{wanted.figure}, {wanted.subject} / {wanted.against}"
+        name = f"{wanted.figure}, {results.label(wanted.subject)} / {results.label(wanted.against)}"
         return name, f"{wanted.streams}", check.demand, measured, check.reached
 
     found = checks(results)
@@ -138,7 +138,7 @@ def closed_tables(results: Results) -> list[Element]:
             cells = [
                 ", ".join(figure(results.median(name, "closed", value, one)) for one in figures) for value in points
             ]
-            rows.append((name, *cells))
+            rows.append((results.label(name), *cells))
         return Table(title, head, rows)
 
     baseline = str(results.comparison["baseline"])
@@ -147,14 +147,14 @@ def closed_tables(results: Results) -> list[Element]:
         rows = []
         for name in results.measured():
             found = [results.ratio(name, baseline, "closed", value, one) for value in points]
-            rows.append((name, *("–" if ratio is None else f"{ratio.median:.2f}" for ratio in found)))
+            rows.append((results.label(name), *("–" if ratio is None else f"{ratio.median:.2f}" for ratio in found)))
         return Table(title, head, rows)
 
     return [
         compared_table(results),
         table("Output tokens per second", ("output_throughput",)),
-        ratios(f"Median time between tokens, to that of {baseline}", "median_itl_ms"),
-        ratios(f"Output tokens per second, to those of {baseline}", "output_throughput"),
+        ratios(f"Median time between tokens, to that of {results.label(baseline)}", "median_itl_ms"),
+        ratios(f"Output tokens per second, to those of {results.label(baseline)}", "output_throughput"),
         *(table(title, figures) for title, figures in LATENCIES.items()),
         used(results, points),
     ]
@@ -174,7 +174,7 @@ def used(results: Results, points: Sequence[float]) -> Table:
 
     rows = [
         (
-            name,
+            results.label(name),
             *(
                 f"{mean(name, value, 'server_cpu'):.2f}, "
                 f"{figure(results.median(name, 'closed', value, 'client_cpu'))}, {mean(name, value, 'others_cpu'):.2f}"
@@ -201,7 +201,10 @@ def open_tables(results: Results) -> list[Element]:
         "End to end, ms (p50, p99)": ("median_e2el_ms", "p99_e2el_ms"),
     }.items():
         rows = [
-            (name, *(", ".join(figure(results.median(name, "open", v, one)) for one in figures) for v in points))
+            (
+                results.label(name),
+                *(", ".join(figure(results.median(name, "open", v, one)) for one in figures) for v in points),
+            )
             for name in results.measured()
         ]
         made.append(Table(title, head, rows))
@@ -233,9 +236,10 @@ def inside(results: Results) -> list[Element]:
     for system in taken:
         for running, step in system.steps.items():
             times, parts = step["milliseconds"], step["bytes"]
-            split.append((system.name, running, *(f"{times.get(part, 0):.3f}" for part in SPLIT)))
+            name = results.label(system.name)
+            split.append((name, running, *(f"{times.get(part, 0):.3f}" for part in SPLIT)))
             each = [f"{parts[part] / 1e3 / int(running):,.1f}" if part in parts else "" for part in PARTS]
-            read.append((system.name, running, f"{step['distinct']:g}", *each, f"{sum(parts.values()) / 1e6:.1f}"))
+            read.append((name, running, f"{step['distinct']:g}", *each, f"{sum(parts.values()) / 1e6:.1f}"))
     text = (
         "Decode steps of the engine alone, without HTTP; means, with the parts timed. Each system was profiled once, "
         "one after the other and not in rounds: compare the parts of one row; attention and head are the same work in "
@@ -266,7 +270,7 @@ def systems_table(results: Results) -> Table:
         sizes = (what.get(name) for name in ("parameters", "active", "ffn_bytes"))
         rows.append(
             (
-                system.name,
+                results.label(system.name),
                 "; ".join(filter(None, (what.get("ffn"), what.get("frame")))),
                 *("–" if size is None else f"{size / 1e6:.1f}" for size in sizes),
                 system.weights,

@@ -73,6 +73,14 @@ class Results(msgspec.Struct, kw_only=True):
         seen = {row.system for row in self.rows}
         return [system.name for system in self.systems if system.name in seen]
 
+    def label(self, name: str) -> str:
+        """A system's name for tables: with its parameters where the comparison has them said."""
+        what = next((system.description for system in self.systems if system.name == name), {})
+        total, active = what.get("parameters"), what.get("active")
+        if not self.comparison.get("sizes") or total is None or active is None:
+            return name
+        return f"{name} ({total / 1e6:.0f} M, {active / 1e6:.0f} M active)"
+
     def points(self, load: str) -> list[float]:
         return sorted({row.value for row in self.rows if row.load == load})
 

@@ -28,6 +28,7 @@ from dsc_serve.bench.compare.processes import (
     running,
 )
 from dsc_serve.bench.compare.results import Contestant, ResultRow, Results
+from dsc_serve.bench.compare.resuming import go_on_from, loads, missing
 from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
 from dsc_serve.bench.load.lengths import parse_lengths
 from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
@@ -63,7 +64,8 @@ def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> 
             raise ServerStartError(f"its folder {system.folder} does not exist")
         return Path(system.folder)
     form = system.form or system.ffn
-    folder = work / f"{comparison.preset}-{form}"
+    equal = () if system.equal is None else ("--equal", system.equal)
+    folder = work / "-".join((comparison.preset, str(form), *equal[1:]))
     if not (folder / "config.json").is_file():
         unfinished = folder.with_name(f"{folder.name}-unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,7 +73,8 @@ def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> 
             options = ("--form", system.form, "--preset", comparison.preset)
             run_tool([*CLI, "bench", "peer-model", str(unfinished), *options])
         else:
-            run_tool([*CLI, "init", "--ffn", str(form), "--preset", comparison.preset, "--out", str(unfinished)])
+            command = [*CLI, "init", "--ffn", str(form), "--preset", comparison.preset, *equal]
+            run_tool([*command, "--out", str(unfinished)])
             content = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
             save_tokenizer(content["vocab_size"], unfinished)
         unfinished.rename(folder)
@@ -236,10 +239,17 @@ def check_prompts(comparison: Comparison) -> None:
 
 
 def run_comparison(
-    comparison: Comparison, work: Path, command: str, alone: bool, report: Report, keep: Keep = lambda _: None
+    comparison: Comparison,
+    work: Path,
+    command: str,
+    alone: bool,
+    report: Report,
+    keep: Keep = lambda _: None,
+    before: Results | None = None,
 ) -> Results:
     """Measure. alone: only one system runs at a time, started anew in every round; else all run, and those that are
     not measured wait idle. keep: is given the results after each load, so that whatever stops the rest loses nothing.
+    before: results of the same comparison on the same machine, whose loads are not measured again.
     Failures of single systems skip them; raises ComparisonError for what stops all."""
     check_prompts(comparison)
     arena = ComparisonRun(comparison, work, report)
@@ -256,6 +266,8 @@ def run_comparison(
         comparison=msgspec.to_builtins(comparison),
         systems=list(arena.contestants.values()),
     )
+    if before is not None:
+        go_on_from(before, results)
 
     def save() -> None:
         results.machine["load_after"] = load_average()
@@ -265,18 +277,23 @@ def run_comparison(
     if alone:
         for number in range(comparison.rounds):
             for system in arena.taking_part():
+                if not missing(comparison, results, system, number):
+                    continue
                 with arena.started(system) as server:
                     if server is not None:
                         measure_round(arena, results, {system.name: server}, number, save)
     else:
         with ExitStack() as stack:
             servers = {}
+            rounds = range(comparison.rounds)
             for system in arena.taking_part():
+                if not any(missing(comparison, results, own, number) for own in comparison.system for number in rounds):
+                    break
                 report(f"{system.name}: starting")
                 server = stack.enter_context(arena.started(system))
                 if server is not None:
                     servers[system.name] = server
-            for number in range(comparison.rounds):
+            for number in rounds if servers else ():
                 measure_round(arena, results, servers, number, save)
     save()
     return results
@@ -295,10 +312,11 @@ def measure_round(
     """Every load on every running system, load by load."""
     comparison = arena.comparison
     systems = rotated([system for system in arena.taking_part() if system.name in servers], number)
-    points: list[tuple[str, float]] = [("closed", streams) for streams in comparison.streams]
-    points += [("open", rate) for rate in comparison.rates]
-    for load, value in points:
+    left = {system.name: missing(comparison, results, system, number) for system in systems}
+    for load, value in loads(comparison):
         for system in systems:
+            if (load, value) not in left[system.name]:
+                continue
             arena.report(f"round {number + 1} of {comparison.rounds}, {load} {value:g}: {system.name}")
             if arena.contestants[system.name].skipped:
                 continue

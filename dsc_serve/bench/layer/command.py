@@ -11,7 +11,8 @@ import click
 
 from dsc_serve.output_file import OUTPUT_FILE
 
-CONFIGS = ("paper", "large", "tiny")
+MIXTURES = ("olmoe", "granite", "qwen")
+CONFIGS = ("paper", "large", *MIXTURES, "tiny")
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -41,7 +42,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option(
     "--layers",
     type=click.IntRange(1),
-    show_default="8, or more where the last-level cache holds those",
+    show_default="8 (2 of a mixture of many experts), or more where the last-level cache holds those",
     help="Layers of different weights that each system rotates through.",
 )
 @click.option(
@@ -53,13 +54,16 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 def layer_command(sweep: str | None, json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
     """Measure one FFN layer of DSC, MoE, a mixture of LoRAs and a dense FFN, side by side on this machine.
 
-    Sizes are equal in active parameters (the dense one: in total parameters, as in the paper). Every system's output
+    Sizes are equal in active parameters (the dense one: in total parameters, as in the paper); at those of a mixture
+    that people run, olmoe, granite or qwen, there are the mixture and a DSC of equal total. Every system's output
     is first compared with a float64 reference; a wrong one gets no time. Ends with status 1 when any is wrong.
     """
     from dsc_serve.bench.layer.measurement import BATCHES, LayerBench, LayerBenchError, LayerResult, run_layer_bench
     from dsc_serve.bench.layer.sweep import SWEEP_BATCHES, run_sweep
     from dsc_serve.bench.layer.table import chart_layers, chart_sweep, format_layers, format_sweep
 
+    if sweep and options["config"] in MIXTURES:
+        raise click.ClickException(f"--sweep is of the paper's layer; --config {options['config']} is a mixture")
     options["batches"] = options["batches"] or (SWEEP_BATCHES if sweep else BATCHES)
     command = command_line(sweep, options)
     try:

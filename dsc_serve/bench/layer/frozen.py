@@ -43,22 +43,46 @@ class ScriptDsc:
 
 
 class _PlainMoe:
+    """Experts plain or gated, a router with or without a norm before it, and a shared expert where there is one."""
+
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         assert isinstance(config.ffn, MoeConfig)
-        self.k, self.norm_eps = config.ffn.experts_per_token, config.norm_eps
+        self.k, self.norm_eps, self.normalize = (
+            *(config.ffn.experts_per_token, config.norm_eps),
+            config.ffn.normalize_weights,
+        )
+        self.act = F.silu if config.hidden_act == "silu" else F.gelu
         self.router = weights["router.weight"]
-        self.norm = (weights["router_norm.weight"], weights["router_norm.bias"])
-        names = [f"experts.{e}." for e in range(config.ffn.num_experts)]
-        self.experts = [(weights[f"{n}up_proj.weight"], weights[f"{n}down_proj.weight"]) for n in names]
+        own_norm = config.ffn.router_norm
+        self.norm = (weights["router_norm.weight"], weights["router_norm.bias"]) if own_norm else None
+
+        def mlp(at: str) -> tuple[Tensor, Tensor | None, Tensor]:
+            gate = weights[f"{at}gate_proj.weight"] if config.mlp_gated else None
+            return weights[f"{at}up_proj.weight"], gate, weights[f"{at}down_proj.weight"]
+
+        self.experts = [mlp(f"experts.{e}.") for e in range(config.ffn.num_experts)]
+        self.shared = mlp("shared_expert.") if config.ffn.shared_expert is not None else None
+        self.shared_gate = weights.get("shared_expert_gate.weight")
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(F.layer_norm(x, x.shape[1:], *self.norm, self.norm_eps), self.router)
-        weights, experts = torch.topk(F.softmax(logits, dim=-1), self.k, dim=-1)
-        return weights, experts
+        normed = x if self.norm is None else F.layer_norm(x, x.shape[1:], *self.norm, self.norm_eps)
+        weights, experts = torch.topk(F.softmax(F.linear(normed, self.router), dim=-1), self.k, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True) if self.normalize else weights, experts
+
+    def begin(self, x: Tensor) -> Tensor:
+        """What all tokens share, to which the experts' outputs are added."""
+        if self.shared is None:
+            return torch.zeros_like(x)
+        out = self.mlp(self.shared, x)
+        return out if self.shared_gate is None else torch.sigmoid(F.linear(x, self.shared_gate)) * out
+
+    def mlp(self, matrices: tuple[Tensor, Tensor | None, Tensor], x: Tensor) -> Tensor:
+        up, gate, down = matrices
+        hidden = self.act(F.linear(x, up)) if gate is None else self.act(F.linear(x, gate)) * F.linear(x, up)
+        return F.linear(hidden, down)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        up, down = self.experts[e]
-        return F.linear(F.gelu(F.linear(x, up)), down)
+        return self.mlp(self.experts[e], x)
 
 
 class ScriptMoe(_PlainMoe):
@@ -66,7 +90,7 @@ class ScriptMoe(_PlainMoe):
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, experts = self.route(x)
-        out = torch.zeros_like(x)
+        out = self.begin(x)
         for e in range(len(self.experts)):
             picked = experts == e
             mask = picked.any(dim=-1)
@@ -77,7 +101,7 @@ class ScriptMoe(_PlainMoe):
 
 
 class SortedMoe(_PlainMoe):
-    """The plain MoE of `ratio_to_plain_moe`: tokens sorted by expert, two `F.linear` per expert that has any."""
+    """The plain MoE of `ratio_to_plain_moe`: tokens sorted by expert, then an `F.linear` per matrix."""
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, experts = self.route(x)
@@ -86,4 +110,4 @@ class SortedMoe(_PlainMoe):
         tokens = order // self.k
         parts = torch.split(x[tokens], torch.bincount(flat, minlength=len(self.experts)).tolist())
         outputs = torch.cat([self.expert(e, part) for e, part in enumerate(parts) if part.shape[0]])
-        return torch.zeros_like(x).index_add_(0, tokens, outputs * weights.flatten()[order, None])
+        return self.begin(x).index_add_(0, tokens, outputs * weights.flatten()[order, None])

@@ -33,12 +33,14 @@ from dsc_serve.bench.layer.systems import (
     Weights,
     build_system,
     describe_sizes,
+    kinds_of,
     layer_config,
     random_input,
     random_weights,
 )
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.mixtures import MIXTURES
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -46,6 +48,7 @@ SAMPLE_SECONDS = 3e-3  # one sample of one system lasts at least this long, or o
 RATE_SECONDS = 0.3
 MIN_REPEATS = 3
 MIN_LAYERS, MAX_LAYERS = 8, 64
+FEWEST = 2  # layers of a mixture of many experts, each of which is as large as many others
 CHECKED_TOKENS = 64  # compared with the oracle at least, over as many of the first 8 layers as that takes
 IMPOSSIBLE_SHARE = 1.1  # of the overlapped roofline; beyond it, the ceilings were measured too low
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY")  # where set, they change figures
@@ -225,9 +228,9 @@ class Group:
 def build_groups(bench: LayerBench, notes: list[str]) -> list[Group]:
     """All systems of the benchmark; notes gains what is missing and what a reader must know."""
     dtype, device = bench.torch_dtype, bench.torch_device
-    configs = {kind: layer_config(bench.config, kind) for kind in dict.fromkeys(kind for kind, _ in PATHS)}
+    configs = {kind: layer_config(bench.config, kind) for kind in kinds_of(bench.config)}
     touched = min(sum(p.bytes for p in phases(c, 1, picks_of_one(c), dtype.itemsize)) for c in configs.values())
-    layers = bench.layers or rotation_layers(touched, device)
+    layers = bench.layers or rotation_layers(touched, device, FEWEST if bench.config in MIXTURES else MIN_LAYERS)
     if layers * touched < last_level_cache_of(device):
         notes.append(f"{layers} layers of a system can fit the last-level cache: small batches look faster than served")
     groups = []

@@ -39,6 +39,9 @@ def expected(config: ModelConfig, weights: Mapping[str, Tensor], x: Tensor) -> E
         for e in torch.unique(experts).tolist():
             token, slot = (experts == e).nonzero(as_tuple=True)
             out.index_add_(0, token, stored.mlp(x[token], f"experts.{e}.") * values[token, slot, None])
+        if c.shared_expert is not None:
+            gate = F.linear(x, stored.wide("shared_expert_gate.weight")).sigmoid() if c.shared_expert.gated else 1.0
+            out = out + gate * stored.mlp(x, "shared_expert.")
         return Expected(out, _margin(logits, c.experts_per_token), len(torch.unique(experts)))
     if isinstance(c, DscConfig):
         logits = stored.logits(x)
@@ -87,10 +90,15 @@ class _Stored:
         return "router.bias" in self.weights
 
     def mlp(self, x: Tensor, prefix: str) -> Tensor:
-        act = F.gelu if self.config.hidden_act == "gelu" else F.silu
-        up = F.linear(x, self.wide(f"{prefix}up_proj.weight"))
-        hidden = act(F.linear(x, self.wide(f"{prefix}gate_proj.weight"))) * up if self.config.mlp_gated else act(up)
-        return F.linear(hidden, self.wide(f"{prefix}down_proj.weight"))
+        act = reference.ACTIVATIONS[self.config.hidden_act]
+
+        def product(x: Tensor, name: str) -> Tensor:
+            name = f"{prefix}{name}_proj"
+            bias = self.wide(f"{name}.bias") if f"{name}.bias" in self.weights else None
+            return F.linear(x, self.wide(f"{name}.weight"), bias)
+
+        up = product(x, "up")
+        return product(act(product(x, "gate")) * up if self.config.mlp_gated else act(up), "down")
 
 
 def _margin(logits: Tensor, k: int) -> Tensor:

@@ -79,7 +79,10 @@ def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> li
     if isinstance(c, MoeConfig):
         size = matrices * c.expert_size * d
         experts = RooflinePhase("experts", distinct * size * element, 2 * batch * c.experts_per_token * size)
-        return [product("router", c.num_experts), experts]
+        router = product("router", c.num_experts)
+        if c.shared_expert is None:
+            return [router, experts]
+        return [router, product("static", matrices * c.shared_expert.size), experts]
     return [product("static", matrices * c.size)]
 
 

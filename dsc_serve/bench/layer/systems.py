@@ -14,12 +14,13 @@ from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.initial import PRESETS, preset_config
+from dsc_serve.model.mixtures import MIXTURES
 
 Layer = Callable[[Tensor], Tensor]
 Weights = dict[str, Tensor]
 
 TINY = ParameterBudget(39072, 31072, 64, 16, 2, 32)  # for tests: d 32, DSC with 66 atoms
-CONFIGS = (*PRESETS, "tiny")
+CONFIGS = (*PRESETS, *MIXTURES, "tiny")
 
 # How far a path's router logits may be from exact ones; within it, another selection is as right.
 EXACT_ROUTER = 1e-4
@@ -62,11 +63,22 @@ class LayerSystem:
 
 
 def layer_config(name: str, kind: str) -> ModelConfig:
-    """The model whose FFN layer is measured: a preset of `dsc-serve init`, or the tests' "tiny"."""
+    """The model whose FFN layer is measured: a preset of `dsc-serve init`, or the tests' "tiny".
+
+    The DSC beside a mixture is that of equal total parameters.
+    """
+    if name in MIXTURES:
+        return preset_config(name, kind, equal="total" if kind == "dsc" else None)
     if name in PRESETS:
         return preset_config(name, kind)
     frame = {"hidden_size": TINY.width, "num_hidden_layers": TINY.layers, "vocab_size": TINY.vocab_size}
     return preset_config("paper", kind).model_copy(update={**frame, "ffn": getattr(TINY, kind)()})
+
+
+def kinds_of(name: str) -> list[str]:
+    """The kinds of FFN that there are at these sizes."""
+    kinds = dict.fromkeys(kind for kind, _ in PATHS)
+    return [kind for kind in kinds if name not in MIXTURES or kind in ("dsc", "moe")]
 
 
 def describe_sizes(config: ModelConfig) -> str:
@@ -75,7 +87,8 @@ def describe_sizes(config: ModelConfig) -> str:
     if isinstance(c, DscConfig):
         return f"d {d}, M {c.num_atoms}, K {c.atoms_per_token}, H {c.static_size}"
     if isinstance(c, MoeConfig):
-        return f"d {d}, {c.num_experts} experts of {c.expert_size}, top {c.experts_per_token}"
+        shared = "" if c.shared_expert is None else f", and a shared one of {c.shared_expert.size}"
+        return f"d {d}, {c.num_experts} experts of {c.expert_size}, top {c.experts_per_token}{shared}"
     if isinstance(c, MoloraConfig):
         return f"d {d}, {c.num_adapters} adapters of rank {c.rank}, top {c.adapters_per_token}, H {c.static_size}"
     assert isinstance(c, DenseConfig)
@@ -119,9 +132,12 @@ def build_layer(
     """The layer through a path, on its own copy of the weights; None where the path is not there.
 
     "native" is what `dsc_kernels.ops` serves with, where that is not plain torch, with an exact router; SCREENED has a
-    certified int8 router; "plain" is the same with native kernels switched off; other paths are the frozen baselines.
+    certified int8 router; "plain" is the same with native kernels switched off; other paths are the frozen baselines,
+    of which the reference script's know plain MLPs alone.
     """
     kind = config.ffn.kind
+    if path == "script" and config.mlp_gated:
+        return None
     own = {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
     if (kind, path) in FROZEN:
         return FROZEN[kind, path](config, own)

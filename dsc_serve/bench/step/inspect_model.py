@@ -23,7 +23,7 @@ from dsc_serve.bench.step.profile import PROMPT_TOKENS, context_needed, profile,
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.model.checkpoint import open_source
-from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
+from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, parameter_counts, tensor_shapes
 from dsc_serve.sampling_params import SamplingParams
 
@@ -71,7 +71,7 @@ class Routers:
 
     def distinct(self, layer: int, x: Tensor) -> int:
         """Different atoms, adapters or experts that tokens x [B, d] pick."""
-        at, c = f"model.layers.{layer}.mlp.", self._config
+        at, c = f"model.layers.{layer}.mlp.", self._config.layers[layer]
         x = x.float()
         if f"{at}router_norm.weight" in self._stored:
             norm = self._stored[f"{at}router_norm.weight"], self._stored[f"{at}router_norm.bias"]
@@ -85,10 +85,11 @@ def bytes_read(
 ) -> dict[str, float]:
     """Bytes of weights that a greedy decode step reads at least, by part, all layers together."""
     c, d, layers = config, config.hidden_size, config.num_hidden_layers
-    ffn = phases(c, running, distinct, element)
-    if int8_router:
-        ffn = screened(ffn, element)
-    read = {phase.name: layers * phase.bytes for phase in ffn}
+    read: dict[str, float] = {}
+    for layer in c.layers:
+        own = phases(layer, running, distinct, element)
+        for phase in screened(own, element) if int8_router else own:
+            read[phase.name] = read.get(phase.name, 0.0) + phase.bytes
     attention = layers * (2 * c.query_size + 2 * c.kv_size) * d * element
     return read | {"attention": attention, "head": c.vocab_size * d * (1 if int8_head else element)}
 
@@ -99,7 +100,8 @@ def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int
     parts = {p.name: p.us / 1e3 for p in profile(model, config, None, running, "greedy", TIMED_STEPS).parts}
     times = {name: sum(parts.pop(part, 0.0) for part in own) for name, own in SHOWN.items()}
     times |= {"rest": sum(parts.values()), "step": sum(times.values()) + sum(parts.values())}
-    distinct = 0.0 if isinstance(model.config.ffn, DenseConfig) else picked(model, folder, config, running)
+    routed = any(picks_per_token(layer) for layer in model.config.layers)
+    distinct = picked(model, folder, config, running) if routed else 0.0
     int8 = {"int8_router": screens_router(model), "int8_head": screens_head(model)}
     return {
         "milliseconds": {name: round(time, 4) for name, time in times.items()},
@@ -119,9 +121,10 @@ def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> 
         engine = Engine.for_model(model, config)
         start_decoding(engine, model.config.vocab_size, running, ROUTED_STEPS)
         routers, counts = Routers(folder, model.config), list[int]()
+        routed = [i for i, layer in enumerate(model.config.layers) if picks_per_token(layer)]
         for _ in range(ROUTED_STEPS):
             engine.step()
-            counts += [routers.distinct(i, ffn.seen) for i, ffn in enumerate(ffns) if ffn.seen is not None]
+            counts += [routers.distinct(i, seen) for i in routed if (seen := ffns[i].seen) is not None]
         return statistics.mean(counts)
     finally:
         model.stack = stack

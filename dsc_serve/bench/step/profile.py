@@ -331,13 +331,16 @@ def screens_head(model: Decoder) -> bool:
 
 
 def ffn_phases(model: Decoder, batch: int) -> list[RooflinePhase]:
-    """One FFN layer's, its int8 router counted as such."""
-    element = model.dtype.itemsize
-    found = phases(model.config, batch, expected_distinct(model.config, batch), element)
-    if not screens_router(model):
-        return found
-    router, static, again, bank = screened(found, element)
-    return [RooflinePhase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
+    """All FFN layers', one after the other, int8 routers counted as such."""
+    element, screening = model.dtype.itemsize, screens_router(model)
+    found: list[RooflinePhase] = []
+    for layer in model.config.layers:
+        own = phases(layer, batch, expected_distinct(layer, batch), element)
+        if screening:
+            router, static, again, bank = screened(own, element)
+            own = [RooflinePhase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
+        found += own
+    return found
 
 
 def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, tuple[float, float]]:
@@ -357,16 +360,16 @@ def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, 
         if isinstance(c.ffn, MoeConfig):
             name = "experts"
         size, flops = found.get(name, (0.0, 0.0))
-        found[name] = size + layers * phase.bytes, flops + layers * phase.flops
+        found[name] = size + phase.bytes, flops + phase.flops
     return found
 
 
 def weight_bytes(model: Decoder, batch: int) -> float:
     """Of all weights that a step needs, each once, in the model's dtype."""
     c, e = model.config, model.dtype.itemsize
-    ffn = sum(phase.bytes for phase in phases(c, batch, expected_distinct(c, batch), e))
+    ffn = sum(p.bytes for layer in c.layers for p in phases(layer, batch, expected_distinct(layer, batch), e))
     attention = c.hidden_size * (2 * c.query_size + 2 * c.kv_size) * e
-    return c.num_hidden_layers * (ffn + attention) + c.vocab_size * c.hidden_size * e
+    return ffn + c.num_hidden_layers * attention + c.vocab_size * c.hidden_size * e
 
 
 def read_bytes(model: Decoder, batch: int, greedy: bool) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_serve.engine.drafts.drafting import DraftTokens
-from dsc_serve.engine.kv_cache import blocks_for
+from dsc_serve.engine.kv_cache import blocks_for, cached_blocks, tail_block, tokens_found
 from dsc_serve.engine.step_time import Estimate, Load
 from dsc_serve.scheduling_params import SchedulingParams
 
@@ -23,6 +23,8 @@ class RequestView(Protocol):
     @property
     def scheduling(self) -> SchedulingParams: ...
     @property
+    def prompt_size(self) -> int: ...
+    @property
     def num_tokens(self) -> int: ...
     @property
     def num_computed(self) -> int: ...
@@ -32,6 +34,8 @@ class RequestView(Protocol):
     def blocks(self) -> Sequence[int]: ...
     @property
     def block_hashes(self) -> Sequence[bytes]: ...
+    @property
+    def tail(self) -> bytes | None: ...
     @property
     def arrived(self) -> float: ...
     @property
@@ -70,7 +74,12 @@ class View:
 
     def cached(self, request: RequestView) -> list[int]:
         """The blocks that a waiting request would find in the prefix cache; its last token is computed in any case."""
-        return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
+        return cached_blocks(self.pool, request, self.block_size)
+
+    def found(self, request: RequestView, shared: int) -> int:
+        """Tokens that a waiting request need not compute with so many shared blocks."""
+        tail = tail_block(self.pool, request, shared, self.block_size)
+        return tokens_found(request, shared, tail, self.block_size)
 
 
 @dataclass(frozen=True)

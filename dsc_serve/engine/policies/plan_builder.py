@@ -62,7 +62,7 @@ class PlanBuilder:
         admission does not cause preemption at once.
         """
         cached = self.view.cached(request)
-        num_computed = len(cached) * self.view.block_size
+        num_computed = self.view.found(request, len(cached))
         chosen = self._enough(request, cached, victims)
         if chosen is None:
             return False

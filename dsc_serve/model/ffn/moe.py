@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
-from dsc_kernels.weights import MoeOptions, Router
+from dsc_kernels.weights import MoeOptions, Router, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
+SHARED_GATE = "shared_expert_gate.weight"
+
 
 class MoeFfn:
-    """Weights of the picked experts are their softmax probabilities over all experts, renormalised only on request."""
+    """Weights of the picked experts are their softmax probabilities over all experts, renormalised only on request.
+
+    A shared expert is computed in the same call.
+    """
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
@@ -34,7 +39,21 @@ class MoeFfn:
             ),
             [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes],
             MoeOptions(activation=config.hidden_act, k=c.experts_per_token, normalize=c.normalize_weights),
+            self._shared(config, c, tensors, dtype, device),
         )
+
+    def _shared(
+        self,
+        config: ModelConfig,
+        c: MoeConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> SharedExpert | None:
+        if c.shared_expert is None:
+            return None
+        gate = tensors[SHARED_GATE].flatten().to(device=device, dtype=dtype) if c.shared_expert.gated else None
+        return SharedExpert(mlp_weights(config, tensors, dtype, device, "shared_expert."), gate)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.layer(x, residual)
@@ -48,6 +67,10 @@ class MoeFfn:
             shapes |= {"router_norm.weight": (d,), "router_norm.bias": (d,)}
         for expert in range(c.num_experts):
             shapes |= mlp_shapes(config, c.expert_size, f"experts.{expert}.")
+        if c.shared_expert is not None:
+            shapes |= mlp_shapes(config, c.shared_expert.size, "shared_expert.")
+            if c.shared_expert.gated:
+                shapes[SHARED_GATE] = (1, d)
         return shapes
 
     @staticmethod

@@ -24,7 +24,16 @@ SECTIONS = {  # by what their names begin with; the first that fits
     "The engine": ("engine_", "step_", "kv_", "prefix_", "preemptions", "invariant_", "draft_"),
     "Requests and the HTTP edge": ("",),
 }
-CHOSEN = ("finish_reason", "reason", "state", "part", "path", "order", "source")  # labels whose every value is listed
+CHOSEN = (
+    "finish_reason",
+    "reason",
+    "state",
+    "part",
+    "path",
+    "order",
+    "form",
+    "source",
+)  # labels whose every value is listed
 NOTHING: dict[str, Any] = {field.name: 0 for field in msgspec.structs.fields(Stats) if field.required}
 
 

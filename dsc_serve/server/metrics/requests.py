@@ -14,6 +14,7 @@ from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.keys import KeyRing
 from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
+from dsc_serve.server.tools.registry import FORMS
 from dsc_serve.worker.client import EngineDiedError
 from dsc_serve.worker.messages import Stats
 
@@ -22,6 +23,7 @@ FIRST_TOKEN_EDGES_S = (
 )  # fmt: skip
 DURATION_EDGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 FINISH_REASONS = ("stop", "length", "abort", "timeout", "error")
+EMBEDDING_OUTCOMES = ("done", "abort", "timeout", "error")
 STATUSES = (200, 429, CLIENT_CLOSED, 500, 503)  # there from the start: a series that begins above 0 shows no increase
 STATS_TIMEOUT_S = 1.0
 
@@ -42,10 +44,13 @@ class Metrics(Collector):
         )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
+        self._embeddings: Counter[tuple[str, ...]] = Counter({(outcome,): 0 for outcome in EMBEDDING_OUTCOMES})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
         self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
         self._prompt_sizes, self._output_sizes = Histogram(COUNT_EDGES), Histogram(COUNT_EDGES)
         self.prompt_tokens = self.generated_tokens = 0
+        self._calls: Counter[tuple[str, ...]] = Counter({(form,): 0 for form in FORMS})
+        self._malformed = Counter(self._calls)
         self._ready = True
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -62,6 +67,14 @@ class Metrics(Collector):
         self._output_sizes.observe(tokens)
         if per_token_s is not None:
             self._per_token.observe(per_token_s)
+
+    def embedding_ended(self, outcome: str) -> None:
+        self._embeddings[outcome,] += 1
+
+    def called(self, form: str, calls: int, malformed: int) -> None:
+        """An answer had calls of this form, some of whose arguments were no JSON object."""
+        self._calls[form,] += calls
+        self._malformed[form,] += malformed
 
     async def scrape(self, ready: bool) -> bytes:
         """The text of a scrape. ready: whether the server says that it is."""
@@ -99,6 +112,12 @@ class Metrics(Collector):
             ("finish_reason",),
             self._generations,
         )
+        yield counters(
+            "embeddings",
+            "Texts of /v1/embeddings that ended; done: with a vector; abort: the client left, or another text failed.",
+            ("outcome",),
+            self._embeddings,
+        )
         yield histogram(
             "time_to_first_token_seconds",
             "From an HTTP request's arrival to the first token of each of its generations.",
@@ -114,6 +133,15 @@ class Metrics(Collector):
         yield counter("generated_tokens", "Tokens that the engine generated.", self.generated_tokens)
         yield histogram("generation_prompt_tokens", "Prompt tokens of a generation.", self._prompt_sizes)
         yield histogram("generation_output_tokens", "Tokens generated for a generation.", self._output_sizes)
+        yield counters(
+            "tool_calls", "Calls of tools in answers, by the form in which they came.", ("form",), self._calls
+        )
+        yield counters(
+            "tool_calls_malformed",
+            "Those whose arguments are no JSON object: cut off, or written wrongly where nothing constrained them.",
+            ("form",),
+            self._malformed,
+        )
         yield gauge("permits", "Places for generations in the house, running or waiting.", self._permits.capacity)
         yield gauge("permits_held", "Places taken; when all are, requests get 429.", self._permits.held)
         yield gauge("api_keys", "API keys that are valid now.", self.ring.count)

@@ -82,9 +82,9 @@ PyObject* argmax(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject*
 
 #define F(field) ARGUMENT(FfnLayer, field)
 Signature ffn_layer_signature("ffn_layer",
-                              {F(is_bf16),  F(up),    F(gate), F(down),         F(router),     F(router_bias),  F(u),
-                               F(v),        F(gamma), F(d),    F(hidden),       F(atoms),      F(tau),          F(eps),
-                               F(norm_eps), F(k),     F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
+                              {F(is_bf16), F(up), F(gate), F(down), F(up_bias), F(gate_bias), F(down_bias), F(router),
+                               F(router_bias), F(u), F(v), F(gamma), F(d), F(hidden), F(atoms), F(tau), F(eps),
+                               F(norm_eps), F(k), F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
 #undef F
 
 PyObject* ffn_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -105,7 +105,9 @@ PyObject* ffn(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 
 #define F(field) ARGUMENT(MoeLayer, field)
 Signature moe_layer_signature("moe_layer", {F(is_bf16), F(router), F(router_bias), F(up), F(gate), F(down), F(d),
-                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation)});
+                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation),
+                                            F(shared_up), F(shared_gate), F(shared_down), F(shared_scale),
+                                            F(shared_hidden)});
 #undef F
 
 PyObject* moe_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -124,7 +126,8 @@ PyObject* moe(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 }
 
 #define F(field) ARGUMENT(Typed<Norm>, field)
-Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(out), F(batch), F(d), F(eps), F(threads)});
+Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(residual), F(out), F(batch), F(d), F(eps),
+                                  F(threads)});
 #undef F
 
 PyObject* norm(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

@@ -65,9 +65,13 @@ struct CheckedStore : Typed<StoreKv> {
 };
 
 #define F(field) ARGUMENT(CheckedStore, field)
-Signature store_signature("store_kv", {F(is_bf16), F(qkv), F(cos_sin_cache), F(positions), F(blocks), F(offsets),
-                                       F(keys), F(values), F(tokens), F(heads), F(kv_heads), F(size), F(block),
-                                       F(num_blocks), F(num_positions), F(threads)});
+#define AS(name, field) ARGUMENT_AS(CheckedStore, name, field)
+Signature store_signature("store_kv",
+                          {F(is_bf16), F(qkv), AS("query_norm", norm.query), AS("key_norm", norm.key),
+                           AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
+                           F(turned), F(positions), F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
+                           F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(threads)});
+#undef AS
 #undef F
 
 PyObject* store_kv(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -86,7 +90,10 @@ struct NamedLayer : DecoderLayer {
 #define AS(name, field) ARGUMENT_AS(NamedLayer, name, field)
 Signature layer_signature("decoder_layer",
                           {AS("attention_norm_weight", attention_norm.weight),
-                           AS("attention_norm_bias", attention_norm.bias), AS("attention_norm_eps", attention_norm.eps),
+                           AS("attention_norm_bias", attention_norm.bias), F(norms),
+                           AS("query_norm", qk_norm.query), AS("key_norm", qk_norm.key),
+                           AS("qk_norm_eps", qk_norm.eps), AS("qk_norm_together", qk_norm.together), F(turned),
+                           AS("attention_norm_eps", attention_norm.eps),
                            AS("qkv_weight", qkv.w), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
                            AS("out_bias", out.bias), F(cos_sin_cache), F(d), F(heads), F(kv_heads), F(size),
                            AS("ffn_norm_weight", ffn_norm.weight), AS("ffn_norm_bias", ffn_norm.bias),

@@ -8,7 +8,7 @@
 
 namespace dsc {
 
-enum Activation { NONE = 0, GELU = 1, SILU = 2 };
+enum Activation { NONE = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
 // out = act(x wᵀ + bias) + residual.
 struct Linear {
@@ -67,6 +67,9 @@ struct Ffn {
   const void* up;            // packed [hidden, d]
   const void* gate;          // packed [hidden, d] or null
   const void* down;          // packed [d, hidden]
+  const float* up_bias;      // [hidden] or null
+  const float* gate_bias;    // [hidden] or null
+  const float* down_bias;    // [d] or null
   const void* router;        // packed [atoms, d], folded with its norm; null where it is screened
   const float* router_bias;  // [panels · 16], −∞ behind the last atom
   Screen screen;
@@ -95,6 +98,7 @@ struct Ffn {
 // What a thread does within an FFN layer: router and norm, static MLP, selection and composition, waiting for others.
 enum FfnPhase { ROUTER, STATIC, COMPOSE, WAITING, FFN_PHASES = 8 };
 
+// Experts of which each token picks k, and, where shared_hidden > 0, one that all tokens go through.
 struct Moe {
   const void* x;             // [batch, d]
   const void* router;        // packed [experts, d], folded with its norm
@@ -102,9 +106,13 @@ struct Moe {
   const void* up;            // packed [hidden, d], one expert after the other
   const void* gate;          // the same, or null
   const void* down;          // packed [d, hidden], one expert after the other
+  const void* shared_up;     // packed [shared_hidden, d]
+  const void* shared_gate;   // the same, or null
+  const void* shared_down;   // packed [d, shared_hidden]
+  const void* shared_scale;  // [d]: the shared output is multiplied by sigmoid(shared_scale · x); null: it is not
   const void* residual;      // [batch, d] or null
   void* out;                 // [batch, d]
-  int64_t batch, d, hidden, experts;
+  int64_t batch, d, hidden, experts, shared_hidden;
   float norm_eps;  // of the router's norm; < 0: it has none
   int k;           // experts picked per token
   int normalize;   // whether their weights sum to 1
@@ -143,10 +151,21 @@ struct ChunkAttention {
   Scratch* scratch;
 };
 
-// New tokens' keys and values go to the KV cache; queries and keys are turned by their position's angle first.
+// RMSNorm of queries and keys, of each head or of all heads of a token together.
+struct QkNorm {
+  const void* query;  // [size], together [heads · size]; null: no norm
+  const void* key;    // [size], together [kv_heads · size]
+  float eps;
+  int together;
+};
+
+// New tokens' keys and values go to the KV cache; before, queries and keys are normed, and the first `turned` numbers of
+// each head are turned by their position's angle.
 struct StoreKv {
-  void* qkv;                   // [tokens, heads + 2 · kv_heads, size]; its queries are turned in place
-  const float* cos_sin_cache;  // [positions, 2, size / 2]; null: nothing is turned
+  void* qkv;  // [tokens, heads + 2 · kv_heads, size]; its queries are changed in place
+  QkNorm norm;
+  const float* cos_sin_cache;  // [positions, 2, turned / 2]; null: nothing is turned
+  int64_t turned;
   const int64_t* positions;    // [tokens]
   const int64_t* blocks;       // [tokens]: each token's KV block
   const int64_t* offsets;      // [tokens]: and its row in there
@@ -161,6 +180,7 @@ struct Norm {
   const void* x;       // [batch, d]
   const void* weight;  // [d]
   const void* bias;    // [d] or null
+  const void* residual;  // [batch, d] or null: added at the end
   void* out;           // [batch, d]
   int64_t batch, d;
   float eps;

@@ -48,11 +48,10 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
   int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
   if (id == n - 1) to = width;
   if (from >= to) return;
-  Epilogue e = {nullptr, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
+  Epilogue e = {a.gate ? a.gate_bias : a.up_bias, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
   if (a.gate) {
     gemm<T, I>((const T*)a.gate, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
-    e.activation = NONE;
-    e.times = b.hidden;
+    e = {a.up_bias, NONE, b.hidden, nullptr, nullptr, b.hidden_stride};
   }
   gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
   timer.end(STATIC);
@@ -63,7 +62,7 @@ template <typename T>
 INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t count, int64_t id, int64_t n) {
   int64_t panels = panel_count(a.d);
   const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
-  Epilogue e = {nullptr, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
+  Epilogue e = {a.down_bias, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
   gemm<T, T>((const T*)a.down, b.hidden, b.hidden_stride, nullptr, count, a.hidden, a.d, e, (T*)a.out + base * a.d,
              split_point(panels, id, n), split_point(panels, id + 1, n));
 }

@@ -150,6 +150,7 @@ INLINE void finish(vf v, const Epilogue& e, O* out, int64_t t, int64_t n, int64_
     if (e.bias) v += load(e.bias + n);
     if (e.activation == GELU) v = gelu(v);
     if (e.activation == SILU) v = silu(v);
+    if (e.activation == GELU_TANH) v = gelu_tanh(v);
     if (e.times) v *= load((const O*)e.times + at);
     if (e.plus) v += load(e.plus + at);
     if (e.residual) v += load((const O*)e.residual + at);
@@ -158,6 +159,7 @@ INLINE void finish(vf v, const Epilogue& e, O* out, int64_t t, int64_t n, int64_
     if (e.bias) v += load_some(e.bias + n, count);
     if (e.activation == GELU) v = gelu(v);
     if (e.activation == SILU) v = silu(v);
+    if (e.activation == GELU_TANH) v = gelu_tanh(v);
     if (e.times) v *= load_some((const O*)e.times + at, count);
     if (e.plus) v += load_some(e.plus + at, count);
     if (e.residual) v += load_some((const O*)e.residual + at, count);

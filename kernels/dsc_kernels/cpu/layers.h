@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "namespace.h"
+#include "norm.h"
 
 DSC_KERNELS_BEGIN
 
@@ -133,6 +134,14 @@ void attention(const Attention& a) {
 
 constexpr int64_t EARLIER = 8;  // tokens between asking for a row of the KV cache and writing to it
 
+// A token's heads, in place.
+template <typename T>
+INLINE void norm_heads(T* x, const T* weight, int64_t heads, int64_t size, const QkNorm& n) {
+  int64_t rows = n.together ? 1 : heads, width = n.together ? heads * size : size;
+  for (int64_t i = 0; i < rows; i++)
+    norm_row<T>(x + i * width, weight, nullptr, nullptr, width, n.eps, x + i * width);
+}
+
 template <typename T>
 void store_kv(const StoreKv& a) {
   int64_t row = (a.heads + 2 * a.kv_heads) * a.size;
@@ -151,10 +160,14 @@ void store_kv(const StoreKv& a) {
   for (int64_t t = 0; t < a.tokens; t++) {
     T* own = (T*)a.qkv + t * row;
     if (t + EARLIER < a.tokens) prefetch_rows_of(t + EARLIER);
+    if (a.norm.query) {
+      norm_heads(own, (const T*)a.norm.query, a.heads, a.size, a.norm);
+      norm_heads(own + a.heads * a.size, (const T*)a.norm.key, a.kv_heads, a.size, a.norm);
+    }
     if (a.cos_sin_cache) {
-      const float* cosines = a.cos_sin_cache + a.positions[t] * a.size;
+      const float* cosines = a.cos_sin_cache + a.positions[t] * a.turned;
       for (int64_t h = 0; h < a.heads + a.kv_heads; h++)
-        rotate(own + h * a.size, cosines, cosines + a.size / 2, a.size);
+        rotate(own + h * a.size, cosines, cosines + a.turned / 2, a.turned);
     }
     for (int64_t h = 0; h < a.kv_heads; h++) {
       int64_t at = row_at(t, h);

@@ -1,5 +1,5 @@
 // The mixture of experts, with the same care: routing, grouping by expert, both products and the weighted sum in one
-// call.
+// call, and in the same the expert that all tokens share.
 #pragma once
 
 #include <math.h>
@@ -27,9 +27,13 @@ struct MoeBuffers {
   float* outputs;    // [picks, d]
   I* hidden;         // [picks, hidden_stride]
   int32_t* starts;   // [experts + 1]
-  int64_t hidden_stride;
+  float* shared_weights = nullptr;  // [batch], and both below: of the shared expert
+  float* shared_outputs = nullptr;  // [batch, d]
+  I* shared_hidden = nullptr;       // [batch, shared_stride]
+  int64_t hidden_stride, shared_stride;
 
-  INLINE explicit MoeBuffers(const Moe& a) : hidden_stride(round_up_2(a.hidden)) {
+  INLINE explicit MoeBuffers(const Moe& a)
+      : hidden_stride(round_up_2(a.hidden)), shared_stride(round_up_2(a.shared_hidden)) {
     Scratch& scratch = *a.scratch;
     int64_t picks = a.batch * a.k;
     x = scratch.take<I>(a.batch * round_up_2(a.d));
@@ -41,17 +45,22 @@ struct MoeBuffers {
     outputs = scratch.take<float>(picks * a.d);
     hidden = scratch.take<I>(picks * hidden_stride);
     starts = scratch.take<int32_t>(a.experts + 1);
+    if (a.shared_hidden == 0) return;
+    shared_weights = scratch.take<float>(a.batch);
+    shared_outputs = scratch.take<float>(a.batch * a.d);
+    shared_hidden = scratch.take<I>(a.batch * shared_stride);
   }
 };
 
-// The k largest softmax probabilities over all experts, as weights, and their experts.
+// The k largest softmax probabilities, as weights, and their experts: over all experts, or normalised over the k.
 INLINE void route(const float* raw, float scale, const float* bias, int64_t experts, int k, bool normalize,
                   float* weights, int32_t* picks) {
   select(raw, scale, bias, experts, k, INFINITY, weights, picks);
   float highest = weights[0], total = 0, kept = 0;
-  for (int64_t e = 0; e < experts; e++) total += expf(scale * raw[e] + (bias ? bias[e] : 0.0f) - highest);
-  for (int j = 0; j < k; j++) kept += weights[j] = expf(weights[j] - highest) / total;
-  for (int j = 0; normalize && j < k; j++) weights[j] /= kept;
+  for (int j = 0; j < k; j++) kept += weights[j] = expf(weights[j] - highest);
+  for (int64_t e = 0; !normalize && e < experts; e++)
+    total += expf(scale * raw[e] + (bias ? bias[e] : 0.0f) - highest);
+  for (int j = 0; j < k; j++) weights[j] /= normalize ? kept : total;
 }
 
 template <typename T>
@@ -65,6 +74,9 @@ INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input
     float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
     route(b.logits + t * a.experts, scale, a.router_bias, a.experts, a.k, a.normalize, b.weights + t * a.k,
           b.experts + t * a.k);
+    if (a.shared_hidden == 0) continue;
+    const T *scores = (const T*)a.shared_scale, *row = (const T*)a.x + t * a.d;
+    b.shared_weights[t] = scores ? 1.0f / (1.0f + expf(-dot(row, scores, a.d))) : 1.0f;
   }
 }
 
@@ -84,31 +96,70 @@ INLINE void moe_group(const Moe& a, const MoeBuffers<T>& b) {
   b.starts[0] = 0;
 }
 
+// One expert's packed matrices.
 template <typename T>
-INLINE void expert_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t e,
-                         int64_t from, int64_t count, int64_t id, int64_t n) {
+struct Expert {
+  const T *up, *gate, *down;  // gate: null unless gated
+  int64_t d, hidden;
+  int activation;
+
+  INLINE static Expert picked(const Moe& a, int64_t e) {
+    int64_t first = panel_count(a.hidden) * Packed<T>::panel_size(a.d);
+    int64_t second = panel_count(a.d) * Packed<T>::panel_size(a.hidden);
+    const T* gate = a.gate ? (const T*)a.gate + e * first : nullptr;
+    return {(const T*)a.up + e * first, gate, (const T*)a.down + e * second, a.d, a.hidden, a.activation};
+  }
+
+  INLINE static Expert shared(const Moe& a) {
+    return {(const T*)a.shared_up, (const T*)a.shared_gate, (const T*)a.shared_down, a.d, a.shared_hidden,
+            a.activation};
+  }
+};
+
+// Panels first … last − 1 of an expert's inner activations for `count` of the tokens x: those in rows, or in order
+// where it is null.
+template <typename T>
+INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, const int32_t* rows, int64_t count,
+                         typename Input<T>::type* hidden, int64_t first, int64_t last) {
   typedef typename Input<T>::type I;
-  int64_t panels = panel_count(a.hidden), size = panels * Packed<T>::panel_size(a.d);
-  Epilogue ep = {nullptr, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
-  I* hidden = b.hidden + from * b.hidden_stride;
-  int64_t first = split_point(panels, id, n), last = split_point(panels, id + 1, n);
-  if (a.gate) {
-    gemm<T, I>((const T*)a.gate + e * size, x, row_stride<T>(a.d), b.tokens + from, count, a.d, a.hidden, ep, hidden,
-               first, last);
+  Epilogue ep = {nullptr, e.activation, nullptr, nullptr, nullptr, round_up_2(e.hidden)};
+  if (e.gate) {
+    gemm<T, I>(e.gate, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
     ep.activation = NONE;
     ep.times = hidden;
   }
-  gemm<T, I>((const T*)a.up + e * size, x, row_stride<T>(a.d), b.tokens + from, count, a.d, a.hidden, ep, hidden, first,
-             last);
+  gemm<T, I>(e.up, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
+}
+
+// Panels first … last − 1 of what the expert makes of them.
+template <typename T>
+INLINE void expert_second(const Expert<T>& e, const typename Input<T>::type* hidden, int64_t count, float* out,
+                          int64_t first, int64_t last) {
+  Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, e.d};
+  gemm<T, float>(e.down, hidden, round_up_2(e.hidden), nullptr, count, e.hidden, e.d, ep, out, first, last);
+}
+
+// The shared expert is shared by its outputs however many tokens there are, some at a time so that they stay in the
+// cache: no thread waits for a task as large as that.
+template <typename T>
+INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t id,
+                         int64_t n) {
+  int64_t panels = panel_count(a.shared_hidden), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
+  for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
+    int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
+    expert_first(Expert<T>::shared(a), x + t * row_stride<T>(a.d), nullptr, count,
+                 b.shared_hidden + t * b.shared_stride, from, to);
+  }
 }
 
 template <typename T>
-INLINE void expert_second(const Moe& a, const MoeBuffers<T>& b, int64_t e, int64_t from, int64_t count, int64_t id,
-                          int64_t n) {
-  int64_t panels = panel_count(a.d), size = panels * Packed<T>::panel_size(a.hidden);
-  Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, a.d};
-  gemm<T, float>((const T*)a.down + e * size, b.hidden + from * b.hidden_stride, b.hidden_stride, nullptr, count,
-                 a.hidden, a.d, ep, b.outputs + from * a.d, split_point(panels, id, n), split_point(panels, id + 1, n));
+INLINE void shared_second(const Moe& a, const MoeBuffers<T>& b, int64_t id, int64_t n) {
+  int64_t panels = panel_count(a.d), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
+  for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
+    int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
+    expert_second(Expert<T>::shared(a), b.shared_hidden + t * b.shared_stride, count, b.shared_outputs + t * a.d, from,
+                  to);
+  }
 }
 
 template <typename T>
@@ -117,18 +168,38 @@ INLINE void moe_sum(const Moe& a, const MoeBuffers<T>& b, int64_t first, int64_t
     const float* w = b.weights + t * a.k;
     const int32_t* slot = b.slots + t * a.k;
     const T* residual = a.residual ? (const T*)a.residual + t * a.d : nullptr;
+    const float* shared = a.shared_hidden ? b.shared_outputs + t * a.d : nullptr;
+    float weight = shared ? b.shared_weights[t] : 0;
     T* out = (T*)a.out + t * a.d;
     int64_t i = 0;
     for (; i + LANES <= a.d; i += LANES) {
       vf s = residual ? load(residual + i) : vf{};
+      if (shared) s += weight * load(shared + i);
       for (int j = 0; j < a.k; j++) s += w[j] * load(b.outputs + slot[j] * a.d + i);
       store(out + i, s);
     }
     for (; i < a.d; i++) {
       float s = residual ? to_float(residual[i]) : 0;
+      if (shared) s += weight * shared[i];
       for (int j = 0; j < a.k; j++) s += w[j] * b.outputs[slot[j] * a.d + i];
       put(out + i, s);
     }
+  }
+}
+
+// Share id of n of the panels of all picked experts, one expert's after the other's: long runs of weights for each
+// thread, however small the experts are.
+template <typename T, typename Work>
+INLINE void share_panels(const MoeBuffers<T>& b, int64_t experts, int64_t panels, int64_t id, int64_t n,
+                         const Work& work) {
+  int64_t picked = 0, at = 0;
+  for (int64_t e = 0; e < experts; e++) picked += b.starts[e + 1] > b.starts[e];
+  int64_t first = split_point(picked * panels, id, n), last = split_point(picked * panels, id + 1, n);
+  for (int64_t e = 0; e < experts && at < last; e++) {
+    if (b.starts[e + 1] == b.starts[e]) continue;
+    int64_t from = first > at ? first - at : 0, to = last - at < panels ? last - at : panels;
+    if (from < to) work(e, b.starts[e], b.starts[e + 1] - b.starts[e], from, to);
+    at += panels;
   }
 }
 
@@ -137,22 +208,31 @@ void moe(const Moe& a) {
   MoeBuffers<T> b(a);
   const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
   clear_padding(b.hidden, a.batch * a.k, a.hidden);
+  if (a.shared_hidden) clear_padding(b.shared_hidden, a.batch, a.shared_hidden);
   int64_t chunk = CHUNK_TOKENS, most = (a.batch * a.k + chunk - 1) / chunk + a.experts;
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
+    auto first_of = [&](int64_t e, int64_t from, int64_t count, int64_t start, int64_t end)
+                        __attribute__((always_inline)) {
+      expert_first(Expert<T>::picked(a, e), x, b.tokens + from, count, b.hidden + from * b.hidden_stride, start, end);
+    };
+    auto second_of = [&](int64_t e, int64_t from, int64_t count, int64_t start, int64_t end)
+                         __attribute__((always_inline)) {
+      expert_second(Expert<T>::picked(a, e), b.hidden + from * b.hidden_stride, count, b.outputs + from * a.d, start,
+                    end);
+    };
     moe_route<T>(a, b, x, first, last);
+    shared_first<T>(a, b, x, id, n);
 #pragma omp barrier
 #pragma omp single
     moe_group<T>(a, b);
+    shared_second<T>(a, b, id, n);
     if (a.batch <= SMALL_BATCH) {
-      for (int64_t e = 0; e < a.experts; e++)
-        if (b.starts[e + 1] > b.starts[e])
-          expert_first<T>(a, b, x, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+      share_panels(b, a.experts, panel_count(a.hidden), id, n, first_of);
 #pragma omp barrier
-      for (int64_t e = 0; e < a.experts; e++)
-        if (b.starts[e + 1] > b.starts[e]) expert_second<T>(a, b, e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+      share_panels(b, a.experts, panel_count(a.d), id, n, second_of);
     } else {
       // tasks of at most `chunk` picks of one expert; task i of all is found by walking the experts
 #pragma omp for schedule(dynamic, 1)
@@ -162,8 +242,8 @@ void moe(const Moe& a) {
           int64_t size = b.starts[e + 1] - b.starts[e], tasks = (size + chunk - 1) / chunk;
           if (task < tasks) {
             int64_t from = task * chunk, count = size - from < chunk ? size - from : chunk;
-            expert_first<T>(a, b, x, e, b.starts[e] + from, count, 0, 1);
-            expert_second<T>(a, b, e, b.starts[e] + from, count, 0, 1);
+            first_of(e, b.starts[e] + from, count, 0, panel_count(a.hidden));
+            second_of(e, b.starts[e] + from, count, 0, panel_count(a.d));
             break;
           }
           task -= tasks;

@@ -11,11 +11,18 @@
 
 namespace dsc {
 
+// Where a layer's norms stand: each before its branch, each after it and before the sum, each before its branch with
+// both branches beside each other, or the same with one norm for both, which is attention's.
+enum NormPlaces { BEFORE, AFTER, PARALLEL, SHARED };
+
 // What a layer's weights are; each call fills in the rest.
 struct DecoderLayer {
   Norm attention_norm{}, ffn_norm{};
+  int norms = BEFORE;                    // where they stand, a NormPlaces
   Linear qkv{}, out{};                   // projections around attention
+  QkNorm qk_norm{};
   const float* cos_sin_cache = nullptr;  // as in StoreKv
+  int64_t turned = 0;                    // as in StoreKv
   int64_t heads = 0, kv_heads = 0;
   int64_t size = 0;          // of a head
   float scale = 0;           // of scores
@@ -93,8 +100,7 @@ class Stack {
     for (size_t i = 0; i < layers.size(); i++) {
       const DecoderLayer& layer = layers[i];
       Calls c(layer, s, buffers, scratch);
-      c.norm.x = s.out;
-      k.norm(c.norm);
+      if (c.entry.x) k.norm(c.entry);
       end_phase(NORMS);
       launch(k.linear, c.qkv);
       end_phase(PROJECTIONS);
@@ -112,12 +118,9 @@ class Stack {
         launch(k.chunk_attention, c.chunk);
       }
       end_phase(ATTENDING);
-      c.out.residual = s.out;
       launch(k.linear, c.out);
       end_phase(PROJECTIONS);
-      c.norm.x = buffers.middle, c.norm.weight = layer.ffn_norm.weight, c.norm.bias = layer.ffn_norm.bias;
-      c.norm.eps = layer.ffn_norm.eps;
-      k.norm(c.norm);
+      if (c.between.x) k.norm(c.between);
       end_phase(NORMS);
       if (layer.ffn) {
         if (s.outputs) c.bind_outputs(s.outputs[i]);
@@ -126,6 +129,9 @@ class Stack {
         launch(k.moe, c.moe);
       }
       end_phase(FFN);
+      if (!c.exit.x) continue;
+      k.norm(c.exit);
+      end_phase(NORMS);
     }
   }
 
@@ -181,7 +187,7 @@ class Stack {
 
   // One layer's calls, but for what they read of the cache.
   struct Calls {
-    Norm norm;
+    Norm entry{}, between{}, exit{};  // before attention, before the FFN and behind it; without x there is none
     Linear qkv, out;
     StoreKv store{};
     Attention single{};
@@ -195,12 +201,31 @@ class Stack {
     }
 
     Calls(const DecoderLayer& layer, const Step& s, const Buffers& to, Scratch& scratch)
-        : norm(layer.attention_norm), qkv(layer.qkv), out(layer.out) {
-      norm.out = to.normed, norm.batch = s.tokens, norm.d = qkv.d;
-      qkv.x = to.normed, qkv.out = to.qkv, out.x = to.heads, out.out = to.middle;
+        : qkv(layer.qkv), out(layer.out) {
+      const void *attended = to.normed, *fed = to.normed;  // what attention and the FFN take
+      const void *around_attention = s.out, *around_ffn = to.middle;
+      void *after_attention = to.middle, *after_ffn = s.out;
+      auto norm = [&](const Norm& weights, const void* x, const void* residual, void* to) {
+        Norm own = weights;
+        own.x = x, own.residual = residual, own.out = to, own.batch = s.tokens, own.d = layer.qkv.d;
+        own.threads = s.threads;
+        return own;
+      };
+      if (layer.norms == AFTER) {
+        attended = s.out, fed = to.middle;
+        around_attention = around_ffn = nullptr, after_attention = after_ffn = to.normed;
+        between = norm(layer.attention_norm, to.normed, s.out, to.middle);
+        exit = norm(layer.ffn_norm, to.normed, to.middle, s.out);
+      } else {
+        entry = norm(layer.attention_norm, s.out, nullptr, to.normed);
+        if (layer.norms == BEFORE) between = norm(layer.ffn_norm, to.middle, nullptr, to.normed);
+        if (layer.norms == PARALLEL) between = norm(layer.ffn_norm, s.out, nullptr, to.normed);
+      }
+      qkv.x = attended, qkv.out = to.qkv, out.x = to.heads, out.out = after_attention, out.residual = around_attention;
       for (Linear* linear : {&qkv, &out})
         linear->batch = s.tokens, linear->threads = s.threads, linear->scratch = &scratch;
       store.qkv = to.qkv, store.cos_sin_cache = layer.cos_sin_cache, store.positions = s.positions;
+      store.norm = layer.qk_norm, store.turned = layer.turned;
       store.blocks = s.slot_blocks, store.offsets = s.slot_offsets, store.tokens = s.tokens;
       store.heads = layer.heads, store.kv_heads = layer.kv_heads, store.size = layer.size, store.block = s.block;
       single.q = to.qkv, single.tables = s.tables, single.contexts = s.contexts, single.out = to.heads;
@@ -209,16 +234,16 @@ class Stack {
       single.scale = layer.scale;
       chunk.q_stride = qkv.n, chunk.kv_heads = layer.kv_heads, chunk.group = single.group, chunk.size = layer.size;
       chunk.block = s.block, chunk.scale = layer.scale;
-      norm.threads = store.threads = single.threads = chunk.threads = s.threads;
+      store.threads = single.threads = chunk.threads = s.threads;
       single.scratch = chunk.scratch = &scratch;
       if (layer.ffn) {
         ffn = *layer.ffn;
-        ffn.x = to.normed, ffn.residual = to.middle, ffn.out = s.out, ffn.batch = s.tokens, ffn.threads = s.threads;
+        ffn.x = fed, ffn.residual = around_ffn, ffn.out = after_ffn, ffn.batch = s.tokens, ffn.threads = s.threads;
         ffn.phase_ns = s.phase_ns ? s.phase_ns + STACK_PHASES : nullptr;
         ffn.scratch = &scratch;
       } else {
         moe = *layer.moe;
-        moe.x = to.normed, moe.residual = to.middle, moe.out = s.out, moe.batch = s.tokens, moe.threads = s.threads;
+        moe.x = fed, moe.residual = around_ffn, moe.out = after_ffn, moe.batch = s.tokens, moe.threads = s.threads;
         moe.scratch = &scratch;
       }
     }

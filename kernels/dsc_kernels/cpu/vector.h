@@ -210,6 +210,9 @@ INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + verf(x * 0.70710678f)); }
 
 INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
 
+// x · (1 + tanh y) / 2 with y = √(2 / π) · (x + 0.044715 x³), which is x · sigmoid(2 y).
+INLINE vf gelu_tanh(vf x) { return x / (1.0f + vexp(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
+
 // One bit per lane that is greater, or less, than the bound; none for a NaN.
 INLINE uint32_t above(vf v, float bound) {
 #if defined(__AVX512F__)

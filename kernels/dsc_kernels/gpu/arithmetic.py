@@ -37,7 +37,9 @@ def tanh_positive(s: tl.tensor) -> tl.tensor:
 
 @kernel
 def activate(x: tl.tensor, activation: tl.constexpr) -> tl.tensor:
-    """x after "none", "gelu" (exact) or "silu"."""
+    """x after "none", "gelu" (exact), "gelu_tanh" or "silu"."""
+    if activation == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     if activation == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     if activation == "silu":

@@ -24,7 +24,16 @@ from dsc_kernels.plain import chunk_attention as chunk_attention
 from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
-from dsc_kernels.weights import Activation, AtomBank, FfnOptions, MlpWeights, MoeOptions, Router, gates_of
+from dsc_kernels.weights import (
+    Activation,
+    AtomBank,
+    FfnOptions,
+    MlpWeights,
+    MoeOptions,
+    Router,
+    SharedExpert,
+    gates_of,
+)
 
 NAME = "triton"
 name = NAME
@@ -155,8 +164,11 @@ class Moe:
     backend = NAME
     owns_weights = True
 
-    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+    def __init__(
+        self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+    ) -> None:
         gates = gates_of(experts)
+        self.shared = None if shared is None else plain.Shared(shared, options.activation)
         (hidden, self.d), self.dtype = experts[0].up.shape, experts[0].up.dtype
         if not 1 <= options.k <= router.weight.shape[0]:
             raise ValueError(f"k is {options.k}; it must be between 1 and {router.weight.shape[0]}")
@@ -179,6 +191,9 @@ class Moe:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         check("x", x, (x.shape[0], self.d), self.dtype)
         weights, experts = self.route(x)
+        if self.shared is not None:
+            own = self.shared(x)
+            residual = (own if residual is None else own + residual).to(x.dtype)
         return run_experts(x, weights, experts, self.up, self.gate, self.down, self.activation, residual)
 
 

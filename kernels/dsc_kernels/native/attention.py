@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import KvCache, Slots
+from dsc_kernels.weights import KvCache, QkNorm, Slots
 
 UNLIMITED = 2**62  # positions, where none is looked up
 
 
-def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots, cache: KvCache) -> None:
-    """Write new tokens' keys and values to the cache; queries (in place) and keys are turned first.
+def store_kv(
+    qkv: Tensor,
+    heads: int,
+    cos_sin_cache: Tensor | None,
+    slots: Slots,
+    cache: KvCache,
+    qk_norm: QkNorm | None = None,
+) -> None:
+    """Write new tokens' keys and values to the cache; queries (in place) and keys are normed and turned first.
 
-    qkv [T, heads + 2 · kv heads, size], contiguous; cos_sin_cache float32 [positions, 2, size / 2], None: nothing is
+    qkv [T, heads + 2 · kv heads, size], contiguous; cos_sin_cache float32 [positions, 2, turned / 2], None: nothing is
     turned. Raises ValueError for what does not fit, also for numbers in the slots.
     """
     tokens, _, size = qkv.shape
@@ -27,10 +36,13 @@ def store_kv(qkv: Tensor, heads: int, cos_sin_cache: Tensor | None, slots: Slots
     for name, column in (("positions", positions), ("blocks", blocks), ("offsets", offsets)):
         check(name, column, (tokens,), torch.int64, in_place=True)
     num_positions = UNLIMITED if cos_sin_cache is None else check_cos_sin(cos_sin_cache, size)
+    norms = () if qk_norm is None else check_qk_norm(qk_norm, heads, kv_heads, size, qkv.dtype)
     if tokens:
         kernels.store_kv(
             is_bf16=is_bf16(qkv.dtype),
             qkv=qkv.data_ptr(),
+            **qk_norm_arguments(qk_norm, *norms),
+            turned=turned_numbers(cos_sin_cache),
             cos_sin_cache=address(cos_sin_cache),
             positions=positions.data_ptr(),
             blocks=blocks.data_ptr(),
@@ -56,11 +68,40 @@ def check_cache(cache: KvCache, size: int, dtype: torch.dtype) -> None:
 
 def check_cos_sin(cos_sin_cache: Tensor, size: int) -> int:
     """How many positions there are cosines and sines for."""
-    positions = cos_sin_cache.shape[0]
-    check("cos_sin_cache", cos_sin_cache, (positions, 2, size // 2), torch.float32, in_place=True)
-    if size % 2:
-        raise ValueError(f"heads of {size} numbers have no halves to turn")
+    positions, _, half = cos_sin_cache.shape
+    check("cos_sin_cache", cos_sin_cache, (positions, 2, half), torch.float32, in_place=True)
+    if not 0 < 2 * half <= size:
+        raise ValueError(f"cos_sin_cache turns {2 * half} numbers of each head; there are {size}")
     return positions
+
+
+def turned_numbers(cos_sin_cache: Tensor | None) -> int:
+    """How many numbers of each head are turned."""
+    return 0 if cos_sin_cache is None else 2 * cos_sin_cache.shape[2]
+
+
+def check_qk_norm(
+    qk_norm: QkNorm, heads: int, kv_heads: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, bool]:
+    """The norm's weights, contiguous, and whether they are of all heads together."""
+    together = qk_norm.query.shape != (size,) or qk_norm.key.shape != (size,)
+    shapes = ((heads * size,), (kv_heads * size,)) if together else ((size,), (size,))
+    check("the norm of queries", qk_norm.query, shapes[0], dtype)
+    check("the norm of keys", qk_norm.key, shapes[1], dtype)
+    return qk_norm.query.contiguous(), qk_norm.key.contiguous(), together
+
+
+def qk_norm_arguments(
+    qk_norm: QkNorm | None, query: Tensor | None = None, key: Tensor | None = None, together: bool = False
+) -> dict[str, Any]:
+    """What C++ is told of a norm that was checked, whose weights are these."""
+    eps = 0.0 if qk_norm is None else qk_norm.eps
+    return {
+        "query_norm": address(query),
+        "key_norm": address(key),
+        "qk_norm_eps": eps,
+        "qk_norm_together": int(together),
+    }
 
 
 def check_heads(heads: int, kv_heads: int) -> int:

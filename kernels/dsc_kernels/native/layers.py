@@ -22,11 +22,14 @@ from dsc_kernels.weights import (
     MoeOptions,
     NormWeights,
     Router,
+    SharedExpert,
     gates_of,
 )
 
 NAME = "native"
-ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2}
+ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2, "gelu_tanh": 3}
+
+SHARED = ("shared_up", "shared_gate", "shared_down", "shared_scale", "shared_hidden")  # a shared expert's arguments
 
 
 def pack(*weights: Tensor) -> Tensor:
@@ -118,6 +121,10 @@ class _Layer:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
+    def _keep_wide(self, tensor: Tensor | None) -> int:
+        """The same as float32."""
+        return self._keep(None if tensor is None else tensor.float())
+
     def _ready(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         check("x", x, (x.shape[0], self.d), self.dtype)
         if residual is not None:
@@ -144,6 +151,7 @@ class Ffn(_Layer):
         if not min(1, self.atoms) <= k <= self.atoms or rank < 0 or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k from 1 to {self.atoms}")
         check_all({"gate": (mlp.gate, (hidden, d)), "down": (mlp.down, (d, hidden))}, self.dtype)
+        self._check_biases(mlp, hidden)
         self.screen, bias, u, v, gamma, weight, norm_eps = NO_SCREEN, None, None, None, None, None, -1.0
         if router is not None and bank is not None:
             self._check_routing(router, bank, rank)
@@ -160,6 +168,9 @@ class Ffn(_Layer):
             up=self._keep(up),
             gate=self._keep(gate),
             down=self._keep(down),
+            up_bias=self._keep_wide(mlp.up_bias),
+            gate_bias=self._keep_wide(mlp.gate_bias),
+            down_bias=self._keep_wide(mlp.down_bias),
             router=self._keep(packed),
             router_bias=self._keep(bias),
             u=self._keep(u),
@@ -184,6 +195,12 @@ class Ffn(_Layer):
             screen_slack=self.screen.slack,
             screen_counters=self._keep(self.screen.counters),
         )
+
+    def _check_biases(self, mlp: MlpWeights, hidden: int) -> None:
+        if mlp.gate is None and mlp.gate_bias is not None:
+            raise ValueError("a bias of a gate, but no gate")
+        biases = {"up_bias": (mlp.up_bias, (hidden,)), "gate_bias": (mlp.gate_bias, (hidden,))}
+        check_all({**biases, "down_bias": (mlp.down_bias, (self.d,))})
 
     def _check_routing(self, router: Router, bank: AtomBank, rank: int) -> None:
         rows = (self.atoms * max(rank, 1), self.d)
@@ -266,9 +283,14 @@ class Ffn(_Layer):
 
 
 class Moe(_Layer):
-    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum."""
+    """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum.
 
-    def __init__(self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions) -> None:
+    An expert that all tokens share is computed in the same call. Raises ValueError for what does not fit.
+    """
+
+    def __init__(
+        self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
+    ) -> None:
         gates = gates_of(experts)
         hidden, d = experts[0].up.shape
         super().__init__(d, experts[0].up.dtype)
@@ -282,6 +304,7 @@ class Moe(_Layer):
             shapes[f"down of expert {e}"] = expert.down, (d, hidden)
         check_all(shapes, self.dtype)
         check_all({"router_bias": (router.bias, (count,))})
+        own = self._shared(shared, gates is not None)
         self.capsule = kernels.moe_layer(
             is_bf16=is_bf16(self.dtype),
             router=self._keep(resident(pack(router.weight))),
@@ -296,7 +319,24 @@ class Moe(_Layer):
             k=k,
             normalize=int(options.normalize),
             activation=ACTIVATIONS[options.activation],
+            **own,
         )
+
+    def _shared(self, shared: SharedExpert | None, gated: bool) -> dict[str, int]:
+        """The arguments that are the shared expert's."""
+        if shared is None:
+            return dict.fromkeys(SHARED, 0)
+        mlp, d = shared.mlp, self.d
+        hidden = mlp.up.shape[0]
+        if (mlp.gate is not None) != gated:
+            raise ValueError("the shared expert and the others must all have a gate, or none")
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"up of the shared expert": (mlp.up, (hidden, d))}
+        shapes["gate of the shared expert"] = mlp.gate, (hidden, d)
+        shapes["down of the shared expert"] = mlp.down, (d, hidden)
+        shapes["the shared expert's gate"] = shared.gate, (d,)
+        check_all(shapes, self.dtype)
+        packed = (None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down))
+        return dict(zip(SHARED, (*map(self._keep, packed), self._keep(shared.gate), hidden), strict=True))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
@@ -313,8 +353,11 @@ class Moe(_Layer):
         return out
 
 
-def norm(x: Tensor, weights: NormWeights) -> Tensor:
-    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] in float32 and rounded once; weights have x's dtype."""
+def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm, of rows x [T, d] in float32 and rounded once; weights have x's dtype.
+
+    residual [T, d]: is added before that, where it is given.
+    """
     batch, d = x.shape
     weight, bias = weights.weight, weights.bias
     check("x", x, (batch, d), x.dtype)
@@ -322,6 +365,9 @@ def norm(x: Tensor, weights: NormWeights) -> Tensor:
     if bias is not None:
         check("bias", bias, (d,), x.dtype)
         bias = bias.contiguous()
+    if residual is not None:
+        check("residual", residual, (batch, d), x.dtype)
+        residual = residual.contiguous()
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(batch, d, dtype=x.dtype)
     if batch:
@@ -330,6 +376,7 @@ def norm(x: Tensor, weights: NormWeights) -> Tensor:
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             bias=address(bias),
+            residual=address(residual),
             out=out.data_ptr(),
             batch=batch,
             d=d,

@@ -6,17 +6,20 @@ import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels.native.attention import UNLIMITED, check_cos_sin
+from dsc_kernels.native.attention import UNLIMITED, check_cos_sin, check_qk_norm, qk_norm_arguments, turned_numbers
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, Slots
+from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, NormPlaces, Slots
+
+NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3}
 
 
 def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
@@ -71,6 +74,7 @@ class Stack:
         self._kept.append(ffn.capsule)
         return kernels.decoder_layer(
             ffn.capsule,
+            norms=NORM_PLACES[layer.norms],
             attention_norm_weight=self._keep_vector(layer.attention_norm.weight),
             attention_norm_bias=self._keep_vector(layer.attention_norm.bias),
             attention_norm_eps=layer.attention_norm.eps,
@@ -78,6 +82,8 @@ class Stack:
             qkv_bias=self._keep(qkv.bias),
             out_weight=self._keep(out.packed),
             out_bias=self._keep(out.bias),
+            **self._qk_norm(layer, size),
+            turned=turned_numbers(layer.cos_sin_cache),
             cos_sin_cache=self._keep(layer.cos_sin_cache),
             d=self.d,
             heads=layer.heads,
@@ -87,6 +93,13 @@ class Stack:
             ffn_norm_bias=self._keep_vector(layer.ffn_norm.bias),
             ffn_norm_eps=layer.ffn_norm.eps,
         )
+
+    def _qk_norm(self, layer: DecoderLayer, size: int) -> dict[str, Any]:
+        if layer.qk_norm is None:
+            return qk_norm_arguments(None)
+        query, key, together = check_qk_norm(layer.qk_norm, layer.heads, layer.kv_heads, size, self.dtype)
+        self._kept += [query, key]
+        return qk_norm_arguments(layer.qk_norm, query, key, together)
 
     def _check(self, layer: DecoderLayer, first: DecoderLayer) -> None:
         (qkv, out, ffn), (kv_heads, size) = native_parts(layer), self._cache_shape

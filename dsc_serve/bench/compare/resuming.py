@@ -1,0 +1,44 @@
+"""What of a comparison was measured before, and what of it is still missing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from dsc_serve.bench.compare.comparison import ComparedSystem, Comparison, ComparisonError
+from dsc_serve.bench.compare.results import Results
+
+
+def loads(comparison: Comparison) -> list[tuple[Literal["closed", "open"], float]]:
+    """Those of a round, in order."""
+    points: list[tuple[Literal["closed", "open"], float]] = [("closed", streams) for streams in comparison.streams]
+    return [*points, *(("open", rate) for rate in comparison.rates)]
+
+
+def missing(comparison: Comparison, results: Results, system: ComparedSystem, number: int) -> list[tuple[str, float]]:
+    """The loads of a round that were not measured on a system yet."""
+    done = {(row.load, row.value) for row in results.rows if (row.system, row.round) == (system.name, number)}
+    return [load for load in loads(comparison) if load not in done]
+
+
+def go_on_from(before: Results, results: Results) -> None:
+    """Take over what was measured. Raises ComparisonError where it was another comparison or another machine."""
+    asked, found = (msgspec.json.decode(msgspec.json.encode(own.comparison)) for own in (results, before))
+    for content in (asked, found):
+        content.pop("rounds", None)
+    for name in asked.keys() | found.keys():
+        if asked.get(name) != found.get(name):
+            raise ComparisonError(f"the kept results are of another comparison: its {name} is {found.get(name)!r}")
+    for name in ("cpu", "cores", "threads", "instructions"):
+        if results.machine.get(name) != before.machine.get(name):
+            raise ComparisonError(
+                f"the kept results are of another machine: its {name} is {before.machine.get(name)!r}, and here "
+                f"{results.machine.get(name)!r}"
+            )
+    results.rows += before.rows
+    results.machine["begun"] = before.machine.get("begun", before.date)
+    old = {system.name: system for system in before.systems}
+    for system in results.systems:
+        if system.name in old:
+            system.start_s, system.memory_bytes = old[system.name].start_s, old[system.name].memory_bytes

@@ -1,0 +1,49 @@
+"""GPT-NeoX, as Pythia is: LayerNorm, biases, heads of which a part is turned, branches beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsc_serve.model.architectures.family import EMBEDDING, HEAD, Architecture, frame
+from dsc_serve.model.architectures.heads import split_heads
+from dsc_serve.model.architectures.positions import Positions
+from dsc_serve.model.architectures.settings import Fields, Settings
+from dsc_serve.model.architectures.tensors import Tensors, renamed, without
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.source import Stored
+
+POSITIONS = Positions("rotary_emb_base", share="rotary_pct", default_share=0.25)
+BUFFERS = r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"
+NAMES = {
+    r"^gpt_neox\.embed_in\.weight$": EMBEDDING,
+    r"^embed_out\.weight$": HEAD,
+    r"^gpt_neox\.final_layer_norm\.": "model.norm.",
+    r"^gpt_neox\.layers\.(\d+)\.attention\.query_key_value\.": r"model.layers.\1.self_attn.qkv.",
+    r"^gpt_neox\.layers\.(\d+)\.attention\.dense\.": r"model.layers.\1.self_attn.o_proj.",
+    r"^gpt_neox\.layers\.(\d+)\.mlp\.dense_h_to_4h\.": r"model.layers.\1.mlp.up_proj.",
+    r"^gpt_neox\.layers\.(\d+)\.mlp\.dense_4h_to_h\.": r"model.layers.\1.mlp.down_proj.",
+    r"^gpt_neox\.layers\.": "model.layers.",
+}
+
+
+def fields(s: Settings) -> Fields:
+    bias = s.flag("attention_bias", default=True)
+    return frame(s, POSITIONS, act="gelu") | {
+        "norm_type": "layernorm",
+        "norm_eps": s.get("layer_norm_eps", default=1e-5),
+        "norms": "parallel" if s.flag("use_parallel_residual", default=True) else "before",
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_gated": False,
+        "ffn": {"kind": "dense", "size": s.get("intermediate_size"), "bias": True},
+    }
+
+
+def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    found = renamed(without(stored, BUFFERS), NAMES)
+    for i in range(config.num_hidden_layers):
+        split_heads(found, f"model.layers.{i}.self_attn.", config.num_attention_heads, config, s.path)
+    return found
+
+
+GPT_NEOX = Architecture(fields, tensors)

@@ -1,0 +1,32 @@
+"""Mixtral: Mistral with a mixture of experts whose weights sum to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsc_serve.model.architectures.experts import expert_tensors, mixture
+from dsc_serve.model.architectures.family import Architecture, frame, full_attention
+from dsc_serve.model.architectures.settings import Fields, Settings
+from dsc_serve.model.architectures.tensors import Tensors, renamed
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.source import Stored
+
+NAMES = {
+    r"\.block_sparse_moe\.gate\.": ".mlp.router.",
+    r"\.block_sparse_moe\.experts\.(\d+)\.w1\.": r".mlp.experts.\1.gate_proj.",
+    r"\.block_sparse_moe\.experts\.(\d+)\.w3\.": r".mlp.experts.\1.up_proj.",
+    r"\.block_sparse_moe\.experts\.(\d+)\.w2\.": r".mlp.experts.\1.down_proj.",
+}
+
+
+def fields(s: Settings) -> Fields:
+    full_attention(s, acts=True)
+    ffn = mixture(s, ("num_local_experts", "num_experts"), "intermediate_size", normalize=True)
+    return frame(s) | {"norm_eps": s.get("rms_norm_eps", default=1e-5), "ffn": ffn}
+
+
+def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    return expert_tensors(renamed(stored, NAMES), s, config)
+
+
+MIXTRAL = Architecture(fields, tensors)

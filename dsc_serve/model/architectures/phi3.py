@@ -1,0 +1,35 @@
+"""Phi-3 and Phi-4: q, k and v in one matrix, gate and up in another; longrope, and heads of which a part is turned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsc_serve.model.architectures.family import Architecture, frame, full_attention
+from dsc_serve.model.architectures.positions import Positions
+from dsc_serve.model.architectures.settings import Fields, Settings
+from dsc_serve.model.architectures.tensors import Tensors, split_rows
+from dsc_serve.model.config import DenseConfig, ModelConfig
+from dsc_serve.model.source import Stored
+
+POSITIONS = Positions(default_share=1.0)
+
+
+def fields(s: Settings) -> Fields:
+    full_attention(s, acts=True)
+    return frame(s, POSITIONS) | {"norm_eps": s.get("rms_norm_eps", default=1e-5)}
+
+
+def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    found = dict(stored)
+    assert isinstance(config.ffn, DenseConfig)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        sizes = {"q": config.query_size, "k": config.kv_size, "v": config.kv_size}
+        qkv = {f"{layer}self_attn.{part}_proj.weight": size for part, size in sizes.items()}
+        split_rows(found, f"{layer}self_attn.qkv_proj.weight", qkv, s.path)
+        halves = {f"{layer}mlp.{part}_proj.weight": config.ffn.size for part in ("gate", "up")}
+        split_rows(found, f"{layer}mlp.gate_up_proj.weight", halves, s.path)
+    return found
+
+
+PHI3 = Architecture(fields, tensors)

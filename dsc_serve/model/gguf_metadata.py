@@ -1,0 +1,157 @@
+"""The fields of a GGUF file, and the positions that they describe."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dsc_serve.files import CheckpointError
+from dsc_serve.gguf_file import GgufFile
+from dsc_serve.model.rope import lengthened
+
+log = logging.getLogger(__name__)
+
+DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (DIVISORS, LONG, SHORT)  # tensors that are no weights but say how positions are stretched
+
+
+class Metadata:
+    """The fields of a GGUF file; those of its architecture also by the names behind it."""
+
+    def __init__(self, content: GgufFile) -> None:
+        self._fields, self.content, self.file = content.metadata, content, content.path
+
+    def get(self, name: str) -> Any:
+        return self._fields.get(name)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._fields.keys()
+
+    @property
+    def architecture(self) -> str:
+        return str(self.need("general.architecture", str))
+
+    def name(self, field: str) -> str:
+        return f"{self.architecture}.{field}"
+
+    def own(self, field: str, default: Any = None) -> Any:
+        """A field of the architecture, by its name without that."""
+        value = self.get(self.name(field))
+        return default if value is None else value
+
+    @property
+    def head_dim(self) -> Any:
+        """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
+        size = self.own("attention.key_length")
+        width, heads = self.own("embedding_length"), self.own("attention.head_count")
+        if size is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+            return width // heads
+        return size
+
+    def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """A field's value. Raises CheckpointError when it is missing or of another kind."""
+        value = self.get(name)
+        if not isinstance(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else "number"
+            raise CheckpointError(f"{self.file}: {name} is {value!r}, expected {wanted}")
+        return value
+
+    def refuse(self, name: str, neutral: Any, supported: str) -> None:
+        """Raises CheckpointError unless the field is missing or has the neutral value."""
+        value = self.get(name)
+        if value is not None and value != neutral:
+            raise CheckpointError(f"{self.file}: {name} is {value!r}; supported: {supported}")
+
+
+def positions(metadata: Metadata, factors: Mapping[str, Tensor], longrope: bool) -> dict[str, Any]:
+    """How positions are stretched, and the context that this gives, as fields of a ModelConfig.
+
+    factors: those tensors of FACTORS that the file has. longrope: whether the architecture takes those of two kinds.
+    Raises CheckpointError.
+    """
+    both = factors.get(LONG), factors.get(SHORT)
+    if longrope and both[0] is not None and both[1] is not None:
+        return stretched_by_length(metadata, both[0], both[1])
+    for name, found in zip((LONG, SHORT), both, strict=True):
+        if found is not None:
+            where = "in a pair, in architecture phi3"
+            raise CheckpointError(f"{metadata.file}: tensor {name} does not belong to this architecture; {where}")
+    scaling, context = rope_scaling(
+        metadata, metadata.architecture, factors.get(DIVISORS), metadata.own("context_length")
+    )
+    return {"rope_scaling": scaling, "max_position_embeddings": context}
+
+
+def stretched_by_length(metadata: Metadata, long: Tensor, short: Tensor) -> dict[str, Any]:
+    """Longrope. Its context is that of the first training until a longer one is asked for."""
+    kind, context = metadata.name("rope.scaling.type"), metadata.own("context_length")
+    if metadata.get(kind) != "longrope":
+        metadata.refuse(kind, "none", "none and longrope in a file with rope_factors_long")
+    original = metadata.own("rope.scaling.original_context_length", context)
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short.tolist(),
+        "long_factor": long.tolist(),
+        "original_max_position_embeddings": original,
+        "max_position_embeddings": context,
+        "attention_factor": metadata.own("rope.scaling.attn_factor", 1.0),
+    }
+    served = min(context, original) if type(context) is int and type(original) is int else context
+    return {"rope_scaling": scaling, "max_position_embeddings": served}
+
+
+def rope_scaling(
+    metadata: Metadata, architecture: str, divisors: Tensor | None, context: Any
+) -> tuple[dict[str, Any] | None, Any]:
+    """The scaling of positions as llama.cpp computes it, and the context that linear scaling and YaRN give.
+
+    Linear where no type is named, by the factor or by what older files call it. `attn_factor` multiplies cosines and
+    sines whatever the type, YaRN's own besides.
+    """
+    rope = f"{architecture}.rope."
+    kind, name = f"{rope}scaling.type", f"{rope}scaling.factor"
+    if metadata.get(kind) not in (None, "linear", "yarn"):
+        metadata.refuse(kind, "none", "none, linear, yarn, and llama3's scaling by rope_freqs")
+    if metadata.get(name) is None:
+        name = f"{rope}scale_linear"
+    factor = metadata.get(name)
+    if factor in (None, 0) or metadata.get(kind) == "none":
+        factor = 1.0
+    elif type(factor) not in (int, float):
+        metadata.need(name, float)
+    own = metadata.get(f"{rope}scaling.attn_factor")
+    attention = 1.0 if own is None else metadata.need(f"{rope}scaling.attn_factor", float)
+    if metadata.get(kind) == "yarn":
+        if divisors is not None:
+            metadata.refuse(kind, "none", "none in a file with rope_freqs")
+        return yarn(metadata, rope, context, factor, attention)
+    if divisors is not None:
+        if factor != 1:
+            metadata.refuse(name, 1, "1 in a file with rope_freqs")
+        return {"rope_type": "divisors", "divisors": divisors.tolist(), "attention_factor": attention}, context
+    if factor == attention == 1:
+        return None, context
+    scaling = {"rope_type": "linear", "factor": factor, "attention_factor": attention}
+    return scaling, lengthened(context, factor) if type(context) is int else context
+
+
+def yarn(metadata: Metadata, rope: str, context: Any, factor: float, attention: float) -> tuple[dict[str, Any], Any]:
+    scaling = f"{rope}scaling."
+    unused = [name for name in metadata.names if name.startswith(f"{scaling}yarn_")]
+    if unused:
+        log.warning("%s is not used, as llama.cpp does not use it for this architecture", ", ".join(unused))
+    trained = metadata.get(f"{scaling}original_context_length") or context
+    fields = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained,
+        "attention_factor": attention * (1 + 0.1 * math.log(max(factor, 1))),
+    }
+    if type(trained) is not int or type(context) is not int:
+        return fields, context
+    return fields, max(context, lengthened(trained, factor))

@@ -1,0 +1,77 @@
+"""Responses for the OpenAPI document, with examples that run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dsc_serve.server.tools.described import SCHEMA, Answer
+
+FLAT = {"type": "function", "name": "set_age", "parameters": SCHEMA, "strict": True}
+RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
+    "text": {"input": "Who?", "instructions": "Be brief.", "max_output_tokens": 16},
+    "stream": {"input": [{"role": "user", "content": "Who?"}], "max_output_tokens": 4, "stream": True},
+    "tool": {"input": "How old?", "tools": [FLAT], "tool_choice": "required", "parallel_tool_calls": False},
+    "JSON schema": {
+        "input": "How old?",
+        "text": {"format": {"type": "json_schema", "name": "person", "schema": SCHEMA, "strict": True}},
+        "max_output_tokens": 40,
+    },
+}
+
+
+class InputTokensDetails(Answer):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(Answer):
+    reasoning_tokens: int
+
+
+class ResponseUsage(Answer):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseFailure(Answer):
+    code: str | None
+    message: str
+
+
+class Incomplete(Answer):
+    reason: Literal["max_output_tokens", "timeout"]
+
+
+class ResponseAnswer(Answer):
+    """output: items of type message, reasoning and function_call, in their order."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: Literal[False]
+    error: ResponseFailure | None
+    incomplete_details: Incomplete | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: dict[str, None]
+    service_tier: Literal["default"]
+    store: Literal[False]
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["auto", "disabled"]
+    usage: ResponseUsage | None
+    user: str | None
+    dsc: dict[str, Any] | None = None

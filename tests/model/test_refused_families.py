@@ -1,0 +1,143 @@
+"""What no family can serve is refused by its name, with its value and what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from support.families import CASES, family_folder
+from support.family_files import family_file
+
+from dsc_serve.model.architectures import ARCHITECTURES
+from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.config import CheckpointError
+from dsc_serve.model.gguf_families import FAMILIES
+
+OTHERS = {
+    "Gemma2ForCausalLM": "gemma2",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "CohereForCausalLM": "cohere",
+    "MambaForCausalLM": "mamba",
+    "GptOssForCausalLM": "gpt_oss",
+    "T5ForConditionalGeneration": "t5",
+}
+Change = Callable[[gguf.GGUFWriter], None]
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), OTHERS.items())
+def test_another_architecture_is_refused_with_those_that_are_supported(
+    architecture: str, model_type: str, tmp_path: Path
+) -> None:
+    folder = family_folder("mixtral", tmp_path / "m", architectures=[architecture], model_type=model_type)
+    with pytest.raises(CheckpointError) as error:
+        open_source(folder)
+    assert f"architecture '{architecture}' is not supported; supported: {', '.join(ARCHITECTURES)}" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "deepseek2", "command-r", "mamba", "gpt-oss", "t5"])
+def test_a_file_of_another_architecture_is_refused_with_those_that_are_supported(
+    architecture: str, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError) as error:
+        open_source(tmp_path / "m.gguf")
+    assert f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}" in str(error.value)
+
+
+FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"sliding_window": 32}, "sliding_window is 32, below the context of 64; supported: none"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts is None, expected a whole number above 0"),
+    ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token is 9, more than num_experts, 5"),
+    ("mixtral", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
+    ("mixtral", {"quantization_config": {"quant_method": "awq"}}, "the weights are quantised with awq"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling is 0.0; supported: any number but 0"),
+    ("granite", {"residual_multiplier": "0.5"}, "residual_multiplier is '0.5', expected a number"),
+    ("granite", {"mlp_bias": "no"}, "mlp_bias is 'no', expected true or false"),
+    ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
+    ("granitemoe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0, expected a whole number above 0"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("qwen3moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ("qwen3moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1'; supported: a list of layers' numbers"),
+    ("qwen3moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected a whole number above 0"),
+    ("qwen2moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("qwen2moe", {"shared_expert_intermediate_size": None}, "shared_expert.size: Input should be a valid integer"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; supported: none"),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv is 8.0; supported: none"),
+    ("phi3", {"sliding_window": 47}, "sliding_window is 47, below the context of 64; supported: none"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; supported: above 0, at most 1"),
+    ("phi3", {"rope_scaling": {"type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default, linear"),
+    ("phi3 longrope", {"rope_scaling": {"type": "longrope"}}, "short_factor: Field required"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]; supported: a list of 3 numbers, 1 where"),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; supported: True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; supported: False"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; supported: False"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; supported: gelu"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True; supported: False"),
+    ("gptneox", {"rotary_pct": 0}, "rotary_pct is 0; supported: above 0, at most 1"),
+    ("gptneox", {"use_parallel_residual": "yes"}, "use_parallel_residual is 'yes', expected true or false"),
+    ("falcon", {"alibi": True}, "alibi is True; supported: False: rotary positions"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), FIELDS)
+def test_a_field_that_is_not_supported_is_named(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        open_source(family_folder(case, tmp_path / "m", **changes)).check()
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "m" / "config.json"))
+
+
+def test_a_field_of_every_family_is_tried() -> None:
+    assert {CASES[case].config["model_type"] for case, _, _ in FIELDS} == {
+        case.config["model_type"] for case in CASES.values()
+    }
+
+
+def scaled(kind: gguf.RopeScalingType) -> Change:
+    return lambda writer: writer.add_rope_scaling_type(kind)
+
+
+FILE_FIELDS: list[tuple[str, Change, str]] = [
+    ("mixtral", lambda w: w.add_sliding_window(32), "llama.attention.sliding_window is 32; supported: attention to"),
+    ("mixtral", lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count is 4; supported: rotary pos"),
+    ("mixtral", lambda w: w.add_expert_used_count(9), "experts_per_token is 9, more than num_experts, 5"),
+    ("mixtral", lambda w: w.add_expert_group_count(4), "llama.expert_group_count is 4; supported: 1"),
+    ("olmoe", lambda w: w.add_expert_weights_norm(True), "olmoe.expert_weights_norm is True; supported: False, for"),
+    ("qwen3moe", lambda w: w.add_expert_weights_scale(2.5), "qwen3moe.expert_weights_scale is 2.5; supported: 1"),
+    (
+        "qwen2moe",
+        lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
+        "expert_gating_func is 2; supp",
+    ),
+    ("olmoe", lambda w: w.add_clamp_kqv(8.0), "olmoe.attention.clamp_kqv is 8.0; supported: 0, none"),
+    ("falcon", lambda w: w.add_max_alibi_bias(8.0), "falcon.attention.max_alibi_bias is 8.0; supported: 0, none"),
+    ("qwen3", lambda w: w.add_causal_attention(False), "qwen3.attention.causal is False; supported: True: each"),
+    ("granitemoe", lambda w: w.add_expert_shared_feed_forward_length(8), "expert_shared_feed_forward_length is 8"),
+    ("qwen3", scaled(gguf.RopeScalingType.LONGROPE), "qwen3.rope.scaling.type is 'longrope'; supported: none, lin"),
+    ("phi3 longrope", scaled(gguf.RopeScalingType.YARN), "phi3.rope.scaling.type is 'yarn'; supported: none and lo"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "message"), FILE_FIELDS)
+def test_a_field_of_a_file_that_is_not_supported_is_named(
+    case: str, change: Change, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        open_source(family_file(case, tmp_path / "m.gguf", change)).check()
+    assert message in str(error.value)
+
+
+def test_tensors_of_no_family_are_named(tmp_path: Path) -> None:
+    folder = family_folder("qwen3", tmp_path / "m", architectures=["GraniteForCausalLM"], model_type="granite")
+    with pytest.raises(CheckpointError, match=r"self_attn\.k_norm\.weight does not belong to this architecture"):
+        open_source(folder).check()

@@ -363,6 +363,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.engine_command import engine_command
     from dsc_serve.bench.step.forward_command import forward_command
     from dsc_serve.bench.step.scheduler_command import scheduler_command
+    from dsc_serve.bench.step.speculation_command import speculation_command
     from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 
@@ -376,6 +377,7 @@ def _attach_commands() -> None:
     bench.add_command(engine_command, "engine")
     bench.add_command(scheduler_command, "scheduler")
     bench.add_command(batching_command, "batching")
+    bench.add_command(speculation_command, "speculation")
     kernels.add_command(aot_command, "aot")
     main.add_command(scale_model)
     main.add_command(train_command, "train")

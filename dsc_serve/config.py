@@ -89,6 +89,16 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             "head in int8 and finds the same; auto: what is faster."
         ),
     ] = "auto"
+    speculation: Annotated[
+        Literal["auto", "off"],
+        Meta(
+            description="auto: tokens that may follow are computed with a request's own where that is expected to pay; "
+            "the answers stay the same."
+        ),
+    ] = "off"
+    max_drafts: Annotated[
+        int, Meta(ge=1, le=64, description="Most of these for one request in a step, with speculation auto.")
+    ] = 7
     grammar_timeout_s: Annotated[
         float, Meta(ge=0.1, le=60, description="Seconds to compile a structured output's grammar; beyond it: 400.")
     ] = 2.0
@@ -109,6 +119,11 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
+
+    @property
+    def drafts(self) -> int:
+        """Most drafts of one request in a step."""
+        return 0 if self.speculation == "off" else self.max_drafts
 
     def __post_init__(self) -> None:
         super().__post_init__()

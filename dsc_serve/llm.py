@@ -346,12 +346,15 @@ class _Track:
             self.error, self.output.finish_reason = delta.error, "error"
             return
         self.embedding = delta.embedding or b""
+        before = self.text.token_count
+        text = self.text.push(delta.token_ids)
+        kept = self.text.token_count - before  # none after a stop string
         new = RequestOutput(
             prompt_token_ids=self.output.prompt_token_ids,
-            text=self.text.push(delta.token_ids),
-            token_ids=delta.token_ids,
+            text=text,
+            token_ids=delta.token_ids[:kept],
             finish_reason=delta.finish_reason,
-            logprobs=delta.logprobs,
+            logprobs=None if delta.logprobs is None else delta.logprobs[:kept],
             prompt_logprobs=delta.prompt_logprobs,
             routing=delta.routing,
             index=self.output.index,
@@ -359,6 +362,8 @@ class _Track:
         if self.text.stopped:
             engine.finish(self.id)
             new.finish_reason = "stop"
+            if new.routing is not None:  # of the token that completed the stop string nothing is told
+                new.routing = new.routing.before(len(new.prompt_token_ids) + self.text.token_count - 1)
         elif new.finish_reason is not None:
             new.text += self.text.finish()
             if self.text.stopped:

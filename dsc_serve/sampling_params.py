@@ -13,6 +13,7 @@ MAX_STOP = 1024  # characters of one
 MAX_STOP_TOKENS = 1024
 MAX_CHOICES = 128  # n
 MAX_BIASES = 1024
+MAX_PREDICTION = 2**20  # tokens
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
 ALL_ATOMS = -1
@@ -181,6 +182,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     n: number of independent generations.
     routing: report, for each token that is computed, so many of the atoms it picks in each layer, the strongest (0:
         nothing, -1: all it picks).
+    prediction_token_ids: what much of the output is expected to be; it makes the answer faster, not another one.
+    max_drafts: of the tokens that may follow, most that a step computes with the request's own (None: the engine's).
     structured_outputs: what the text must look like. Tokens that cannot follow are never chosen; the generation ends
         where nothing more may follow. Stop strings and stop tokens cut the text wherever they appear in it.
     """
@@ -204,6 +207,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     n: int = 1
     routing: int = 0
+    prediction_token_ids: tuple[int, ...] = ()
+    max_drafts: int | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -246,10 +251,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             reject("stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
         if not all(type(t) is int and t >= 0 for t in self.stop_token_ids):
             reject("stop_token_ids", list(self.stop_token_ids), "token ids (integers from 0)")
-        for field in ("logprobs", "prompt_logprobs"):
+        predicted = self.prediction_token_ids
+        if len(predicted) > MAX_PREDICTION or not all(type(t) is int and t >= 0 for t in predicted):
+            reject("prediction_token_ids", f"{len(predicted)} values", f"at most {MAX_PREDICTION} token ids from 0")
+        for field, most in (("logprobs", MAX_LOGPROBS), ("prompt_logprobs", MAX_LOGPROBS), ("max_drafts", INT32_MAX)):
             value = getattr(self, field)
-            if value is not None and not 0 <= value <= MAX_LOGPROBS:
-                reject(field, value, f"between 0 and {MAX_LOGPROBS}")
+            if value is not None and not 0 <= value <= most:
+                reject(field, value, f"between 0 and {most}")
         if not 1 <= self.n <= MAX_CHOICES:
             reject("n", self.n, f"between 1 and {MAX_CHOICES}")
         if not ALL_ATOMS <= self.routing <= INT32_MAX:
@@ -266,14 +274,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for field in ("top_k", "min_tokens", "n", "routing"):
             if type(getattr(self, field)) is not int:
                 reject(field, getattr(self, field), "an integer")
-        for field in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+        for field in ("seed", "max_tokens", "logprobs", "prompt_logprobs", "max_drafts"):
             value = getattr(self, field)
             if value is not None and type(value) is not int:
                 reject(field, value, "an integer or None")
         for field in ("ignore_eos", "skip_special_tokens"):
             if type(getattr(self, field)) is not bool:
                 reject(field, getattr(self, field), "True or False")
-        for field in ("stop", "stop_token_ids"):
+        for field in ("stop", "stop_token_ids", "prediction_token_ids"):
             if not isinstance(getattr(self, field), tuple | list):
                 reject(field, getattr(self, field), "a sequence of " + ("texts" if field == "stop" else "token ids"))
         if not isinstance(self.logit_bias, dict):
@@ -321,6 +329,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
     atoms: int = 0  # of each layer's bank, likewise
     hidden_size: int = 0  # components of an embedding
+    max_drafts: int = 0  # of one request in a step; 0: none are computed
 
     @property
     def max_tokens(self) -> int:
@@ -346,9 +355,15 @@ def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: Engi
     if low < 0 or high >= capacity.vocab_size:
         bad = low if low < 0 else high
         raise ParameterError("prompt", f"prompt holds token id {bad}; allowed: 0 to {capacity.vocab_size - 1}")
-    for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for field in ("logit_bias", "stop_token_ids", "prediction_token_ids"):
+        ids = getattr(params, field)
         if ids and max(ids) >= capacity.vocab_size:
             raise ParameterError(field, f"{field} holds token id {max(ids)}; allowed: 0 to {capacity.vocab_size - 1}")
+    if params.prediction_token_ids and not capacity.max_drafts:
+        what = "prediction_token_ids is set; it would do nothing, since speculation is off here"
+        raise ParameterError("prediction_token_ids", what)
+    if (params.max_drafts or 0) > capacity.max_drafts:
+        reject("max_drafts", params.max_drafts, f"at most {capacity.max_drafts}, as this engine was started")
     if params.routing:
         check_routing(prompt, params, capacity)
     room = limit - size

@@ -133,6 +133,7 @@ def test_mistakes_are_one_line_without_a_trace(arguments: list[str], words: str)
         "bench batching --json",
         "bench engine --json",
         "bench scheduler --json",
+        "bench speculation --json",
         "bench serve http://127.0.0.1:1 --records",
         "bench compare quick --out x --ratios",
         "evaluate --text README.md --json",

@@ -126,6 +126,23 @@ ROWS: dict[str, list[View]] = {
             {"{{part}}": per("step_part_seconds_total", "engine_steps_total", "part")},
             stacked=True,
         ),
+        View(
+            "Drafts that prove right",
+            "percentunit",
+            {"{{source}}": per("draft_accepted_tokens_total", "draft_tokens_total", "source")},
+            "By where they came from; nothing without speculation.",
+        ),
+        View(
+            "Drafts",
+            "short",
+            {
+                **{
+                    f"{{{{source}}}}, {what}": total(f"draft_{name}tokens_total", by="source")
+                    for what, name in (("computed", ""), ("right", "accepted_"))
+                },
+                "in a step, for a generation with any": mean("draft_width"),
+            },
+        ),
         View("A step computes", "short", {"tokens": mean("step_tokens"), "generations": mean("step_requests")}),
         View("KV blocks", "short", {"{{state}}": f"sum by (state) ({now('kv_blocks')})"}, stacked=True),
         View("Set back", "ops", {"preempted": total("preemptions_total"), "timed out": total("timeouts_total")}),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsc_serve.engine.position import Position
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.sampler import to_device
 from dsc_serve.grammars.constraint import wait
@@ -50,7 +51,7 @@ def answered(requests: Sequence[Request], forward_s: float, company: bool) -> tu
     return [request.may_sample for request in requests], waited_s
 
 
-def constrain(logits: Tensor, requests: Sequence[Request]) -> dict[str, str]:
+def constrain(logits: Tensor, requests: Sequence[Position]) -> dict[str, str]:
     """Set the logits [R, V] of tokens that may not follow to −∞, in place.
 
     Returns why a request cannot go on, by id, for those that cannot.

@@ -13,12 +13,14 @@ from dsc_kernels import native, ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.constraints import End, Followers
+from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
+from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.room import check_room
 from dsc_serve.engine.routing import RoutingWatch
@@ -78,6 +80,7 @@ class Engine:
         self.config, self.capacity, self.runner, self.strict = config, capacity, runner, strict
         budget = StepBudget(config.step_tokens, config.max_running, config.itl_target_ms)
         pool = BlockPool(capacity.num_blocks)
+        self.drafter = Drafter(config.drafts, config.step_tokens, eos)
         self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
         self.counters = Counters()
         self.report = StepReport()
@@ -104,6 +107,7 @@ class Engine:
             layers=model.config.num_hidden_layers,
             atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
             atoms=ffn.num_atoms if isinstance(ffn, DscConfig) else 0,
+            max_drafts=config.drafts,
             hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
@@ -198,7 +202,7 @@ class Engine:
         deltas += self._settled()
         if not self.has_work:
             return deltas
-        plan = self.scheduler.plan()
+        plan = self.drafter.add(self.scheduler.plan(), self.scheduler.running, self.scheduler.step_time)
         if not plan.tokens and self.followers.wait():
             return deltas + self._settled()
         work = self.scheduler.begin(plan)
@@ -209,22 +213,25 @@ class Engine:
         computed = time.perf_counter()
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request, result.stuck[request.id]) for request, _ in work if request.id in result.stuck]
-        plan.tokens.update(done.fewer)
+        plan.shorten(done.fewer)
         for request_id in result.late:
             self.followers.hold(request_id)
         for request_id in result.late & plan.tokens.keys():  # its last token is computed again when it can be sampled
             plan.tokens[request_id] -= 1
         told = [one for request, _ in work for one in (request, *request.siblings)]
-        ended = self.scheduler.commit(plan, result.tokens, self._eos)
+        ended = self.scheduler.commit(plan, result.tokens, self._eos, result.further)
+        self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - result.waited_s))
         self._check()
         deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
+        if result.further:
+            add_further(deltas, result.further, plan.drafts)
         if result.late:
             deltas += self._settled()
         self.followers.prune()
-        self.report.add(started, scheduled, computed, result.forward_s, plan.tokens.values())
+        self.report.add(started, scheduled, computed, result.forward_s, plan.computed())
         return deltas
 
     def _progress(self, request: Request, done: Computed, ended: Mapping[str, str | None]) -> Delta | None:

@@ -47,6 +47,12 @@ class RoutingSlice(msgspec.Struct, array_like=True):
             np.frombuffer(self.signal, "<f4").reshape(self.shape[:2]),
         )
 
+    def before(self, end: int) -> RoutingSlice:
+        """Of the tokens at positions before `end` alone."""
+        count = max(0, end - self.start)
+        atoms, coefficients, signal = self.arrays
+        return RoutingSlice.packed(self.start, atoms[:count], coefficients[:count], signal[:count])
+
     @classmethod
     def joined(cls, parts: Sequence[RoutingSlice]) -> RoutingSlice:
         """One for parts that follow each other; at least one."""
@@ -72,3 +78,4 @@ class Delta(msgspec.Struct, array_like=True):
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
     unavailable: bool = False  # of an error: nothing is wrong with the request, which may be sent again
     embedding: bytes | None = None  # float32, little-endian, with the end of a request that asks for one
+    prediction: tuple[int, int] = (0, 0)  # tokens of the predicted text that were tried: those that were right, and not

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
+from dsc_serve.engine.drafts.drafting import Drafting
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint
@@ -67,6 +68,8 @@ class Request:
     seen: Signature | None = None  # of what it has picked, once it has
     constraint: Constraint | None = None  # where its output stands in the grammar that it has to follow
     held: bool = False  # it sits steps out until the grammar has answered
+    drafts: Sequence[int] = ()  # what this step computes after its tokens; they may prove wrong
+    drafting: Drafting | None = None  # where its drafts come from, once it has been asked for some
     token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)  # by first position, for penalties
 
     def __post_init__(self) -> None:
@@ -108,11 +111,22 @@ class Request:
         full = len(self.tokens) - self.prompt_size >= self.max_tokens  # it waits to hear whether its text is whole
         return self.constraint.ready and not self.constraint.complete and not full
 
+    def span(self, first: int, end: int) -> list[int]:
+        """The tokens at positions first … end − 1, of which the last may be drafts."""
+        own, known = self.tokens[first:end], len(self.tokens)
+        return own if end <= known else [*own, *self.drafts[max(0, first - known) : end - known]]
+
     def append(self, token: int) -> None:
         """Take in a token of its output."""
         self.tokens.append(token)
         if self.constraint is not None:
             self.constraint.push(token)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take in several tokens of its output."""
+        self.tokens.extend(tokens)
+        if self.constraint is not None:
+            self.constraint.extend(tokens)
 
     def close(self) -> None:
         """It has ended. Safe to call twice."""

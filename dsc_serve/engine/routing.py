@@ -55,6 +55,10 @@ class RoutingWatch:
         """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
         self._recorder.record(work, token_ids, tokens)
 
+    def keep(self, rows: NDArray[np.int64]) -> None:
+        """Of the step that the layers computed last, only these rows are tokens; the others were wrong drafts."""
+        self._recorder.keep(rows)
+
     def flush(self) -> None:
         """Take in the step that was recorded last, if it has not been."""
         step = self._recorder.take()

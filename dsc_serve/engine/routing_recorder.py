@@ -40,6 +40,7 @@ class PickRecorder:
         self._copies = None if device.type == "cpu" else PinnedCopies(self._picks, self._signals)
         self._watching = False
         self._recorded: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
+        self._kept: NDArray[np.int64] | None = None
         self._trace(self._copies is not None)  # captured steps write theirs always
 
     def watch(self, watching: bool) -> None:
@@ -57,17 +58,25 @@ class PickRecorder:
         if self._copies is not None:
             self._copies.fetch(tokens)
 
+    def keep(self, rows: NDArray[np.int64]) -> None:
+        """Of the step that was recorded last, only these rows count: the others were drafts that proved wrong."""
+        self._kept = None if self._recorded is None else rows
+
     def take(self) -> RecordedStep | None:
         """The step that was recorded last, once."""
         if self._recorded is None:
             return None
         (requests, counts, token_ids), self._recorded = self._recorded, None
+        kept, self._kept = self._kept, None
         tokens = len(token_ids)
         picks, signals = self._picks, self._signals
         if self._copies is not None:
             picks, signals = self._copies.arrived(tokens)
         owners = np.arange(len(requests)) if tokens == len(requests) else np.repeat(range(len(requests)), counts)
-        return RecordedStep(requests, owners, token_ids, picks[:, :tokens], signals[:, :tokens])
+        picks, signals = picks[:, :tokens], signals[:, :tokens]
+        if kept is not None:
+            owners, token_ids, picks, signals = owners[kept], token_ids[kept], picks[:, kept], signals[:, kept]
+        return RecordedStep(requests, owners, token_ids, picks, signals)
 
     def _trace(self, on: bool) -> None:
         for layer, trace in zip(self._layers, self._traces, strict=True):

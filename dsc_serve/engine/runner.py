@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 
@@ -19,6 +19,7 @@ from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
+from dsc_serve.engine.position import Further, Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
@@ -40,6 +41,7 @@ class StepResult:
 
     tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
+    further: dict[str, Further] = field(default_factory=dict)  # after that token, of requests with drafts
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
     embeddings: dict[str, bytes] = field(default_factory=dict)  # float32, where asked for and complete
     stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
@@ -52,6 +54,7 @@ class StepResult:
         """Take in what another part of the same step computed, of other requests."""
         self.tokens |= other.tokens
         self.logprobs |= other.logprobs
+        self.further |= other.further
         self.prompt_logprobs |= other.prompt_logprobs
         self.embeddings |= other.embeddings
         self.stuck |= other.stuck
@@ -187,7 +190,10 @@ class Runner:
         return [layer.planner for layer in self._layers if layer.planner is not None]
 
     def run(self, work: Work) -> StepResult:
-        """Compute the given number of new tokens of each request and sample where that is all of them."""
+        """Compute the given number of new tokens of each request and sample where that is all of them.
+
+        What is more than all of them are its first drafts: a token is drawn after each of these too.
+        """
         if torch.is_inference_mode_enabled():  # the engine's loop switches once: switching takes 1 % of a short step
             return self._run(work)
         with torch.inference_mode():
@@ -203,33 +209,55 @@ class Runner:
         if self.routing is not None:
             self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
-        if picks is not None:
-            self._report_picks(ordered, StepPicks(picks), result)
         rows: list[int] = []
         requests: list[Request] = []
+        ahead: list[tuple[int, PositionAhead]] = []  # with their rows
         start = 0
         for request, count in ordered:
+            own = request.num_uncomputed
             if request.reads_prompt and request.reported < request.prompt_size:
                 self._report_prompt(request, hidden[start : start + count], result)
-            if request.num_computed + count == request.num_tokens and request.max_tokens > 0:
-                rows += [start + count - 1] * (1 + len(request.siblings))  # choices begin with the same logits
+            if count >= own and request.max_tokens > 0:
+                rows += [start + own - 1] * (1 + len(request.siblings))  # choices begin with the same logits
                 requests.append(request)
                 requests += request.siblings
+                for drafts in range(1, count - own + 1):
+                    ahead.append((start + own - 1 + drafts, PositionAhead(request, drafts)))
             start += count
         if not all(request.may_sample for request in requests):
             may, result.waited_s = answered(requests, result.forward_s, len(requests) < len(ordered))
             result.late = {request.id for request, known in zip(requests, may, strict=True) if not known}
             known = [not result.late.intersection(waits_for(request)) for request in requests]
             rows, requests = list(compress(rows, known)), list(compress(requests, known))
+            ahead = [(row, position) for row, position in ahead if position.request.id not in result.late]
         if requests:
-            every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
-            needed = hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
-            if all(map(is_greedy, requests)):
-                tokens = sampler.read(self.model.argmax_tokens(needed))
-                result.tokens = {request.id: token for request, token in zip(requests, tokens, strict=True)}
-            else:
-                self._sample(self.model.logits(needed), requests, result)
+            rows += [row for row, _ in ahead]
+            self._draw(hidden, rows, requests, [position for _, position in ahead], result)
+        if picks is not None:
+            self._report_picks(ordered, StepPicks(picks), result)
+        if ahead and self.routing is not None:
+            self.routing.keep(np.concatenate([np.arange(*rows) for _, rows in kept_rows(ordered, result)]))
         return result
+
+    def _draw(
+        self, hidden: Tensor, rows: list[int], requests: list[Request], ahead: list[PositionAhead], result: StepResult
+    ) -> None:
+        """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
+        every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
+        needed = hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
+        positions: list[Position] = [*requests, *ahead]
+        entries: dict[int, TokenLogprobs] = {}
+        if all(map(is_greedy, positions)):
+            tokens = sampler.read(self.model.argmax_tokens(needed))
+        else:
+            tokens, entries = self._sample(self.model.logits(needed), positions, result)
+        count = len(requests)
+        result.tokens = {request.id: token for request, token in zip(requests, tokens[:count], strict=True)}
+        if entries:
+            result.logprobs = {request.id: entries[i] for i, request in enumerate(requests) if i in entries}
+        if ahead:
+            after = {i - count: entry for i, entry in entries.items() if i >= count}
+            result.further = agreed(result.tokens, ahead, tokens[count:], after)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -278,7 +306,7 @@ class Runner:
         for row, (request, count) in enumerate(ordered[decodes:], decodes):
             first, end = request.num_computed, request.num_computed + count
             new = slice(start, start + count)
-            token_ids[new] = request.tokens[first:end]
+            token_ids[new] = request.span(first, end)
             positions[new] = np.arange(first, end)
             slot_blocks[new] = request.table[positions[new] // size]
             slot_offsets[new] = positions[new] % size
@@ -287,25 +315,25 @@ class Runner:
             start += count
         return tuple(chunks)
 
-    def _sample(self, logits: Tensor, requests: list[Request], result: StepResult) -> None:
-        reporting = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+    def _sample(
+        self, logits: Tensor, positions: list[Position], result: StepResult
+    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """A token for each row of logits, and the log probabilities of those that are asked for, by row."""
+        reporting = [i for i, position in enumerate(positions) if position.params.logprobs is not None]
         raw = logits[reporting] if reporting else None  # a copy: sampling changes the logits
-        result.stuck = constrain(logits, requests)
-        tokens = self.sampler(logits, requests)
-        for request, token in zip(requests, tokens, strict=True):
-            result.tokens[request.id] = token
-        if raw is not None:
-            top = [requests[i].params.logprobs or 0 for i in reporting]
-            entries = logprobs(raw, [tokens[i] for i in reporting], top)
-            result.logprobs |= {requests[i].id: entry for i, entry in zip(reporting, entries, strict=True)}
+        result.stuck = constrain(logits, positions)
+        tokens = self.sampler(logits, positions)
+        if raw is None:
+            return tokens, {}
+        top = [positions[i].params.logprobs or 0 for i in reporting]
+        entries = logprobs(raw, [tokens[i] for i in reporting], top)
+        return tokens, dict(zip(reporting, entries, strict=True))
 
     def _report_picks(self, ordered: Work, picks: StepPicks, result: StepResult) -> None:
-        start = 0
-        for request, count in ordered:
-            routing = picks.report(request, start, count) if request.params.routing else None
+        for request, (start, end) in kept_rows(ordered, result):
+            routing = picks.report(request, start, end - start) if request.params.routing else None
             if routing is not None:
                 result.routing |= dict.fromkeys([request.id, *(one.id for one in request.siblings)], routing)
-            start += count
 
     def _report_prompt(self, request: Request, hidden: Tensor, result: StepResult) -> None:
         """Report of the prompt positions among a chunk's rows what has not been reported before."""
@@ -334,6 +362,16 @@ class Runner:
             one.reported = max(request.reported, end)
             if one.params.prompt_logprobs is not None:
                 result.prompt_logprobs[one.id] = entries
+
+
+def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tuple[int, int]]]:
+    """A step's requests, each with its first row and the one after its last that is no wrong draft's."""
+    start = 0
+    for request, count in ordered:
+        further = result.further.get(request.id)
+        wrong = 0 if further is None else further.computed - len(further.tokens)
+        yield request, (start, start + count - wrong)
+        start += count
 
 
 def waits_for(request: Request) -> tuple[str, ...]:

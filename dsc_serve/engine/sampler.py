@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plain
 from dsc_serve.engine.output import TokenLogprobs
-from dsc_serve.engine.request import Request
+from dsc_serve.engine.position import Position
 
 CANDIDATES = 256  # most likely tokens looked at first; wider kept sets are found by their threshold
 MASK64 = 2**64 - 1
@@ -36,7 +36,7 @@ def finalise(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def is_greedy(request: Request) -> bool:
+def is_greedy(request: Position) -> bool:
     """Whether a request's next token is that of the largest logit, and nothing else of the logits is asked for."""
     p = request.params
     changed = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
@@ -53,7 +53,7 @@ class Sampler:
     def __init__(self, eos: Sequence[int]) -> None:
         self.eos = tuple(eos)
 
-    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    def __call__(self, logits: Tensor, requests: Sequence[Position]) -> list[int]:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
         for row, request in enumerate(requests):
             self._adjust(logits[row], request)
@@ -70,7 +70,7 @@ class Sampler:
         tokens[random] = draw(logits if len(random) == len(requests) else logits[random], chosen)
         return read(tokens)
 
-    def _adjust(self, row: Tensor, request: Request) -> None:
+    def _adjust(self, row: Tensor, request: Position) -> None:
         """Bias, penalties and the mask of early ends on one row [V], in place."""
         p, device = request.params, row.device
         if p.logit_bias:
@@ -100,7 +100,7 @@ def read(tokens: Tensor) -> list[int]:
     return [int(t) for t in tokens.tolist()]
 
 
-def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def draw_natively(logits: Tensor, requests: Sequence[Position]) -> Tensor:
     """Tokens of rows of float32 logits [R, V] on the CPU, greedy or not, by the C++ kernel."""
     params, vocabulary = [r.params for r in requests], logits.shape[1]
     columns = (
@@ -113,7 +113,7 @@ def draw_natively(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return native.sample(logits, *map(torch.from_numpy, columns))
 
 
-def draw_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def draw_on_device(logits: Tensor, requests: Sequence[Position]) -> Tensor:
     """Tokens of rows of float32 logits [R, V], greedy or not, by operations whose sizes the host knows beforehand."""
     tokens, vocabulary = logits.argmax(dim=1), logits.shape[1]
     if all(r.params.greedy for r in requests):
@@ -145,7 +145,7 @@ def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
     return ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp_().float().nan_to_num_(nan=1.0)
 
 
-def draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def draw(logits: Tensor, requests: Sequence[Position]) -> Tensor:
     """Sample rows of logits [R, V] whose requests have a temperature above 0 → token ids int64 [R]."""
     device, vocabulary = logits.device, logits.shape[1]
 

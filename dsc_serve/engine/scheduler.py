@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,11 +24,13 @@ from dsc_serve.engine.kv_cache import (
     tokens_found,
 )
 from dsc_serve.engine.policies import Plan, Policy, StepBudget, View
+from dsc_serve.engine.position import Further
 from dsc_serve.engine.queue import Accounts, WaitingQueue
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.engine.step_report import HELD_BACK, PhaseReport
 from dsc_serve.engine.step_time import StepTime
 
+NOTHING_FURTHER: Mapping[str, Further] = MappingProxyType({})
 WINDOW = 256  # waiting requests, or lanes of them, that a policy looks at
 
 
@@ -108,10 +111,16 @@ class Scheduler:
                 )
                 request.table = np.array(request.blocks)
         self.copies = [(block, request.blocks[request.num_computed // size]) for request, block in tails]
-        return work
+        return self._with_drafts(work, plan) if plan.drafts else work
 
-    def commit(self, plan: Plan, tokens: Mapping[str, int], eos: frozenset[int]) -> dict[str, str | None]:
-        """Advance the requests of a step and append their sampled tokens.
+    def commit(
+        self,
+        plan: Plan,
+        tokens: Mapping[str, int],
+        eos: frozenset[int],
+        further: Mapping[str, Further] = NOTHING_FURTHER,
+    ) -> dict[str, str | None]:
+        """Advance the requests of a step and append their sampled tokens, then those after drafts that proved right.
 
         Returns why each request that got a token, or needs none, has ended (None: it goes on). Requests that ended
         since the plan was made are passed over.
@@ -140,6 +149,13 @@ class Scheduler:
                 continue
             if reason is not None:
                 self.finish(request_id)
+        for request_id in plan.drafts:
+            request = running.get(request_id)
+            if request is not None:
+                reason = self._commit_drafts(request, further.get(request_id), eos)
+                if reason is not None:
+                    ended[request_id] = reason
+                    self.finish(request_id)
         return ended
 
     def finish(self, request_id: str) -> Request | None:
@@ -257,6 +273,42 @@ class Scheduler:
         shared = sum(self.pool.owners(block) > 0 for block in found)
         needed = blocks_for(request.num_tokens, self.block_size) - shared
         return needed + len(self.running) <= self.pool.available
+
+    def _with_drafts(self, work: Sequence[tuple[Request, int]], plan: Plan) -> list[tuple[Request, int]]:
+        """The requests with their planned drafts, as far as the blocks that all others leave hold them."""
+        size, counts = self.block_size, {request.id: count for request, count in work}
+        for request_id, planned in list(plan.drafts.items()):
+            request = self.running[request_id]
+            end = request.num_computed + counts[request_id]
+            room = (len(request.blocks) + self.pool.available) * size - end
+            request.drafts = planned.tokens[:room]
+            missing = blocks_for(end + len(request.drafts), size) - len(request.blocks)
+            if missing > 0:
+                request.blocks.extend(self.pool.allocate(missing))
+                request.table = np.array(request.blocks)
+            counts[request_id] += len(request.drafts)
+            plan.drafts[request_id] = replace(planned, tokens=request.drafts)
+        return [(request, counts[request.id]) for request, _ in work]
+
+    def _commit_drafts(self, request: Request, further: Further | None, eos: frozenset[int]) -> str | None:
+        """Advance a request over its drafts that proved right, and give the blocks of the others back.
+
+        Returns why it has ended, or None.
+        """
+        request.drafts, reason = (), None
+        tokens = () if further is None else further.tokens
+        if tokens:
+            request.num_computed += len(tokens)
+            request.extend(tokens)
+            reason = end_of(request, tokens[-1], eos)  # no draft ends a request, so that only the last token may
+        if request.num_computed % self.block_size < len(tokens) and request.hash_seed is not None:
+            self._publish(request, len(tokens))
+        held = blocks_for(request.num_computed, self.block_size)
+        if held < len(request.blocks):
+            self.pool.release(request.blocks[held:])
+            del request.blocks[held:]
+            request.table = np.array(request.blocks)
+        return reason
 
     def _begin(self, request: Request) -> None:
         request.begun_at = self.clock()

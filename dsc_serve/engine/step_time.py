@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsc_serve.engine.draft_time import DraftTime
+
 FORGET = 0.98  # weight of an observation that is one step older than another
 OUTLIER = 4.0  # a step that took this many times its estimate counts as one that took so many times
 TRUST = 16  # observations before outliers are told from steps
@@ -24,6 +26,8 @@ class Load:
     singles: int = 0  # requests with one token
     tokens: int = 0  # of chunks
     pairs: float = 0.0  # of a chunk's token and one that it attends
+    drafted: int = 0  # of the requests with one token, those with drafts
+    drafts: int = 0
 
     def add(self, count: int, num_computed: int, times: int = 1) -> None:
         """Add (or, with −1 times, take away) a request's share of the step."""
@@ -51,6 +55,10 @@ class Estimate:
         """A step with the single tokens of a load and no chunk."""
         return self.step + self.single * load.singles
 
+    def ms(self, load: Load) -> float:
+        """A step with a load, but without its drafts."""
+        return self.quiet_ms(load) + self.token * load.tokens + self.pair * load.pairs
+
     def chunk_ms(self, count: int, num_computed: int) -> float:
         return self.token * count + self.pair * chunk_pairs(count, num_computed)
 
@@ -73,13 +81,18 @@ class StepTime:
 
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
+        self.drafts = DraftTime()
         self._costs = [0.0] * 4
         self._squares = [[0.0] * 4 for _ in range(4)]
         self._products = [0.0] * 4
         self._seen = 0
 
     def observe(self, load: Load, ms: float) -> None:
-        """Learn from a step that took so long."""
+        """Learn from a step that took so long; from one with drafts, what these take."""
+        if load.drafts:
+            expected = self.estimate.ms(load) if self.estimate is not None else ms
+            self.drafts.observe(load.drafted, load.drafts, min(ms, OUTLIER * expected) - expected)
+            return
         units = (1.0, load.singles, load.tokens, load.pairs)
         if self._seen >= TRUST:
             expected = sum(cost * unit for cost, unit in zip(self._costs, units, strict=True))
@@ -104,3 +117,4 @@ class StepTime:
                     error = products[i] - sum(a * c for a, c in zip(line, costs, strict=True))
                     costs[i] = max(0.0, costs[i] + error / line[i])
         self.estimate = Estimate(*costs)
+        self.drafts.fade()

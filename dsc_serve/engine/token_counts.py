@@ -28,6 +28,12 @@ class TokenCounts:
             self._table[1, column] += 1
         return self
 
+    def followed_by(self, tokens: Sequence[int]) -> TokenCounts:
+        """A copy that has taken in these as well."""
+        copy = TokenCounts(0)
+        copy._columns, copy._table = self._columns.copy(), self._table.copy()
+        return copy.follow(tokens)
+
     @property
     def tokens(self) -> NDArray[np.int64]:
         """The different tokens, in order of their first occurrence; a view until the next `follow`."""

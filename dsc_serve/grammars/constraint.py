@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_serve.grammars.memory import processor_s
-from dsc_serve.grammars.messages import Answer
+from dsc_serve.grammars.messages import Answer, Push
 from dsc_serve.grammars.schema import FIELD
 from dsc_serve.sampling_params import StructuredOutputs
 
@@ -32,20 +32,25 @@ class Constraint:
         self.asked, self.output = asked, output
         self.tokens: list[int] = []
         self.grammar: Grammar | None = None
-        self.complete = False
         self.error = ""
         self.blameless = False
         self.late_s = 0.0
         self.retried = False
         self.answered_at = 0.0  # monotonic seconds
         self._grammars = grammars
-        self._answered = -1
-        self._bits = b""
+        self._fresh = True  # whether what is known is what the present process says
+        self._known: dict[int, bytes | int] = {}  # by number of tokens, what may follow: one token, or bits
+        self._complete_at = -1
 
     @property
     def ready(self) -> bool:
         """Whether it is known what may follow, or that nothing can."""
-        return bool(self.error) or self._answered == len(self.tokens)
+        return bool(self.error) or (self._fresh and len(self.tokens) in self._known)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self._complete_at == len(self.tokens)
 
     @property
     def compiled(self) -> bool:
@@ -69,8 +74,26 @@ class Constraint:
     @property
     def allowed(self) -> NDArray[np.bool_]:
         """The tokens that may follow, bool [vocabulary]; for a constraint that is ready and not complete."""
-        bits = np.frombuffer(self._bits, dtype=np.uint8)
-        return np.unpackbits(bits, count=self._grammars.vocab_size, bitorder="little").view(np.bool_)
+        return self.allowed_after(0)
+
+    def allowed_after(self, ahead: int) -> NDArray[np.bool_]:
+        """The same, once so many of `forced` have followed."""
+        known, size = self._known[len(self.tokens) + ahead], self._grammars.vocab_size
+        if isinstance(known, int):
+            allowed = np.zeros(size, dtype=np.bool_)
+            allowed[known] = True
+            return allowed
+        bits = np.frombuffer(known, dtype=np.uint8)
+        return np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
+
+    def forced(self, most: int) -> list[int]:
+        """At most so many tokens that must follow, as far as it is known what may follow each of them."""
+        found: list[int] = []
+        count, known = len(self.tokens), self._known
+        while self._fresh and len(found) < most and isinstance(token := known.get(count), int) and count + 1 in known:
+            found.append(token)
+            count += 1
+        return found
 
     def push(self, token: int) -> None:
         """The output has grown by a token."""
@@ -79,16 +102,32 @@ class Constraint:
             if self.grammar is not None and not self.error:
                 self.grammar.push(self.output, token)
 
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The output has grown by several tokens."""
+        with self._grammars.lock:
+            self.tokens.extend(tokens)
+            if self.grammar is not None and not self.error:
+                self.grammar.pending.append(self.output)
+                self.grammar.send(Push(self.output, list(tokens)))
+
     def take(self, answer: Answer) -> None:
         """Under the grammars' lock."""
-        self._bits, self.complete = answer.allowed, answer.complete
+        if answer.complete:
+            self._complete_at = answer.count
         self.error = self.error or answer.error
         self.retried = False
         self.answered_at = time.monotonic()
-        self._answered = answer.count  # last: who looks without the lock must find the rest there
+        # Who looks without the lock must find what was known of later tokens, and all the rest, there.
+        known: dict[int, bytes | int] = {answer.count: answer.allowed}
+        if self._fresh:
+            known |= {count: value for count, value in self._known.items() if count > answer.count}
+        known |= dict(enumerate(answer.forced, answer.count))
+        if answer.after:
+            known[answer.count + len(answer.forced)] = answer.after
+        self._known, self._fresh = known, True
 
     def forget_answers(self) -> None:
-        self._answered = -1
+        self._fresh = False
 
     def fail(self, why: str, blameless: bool = False) -> None:
         """It cannot go on; the first reason stands. Under the grammars' lock."""
@@ -112,6 +151,21 @@ class Constraint:
     def close(self) -> None:
         """Nobody follows it any more. Safe to call twice."""
         self._grammars.close_output(self)
+
+
+class ConstraintAhead:
+    """Where a constraint stands once so many of the tokens that must follow have."""
+
+    def __init__(self, constraint: Constraint, ahead: int) -> None:
+        self._constraint, self._ahead = constraint, ahead
+
+    @property
+    def error(self) -> str:
+        return self._constraint.error
+
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        return self._constraint.allowed_after(self._ahead)
 
 
 def wait(constraints: Sequence[Constraint], timeout_s: float, enough: Callable[[Iterable[object]], bool] = all) -> bool:

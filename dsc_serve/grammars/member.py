@@ -19,6 +19,7 @@ from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 
 LARGEST_PACKET = 2**18
 MEASURED_EVERY = 64  # answers; between two of them what it has grown by is told apart from what it shares no longer
+MOST_FORCED = 32  # tokens that an answer tells
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
 
@@ -111,6 +112,8 @@ class Member:
 
     def _answer(self, name: int, output: FollowedOutput, tokens: Sequence[int]) -> Answer:
         allowed, complete, error = b"", False, ""
+        forced: tuple[int, ...] = ()
+        after = b""
         try:
             output.push(tokens)
             matcher = output.matcher
@@ -121,13 +124,49 @@ class Member:
                     error = f"{FIELD} cannot be followed further: {reason(matcher.get_error())}"
                 elif not any(allowed):
                     error = f"{FIELD} cannot be followed further: no token of the model fits"
+                else:
+                    forced, after = self._forced(matcher)
         except MemoryError:
             raise
         except BaseException as fault:  # a panic of the library is not an Exception
             error = f"{FIELD} cannot be followed further: {reason(str(fault))[:300]}"
         self._answers += 1
         memory = self._memory(closely=self._answers % MEASURED_EVERY == 0)
-        return Answer(name, output.count, allowed, complete, error, memory)
+        return Answer(name, output.count, allowed, complete, error, memory, forced, after)
+
+    def _forced(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
+        """The tokens that must follow one after the other, and what may follow the last.
+
+        A library that fails at this, which need not be known, has not failed at the answer.
+        """
+        try:
+            return self._look_ahead(matcher)
+        except MemoryError:
+            raise
+        except BaseException:  # a panic of the library is not an Exception
+            return (), b""
+
+    def _look_ahead(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
+        likely = matcher.compute_ff_tokens()[:MOST_FORCED]
+        if not likely:
+            return (), b""
+        ahead, forced = matcher.deep_copy(), []
+        allowed = self._allowed(ahead)
+        for token in likely:
+            if token >= self._vocab_size or allowed != self._sole(token):
+                break
+            ahead.consume_token(token)
+            forced.append(token)
+            if ahead.is_stopped():
+                return tuple(forced), b""
+            allowed = self._allowed(ahead)
+        return tuple(forced), b"" if ahead.is_error() or not any(allowed) else allowed
+
+    def _sole(self, token: int) -> bytes:
+        """As `_allowed` where nothing but this token is."""
+        marks = np.zeros(self._vocab_size, dtype=np.uint8)
+        marks[token] = 1
+        return np.packbits(marks, bitorder="little").tobytes()
 
     def _allowed(self, matcher: llguidance.LLMatcher) -> bytes:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)

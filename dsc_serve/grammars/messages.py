@@ -100,7 +100,8 @@ class Answer(msgspec.Struct, tag=True, array_like=True):
     """From a grammar: what may follow an output.
 
     count: the tokens that it had seen. allowed: one bit for each token of the vocabulary, little end first.
-    complete: nothing may follow. error: it cannot go on; "" where it can.
+    complete: nothing may follow. error: it cannot go on; "" where it can. forced: tokens that must follow, one after
+    the other; after: what may follow the last of them, b"" where that is not known or is nothing.
     """
 
     output: int
@@ -109,6 +110,8 @@ class Answer(msgspec.Struct, tag=True, array_like=True):
     complete: bool
     error: str
     memory_bytes: int
+    forced: tuple[int, ...] = ()
+    after: bytes = b""
 
 
 ToHost = Begin | Compile | Demote | Kill

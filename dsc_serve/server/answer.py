@@ -63,6 +63,7 @@ class Choice:
     told: int = 0  # tokens that log probabilities have been reported for
     characters: int = 0  # of its text, that these stand for
     cached_tokens: int = 0  # of its prompt
+    predicted: tuple[int, int] = (0, 0)  # tokens of its prediction that were tried: right ones, and wrong ones
     outcome: str = "error"  # why it ended; "error" where nobody says why
     clock: GenerationTimes = field(default_factory=GenerationTimes)
     frame: tuple[bytes, bytes] | None = None  # around the text of an event of nothing but text

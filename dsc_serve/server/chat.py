@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -233,6 +234,9 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         continue_final=fields.continue_final_message is True,
     )
     prompt = await service.tokens(text, "messages", params, fields.truncate_prompt_tokens, chat=True)
+    if fields.prediction is not None:
+        predicted = await service.encode(fields.prediction.text, "prediction", chat=True)
+        params = msgspec.structs.replace(params, prediction_token_ids=tuple(predicted))
     params, reading = begin(service, service.apply_limits(prompt, params, names), choice, text)
     formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields)
     formatter.names = names

@@ -35,11 +35,13 @@ class DscFields(SchedulingFields):
     """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings.
 
     return_routing: tell what every token but the last one picked. top_k_atoms: only so many atoms per layer, the
-    strongest. priority, deadline_ms: as everywhere.
+    strongest. max_drafts: of the tokens that may follow, most that a step computes with this request's own; 0: none.
+    priority, deadline_ms: as everywhere.
     """
 
     return_routing: bool | None = None
     top_k_atoms: TopAtoms | None = None
+    max_drafts: Annotated[int, Field(ge=0, le=64)] | None = None
 
     @property
     def routing(self) -> int:

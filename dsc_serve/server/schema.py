@@ -157,10 +157,10 @@ class GenerationFields(EngineFields, HarmlessGenerationFields):
     @property
     def names(self) -> Mapping[str, str]:
         whole = self.dsc is None or self.dsc.top_k_atoms is None
-        routing = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms"}
+        own = {"routing": "dsc.return_routing" if whole else "dsc.top_k_atoms", "max_drafts": "dsc.max_drafts"}
         if self.response_format is None or self.structured_outputs is not None:
-            return routing
-        return {**routing, "structured_outputs": "response_format"}
+            return own
+        return {**own, "structured_outputs": "response_format"}
 
     @property
     def include_usage(self) -> bool:
@@ -203,6 +203,7 @@ class GenerationFields(EngineFields, HarmlessGenerationFields):
             given["logit_bias"] = {token_id_key(key): bias for key, bias in self.logit_bias.items()}
         if self.dsc is not None:
             given["routing"] = self.dsc.routing
+            given["max_drafts"] = self.dsc.max_drafts
         try:
             given["structured_outputs"] = structured_outputs(self.response_format, self.structured_outputs)
             return SamplingParams(**(given | own))
@@ -257,6 +258,24 @@ class TextPart(Fields):
     cache_control: Notes | None = None
 
 
+Content = Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+
+
+def text_of(content: str | list[TextPart], between: str = "\n") -> str:
+    return content if isinstance(content, str) else between.join(part.text for part in content)
+
+
+class Prediction(Fields):
+    """A text that much of the answer is expected to be like: it then comes faster, and is the same."""
+
+    type: Literal["content"]
+    content: Content
+
+    @property
+    def text(self) -> str:
+        return text_of(self.content, "")
+
+
 class Message(Fields):
     """name: whose message it is, where the template shows that. cache_control: as in a part.
     content may be null, or missing, in an assistant's message. tool_call_id: of a tool's message, whose content is
@@ -265,7 +284,7 @@ class Message(Fields):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST] | None = None
+    content: Content | None = None
     name: Annotated[str, Field(max_length=MAX_USER)] | None = None
     cache_control: Notes | None = None
     refusal: Annotated[Any, Only()] = None
@@ -279,9 +298,7 @@ class Message(Fields):
 
     @property
     def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return "" if self.content is None else text_of(self.content)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -306,7 +323,7 @@ class ChatRequest(GenerationFields):
     modalities: Annotated[Any, Only(["text"])] = None
     moderation: Annotated[Any, Only()] = None
     parallel_tool_calls: bool | None = None
-    prediction: Annotated[Any, Only()] = None
+    prediction: Prediction | None = None
     reasoning_effort: Annotated[Any, Only("none")] = None
     tool_choice: ChoiceField = None
     tools: Tools | None = None
@@ -315,8 +332,8 @@ class ChatRequest(GenerationFields):
 
     @property
     def names(self) -> Mapping[str, str]:
-        own = {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": self.limit_name}
-        return {**super().names, **own}
+        own = {"prompt": "messages", "logprobs": "top_logprobs", "prediction_token_ids": "prediction"}
+        return {**super().names, **own, "max_tokens": self.limit_name}
 
     def choice(self) -> ToolChoice:
         """Raises ApiError (400)."""

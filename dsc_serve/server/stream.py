@@ -214,6 +214,9 @@ class Generation(Response):
             reason = delta.finish_reason
             choice.outcome = reason or choice.outcome
             choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
+            if any(delta.prediction):
+                right, wrong = delta.prediction
+                choice.predicted = choice.predicted[0] + right, choice.predicted[1] + wrong
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
             self._measure(choice, delta, begun)
@@ -286,12 +289,19 @@ class Generation(Response):
         generated = sum(choice.text.token_count for choice in self._choices)
         # A prompt counts once, whatever its number of choices: as its first one found it.
         cached = {id(choice.prompt): choice.cached_tokens for choice in reversed(self._choices)}
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._prompt_tokens + generated,
             "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
+        if any(choice.params.prediction_token_ids for choice in self._choices):
+            right, wrong = map(sum, zip(*(choice.predicted for choice in self._choices), strict=True))
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": right,
+                "rejected_prediction_tokens": wrong,
+            }
+        return usage
 
 
 def out_of_time(message: str, code: str = "timeout") -> ApiError:

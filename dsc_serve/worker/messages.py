@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.output import Delta as Delta
 from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
@@ -127,6 +128,7 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     step_report: StepReport = msgspec.field(default_factory=StepReport)
     phases: PhaseReport = msgspec.field(default_factory=PhaseReport)
     held_back: dict[str, int] = {}  # see `Scheduler.held_back`
+    drafts: DraftReport = msgspec.field(default_factory=DraftReport)
 
 
 class GrammarChecked(msgspec.Struct, tag=True, array_like=True):

@@ -116,6 +116,7 @@ def stats_of(engine: Engine, ticket: int) -> Stats:
         step_report=engine.report,
         phases=scheduler.phases,
         held_back=scheduler.held_back(),
+        drafts=engine.drafter.report,
     )
 
 

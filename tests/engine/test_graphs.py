@@ -7,42 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from support.captures import Capture
 
 from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.graphs import LARGEST, Graph, buckets
+from dsc_serve.engine.graphs import LARGEST, buckets
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
 from dsc_serve.sampling_params import EngineCapacity, SamplingParams
-
-
-class Recorded:
-    """Stands in for a graph: replaying computes again, from what then lies in the buffers, into the same output."""
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self.compute, self.out, self.replays = compute, compute().clone(), 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.out.copy_(self.compute())
-
-
-class Capture:
-    def __init__(self) -> None:
-        self.graphs: list[Recorded] = []
-
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-        self.graphs.append(Recorded(compute))
-        return self.graphs[-1], self.graphs[-1].out
-
-    @property
-    def replayed(self) -> list[int]:
-        """The sizes of the graphs that were replayed."""
-        return sorted(len(graph.out) for graph in self.graphs if graph.replays)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 20, 64, 100, 256, 1000])

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.drafts import guess
 from support.fake_runner import EOS, VOCABULARY, FakeRunner, alone, fake_engine
 
 from dsc_serve.engine.engine import Engine
@@ -54,6 +55,8 @@ class Interleavings(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         prefix_cache=st.booleans(),
         estimate=st.sampled_from([None, SLOW]),
+        drafts=st.sampled_from([0, 0, 1, 4]),
+        right=st.sampled_from([0.0, 0.6, 1.0]),
     )
     def start(
         self,
@@ -64,10 +67,14 @@ class Interleavings(RuleBasedStateMachine):
         policy: str,
         prefix_cache: bool,
         estimate: Estimate | None,
+        drafts: int,
+        right: float,
     ) -> None:
         self.engine: Engine = fake_engine(
             blocks, size, step, running, context=32, policy=policy, prefix_cache=prefix_cache, estimate=estimate
         )
+        if drafts:
+            guess(self.engine, drafts, right, blocks)
         self.scheduler = self.engine.scheduler
         self.scheduler.budget = replace(self.scheduler.budget, overtaken=OVERTAKEN, overtake_s=OVERTAKE_S)
         self.now = 0.0

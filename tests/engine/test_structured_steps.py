@@ -12,6 +12,7 @@ import torch
 from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.engine.constraints import constrain
 from dsc_serve.engine.request import Request
+from dsc_serve.grammars.constraint import wait
 from dsc_serve.sampling_params import ParameterError, StructuredOutputs
 
 PHONE = StructuredOutputs(regex=r"[0-9]{4}( [0-9]{3}){5}")
@@ -136,6 +137,8 @@ def test_a_mask_touches_the_rows_of_its_requests_alone(llm: LLM) -> None:
     params = SamplingParams(structured_outputs=PHONE)
     free, bound = (Request(name, 2, [1, 2], params, 9) for name in ("free", "bound"))
     bound.constraint = llm.engine._constraint(params)
+    assert bound.constraint is not None
+    assert wait([bound.constraint], 60.0)
     logits = torch.zeros(2, llm.engine.capacity.vocab_size)
     assert constrain(logits, [free, bound]) == {}
     assert torch.isfinite(logits[0]).all()

@@ -42,7 +42,7 @@ COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
 COMPLETION_ONLY |= {"max_completion_tokens", "add_special_tokens"}
 ELSEWHERE |= {"truncate_prompt_tokens"}
 CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls"}
-CHAT_ONLY |= {"add_generation_prompt", "continue_final_message", "add_special_tokens", "echo"}
+CHAT_ONLY |= {"add_generation_prompt", "continue_final_message", "add_special_tokens", "echo", "prediction"}
 
 NEUTRAL: dict[str, list[Any]] = {
     "audio": [],
@@ -50,7 +50,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "functions": [[]],
     "modalities": [["text"]],
     "moderation": [],
-    "prediction": [],
     "reasoning_effort": ["none"],
     "verbosity": ["medium"],
     "web_search_options": [],
@@ -71,7 +70,12 @@ def test_every_field_is_tested_here() -> None:
     shared = PASSED_ON.keys() | ELSEWHERE | HarmlessGenerationFields.model_fields.keys()
     assert CompletionRequest.model_fields.keys() == shared | COMPLETION_ONLY
     assert ChatRequest.model_fields.keys() == shared | CHAT_ONLY | NEUTRAL.keys()
-    assert set(SamplingParams.__struct_fields__) <= shared | {"prompt_logprobs", "routing"}
+    assert set(SamplingParams.__struct_fields__) <= shared | {
+        "prompt_logprobs",
+        "routing",
+        "prediction_token_ids",
+        "max_drafts",
+    }
 
 
 @pytest.mark.parametrize("ask_for", ENDPOINTS)

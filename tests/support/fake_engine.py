@@ -84,7 +84,7 @@ class FakeEngine:
         self.gate: asyncio.Event | None = None
         self.tokens_per_step = 1
         self.capacity = EngineCapacity(
-            VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3, hidden_size=4
+            VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3, hidden_size=4, max_drafts=7
         )
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.scheduling: list[SchedulingParams] = []
@@ -100,6 +100,7 @@ class FakeEngine:
         self.ended = ""
         self.policy = "fcfs"
         self.cached_tokens = 0
+        self.prediction = (0, 0)  # of every delta of a request with a prediction
         self.pooling = Pooling()
 
     @property
@@ -168,6 +169,8 @@ class FakeEngine:
             step = kept[i : i + self.tokens_per_step]
             logprobs = None if params.logprobs is None else [logprobs_of(token, params.logprobs) for token in step]
             delta = Delta(request_id, step, logprobs=logprobs, cached_tokens=self.cached_tokens, queued_s=0.25)
+            if params.prediction_token_ids:
+                delta.prediction = self.prediction
             if params.routing:
                 new = len(step) - (i == 0)  # the prompt's last token is not computed again
                 delta.routing = routing_of(len(prompt) + max(i - 1, 0), new, params)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import StepResult
-from dsc_serve.engine.sampler import Sampler
+from dsc_serve.engine.sampler import Sampler, logprobs
 from dsc_serve.engine.step_time import Estimate, Load, StepTime
 from dsc_serve.sampling_params import EngineCapacity
 
@@ -47,17 +48,31 @@ class FakeRunner:
                 raise RuntimeError("out of luck")
             for position in range(request.num_computed, request.num_computed + count):
                 block = request.blocks[position // self.block_size]
-                self.pool[block][position % self.block_size] = request.tokens[position]
+                self.pool[block][position % self.block_size] = request.span(position, position + 1)[0]
         for request, count in work:
-            if request.num_computed + count < request.num_tokens or request.max_tokens == 0:
+            end = request.num_computed + count
+            if end < request.num_tokens or request.max_tokens == 0:
                 continue
-            held = [
-                self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(request.num_tokens)
-            ]
-            assert held == request.tokens, "the KV pool does not hold what the request knows"
-            for one in (request, *request.siblings):
-                result.tokens[one.id] = self.sampler(hashed_logits(held)[None].clone(), [one])[0]
+            held = [self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(end)]
+            assert held == request.span(0, end), "the KV pool does not hold what the request knows"
+            ahead = [PositionAhead(request, drafts) for drafts in range(1, end - request.num_tokens + 1)]
+            self._draw(held, request, ahead, result)
         return result
+
+    def _draw(self, held: list[int], request: Request, ahead: list[PositionAhead], result: StepResult) -> None:
+        logits = torch.stack([hashed_logits(held[:size]) for size in range(request.num_tokens, len(held) + 1)])
+        positions: list[Position] = [request, *ahead]
+        for one in request.siblings:
+            result.tokens[one.id] = self.sampler(logits[:1].clone(), [one])[0]
+        tokens = self.sampler(logits.clone(), positions)
+        result.tokens[request.id] = tokens[0]
+        entries = {}
+        if request.params.logprobs is not None:
+            found = logprobs(logits, tokens, [request.params.logprobs] * len(tokens))
+            result.logprobs[request.id] = found[0]
+            entries = dict(enumerate(found[1:]))
+        if ahead:
+            result.further |= agreed(result.tokens, ahead, tokens[1:], entries)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         held = [list(self.pool[source]) for source, _ in pairs]

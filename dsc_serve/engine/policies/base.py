@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc_serve.engine.drafts.drafting import DraftTokens
 from dsc_serve.engine.kv_cache import blocks_for, cached_blocks, tail_block, tokens_found
 from dsc_serve.engine.step_time import Estimate, Load
 from dsc_serve.scheduling_params import SchedulingParams
@@ -100,6 +101,18 @@ class Plan:
     tokens: dict[str, int] = field(default_factory=dict)  # to compute per request; one that does not run is admitted
     preempt: list[str] = field(default_factory=list)  # before that
     load: Load = field(default_factory=Load)  # what the step computes
+    drafts: dict[str, DraftTokens] = field(default_factory=dict)  # after the tokens of requests that compute all theirs
+
+    def shorten(self, tokens: Mapping[str, int]) -> None:
+        """Of these requests no more tokens, drafts among them, have been computed."""
+        self.tokens.update({request_id: min(count, self.tokens[request_id]) for request_id, count in tokens.items()})
+
+    def computed(self) -> Collection[int]:
+        """How many tokens of each request the step computes, with its drafts."""
+        if not self.drafts:
+            return self.tokens.values()
+        drafts = self.drafts
+        return [n + (len(drafts[i].tokens) if i in drafts else 0) for i, n in self.tokens.items()]
 
 
 class Levels(Protocol):

@@ -9,6 +9,8 @@ import msgspec
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from dsc_serve.engine.drafts import SOURCES
+from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 from dsc_serve.engine.step_report import HELD_BACK
 from dsc_serve.sampling_params import EngineCapacity
@@ -19,10 +21,19 @@ from dsc_serve.worker.messages import ModelInfo, Stats
 
 SECTIONS = {  # by what their names begin with; the first that fits
     "DSC": ("routing_", "bank_"),
-    "The engine": ("engine_", "step_", "kv_", "prefix_", "preemptions", "invariant_"),
+    "The engine": ("engine_", "step_", "kv_", "prefix_", "preemptions", "invariant_", "draft_"),
     "Requests and the HTTP edge": ("",),
 }
-CHOSEN = ("finish_reason", "reason", "state", "part", "path", "order", "form")  # labels whose every value is listed
+CHOSEN = (
+    "finish_reason",
+    "reason",
+    "state",
+    "part",
+    "path",
+    "order",
+    "form",
+    "source",
+)  # labels whose every value is listed
 NOTHING: dict[str, Any] = {field.name: 0 for field in msgspec.structs.fields(Stats) if field.required}
 
 
@@ -43,7 +54,7 @@ class NewEngine:
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         routing = RoutingReport(0, 0, 0, 0, [LayerRouting(0, 0)])
-        return Stats(**NOTHING, held_back=dict.fromkeys(HELD_BACK, 0), routing=routing)
+        return Stats(**NOTHING, held_back=dict.fromkeys(HELD_BACK, 0), routing=routing, drafts=DraftReport.of(SOURCES))
 
 
 def families() -> list[Metric]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from dsc_serve import __version__
-from dsc_serve.server.metrics.families import Families, counter, counters, gauge, gauges, histogram
+from dsc_serve.engine.drafts.report import DraftReport
+from dsc_serve.server.metrics.families import Families, Labels, counter, counters, gauge, gauges, histogram
 from dsc_serve.server.metrics.routing import routing_families
 from dsc_serve.worker.messages import ModelInfo, Stats
 
@@ -74,6 +75,7 @@ def engine_families(stats: Stats) -> Families:
         stats.cached_tokens,
     )
     yield from step_families(stats)
+    yield from draft_families(stats.drafts)
     phases = stats.phases
     yield histogram("request_queue_seconds", "From a generation's arrival to its admission.", phases.queue)
     yield histogram("request_prefill_seconds", "From a generation's admission to its first token.", phases.prefill)
@@ -104,3 +106,12 @@ def step_families(stats: Stats) -> Families:
     )
     yield histogram("step_tokens", "Tokens computed in a step.", steps.tokens)
     yield histogram("step_requests", "Generations computed in a step.", steps.requests)
+
+
+def draft_families(drafts: DraftReport) -> Families:
+    """What speculation does; nothing of a source that has not drafted."""
+    drafted: dict[Labels, float] = {(source,): count for source, count in drafts.drafted.items()}
+    accepted: dict[Labels, float] = {(source,): count for source, count in drafts.accepted.items()}
+    yield counters("draft_tokens", "Drafts that steps computed, by where they came from.", ("source",), drafted)
+    yield counters("draft_accepted_tokens", "Of the drafts, those that proved right.", ("source",), accepted)
+    yield histogram("draft_width", "Drafts of a generation in a step, where it had any.", drafts.width)

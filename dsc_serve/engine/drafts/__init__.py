@@ -1,0 +1,46 @@
+"""Drafts: tokens that may follow a request's, computed with it in one step; one source a file, registered by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsc_serve.engine.drafts.drafting import PREDICTION, DraftSource
+from dsc_serve.engine.drafts.grammar import GrammarSource
+from dsc_serve.engine.drafts.ngram import NgramSource
+from dsc_serve.engine.drafts.prediction import PredictionSource
+
+if TYPE_CHECKING:
+    from dsc_serve.engine.request import Request
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A kind of source. make: the source of a new request; None: it has none.
+
+    chances: what is expected of its drafts before any was tried, for each strength. with_grammar: whether requests that
+    follow a grammar may use it, since what may follow each of its drafts is known.
+    """
+
+    make: Callable[[Request], DraftSource | None]
+    chances: tuple[float, ...]
+    with_grammar: bool = False
+
+
+SOURCES: dict[str, SourceKind] = {
+    PREDICTION: SourceKind(
+        lambda request: (
+            PredictionSource(request.params.prediction_token_ids, request.prompt_size)
+            if request.params.prediction_token_ids
+            else None
+        ),
+        (0.5, 0.9),
+    ),
+    "grammar": SourceKind(
+        lambda request: None if request.constraint is None else GrammarSource(request.constraint),
+        (0.95,),
+        with_grammar=True,
+    ),
+    "ngram": SourceKind(lambda request: NgramSource(), (0.3, 0.6, 0.8)),
+}

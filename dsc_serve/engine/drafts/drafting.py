@@ -1,0 +1,87 @@
+"""Where one request's drafts come from, and how often they have proved right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+FORGET = 0.9  # weight of an observation that is one step older than another
+PRIOR = 2.0  # trials that what is expected of a new request's drafts counts for
+
+PREDICTION = "prediction"  # the source whose drafts are told to clients
+
+Strength = tuple[str, int]  # the source's name, and how sure it was
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """What may follow a request's tokens. strength: how sure the source is, in steps of its own."""
+
+    source: str
+    tokens: Sequence[int]
+    strength: int = 0
+
+
+class DraftSource(Protocol):
+    """Drafts for one request: a pure function of its tokens and of what the source has kept of them."""
+
+    def draft(self, tokens: Sequence[int], most: int) -> tuple[Sequence[int], int]:
+        """At most so many tokens that may follow these, which have grown since the last call, and the strength."""
+        ...
+
+
+class Acceptance:
+    """How often a draft was right where all before it were: a decayed average that begins with what is expected."""
+
+    __slots__ = ("_right", "_trials")
+
+    def __init__(self, expected: float) -> None:
+        self._right, self._trials = PRIOR * expected, PRIOR
+
+    @property
+    def chance(self) -> float:
+        return self._right / self._trials
+
+    def observe(self, right: int, computed: int) -> None:
+        """So many drafts of those computed proved right; what stood behind the first wrong one says nothing."""
+        self._right = FORGET * self._right + right
+        self._trials = FORGET * self._trials + min(right + 1, computed)
+
+
+class Drafting:
+    """The sources of one request, best first where nothing is known, and what became of their drafts.
+
+    most: drafts that a step may compute. expected: the chance of a source's drafts before any was tried.
+    """
+
+    def __init__(self, sources: dict[str, DraftSource], most: int, expected: dict[Strength, float]) -> None:
+        self.sources, self.most = sources, most
+        self._expected = expected
+        self._acceptances: dict[Strength, Acceptance] = {}
+        self.chance = self._best()  # of the best that it may come up with
+
+    def chance_of(self, strength: Strength) -> float:
+        acceptance = self._acceptances.get(strength)
+        return self._expected[strength] if acceptance is None else acceptance.chance
+
+    def draft(self, tokens: Sequence[int], most: int) -> tuple[DraftTokens, float] | None:
+        """The drafts that most likely prove right, with their chance; None where no source has any."""
+        best: tuple[DraftTokens, float] | None = None
+        for name, source in self.sources.items():
+            drafted, strength = source.draft(tokens, most)
+            if drafted:
+                chance = self.chance_of((name, strength))
+                if best is None or chance > best[1]:
+                    best = DraftTokens(name, drafted, strength), chance
+        return best
+
+    def learn(self, strength: Strength, right: int, computed: int) -> None:
+        if strength not in self._acceptances:
+            self._acceptances[strength] = Acceptance(self._expected[strength])
+        self._acceptances[strength].observe(right, computed)
+        self.chance = self._best()
+
+    def _best(self) -> float:
+        chances = [self.chance_of(strength) for strength in self._expected if strength[0] in self.sources]
+        return max(chances, default=0.0)

@@ -1,0 +1,34 @@
+"""Captured steps where there is no device that could capture any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dsc_serve.engine.graphs import Graph
+
+
+class Recorded:
+    """Stands in for a graph: replaying computes again, from what then lies in the buffers, into the same output."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute, self.out, self.replays = compute, compute().clone(), 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.out.copy_(self.compute())
+
+
+class Capture:
+    def __init__(self) -> None:
+        self.graphs: list[Recorded] = []
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        self.graphs.append(Recorded(compute))
+        return self.graphs[-1], self.graphs[-1].out
+
+    @property
+    def replayed(self) -> list[int]:
+        """The sizes of the graphs that were replayed."""
+        return sorted(len(graph.out) for graph in self.graphs if graph.replays)

@@ -45,7 +45,7 @@ def test_an_argument_that_is_missing_unknown_or_without_a_name_is_refused() -> N
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("lacks the argument 'eps'", lambda: norm(**{k: v for k, v in arguments.items() if k != "eps"})),
         ("takes no argument 'epsilon'", lambda: norm(**arguments, epsilon=0)),
-        ("takes 0 arguments without a name, but 9 were given", lambda: norm(*arguments.values())),
+        ("takes 0 arguments without a name, but 10 were given", lambda: norm(*arguments.values())),
         ("must be real number, not str", lambda: norm(**{**arguments, "eps": "small"})),
         ("'float' object cannot be interpreted as an integer", lambda: norm(**{**arguments, "batch": 1.5})),
     ]

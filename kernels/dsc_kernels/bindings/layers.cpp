@@ -126,7 +126,8 @@ PyObject* moe(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 }
 
 #define F(field) ARGUMENT(Typed<Norm>, field)
-Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(residual), F(out), F(batch), F(d), F(eps), F(threads)});
+Signature norm_signature("norm", {F(is_bf16), F(x), F(weight), F(bias), F(residual), F(out), F(batch), F(d), F(eps),
+                                  F(threads)});
 #undef F
 
 PyObject* norm(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

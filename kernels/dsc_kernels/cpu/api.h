@@ -159,8 +159,8 @@ struct QkNorm {
   int together;
 };
 
-// New tokens' keys and values go to the KV cache; queries and keys are normed, and the first `turned` numbers of each head
-// are turned by their position's angle, before.
+// New tokens' keys and values go to the KV cache; before, queries and keys are normed, and the first `turned` numbers of
+// each head are turned by their position's angle.
 struct StoreKv {
   void* qkv;  // [tokens, heads + 2 · kv_heads, size]; its queries are changed in place
   QkNorm norm;

@@ -58,7 +58,8 @@ INLINE void route(const float* raw, float scale, const float* bias, int64_t expe
   select(raw, scale, bias, experts, k, INFINITY, weights, picks);
   float highest = weights[0], total = 0, kept = 0;
   for (int j = 0; j < k; j++) kept += weights[j] = expf(weights[j] - highest);
-  for (int64_t e = 0; !normalize && e < experts; e++) total += expf(scale * raw[e] + (bias ? bias[e] : 0.0f) - highest);
+  for (int64_t e = 0; !normalize && e < experts; e++)
+    total += expf(scale * raw[e] + (bias ? bias[e] : 0.0f) - highest);
   for (int j = 0; j < k; j++) weights[j] /= normalize ? kept : total;
 }
 
@@ -110,16 +111,17 @@ struct Expert {
   }
 
   INLINE static Expert shared(const Moe& a) {
-    return {(const T*)a.shared_up, (const T*)a.shared_gate, (const T*)a.shared_down, a.d, a.shared_hidden, a.activation};
+    return {(const T*)a.shared_up, (const T*)a.shared_gate, (const T*)a.shared_down, a.d, a.shared_hidden,
+            a.activation};
   }
 };
 
-// Share id of n of an expert's inner activations for `count` of the tokens x: those in rows, or in order where it is null.
+// Panels first … last − 1 of an expert's inner activations for `count` of the tokens x: those in rows, or in order
+// where it is null.
 template <typename T>
 INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, const int32_t* rows, int64_t count,
-                         typename Input<T>::type* hidden, int64_t id, int64_t n) {
+                         typename Input<T>::type* hidden, int64_t first, int64_t last) {
   typedef typename Input<T>::type I;
-  int64_t panels = panel_count(e.hidden), first = split_point(panels, id, n), last = split_point(panels, id + 1, n);
   Epilogue ep = {nullptr, e.activation, nullptr, nullptr, nullptr, round_up_2(e.hidden)};
   if (e.gate) {
     gemm<T, I>(e.gate, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
@@ -129,32 +131,34 @@ INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, c
   gemm<T, I>(e.up, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
 }
 
-// The same share of what the expert makes of them.
+// Panels first … last − 1 of what the expert makes of them.
 template <typename T>
 INLINE void expert_second(const Expert<T>& e, const typename Input<T>::type* hidden, int64_t count, float* out,
-                          int64_t id, int64_t n) {
-  int64_t panels = panel_count(e.d);
+                          int64_t first, int64_t last) {
   Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, e.d};
-  gemm<T, float>(e.down, hidden, round_up_2(e.hidden), nullptr, count, e.hidden, e.d, ep, out,
-                 split_point(panels, id, n), split_point(panels, id + 1, n));
+  gemm<T, float>(e.down, hidden, round_up_2(e.hidden), nullptr, count, e.hidden, e.d, ep, out, first, last);
 }
 
 // The shared expert is shared by its outputs however many tokens there are, some at a time so that they stay in the
 // cache: no thread waits for a task as large as that.
 template <typename T>
-INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t id, int64_t n) {
+INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t id,
+                         int64_t n) {
+  int64_t panels = panel_count(a.shared_hidden), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
     expert_first(Expert<T>::shared(a), x + t * row_stride<T>(a.d), nullptr, count,
-                 b.shared_hidden + t * b.shared_stride, id, n);
+                 b.shared_hidden + t * b.shared_stride, from, to);
   }
 }
 
 template <typename T>
 INLINE void shared_second(const Moe& a, const MoeBuffers<T>& b, int64_t id, int64_t n) {
+  int64_t panels = panel_count(a.d), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
-    expert_second(Expert<T>::shared(a), b.shared_hidden + t * b.shared_stride, count, b.shared_outputs + t * a.d, id, n);
+    expert_second(Expert<T>::shared(a), b.shared_hidden + t * b.shared_stride, count, b.shared_outputs + t * a.d, from,
+                  to);
   }
 }
 
@@ -183,6 +187,22 @@ INLINE void moe_sum(const Moe& a, const MoeBuffers<T>& b, int64_t first, int64_t
   }
 }
 
+// Share id of n of the panels of all picked experts, one expert's after the other's: long runs of weights for each
+// thread, however small the experts are.
+template <typename T, typename Work>
+INLINE void share_panels(const MoeBuffers<T>& b, int64_t experts, int64_t panels, int64_t id, int64_t n,
+                         const Work& work) {
+  int64_t picked = 0, at = 0;
+  for (int64_t e = 0; e < experts; e++) picked += b.starts[e + 1] > b.starts[e];
+  int64_t first = split_point(picked * panels, id, n), last = split_point(picked * panels, id + 1, n);
+  for (int64_t e = 0; e < experts && at < last; e++) {
+    if (b.starts[e + 1] == b.starts[e]) continue;
+    int64_t from = first > at ? first - at : 0, to = last - at < panels ? last - at : panels;
+    if (from < to) work(e, b.starts[e], b.starts[e + 1] - b.starts[e], from, to);
+    at += panels;
+  }
+}
+
 template <typename T>
 void moe(const Moe& a) {
   MoeBuffers<T> b(a);
@@ -194,12 +214,14 @@ void moe(const Moe& a) {
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
-    auto first_of = [&](int64_t e, int64_t from, int64_t count, int64_t id, int64_t n)
+    auto first_of = [&](int64_t e, int64_t from, int64_t count, int64_t start, int64_t end)
                         __attribute__((always_inline)) {
-      expert_first(Expert<T>::picked(a, e), x, b.tokens + from, count, b.hidden + from * b.hidden_stride, id, n);
+      expert_first(Expert<T>::picked(a, e), x, b.tokens + from, count, b.hidden + from * b.hidden_stride, start, end);
     };
-    auto second_of = [&](int64_t e, int64_t from, int64_t count, int64_t id, int64_t n) __attribute__((always_inline)) {
-      expert_second(Expert<T>::picked(a, e), b.hidden + from * b.hidden_stride, count, b.outputs + from * a.d, id, n);
+    auto second_of = [&](int64_t e, int64_t from, int64_t count, int64_t start, int64_t end)
+                         __attribute__((always_inline)) {
+      expert_second(Expert<T>::picked(a, e), b.hidden + from * b.hidden_stride, count, b.outputs + from * a.d, start,
+                    end);
     };
     moe_route<T>(a, b, x, first, last);
     shared_first<T>(a, b, x, id, n);
@@ -208,11 +230,9 @@ void moe(const Moe& a) {
     moe_group<T>(a, b);
     shared_second<T>(a, b, id, n);
     if (a.batch <= SMALL_BATCH) {
-      for (int64_t e = 0; e < a.experts; e++)
-        if (b.starts[e + 1] > b.starts[e]) first_of(e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+      share_panels(b, a.experts, panel_count(a.hidden), id, n, first_of);
 #pragma omp barrier
-      for (int64_t e = 0; e < a.experts; e++)
-        if (b.starts[e + 1] > b.starts[e]) second_of(e, b.starts[e], b.starts[e + 1] - b.starts[e], id, n);
+      share_panels(b, a.experts, panel_count(a.d), id, n, second_of);
     } else {
       // tasks of at most `chunk` picks of one expert; task i of all is found by walking the experts
 #pragma omp for schedule(dynamic, 1)
@@ -222,8 +242,8 @@ void moe(const Moe& a) {
           int64_t size = b.starts[e + 1] - b.starts[e], tasks = (size + chunk - 1) / chunk;
           if (task < tasks) {
             int64_t from = task * chunk, count = size - from < chunk ? size - from : chunk;
-            first_of(e, b.starts[e] + from, count, 0, 1);
-            second_of(e, b.starts[e] + from, count, 0, 1);
+            first_of(e, b.starts[e] + from, count, 0, panel_count(a.hidden));
+            second_of(e, b.starts[e] + from, count, 0, panel_count(a.d));
             break;
           }
           task -= tasks;

@@ -1,5 +1,5 @@
-// RMSNorm, or LayerNorm where there is a bias, of rows, plus a residual where there is one, in float32 with one rounding
-// at the end.
+// RMSNorm, or LayerNorm where there is a bias, of rows, plus a residual where there is one, in float32 with one
+// rounding at the end.
 #pragma once
 
 #include <math.h>

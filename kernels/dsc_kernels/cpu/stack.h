@@ -11,8 +11,8 @@
 
 namespace dsc {
 
-// Where a layer's norms stand: each before its branch, each after it and before the sum, each before its branch with both
-// branches beside each other, or the same with one norm for both, which is attention's.
+// Where a layer's norms stand: each before its branch, each after it and before the sum, each before its branch with
+// both branches beside each other, or the same with one norm for both, which is attention's.
 enum NormPlaces { BEFORE, AFTER, PARALLEL, SHARED };
 
 // What a layer's weights are; each call fills in the rest.

@@ -70,6 +70,8 @@ def check_cos_sin(cos_sin_cache: Tensor, size: int) -> int:
     """How many positions there are cosines and sines for."""
     positions, _, half = cos_sin_cache.shape
     check("cos_sin_cache", cos_sin_cache, (positions, 2, half), torch.float32, in_place=True)
+    if size % 2:
+        raise ValueError(f"heads of {size} numbers have no halves to turn")
     if not 0 < 2 * half <= size:
         raise ValueError(f"cos_sin_cache turns {2 * half} numbers of each head; there are {size}")
     return positions

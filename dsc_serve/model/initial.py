@@ -13,7 +13,7 @@ from dsc_serve.documents import DocumentError, parse_json
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.decoder import tensor_shapes
-from dsc_serve.model.mixtures import MIXTURES, Equal, mixture_config
+from dsc_serve.model.mixtures import MIXTURES, mixture_config
 
 STD = 0.02
 GAMMA = 0.1
@@ -31,7 +31,7 @@ PRESETS = {
 }
 
 
-def preset_config(name: str, kind: str, context: int | None = None, equal: Equal | None = None) -> ModelConfig:
+def preset_config(name: str, kind: str, context: int | None = None, equal: str | None = None) -> ModelConfig:
     """The configuration of a preset, one of PRESETS or MIXTURES, with an FFN of the kind; `context`: its positions.
 
     equal: see `mixture_config`. Raises ValueError where a preset has no such FFN.

@@ -8,7 +8,7 @@ and there are two: one of equal total and more active parameters, one of equal a
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -16,8 +16,7 @@ from dsc_serve.model.budget import MIN_STATIC
 from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, SharedExpertConfig
 from dsc_serve.model.ffn import KINDS
 
-Equal = Literal["total", "active"]
-EQUALS: tuple[Equal, ...] = get_args(Equal)
+EQUALS = ("total", "active")
 PICKS = 4  # atoms of a token, as the paper's budgets have them
 
 FRAME: dict[str, Any] = {
@@ -69,7 +68,7 @@ MIXTURES: dict[str, ModelConfig] = {
 }
 
 
-def mixture_config(name: str, kind: str, equal: Equal | None = None, context: int | None = None) -> ModelConfig:
+def mixture_config(name: str, kind: str, equal: str | None = None, context: int | None = None) -> ModelConfig:
     """A mixture of MIXTURES, or for kind "dsc" its frame with a DSC of equal total or active parameters.
 
     Raises ValueError for another kind, and where `equal` is missing or has no meaning.
@@ -77,7 +76,7 @@ def mixture_config(name: str, kind: str, equal: Equal | None = None, context: in
     config = MIXTURES[name]
     if kind not in ("moe", "dsc"):
         raise ValueError(f"preset {name!r} has no ffn {kind!r}; it has 'moe' and 'dsc'")
-    if (kind == "dsc") != (equal is not None):
+    if (equal not in EQUALS) if kind == "dsc" else (equal is not None):
         raise ValueError(
             f"equal is {equal!r}; with preset {name!r} it must be one of {', '.join(EQUALS)} for 'dsc', and none else"
         )
@@ -86,13 +85,13 @@ def mixture_config(name: str, kind: str, equal: Equal | None = None, context: in
     return config if equal is None else config.model_copy(update={"ffn": equal_dsc(config, equal)})
 
 
-def equal_dsc(mixture: ModelConfig, equal: Equal) -> DscConfig:
+def equal_dsc(mixture: ModelConfig, equal: str) -> DscConfig:
     """The DSC layer with as many parameters, in total or active, as the mixture's FFN, nearly all of them in its bank.
 
     So it has the fewest active ones for its total, and the largest total for its active ones.
     """
 
-    def counts(config: ModelConfig) -> dict[Equal, int]:
+    def counts(config: ModelConfig) -> dict[str, int]:
         total = sum(torch.Size(shape).numel() for shape in KINDS[config.ffn.kind].shapes(config).values())
         return {"total": total, "active": total - KINDS[config.ffn.kind].idle_parameters(config)}
 

@@ -86,7 +86,8 @@ class Weights(Mapping[str, Tensor]):
 def check_count(config: ModelConfig, count: int, source: Path) -> None:
     """Raises CheckpointError where so few tensors cannot be this model's, before each that is missing is looked for."""
     kinds = config.layers
-    sizes = {id(kind): len(KINDS[kind.ffn.kind].shapes(kind)) for kind in kinds}
+    distinct = {id(kind): kind for kind in kinds}
+    sizes = {own: len(KINDS[kind.ffn.kind].shapes(kind)) for own, kind in distinct.items()}
     each = min(sizes.values())
     if sum(sizes[id(kind)] for kind in kinds) > count:
         least = "" if len(set(sizes.values())) == 1 else " or more"

@@ -53,7 +53,7 @@ class _PlainMoe:
         )
         self.act = F.silu if config.hidden_act == "silu" else F.gelu
         self.router = weights["router.weight"]
-        self.norm = [weights[f"router_norm.{part}"] for part in ("weight", "bias") if config.ffn.router_norm]
+        self.norm = [weights.get(f"router_norm.{part}") for part in ("weight", "bias")]
 
         def mlp(at: str) -> tuple[Tensor, Tensor | None, Tensor]:
             gate = weights[f"{at}gate_proj.weight"] if config.mlp_gated else None
@@ -64,7 +64,8 @@ class _PlainMoe:
         self.shared_gate = weights.get("shared_expert_gate.weight")
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        normed = F.layer_norm(x, x.shape[1:], *self.norm, self.norm_eps) if self.norm else x
+        weight, bias = self.norm
+        normed = x if weight is None else F.layer_norm(x, x.shape[1:], weight, bias, self.norm_eps)
         weights, experts = torch.topk(F.softmax(F.linear(normed, self.router), dim=-1), self.k, dim=-1)
         return weights / weights.sum(dim=-1, keepdim=True) if self.normalize else weights, experts
 

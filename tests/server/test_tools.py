@@ -115,6 +115,13 @@ def test_without_tools_what_looks_like_a_call_is_text(
     assert response.json()["choices"][0]["finish_reason"] == "stop"
 
 
+def test_each_choice_has_calls_of_its_own(hermes: FastAPI, engine: FakeEngine) -> None:
+    engine.script = saying(TWO)
+    choices = chat(hermes, tools=TOOLS, n=2).json()["choices"]
+    assert [len(choice["message"]["tool_calls"]) for choice in choices] == [2, 2]
+    assert len({call["id"] for choice in choices for call in choice["message"]["tool_calls"]}) == 4
+
+
 def test_no_parallel_calls_is_one_call(hermes: FastAPI, engine: FakeEngine) -> None:
     engine.script = saying(TWO + "and more")
     for stream in (False, True):

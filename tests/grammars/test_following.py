@@ -82,6 +82,7 @@ def test_json_has_no_white_space_to_choose_unless_that_is_asked_for(grammars: Gr
     assert longest() == 1
     assert longest(disable_any_whitespace=True) == 0
     assert longest(whitespace_pattern="[ ]") == 1
+    assert longest(disable_any_whitespace=False) > 1
 
 
 def single(tokenizer: Tokenizer, text: str) -> int:

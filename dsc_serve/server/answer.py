@@ -15,7 +15,7 @@ from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
 from dsc_serve.server.service import Service
-from dsc_serve.server.tools.dialect import Reading
+from dsc_serve.server.tools.dialect import ReaderOptions
 from dsc_serve.server.tools.parts import Part
 from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.text.stream import TextStream
@@ -127,7 +127,7 @@ class ResponseFormatter(ABC):
         params: SamplingParams,
         start: int = 0,
         echo: str | None = None,
-        reading: Reading | None = None,
+        reading: ReaderOptions | None = None,
     ) -> list[Choice]:
         """The `params.n` choices of one prompt, numbered from `start`. Raises ApiError (400)."""
         choices, family = [], Family(params.n)

@@ -17,7 +17,7 @@ from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import ChatRequest, Message
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
-from dsc_serve.server.tools.dialect import Reading
+from dsc_serve.server.tools.dialect import ReaderOptions
 from dsc_serve.server.tools.fields import Tool, ToolChoice
 from dsc_serve.server.tools.messages import Known, arguments_of, call_of, for_template
 from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part, Reasoning
@@ -256,7 +256,9 @@ def constrained(
         raise from_parameter(error, names) from None
 
 
-def begin(service: Service, params: SamplingParams, choice: ToolChoice, prompt: str) -> tuple[SamplingParams, Reading]:
+def begin(
+    service: Service, params: SamplingParams, choice: ToolChoice, prompt: str
+) -> tuple[SamplingParams, ReaderOptions]:
     """For an answer to this prompt: the parameters with room for reasoning, and what to look for in it."""
     begun = service.dialect.begun_by(prompt)
-    return service.dialect.reasoned(params, begun), Reading(choice, begun)
+    return service.dialect.reasoned(params, begun), ReaderOptions(choice, begun)

@@ -11,7 +11,7 @@ from dsc_serve.server.responses.schema import (
     ReasoningItem,
     ResponsesRequest,
     ResultItem,
-    TextPart,
+    InputText,
 )
 from dsc_serve.server.tools.messages import Known, arguments_of, call_of
 
@@ -59,7 +59,7 @@ def add_call(known: list[Known], item: CallItem, reasoning: str) -> None:
     known[-1].setdefault("tool_calls", []).append(call)
 
 
-def text_of(content: str | list[TextPart]) -> str:
+def text_of(content: str | list[InputText]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 

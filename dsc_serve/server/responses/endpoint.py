@@ -17,7 +17,7 @@ from dsc_serve.server.chat import begin, constrained, rendered_messages
 from dsc_serve.server.errors import ApiError
 from dsc_serve.server.limits import read_fields
 from dsc_serve.server.responses.conversation import beginnings, conversation
-from dsc_serve.server.responses.items import Event, Output
+from dsc_serve.server.responses.items import Event, ResponseOutput
 from dsc_serve.server.responses.schema import ResponsesRequest
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -36,7 +36,7 @@ class ResponsesFormatter(ResponseFormatter):
     def __init__(self, service: Service, answer_id: str, fields: ResponsesRequest, names: Mapping[str, str]) -> None:
         super().__init__(service, answer_id, fields)
         self.names = names
-        self._output = Output()
+        self._output = ResponseOutput()
         self._number = 0
         self._reason = ""
         self._reasoning_tokens = 0

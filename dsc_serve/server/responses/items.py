@@ -26,7 +26,7 @@ TEXTS: dict[type[Part], tuple[Item, Item, str]] = {
 ID_STARTS = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 
 
-class Output:
+class ResponseOutput:
     """The items so far; the last one may be open. Each method returns events, without their numbers."""
 
     def __init__(self) -> None:

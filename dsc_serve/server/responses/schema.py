@@ -30,7 +30,7 @@ MAX_METADATA, MAX_METADATA_TEXT = 16, 512
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextPart(Fields):
+class InputText(Fields):
     """annotations and logprobs: as an answer had them, which say nothing to the model."""
 
     type: Literal["input_text", "output_text"]
@@ -39,7 +39,7 @@ class TextPart(Fields):
     logprobs: list[Any] | None = None
 
 
-Text = Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
+Text = Annotated[TextOption | Annotated[list[InputText], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
 
 
 class Item(Fields):
@@ -151,7 +151,7 @@ class ReasoningFields(Fields):
     generate_summary: Annotated[Any, Only()] = None
 
 
-class StreamOptions(Fields):
+class ResponseStreamOptions(Fields):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
@@ -184,7 +184,7 @@ class ResponsesRequest(EngineFields):
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: (
         Annotated[

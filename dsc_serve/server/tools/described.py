@@ -16,16 +16,16 @@ CALLED: list[dict[str, Any]] = [
 ]
 
 
-class Answer(BaseModel):
+class Described(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class CalledFunction(Answer):
+class CalledFunction(Described):
     name: str
     arguments: str
 
 
-class ToolCall(Answer):
+class ToolCall(Described):
     id: str
     type: Literal["function"]
     function: CalledFunction

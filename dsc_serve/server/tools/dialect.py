@@ -29,7 +29,7 @@ ANY_OBJECT: Json = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReaderOptions:
     """What to look for in an answer. begun: it begins within the reasoning."""
 
     choice: ToolChoice
@@ -55,7 +55,7 @@ class Dialect:
     def begun_by(self, prompt: str) -> bool:
         return self.reasoning is not None and self.reasoning.begun_by(prompt)
 
-    def reader(self, reading: Reading) -> AnswerReader | None:
+    def reader(self, reading: ReaderOptions) -> AnswerReader | None:
         """None where an answer is nothing but text."""
         choice = reading.choice
         reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, reading.begun)

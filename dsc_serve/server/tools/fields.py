@@ -63,7 +63,7 @@ def check_choice(value: Any, form: Json = NAMED) -> Choice | None:
 ChoiceField = Annotated[Choice | None, PlainValidator(check_choice, json_schema_input_type=Json | str | None)]
 
 
-class CalledFunction(Fields):
+class CallFunction(Fields):
     name: str
     arguments: str
 
@@ -73,7 +73,7 @@ class CallFields(Fields):
 
     id: str
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: CallFunction
     index: int | None = None
 
 

@@ -16,7 +16,7 @@ LABEL = re.compile(r"(?:\[CALL_ID\][A-Za-z0-9_-]*)?(?:\[ARGS\])?\s*")
 LONGEST_LABEL = 160  # characters
 
 
-class Progress(Enum):
+class ObjectProgress(Enum):
     """MORE: it is open. CALL: the arguments begin with this character. ENDED: the object is complete."""
 
     MORE = 0
@@ -59,18 +59,18 @@ class Label:
 
     def begin(self, char: str) -> bool:
         self._text = self.name = ""
-        return self.push(char) is Progress.MORE
+        return self.push(char) is ObjectProgress.MORE
 
-    def push(self, char: str) -> Progress:
+    def push(self, char: str) -> ObjectProgress:
         if char == "{":
             for name in self._names:
                 if self._text.startswith(name) and LABEL.fullmatch(self._text, len(name)):
                     self.name = name
-                    return Progress.CALL
-            return Progress.NO
+                    return ObjectProgress.CALL
+            return ObjectProgress.NO
         self._text += char
         possible = len(self._text) <= LONGEST_LABEL and any(self._fits(name) for name in self._names)
-        return Progress.MORE if possible else Progress.NO
+        return ObjectProgress.MORE if possible else ObjectProgress.NO
 
     def _fits(self, name: str) -> bool:
         if name.startswith(self._text):
@@ -94,10 +94,10 @@ class HeldObject:
         self._text = "{"
         self._balance: Balance | None = None
 
-    def push(self, char: str) -> Progress:
+    def push(self, char: str) -> ObjectProgress:
         self._text += char
         if self._balance is not None:
-            return Progress.ENDED if self._balance.push(char) else Progress.MORE
+            return ObjectProgress.ENDED if self._balance.push(char) else ObjectProgress.MORE
         return self._stage(char)
 
     @property
@@ -121,60 +121,60 @@ class HeldObject:
             given = {}
         return (name, json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else (None, "")
 
-    def _hold(self) -> Progress:
+    def _hold(self) -> ObjectProgress:
         """What comes is looked at when the object has ended."""
         self._balance = Balance()
         ended = [self._balance.push(char) for char in self._text]
-        return Progress.ENDED if ended[-1] else Progress.MORE
+        return ObjectProgress.ENDED if ended[-1] else ObjectProgress.MORE
 
-    def _before_key(self, char: str) -> Progress:
+    def _before_key(self, char: str) -> ObjectProgress:
         if char in SPACE:
-            return Progress.MORE
+            return ObjectProgress.MORE
         self._key, self._stage = "", self._in_key
-        return Progress.MORE if char == '"' else Progress.NO
+        return ObjectProgress.MORE if char == '"' else ObjectProgress.NO
 
-    def _in_key(self, char: str) -> Progress:
+    def _in_key(self, char: str) -> ObjectProgress:
         if char != '"':
             self._key += char
             wanted = any(key.startswith(self._key) for key in KEYS)
             if wanted or self.name:
-                return Progress.MORE
-            return Progress.NO
+                return ObjectProgress.MORE
+            return ObjectProgress.NO
         if self._key not in KEYS and not self.name:
-            return Progress.NO
+            return ObjectProgress.NO
         if self._key == ("name" if not self.name else self._key) and (not self.name or self._key in ARGUMENT_KEYS):
             self._stage = self._before_colon
-            return Progress.MORE
+            return ObjectProgress.MORE
         return self._hold()
 
-    def _before_colon(self, char: str) -> Progress:
+    def _before_colon(self, char: str) -> ObjectProgress:
         if char in SPACE:
-            return Progress.MORE
+            return ObjectProgress.MORE
         self._stage = self._before_arguments if self.name else self._before_name
-        return Progress.MORE if char == ":" else Progress.NO
+        return ObjectProgress.MORE if char == ":" else ObjectProgress.NO
 
-    def _before_name(self, char: str) -> Progress:
+    def _before_name(self, char: str) -> ObjectProgress:
         if char in SPACE:
-            return Progress.MORE
+            return ObjectProgress.MORE
         self._key, self._stage = "", self._in_name
-        return Progress.MORE if char == '"' else Progress.NO
+        return ObjectProgress.MORE if char == '"' else ObjectProgress.NO
 
-    def _in_name(self, char: str) -> Progress:
+    def _in_name(self, char: str) -> ObjectProgress:
         if char != '"':
             self._key += char
-            return Progress.MORE if any(name.startswith(self._key) for name in self._names) else Progress.NO
+            return ObjectProgress.MORE if any(name.startswith(self._key) for name in self._names) else ObjectProgress.NO
         if self._key not in self._names:
-            return Progress.NO
+            return ObjectProgress.NO
         self.name, self._stage = self._key, self._after_name
-        return Progress.MORE
+        return ObjectProgress.MORE
 
-    def _after_name(self, char: str) -> Progress:
+    def _after_name(self, char: str) -> ObjectProgress:
         if char in SPACE:
-            return Progress.MORE
+            return ObjectProgress.MORE
         self._stage = self._before_key
-        return Progress.MORE if char == "," else Progress.ENDED if char == "}" else Progress.NO
+        return ObjectProgress.MORE if char == "," else ObjectProgress.ENDED if char == "}" else ObjectProgress.NO
 
-    def _before_arguments(self, char: str) -> Progress:
+    def _before_arguments(self, char: str) -> ObjectProgress:
         if char in SPACE:
-            return Progress.MORE
-        return Progress.CALL if char == "{" else self._hold()
+            return ObjectProgress.MORE
+        return ObjectProgress.CALL if char == "{" else self._hold()

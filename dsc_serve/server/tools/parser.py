@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection
 
 from dsc_serve.server.tools.form import CallForm
-from dsc_serve.server.tools.objects import Balance, HeldObject, Label, Progress
+from dsc_serve.server.tools.objects import Balance, HeldObject, Label, ObjectProgress
 from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part, joined
 
 SPACE = " \t\n\r"
@@ -145,10 +145,10 @@ class CallParser:
     def _labelling(self, char: str) -> None:
         """Within a tool's name that stands before its arguments."""
         progress = self._label.push(char)
-        if progress is Progress.CALL:
+        if progress is ObjectProgress.CALL:
             self._start(self._label.name)
             self._argue(char, within=False)
-        elif progress is Progress.NO:
+        elif progress is ObjectProgress.NO:
             self._no_call(char)
         else:
             self._held += char
@@ -160,11 +160,11 @@ class CallParser:
     def _looking(self, char: str) -> None:
         """Within an object that is not known yet to be a call."""
         progress = self._object.push(char)
-        if progress is Progress.NO:
+        if progress is ObjectProgress.NO:
             self._no_call(char)
-        elif progress is Progress.MORE:
+        elif progress is ObjectProgress.MORE:
             self._held += char
-        elif progress is Progress.CALL:
+        elif progress is ObjectProgress.CALL:
             self._start(self._object.name)
             self._argue(char, within=True)
         else:  # the object has ended

@@ -11,7 +11,7 @@ from dsc_serve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Member:
+class RegisteredForm:
     """make: the form for a template. fits: whether a template and the special tokens' texts show that it is this."""
 
     make: Callable[[str], CallForm]
@@ -20,12 +20,12 @@ class Member:
 
 FALLBACK = "json"
 # Those with marks that no other form has go first.
-FORMS: Mapping[str, Member] = {
-    "mistral": Member(mistral.form, mistral.fits),
-    "granite": Member(granite.form, granite.fits),
-    "hermes": Member(hermes.form, hermes.fits),
-    "llama3": Member(llama3.form, llama3.fits),
-    "json": Member(generic.form, generic.fits),
+FORMS: Mapping[str, RegisteredForm] = {
+    "mistral": RegisteredForm(mistral.form, mistral.fits),
+    "granite": RegisteredForm(granite.form, granite.fits),
+    "hermes": RegisteredForm(hermes.form, hermes.fits),
+    "llama3": RegisteredForm(llama3.form, llama3.fits),
+    "json": RegisteredForm(generic.form, generic.fits),
 }
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from dsc_serve.config import ConfigError
     from dsc_serve.llm import LLM, GenerationError, RequestOutput
     from dsc_serve.model.config import CheckpointError
-    from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
+    from dsc_serve.parameter_errors import ParameterError
+    from dsc_serve.sampling_params import SamplingParams
+    from dsc_serve.structured_outputs import StructuredOutputs
     from dsc_serve.text.tokenizer import TokenizerError
 
 __version__ = "0.1.0"
@@ -21,10 +23,10 @@ MODULES = {
     "CheckpointError": "dsc_serve.model.config",
     "ConfigError": "dsc_serve.config",
     "GenerationError": "dsc_serve.llm",
-    "ParameterError": "dsc_serve.sampling_params",
+    "ParameterError": "dsc_serve.parameter_errors",
     "RequestOutput": "dsc_serve.llm",
     "SamplingParams": "dsc_serve.sampling_params",
-    "StructuredOutputs": "dsc_serve.sampling_params",
+    "StructuredOutputs": "dsc_serve.structured_outputs",
     "TokenizerError": "dsc_serve.text.tokenizer",
 }
 __all__ = [

@@ -18,6 +18,7 @@ from dsc_serve.section import ConfigError as ConfigError
 from dsc_serve.section import Section as Section
 from dsc_serve.section import allowed_values as allowed_values
 from dsc_serve.section import converted as converted
+from dsc_serve.section import served_names
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
@@ -302,7 +303,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts_of(self.served_model_name)
+        served_names(self.served_model_name)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError(
                 f"tls_cert is {self.tls_cert!r} but tls_key is {self.tls_key!r}; it takes both or neither"
@@ -312,15 +313,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
 
     @property
     def served_names(self) -> tuple[str, ...]:
-        return parts_of(self.served_model_name)
-
-
-def parts_of(names: str) -> tuple[str, ...]:
-    """What stands between the commas. Raises ConfigError for names that are blank, or there twice."""
-    parts = tuple(part.strip() for part in names.split(",")) if names else ()
-    if not all(parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"served_model_name is {names!r}; its names must not be blank, and each may be there once")
-    return parts
+        return served_names(self.served_model_name)
 
 
 def generation_slots(config: ServerConfig) -> int:

@@ -21,14 +21,8 @@ from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
 from dsc_serve.engine.request import Collect
-from dsc_serve.sampling_params import (
-    EMBEDDED,
-    EmbeddingParams,
-    ParameterError,
-    SamplingParams,
-    check_embedding,
-    resolve_max_tokens,
-)
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, SamplingParams, check_embedding, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
 

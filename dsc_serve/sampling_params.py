@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
 
 import msgspec
+
+from dsc_serve.parameter_errors import ContextLengthError, ParameterError, reject
+from dsc_serve.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -18,148 +20,6 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
 INT32_MAX = 2**31 - 1
 ALL_ATOMS = -1
 MAX_PICKS = 2**20  # that one request may have reported
-MAX_GRAMMAR = 2**15  # characters; compiling a JSON schema takes time by the square of its size
-MAX_CHOICE_TEXT = 2**17  # characters of all choices; they become one automaton
-
-
-class ParameterError(ValueError):
-    """A value that cannot be used. `field` names it, as the caller wrote it."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-class ContextLengthError(ParameterError):
-    """A prompt, or it and what may be generated, that is longer than what there is room for.
-
-    limit: tokens that there is room for; note: why so many. completion: None where only the prompt is too long.
-    """
-
-    def __init__(
-        self, field: str, message: str, limit: int, prompt: int, completion: int | None = None, note: str = ""
-    ) -> None:
-        super().__init__(field, message)
-        self.limit, self.prompt, self.completion, self.note = limit, prompt, completion, note
-
-    def told(self, what: str, limit_name: str) -> str:
-        """In OpenAI's words, by which clients know that a shorter prompt, or a model with a longer context, would do.
-
-        what: what the client calls the prompt; limit_name: and `max_tokens`.
-        """
-        has = f"This model's maximum context length is {self.limit} tokens{self.note}. However, "
-        if self.completion is None:
-            return f"{has}your {what} resulted in {self.prompt} tokens. Please reduce the length of the {what}."
-        parts = f"{self.prompt} in the {what}, {self.completion} in the completion"
-        whole = f"{has}you requested {self.prompt + self.completion} tokens ({parts})."
-        whole += f" Please reduce the length of the {what} or completion."
-        if self.field != "max_tokens":
-            return whole
-        return f"{whole} {limit_name} may be at most {self.limit - self.prompt}, together with the {what} {self.limit}."
-
-
-def reject(field: str, value: object, allowed: str) -> NoReturn:
-    raise ParameterError(field, f"{field} is {value!r}; it must be {allowed}")
-
-
-Literals = tuple[str | int, ...]  # texts, and tokens that are no text
-
-
-class ToolGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool that may be called. head: what stands before its arguments. schema: theirs, as JSON. field: what an error
-    of it names.
-    """
-
-    head: Literals
-    schema: str
-    field: str
-
-
-class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of tools, at most `most`; at least one, unless other text is allowed.
-
-    Without other text a call begins with `mark`; tail: what stands behind its arguments. A list of calls stands
-    between `start` and `end`, with `between` between two; without them each call begins anew, after `apart`.
-    triggers: other text is allowed, until one of these regexes ends, or one of these tokens comes: then a call follows,
-    without its mark.
-    """
-
-    tools: tuple[ToolGrammar, ...]
-    mark: str | int
-    tail: Literals = ()
-    start: str = ""
-    between: str = ""
-    end: str = ""
-    apart: str = ""
-    most: int = 1
-    triggers: Literals = ()
-
-
-class ReasoningGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """Reasoning that may stand before a text, in which nothing is constrained. begun: the prompt has its opening."""
-
-    opening: str | int
-    closing: str | int
-    begun: bool
-
-
-class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the generated text must look like; exactly one of the first five says it.
-
-    json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
-        which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
-        Lark's or GBNF's syntax, that begins with `start` or `root`.
-    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space behind each comma and
-        colon, and nothing else). disable_any_whitespace: True lets nothing stand there, False a space, or a line break
-        and an indent of up to 20.
-    disable_additional_properties: objects whose schema names properties have no others, unless it says so itself.
-    calls: calls of tools, instead of any of the five, or as an alternative to it.
-    reasoning: what may stand before all that.
-    """
-
-    json: str | None = None
-    json_object: bool = False
-    regex: str | None = None
-    choice: tuple[str, ...] = ()
-    grammar: str | None = None
-    whitespace_pattern: str | None = None
-    disable_any_whitespace: bool | None = None
-    disable_additional_properties: bool = False
-    calls: CallGrammar | None = None
-    reasoning: ReasoningGrammar | None = None
-
-    def __post_init__(self) -> None:
-        field = "structured_outputs"
-        texts = {name: getattr(self, name) for name in ("json", "regex", "grammar", "whitespace_pattern")}
-        for name, text in texts.items():
-            if text is not None and not isinstance(text, str):
-                raise ParameterError(field, f"{field}.{name} is {text!r}; it must be a text")
-            if text == "":
-                raise ParameterError(field, f"{field}.{name} is empty")
-        if not isinstance(self.choice, tuple) or not all(isinstance(text, str) and text for text in self.choice):
-            raise ParameterError(field, f"{field}.choice is {self.choice!r}; it must be texts, none of them empty")
-        set_ = [name for name in ("json", "json_object", "regex", "choice", "grammar") if getattr(self, name)]
-        if len(set_) != 1 and (set_ or self.calls is None):
-            got = " and ".join(set_) or "none"
-            raise ParameterError(
-                field, f"{field} has {got} of json, json_object, regex, choice and grammar; it must have exactly one"
-            )
-        if (self.whitespace_pattern or self.disable_any_whitespace) and set_[:1] not in (["json"], ["json_object"]):
-            raise ParameterError(
-                field, f"{field} has white space settings together with {''.join(set_) or 'calls'}; they are for JSON"
-            )
-        if self.disable_additional_properties and set_ != ["json"]:
-            raise ParameterError(
-                field,
-                f"{field} has disable_additional_properties together with {''.join(set_) or 'calls'}; it is for json",
-            )
-        if self.whitespace_pattern and self.disable_any_whitespace:
-            raise ParameterError(field, f"{field} has both whitespace_pattern and disable_any_whitespace; send one")
-        schemas = () if self.calls is None else (tool.schema for tool in self.calls.tools)
-        size = sum(len(text) for text in (*texts.values(), *self.choice, *schemas) if text)
-        most = MAX_CHOICE_TEXT if self.choice else MAX_GRAMMAR
-        if size > most:
-            raise ParameterError(field, f"{field} has {size} characters; it may have at most {most}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from dsc_serve.sampling_params import reject
+from dsc_serve.parameter_errors import reject
 
 MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_S = 7 * 24 * 3600.0

@@ -14,7 +14,7 @@ from dsc_serve import LLM, GenerationError, SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import StepResult
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.parameter_errors import ParameterError
 
 
 @pytest.mark.parametrize(

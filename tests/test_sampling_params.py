@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsc_serve.sampling_params import (
-    ContextLengthError,
-    EngineCapacity,
-    ParameterError,
-    SamplingParams,
-    resolve_max_tokens,
-)
+from dsc_serve.parameter_errors import ContextLengthError, ParameterError
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams, resolve_max_tokens
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling, pooling_of
 from dsc_serve.sampling_params import (
     EmbeddingParams,
     EngineCapacity,
-    ParameterError,
     SamplingParams,
     check_embedding,
     resolve_max_tokens,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dsc_serve.sampling_params import CallGrammar, Literals, ReasoningGrammar, ToolGrammar
+from dsc_serve.structured_outputs import CallGrammar, Literals, ReasoningGrammar, ToolGrammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

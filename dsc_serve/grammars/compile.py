@@ -12,7 +12,8 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from dsc_serve.grammars.calls import SEPARATORS, Rules, pattern, with_calls, with_reasoning
 from dsc_serve.grammars.schema import FIELD, prepared, unusable
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs, ToolGrammar
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs, ToolGrammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dsc_serve.grammars.memory import processor_s
 from dsc_serve.grammars.messages import Answer, Push
 from dsc_serve.grammars.schema import FIELD
-from dsc_serve.sampling_params import StructuredOutputs
+from dsc_serve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from dsc_serve.grammars.follower import _Grammars

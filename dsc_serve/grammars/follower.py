@@ -19,7 +19,8 @@ from dsc_serve.grammars.memory import look_pause_s
 from dsc_serve.grammars.messages import Begin, Compiled, Demote, Ended, Forked, FromGrammar, encode
 from dsc_serve.grammars.refusals import Refusals
 from dsc_serve.grammars.schema import FIELD
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 MOST_KEPT = 32  # compiled grammars that nobody follows at the moment

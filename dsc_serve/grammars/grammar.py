@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dsc_serve.grammars.faults import GrammarsLostError
 from dsc_serve.grammars.memory import grown_bytes
 from dsc_serve.grammars.messages import Drop, Kill, Open, Push, ToGrammar, encode
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from dsc_serve.grammars.constraint import Constraint

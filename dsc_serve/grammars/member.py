@@ -15,7 +15,8 @@ from dsc_serve.grammars.compile import compiled, reason
 from dsc_serve.grammars.memory import own_bytes, private_bytes, virtual_bytes
 from dsc_serve.grammars.messages import NO_OUTPUT, Answer, Compiled, Drop, FromGrammar, Open, encode, to_grammar
 from dsc_serve.grammars.schema import FIELD, unusable
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 
 LARGEST_PACKET = 2**18
 MEASURED_EVERY = 64  # answers; between two of them what it has grown by is told apart from what it shares no longer

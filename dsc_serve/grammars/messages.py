@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.sampling_params import StructuredOutputs
+from dsc_serve.structured_outputs import StructuredOutputs
 
 HEADER = struct.Struct("<I")
 NO_OUTPUT = -1

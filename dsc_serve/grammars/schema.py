@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 
 FIELD = "structured_outputs"
 Schema = dict[str, Any]

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import msgspec
 
-from dsc_serve.sampling_params import EmbeddingParams, ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
 from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields

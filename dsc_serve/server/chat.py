@@ -10,7 +10,8 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.limits import read_fields

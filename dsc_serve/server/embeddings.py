@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import PlainValidator
 
-from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, ParameterError, check_embedding
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, check_embedding
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.completions import count_of, one_by_one
 from dsc_serve.server.errors import bad_request, from_parameter

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from dsc_serve.sampling_params import ContextLengthError, ParameterError
+from dsc_serve.parameter_errors import ContextLengthError, ParameterError
 
 MAX_MESSAGE = 500
 MAX_SHOWN = 60

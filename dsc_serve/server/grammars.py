@@ -10,11 +10,13 @@ from typing import Protocol
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.admission import too_many
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import engine_down, from_parameter
 from dsc_serve.server.middleware import EXCHANGE, Exchange
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.connection import EngineDiedError
 from dsc_serve.worker.messages import GrammarChecked
 

@@ -17,7 +17,7 @@ import msgspec
 
 from dsc_serve.config import API_KEYS, MOST, ConfigError, ServerConfig, environment_keys
 from dsc_serve.documents import DocumentError, parse_toml, read_document
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.settings import items
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PlainValidator, Tag
 
-from dsc_serve.sampling_params import MAX_BIASES, ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import MAX_BIASES, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.extensions import DscFields, SchedulingFields

@@ -12,14 +12,8 @@ import msgspec
 from fastapi import Request
 
 from dsc_serve.config import LimitConfig
-from dsc_serve.sampling_params import (
-    ContextLengthError,
-    EmbeddingParams,
-    ParameterError,
-    SamplingParams,
-    StructuredOutputs,
-    resolve_max_tokens,
-)
+from dsc_serve.parameter_errors import ContextLengthError, ParameterError
+from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.errors import CONTEXT_LENGTH, ApiError, bad_request, from_parameter, shown
@@ -27,6 +21,7 @@ from dsc_serve.server.grammars import GrammarChecks
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.server.tools.dialect import Dialect
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.fill import fill_of
 from dsc_serve.text.spelling import Spelling

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dsc_serve.panics import panics_as_errors
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode

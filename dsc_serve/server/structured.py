@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic_core import to_json
 
-from dsc_serve.sampling_params import StructuredOutputs
 from dsc_serve.server.errors import bad_request, shown
 from dsc_serve.server.fields import Fields, Only
+from dsc_serve.structured_outputs import StructuredOutputs
 
 Schema = dict[str, Any]
 

@@ -8,7 +8,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import PlainValidator
 
-from dsc_serve.sampling_params import ContextLengthError
+from dsc_serve.parameter_errors import ContextLengthError
 from dsc_serve.server.chat import check_continuation, rendered
 from dsc_serve.server.errors import bad_request, from_parameter, json_response
 from dsc_serve.server.fields import Fields

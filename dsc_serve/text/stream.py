@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.text.detokenize import IncrementalDetokenizer
 from dsc_serve.text.stop import StopMatcher
 from dsc_serve.text.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, StructuredOutputs
+from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.connection import EngineConnection
 from dsc_serve.worker.connection import EngineDiedError as EngineDiedError
 from dsc_serve.worker.messages import Delta, Finish, GrammarChecked, ModelInfo, Sibling, Stats, Submit

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dsc_serve.sampling_params import StructuredOutputs
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.messages import (
     HEADER,
     MAX_FRAME,

@@ -18,8 +18,9 @@ from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.pooling import Pooling
-from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams, StructuredOutputs
+from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.structured_outputs import StructuredOutputs
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20

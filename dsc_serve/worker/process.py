@@ -30,7 +30,8 @@ from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
 from dsc_serve.model.fingerprint import Fingerprint
 from dsc_serve.panics import PanicError, panics_as_errors
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
     HEADER,

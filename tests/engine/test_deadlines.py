@@ -6,7 +6,8 @@ import pytest
 from support.fake_runner import fake_engine
 
 from dsc_serve.engine.engine import Engine
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 
 LONG = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

@@ -15,7 +15,8 @@ from dsc_serve.engine.drafts.drafter import PROBE, REFRESH, Drafter
 from dsc_serve.engine.drafts.widths import widths
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.step_time import Estimate, Load, StepTime
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 
 FREE = DraftCost(0.0, 0.0)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dsc_serve.llm import LLM
 from dsc_serve.model.checkpoint import save_checkpoint
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling, pooling_of
-from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, ParameterError, SamplingParams
+from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, SamplingParams
 
 PROMPTS = [[7], [3, 1, 4, 1, 5], [(5 * i + 2) % 61 for i in range(40)], [9, 9, 9]]
 KINDS = ("dsc", "moe", "dense")

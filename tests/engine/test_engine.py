@@ -16,7 +16,7 @@ from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine import engine as engine_module
 from dsc_serve.engine.engine import default_kv_tokens, prepare_model
 from dsc_serve.engine.policies import POLICIES
-from dsc_serve.sampling_params import ParameterError
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.scheduling_params import SchedulingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)

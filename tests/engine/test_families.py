@@ -7,8 +7,9 @@ from support.fake_runner import EOS, FakeRunner, alone, fake_engine
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.llm import LLM, RequestOutput
-from dsc_serve.sampling_params import SamplingParams, StructuredOutputs
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.structured_outputs import StructuredOutputs
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 TEXT = "The first thing that everybody should know about a very small model is that it"

@@ -14,7 +14,8 @@ from dsc_kernels import ops
 from dsc_kernels.weights import AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.engine.output import RoutingSlice
-from dsc_serve.sampling_params import MAX_PICKS, EngineCapacity, ParameterError, resolve_max_tokens
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import MAX_PICKS, EngineCapacity, resolve_max_tokens
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12))]
 

@@ -19,7 +19,8 @@ from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
-from dsc_serve.sampling_params import EngineCapacity, StructuredOutputs
+from dsc_serve.sampling_params import EngineCapacity
+from dsc_serve.structured_outputs import StructuredOutputs
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]
 KINDS = ["dsc", "moe", "molora", "dense"]

@@ -13,7 +13,8 @@ from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.engine.constraints import constrain
 from dsc_serve.engine.request import Request
 from dsc_serve.grammars.constraint import wait
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 
 PHONE = StructuredOutputs(regex=r"[0-9]{4}( [0-9]{3}){5}")
 LIST = StructuredOutputs(

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsc_serve.grammars.constraint import Constraint, wait
 from dsc_serve.grammars.follower import Grammars
-from dsc_serve.sampling_params import StructuredOutputs
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 PATIENCE_S = 60.0

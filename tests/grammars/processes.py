@@ -10,7 +10,7 @@ from pathlib import Path
 from grammars.drawing import PATIENCE_S
 
 from dsc_serve.grammars.follower import Grammars
-from dsc_serve.sampling_params import StructuredOutputs
+from dsc_serve.structured_outputs import StructuredOutputs
 
 PRIMES = [499979, 499969, 499957, 499943, 499927, 499903, 499897, 499883]
 

@@ -9,7 +9,8 @@ import llguidance
 import pytest
 
 from dsc_serve.grammars.compile import compiled
-from dsc_serve.sampling_params import CallGrammar, ParameterError, ReasoningGrammar, StructuredOutputs, ToolGrammar
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import CallGrammar, ReasoningGrammar, StructuredOutputs, ToolGrammar
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]}
 FLAG = {

@@ -18,7 +18,8 @@ from dsc_serve.grammars.faults import GrammarsLostError
 from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.grammars.grammar import Grammar
 from dsc_serve.grammars.messages import Ended
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 LETTERS = StructuredOutputs(regex="[ab]{30}")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsc_serve.grammars.follower import Grammars
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 

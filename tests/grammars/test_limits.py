@@ -18,7 +18,8 @@ from dsc_serve.grammars import follower, refusals
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.grammars.faults import GrammarsFullError
 from dsc_serve.grammars.follower import Grammars
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 

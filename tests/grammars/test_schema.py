@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dsc_serve.grammars.compile import compiled
 from dsc_serve.grammars.schema import LARGEST
-from dsc_serve.sampling_params import ParameterError, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.structured_outputs import StructuredOutputs
 
 Schema = dict[str, Any]
 

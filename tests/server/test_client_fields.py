@@ -14,8 +14,8 @@ from support.serving import app_around, ask, chat, complete, events_of
 from tokenizers import decoders, models, pre_tokenizers
 
 from dsc_serve.config import ConfigError, ServerConfig
-from dsc_serve.sampling_params import StructuredOutputs
 from dsc_serve.server.app import create_app
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.pieces import byte_alphabet
 from dsc_serve.text.tokenizer import Tokenizer
 

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from support.fake_engine import FakeEngine
 from support.serving import app_around, chat, client_of, complete, service_of, until
 
-from dsc_serve.sampling_params import MAX_GRAMMAR, StructuredOutputs
 from dsc_serve.server.grammars import PER_KEY, WAITING_PER_KEY
 from dsc_serve.server.keys import KeyRing
+from dsc_serve.structured_outputs import MAX_GRAMMAR, StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.worker.messages import GrammarChecked
 

@@ -6,55 +6,31 @@ import json
 import re
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine, saying
-from support.serving import MESSAGES, app_around, ask, chat, events_of, service_of
+from support.serving import MESSAGES, app_around, ask, chat, events_of
+from support.tool_chats import (
+    CALLED,
+    CITY,
+    HERMES,
+    STRICT,
+    TIME,
+    TOOLS,
+    TWO,
+    calls_of,
+    message_of,
+    prompt_of,
+    templated,
+)
 
 from dsc_serve.server.tools.dialect import MOST_CALLS
-from dsc_serve.text.chat import ChatTemplate
 from dsc_serve.text.tokenizer import Tokenizer
-
-CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}
-TIME = {"type": "function", "function": {"name": "time"}}
-TOOLS = [WEATHER, TIME]
-HERMES = (
-    "{% if tools %}[{% for tool in tools %}{{ tool.function.name }} {% endfor %}]<tool_call></tool_call>{% endif %}"
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}"
-    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
-    "{% endfor %}<assistant>"
-)
-CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
-TWO = f'{CALLED}\n<tool_call>\n{{"name": "time", "arguments": {{}}}}\n</tool_call>'
-
-
-def templated(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    return Tokenizer(tokenizer._backend, eos_token_id=256, chat_template=ChatTemplate(template, {}))
 
 
 @pytest.fixture
 def hermes(engine: FakeEngine, tokenizer: Tokenizer) -> FastAPI:
     return app_around(engine, templated(tokenizer, HERMES))
-
-
-def prompt_of(engine: FakeEngine, i: int = 0) -> str:
-    return bytes(engine.submitted[i][1]).decode()
-
-
-def message_of(response: httpx.Response) -> dict[str, Any]:
-    assert response.status_code == 200, response.text
-    message: dict[str, Any] = response.json()["choices"][0]["message"]
-    return message
-
-
-def calls_of(message: dict[str, Any]) -> list[tuple[str, str]]:
-    for call in message["tool_calls"]:
-        assert call.keys() == {"id", "type", "function"} and call["type"] == "function"
-        assert re.fullmatch(r"call_\w{24}", call["id"])
-    return [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
 
 
 def test_the_template_gets_the_tools(hermes: FastAPI, engine: FakeEngine) -> None:
@@ -247,9 +223,6 @@ def test_mistrals_ids_have_nine_letters_and_its_templates_get_no_others(
     assert first == second and re.fullmatch(r"[A-Za-z0-9]{9}", first)
 
 
-STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
-
-
 @pytest.mark.parametrize(
     ("fields", "most", "free", "heads"),
     [
@@ -357,80 +330,3 @@ def test_tokenizing_a_chat_takes_its_tools(hermes: FastAPI) -> None:
     assert tokens(tools=[]) == tokens()
     refused = ask(hermes, "POST", "/tokenize", json={"prompt": "x", "tools": TOOLS})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
-
-
-THINKING = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-    "<assistant>{{ begin }}"
-)
-THOUGHT = "I think.\n\nSo."
-
-
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_told_apart(engine: FakeEngine, tokenizer: Tokenizer, begun: bool, stream: bool) -> None:
-    """A template that opens the reasoning itself, and one that leaves it to the model."""
-    template = THINKING.replace("{{ begin }}", "<think>\n" if begun else "")
-    app = app_around(engine, templated(tokenizer, template))
-    assert service_of(app).dialect.reasoning is not None
-    engine.script = saying(("" if begun else "<think>\n") + THOUGHT + "\n</think>\n\nYes.")
-    response = chat(app, stream=stream)
-    if not stream:
-        assert message_of(response) == {
-            "role": "assistant",
-            "content": "Yes.",
-            "refusal": None,
-            "reasoning_content": THOUGHT,
-        }
-        return
-    deltas = [event["choices"][0]["delta"] for event in events_of(response)]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == THOUGHT
-    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
-    assert sum("reasoning_content" in delta for delta in deltas) > 3
-
-
-def test_reasoning_goes_with_calls_and_constraints(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = app_around(engine, templated(tokenizer, HERMES + "<think>{# </think> #}"))
-    engine.script = saying(f"I need {CALLED}\n</think>\n{CALLED}")
-    message = message_of(chat(app, tools=TOOLS, tool_choice="required"))
-    assert message["reasoning_content"] == "I need " + CALLED
-    assert calls_of(message) == [("weather", '{"city": "Rome"}')]
-    asked = engine.submitted[0][2].structured_outputs
-    assert asked is not None and asked.reasoning is not None and asked.reasoning.begun
-    chat(app, response_format={"type": "json_object"})
-    asked = engine.submitted[1][2].structured_outputs
-    assert asked is not None and asked.json_object and asked.reasoning is not None
-    plain = chat(app, max_tokens=10)
-    assert engine.submitted[2][2].structured_outputs is None
-    assert message_of(plain)["content"] == "" and "I need" in message_of(plain)["reasoning_content"]
-
-
-def test_earlier_reasoning_reaches_the_template(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = app_around(engine, templated(tokenizer, THINKING))
-    chat(app, messages=[{"role": "assistant", "content": "A", "reasoning_content": "R"}], max_tokens=1)
-    assert prompt_of(engine) == "<assistant>RA<assistant>"
-    refused = chat(app, messages=[{"role": "user", "content": "A", "reasoning_content": "R"}])
-    assert refused.json()["error"]["param"] == "messages.0.reasoning_content"
-
-
-def test_marks_that_are_special_tokens_are_read_and_others_stay_hidden(
-    engine: FakeEngine, tokenizer: Tokenizer
-) -> None:
-    import tokenizers
-    from tokenizers import AddedToken
-
-    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
-    backend.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True), AddedToken("[ARGS]", special=True)])
-    mark, arguments = (backend.token_to_id(text) for text in ("[TOOL_CALLS]", "[ARGS]"))
-    template = "{{ tools }}[TOOL_CALLS]name[ARGS]"
-    app = app_around(engine, Tokenizer(backend, eos_token_id=256, chat_template=ChatTemplate(template, {})))
-    engine.script = lambda prompt, params: [256, mark, *b"time", arguments, *b"{}", 256]
-    assert [call["function"] for call in message_of(chat(app, tools=TOOLS))["tool_calls"]] == [
-        {"name": "time", "arguments": "{}"}
-    ]
-    assert message_of(chat(app))["content"] == "time{}"
-    chat(app, tools=[STRICT, TIME])
-    asked = engine.submitted[2][2].structured_outputs
-    assert asked is not None and asked.calls is not None
-    assert asked.calls.triggers == (mark,)
-    assert [tool.head for tool in asked.calls.tools] == [("weather", arguments), ("time", arguments)]

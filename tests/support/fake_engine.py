@@ -14,16 +14,11 @@ import numpy as np
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.grammars.compile import compiled
+from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling
-from dsc_serve.sampling_params import (
-    ALL_ATOMS,
-    EmbeddingParams,
-    EngineCapacity,
-    ParameterError,
-    SamplingParams,
-    StructuredOutputs,
-)
+from dsc_serve.sampling_params import ALL_ATOMS, EmbeddingParams, EngineCapacity, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.client import EngineDiedError, Family
 from dsc_serve.worker.messages import Delta, GrammarChecked, ModelInfo, RoutingSlice, Stats, TokenLogprobs
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
-from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
+from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.messages import HEADER, CheckGrammar, GrammarChecked, StepDone, Submit, from_engine_decoder
 from dsc_serve.worker.process import EngineProcess
 

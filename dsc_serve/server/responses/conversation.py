@@ -7,11 +7,11 @@ from typing import Any
 from dsc_serve.server.errors import bad_request, shown
 from dsc_serve.server.responses.schema import (
     CallItem,
+    InputText,
     MessageItem,
     ReasoningItem,
     ResponsesRequest,
     ResultItem,
-    InputText,
 )
 from dsc_serve.server.tools.messages import Known, arguments_of, call_of
 

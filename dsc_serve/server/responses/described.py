@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from dsc_serve.server.tools.described import SCHEMA, Answer
+from dsc_serve.server.tools.described import SCHEMA, Described
 
 FLAT = {"type": "function", "name": "set_age", "parameters": SCHEMA, "strict": True}
 RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
@@ -19,16 +19,16 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-class InputTokensDetails(Answer):
+class InputTokensDetails(Described):
     cached_tokens: int
     cache_write_tokens: int
 
 
-class OutputTokensDetails(Answer):
+class OutputTokensDetails(Described):
     reasoning_tokens: int
 
 
-class ResponseUsage(Answer):
+class ResponseUsage(Described):
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
@@ -36,16 +36,16 @@ class ResponseUsage(Answer):
     total_tokens: int
 
 
-class ResponseFailure(Answer):
+class ResponseFailure(Described):
     code: str | None
     message: str
 
 
-class Incomplete(Answer):
+class Incomplete(Described):
     reason: Literal["max_output_tokens", "timeout"]
 
 
-class ResponseAnswer(Answer):
+class ResponseAnswer(Described):
     """output: items of type message, reasoning and function_call, in their order."""
 
     id: str

@@ -11,7 +11,8 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams, resolve_max_tokens
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams, resolve_max_tokens
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, one_line
 from dsc_serve.server.chat import begin, constrained, rendered_messages
 from dsc_serve.server.errors import ApiError

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PlainValidator, Tag
 from pydantic_core import to_json
 
-from dsc_serve.sampling_params import ParameterError, SamplingParams, StructuredOutputs
+from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.fields import Count, Fields, Only
 from dsc_serve.server.schema import FIRST_ERROR, MAX_MESSAGES, TEXT_OR_LIST, EngineFields, TextOption
@@ -24,6 +25,7 @@ from dsc_serve.server.tools.fields import (
     check_tools,
     choice_of,
 )
+from dsc_serve.structured_outputs import StructuredOutputs
 
 NAMED: Json = {"type": "function", "name": "…"}
 MAX_METADATA, MAX_METADATA_TEXT = 16, 512

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 import msgspec
 from pydantic_core import to_json
 
-from dsc_serve.sampling_params import (
-    CallGrammar,
-    Literals,
-    ReasoningGrammar,
-    SamplingParams,
-    StructuredOutputs,
-    ToolGrammar,
-)
+from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.tools.fields import Json, Tool, ToolChoice
 from dsc_serve.server.tools.parser import CallParser
 from dsc_serve.server.tools.reader import AnswerReader
 from dsc_serve.server.tools.reasoning import ReasoningParser, reasoning_of
 from dsc_serve.server.tools.registry import form_of
+from dsc_serve.structured_outputs import CallGrammar, Literals, ReasoningGrammar, StructuredOutputs, ToolGrammar
 from dsc_serve.text.tokenizer import Tokenizer
 
 MOST_CALLS = 16  # of a constrained answer, so that it comes to its end

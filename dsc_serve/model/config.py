@@ -203,8 +203,9 @@ class ModelConfig(Strict):
         if self.position_embedding_type != "rope":
             unturned = not all(layer.rotation for layer in self.kinds)
             given = {"rope_scaling": scaling, "rotary_dim": self.rotary_dim, "rotation": unturned or None}
-            for name in (name for name, value in given.items() if value is not None):
-                raise ValueError(f"{name} is given, but position_embedding_type is 'learned'")
+            named = [name for name, value in given.items() if value is not None]
+            if named:
+                raise ValueError(f"{named[0]} is given, but position_embedding_type is 'learned'")
         for name, divisors in [] if scaling is None else scaling.divided:
             if 2 * len(divisors) != turned:
                 what = "head_dim" if self.rotary_dim is None else "rotary_dim"

@@ -200,7 +200,7 @@ def import_reference(weights: Path, config_file: Path, out: Path) -> None:
     click.echo(f"{out}: {config.ffn.kind}, {config.num_hidden_layers} layers of width {config.hidden_size}")
 
 
-@main.command("import-hf", short_help="Convert a Hugging Face checkpoint of the Llama form.")
+@main.command("import-hf", short_help="Convert a Hugging Face checkpoint.")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
 def import_hf(folder: Path, out: Path) -> None:
@@ -210,12 +210,12 @@ def import_hf(folder: Path, out: Path) -> None:
     _report_import(import_huggingface(folder, out), out)
 
 
-@main.command("import-gguf", short_help="Convert a GGUF file of the Llama form.")
+@main.command("import-gguf", short_help="Convert a GGUF file.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 def import_gguf(file: Path, out: Path, dtype: str) -> None:
-    """Convert FILE of a llama or qwen2 model: weights dequantised once, tokenizer and chat template with them."""
+    """Convert FILE of a family in docs/models.md: weights dequantised once, tokenizer and chat template with them."""
     import torch
 
     from dsc_serve.model.gguf import import_gguf as convert

@@ -200,8 +200,12 @@ class ModelConfig(Strict):
                 raise ValueError(f"head_dim is {self.head_dim}; rope needs an even one")
             raise ValueError(f"rotary_dim is {turned}; it must be even and at most head_dim, {self.head_dim}")
         scaling = self.rope_scaling
-        if scaling is not None and self.position_embedding_type != "rope":
-            raise ValueError("rope_scaling is given, but position_embedding_type is 'learned'")
+        if self.position_embedding_type != "rope":
+            unturned = not all(layer.rotation for layer in self.kinds)
+            given = {"rope_scaling": scaling, "rotary_dim": self.rotary_dim, "rotation": unturned or None}
+            named = [name for name, value in given.items() if value is not None]
+            if named:
+                raise ValueError(f"{named[0]} is given, but position_embedding_type is 'learned'")
         for name, divisors in [] if scaling is None else scaling.divided:
             if 2 * len(divisors) != turned:
                 what = "head_dim" if self.rotary_dim is None else "rotary_dim"

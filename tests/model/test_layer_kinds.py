@@ -22,6 +22,7 @@ from dsc_serve.train.network import Network
 from dsc_serve.train.settings import TrainError
 
 DENSE = {"kind": "dense", "size": 28}
+LEARNED = {"position_embedding_type": "learned"}
 TWO = {"layer_kinds": [{"rotation": False}, {"ffn": DENSE}], "layer_pattern": [1, 1, 0]}
 
 
@@ -46,6 +47,9 @@ def test_a_pattern_is_repeated_over_the_layers() -> None:
         ({"norms": "behind"}, "norms: Input should be 'before', 'after', 'parallel' or 'shared' (got 'behind')"),
         ({"qk_norm": True}, "qk_norm: Input should be 'none', 'head' or 'all' (got True)"),
         ({"rotary_dim": 7}, "rotary_dim is 7; it must be even and at most head_dim, 16"),
+        (LEARNED | {"rotary_dim": 8}, "rotary_dim is given, but position_embedding_type is 'learned'"),
+        (LEARNED | {"rotation": False}, "rotation is given, but position_embedding_type is 'learned'"),
+        (LEARNED | TWO, "rotation is given, but position_embedding_type is 'learned'"),
         ({"rotary_dim": 18}, "rotary_dim is 18; it must be even and at most head_dim, 16"),
         (
             {"ffn": {"kind": "dsc", "num_atoms": 9, "atoms_per_token": 2, "static_size": 4}, **TWO},

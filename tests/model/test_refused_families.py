@@ -55,7 +55,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"sliding_window": 32}, "sliding_window is 32, below the context of 64; supported: none"),
     ("mixtral", {"num_local_experts": None}, "num_local_experts is None, expected a whole number above 0"),
     ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token is 9, more than num_experts, 5"),
-    ("mixtral", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast"),
+    ("mixtral", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
     ("mixtral", {"quantization_config": {"quant_method": "awq"}}, "the weights are quantised with awq"),
     ("granite", {"logits_scaling": 0}, "logits_scaling is 0.0; supported: any number but 0"),
     ("granite", {"residual_multiplier": "0.5"}, "residual_multiplier is '0.5', expected a number"),

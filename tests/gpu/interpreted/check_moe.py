@@ -9,9 +9,10 @@ import torch
 from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
-from dsc_kernels.gpu import moe
+from dsc_kernels import reference
+from dsc_kernels.gpu import layers, moe
 from dsc_kernels.plain import ACTIVATIONS
-from dsc_kernels.weights import Activation
+from dsc_kernels.weights import Activation, MlpWeights, MoeOptions, Router, SharedExpert
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -97,6 +98,26 @@ def test_a_bad_token_touches_no_other() -> None:
     got = moe.run_experts(x, weights, experts, up, None, down, "gelu")
     others = [i for i in range(8) if i != 3]
     assert torch.equal(got[others], clean[others]) and bool(got[3].isnan().all())
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_layer_with_a_shared_expert(gated: bool, activation: Activation) -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def mlp(size: int) -> MlpWeights:
+        return MlpWeights(*(random(g, torch.float32, *shape) for shape in ((size, 32), (size, 32), (32, size))))
+
+    router, experts = random(g, torch.float32, 5, 32), [mlp(20) for _ in range(5)]
+    own, scale = mlp(28), random(g, torch.float32, 32) if gated else None
+    x, residual = random(g, torch.float32, 7, 32), random(g, torch.float32, 7, 32)
+    options = MoeOptions(activation=activation, k=2, normalize=True)
+    got = layers.Moe(Router(router), experts, options, SharedExpert(own, scale))(x, residual)
+    wide = (torch.stack([getattr(e, part).double() for e in experts]) for part in ("up", "gate", "down"))
+    shared = own.up.double(), None if own.gate is None else own.gate.double(), own.down.double()
+    last = None, shared, None if scale is None else scale.double()
+    want = reference.moe_layer(x.double(), residual.double(), router.double(), None, *wide, activation, 2, True, *last)
+    assert error(got, want) < TOLERANCE[torch.float32]
 
 
 def test_slots_are_sorted_by_expert_and_then_by_token() -> None:

@@ -37,7 +37,7 @@ from dsc_serve.bench.machine import describe_machine, load_average, widest_instr
 from dsc_serve.config import ConfigError
 from dsc_serve.text.tokenizer import TokenizerError
 
-MAKE_LIMIT_S = 600.0
+MAKE_LIMIT_S = 1800.0  # of a model: the banks of large ones are made orthogonal
 DYING_S = 1.0  # from when a server's connections break until its end can be seen, at most
 WARM_REQUESTS = 6  # before each: a system that waited while others ran begins slowly
 SHARED = ("config", "client", "url", "model", "date", "failure_examples")  # of figures that rows need not repeat

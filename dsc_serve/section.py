@@ -55,7 +55,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def served_names(names: str) -> tuple[str, ...]:
-    """The names between the commas of a served_model_name. Raises ConfigError for names that are blank, or there twice."""
+    """The names between commas. Raises ConfigError for names that are blank, or there twice."""
     parts = tuple(part.strip() for part in names.split(",")) if names else ()
     if not all(parts) or len(set(parts)) < len(parts):
         raise ConfigError(f"served_model_name is {names!r}; its names must not be blank, and each may be there once")

@@ -112,7 +112,7 @@ def test_import_reference_writes_a_checkpoint(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["inspect", "nowhere"], "neither a folder, a file nor an embedded model; embedded: dsc-tiny"),
-        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or between"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or above"),
         (["generate", "x", "--step-tokens", "8"], "step_tokens is 8 but max_running is 64"),
         (["init", "--ffn", "dsc", "--out", "x", "--set", "hiden_size=3"], "--set hiden_size=3"),
         (["serve", "nowhere"], "neither a folder, a file nor an embedded model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -75,6 +76,8 @@ class Writer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         record.request_id = request_id.get()
+        if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):  # the server's end, and no fault
+            record.msg, record.args, record.exc_info = "an answer was cut off by the server's end", (), None
         try:
             self._lines.put_nowait(self.format(record).encode("utf-8", "replace") + b"\n")
         except queue.Full:

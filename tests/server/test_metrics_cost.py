@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from dsc_serve.config import EngineConfig, LifeConfig
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.sampling_params import SamplingParams
@@ -22,6 +24,7 @@ from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.worker.messages import Delta, Stats, frame
 from dsc_serve.worker.process import stats_of
 
+pytestmark = pytest.mark.alone
 RUNNING, ROUNDS, STEPS = 64, 5, 32  # a round holds a close look at a layer's routing, which every 32nd step has
 OUTPUT_TOKENS = 64  # so that in a step of 64 requests one ends
 SCRAPE_S = 15.0

@@ -303,7 +303,8 @@ def blame(news: Delta, request: Request) -> Delta:
 
 
 def grammar_limits(config: EngineConfig) -> GrammarLimits:
-    return GrammarLimits(config.grammar_timeout_s, config.grammar_memory_mb << 20, config.grammars_memory_mb << 20)
+    memory, together = config.grammar_memory_mb << 20, config.grammars_memory_mb << 20
+    return GrammarLimits(config.grammar_timeout_s, memory, together, config.drafts)
 
 
 def prepare_model(config: EngineConfig) -> Decoder:

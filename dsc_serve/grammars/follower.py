@@ -36,12 +36,14 @@ class GrammarLimits(msgspec.Struct, frozen=True):
 
     timeout_s: seconds to compile it. memory_bytes: while it is compiled or followed. kept_bytes: of all grammars
     together; those that nobody follows go first, then the largest. What is seen above it is ended at once, and looks
-    come so often that it is never more than `memory_bytes` above.
+    come so often that it is never more than `memory_bytes` above. most_forced: tokens that must follow, of which an
+    answer tells, for drafts; each costs another answer's time.
     """
 
     timeout_s: float = 2.0
     memory_bytes: int = 192 * 2**20
     kept_bytes: int = 512 * 2**20
+    most_forced: int = 0
 
 
 class Grammars:
@@ -188,7 +190,7 @@ class _Grammars:
 
     def _begin(self) -> Begin:
         limits, text = self._limits, self._tokenizer.to_json()
-        return Begin(text, self.vocab_size, self._ends, limits.timeout_s, limits.memory_bytes)
+        return Begin(text, self.vocab_size, self._ends, limits.timeout_s, limits.memory_bytes, limits.most_forced)
 
     def _attach(self, constraint: Constraint) -> None:
         grammar = self._get(digest(constraint.asked), constraint.asked)

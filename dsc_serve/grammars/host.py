@@ -218,7 +218,7 @@ class Host:
             with socket.socket(fileno=descriptor) as connection:
                 begin = self.begin
                 mark = partial(OUTPUT.pack_into, computes, 0)
-                member = Member(connection, begin.vocab_size, begin.ends, begin.memory_bytes, mark)
+                member = Member(connection, begin.vocab_size, begin.ends, begin.memory_bytes, begin.most_forced, mark)
                 code = member.run(message.asked, self.tokens, lambda number: tell(pipe, number))
         finally:
             os._exit(code)

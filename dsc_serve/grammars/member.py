@@ -20,7 +20,6 @@ from dsc_serve.structured_outputs import StructuredOutputs
 
 LARGEST_PACKET = 2**18
 MEASURED_EVERY = 64  # answers; between two of them what it has grown by is told apart from what it shares no longer
-MOST_FORCED = 32  # tokens that an answer tells
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
 
@@ -41,7 +40,8 @@ class Member:
     """Serves the outputs of one grammar until its socket is closed.
 
     vocab_size: of the model; the library's vocabulary has one token more. ends: the model's ends of a text.
-    computes: told which output's answer is computed from now on, or NO_OUTPUT.
+    most_forced: tokens that an answer tells beforehand. computes: told which output's answer is computed from now on,
+    or NO_OUTPUT.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class Member:
         vocab_size: int,
         ends: Sequence[int],
         memory_bytes: int,
+        most_forced: int,
         computes: Callable[[int], None],
     ) -> None:
         self._connection, self._vocab_size, self._ends = connection, vocab_size, list(ends)
-        self._computes = computes
+        self._computes, self._most_forced = computes, most_forced
         self._outputs: dict[int, FollowedOutput] = {}
         self._at_first = private_bytes()
         self._unshared, self._answers = 0, 0
@@ -125,7 +126,7 @@ class Member:
                     error = f"{FIELD} cannot be followed further: {reason(matcher.get_error())}"
                 elif not any(allowed):
                     error = f"{FIELD} cannot be followed further: no token of the model fits"
-                else:
+                elif self._most_forced:
                     forced, after = self._forced(matcher)
         except MemoryError:
             raise
@@ -148,7 +149,7 @@ class Member:
             return (), b""
 
     def _look_ahead(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
-        likely = matcher.compute_ff_tokens()[:MOST_FORCED]
+        likely = matcher.compute_ff_tokens()[: self._most_forced]
         if not likely:
             return (), b""
         ahead, forced = matcher.deep_copy(), []

@@ -25,6 +25,7 @@ class Begin(msgspec.Struct, tag=True, array_like=True):
     ends: tuple[int, ...]  # tokens that end a text; allowed where the grammar is fulfilled, and nowhere else
     timeout_s: float  # for compiling
     memory_bytes: int  # above what every grammar's process begins with
+    most_forced: int  # tokens that an answer tells beforehand; 0: nobody drafts
 
 
 class Compile(msgspec.Struct, tag=True, array_like=True):

@@ -169,6 +169,7 @@ def test_what_a_grammar_forces_costs_no_step_of_its_own() -> None:
         steps = llm.engine.counters.steps
         generated(llm, prompts[:1], asked[:1])
         steps = llm.engine.counters.steps - steps
+    with LLM(threads=1, dtype="float32", block_size=4, speculation="auto") as llm:
         draft_from(llm.engine, 7, SOURCES)
         same(generated(llm, prompts, asked), alone)
         report = llm.engine.drafter.report

@@ -12,7 +12,7 @@ from grammars.drawing import answered, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsc_serve.grammars.follower import Grammars
+from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
@@ -212,3 +212,13 @@ def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
             grammars.compile(StructuredOutputs(**fields))  # type: ignore[arg-type]
         assert error.value.field == "structured_outputs"
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_an_answer_tells_what_must_follow_only_where_somebody_drafts(bytes_tokenizer: Tokenizer, most: int) -> None:
+    grammars = Grammars(bytes_tokenizer, bytes_tokenizer.vocab_size, (END,), GrammarLimits(most_forced=most))
+    constraint = answered(grammars.constraint(StructuredOutputs(choice=("abcdefgh",))))
+    forced = constraint.forced(8)
+    assert len(forced) == most
+    assert b"abcdefgh".startswith(b"".join(map(bytes_tokenizer.token_bytes, forced)))
+    grammars.close()

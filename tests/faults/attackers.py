@@ -1,7 +1,6 @@
-"""Clients that send grammars which are dear to compile or to follow: `python attackers.py URL CLIENTS`.
+"""Clients that send grammars which are dear to compile or to follow: `python attackers.py URL SECONDS CLIENTS`.
 
-Each line that it reads is a number of seconds to attack for. Then it prints one JSON list, of [kind, status, seconds,
-text] for each request that was answered.
+Prints one JSON list of [kind, status, seconds] for each request that was answered.
 """
 
 from __future__ import annotations
@@ -67,35 +66,25 @@ KINDS: list[Callable[[random.Random], dict[str, Any]]] = [
 ]
 
 
-class Attacker:
-    """One client. Nothing that it sends has been sent before."""
-
-    def __init__(self, url: str, number: int) -> None:
-        self.url, self.turn, self.draw = url, number, random.Random(number)
-
-    async def attack(self, client: httpx.AsyncClient, end: float, answers: list[Any]) -> None:
-        while time.monotonic() < end:
-            kind = KINDS[self.turn % len(KINDS)]
-            self.turn += 1
-            body = {"prompt": "x", "max_tokens": 4, "structured_outputs": kind(self.draw)}
-            begun = time.monotonic()
-            response = await client.post(f"{self.url}/v1/completions", json=body, timeout=60)
-            answers.append([kind.__name__, response.status_code, time.monotonic() - begun, response.text[:200]])
+async def attack(client: httpx.AsyncClient, url: str, end: float, number: int, answers: list[Any]) -> None:
+    draw = random.Random(number)
+    turn = number
+    while time.monotonic() < end:
+        kind = KINDS[turn % len(KINDS)]
+        turn += 1
+        body = {"prompt": "x", "max_tokens": 4, "structured_outputs": kind(draw)}
+        begun = time.monotonic()
+        response = await client.post(f"{url}/v1/completions", json=body, timeout=60)
+        answers.append([kind.__name__, response.status_code, time.monotonic() - begun, response.text[:200]])
 
 
-async def attack(attackers: list[Attacker], seconds: float) -> list[Any]:
+async def main(url: str, seconds: float, clients: int) -> None:
     answers: list[Any] = []
     end = time.monotonic() + seconds
     async with httpx.AsyncClient() as client:
-        await asyncio.gather(*(attacker.attack(client, end, answers) for attacker in attackers))
-    return answers
-
-
-def main(url: str, clients: int) -> None:
-    attackers = [Attacker(url, number) for number in range(clients)]
-    for line in sys.stdin:
-        print(json.dumps(asyncio.run(attack(attackers, float(line)))), flush=True)
+        await asyncio.gather(*(attack(client, url, end, number, answers) for number in range(clients)))
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    asyncio.run(main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))

@@ -19,7 +19,8 @@ SANITIZERS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=alignment"  # tensors may lie anywhere
     " -O1 -g1 -fno-omit-frame-pointer"
 )
-TESTS = ["native", "native_layers", "stack", "head", "screen", "poison", "refusals", "grouping", "extremes", "boundary"]
+TESTS = ["native", "native_layers", "kinds_of_layers", "stack", "head", "screen", "poison", "refusals", "grouping"]
+TESTS += ["extremes", "boundary"]
 
 
 def library(name: str) -> str:

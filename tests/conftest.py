@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,29 @@ from safetensors.torch import load_file
 from support.small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
+from dsc_kernels import native, ops
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.reference import import_reference
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def same_kernels() -> Iterator[None]:
+    """Which kernels serve is of the whole process: what a test chose is not the next one's."""
+    before = kernels_in_use()
+    yield
+    if kernels_in_use() != before:
+        chosen, active, router, head = before
+        ops.use(chosen)
+        native.use(active or "plain")
+        native.use_router(router)
+        native.use_head(head)
+
+
+def kernels_in_use() -> tuple[str, str | None, native.RouterPrecision, native.HeadPrecision]:
+    return ops.chosen(), native.active(), native.router_precision(), native.head_precision()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from pathlib import Path
 import llguidance
 import tokenizers
 
+from dsc_serve.frames import Frames
 from dsc_serve.grammars.member import OUT_OF_MEMORY, Member, quiet
 from dsc_serve.grammars.memory import own_bytes
 from dsc_serve.grammars.messages import (
@@ -35,10 +36,9 @@ from dsc_serve.grammars.messages import (
     Demote,
     Ended,
     Forked,
-    Frames,
     FromHost,
     Kill,
-    framed,
+    frame,
     to_host,
 )
 from dsc_serve.grammars.vocabulary import Vocabulary
@@ -228,7 +228,7 @@ class Host:
 
     def _tell(self, message: FromHost) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who hung up is seen by the loop
-            self.connection.sendall(framed(message))
+            self.connection.sendall(frame(message))
 
     def _demote(self, process: Process, niceness: int, thread: int) -> None:
         """Put a thread of a grammar's behind others. Where the system knows no rank of threads, nothing happens."""

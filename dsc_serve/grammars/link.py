@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from dsc_serve.config import grammar_environment
+from dsc_serve.frames import Frames
 from dsc_serve.grammars.faults import GrammarsLostError
 from dsc_serve.grammars.grammar import Grammar
 from dsc_serve.grammars.messages import (
@@ -27,10 +28,9 @@ from dsc_serve.grammars.messages import (
     Compile,
     Ended,
     Forked,
-    Frames,
     FromGrammar,
     ToHost,
-    framed,
+    frame,
     from_grammar,
     from_host,
 )
@@ -146,7 +146,7 @@ class Link:
             self._thread.join(CLOSE_LIMIT_S)
 
     def _put(self, message: ToHost, descriptor: int | None) -> None:
-        self._outbox.append((framed(message), descriptor))
+        self._outbox.append((frame(message), descriptor))
         self.poke()
 
     def _run(self) -> None:
@@ -170,7 +170,7 @@ class Link:
             self._end()
 
     def _start(self, theirs: int) -> None:
-        begin = framed(self._begin())
+        begin = frame(self._begin())
         self._process = subprocess.Popen(
             (*HOST, str(theirs)),
             pass_fds=(theirs,),

@@ -1,19 +1,15 @@
 """What the three parties say to each other: a follower (in the engine), the host, and a process for each grammar.
 
-Follower and host: a stream of frames. Follower and grammar: one message a packet. All in msgpack; nothing is pickled.
+Follower and host: a stream of frames (`dsc_serve.frames`). Follower and grammar: one message a packet, in msgpack.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from typing import Any
-
 import msgspec
 
+from dsc_serve.frames import framed
 from dsc_serve.structured_outputs import StructuredOutputs
 
-HEADER = struct.Struct("<I")
 NO_OUTPUT = -1
 
 
@@ -127,32 +123,5 @@ to_grammar = msgspec.msgpack.Decoder(ToGrammar)
 from_grammar = msgspec.msgpack.Decoder(FromGrammar)
 
 
-def framed(message: ToHost | FromHost) -> bytes:
-    body = encode(message)
-    return HEADER.pack(len(body)) + body
-
-
-class Frames:
-    """Cuts a stream into messages as it arrives."""
-
-    def __init__(self, decoder: msgspec.msgpack.Decoder[Any]) -> None:
-        self._decoder, self._bytes = decoder, bytearray()
-
-    def add(self, piece: bytes) -> Iterator[Any]:
-        """The messages that end with this piece."""
-        self._bytes += piece
-        while len(self._bytes) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self._bytes)[0]
-            if len(self._bytes) < end:
-                return
-            body = bytes(self._bytes[HEADER.size : end])
-            del self._bytes[:end]
-            yield self._decoder.decode(body)
-
-    @property
-    def missing(self) -> int:
-        """Bytes to come until a message ends, or its header where that has not come."""
-        if len(self._bytes) < HEADER.size:
-            return HEADER.size - len(self._bytes)
-        size: int = HEADER.unpack_from(self._bytes)[0]
-        return HEADER.size + size - len(self._bytes)
+def frame(message: ToHost | FromHost) -> bytes:
+    return framed(encode(message))

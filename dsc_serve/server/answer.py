@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import msgspec
@@ -24,8 +24,6 @@ from dsc_serve.worker.client import Family
 from dsc_serve.worker.messages import Delta, RoutingSlice, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
-LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
 MARK = uuid4().hex  # where an event that is made beforehand has room for a text
 # Clients that cut an answer into lines as Python cuts texts would cut an event in two at these.
 LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
@@ -70,6 +68,14 @@ class Choice:
     frame: tuple[bytes, bytes] | None = None  # around the text of an event of nothing but text
 
 
+class Reached(NamedTuple):
+    """How far the parts of an answer have come with a token."""
+
+    parts: int  # of the update so far
+    added: int  # characters of the answer's text that the token brought
+    held: int  # of all so far, those of which no part has been made yet
+
+
 @dataclass(slots=True)
 class ChoiceUpdate:
     """What a choice has to say: everything when it is answered whole, else what came since its last event."""
@@ -82,6 +88,7 @@ class ChoiceUpdate:
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop text or stop token that ended it
     parts: list[Part] = field(default_factory=list)  # instead of `text` where there is a reader
+    reached: list[Reached] = field(default_factory=list)  # and how far they had come with each token
 
     @property
     def openai_reason(self) -> str | None:

@@ -12,9 +12,10 @@ from fastapi.responses import Response
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.limits import read_fields
+from dsc_serve.server.logprobs import logprob_entries
 from dsc_serve.server.schema import ChatRequest, Message
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -22,8 +23,8 @@ from dsc_serve.server.tools.dialect import ReaderOptions
 from dsc_serve.server.tools.fields import Tool, ToolChoice
 from dsc_serve.server.tools.messages import Known, arguments_of, call_of, for_template
 from dsc_serve.server.tools.parts import CallArguments, CallStart, Content, Part, Reasoning
-from dsc_serve.text.chat import ChatTemplateError
-from dsc_serve.worker.messages import TokenLogprobs
+from dsc_serve.text.broken_template import BrokenTemplate
+from dsc_serve.text.chat import ChatTemplate, ChatTemplateError
 
 END = uuid4().hex  # marks the end of a message that is gone on with, while it is rendered
 
@@ -63,23 +64,7 @@ class ChatFormatter(ResponseFormatter):
     def _logprobs(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any] | None:
         if choice.params.logprobs is None:
             return None
-        content = [
-            {
-                **self._token(entry.token_id, entry.logprob),
-                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
-            }
-            for entry in update.logprobs
-            if isinstance(entry, TokenLogprobs)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        tokenizer = self.service.tokenizer
-        return {
-            "token": self.service.token_name(token_id),
-            "logprob": max(logprob, LOWEST_LOGPROB),
-            "bytes": None if tokenizer is None else list(tokenizer.token_bytes(token_id)),
-        }
+        return {"content": logprob_entries(self.service, update.logprobs), "refusal": None}
 
 
 def message_of(choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -129,13 +114,17 @@ async def rendered(
     add_generation_prompt: bool = True,
     low_priority: bool = False,
     continue_final: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The messages as the one text that the model reads, for `Service.encode`; low_priority: as there.
 
-    continue_final: it ends with the last message, which is gone on with. Raises ApiError (400).
+    continue_final: it ends with the last message, which is gone on with. variables: what the template gets beside
+    them (chat_template_kwargs). Raises ApiError (400).
     """
     return await rendered_messages(
-        service, checked(messages), tools, add_generation_prompt, low_priority, continue_final=continue_final
+        *(service, checked(messages), tools, add_generation_prompt, low_priority),
+        continue_final=continue_final,
+        variables=variables,
     )
 
 
@@ -147,12 +136,15 @@ async def rendered_messages(
     low_priority: bool = False,
     param: str = "messages",
     continue_final: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """As `rendered`, of messages as templates know them; `param` is what the client calls them."""
     template = service.chat_template
     if template is None:
         what = "tokenizer" if service.tokenizer is None else "chat template"
         raise bad_request(param, f"{param} cannot be used: this model has no {what}; use /v1/completions")
+    check_variables(template, variables or {})
+    own = service.spelling.hidden(dict(variables or {}))
     known, offered = service.spelling.hidden(for_template(messages, tools, service.dialect))
     if continue_final:
         if known[-1].get("tool_calls"):
@@ -161,11 +153,20 @@ async def rendered_messages(
         known = [*known[:-1], {**known[-1], "content": f"{known[-1]['content']}{END}"}]
     begins = add_generation_prompt and not continue_final
     try:
-        text = await service.rendered(lambda: template.render(known, begins, offered), low_priority)
+        text = await service.rendered(lambda: template.render(known, begins, offered, own), low_priority)
     except ChatTemplateError as error:
         said = service.spelling.shown(str(error)).replace(END, "")
         raise bad_request(param, f"{param} cannot be used: {said}") from None
     return ending_with_last(text) if continue_final else text
+
+
+def check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
+    """Raises ApiError (400) for one that the template does not read, or that a request says elsewhere."""
+    for name in variables:
+        if name not in template.variables and not isinstance(template, BrokenTemplate):
+            field, read = f"chat_template_kwargs.{name}", ", ".join(sorted(template.variables)) or "none"
+            what = "is not supported: the model's chat template does not read it, or a field of its own says it"
+            raise bad_request(field, f"{field} {what}; allowed: {read}", "unsupported_parameter")
 
 
 def check_continuation(continue_final: bool | None, add_generation_prompt: bool | None) -> None:
@@ -227,12 +228,14 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     check_continuation(fields.continue_final_message, fields.add_generation_prompt)
     choice = fields.choice()
     params, names = constrained(service, fields.params(), choice, fields.names)
-    await service.grammars.check(request, params, names)  # which may take long, so without a place
+    limit_s = fields.scheduling(service.engine.model.policy).timeout_s
+    await service.grammars.check(request, params, names, limit_s)  # which may take long, so without a place
     service.admit(request, params.n, "n")
     text = await rendered(
         *(service, fields.messages, choice.tools),
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final=fields.continue_final_message is True,
+        variables=fields.chat_template_kwargs,
     )
     prompt = await service.tokens(text, "messages", params, fields.truncate_prompt_tokens, chat=True)
     if fields.prediction is not None:

@@ -12,8 +12,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.server.answer import LOWEST_LOGPROB, Choice, ChoiceUpdate, ResponseFormatter
+from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.limits import read_fields
+from dsc_serve.server.logprobs import LOWEST_LOGPROB
 from dsc_serve.server.schema import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from dsc_serve.server.service import Service
 from dsc_serve.server.stream import Generation
@@ -119,7 +120,8 @@ async def create_completion(service: Service, request: Request) -> Response:
     service.check_model(fields.model)
     params = fields.params()
     count = count_of(fields.prompt)
-    await service.grammars.check(request, params, fields.names)  # which may take long, so without a place
+    limit_s = fields.scheduling(service.engine.model.policy).timeout_s
+    await service.grammars.check(request, params, fields.names, limit_s)  # which may take long, so without a place
     service.admit(request, count * params.n, "prompt" if count > 1 else "n")
     prompts = one_by_one(fields.prompt)
     formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields)

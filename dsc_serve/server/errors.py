@@ -162,6 +162,11 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed on this request; its log has the cause", type="server_error")
 
 
+def out_of_time(message: str, code: str = "timeout") -> ApiError:
+    """Not an error of the server's: the time was the client's own. OpenAI's clients would ask again by themselves."""
+    return ApiError(408, message, type="timeout_error", code=code, headers={"x-should-retry": "false"})
+
+
 def engine_down(message: str) -> ApiError:
     return ApiError(503, without_paths(message) or "the engine is down", type="server_error", code="engine_down")
 

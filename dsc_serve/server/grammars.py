@@ -14,7 +14,7 @@ from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.admission import too_many
 from dsc_serve.server.disconnect import client_gone
-from dsc_serve.server.errors import engine_down, from_parameter
+from dsc_serve.server.errors import engine_down, from_parameter, out_of_time
 from dsc_serve.server.middleware import EXCHANGE, Exchange
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.connection import EngineDiedError
@@ -38,9 +38,16 @@ class GrammarChecks:
         self._asking: Counter[str] = Counter()
         self._turns: dict[str, asyncio.Semaphore] = {}
 
-    async def check(self, request: Request, params: SamplingParams, names: Mapping[str, str]) -> None:
-        """Raises ApiError: 400 when the grammar cannot be used (`names` as in `from_parameter`), 429 where too many
-        wait, 503 without an engine or processes for grammars; and ClientDisconnect.
+    async def check(
+        self,
+        request: Request,
+        params: SamplingParams,
+        names: Mapping[str, str],
+        timeout_s: float | None = None,
+    ) -> None:
+        """Raises ApiError: 400 when the grammar cannot be used (`names` as in `from_parameter`), 408 where that is not
+        known within the request's own `timeout_s`, 429 where too many wait, 503 without an engine or processes for
+        grammars; and ClientDisconnect.
         """
         asked = params.structured_outputs
         if asked is None:
@@ -54,7 +61,7 @@ class GrammarChecks:
             raise too_many(f"{self._asking[name]} grammars of this key wait to be compiled", "queue_full")
         self._asking[name] += 1
         try:
-            answer = await self._unless_gone(request, name, asked)
+            answer = await self._unless_gone(request, name, asked, timeout_s)
         finally:
             self._asking[name] -= 1
             if not self._asking[name]:
@@ -69,15 +76,20 @@ class GrammarChecks:
             own = (tool.field for tool in calls if answer.error.startswith(f"{tool.field} "))
             raise from_parameter(ParameterError(next(own, FIELD), answer.error), names)
 
-    async def _unless_gone(self, request: Request, name: str, asked: StructuredOutputs) -> GrammarChecked:
+    async def _unless_gone(
+        self, request: Request, name: str, asked: StructuredOutputs, timeout_s: float | None
+    ) -> GrammarChecked:
+        limit = CHECK_LIMIT_S if timeout_s is None else min(timeout_s, CHECK_LIMIT_S)
         checking = asyncio.create_task(self._in_turn(name, asked))
         gone = asyncio.create_task(client_gone(request.receive))
         try:
-            await asyncio.wait((checking, gone), timeout=CHECK_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((checking, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if checking.done():
                 return checking.result()
             if gone.done():
                 raise ClientDisconnect
+            if limit < CHECK_LIMIT_S:
+                raise out_of_time(f"the grammar was not compiled within the request's timeout_s, {limit:g} s")
             raise engine_down(f"the engine has not said within {CHECK_LIMIT_S:g} s whether the grammar can be used")
         except EngineDiedError as error:
             raise engine_down(str(error)) from error

@@ -307,12 +307,14 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 
 class ChatRequest(GenerationFields):
     """add_generation_prompt: whether the assistant's answer begins (default: true). continue_final_message: go on with
-    the last message instead of beginning an answer; vLLM's fields.
+    the last message instead of beginning an answer. chat_template_kwargs: what the template reads beside the messages,
+    as {"enable_thinking": false} of some. vLLM's fields.
     """
 
     messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: Notes | None = None
     add_special_tokens: Annotated[Any, Only(False)] = None
     echo: Annotated[Any, Only(False)] = None
     logprobs: bool | None = None

@@ -16,7 +16,7 @@ from dsc_serve.panics import panics_as_errors
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
-from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, encode
+from dsc_serve.server.answer import Choice, ChoiceUpdate, Reached, ResponseFormatter, encode
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import (
     CLIENT_CLOSED,
@@ -24,6 +24,7 @@ from dsc_serve.server.errors import (
     engine_down,
     from_parameter,
     internal_error,
+    out_of_time,
     without_paths,
 )
 from dsc_serve.server.middleware import EXCHANGE, Exchange
@@ -225,7 +226,8 @@ class Generation(Response):
                 update.token_ids.extend(choice.prompt)
             begun = begun or bool(delta.token_ids)
             before = text.token_count
-            new = text.push(delta.token_ids)
+            pieces = [text.push((id,)) for id in delta.token_ids] if choice.reader is not None else []
+            new = text.push(delta.token_ids) if choice.reader is None else ""
             if plain and told and reason is None and not text.stopped:
                 if new:
                     await self._send_event(self._formatter.text_event(choice, new))
@@ -241,7 +243,7 @@ class Generation(Response):
                 update.stop_reason = delta.token_ids[-1]
             kept = text.token_count - before
             if choice.reader is not None:
-                reason, new = self._read(choice, choice.reader, update, new, kept, reason), ""
+                reason, new = self._read(choice, choice.reader, update, pieces[:kept], new, reason), ""
             update.add(delta, new, kept, reason)
             news = delta.token_ids if tokens_only else update.has_news or (choice.reader is not None and not told)
             if reason is not None or (self._stream and news):
@@ -252,10 +254,22 @@ class Generation(Response):
         raise engine_failure("the engine ended the request without a reason")
 
     def _read(
-        self, choice: Choice, reader: AnswerReader, update: ChoiceUpdate, new: str, tokens: int, reason: str | None
+        self,
+        choice: Choice,
+        reader: AnswerReader,
+        update: ChoiceUpdate,
+        pieces: list[str],
+        rest: str,
+        reason: str | None,
     ) -> str | None:
-        """Take new text for the parts of the answer. Returns why it ends, which it may since no more calls may come."""
-        update.parts += reader.push(new, tokens)
+        """Take new text, that of each token and the rest, for the parts of the answer.
+
+        Returns why it ends, which it may since no more calls may come.
+        """
+        for piece in pieces:
+            update.parts += reader.push(piece, 1)
+            update.reached.append(Reached(len(update.parts), len(piece), reader.held))
+        update.parts += reader.push(rest)
         if reader.done and reason is None:
             self._service.engine.finish(choice.request_id, "stop")
             choice.outcome = reason = "stop"
@@ -302,11 +316,6 @@ class Generation(Response):
                 "rejected_prediction_tokens": wrong,
             }
         return usage
-
-
-def out_of_time(message: str, code: str = "timeout") -> ApiError:
-    """Not an error of the server's: the time was the client's own. OpenAI's clients would ask again by themselves."""
-    return ApiError(408, message, type="timeout_error", code=code, headers={"x-should-retry": "false"})
 
 
 def engine_failure(message: str) -> ApiError:

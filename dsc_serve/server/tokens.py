@@ -12,6 +12,7 @@ from dsc_serve.parameter_errors import ContextLengthError
 from dsc_serve.server.chat import check_continuation, rendered
 from dsc_serve.server.errors import bad_request, from_parameter, json_response
 from dsc_serve.server.fields import Fields
+from dsc_serve.server.harmless import Notes
 from dsc_serve.server.limits import read_fields
 from dsc_serve.server.schema import Messages, wrong_item
 from dsc_serve.server.service import Service
@@ -23,8 +24,8 @@ class TokenizeRequest(Fields):
 
     add_special_tokens: what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template
     writes its own. tools: of a chat, as its request would have them. add_generation_prompt: of a chat, whether the
-    assistant's answer begins (default: true). continue_final_message: as of a chat. return_token_strs: tell each
-    token's text.
+    assistant's answer begins (default: true). continue_final_message, chat_template_kwargs: as of a chat.
+    return_token_strs: tell each token's text.
     """
 
     model: str | None = None
@@ -34,6 +35,7 @@ class TokenizeRequest(Fields):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: Notes | None = None
     return_token_strs: bool | None = None
 
 
@@ -70,10 +72,11 @@ async def tokenize(service: Service, request: Request) -> Response:
             *(service, fields.messages, tools, fields.add_generation_prompt is not False),
             low_priority=True,
             continue_final=fields.continue_final_message is True,
+            variables=fields.chat_template_kwargs,
         )
     else:
-        for name in ("tools", "add_generation_prompt", "continue_final_message"):
-            if getattr(fields, name) not in (None, []):
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(fields, name) not in (None, [], {}):
                 raise bad_request(name, f"{name} is set; it may only be with messages")
     special = fields.messages is None if fields.add_special_tokens is None else fields.add_special_tokens
     ids = await service.encode(text, param, chat=not special, low_priority=True)

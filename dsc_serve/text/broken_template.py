@@ -17,7 +17,9 @@ class BrokenTemplate(ChatTemplate):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def render(self, messages: object, add_generation_prompt: bool = True, tools: object = ()) -> str:
+    def render(
+        self, messages: object, add_generation_prompt: bool = True, tools: object = (), variables: object = None
+    ) -> str:
         """Raises ChatTemplateError."""
         raise ChatTemplateError(f"this model's chat template is broken: {self.fault}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsc_serve.documents import DocumentError, read_document
 from dsc_serve.text.renderer import Renderer, RendererError
-from dsc_serve.text.sandbox import Message, names_in, syntax_fault
+from dsc_serve.text.sandbox import Message, names_in, syntax_fault, variables_in
 from dsc_serve.text.sandbox import one_line as one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -26,11 +26,13 @@ class ChatTemplate:
     template: jinja2 source. special_tokens: names such as "bos_token" to their text, readable in the template.
     It is rendered by processes of its own, as many as there are threads that render at once; they are started when
     they are needed, and end with this object.
-    source: the template itself. knows_tools: whether it says anything of tools that it is given.
+    source: the template itself. knows_tools: whether it says anything of tools that it is given. variables: names that
+    it reads beside what every chat has, such as enable_thinking.
     Raises ChatTemplateError when the template's syntax is wrong.
     """
 
     source, knows_tools = "", False
+    variables: frozenset[str] = frozenset()
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
         if len(template) > MOST_TEMPLATE:
@@ -40,6 +42,7 @@ class ChatTemplate:
             raise ChatTemplateError(wrong)
         self.source, self._special_tokens = template, dict(special_tokens)
         self.knows_tools = "tools" in names_in(template)
+        self.variables = variables_in(template) - special_tokens.keys()
         self._idle: list[Renderer] = []
         weakref.finalize(self, close_all, self._idle)
 
@@ -52,7 +55,11 @@ class ChatTemplate:
         self._idle.append(self._started())
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Message] = ()
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Message] = (),
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The text to encode, ending where the assistant's answer begins if `add_generation_prompt`.
 
@@ -62,7 +69,7 @@ class ChatTemplate:
         """
         renderer = self._taken()
         try:
-            text = renderer.render(messages, add_generation_prompt, tools)
+            text = renderer.render(messages, add_generation_prompt, tools, variables)
         except RendererError as error:
             if error.fatal:
                 renderer.close()

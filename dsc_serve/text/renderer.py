@@ -1,7 +1,7 @@
 """A process that renders one chat template, so that a template that never ends, or wants all memory, can be killed.
 
-Started as `python -P -m dsc_serve.text.renderer FD`; FD is its end of a socket pair. A frame is a 4-byte little-endian
-length and one msgpack document. The process ends when the other side hangs up.
+Started as `python -P -m dsc_serve.text.renderer FD`; FD is its end of a socket pair, which carries frames. The process
+ends when the other side hangs up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import msgspec
 
 from dsc_serve.config import child_environment
+from dsc_serve.frames import FrameError, framed, read_frame
 from dsc_serve.text.sandbox import Message, Sandbox, fault
 
-HEADER = struct.Struct("<I")
 CPU_S = 2.0  # of processor time for one text, or for compiling: a busy machine takes none of it away
 WAIT_S = 10.0  # for the same by the clock, and for the process to start
 MEMORY = 2**30  # bytes of address space, of which an idle process has some 50 MB
@@ -51,6 +50,7 @@ class Render(msgspec.Struct, array_like=True):
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     tools: list[dict[str, Any]] = []
+    variables: dict[str, Any] = {}
 
 
 class Rendered(msgspec.Struct, array_like=True):
@@ -62,28 +62,7 @@ class Rendered(msgspec.Struct, array_like=True):
 
 def send(connection: socket.socket, message: StartRendering | Render | Rendered) -> None:
     """Raises OSError, and UnicodeEncodeError for a lone surrogate."""
-    body = msgspec.msgpack.encode(message)
-    connection.sendall(HEADER.pack(len(body)) + body)
-
-
-def receive(connection: socket.socket, end: float | None = None) -> bytes:
-    """Raises OSError, TimeoutError when monotonic time has come to `end`, EOFError when there is no more."""
-    (size,) = HEADER.unpack(exactly(connection, HEADER.size, end))
-    if size > MOST_FRAME:
-        raise EOFError
-    return exactly(connection, size, end)
-
-
-def exactly(connection: socket.socket, size: int, end: float | None) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        if end is not None:
-            connection.settimeout(max(0.001, end - time.monotonic()))
-        piece = connection.recv(min(size - len(parts), 2**20))
-        if not piece:
-            raise EOFError
-        parts += piece
-    return bytes(parts)
+    connection.sendall(framed(msgspec.msgpack.encode(message)))
 
 
 class Renderer:
@@ -117,10 +96,17 @@ class Renderer:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Message] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Message] = (),
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Raises RendererError."""
+        asked = Render(list(map(dict, messages)), add_generation_prompt, list(map(dict, tools)), dict(variables or {}))
         try:
-            return self._ask(Render(list(map(dict, messages)), add_generation_prompt, list(map(dict, tools))))
+            return self._ask(asked)
         except UnicodeEncodeError:
             raise RendererError("the messages hold a lone surrogate, which is not valid Unicode") from None
 
@@ -135,10 +121,10 @@ class Renderer:
         try:
             self._connection.settimeout(WAIT_S)
             send(self._connection, message)
-            answer = msgspec.msgpack.decode(receive(self._connection, end), type=Rendered)
+            answer = msgspec.msgpack.decode(read_frame(self._connection, MOST_FRAME, end), type=Rendered)
         except TimeoutError:
             raise RendererError(f"chat template: it was not rendered within {WAIT_S:g} s", fatal=True) from None
-        except (OSError, EOFError, msgspec.MsgspecError):
+        except (OSError, EOFError, FrameError, msgspec.MsgspecError):
             raise RendererError(self._ended(), fatal=True) from None
         if answer.fault:
             raise RendererError(answer.fault)
@@ -177,13 +163,15 @@ def main(descriptor: int) -> None:
 
 def follow(connection: socket.socket) -> None:
     """Compile and then render until the other side hangs up. Raises EOFError and OSError."""
-    start = msgspec.msgpack.decode(receive(connection), type=StartRendering)
+    start = msgspec.msgpack.decode(read_frame(connection, MOST_FRAME), type=StartRendering)
     made: list[Sandbox] = []
     send(connection, answer_to(lambda: made.append(Sandbox(start.template, start.special_tokens)), start.cpu_s))
     for sandbox in made:
         while True:
-            asked = msgspec.msgpack.decode(receive(connection), type=Render)
-            work = functools.partial(sandbox.render, asked.messages, asked.add_generation_prompt, asked.tools)
+            asked = msgspec.msgpack.decode(read_frame(connection, MOST_FRAME), type=Render)
+            work = functools.partial(
+                sandbox.render, asked.messages, asked.add_generation_prompt, asked.tools, asked.variables
+            )
             send(connection, answer_to(work, start.cpu_s))
 
 

@@ -16,6 +16,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, object]
 
+GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})  # which a request says in fields of its own
+BY_JINJA = ("loop", "caller", "varargs", "kwargs", "self")
+
 
 class GenerationBlock(Extension):
     """`{% generation %}` marks the text to train on; for serving it is nothing but its body."""
@@ -119,6 +122,36 @@ def names_in(template: str) -> frozenset[str]:
         return frozenset()
 
 
+def variables_in(template: str) -> frozenset[str]:
+    """Of these the ones that whoever renders it may set: that it reads, and that are not its own or the sandbox's."""
+    try:
+        made = environment()
+        parsed = made.parse(template)
+        read, own = loaded(parsed), set(BY_JINJA)
+        for loop in parsed.find_all(jinja2.nodes.For):
+            own |= named(loop.target)
+        for macro in parsed.find_all(jinja2.nodes.Macro):
+            own |= {macro.name, *(argument.name for argument in macro.args)}
+        before: set[str] = set()
+        for node in parsed.body:
+            before |= loaded(node)
+            if isinstance(node, jinja2.nodes.Assign | jinja2.nodes.AssignBlock):
+                own |= named(node.target) - before  # set whatever it was
+    except Exception:
+        return frozenset()
+    return frozenset(read - own - made.globals.keys() - GIVEN)
+
+
+def loaded(node: jinja2.nodes.Node) -> set[str]:
+    """Names that are read in a part of a template."""
+    return {name.name for name in node.find_all(jinja2.nodes.Name) if name.ctx == "load"}
+
+
+def named(target: jinja2.nodes.Node) -> set[str]:
+    """Names that an assignment, or a loop, gives values to."""
+    return {name.name for name in (target, *target.find_all(jinja2.nodes.Name)) if isinstance(name, jinja2.nodes.Name)}
+
+
 class Sandbox:
     """A compiled template. Raises what compiling raises."""
 
@@ -126,12 +159,20 @@ class Sandbox:
         self._template = environment().from_string(template)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Message] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Message] = (),
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Raises anything: what a template's expressions raise depends on the messages."""
-        return self._template.render(
+        given: dict[str, object] = {
+            "documents": None,
+            **(variables or {}),
             **self._special_tokens,
-            messages=[with_arguments(message) for message in messages],
-            tools=list(tools) or None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+            "messages": [with_arguments(message) for message in messages],
+            "tools": list(tools) or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._template.render(given)

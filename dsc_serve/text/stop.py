@@ -39,6 +39,11 @@ class StopMatcher:
         self._held = ""
         self.found: str | None = None
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def push(self, text: str) -> str:
         """The text that can be released now."""
         if not self._stops:

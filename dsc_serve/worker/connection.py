@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dsc_serve.frames import HEADER, FrameError, size_of
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.messages import (
-    HEADER,
     MAX_FRAME,
     CheckGrammar,
     Delta,
@@ -39,14 +39,12 @@ class EngineDiedError(RuntimeError):
 async def receive(reader: asyncio.StreamReader) -> FromEngine:
     """The next message. Raises EngineDiedError when none can come any more."""
     try:
-        (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-        if size > MAX_FRAME:
-            raise EngineDiedError(f"the engine sent a frame of {size} bytes; at most {MAX_FRAME} are allowed")
+        size = size_of(await reader.readexactly(HEADER.size), MAX_FRAME)
         message: FromEngine = from_engine_decoder.decode(await reader.readexactly(size))
         return message
     except (asyncio.IncompleteReadError, ConnectionError):
         raise EngineDiedError("the engine process has ended") from None
-    except msgspec.MsgspecError as error:
+    except (FrameError, msgspec.MsgspecError) as error:
         raise EngineDiedError(f"the engine's messages cannot be read: {error}") from error
 
 

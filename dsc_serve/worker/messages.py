@@ -1,11 +1,7 @@
-"""The typed messages between the API process and the engine process, as msgpack frames over a local socket.
-
-A frame is a 4-byte little-endian length followed by one msgpack document. Nothing is pickled.
-"""
+"""The typed messages between the API process and the engine process, as frames over a local socket."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import msgspec
@@ -17,12 +13,12 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
+from dsc_serve.frames import framed
 from dsc_serve.pooling import Pooling
 from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.structured_outputs import StructuredOutputs
 
-HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20
 
 
@@ -151,7 +147,7 @@ from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 
 def frame(message: ToEngine | FromEngine) -> bytes:
     """Raises ValueError for a message that is too large."""
-    return framed(encoder.encode(message))
+    return framed(encoder.encode(message), MAX_FRAME)
 
 
 def frames(deltas: list[Delta]) -> Iterator[bytes]:
@@ -162,10 +158,4 @@ def frames(deltas: list[Delta]) -> Iterator[bytes]:
         yield from frames(deltas[:middle])
         yield from frames(deltas[middle:])
     else:
-        yield framed(body)
-
-
-def framed(body: bytes) -> bytes:
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME}")
-    return HEADER.pack(len(body)) + body
+        yield framed(body, MAX_FRAME)

@@ -23,6 +23,7 @@ from dsc_kernels import ops
 from dsc_serve.config import ConfigError, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
+from dsc_serve.frames import read_frame
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.machine import default_threads
 from dsc_serve.model.config import CheckpointError
@@ -34,7 +35,6 @@ from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
-    HEADER,
     MAX_FRAME,
     CheckGrammar,
     Finish,
@@ -58,26 +58,14 @@ CLOSE_LIMIT_S = 5.0
 SEND_TIMEOUT_S = 60.0  # an API process that reads nothing for so long is hung
 
 
-def read_frame(source: socket.socket) -> ToEngine | None:
-    """The next message, or None when the other side has closed the connection."""
-    header = read_exactly(source, HEADER.size)
-    if header is None:
+def receive(source: socket.socket) -> ToEngine | None:
+    """The next message, or None when the other side has closed the connection. Raises FrameError."""
+    try:
+        body = read_frame(source, MAX_FRAME)
+    except EOFError:
         return None
-    (size,) = HEADER.unpack(header)
-    if size > MAX_FRAME:
-        raise ValueError(f"a frame of {size} bytes was announced; at most {MAX_FRAME} are allowed")
-    body = read_exactly(source, size)
-    return None if body is None else to_engine_decoder.decode(body)
-
-
-def read_exactly(source: socket.socket, size: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
-        piece = source.recv(size - len(parts))
-        if not piece:
-            return None
-        parts += piece
-    return bytes(parts)
+    message: ToEngine = to_engine_decoder.decode(body)
+    return message
 
 
 def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
@@ -209,7 +197,7 @@ class EngineProcess:
     def _receive(self) -> None:
         message: ToEngine | None = None
         try:
-            while (message := read_frame(self.connection)) is not None:
+            while (message := receive(self.connection)) is not None:
                 self._inbox.put(message)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             print(f"engine: the API process's messages cannot be read: {error}", file=sys.stderr)
@@ -221,7 +209,7 @@ def main(descriptor: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # service managers send it to both processes at once
         signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop; it closes the connection
     connection = socket.socket(fileno=descriptor)
-    start = read_frame(connection)
+    start = receive(connection)
     if not isinstance(start, Start):
         return 1
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))

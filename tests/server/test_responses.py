@@ -101,7 +101,7 @@ def test_an_answer_has_the_shape_of_openais(app: FastAPI) -> None:
         "output": [{"type": "message", "role": "assistant", "content": [PART], "status": "completed"}],
         "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
         "service_tier": "default", "store": False, "temperature": 0.5, "text": {"format": {"type": "text"}},
-        "tool_choice": "auto", "tools": [], "top_p": 1.0, "truncation": "disabled", "user": "me",
+        "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "user": "me",
         "usage": {
             "input_tokens": tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": 6, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": tokens + 6,
@@ -297,7 +297,7 @@ def test_a_failure_is_an_event_once_the_answer_has_begun(app: FastAPI, engine: F
         ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no answers"),
         ({"conversation": "c"}, "conversation", "not supported"),
         ({"background": True}, "background", "not supported"),
-        ({"include": ["reasoning.encrypted_content"]}, "include", "not supported"),
+        ({"include": ["reasoning.encrypted_content"]}, "include.0", "logprobs"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "not supported"),
         ({"truncation": "last"}, "truncation", "auto"),
         ({"metadata": {"a": 1}}, "metadata.a", "a string"),

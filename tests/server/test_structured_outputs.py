@@ -190,6 +190,21 @@ def test_what_the_engine_says_of_a_grammar_is_told(
     assert engine.submitted == []
 
 
+@pytest.mark.parametrize("own", [{"timeout_s": 0.05}, {"dsc": {"deadline_ms": 50}}], ids=str)
+def test_a_grammar_takes_no_longer_than_its_request_may(app: FastAPI, engine: FakeEngine, own: dict[str, Any]) -> None:
+    async def run() -> httpx.Response:
+        engine.gate = asyncio.Event()  # nobody says whether it can be used
+        async with client_of(app) as client:
+            return await client.post(
+                "/v1/completions", json={"prompt": "hi", "structured_outputs": {"regex": "a"}, **own}
+            )
+
+    response = asyncio.run(run())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (408, "timeout") and "0.05 s" in error["message"]
+    assert engine.submitted == [] and engine.checking == 0 and service_of(app).permits.held == 0
+
+
 def test_without_a_tokenizer_it_is_refused(engine: FakeEngine) -> None:
     response = complete(app_around(engine, None), prompt=[1], structured_outputs={"regex": "a"})
     assert response.status_code == 400

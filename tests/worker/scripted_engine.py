@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
+from dsc_serve.frames import HEADER
 from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.worker.messages import (
-    HEADER,
     Delta,
     Finish,
     FromEngine,

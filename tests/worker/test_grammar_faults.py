@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from dsc_serve.frames import HEADER
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.structured_outputs import StructuredOutputs
-from dsc_serve.worker.messages import HEADER, CheckGrammar, GrammarChecked, StepDone, Submit, from_engine_decoder
+from dsc_serve.worker.messages import CheckGrammar, GrammarChecked, StepDone, Submit, from_engine_decoder
 from dsc_serve.worker.process import EngineProcess
 
 ASKED = StructuredOutputs(regex="a")

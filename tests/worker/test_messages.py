@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dsc_serve.frames import HEADER
 from dsc_serve.worker import messages
-from dsc_serve.worker.messages import HEADER, Delta, StepDone, frames, from_engine_decoder
+from dsc_serve.worker.messages import Delta, StepDone, frames, from_engine_decoder
 
 
 def read(data: bytes) -> list[list[Delta]]:

@@ -11,6 +11,22 @@ RESPONSE_EXAMPLES: dict[str, dict[str, Any]] = {
     "text": {"input": "Who?", "instructions": "Be brief.", "max_output_tokens": 16},
     "stream": {"input": [{"role": "user", "content": "Who?"}], "max_output_tokens": 4, "stream": True},
     "tool": {"input": "How old?", "tools": [FLAT], "tool_choice": "required", "parallel_tool_calls": False},
+    "one of some tools": {
+        "input": "How old?",
+        "tools": [FLAT, {"type": "function", "name": "set_name"}],
+        "tool_choice": {
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "set_age"}],
+        },
+        "parallel_tool_calls": False,
+    },
+    "log probabilities": {
+        "input": "Who?",
+        "max_output_tokens": 4,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+    },
     "JSON schema": {
         "input": "How old?",
         "text": {"format": {"type": "json_schema", "name": "person", "schema": SCHEMA, "strict": True}},
@@ -70,6 +86,7 @@ class ResponseAnswer(Described):
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
+    top_logprobs: int
     top_p: float
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +17,7 @@ from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, one
 from dsc_serve.server.chat import begin, constrained, rendered_messages
 from dsc_serve.server.errors import ApiError
 from dsc_serve.server.limits import read_fields
+from dsc_serve.server.logprobs import UntoldLogprobs, logprob_entries
 from dsc_serve.server.responses.conversation import beginnings, conversation
 from dsc_serve.server.responses.items import Event, ResponseOutput
 from dsc_serve.server.responses.schema import ResponsesRequest
@@ -41,6 +42,7 @@ class ResponsesFormatter(ResponseFormatter):
         self._number = 0
         self._reason = ""
         self._reasoning_tokens = 0
+        self._untold = UntoldLogprobs()
         self._extension: dict[str, Any] = {}
         self._base = base_of(fields, answer_id, service.model_name)
 
@@ -83,12 +85,11 @@ class ResponsesFormatter(ResponseFormatter):
         return self._told([*events, {"type": "response.failed", "response": response}])
 
     def _take(self, choice: Choice, update: ChoiceUpdate) -> list[Event]:
-        parts: list[Part] = list(update.parts)
-        if choice.reader is None:
-            parts = [Content(text) for text in update.text if text]
-        else:
+        if choice.reader is not None:
             self._reasoning_tokens = choice.reader.reasoning_tokens
-        events = self._output.add(parts)
+        events: list[Event] = []
+        for parts, logprobs in self._portions(choice, update):
+            events += self._output.add(parts, logprobs)
         if update.finish_reason is not None:
             self._reason = update.finish_reason
             self._extension = self.extension(choice, update)
@@ -96,6 +97,26 @@ class ResponsesFormatter(ResponseFormatter):
                 events += self._output.add([Content("")])
             events += self._output.close("completed" if self._reason == "stop" else "incomplete")
         return events
+
+    def _portions(
+        self, choice: Choice, update: ChoiceUpdate
+    ) -> Iterator[tuple[Sequence[Part], Sequence[dict[str, Any]]]]:
+        """The news in portions, each with the log probabilities of the text that it ends with."""
+        entries = logprob_entries(self.service, update.logprobs)
+        if choice.reader is None:
+            yield [Content(text) for text in update.text if text], entries
+            return
+        start = 0
+        for reached, entry in zip(update.reached, entries, strict=bool(entries)):
+            parts = update.parts[start : reached.parts]
+            told = self._untold.add(entry, reached)
+            start = reached.parts
+            if parts:
+                yield parts, told if isinstance(parts[-1], Content) else ()
+        rest, told = update.parts[start:], self._untold.rest() if update.finish_reason is not None else []
+        in_text = isinstance(rest[-1], Content) if rest else self._output.in_text
+        if rest or (told and in_text):
+            yield rest, told if in_text else ()
 
     def _response(self, status: str, **facts: Any) -> dict[str, Any]:
         return {**self._base, "status": status, "output": list(self._output.items), **facts, **self._extension}
@@ -150,6 +171,7 @@ def base_of(fields: ResponsesRequest, answer_id: str, model: str) -> dict[str, A
         "text": {"format": given or {"type": "text"}},
         "tool_choice": fields.shown_choice or "auto",
         "tools": tools,
+        "top_logprobs": fields.top_logprobs or 0,
         "top_p": 1.0 if fields.top_p is None else fields.top_p,
         "truncation": fields.truncation or "disabled",
         "usage": None,
@@ -164,10 +186,11 @@ async def create_response(service: Service, request: Request) -> Response:
     choice = fields.choice()
     params, names = constrained(service, fields.params(), choice, fields.names)
     known = conversation(fields)
-    await service.grammars.check(request, params, names)  # which may take long, so without a place
+    limit_s = fields.scheduling(service.engine.model.policy).timeout_s
+    await service.grammars.check(request, params, names, limit_s)  # which may take long, so without a place
     service.admit(request, 1, "input")
     shorter = beginnings(known) if fields.truncation == "auto" else [known]
-    text, prompt = await shortest_cut(service, shorter, choice.tools, params)
+    text, prompt = await shortest_cut(service, shorter, choice.tools, params, fields.chat_template_kwargs)
     params, reading = begin(service, service.apply_limits(prompt, params, names), choice, text)
     formatter = ResponsesFormatter(service, f"resp_{uuid4().hex}", fields, names)
     choices = formatter.choices(prompt, params, reading=reading)
@@ -175,7 +198,11 @@ async def create_response(service: Service, request: Request) -> Response:
 
 
 async def shortest_cut(
-    service: Service, conversations: list[list[Known]], tools: tuple[Tool, ...], params: SamplingParams
+    service: Service,
+    conversations: list[list[Known]],
+    tools: tuple[Tool, ...],
+    params: SamplingParams,
+    variables: Mapping[str, Any] | None,
 ) -> tuple[str, list[int]]:
     """The first conversation that fits, rendered and as tokens; the last where none does. Raises ApiError (400)."""
     low, high = 0, len(conversations) - 1
@@ -184,7 +211,7 @@ async def shortest_cut(
         middle = low if not made else (low + high) // 2
         last = middle == len(conversations) - 1
         try:
-            text = await rendered_messages(service, conversations[middle], tools, param="input")
+            text = await rendered_messages(service, conversations[middle], tools, param="input", variables=variables)
             made[middle] = text, await service.encode(text, "input", chat=True)
             fits = has_room(service, made[middle][1], params)
         except ApiError as error:

@@ -33,9 +33,12 @@ class ResponseOutput:
         self.items: list[Item] = []
         self._kind: type[Part] | None = None  # of the open item
 
-    def add(self, parts: Sequence[Part]) -> list[Event]:
+    def add(self, parts: Sequence[Part], logprobs: Sequence[Item] = ()) -> list[Event]:
+        """logprobs: of tokens whose text is the last of the parts, or that have none."""
         events: list[Event] = []
-        for part in parts:
+        if logprobs and not parts:
+            parts = [Content("")]
+        for i, part in enumerate(parts):
             if isinstance(part, CallStart):
                 events += self.close()
                 item = {"type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
@@ -44,7 +47,7 @@ class ResponseOutput:
                 self.items[-1]["arguments"] += part.text
                 events.append(self._event("response.function_call_arguments.delta", delta=part.text))
             else:
-                events += self._more_text(part)
+                events += self._more_text(part, logprobs if i == len(parts) - 1 else ())
         return events
 
     def close(self, status: str = "completed") -> list[Event]:
@@ -62,23 +65,32 @@ class ResponseOutput:
         else:
             (part,) = item["content"]
             name = TEXTS[kind][2]
-            more: dict[str, Any] = {"logprobs": []} if kind is Content else {}
+            more: dict[str, Any] = {"logprobs": part["logprobs"]} if kind is Content else {}
             events.append(self._event(f"{name}.done", content_index=0, text=part["text"], **more))
-            events.append(self._event("response.content_part.done", content_index=0, part=dict(part)))
+            events.append(self._event("response.content_part.done", content_index=0, part=part_as_is(part)))
         item["status"] = status
         events.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": copied(item)})
         return events
 
-    def _more_text(self, part: Content | Reasoning) -> list[Event]:
+    @property
+    def in_text(self) -> bool:
+        """Whether a message is open, or nothing has been put out yet."""
+        return self._kind is Content or not self.items
+
+    def _more_text(self, part: Content | Reasoning, logprobs: Sequence[Item]) -> list[Event]:
         events: list[Event] = []
         item, empty, name = TEXTS[type(part)]
         if self._kind is not type(part):
             events += self.close()
             events += self._open(item, type(part))
-            self.items[-1]["content"] = [dict(empty)]
-            events.append(self._event("response.content_part.added", content_index=0, part=dict(empty)))
-        self.items[-1]["content"][0]["text"] += part.text
-        more: dict[str, Any] = {"logprobs": []} if type(part) is Content else {}
+            self.items[-1]["content"] = [part_as_is(empty)]
+            events.append(self._event("response.content_part.added", content_index=0, part=part_as_is(empty)))
+        told = self.items[-1]["content"][0]
+        told["text"] += part.text
+        more: dict[str, Any] = {}
+        if type(part) is Content:
+            more = {"logprobs": list(logprobs)}
+            told["logprobs"] += logprobs
         events.append(self._event(f"{name}.delta", content_index=0, delta=part.text, **more))
         return events
 
@@ -94,4 +106,9 @@ class ResponseOutput:
 
 def copied(item: Item) -> Item:
     """The item as it is now."""
-    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
+    return {**item, "content": [part_as_is(part) for part in item["content"]]} if "content" in item else dict(item)
+
+
+def part_as_is(part: Item) -> Item:
+    """The same of a part of its content."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in part.items()}

@@ -12,22 +12,32 @@ from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.errors import bad_request, from_parameter, shown
 from dsc_serve.server.fields import Count, Fields, Only
+from dsc_serve.server.harmless import Notes
 from dsc_serve.server.schema import FIRST_ERROR, MAX_MESSAGES, TEXT_OR_LIST, EngineFields, TextOption
 from dsc_serve.server.tools.fields import (
+    FLAT,
     MAX_TOOLS,
     NAME,
-    Choice,
+    FlatChoiceField,
     Json,
-    NamedTool,
     Tool,
     ToolChoice,
-    check_choice,
     check_tools,
     choice_of,
 )
 from dsc_serve.structured_outputs import StructuredOutputs
 
-NAMED: Json = {"type": "function", "name": "…"}
+Included = Literal[
+    "message.output_text.logprobs",
+    # of items that no answer and no input has here
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+LOGPROBS: Included = "message.output_text.logprobs"
 MAX_METADATA, MAX_METADATA_TEXT = 16, 512
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -165,12 +175,8 @@ def check_previous(value: Any) -> None:
         raise bad_request(param, f"{param} is {shown(value)}; {reason}", "unsupported_parameter")
 
 
-def check_flat_choice(value: Any) -> Choice | None:
-    return check_choice(value, NAMED)
-
-
 class ResponsesRequest(EngineFields):
-    """store: whatever it says, nothing is kept; the answer says so."""
+    """store: whatever it says, nothing is kept; the answer says so. chat_template_kwargs: as of a chat."""
 
     input: Input
     instructions: str | None = None
@@ -180,9 +186,7 @@ class ResponsesRequest(EngineFields):
     top_k: Count | None = None
     seed: int | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Annotated[
-        Choice | None, PlainValidator(check_flat_choice, json_schema_input_type=Json | str | None)
-    ] = None
+    tool_choice: FlatChoiceField = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     stream: bool | None = None
@@ -204,7 +208,7 @@ class ResponsesRequest(EngineFields):
     background: Annotated[Any, Only(False)] = None
     conversation: Annotated[Any, Only()] = None
     context_management: Annotated[Any, Only([])] = None
-    include: Annotated[Any, Only([])] = None
+    include: Annotated[list[Included], FIRST_ERROR] | None = None
     max_tool_calls: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     prompt: Annotated[Any, Only()] = None
@@ -213,11 +217,13 @@ class ResponsesRequest(EngineFields):
     prompt_cache_retention: Annotated[Any, Only()] = None
     safety_identifier: str | None = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
-    top_logprobs: Annotated[Any, Only(0)] = None
+    top_logprobs: Count | None = None
+    chat_template_kwargs: Notes | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
-        return {"prompt": "input", "max_tokens": "max_output_tokens", "structured_outputs": "text.format"}
+        own = {"prompt": "input", "max_tokens": "max_output_tokens", "structured_outputs": "text.format"}
+        return {**own, "logprobs": "top_logprobs"}
 
     def choice(self) -> ToolChoice:
         """Raises ApiError (400)."""
@@ -232,7 +238,7 @@ class ResponsesRequest(EngineFields):
             for i, tool in enumerate(self.tools or [])
         )
         check_tools(tools)
-        return choice_of(tools, self.tool_choice, self.parallel_tool_calls, "tool_choice.name")
+        return choice_of(tools, self.tool_choice, self.parallel_tool_calls, FLAT)
 
     def params(self) -> SamplingParams:
         """Raises ApiError (400)."""
@@ -242,11 +248,17 @@ class ResponsesRequest(EngineFields):
             )
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options", "stream_options is set; it may only be when stream is true")
+        reporting = LOGPROBS in (self.include or [])
+        if self.top_logprobs and not reporting:
+            what = f'it may only be when include has "{LOGPROBS}"'
+            raise bad_request("top_logprobs", f"top_logprobs is set; {what}")
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "seed")
             if (value := getattr(self, name)) is not None
         }
+        if reporting:
+            given["logprobs"] = self.top_logprobs or 0
         try:
             return SamplingParams(**given, max_tokens=self.max_output_tokens, structured_outputs=self._form())
         except ParameterError as error:
@@ -271,4 +283,4 @@ class ResponsesRequest(EngineFields):
 
     @property
     def shown_choice(self) -> object:
-        return {**NAMED, "name": self.tool_choice.name} if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        return FLAT.written(self.tool_choice)

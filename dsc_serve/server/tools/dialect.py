@@ -59,7 +59,8 @@ class Dialect:
     def constrained(self, params: SamplingParams, choice: ToolChoice) -> SamplingParams:
         """The parameters with what the tools ask of the text. Raises ParameterError."""
         answer = params.structured_outputs
-        strict = any(tool.strict for tool in choice.callable)
+        # A call of a tool that is shown and may not be called would be read as text.
+        strict = choice.restricted or any(tool.strict for tool in choice.callable)
         if not choice.tools or not (choice.must or strict or answer is not None):
             return params
         free = not choice.must and answer is None

@@ -45,6 +45,11 @@ class CallParser:
     def done(self) -> bool:
         return 0 < self._most <= self._complete
 
+    @property
+    def held(self) -> int:
+        """Characters that are not known yet to be text or part of a call."""
+        return len(self._before) + len(self._held)
+
     def push(self, text: str) -> list[Part]:
         """What became certain with this text."""
         i = 0

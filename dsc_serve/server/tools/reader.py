@@ -27,6 +27,11 @@ class AnswerReader:
         return 0 if self._calls is None else self._calls.malformed
 
     @property
+    def held(self) -> int:
+        """Characters of the text so far that no part has been made of yet; all before them are parts, or left out."""
+        return sum(parser.held for parser in (self._reasoning, self._calls) if parser is not None)
+
+    @property
     def done(self) -> bool:
         """Whether there are all the calls that there may be."""
         return self._calls is not None and self._calls.done

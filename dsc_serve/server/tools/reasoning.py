@@ -42,6 +42,11 @@ class ReasoningParser:
         self._end = StopMatcher([form.closing])
         self._some = self._some_after = False
 
+    @property
+    def held(self) -> int:
+        """Characters of which nothing has been told yet."""
+        return len(self._held) + self._end.held
+
     def push(self, text: str) -> tuple[list[Part], str]:
         """The reasoning that became certain, and what of the text comes after it."""
         if not self.thinking and not self.over:

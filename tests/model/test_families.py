@@ -89,7 +89,7 @@ def test_the_native_stack_serves_every_family(name: str, folders: dict[str, Path
 
 
 def test_there_is_a_case_for_every_family() -> None:
-    older = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # which test_foreign.py holds
+    older = {"LlamaForCausalLM"}  # which test_foreign.py holds
     assert {case.config["architectures"][0] for case in CASES.values()} == ARCHITECTURES.keys() - older
 
 
@@ -101,6 +101,14 @@ def test_a_gguf_file_gives_the_logits_of_the_checkpoint(name: str, one_by_one: b
             for i in lasting(name, context):
                 logits = llm.logits([PROMPTS[i]])[0][chosen(len(PROMPTS[i]))]
                 assert error(logits, want.logits[i]) < EXACT
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "kv_lora_rank" in CASES[name].config])
+def test_a_newer_file_of_latent_attention_gives_the_same(name: str, tmp_path: Path) -> None:
+    want, file = expected(name), family_file(name, tmp_path / "m.gguf", newer=True)
+    with LLM(str(file), dtype="float32", threads=1) as llm:
+        for i, logits in enumerate(llm.logits(PROMPTS)):
+            assert error(logits[chosen(LENGTHS[i])], want.logits[i]) < EXACT
 
 
 EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}  # the first of each family

@@ -67,6 +67,14 @@ class MoeConfig(Strict):
     weight_scale: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
+    def _enough_experts(self) -> MoeConfig:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}, more than num_experts, {self.num_experts}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups(self) -> MoeConfig:
         if self.num_experts % self.groups:
             raise ValueError(f"num_experts is {self.num_experts}, which groups, {self.groups}, does not divide")
@@ -82,14 +90,6 @@ class MoeConfig(Strict):
     def is_plain(self) -> bool:
         """Whether experts are picked by a softmax over all alone."""
         return (self.scoring, self.choice_bias, self.groups, self.weight_scale) == ("softmax", False, 1, 1.0)
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> MoeConfig:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token is {self.experts_per_token}, more than num_experts, {self.num_experts}"
-            )
-        return self
 
 
 class MoloraConfig(Strict):

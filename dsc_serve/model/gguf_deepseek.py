@@ -31,7 +31,7 @@ def is_v3(metadata: Metadata) -> bool:
     name = metadata.name("expert_gating_func")
     if metadata.get(name) not in (None, 0, SOFTMAX, SIGMOID):
         metadata.refuse(name, SOFTMAX, "1, softmax; 2, sigmoid")
-    return metadata.get(name) == SIGMOID
+    return bool(metadata.get(name) == SIGMOID)
 
 
 def fields(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:

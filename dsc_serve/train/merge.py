@@ -51,7 +51,7 @@ class Merged:
     dropped: dict[str, Evaluation]
 
 
-class Listener:
+class Listener(MoeFfn):
     """A layer's FFN that keeps the first inputs it is given."""
 
     def __init__(self, ffn: MoeFfn) -> None:
@@ -212,7 +212,8 @@ def in_subspace(matrices: Sequence[Tensor], weight: Tensor) -> Tensor:
     strength = s.square().cumsum(0)
     rank = int((strength < KEPT * strength[-1]).sum()) + 1
     own = torch.stack(vh[:rank].chunk(len(matrices), dim=1))
-    return ((u[:, :rank] * s[:rank]) @ torch.tensordot(weight, own, dims=1)).to(matrices[0].dtype)
+    merged: Tensor = (u[:, :rank] * s[:rank]) @ torch.tensordot(weight, own, dims=1)
+    return merged.to(matrices[0].dtype)
 
 
 def fewer_experts(config: ModelConfig, experts: int) -> ModelConfig:

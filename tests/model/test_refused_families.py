@@ -17,8 +17,8 @@ from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.gguf_families import FAMILIES
 
 OTHERS = {
-    "Gemma2ForCausalLM": "gemma2",
-    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "GemmaForCausalLM": "gemma",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "CohereForCausalLM": "cohere",
     "MambaForCausalLM": "mamba",
     "GptOssForCausalLM": "gpt_oss",
@@ -74,6 +74,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         "rope_type is 'yarn'; supported: default, linear",
     ),
+    (
+        "gemma3 with layer types",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters.sliding_attention.rope_type is 'linear'; supported: default",
+    ),
     ("gemma3 with layer types", {"rope_parameters": 5}, "rope_parameters is 5; supported: an object"),
     ("deepseek2", {"q_lora_rank": 16}, "q_lora_rank is 16; supported: null: queries projected at once"),
     ("deepseek2", {"q_lora_rank": None}, "q_lora_rank is 1536; supported: null"),
@@ -98,7 +103,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("granite", {"mlp_bias": "no"}, "mlp_bias is 'no', expected true or false"),
     ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
     ("granitemoe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0, expected a whole number above 0"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 1.5}, "sliding_window is 1.5, expected a whole number"),
+    ("qwen3 with windows", {"sliding_window": 1.5}, "sliding_window is 1.5, expected a whole number"),
     ("qwen3moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
     ("qwen3moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1'; supported: a list of layers' numbers"),
     ("qwen3moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected a whole number above 0"),

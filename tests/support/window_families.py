@@ -74,11 +74,11 @@ WINDOW_CASES: dict[str, Case] = {
     "gemma3": Case(
         decoder("Gemma3ForCausalLM", "gemma3_text", **GEMMA3),
         [*WIDER, *SCALE, {"rope_theta": 10000.0}, {"rope_local_base_freq": 10000.0}, {"sliding_window_pattern": 2}],
+        seed=1,
     ),
     "gemma2 by head size": Case(
         decoder("Gemma2ForCausalLM", "gemma2", **{**GEMMA2, **AS_FILES}),
         [{"query_pre_attn_scalar": 10}],
-        seed=1,
     ),
     "gemma3 stretched": Case(
         decoder(
@@ -95,6 +95,7 @@ WINDOW_CASES: dict[str, Case] = {
             **{**GEMMA, "rope_theta": None, "rope_parameters": NESTED, "layer_types": [*KINDS, *KINDS]},
         ),
         [{"rope_parameters": {**NESTED, "sliding_attention": NESTED["full_attention"]}}],
+        seed=1,
     ),
 }
 

@@ -170,9 +170,9 @@ def absorb(tensors: Tensors, at: str, s: Settings, config: ModelConfig) -> None:
         "k_proj": ((config.kv_size, d), partial(key, interleaved), ("kv_a_proj_with_mqa",)),
         "o_proj": ((d, heads * size.latent), outputs, ("o_proj", "kv_b_proj")),
     }
-    for name, (shape, make, of) in made.items():
+    for name, (size_of, make, of) in made.items():
         read = partial(read_made, make, size, heads, [parts[own] for own in of])
-        tensors[f"{at}{name}.weight"] = Stored(shape, torch.float32, read)
+        tensors[f"{at}{name}.weight"] = Stored(size_of, torch.float32, read)
 
 
 def read_made(make: Callable[..., Tensor], size: Sizes, heads: int, parts: list[Stored]) -> Tensor:

@@ -93,6 +93,8 @@ def turning(s: Settings) -> tuple[Fields, Fields]:
         fields = Positions().fields(Settings(asked, s.path), s.get("head_dim", default=256))
         if fields["rope_scaling"] is not None and fields["rope_scaling"]["rope_type"] != "linear":
             s.refuse("rope_type", fields["rope_scaling"]["rope_type"], "default, linear")
+        if kind == "sliding_attention" and fields["rope_scaling"] is not None:
+            s.refuse(f"rope_parameters.{kind}.rope_type", own["rope_type"], "default")
         found.append({name: fields[name] for name in ("rope_theta", "rope_scaling")})
     return found[0], found[1]
 

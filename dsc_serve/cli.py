@@ -365,7 +365,13 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.bench.step.speculation_command import speculation_command
     from dsc_serve.scale.estimate_command import scale_model
-    from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
+    from dsc_serve.train.command import (
+        evaluate_command,
+        merge_experts_command,
+        prune_command,
+        study_command,
+        train_command,
+    )
 
     bench.add_command(serve_command, "serve")
     bench.add_command(overload_command, "overload")
@@ -383,6 +389,7 @@ def _attach_commands() -> None:
     main.add_command(train_command, "train")
     main.add_command(evaluate_command, "evaluate")
     main.add_command(prune_command, "prune")
+    main.add_command(merge_experts_command, "merge-experts")
     main.add_command(study_command, "study")
 
 

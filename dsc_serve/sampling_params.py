@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from dsc_serve.kv_layout import ALL, KvLayout
 from dsc_serve.parameter_errors import ContextLengthError, ParameterError, reject
 from dsc_serve.structured_outputs import StructuredOutputs
 
@@ -190,11 +191,14 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     atoms: int = 0  # of each layer's bank, likewise
     hidden_size: int = 0  # components of an embedding
     max_drafts: int = 0  # of one request in a step; 0: none are computed
+    kv_windows: tuple[int, ...] = ALL  # of the groups of layers, as in `KvLayout`
+    step_tokens: int = 0  # most that a step computes
 
     @property
     def max_tokens(self) -> int:
         """Tokens, prompt and output together, that one request can ever have."""
-        return min(self.max_model_len, self.num_blocks * self.block_size)
+        layout = KvLayout(self.block_size, self.kv_windows)
+        return layout.tokens_within(self.num_blocks, self.max_model_len, self.step_tokens)
 
 
 def resolve_max_tokens(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> int:

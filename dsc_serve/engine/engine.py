@@ -16,7 +16,7 @@ from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
-from dsc_serve.engine.kv_cache import BlockPool, blocks_for
+from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
@@ -30,6 +30,7 @@ from dsc_serve.engine.step_report import StepReport
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.grammars.schema import FIELD
+from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory, default_threads
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
@@ -79,9 +80,10 @@ class Engine:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
         self.config, self.capacity, self.runner, self.strict = config, capacity, runner, strict
         budget = StepBudget(config.step_tokens, config.max_running, config.itl_target_ms)
-        pool = BlockPool(capacity.num_blocks)
+        pool = BlockPool(capacity.num_blocks, len(capacity.kv_windows))
         self.drafter = Drafter(config.drafts, config.step_tokens, eos)
-        self.scheduler = Scheduler(POLICIES[config.policy], budget, pool, config.block_size, config.prefix_cache)
+        policy, windows = POLICIES[config.policy], capacity.kv_windows
+        self.scheduler = Scheduler(policy, budget, pool, config.block_size, config.prefix_cache, windows=windows)
         self.counters = Counters()
         self.report = StepReport()
         self.routing = routing
@@ -102,7 +104,9 @@ class Engine:
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
-            num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
+            num_blocks=pool_blocks(model, config),
+            kv_windows=model.groups.windows,
+            step_tokens=config.step_tokens,
             block_size=config.block_size,
             layers=model.config.num_hidden_layers,
             atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
@@ -292,7 +296,8 @@ class Engine:
         if self.strict:
             raise AssertionError(fault)
         self.counters.repairs += 1
-        self.scheduler.pool = BlockPool(self.scheduler.pool.total)  # nothing runs or waits: every block is free
+        pool = self.scheduler.pool
+        self.scheduler.pool = BlockPool(pool.total, pool.groups)  # nothing runs or waits: every block is free
 
 
 def blame(news: Delta, request: Request) -> Delta:
@@ -331,17 +336,23 @@ def prepare_model(config: EngineConfig) -> Decoder:
     return model
 
 
-def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
-    """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
-    c = model.config
-    per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
+def pool_blocks(model: Decoder, config: EngineConfig) -> int:
+    """KV blocks for `kv_tokens` that all layers hold; where that is 0, for `max_running` full contexts, but at most
+    KV_SHARE of free memory and at least one context.
+    """
+    c, layout = model.config, KvLayout(config.block_size, model.groups.windows)
+    if config.kv_tokens:
+        return layout.groups * layout.pages(config.kv_tokens)
+    element = torch.empty(0, dtype=model.dtype).element_size()
+    per_block = config.block_size * model.groups.size * c.cached_size * element
     torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
-    context, fitting = c.max_position_embeddings, int(KV_SHARE[config.device] * free) // per_token
+    context = layout.most_blocks(c.max_position_embeddings, config.step_tokens)
+    fitting = int(KV_SHARE[config.device] * free) // per_block
     if fitting < context:
         log.warning(
             "the KV pool's %d tokens, one whole context, are more than %d %% of the %d MiB that are free; "
             "set kv_tokens to choose its size",
-            *(context, 100 * KV_SHARE[config.device], free >> 20),
+            *(c.max_position_embeddings, 100 * KV_SHARE[config.device], free >> 20),
         )
     return max(context, min(config.max_running * context, fitting))

@@ -45,7 +45,8 @@ class Families:
             # No token is negative: no full block has such a name.
             shared.tail = block_hash(parent + leader.id.encode(), [-1, *leader.tokens[full * block_size : size]])
             shared.names.append(shared.tail)
-            pool.publish(leader.blocks[full], shared.tail)
+            for group, row in enumerate(leader.rows):
+                pool.publish(row[full], shared.tail, group)
         for sibling in siblings:
             sibling.leader = None
             del self._attached[sibling.id]

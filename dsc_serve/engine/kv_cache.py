@@ -7,16 +7,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 
+from dsc_serve.kv_layout import blocks_for as blocks_for
+
 HASH_BYTES = 16
-
-
-def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-tokens // block_size)
 
 
 def hash_seed(secret: bytes, salt: str) -> bytes:
@@ -29,49 +25,21 @@ def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
-class Prompted(Protocol):
-    """What a request says of the beginning that others may have computed; see `request.Request`."""
-
-    @property
-    def prompt_size(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def block_hashes(self) -> Sequence[bytes]: ...
-    @property
-    def tail(self) -> bytes | None: ...
-
-
-class Finder(Protocol):
-    def match(self, block_hashes: Sequence[bytes]) -> list[int]: ...
-
-
-def cached_blocks(pool: Finder, request: Prompted, block_size: int) -> list[int]:
-    """The blocks that a waiting request can share; its last token is computed in any case."""
-    return pool.match(request.block_hashes[: (request.num_tokens - 1) // block_size])
-
-
-def tail_block(pool: Finder, request: Prompted, shared: int, block_size: int) -> int | None:
-    """The block whose beginning a waiting request can copy behind so many shared ones; None where there is none."""
-    if request.tail is None or shared != request.prompt_size // block_size:
-        return None
-    return next(iter(pool.match([request.tail])), None)
-
-
-def tokens_found(request: Prompted, shared: int, tail: int | None, block_size: int) -> int:
-    """Tokens that a waiting request need not compute with so many shared blocks, and a tail to copy."""
-    return shared * block_size if tail is None else min(request.prompt_size, request.num_tokens - 1)
+def group_name(digest: bytes, group: int) -> bytes:
+    """The name of what a group of layers holds of a page; no two are as long as a page's and the same."""
+    return digest if group == 0 else digest + group.to_bytes(2)
 
 
 class BlockPool:
     """Hands out blocks 0 … total − 1. Every block is free, cached or owned, by one request or by several.
 
     A block whose content has been published is cached, not free, once nobody owns it any more: it is found by its name
-    until it is the one that was released the longest ago and no free block is left.
+    until it is the one that was released the longest ago and no free block is left. groups: how many groups of layers
+    have blocks of their own; what one of them holds of a page is found by the page's name and the group.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, groups: int = 1) -> None:
+        self.total, self.groups = total, groups
         self._free = list(range(total - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._owners = array("i", [0]) * total
@@ -111,8 +79,12 @@ class BlockPool:
             self._owners[block] = 1
         return taken
 
+    def find(self, digest: bytes, group: int = 0) -> int | None:
+        """The block that holds a group's part of what has this name."""
+        return self._published.get(group_name(digest, group))
+
     def match(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The blocks that hold the longest published prefix of a chain of names."""
+        """The first group's blocks that hold the longest published prefix of a chain of names."""
         blocks = []
         for digest in block_hashes:
             block = self._published.get(digest)
@@ -128,20 +100,22 @@ class BlockPool:
                 del self._cached[block]
             self._owners[block] += 1
 
-    def publish(self, block: int, digest: bytes) -> None:
+    def publish(self, block: int, digest: bytes, group: int = 0) -> None:
         """Let an owned block, full and computed, be found. Where another has the same content, that one stays."""
+        digest = group_name(digest, group)
         if self._hashes[block] is None and digest not in self._published:
             self._hashes[block] = digest
             self._published[digest] = block
 
     def withdraw(self, digest: bytes) -> None:
-        """Let a block not be found by this name any more."""
-        block = self._published.pop(digest, None)
-        if block is not None:
-            self._hashes[block] = None
-            if self._owners[block] == 0:
-                del self._cached[block]
-                self._free.append(block)
+        """Let no group's block be found by this name any more."""
+        for group in range(self.groups):
+            block = self._published.pop(group_name(digest, group), None)
+            if block is not None:
+                self._hashes[block] = None
+                if self._owners[block] == 0:
+                    del self._cached[block]
+                    self._free.append(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one ownership of each block; of a prefix, the end is forgotten before its beginning."""

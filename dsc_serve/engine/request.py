@@ -18,7 +18,7 @@ from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 
-NO_BLOCKS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+NO_BLOCKS: NDArray[np.int64] = np.empty((1, 0), dtype=np.int64)
 Collect = Callable[[int, Tensor], Tensor]  # first prompt position, its and the next ones' logits → what to keep of them
 FORESIGHT = 128  # output tokens that a request is expected to take at most, before it has taken them
 
@@ -49,8 +49,9 @@ class Request:
     num_computed: int = 0  # tokens that the KV cache holds
     routed: int = 0  # positions whose picks have been reported
     reported: int = 0  # prompt positions whose logits have been; recomputing after a preemption must not repeat them
-    blocks: list[int] = field(default_factory=list)  # the KV blocks it owns, in order
-    table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # the same as an array
+    rows: list[list[int]] = field(default_factory=lambda: [[]])  # of each group of layers its KV blocks, page by page
+    gone: list[int] = field(default_factory=lambda: [0])  # of each group the first pages that it has given back
+    table: NDArray[np.int64] = field(default_factory=lambda: NO_BLOCKS)  # [groups, pages], any block where it is gone
     collected: list[Tensor] = field(default_factory=list)  # what `collect` or `pooler` kept
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they have been needed
     siblings: Sequence[Request] = ()  # other choices of its prompt, which wait until it has computed it
@@ -78,6 +79,18 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def pages(self) -> int:
+        """Pages that it has had blocks for."""
+        return len(self.rows[0])
+
+    @property
+    def blocks(self) -> list[int]:
+        """The KV blocks it owns: of each group from the first page on that its layers still see."""
+        if len(self.rows) == 1 and not self.gone[0]:
+            return self.rows[0]
+        return [block for row, gone in zip(self.rows, self.gone, strict=True) for block in row[gone:]]
 
     @property
     def num_uncomputed(self) -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from dsc_serve.config import ConfigError, EngineConfig
-from dsc_serve.engine.kv_cache import blocks_for
+from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.layer_groups import layer_groups
 
 ANGLE_BYTES = 4
 KV_BYTES = 2  # at least: with float32, as many again
@@ -37,8 +38,12 @@ def check_room(folder: Path, config: EngineConfig) -> None:
     if positions > free:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"
         raise ConfigError(f"{folder}: {what} are needed; {size(free)} of memory are free")
-    blocks = blocks_for(config.kv_tokens or model.max_position_embeddings, config.block_size)
-    pool = 2 * blocks * config.block_size * model.num_hidden_layers * model.kv_size * KV_BYTES
+    groups = layer_groups(model)
+    layout = KvLayout(config.block_size, groups.windows)
+    blocks = layout.most_blocks(model.max_position_embeddings, config.step_tokens)
+    if config.kv_tokens:
+        blocks = layout.groups * layout.pages(config.kv_tokens)
+    pool = blocks * config.block_size * groups.size * model.cached_size * KV_BYTES
     if pool + positions > free:
         needed = f"{blocks} blocks of {config.block_size} tokens take {size(pool)}; {size(free)} of memory are free"
         if config.kv_tokens:
@@ -53,5 +58,6 @@ def position_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """
     made_at_once = config.device == "cuda" and model.position_embedding_type != "learned"
     angles = model.head_dim * ANGLE_BYTES if made_at_once else 0
-    tables = config.max_running * blocks_for(model.max_position_embeddings, config.block_size) * TABLE_BYTES
+    layout = KvLayout(config.block_size, layer_groups(model).windows)
+    tables = config.max_running * layout.pages(model.max_position_embeddings) * layout.groups * TABLE_BYTES
     return model.max_position_embeddings * angles + tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import compress
 
 import numpy as np
 import torch
@@ -67,13 +67,13 @@ class StepResult:
 class Inputs:
     """A step's inputs, filled on the host in place and copied into buffers on the device that stay where they are.
 
-    tokens: int64 [4, step tokens], rows of ids, positions, blocks and offsets; tables: int64 [requests, width];
-    contexts: int64 [requests].
+    tokens: int64 [3 + groups, step tokens], rows of ids, positions, offsets and each group's blocks; tables: int64
+    [groups, requests, width]; contexts: int64 [requests].
     """
 
-    def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device) -> None:
+    def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device, groups: int = 1) -> None:
         on_host = device.type == "cpu"
-        shapes = ((4, step_tokens), (requests, width), (requests,))
+        shapes = ((3 + groups, step_tokens), (groups, requests, width), (requests,))
         self.tokens, self.tables, self.contexts = (
             torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
         )
@@ -87,7 +87,7 @@ class Inputs:
     def hold(self, row: int, table: NDArray[np.int64]) -> None:
         """Let a row of the tables begin with a request's, which is a new array whenever it changes."""
         if self._held[row] is not table:
-            self._tables[row, : len(table)] = table
+            self._tables[:, row, : table.shape[1]] = table
             self._held[row] = table
 
     def wait(self) -> None:
@@ -98,19 +98,19 @@ class Inputs:
     def pad(self, start: int, end: int, block: int) -> None:
         """Let rows and columns from `start` to `end` be sequences of one token, written to a block of nobody's."""
         self.tokens[:, start:end] = 0
-        self.tokens[2, start:end] = block
+        self.tokens[3:, start:end] = block
         self._held[start:end] = [None] * len(self._held[start:end])
-        self.tables[start:end, 0] = block
+        self.tables[:, start:end, 0] = block
         self.contexts[start:end] = 1
 
     def held(self, tokens: int, requests: int) -> Held:
         """Where the model computes: the first `tokens` of each column, then `requests` rows of tables and contexts."""
         if self._last is None or self._last[0] != (tokens, requests):
             columns, tables, contexts = self._copies or (self.tokens, self.tables, self.contexts)
-            ids, positions, blocks, offsets = columns[:, :tokens]
+            ids, positions, offsets = columns[:3, :tokens]
             self._last = (
                 (tokens, requests),
-                (ids, positions, blocks, offsets, tables[:requests], contexts[:requests]),
+                (ids, positions, columns[3:, :tokens], offsets, tables[:, :requests], contexts[:requests]),
             )
         return self._last[1]
 
@@ -120,7 +120,8 @@ class Inputs:
             columns, tables, contexts = self._copies
             for there, here in zip(columns, self.tokens, strict=True):  # what is in one piece needs no other memory
                 there[:tokens].copy_(here[:tokens], non_blocking=True)
-            tables[:requests].copy_(self.tables[:requests], non_blocking=True)
+            for there, here in zip(tables, self.tables, strict=True):
+                there[:requests].copy_(here[:requests], non_blocking=True)
             contexts[:requests].copy_(self.contexts[:requests], non_blocking=True)
             self._copied.record()
         return self.held(tokens, requests)
@@ -142,12 +143,16 @@ class Runner:
         max_running: int,
         capture: Capture | None = None,
     ) -> None:
+        if capacity.kv_windows != model.groups.windows:
+            raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
         self.model, self.block_size = model, capacity.block_size
         self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
         self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
-        self._inputs = Inputs(step_tokens, max_running, width, model.device)
+        self._inputs = Inputs(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
+        keys = {cache.keys.data_ptr(): cache for cache in self.kv_caches}.values()  # groups of layers share theirs
+        self._pools = [part for cache in keys for part in ((cache.keys,) if cache.latent else cache)]
         self._layers = dsc_layers(model)
         self.routing = RoutingWatch(self._layers, step_tokens, model.config.vocab_size) if self._layers else None
         self.graphs: DecodeGraphs | None = None
@@ -177,7 +182,7 @@ class Runner:
         chunks = []
         self._inputs.wait()
         self._inputs.pad(0, tokens, self._spare_block)
-        self._inputs.tables[: len(starts)] = self._spare_block
+        self._inputs.tables[:, : len(starts)] = self._spare_block
         for row, start in enumerate(starts):
             count = min(self._max_context_len, tokens - start)
             self._inputs.columns[1][start : start + count] = np.arange(count)
@@ -265,7 +270,7 @@ class Runner:
         if not pairs:
             return
         sources, targets = to_device(torch.tensor(pairs), self.model.device).unbind(1)
-        for part in chain.from_iterable(self.kv_caches):
+        for part in self._pools:
             part[targets] = part[sources]
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
@@ -291,13 +296,14 @@ class Runner:
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
-        token_ids, positions, slot_blocks, slot_offsets = self._inputs.columns
+        token_ids, positions, slot_offsets, *slot_blocks = self._inputs.columns
         contexts, size = self._inputs.rows, self.block_size
         single = [request for request, _ in ordered[:decodes]]
         num_computed = [request.num_computed for request in single]
         token_ids[:decodes] = [request.tokens[request.num_computed] for request in single]
         positions[:decodes] = num_computed
-        slot_blocks[:decodes] = [request.blocks[request.num_computed // size] for request in single]
+        for group, blocks in enumerate(slot_blocks):
+            blocks[:decodes] = [request.rows[group][request.num_computed // size] for request in single]
         slot_offsets[:decodes] = [position % size for position in num_computed]
         contexts[:decodes] = [position + 1 for position in num_computed]
         for row, (request, _) in enumerate(ordered):
@@ -308,7 +314,9 @@ class Runner:
             new = slice(start, start + count)
             token_ids[new] = request.span(first, end)
             positions[new] = np.arange(first, end)
-            slot_blocks[new] = request.table[positions[new] // size]
+            pages = positions[new] // size
+            for blocks, table in zip(slot_blocks, request.table, strict=True):
+                blocks[new] = table[pages]
             slot_offsets[new] = positions[new] % size
             contexts[row] = end
             chunks.append(Chunk(row, start, count, end))

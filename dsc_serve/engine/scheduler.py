@@ -13,22 +13,15 @@ import numpy as np
 
 from dsc_serve.engine.deadlines import Deadlines
 from dsc_serve.engine.families import Families
-from dsc_serve.engine.kv_cache import (
-    HASH_BYTES,
-    BlockPool,
-    block_hash,
-    blocks_for,
-    cached_blocks,
-    hash_seed,
-    tail_block,
-    tokens_found,
-)
+from dsc_serve.engine.kv_cache import HASH_BYTES, BlockPool, block_hash, hash_seed
 from dsc_serve.engine.policies import Plan, Policy, StepBudget, View
 from dsc_serve.engine.position import Further
+from dsc_serve.engine.prefix import find_prefix
 from dsc_serve.engine.queue import Accounts, WaitingQueue
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.engine.step_report import HELD_BACK, PhaseReport
 from dsc_serve.engine.step_time import StepTime
+from dsc_serve.kv_layout import ALL, KvLayout
 
 NOTHING_FURTHER: Mapping[str, Further] = MappingProxyType({})
 WINDOW = 256  # waiting requests, or lanes of them, that a policy looks at
@@ -39,6 +32,7 @@ class Scheduler:
 
     A step is: plan = self.plan(); begin(plan); compute; commit(plan, tokens). prefix_cache: whether prompts may use
     the blocks that others have computed. clock: seconds, for deadlines and for how long somebody was overtaken.
+    windows: of the groups of layers, as in `KvLayout`; blocks behind them are given back when a step is committed.
     Counted: preemptions, timeouts, the prompt_tokens of requests that looked in the prefix cache and have computed, and
     of these the cached_tokens; phases: how long requests took to be admitted, to begin and to end.
     """
@@ -51,8 +45,11 @@ class Scheduler:
         block_size: int,
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        windows: tuple[int, ...] = ALL,
     ) -> None:
         self.policy, self.budget, self.pool, self.block_size, self.clock = policy, budget, pool, block_size, clock
+        self.layout = KvLayout(block_size, windows)
+        self._windowed = [group for group, window in enumerate(windows) if window]
         self.running: dict[str, Request] = {}
         self.accounts = Accounts()
         self.waiting = WaitingQueue(policy.lane, lambda lane: policy.rank(lane, self.accounts))
@@ -86,7 +83,7 @@ class Scheduler:
             waiting=islice(self.waiting.requests(), WINDOW),
             lanes=islice(self.waiting.lanes(), WINDOW),
             pool=self.pool,
-            block_size=self.block_size,
+            layout=self.layout,
             now=self.clock(),
         )
         if self.step_time.estimate is not self.budget.estimate:
@@ -101,16 +98,13 @@ class Scheduler:
             request.num_computed = 0
             self.waiting.push(request, front=True)
             self.preemptions += 1
-        running, size = self.running, self.block_size
+        running = self.running
         tails = [tail for i in plan.tokens if i not in running if (tail := self._admit(i)) is not None]
         work = [(running[request_id], count) for request_id, count in plan.tokens.items()]
         for request, count in work:
-            if request.num_computed + count > len(request.blocks) * size:
-                request.blocks.extend(
-                    self.pool.allocate(blocks_for(request.num_computed + count, size) - len(request.blocks))
-                )
-                request.table = np.array(request.blocks)
-        self.copies = [(block, request.blocks[request.num_computed // size]) for request, block in tails]
+            if request.num_computed + count > request.pages * self.block_size:
+                self._extend(request, self.layout.pages(request.num_computed + count))
+        self.copies = [copy for request, blocks in tails for copy in self._copies(request, blocks)]
         return self._with_drafts(work, plan) if plan.drafts else work
 
     def commit(
@@ -136,6 +130,7 @@ class Scheduler:
             request.num_computed += count
             if request.num_computed % size < count and request.hash_seed is not None:
                 self._publish(request, count)
+            self._give_back(request)
             token = tokens.get(request_id)
             if token is not None:
                 if request.begun_at is None:
@@ -239,8 +234,8 @@ class Scheduler:
                     self.finish(sibling.id)
         return ended
 
-    def _admit(self, request_id: str) -> tuple[Request, int] | None:
-        """Returns the request with the block that it takes its prompt's end from, where it copies one."""
+    def _admit(self, request_id: str) -> tuple[Request, Sequence[int]] | None:
+        """Returns the request with the blocks that it takes its prompt's end from, where it copies them."""
         for other in self.waiting.ahead_of(request_id):
             if other.overtaken == 0:
                 other.overtaken_at = self.clock()
@@ -253,14 +248,36 @@ class Scheduler:
         self.accounts.charge(request)
         self.waiting.rerank(request.scheduling)
         # All are taken hold of before anything is allocated, which may evict what nobody holds.
-        request.blocks = cached_blocks(self.pool, request, self.block_size)
-        tail = tail_block(self.pool, request, len(request.blocks), self.block_size)
-        self.pool.share(request.blocks)
-        request.num_computed = tokens_found(request, len(request.blocks), tail, self.block_size)
-        request.table = np.array(request.blocks, dtype=np.int64)
+        found = find_prefix(self.pool, request, self.layout)
+        self.pool.share(found.blocks)
+        request.rows = [[0] * gone + row for gone, row in zip(found.gone, found.rows, strict=True)]
+        request.gone, request.num_computed = list(found.gone), found.tokens
+        request.table = np.array(request.rows, dtype=np.int64)
         self.running[request_id] = request
         self._has_shared(request)
-        return None if tail is None else (request, tail)
+        return (request, found.tail) if found.tail else None
+
+    def _extend(self, request: Request, pages: int) -> None:
+        """Give a request blocks for so many pages in all."""
+        missing = pages - request.pages
+        blocks = self.pool.allocate(missing * len(request.rows))
+        for group, row in enumerate(request.rows):
+            row.extend(blocks[group * missing : (group + 1) * missing])
+        request.table = np.array(request.rows)
+
+    def _copies(self, request: Request, tail: Sequence[int]) -> list[tuple[int, int]]:
+        page = request.num_computed // self.block_size
+        return [(block, row[page]) for block, row in zip(tail, request.rows, strict=True)]
+
+    def _give_back(self, request: Request) -> None:
+        """Release the blocks that no token of a request sees any more; its table may go on naming them."""
+        for group in self._windowed:
+            gone, behind = request.gone[group], self.layout.behind(group, request.num_computed)
+            if behind > gone:
+                row = request.rows[group]
+                self.pool.release(row[gone:behind])
+                row[gone:behind] = [0] * (behind - gone)
+                request.gone[group] = behind
 
     def _has_shared(self, request: Request) -> None:
         """An admitted request owns what it shares. One that computes the prompt for others has yet to leave it."""
@@ -269,9 +286,9 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """Whether there are blocks to admit a waiting request, beside one to spare for each that runs."""
-        found = cached_blocks(self.pool, request, self.block_size)
-        shared = sum(self.pool.owners(block) > 0 for block in found)
-        needed = blocks_for(request.num_tokens, self.block_size) - shared
+        found = find_prefix(self.pool, request, self.layout)
+        shared = sum(self.pool.owners(block) > 0 for block in found.blocks)
+        needed = found.most_blocks(request.num_tokens, self.budget.tokens, self.layout) - shared
         return needed + len(self.running) <= self.pool.available
 
     def _with_drafts(self, work: Sequence[tuple[Request, int]], plan: Plan) -> list[tuple[Request, int]]:
@@ -280,12 +297,11 @@ class Scheduler:
         for request_id, planned in list(plan.drafts.items()):
             request = self.running[request_id]
             end = request.num_computed + counts[request_id]
-            room = (len(request.blocks) + self.pool.available) * size - end
+            room = (request.pages + self.pool.available // self.layout.groups) * size - end
             request.drafts = planned.tokens[:room]
-            missing = blocks_for(end + len(request.drafts), size) - len(request.blocks)
-            if missing > 0:
-                request.blocks.extend(self.pool.allocate(missing))
-                request.table = np.array(request.blocks)
+            pages = self.layout.pages(end + len(request.drafts))
+            if pages > request.pages:
+                self._extend(request, pages)
             counts[request_id] += len(request.drafts)
             plan.drafts[request_id] = replace(planned, tokens=request.drafts)
         return [(request, counts[request.id]) for request, _ in work]
@@ -303,11 +319,13 @@ class Scheduler:
             reason = end_of(request, tokens[-1], eos)  # no draft ends a request, so that only the last token may
         if request.num_computed % self.block_size < len(tokens) and request.hash_seed is not None:
             self._publish(request, len(tokens))
-        held = blocks_for(request.num_computed, self.block_size)
-        if held < len(request.blocks):
-            self.pool.release(request.blocks[held:])
-            del request.blocks[held:]
-            request.table = np.array(request.blocks)
+        held = self.layout.pages(request.num_computed)
+        if held < request.pages:
+            self.pool.release([block for row in request.rows for block in row[held:]])
+            for row in request.rows:
+                del row[held:]
+            request.table = np.array(request.rows)
+        self._give_back(request)
         return reason
 
     def _begin(self, request: Request) -> None:
@@ -325,7 +343,8 @@ class Scheduler:
         full = request.num_computed // self.block_size
         self._hash_blocks(request, full)
         for i in range((request.num_computed - count) // self.block_size, full):
-            self.pool.publish(request.blocks[i], request.block_hashes[i])
+            for group, row in enumerate(request.rows):
+                self.pool.publish(row[i], request.block_hashes[i], group)
 
     def _hash_blocks(self, request: Request, full: int) -> None:
         """Extend the names of a request's blocks to its first `full` ones."""
@@ -338,7 +357,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks, request.table = [], NO_BLOCKS
+        request.rows, request.gone, request.table = [[]], [0], NO_BLOCKS
 
 
 def end_of(request: Request, token: int, eos: frozenset[int]) -> str | None:

@@ -23,9 +23,9 @@ class StepBatch(NamedTuple):
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    slot_blocks: Tensor  # int64 [T], blocks of the KV pool that the tokens' keys and values go to
+    slot_blocks: Tensor  # int64 [groups, T], blocks of the KV pool that the tokens' keys and values go to
     slot_offsets: Tensor  # int64 [T], and where in them
-    block_tables: Tensor  # int64 [S, W], padded with any valid block
+    block_tables: Tensor  # int64 [groups, S, W], padded with any valid block; a group: `layer_groups.LayerGroups`
     context_lens: Tensor  # int64 [S], tokens cached after the step
     decodes: int
     decode_context: int  # the largest context of the one-token sequences
@@ -38,5 +38,9 @@ class StepBatch(NamedTuple):
 
     @property
     def slots(self) -> Slots:
-        """Where the tokens stand, and where their keys and values go."""
+        """Where the tokens stand, and where their keys and values go in each group."""
         return Slots(self.positions, self.slot_blocks, self.slot_offsets)
+
+    def slots_of(self, group: int) -> Slots:
+        """The same of one group's layers."""
+        return Slots(self.positions, self.slot_blocks[group], self.slot_offsets)

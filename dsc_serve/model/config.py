@@ -11,11 +11,21 @@ from pydantic import Field, ValidationError, model_validator
 from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.files import CheckpointError as CheckpointError
 from dsc_serve.files import refuse_pointer
-from dsc_serve.model.rope import DynamicRope, LongRope, RopeScaling
-from dsc_serve.model.schema import Layers, Parts, Size, Strict
+from dsc_serve.model.ffn_config import DenseConfig as DenseConfig
+from dsc_serve.model.ffn_config import DscConfig as DscConfig
+from dsc_serve.model.ffn_config import FfnConfig as FfnConfig
+from dsc_serve.model.ffn_config import MoeConfig as MoeConfig
+from dsc_serve.model.ffn_config import MoloraConfig as MoloraConfig
+from dsc_serve.model.ffn_config import SharedExpertConfig as SharedExpertConfig
+from dsc_serve.model.ffn_config import is_plain
+from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling
+from dsc_serve.model.schema import Layers, Size, Strict
 
-FORMAT = 2  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
+FORMAT = 3  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
 SINCE_FORMAT_2 = ("norms", "qk_norm", "rotation", "rotary_dim", "layer_kinds", "layer_pattern")
+SINCE_FORMAT_3 = ("window", "attention_cap", "logits_cap", "embedding_scale", "latent_size")
+ROUTING = ("scoring", "choice_bias", "groups", "groups_used", "group_picks", "weight_scale")
+KINDS_SINCE_FORMAT_3 = ("window", "rope_theta", "rope_scaling")
 
 IGNORED = {
     "architectures",
@@ -31,96 +41,16 @@ IGNORED = {
 MOST_SHOWN, MOST_CHARACTERS = 8, 80  # of the faults of a configuration, and of a value that is wrong
 
 
-class DscConfig(Strict):
-    """Dynamic Subspace Composition: a static MLP plus, per token, K of M rank-1 atoms.
-
-    Algorithm 2 of the paper (and its reference script) has router_norm, router_bias and a γ per channel; Algorithm 1
-    has no norm, no bias and a scalar γ. atoms says whether the file holds raw rows or rows already projected to
-    norm ≤ 1.
-    """
-
-    kind: Literal["dsc"] = "dsc"
-    num_atoms: Size
-    atoms_per_token: Size
-    static_size: Size
-    tau: Annotated[float, Field(gt=0)] = 20.0
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    router_norm: bool = True
-    router_bias: bool = True
-    gamma: Literal["vector", "scalar"] = "vector"
-    atoms: Literal["raw", "projected"] = "raw"
-
-    @model_validator(mode="after")
-    def _enough_atoms(self) -> DscConfig:
-        if self.atoms_per_token > self.num_atoms:
-            raise ValueError(f"atoms_per_token is {self.atoms_per_token}, more than num_atoms, {self.num_atoms}")
-        return self
-
-
-class SharedExpertConfig(Strict):
-    """An expert that every token runs through, its output times sigmoid(gate · x) where it is gated."""
-
-    size: Size
-    gated: bool = True
-
-
-class MoeConfig(Strict):
-    """Mixture of experts: each token runs through the k experts of the largest probability, and the shared one if any.
-
-    normalize_weights: whether the weights of the k sum to 1, as where the softmax is over the logits of those k alone.
-    """
-
-    kind: Literal["moe"] = "moe"
-    num_experts: Parts
-    experts_per_token: Size
-    expert_size: Size
-    router_norm: bool = True
-    normalize_weights: bool = False
-    shared_expert: SharedExpertConfig | None = None
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> MoeConfig:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token is {self.experts_per_token}, more than num_experts, {self.num_experts}"
-            )
-        return self
-
-
-class MoloraConfig(Strict):
-    """Mixture of LoRAs: a static MLP plus, per token, k of N low-rank adapters weighted by a softmax over the k."""
-
-    kind: Literal["molora"] = "molora"
-    num_adapters: Size
-    adapters_per_token: Size
-    rank: Size
-    static_size: Size
-
-    @model_validator(mode="after")
-    def _enough_adapters(self) -> MoloraConfig:
-        if self.adapters_per_token > self.num_adapters:
-            raise ValueError(
-                f"adapters_per_token is {self.adapters_per_token}, more than num_adapters, {self.num_adapters}"
-            )
-        return self
-
-
-class DenseConfig(Strict):
-    """A plain MLP, with a bias in each of its products if `bias`."""
-
-    kind: Literal["dense"] = "dense"
-    size: Size
-    bias: bool = False
-
-
-FfnConfig = Annotated[DscConfig | MoeConfig | MoloraConfig | DenseConfig, Field(discriminator="kind")]
-
-
 # Where the norms of a layer stand: each before its branch, each after its branch and before the sum, or each before its
-# branch with both branches beside each other, which may share one norm.
-NormPlaces = Literal["before", "after", "parallel", "shared"]
-# Which norm queries and keys get before they are turned: none, one over each head, or one over all heads together.
-QkNorm = Literal["none", "head", "all"]
+# branch with both branches beside each other, which may share one norm, or one before and one after each branch.
+NormPlaces = Literal["before", "after", "parallel", "shared", "around"]
+# Which norm queries and keys get before they are turned: none, one over each head, one over all heads together, or one
+# of what is latent in the key.
+QkNorm = Literal["none", "head", "all", "latent"]
+
+
+Window = Annotated[int, Field(ge=0, le=2**30)]
+Cap = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class LayerKind(Strict):
@@ -130,6 +60,9 @@ class LayerKind(Strict):
     norms: NormPlaces | None = None
     qk_norm: QkNorm | None = None
     rotation: bool | None = None
+    window: Window | None = None
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_scaling: LinearRope | None = None
 
 
 class ModelConfig(Strict):
@@ -137,6 +70,10 @@ class ModelConfig(Strict):
 
     attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
     rotation: whether rotary positions turn queries and keys, and rotary_dim how many numbers of each head, None: all.
+    window: positions that a token sees, its own the last of them, 0: all. attention_cap, logits_cap: scores, and
+    logits, become cap · tanh(x / cap), 0: they stay. embedding_scale: what tokens' embeddings are multiplied by.
+    latent_size: the last so many numbers of a layer's one key are its value too, and there are no others; None: values
+    are projected as keys are.
     layer_kinds: what differs from layer to layer; layer_pattern: the kind of each layer, by its place in that list,
     repeated over the layers. Without kinds all layers are alike.
     """
@@ -160,6 +97,11 @@ class ModelConfig(Strict):
     qk_norm: QkNorm = "none"
     rotation: bool = True
     rotary_dim: Size | None = None
+    window: Window = 0
+    attention_cap: Cap = 0.0
+    logits_cap: Cap = 0.0
+    embedding_scale: Annotated[float, Field(gt=0)] = 1.0
+    latent_size: Size | None = None
     hidden_act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     mlp_gated: bool = False
     tie_word_embeddings: bool = True
@@ -181,6 +123,22 @@ class ModelConfig(Strict):
         ffns = [layer.ffn for layer in self.kinds]
         if any(isinstance(own, DscConfig) for own in ffns) and any(own != ffns[0] for own in ffns):
             raise ValueError("ffn differs between layers, of which some are of kind 'dsc'; then all must have the same")
+        return self
+
+    @model_validator(mode="after")
+    def _latent(self) -> ModelConfig:
+        norms = {layer.qk_norm for layer in self.kinds}
+        if self.latent_size is None:
+            if "latent" in norms:
+                raise ValueError("qk_norm is 'latent', but latent_size is not given")
+            return self
+        if self.num_key_value_heads != 1 or self.latent_size >= self.head_dim:
+            what = f"num_key_value_heads is {self.num_key_value_heads}, head_dim {self.head_dim}"
+            raise ValueError(f"latent_size is {self.latent_size}, {what}; it needs one head that is larger")
+        if norms != {"latent"} or self.attention_bias or self.position_embedding_type != "rope":
+            raise ValueError("latent_size is given; it needs qk_norm 'latent', rotary positions and no attention_bias")
+        if self.turned > self.head_dim - self.latent_size:
+            raise ValueError(f"rotary_dim is {self.turned}; only {self.head_dim - self.latent_size} are not latent")
         return self
 
     @model_validator(mode="after")
@@ -206,7 +164,8 @@ class ModelConfig(Strict):
             named = [name for name, value in given.items() if value is not None]
             if named:
                 raise ValueError(f"{named[0]} is given, but position_embedding_type is 'learned'")
-        for name, divisors in [] if scaling is None else scaling.divided:
+        scalings = [layer.rope_scaling for layer in self.kinds]
+        for name, divisors in (divided for own in scalings if own is not None for divided in own.divided):
             if 2 * len(divisors) != turned:
                 what = "head_dim" if self.rotary_dim is None else "rotary_dim"
                 raise ValueError(f"rope_scaling.{name} has {len(divisors)} numbers; expected half of {what}, {turned}")
@@ -266,6 +225,21 @@ class ModelConfig(Strict):
     @property
     def kv_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Numbers of a head's value."""
+        return self.head_dim if self.latent_size is None else self.latent_size
+
+    @property
+    def projected(self) -> int:
+        """Rows, or columns, of hidden_size that the projections around attention have in all."""
+        return self.query_size + self.cached_size + self.num_attention_heads * self.value_size
+
+    @property
+    def cached_size(self) -> int:
+        """Numbers that a layer keeps of a token."""
+        return 2 * self.kv_size if self.latent_size is None else self.kv_size
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -351,16 +325,25 @@ def generation_eos(path: Path) -> list[int] | None:
 def stored_fields(config: ModelConfig) -> dict[str, Any]:
     """A configuration as it is written, with the lowest format number that holds it: older versions read lower ones."""
     content = config.model_dump(exclude_none=True)
-    for name in SINCE_FORMAT_2:
+    for name in (*SINCE_FORMAT_2, *SINCE_FORMAT_3):
         if content.get(name) == ModelConfig.model_fields[name].get_default(call_default_factory=True):
             content.pop(name, None)
+    for ffn in (content["ffn"], *(kind["ffn"] for kind in content.get("layer_kinds", []) if "ffn" in kind)):
+        for name in ROUTING if ffn["kind"] == "moe" else ():
+            if ffn[name] == MoeConfig.model_fields[name].default:
+                del ffn[name]
+    newest = (
+        any(name in content for name in SINCE_FORMAT_3)
+        or any(name in kind for kind in content.get("layer_kinds", []) for name in KINDS_SINCE_FORMAT_3)
+        or any(layer.norms == "around" or not is_plain(layer.ffn) for layer in config.kinds)
+    )
     newer = (
         any(name in content for name in SINCE_FORMAT_2)
         or config.hidden_act == "gelu_tanh"
         or isinstance(config.rope_scaling, LongRope)
         or (isinstance(config.ffn, MoeConfig) and config.ffn.shared_expert is not None)
     )
-    return {"format": 2 if newer else 1, **content}
+    return {"format": 3 if newest else 2 if newer else 1, **content}
 
 
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:

@@ -16,7 +16,8 @@ from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
-from dsc_serve.model.rope import RopeTable
+from dsc_serve.model.layer_groups import layer_groups
+from dsc_serve.model.rope import Angles, RopeTable
 
 Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
 # By `norms` of a layer the names of attention's norm and the FFN's, which may be one.
@@ -25,7 +26,10 @@ NORM_NAMES = {
     "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "parallel": ("input_layernorm", "post_attention_layernorm"),
     "shared": ("input_layernorm", "input_layernorm"),
+    "around": ("input_layernorm", "pre_feedforward_layernorm"),
 }
+# Where norms stand around branches those of what attention and the FFN give.
+BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -43,23 +47,33 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         layer = f"model.layers.{i}"
         first, second = NORM_NAMES[kind.norms]
         shapes |= norm(f"{layer}.{first}")
-        for name, size in (("q", config.query_size), ("k", config.kv_size), ("v", config.kv_size)):
+        for name, size in projections(config).items():
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, d)
             if config.attention_bias:
                 shapes[f"{layer}.self_attn.{name}_proj.bias"] = (size,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, config.query_size)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, config.num_attention_heads * config.value_size)
         if config.attention_output_bias:
             shapes[f"{layer}.self_attn.o_proj.bias"] = (d,)
-        if kind.qk_norm != "none":
+        if kind.qk_norm == "latent":
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (kind.value_size,)
+        elif kind.qk_norm != "none":
             sizes = (kind.head_dim,) * 2 if kind.qk_norm == "head" else (kind.query_size, kind.kv_size)
             shapes |= {f"{layer}.self_attn.{name}_norm.weight": (n,) for name, n in zip("qk", sizes, strict=True)}
         shapes |= norm(f"{layer}.{second}")  # after attention's: the order is that in which weights are drawn
+        if kind.norms == "around":
+            shapes |= norm(f"{layer}.{BEHIND[0]}") | norm(f"{layer}.{BEHIND[1]}")
         ffn = KINDS[kind.ffn.kind].shapes(kind)
         shapes |= {f"{layer}.mlp.{name}": shape for name, shape in ffn.items()}
     shapes |= norm("model.norm")
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
     return shapes
+
+
+def projections(config: ModelConfig) -> dict[str, int]:
+    """The rows of the projections to queries, keys and, where they do not lie within these, values."""
+    values = {} if config.latent_size is not None else {"v": config.kv_size}
+    return {"q": config.query_size, "k": config.kv_size, **values}
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
@@ -79,10 +93,15 @@ class Norm:
 
 
 class TransformerLayer:
-    """One layer; `config.norms` says where its norms stand. norm1 belongs to attention, norm2 to the FFN."""
+    """One layer; `config.norms` says where its norms stand. norm1 belongs to attention, norm2 to the FFN.
 
-    def __init__(self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn) -> None:
-        self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn
+    behind: the norms of what these give, where norms stand around branches.
+    """
+
+    def __init__(
+        self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn, behind: tuple[Norm, Norm] | None = None
+    ) -> None:
+        self.norm1, self.attention, self.norm2, self.ffn, self.behind = norm1, attention, norm2, ffn, behind
         self._run = ARRANGEMENTS[attention.config.norms]
 
     def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
@@ -104,9 +123,15 @@ class TransformerLayer:
     def described(self) -> DecoderLayer:
         """What it consists of, for those who compute all blocks in one call."""
         c = self.attention.config
+        attended, fed = (None, None) if self.behind is None else (norm.weights for norm in self.behind)
         return DecoderLayer(
             norms=c.norms,
             attention_norm=self.norm1.weights,
+            attended_norm=attended,
+            fed_norm=fed,
+            size=c.head_dim,
+            scope=self.attention.scope,
+            table=self.attention.group,
             qkv=self.attention.qkv,
             out=self.attention.out,
             heads=c.num_attention_heads,
@@ -137,11 +162,19 @@ def parallel_shared(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache:
     return ffn(normed, residual=layer.attention(normed, batch, cache, residual=x))
 
 
+def around(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+    assert layer.behind is not None
+    attended, fed = layer.behind
+    x = attended(layer.attention(layer.norm1(x), batch, cache, residual=None), residual=x)
+    return fed(ffn(layer.norm2(x)), residual=x)
+
+
 ARRANGEMENTS: dict[str, Callable[[TransformerLayer, Tensor, StepBatch, KvCache, Branch], Tensor]] = {
     "before": norms_before,
     "after": norms_after,
     "parallel": parallel,
     "shared": parallel_shared,
+    "around": around,
 }
 
 
@@ -165,15 +198,19 @@ class Decoder:
         self.embedding = put("model.embed_tokens.weight")
         learned = config.position_embedding_type == "learned"
         self.positions = put("model.embed_positions.weight") if learned else None
-        c = config
-        self.rope = (
-            None if learned else RopeTable(c.turned, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
-        )
+        self.groups = layer_groups(config)
+        self.ropes: dict[str, RopeTable] = {}
+        for kind in [] if learned else config.kinds:
+            angles = Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
+            if kind.rotation and str(angles) not in self.ropes:
+                self.ropes[str(angles)] = RopeTable(*angles, device)
         self.layers = []
         for i, kind in enumerate(config.layers):
             layer = f"model.layers.{i}"
-            cos_sin_cache = self.rope.table if self.rope is not None and kind.rotation else None
-            attention = Attention(kind, cos_sin_cache, *attention_weights(kind, f"{layer}.self_attn.", put))
+            angles = Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
+            cos_sin_cache = self.ropes[str(angles)].table if kind.rotation and not learned else None
+            weights = attention_weights(kind, f"{layer}.self_attn.", put)
+            attention = Attention(kind, cos_sin_cache, *weights, group=self.groups.group[i])
             prefix = f"{layer}.mlp."
             own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             try:
@@ -182,34 +219,45 @@ class Decoder:
                 raise CheckpointError(f"{prefix}{error}") from None
             norms = {name: norm(f"{layer}.{name}") for name in dict.fromkeys(NORM_NAMES[kind.norms])}
             first, second = (norms[name] for name in NORM_NAMES[kind.norms])
-            self.layers.append(TransformerLayer(first, attention, second, ffn))
+            behind = None
+            if kind.norms == "around":
+                behind = norm(f"{layer}.{BEHIND[0]}"), norm(f"{layer}.{BEHIND[1]}")
+            self.layers.append(TransformerLayer(first, attention, second, ffn, behind))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
             [layer.described() for layer in self.layers],
+            config.embedding_scale,
         )
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
 
     def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
-        """One per layer, of so many blocks, all zero."""
+        """One per layer, of so many blocks, all zero; layers of the same place in other groups share theirs."""
+        latent = self.config.latent_size
         shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
 
         def part() -> Tensor:
             return zeros(shape, self.dtype, self.device)
 
-        return [KvCache(part(), part()) for _ in self.layers]
+        def cache() -> KvCache:
+            return KvCache(part(), part()) if latent is None else KvCache.within(part(), latent)
+
+        places = [cache() for _ in range(self.groups.size)]
+        return [places[place] for place in self.groups.place]
 
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
         """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
 
         picks: where given, those of each layer, which must be DSC, are appended to it.
         """
-        if self.rope is not None:
-            self.rope.reach(batch.longest)
+        for rope in self.ropes.values():
+            rope.reach(batch.longest)
         if self.stack is not None:
             return self._stacked(self.stack, batch, kv_caches, picks)
         x = F.embedding(batch.token_ids, self.embedding)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
@@ -233,7 +281,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
-        return self.head(self.norm(hidden), out_dtype=torch.float32)
+        logits, cap = self.head(self.norm(hidden), out_dtype=torch.float32), self.config.logits_cap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def argmax_tokens(self, hidden: Tensor) -> Tensor:
         """The tokens int64 [R] with the largest logits of rows [R, d] of `hidden`."""
@@ -246,12 +295,14 @@ def attention_weights(
     """What `Attention` consists of, in its order, from the tensors below a prefix."""
 
     def joined(part: str) -> Tensor:
-        return torch.cat([put(f"{prefix}{p}_proj.{part}") for p in "qkv"])
+        return torch.cat([put(f"{prefix}{name}_proj.{part}") for name in projections(config)])
 
     qkv_bias = joined("bias") if config.attention_bias else None
     out_bias = put(f"{prefix}o_proj.bias") if config.attention_output_bias else None
     qk_norm = None
-    if config.qk_norm != "none":
+    if config.qk_norm == "latent":
+        qk_norm = QkNorm(None, put(f"{prefix}k_norm.weight"), config.norm_eps)
+    elif config.qk_norm != "none":
         qk_norm = QkNorm(put(f"{prefix}q_norm.weight"), put(f"{prefix}k_norm.weight"), config.norm_eps)
     return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias, qk_norm
 

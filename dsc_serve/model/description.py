@@ -19,6 +19,7 @@ def describe(model: Decoder) -> dict[str, str]:
     rows = {
         "architecture": f"{c.num_hidden_layers} layers, width {c.hidden_size}, {c.num_attention_heads} heads "
         f"({c.num_key_value_heads} of keys and values) of {c.head_dim}",
+        "attention": attention(c),
         "vocabulary": f"{c.vocab_size}, {head} head",
         "context": f"{c.max_position_embeddings} tokens, {positions(c)}",
         "norm": norms(c),
@@ -49,6 +50,14 @@ def by_kind(config: ModelConfig, told: Callable[[ModelConfig], str]) -> list[str
     return list(counts) if len(counts) == 1 else [f"{text} ({count} layers)" for text, count in counts.items()]
 
 
+def attention(config: ModelConfig) -> str:
+    """What tokens see, by kind of layers, and what is kept of them."""
+    kept = "" if config.latent_size is None else f", values are {config.latent_size} numbers of the key"
+    cap = f", scores within ±{config.attention_cap:g}" if config.attention_cap else ""
+    seen = by_kind(config, lambda layer: f"the last {layer.window} tokens" if layer.window else "all tokens before")
+    return "; ".join(seen) + kept + cap
+
+
 def positions(config: ModelConfig) -> str:
     """How positions enter, by kind of layers."""
     if config.position_embedding_type == "learned":
@@ -62,8 +71,14 @@ PLACES = {
     "after": " after each branch",
     "parallel": ", branches beside each other",
     "shared": " that both branches share",
+    "around": " before and after each branch",
 }
-QK = {"none": "", "head": "; of queries and keys per head", "all": "; of queries and keys over all heads"}
+QK = {
+    "none": "",
+    "head": "; of queries and keys per head",
+    "all": "; of queries and keys over all heads",
+    "latent": "; of what is latent in keys",
+}
 
 
 def norms(config: ModelConfig) -> str:

@@ -108,19 +108,20 @@ def gguf_config(
 ) -> ModelConfig:
     """The configuration that a file's metadata and tensors describe. factors: of FACTORS. Raises CheckpointError."""
     head_dim = metadata.head_dim
-    metadata.refuse(metadata.name("attention.value_length"), head_dim, "values of the keys' size")
-    for name, (neutral, supported) in NEUTRAL.items():
-        metadata.refuse(metadata.name(name), neutral, supported)
     context, window = metadata.own("context_length"), metadata.own("attention.sliding_window")
+    refused = {**NEUTRAL, "attention.value_length": (head_dim, "values of the keys' size")}
     if not (type(window) is int and (window == 0 or (type(context) is int and window >= context))):
-        metadata.refuse(metadata.name("attention.sliding_window"), context, "attention to the whole context")
+        refused["attention.sliding_window"] = context, "attention to the whole context"
+    for name, (neutral, supported) in refused.items():
+        if name not in family.knows:
+            metadata.refuse(metadata.name(name), neutral, supported)
     embedding = tensors.get(EMBEDDING)
     try:
         bos, eos = start_and_ends(metadata.content.tokenizer, 0 if embedding is None else embedding.shape[0])
     except ConversionError as error:
         raise CheckpointError(f"{metadata.file}: {error}") from None
     fields = family.family.fields(settings)
-    if fields.get("position_embedding_type") != "learned":
+    if fields.get("position_embedding_type") != "learned" and "rope" not in family.knows:
         fields |= positions(metadata, factors, family.longrope)
         turned = metadata.own("rope.dimension_count", head_dim)
         if not family.partial:
@@ -133,7 +134,9 @@ def gguf_config(
         "bos_token_id": bos,
         "eos_token_id": eos or None,
     }
-    if BIAS.format("self_attn.qkv") not in tensors:  # which an architecture has or has not
+    if (
+        BIAS.format("self_attn.qkv") not in tensors and fields.get("latent_size") is None
+    ):  # which an architecture has or has not
         fields["attention_bias"] = BIAS.format("self_attn.q_proj") in tensors
         fields["attention_output_bias"] = BIAS.format("self_attn.o_proj") in tensors
     if fields["ffn"]["kind"] == "dense":

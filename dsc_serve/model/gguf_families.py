@@ -13,6 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
+from dsc_serve.model import gguf_deepseek, gguf_gemma
 from dsc_serve.model.architectures import ARCHITECTURES, Architecture, Settings
 from dsc_serve.model.architectures.experts import unstacked
 from dsc_serve.model.architectures.settings import Fields
@@ -65,6 +66,7 @@ class GgufFamily:
     architecture: the family's. settings: fields of its config besides those of all, from the metadata and the tensors.
     interleaved: whether rows of q and k lie so, as rotary positions by neighbouring pairs want them. partial: whether
     only a part of a head may be turned. longrope: whether there may be factors of two kinds for short and long texts.
+    knows: fields of the metadata that `settings` reads, which others are refused for; with "rope" all of positions.
     names: of a layer's tensors where they are others than INNER's. convert: from there on, None as the family has it.
     """
 
@@ -73,6 +75,7 @@ class GgufFamily:
     interleaved: bool = False
     partial: bool = False
     longrope: bool = False
+    knows: frozenset[str] = frozenset()
     names: Mapping[str, str] = field(default_factory=dict)
     convert: Convert | None = None
 
@@ -218,9 +221,31 @@ def split(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Ten
     return found
 
 
-MIXTRAL = GgufFamily("MixtralForCausalLM", partial(mixture, normalize=True), interleaved=True)
+def mixtral(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
+    return mixture(metadata, tensors, normalize=True) | gguf_gemma.windowed(metadata, tensors)
+
+
+WINDOW = frozenset({"attention.sliding_window"})
+GEMMA = WINDOW | {"attn_logit_softcapping", "final_logit_softcapping", "rope"}
+LATENT = frozenset({"attention.value_length", "rope"})
+AROUND = {**BRANCH_NORMS, "ffn_norm": "pre_feedforward_layernorm"}
+MIXTRAL = GgufFamily("MixtralForCausalLM", mixtral, interleaved=True, knows=WINDOW)
+MISTRAL = GgufFamily("MistralForCausalLM", gguf_gemma.windowed, interleaved=True, knows=WINDOW)
+DEEPSEEK_V2, DEEPSEEK_V3 = (
+    GgufFamily(
+        f"DeepseekV{number}ForCausalLM",
+        gguf_deepseek.fields,
+        knows=LATENT,
+        names=gguf_deepseek.INNER,
+        convert=gguf_deepseek.tensors,
+    )
+    for number in (2, 3)
+)
 FAMILIES: dict[str, GgufFamily] = {
+    "deepseek2": DEEPSEEK_V2,
     "falcon": GgufFamily("FalconForCausalLM", falcon, names={"attn_norm_2": "attn_norm_2"}, convert=falcon_tensors),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", gguf_gemma.gemma2, knows=GEMMA, names=AROUND, convert=gguf_gemma.tensors),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", gguf_gemma.gemma3, knows=GEMMA, names=AROUND, convert=gguf_gemma.tensors),
     "gpt2": GgufFamily("GPT2LMHeadModel", convert=split),
     "gptneox": GgufFamily("GPTNeoXForCausalLM", gpt_neox, partial=True, convert=split),
     "granite": GgufFamily("GraniteForCausalLM", granite, interleaved=True),
@@ -228,7 +253,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily("LlamaForCausalLM", interleaved=True),
     "olmo2": GgufFamily("Olmo2ForCausalLM", names=BRANCH_NORMS),
     "olmoe": GgufFamily("OlmoeForCausalLM", mixture),
-    "phi3": GgufFamily("Phi3ForCausalLM", partial=True, longrope=True, names=FUSED),
+    "phi3": GgufFamily("Phi3ForCausalLM", gguf_gemma.windowed, partial=True, longrope=True, knows=WINDOW, names=FUSED),
     "qwen2": GgufFamily("Qwen2ForCausalLM"),
     "qwen2moe": GgufFamily("Qwen2MoeForCausalLM", qwen2_moe, convert=qwen2_moe_tensors),
     "qwen3": GgufFamily("Qwen3ForCausalLM"),
@@ -245,4 +270,8 @@ def family_of(metadata: Metadata) -> GgufFamily:
         raise CheckpointError(
             f"{metadata.file}: architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    return MIXTRAL if name == "llama" and metadata.own("expert_count") else FAMILIES[name]
+    if name == "deepseek2":
+        return DEEPSEEK_V3 if gguf_deepseek.is_v3(metadata) else DEEPSEEK_V2
+    if name == "llama" and metadata.own("expert_count"):
+        return MIXTRAL
+    return MISTRAL if name == "llama" and gguf_gemma.window_of(metadata) else FAMILIES[name]

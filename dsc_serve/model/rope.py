@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -183,6 +183,15 @@ class LongRope(Scaling):
 RopeScaling = Annotated[
     LinearRope | DynamicRope | Llama3Rope | YarnRope | DivisorsRope | LongRope, Field(discriminator="rope_type")
 ]
+
+
+class Angles(NamedTuple):
+    """What decides a table's angles: numbers of a head that are turned, positions, the base, what stretches them."""
+
+    turned: int
+    positions: int
+    theta: float
+    scaling: RopeScaling | None
 
 
 class RopeTable:

@@ -1,4 +1,4 @@
-"""The commands that make and measure models: train, study, evaluate, prune."""
+"""The commands that make and measure models: train, study, evaluate, prune, merge-experts."""
 
 from __future__ import annotations
 
@@ -221,4 +221,36 @@ def prune_command(model: str, calibration: Path, texts: tuple[Path, ...], out: P
         change = after.loss - before.loss
         click.echo(
             f"{name}: {before.loss:.5f} to {after.loss:.5f} nats/token ({change:+.2e}), {before.tokens:,} tokens"
+        )
+
+
+@click.command(short_help="Merge the experts of mixtures that say alike.")
+@click.argument("model")
+@click.option("--experts", type=click.IntRange(min=1), required=True, help="Experts that each mixture keeps.")
+@click.option("--calibration", type=FILE, required=True, help="Text on which experts are compared.")
+@click.option("--text", "texts", type=ANY, multiple=True, help="Measure the change of loss on these texts too.")
+@click.option("--out", type=FOLDER, required=True, help="Checkpoint folder to write.")
+def merge_experts_command(model: str, experts: int, calibration: Path, texts: tuple[Path, ...], out: Path) -> None:
+    """Write MODEL with fewer experts, and report the change of loss, per layer and in all.
+
+    Experts whose outputs on the calibration text point the same way are merged in a subspace that they share.
+    """
+    from dsc_serve.train.corpus import read_text, source_name, text_files
+    from dsc_serve.train.merge import merge_experts
+
+    measured = {f"{source_name(calibration)} (calibration)": read_text(calibration)}
+    if texts:
+        measured |= {source_name(file): read_text(file) for file in text_files(texts)}
+    found = merge_experts(resolve_model(model), experts, read_text(calibration), measured, out)
+    first = next(iter(measured))
+    for own in found.layers:
+        merged = "; ".join(" + ".join(map(str, members)) for members in own.clusters if len(members) > 1)
+        change = own.loss - found.before[first].loss
+        click.echo(f"layer {own.layer}: experts {merged} merged, alone {change:+.5f} nats/token")
+    click.echo(f"{out}: {found.experts[1]} of {found.experts[0]} experts per layer")
+    for name, before in found.before.items():
+        after, fewer = found.after[name].loss, found.dropped[name].loss
+        click.echo(
+            f"{name}: {before.loss:.5f} to {after:.5f} nats/token ({after - before.loss:+.5f}; with the least picked "
+            f"dropped instead {fewer - before.loss:+.5f}), {before.tokens:,} tokens"
         )

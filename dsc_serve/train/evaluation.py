@@ -56,7 +56,7 @@ def evaluate(llm: LLM, text: str, *, progress: bool = False) -> Evaluation:
     if len(ids) < 2:
         raise TrainError(f"the text has {len(ids)} tokens; a loss needs at least 2")
     limits = llm.engine.capacity
-    length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    length = limits.max_tokens
     windows = windows_of(ids, length)
     nats, tokens, size = 0.0, 0, 0
     with tqdm(total=len(windows), disable=not progress, unit="window") as bar:

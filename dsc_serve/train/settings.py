@@ -207,6 +207,11 @@ TRAINED_FIELDS: dict[str, object] = {
     "qk_norm": "none",
     "rotation": True,
     "rotary_dim": None,
+    "window": 0,
+    "attention_cap": 0.0,
+    "logits_cap": 0.0,
+    "embedding_scale": 1.0,
+    "latent_size": None,
     "layer_kinds": [],
 }
 
@@ -220,6 +225,8 @@ def check_trained(config: ModelConfig) -> None:
         raise TrainError(f"[model] hidden_act is {config.hidden_act!r}; trained: 'gelu', 'silu'")
     if isinstance(config.ffn, MoeConfig) and config.ffn.shared_expert is not None:
         raise TrainError("[model] ffn.shared_expert is given; trained: mixtures without one")
+    if isinstance(config.ffn, MoeConfig) and not config.ffn.is_plain:
+        raise TrainError("[model] ffn picks experts otherwise than by a softmax over all; trained: by that alone")
 
 
 def _check_budget(config: ModelConfig, budget: BudgetSettings) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.weights import (
+    WHOLE,
     Activation,
     AtomBank,
     DecoderLayer,
@@ -20,6 +21,7 @@ from dsc_kernels.weights import (
     NormWeights,
     QkNorm,
     Router,
+    Scope,
     SharedExpert,
     Slots,
 )
@@ -148,9 +150,16 @@ class Backend(Protocol):
     ) -> OwningLayer: ...
 
     def stack(
-        self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
+        self,
+        token_embedding: Tensor,
+        position_embedding: Tensor | None,
+        layers: Sequence[DecoderLayer],
+        embedding_scale: float = 1.0,
     ) -> Stack | None:
-        """Embeddings [vocabulary, d] and [positions, d], and all layers in one call; None where that is not offered."""
+        """Embeddings [vocabulary, d] and [positions, d], and all layers in one call; None where that is not offered.
+
+        embedding_scale: what tokens' embeddings are multiplied by.
+        """
 
     def norm(self, x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
         """Rows x [T, d] normed in float32, plus residual [T, d] where one is given."""
@@ -166,21 +175,31 @@ class Backend(Protocol):
     ) -> None:
         """Write new tokens' keys and values to the cache; queries (in place) and keys are normed and turned first.
 
-        qkv [T, heads + 2 · kv heads, size]; cos_sin_cache float32 [positions, 2, turned / 2], None: nothing is turned.
+        qkv [T, heads + 2 · kv heads, size], without values [T, heads + kv heads, size] where they lie within the keys;
+        cos_sin_cache float32 [positions, 2, turned / 2], None: nothing is turned.
         """
 
     def decode_attention(
-        self, q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+        self,
+        q: Tensor,
+        cache: KvCache,
+        tables: Tensor,
+        contexts: Tensor,
+        max_context_len: int,
+        scale: float,
+        scope: Scope = WHOLE,
     ) -> Tensor:
         """Attention of one new token per sequence over its cached keys and values.
 
         q [S, heads, size] (rows may be strided); tables int64 [S, W]; contexts int64 [S], at most max_context_len.
-        Returns [S, heads, size].
+        What of a table lies before the window may be any block. Returns [S, heads, value size].
         """
 
-    def chunk_attention(self, q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
+    def chunk_attention(
+        self, q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float, scope: Scope = WHOLE
+    ) -> Tensor:
         """Attention of the last tokens of one sequence, each up to itself.
 
-        q [n, heads, size] (rows may be strided): positions context − n … context − 1; table int64 [W].
-        Returns [n, heads, size].
+        q [n, heads, size] (rows may be strided): positions context − n … context − 1; table int64 [W], of which what
+        lies before the windows may be any block. Returns [n, heads, value size].
         """

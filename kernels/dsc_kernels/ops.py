@@ -20,6 +20,7 @@ from dsc_kernels import native, plain
 from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
 from dsc_kernels.weights import (
     MAX_PICKS,
+    WHOLE,
     AtomBank,
     DecoderLayer,
     FfnOptions,
@@ -29,6 +30,7 @@ from dsc_kernels.weights import (
     NormWeights,
     QkNorm,
     Router,
+    Scope,
     SharedExpert,
     Slots,
 )
@@ -139,9 +141,15 @@ def moe(
     return chosen.Moe(router, experts, options, shared)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+def stack(
+    token_embedding: Tensor,
+    position_embedding: Tensor | None,
+    layers: Sequence[DecoderLayer],
+    embedding_scale: float = 1.0,
+) -> Stack | None:
     """Embeddings and all layers in one call, where the backend in use offers it and computes all of them; else None."""
-    return backend(token_embedding.dtype, token_embedding.device).stack(token_embedding, position_embedding, layers)
+    chosen = backend(token_embedding.dtype, token_embedding.device)
+    return chosen.stack(token_embedding, position_embedding, layers, embedding_scale)
 
 
 def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
@@ -162,12 +170,20 @@ def store_kv(
 
 
 def decode_attention(
-    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+    q: Tensor,
+    cache: KvCache,
+    tables: Tensor,
+    contexts: Tensor,
+    max_context_len: int,
+    scale: float,
+    scope: Scope = WHOLE,
 ) -> Tensor:
     """Attention of one new token per sequence over its cached keys and values; see `backend.Backend`."""
-    return backend(q.dtype, q.device).decode_attention(q, cache, tables, contexts, max_context_len, scale)
+    return backend(q.dtype, q.device).decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
 
 
-def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
+def chunk_attention(
+    q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float, scope: Scope = WHOLE
+) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself; see `backend.Backend`."""
-    return backend(q.dtype, q.device).chunk_attention(q, cache, table, context, scale)
+    return backend(q.dtype, q.device).chunk_attention(q, cache, table, context, scale, scope)

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import min_hash, reference
+from dsc_kernels import min_hash, reference, scoped
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.scoped import gather_context
 from dsc_kernels.weights import (
+    WHOLE,
     Activation,
     AtomBank,
     DecoderLayer,
@@ -25,6 +27,7 @@ from dsc_kernels.weights import (
     NormWeights,
     QkNorm,
     Router,
+    Scope,
     SharedExpert,
     Slots,
 )
@@ -199,7 +202,8 @@ class Ffn:
 
 def wide_router(router: Router) -> Router:
     """The same in float32."""
-    return Router(router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
+    bias, choice = (None if own is None else own.float() for own in (router.bias, router.choice_bias))
+    return Router(router.weight.float(), bias, router.norm_eps, choice)
 
 
 class Shared:
@@ -224,16 +228,16 @@ class Moe:
     def __init__(
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
     ) -> None:
+        options.check(len(experts))
         self.experts = [Mlp(expert, options.activation) for expert in experts]
         self.shared = None if shared is None else Shared(shared, options.activation)
-        self.router, self.k, self.normalize = wide_router(router), options.k, options.normalize
+        self.router, self.options, self.k = wide_router(router), options, options.k
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
         logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
-        weights, experts = reference.softmax_top_k(logits, self.k)
-        return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
+        return reference.pick_experts(logits, self.options, r.choice_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
@@ -254,7 +258,12 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
+def stack(
+    token_embedding: Tensor,
+    position_embedding: Tensor | None,
+    layers: Sequence[DecoderLayer],
+    embedding_scale: float = 1.0,
+) -> None:
     """There is no such call here."""
 
 
@@ -275,9 +284,12 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of heads x [T, heads, size]: of each where weight is [size], else of a token's all together."""
-    if weight.shape[0] == x.shape[2]:
+    """RMSNorm of heads x [T, heads, size]: of each, or of its last numbers, or of a token's all together."""
+    skipped = x.shape[2] - weight.shape[0]
+    if skipped == 0:
         return torch.rms_norm(x, weight.shape, weight, eps)
+    if skipped > 0:
+        return torch.cat((x[..., :skipped], torch.rms_norm(x[..., skipped:], weight.shape, weight, eps)), dim=-1)
     return torch.rms_norm(x.flatten(1), weight.shape, weight, eps).view(x.shape)
 
 
@@ -293,19 +305,29 @@ def store_kv(
     (positions, blocks, offsets), (keys, values) = slots, cache
     turned = heads + keys.shape[1]
     if qk_norm is not None:
-        qkv[:, :heads] = head_norm(qkv[:, :heads], qk_norm.query, qk_norm.eps)
+        if qk_norm.query is not None:
+            qkv[:, :heads] = head_norm(qkv[:, :heads], qk_norm.query, qk_norm.eps)
         qkv[:, heads:turned] = head_norm(qkv[:, heads:turned], qk_norm.key, qk_norm.eps)
     if cos_sin_cache is not None:
         width = 2 * cos_sin_cache.shape[2]
         qkv[:, :turned, :width] = rotate(qkv[:, :turned, :width], cos_sin_cache[positions])
     keys[blocks, :, offsets] = qkv[:, heads:turned]
-    values[blocks, :, offsets] = qkv[:, turned:]
+    if not cache.latent:
+        values[blocks, :, offsets] = qkv[:, turned:]
 
 
 def decode_attention(
-    q: Tensor, cache: KvCache, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+    q: Tensor,
+    cache: KvCache,
+    tables: Tensor,
+    contexts: Tensor,
+    max_context_len: int,
+    scale: float,
+    scope: Scope = WHOLE,
 ) -> Tensor:
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
+    if scope != WHOLE or cache.latent:
+        return scoped.decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
     seen = torch.arange(max_context_len, device=q.device)[None] < contexts[:, None]
     # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
     k, v = (gather_context(p, tables, max_context_len).masked_fill_(~seen[:, None, :, None], 0.0) for p in cache)
@@ -314,8 +336,12 @@ def decode_attention(
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
 
 
-def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
+def chunk_attention(
+    q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float, scope: Scope = WHOLE
+) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself, over copies of its keys and values."""
+    if scope != WHOLE or cache.latent:
+        return scoped.chunk_attention(q, cache, table, context, scale, scope)
     count, heads, _ = q.shape
     k, v = (gather_context(pool, table[None], context) for pool in cache)
     mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril(context - count)
@@ -336,13 +362,3 @@ def silence(keys: Tensor, values: Tensor) -> Tensor:
     for rows in (keys, values):
         rows.nan_to_num_(0.0, 0.0, 0.0)
     return spoilt
-
-
-def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
-    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
-    blocks = -(-length // pool.shape[2])
-    _, heads, size, width = pool.shape
-    # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.
-    rows = tables[:, None, :blocks] * heads + torch.arange(heads, device=pool.device)[None, :, None]
-    gathered = F.embedding(rows, pool.view(-1, size * width))
-    return gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsc_kernels.weights import WHOLE, MoeOptions, Scope
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
@@ -82,6 +84,23 @@ def softmax_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The MoE router: the k largest softmax probabilities over all N experts, not renormalised, and their indices."""
     ordered = torch.sort(logits.softmax(dim=1), dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def pick_experts(logits: Tensor, options: MoeOptions, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A mixture's router: of logits [B, N] the weights [B, k] and the experts int64 [B, k] that are picked."""
+    scores = logits.softmax(dim=1) if options.scoring == "softmax" else logits.sigmoid()
+    choices = scores if choice_bias is None else scores + choice_bias
+    if options.groups > 1:
+        grouped = choices.view(len(choices), options.groups, -1)
+        best = torch.sort(grouped.topk(options.group_picks, dim=2).values.sum(2), dim=1, descending=True, stable=True)
+        dropped = torch.ones_like(best.values, dtype=torch.bool)
+        dropped.scatter_(1, best.indices[:, : options.groups_used], False)
+        choices = grouped.masked_fill(dropped[:, :, None], -torch.inf).flatten(1)
+    experts = torch.sort(choices, dim=1, descending=True, stable=True).indices[:, : options.k]
+    weights = scores.gather(1, experts)
+    if options.normalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return weights * options.weight_scale, experts
 
 
 def mlp(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> Tensor:
@@ -198,17 +217,27 @@ def prepared_heads(x: Tensor, weight: Tensor | None, eps: float, cos_sin: Tensor
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, max_context_len: int, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    max_context_len: int,
+    scale: float,
+    scope: Scope = WHOLE,
 ) -> Tensor:
     """softmax(q Kᵀ · scale) V of one token per sequence over the first `contexts` ≤ `max_context_len` cached positions.
 
-    q [S, heads, size]; keys, values [blocks, kv heads, block, size]; tables [S, W]; contexts [S]. Returns q's shape.
+    q [S, heads, size]; keys, values [blocks, kv heads, block, size]; tables [S, W]; contexts [S]. Returns q's shape, or
+    where values are shorter than keys [S, heads, value size].
     """
     group = q.shape[1] // keys.shape[1]
     rows = []
     for row, table, context in zip(q, tables, contexts.tolist(), strict=True):
-        own = (pool[table].transpose(0, 1).flatten(1, 2)[:, :context] for pool in (keys, values))
+        first = max(context - scope.window, 0) if scope.window else 0
+        own = (pool[table].transpose(0, 1).flatten(1, 2)[:, first:context] for pool in (keys, values))
         k, v = (cached.repeat_interleave(group, dim=0) for cached in own)
         scores = torch.einsum("hs,hcs->hc", row, k) * scale
+        scores = scope.cap * torch.tanh(scores / scope.cap) if scope.cap else scores
         rows.append(torch.einsum("hc,hcs->hs", scores.softmax(dim=1), v))
-    return torch.stack(rows) if rows else torch.zeros_like(q)
+    return torch.stack(rows) if rows else q.new_zeros(0, q.shape[1], values.shape[-1])

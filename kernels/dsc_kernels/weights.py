@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
 # Where a layer's norms stand: before each branch; after it and before the sum; before both branches, which lie beside
-# each other; the same with one norm for both, which is then that of attention.
-NormPlaces = Literal["before", "after", "parallel", "shared"]
+# each other; the same with one norm for both, which is then that of attention; one before and one after each branch.
+NormPlaces = Literal["before", "after", "parallel", "shared", "around"]
+Scoring = Literal["softmax", "sigmoid"]
 
 MAX_PICKS = 64  # rows that a token may pick where kernels of ours compute
 
@@ -62,6 +63,7 @@ class Router:
     weight: Tensor  # [rows, d], folded with its norm (`reference.fold_router_norm`)
     bias: Tensor | None = None  # [rows], of any dtype
     norm_eps: float | None = None  # of the folded norm, None without one
+    choice_bias: Tensor | None = None  # [rows], added to experts' scores where they are picked, and nowhere else
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,22 @@ class MoeOptions:
     activation: Activation
     k: int  # experts picked per token
     normalize: bool = False  # whether the weights of those sum to 1, as with a softmax over their logits alone
+    scoring: Scoring = "softmax"  # what makes scores of logits: over all experts, or of each by itself
+    groups: int = 1  # into which the experts are divided
+    groups_used: int = 1  # of these may be picked from, those of the best scores
+    group_picks: int = 1  # the best experts of a group whose scores, added, are the group's: 1 or 2
+    weight_scale: float = 1.0  # what the weights are multiplied by at the end
+
+    def check(self, experts: int) -> None:
+        """Raise ValueError for groups that so many experts cannot be picked from."""
+        if self.groups < 1 or experts % self.groups:
+            raise ValueError(f"{experts} experts cannot be divided into {self.groups} groups")
+        if not 1 <= self.groups_used <= self.groups:
+            raise ValueError(f"groups_used is {self.groups_used}; it must be between 1 and {self.groups}")
+        if self.groups > 1 and self.k > self.groups_used * (experts // self.groups):
+            raise ValueError(f"k is {self.k}; {self.groups_used} of {self.groups} groups have fewer experts")
+        if self.group_picks not in (1, 2) or self.group_picks > experts // self.groups:
+            raise ValueError(f"group_picks is {self.group_picks}; it must be 1 or 2, and no more than a group has")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +130,24 @@ class NormWeights:
 
 @dataclass(frozen=True, eq=False)
 class QkNorm:
-    """RMSNorm of queries and keys before they are turned: of each head, or of all heads of a token together."""
+    """RMSNorm of queries and keys before they are turned: of each head, or of all heads of a token together.
 
-    query: Tensor  # [size], or [heads · size]
-    key: Tensor  # [size], or [kv heads · size]
+    Where values lie within keys, it is of the numbers of each key that are values, and there is none of queries.
+    """
+
+    query: Tensor | None  # [size], or [heads · size]
+    key: Tensor  # [size], or [kv heads · size], or [value size]
     eps: float
+
+
+class Scope(NamedTuple):
+    """What of its context a token sees, and how scores are bounded."""
+
+    window: int = 0  # the last so many positions, its own among them; 0: all
+    cap: float = 0.0  # scores become cap · tanh(score / cap); 0: they stay
+
+
+WHOLE = Scope()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,10 +156,15 @@ class DecoderLayer:
 
     norms: NormPlaces = "before"
     attention_norm: NormWeights
-    qkv: Linear  # [(heads + 2 · kv heads) · size, d]
-    out: Linear  # [d, heads · size]
+    attended_norm: NormWeights | None = None  # of what attention gives, and of what the FFN does, where norms are
+    fed_norm: NormWeights | None = None  # "around"
+    qkv: Linear  # [(heads + 2 · kv heads) · size, d], without values [(heads + kv heads) · size, d]
+    out: Linear  # [d, heads · value size]
     heads: int
     kv_heads: int
+    size: int | None = None  # of a query and a key; None: of a value, too
+    scope: Scope = WHOLE
+    table: int = 0  # which of a step's tables of KV blocks is its own
     qk_norm: QkNorm | None = None
     cos_sin_cache: Tensor | None  # float32 [positions, 2, turned / 2]; None where queries and keys are not turned
     ffn_norm: NormWeights
@@ -139,14 +175,24 @@ class KvCache(NamedTuple):
     """One layer's keys and values, in blocks."""
 
     keys: Tensor  # [blocks, kv heads, block, size], contiguous
-    values: Tensor  # the same
+    values: Tensor  # the same, or the last numbers of each key: a view of `keys`
+
+    @classmethod
+    def within(cls, keys: Tensor, size: int) -> KvCache:
+        """One whose values are the last `size` numbers of its keys."""
+        return cls(keys, keys[..., keys.shape[-1] - size :])
+
+    @property
+    def latent(self) -> bool:
+        """Whether values lie within keys, and are not written by themselves."""
+        return self.values.shape[-1] < self.keys.shape[-1]
 
 
 class Slots(NamedTuple):
     """Where a step's T tokens stand, and where their keys and values go."""
 
     positions: Tensor  # int64 [T]
-    blocks: Tensor  # int64 [T], of the KV cache
+    blocks: Tensor  # int64 [T], of the KV cache; of a whole stack [tables, T]
     offsets: Tensor  # int64 [T], within their blocks
 
 

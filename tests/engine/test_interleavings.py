@@ -57,6 +57,7 @@ class Interleavings(RuleBasedStateMachine):
         estimate=st.sampled_from([None, SLOW]),
         drafts=st.sampled_from([0, 0, 1, 4]),
         right=st.sampled_from([0.0, 0.6, 1.0]),
+        windows=st.sampled_from([(0,), (0,), (3,), (7,), (0, 4), (0, 0, 6), (2, 5, 5)]),
     )
     def start(
         self,
@@ -69,9 +70,11 @@ class Interleavings(RuleBasedStateMachine):
         estimate: Estimate | None,
         drafts: int,
         right: float,
+        windows: tuple[int, ...],
     ) -> None:
+        caching, blocks = {"prefix_cache": prefix_cache, "windows": windows}, blocks * len(windows)
         self.engine: Engine = fake_engine(
-            blocks, size, step, running, context=32, policy=policy, prefix_cache=prefix_cache, estimate=estimate
+            blocks, size, step, running, context=32, policy=policy, estimate=estimate, **caching
         )
         if drafts:
             guess(self.engine, drafts, right, blocks)
@@ -154,10 +157,22 @@ class Interleavings(RuleBasedStateMachine):
             return
         pool, runner = self.scheduler.pool, self.engine.runner
         assert isinstance(runner, FakeRunner)
+        size, groups = self.scheduler.block_size, range(pool.groups)
         for request in self.scheduler.running.values():
-            for i, block in enumerate(pool.match(request.block_hashes)):
-                held = request.tokens[i * self.scheduler.block_size : (i + 1) * self.scheduler.block_size]
-                assert runner.pool[block] == held
+            for i, name in enumerate(request.block_hashes):
+                for block in filter(lambda found: found is not None, [pool.find(name, group) for group in groups]):
+                    assert runner.pool[block] == request.tokens[i * size : (i + 1) * size]
+
+    @invariant()
+    def what_lies_behind_a_window_is_given_back(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        layout, drafted = self.scheduler.layout, self.engine.drafter.most
+        for request in self.scheduler.running.values():
+            for group, window in enumerate(layout.windows):
+                held = request.pages - request.gone[group]
+                assert request.gone[group] == layout.behind(group, request.num_computed)
+                assert not window or held <= layout.most_pages(group, 10**6, 1 + drafted)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -185,7 +185,7 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
     [
         (
             {"architectures": ["GemmaForCausalLM"]},
-            "'GemmaForCausalLM' is not supported; supported: Falcon",
+            "'GemmaForCausalLM' is not supported; supported: DeepseekV2ForCausalLM",
         ),
         ({"architectures": None}, "architecture None is not supported"),
         ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default"),
@@ -193,7 +193,7 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config); supp"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding_window is 16, below the context"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1, expected a whole"),
         ({"intermediate_size": None}, "ffn.size: Input should be a valid integer (got None)"),
         ({"num_hidden_layers": 1}, "tensor model.layers.1.input_layernorm.weight does not belong"),
     ],

@@ -22,6 +22,7 @@ from dsc_serve.train.network import Network
 from dsc_serve.train.settings import TrainError
 
 DENSE = {"kind": "dense", "size": 28}
+MOE = {"kind": "moe", "num_experts": 6, "experts_per_token": 3, "expert_size": 4}
 LEARNED = {"position_embedding_type": "learned"}
 TWO = {"layer_kinds": [{"rotation": False}, {"ffn": DENSE}], "layer_pattern": [1, 1, 0]}
 
@@ -44,8 +45,31 @@ def test_a_pattern_is_repeated_over_the_layers() -> None:
         ({**TWO, "num_hidden_layers": 2}, "layer_pattern has 3 entries, more than num_hidden_layers, 2"),
         ({**TWO, "layer_pattern": [-1, 0, 1]}, "layer_pattern.0: Input should be greater than or equal to 0 (got -1)"),
         ({"layer_kinds": [{"windows": 3}], "layer_pattern": [0]}, "layer_kinds.0.windows: Extra inputs"),
-        ({"norms": "behind"}, "norms: Input should be 'before', 'after', 'parallel' or 'shared' (got 'behind')"),
-        ({"qk_norm": True}, "qk_norm: Input should be 'none', 'head' or 'all' (got True)"),
+        (
+            {"norms": "behind"},
+            "norms: Input should be 'before', 'after', 'parallel', 'shared' or 'around' (got 'behind')",
+        ),
+        ({"qk_norm": True}, "qk_norm: Input should be 'none', 'head', 'all' or 'latent' (got True)"),
+        ({"window": -1}, "window: Input should be greater than or equal to 0 (got -1)"),
+        ({"logits_cap": -2.0}, "logits_cap: Input should be greater than or equal to 0 (got -2.0)"),
+        ({"qk_norm": "latent"}, "qk_norm is 'latent', but latent_size is not given"),
+        (
+            {"latent_size": 8, "num_key_value_heads": 2, "qk_norm": "latent"},
+            "num_key_value_heads is 2, head_dim 16; it",
+        ),
+        (
+            {"latent_size": 16, "num_key_value_heads": 1, "qk_norm": "latent"},
+            "latent_size is 16, num_key_value_heads is",
+        ),
+        ({"latent_size": 8, "num_key_value_heads": 1}, "latent_size is given; it needs qk_norm 'latent'"),
+        ({"latent_size": 8, "num_key_value_heads": 1, "qk_norm": "latent"}, "rotary_dim is 16; only 8 are not latent"),
+        ({"ffn": {**MOE, "groups": 4}}, "num_experts is 6, which groups, 4, does not divide"),
+        ({"ffn": {**MOE, "groups": 3, "groups_used": 4}}, "groups_used is 4, more than groups, 3"),
+        ({"ffn": {**MOE, "groups": 3}}, "experts_per_token is 3, group_picks 1; 1 of 3 groups have 2 experts"),
+        (
+            {"layer_kinds": [{"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}], "layer_pattern": [0]},
+            "layer_kinds.0.rope_scaling",
+        ),
         ({"rotary_dim": 7}, "rotary_dim is 7; it must be even and at most head_dim, 16"),
         (LEARNED | {"rotary_dim": 8}, "rotary_dim is given, but position_embedding_type is 'learned'"),
         (LEARNED | {"rotation": False}, "rotation is given, but position_embedding_type is 'learned'"),
@@ -76,6 +100,15 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: 
         ("dense", {"hidden_act": "gelu_tanh"}, {}, 2),
         ("moe", {}, {"shared_expert": {"size": 4}}, 2),
         ("moe", {**TWO, "num_hidden_layers": 3}, {}, 2),
+        ("dense", {"window": 4}, {}, 3),
+        ("dense", {"norms": "around"}, {}, 3),
+        ("dense", {"attention_cap": 4.0}, {}, 3),
+        ("dense", {"logits_cap": 4.0}, {}, 3),
+        ("dense", {"embedding_scale": 4.0}, {}, 3),
+        ("dense", {"layer_kinds": [{"window": 2}, {}], "layer_pattern": [0, 1]}, {}, 3),
+        ("dense", {"layer_kinds": [{"rope_theta": 2.0}, {}], "layer_pattern": [0, 1]}, {}, 3),
+        ("moe", {}, {"scoring": "sigmoid"}, 3),
+        ("moe", {}, {"weight_scale": 2.0}, 3),
     ],
 )
 def test_the_lowest_format_that_holds_a_model_is_written(
@@ -131,6 +164,11 @@ def test_inspect_tells_the_kinds(small_model: Callable[..., Path]) -> None:
         ({"layer_kinds": [{}], "layer_pattern": [0]}, {}, "layer_kinds is"),
         ({"hidden_act": "gelu_tanh"}, {}, "hidden_act is 'gelu_tanh'"),
         ({}, {"shared_expert": {"size": 4}}, "ffn.shared_expert is given"),
+        ({"window": 5}, {}, "window is 5; trained: 0"),
+        ({"attention_cap": 5.0}, {}, "attention_cap is 5.0"),
+        ({"logits_cap": 5.0}, {}, "logits_cap is 5.0"),
+        ({"embedding_scale": 5.0}, {}, "embedding_scale is 5.0"),
+        ({}, {"scoring": "sigmoid"}, "ffn picks experts otherwise"),
     ],
 )
 def test_what_is_served_but_not_trained_is_refused(changes: dict[str, Any], ffn: dict[str, Any], name: str) -> None:

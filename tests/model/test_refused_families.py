@@ -17,8 +17,8 @@ from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.gguf_families import FAMILIES
 
 OTHERS = {
-    "Gemma2ForCausalLM": "gemma2",
-    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "GemmaForCausalLM": "gemma",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "CohereForCausalLM": "cohere",
     "MambaForCausalLM": "mamba",
     "GptOssForCausalLM": "gpt_oss",
@@ -37,7 +37,7 @@ def test_another_architecture_is_refused_with_those_that_are_supported(
     assert f"architecture '{architecture}' is not supported; supported: {', '.join(ARCHITECTURES)}" in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "deepseek2", "command-r", "mamba", "gpt-oss", "t5"])
+@pytest.mark.parametrize("architecture", ["gemma", "gemma3n", "command-r", "mamba", "gpt-oss", "t5"])
 def test_a_file_of_another_architecture_is_refused_with_those_that_are_supported(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -52,7 +52,48 @@ def test_a_file_of_another_architecture_is_refused_with_those_that_are_supported
 
 
 FIELDS: list[tuple[str, dict[str, Any], str]] = [
-    ("mixtral", {"sliding_window": 32}, "sliding_window is 32, below the context of 64; supported: none"),
+    ("mixtral", {"sliding_window": "32"}, "sliding_window is '32', expected a whole number above 0"),
+    ("mistral with a window", {"sliding_window": 0}, "sliding_window is 0, expected a whole number above 0"),
+    ("qwen2 with windows", {"max_window_layers": -1}, "max_window_layers is -1; supported: a whole number of at least"),
+    ("qwen2 with windows", {"use_sliding_window": "no"}, "use_sliding_window is 'no', expected true or false"),
+    ("qwen2 with windows", {"layer_types": ["full_attention"]}, "layer_types is ['full_attention']; supported: a list"),
+    (
+        "qwen2 with layer types",
+        {"layer_types": ["chunked"] * 3},
+        "supported: a list of 3 names, each full_attention or",
+    ),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True; supported: False: each"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0; supported: above 0, or null"),
+    ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping is '30', expected a number"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0; supported: above 0"),
+    ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'; supported: gelu"),
+    ("gemma2", {"sliding_window": -4}, "sliding_window is -4, expected a whole number above 0"),
+    ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0, expected a whole number above 0"),
+    (
+        "gemma3",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_type is 'yarn'; supported: default, linear",
+    ),
+    (
+        "gemma3 with layer types",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters.sliding_attention.rope_type is 'linear'; supported: default",
+    ),
+    ("gemma3 with layer types", {"rope_parameters": 5}, "rope_parameters is 5; supported: an object"),
+    ("deepseek2", {"q_lora_rank": 16}, "q_lora_rank is 16; supported: null: queries projected at once"),
+    ("deepseek2", {"q_lora_rank": None}, "q_lora_rank is 1536; supported: null"),
+    ("deepseek2", {"norm_topk_prob": True}, "norm_topk_prob is True; supported: False"),
+    ("deepseek2", {"attention_bias": True}, "attention_bias is True; supported: False"),
+    ("deepseek2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; supported: greedy, group_limited_greedy"),
+    ("deepseek2", {"moe_layer_freq": 2}, "moe_layer_freq is 2; supported: 1"),
+    (
+        "deepseek2",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type is 'dynamic'; supported: defau",
+    ),
+    ("deepseek2", {"kv_lora_rank": 23}, "kv_a_proj_with_mqa.weight has shape [32, 48], expected [31, 48]"),
+    ("deepseek3", {"n_group": 3}, "num_experts is 8, which groups, 3, does not divide"),
+    ("deepseek3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; supported: 'sigmoid'"),
     ("mixtral", {"num_local_experts": None}, "num_local_experts is None, expected a whole number above 0"),
     ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token is 9, more than num_experts, 5"),
     ("mixtral", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
@@ -62,20 +103,20 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("granite", {"mlp_bias": "no"}, "mlp_bias is 'no', expected true or false"),
     ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
     ("granitemoe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0, expected a whole number above 0"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("qwen3 with windows", {"sliding_window": 1.5}, "sliding_window is 1.5, expected a whole number"),
     ("qwen3moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
     ("qwen3moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1'; supported: a list of layers' numbers"),
     ("qwen3moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected a whole number above 0"),
-    ("qwen2moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("qwen2moe", {"use_sliding_window": 1}, "use_sliding_window is 1, expected true or false"),
     ("qwen2moe", {"shared_expert_intermediate_size": None}, "shared_expert.size: Input should be a valid integer"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; supported: none"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv is 8.0; supported: none"),
-    ("phi3", {"sliding_window": 47}, "sliding_window is 47, below the context of 64; supported: none"),
+    ("phi3", {"sliding_window": True}, "sliding_window is True, expected a whole number above 0"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; supported: above 0, at most 1"),
     ("phi3", {"rope_scaling": {"type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default, linear"),
     ("phi3 longrope", {"rope_scaling": {"type": "longrope"}}, "short_factor: Field required"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]; supported: a list of 3 numbers, 1 where"),
-    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8, below the context of 64"),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": []}, "sliding_window is [], expected a whole number"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; supported: True"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; supported: False"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; supported: False"),
@@ -108,7 +149,15 @@ def scaled(kind: gguf.RopeScalingType) -> Change:
 
 
 FILE_FIELDS: list[tuple[str, Change, str]] = [
-    ("mixtral", lambda w: w.add_sliding_window(32), "llama.attention.sliding_window is 32; supported: attention to"),
+    ("qwen3", lambda w: w.add_sliding_window(32), "qwen3.attention.sliding_window is 32; supported: attention to"),
+    ("gemma3 stretched", scaled(gguf.RopeScalingType.YARN), "gemma3.rope.scaling.type is 'yarn'; supported: none, lin"),
+    (
+        "deepseek2",
+        scaled(gguf.RopeScalingType.LINEAR),
+        "deepseek2.rope.scaling.type is 'linear'; supported: none, yarn",
+    ),
+    ("deepseek2", lambda w: w.add_uint32("deepseek2.expert_gating_func", 3), "expert_gating_func is 3; supported: 1"),
+    ("deepseek2", lambda w: w.add_q_lora_rank(8), "q_lora_rank is 8; supported: null"),
     ("mixtral", lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count is 4; supported: rotary pos"),
     ("mixtral", lambda w: w.add_expert_used_count(9), "experts_per_token is 9, more than num_experts, 5"),
     ("mixtral", lambda w: w.add_expert_group_count(4), "llama.expert_group_count is 4; supported: 1"),

@@ -27,6 +27,15 @@ EACH: dict[str, Any] = {
     "layer_kinds": [{"norms": "after"}, {"norms": "shared"}, {"norms": "parallel", "qk_norm": "all"}, {"ffn": DENSE}],
     "layer_pattern": [0, 1, 2, 3],
 }
+LATENT = {"num_key_value_heads": 1, "head_dim": 24, "rotary_dim": 8, "latent_size": 14, "qk_norm": "latent"}
+GROUPS = {"groups": 3, "groups_used": 2, "weight_scale": 1.7, "num_experts": 6, "experts_per_token": 3}
+SIGMOID = {"scoring": "sigmoid", "choice_bias": True, "group_picks": 2, "normalize_weights": True, **GROUPS}
+WINDOWS: dict[str, Any] = {
+    "window": 5,
+    "layer_kinds": [{"rope_theta": 50.0}, {"window": 0, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}],
+    "layer_pattern": [0, 0, 1],
+    "num_hidden_layers": 4,
+}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dsc", {}, {}),
     ("dsc", {"position_embedding_type": "learned", "tie_word_embeddings": False}, {}),
@@ -52,6 +61,15 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe", {"layer_kinds": [{"ffn": DENSE, "rotation": False}, {}], "layer_pattern": [0, 1]}, SHARED),
     ("dense", {**EACH, "num_hidden_layers": 5}, {}),
     ("dsc", {"layer_kinds": [{"qk_norm": "head"}, {"norms": "after"}], "layer_pattern": [0, 1], "qk_norm": "all"}, {}),
+    ("dsc", {"window": 3}, {}),
+    ("dense", WINDOWS, {}),
+    ("molora", {"attention_cap": 0.7, "logits_cap": 2.0, "embedding_scale": 3.0}, {}),
+    ("moe", {"norms": "around", "window": 4, "attention_cap": 1.5, "norm_type": "rmsnorm"}, {}),
+    ("dsc", {"norms": "around", "position_embedding_type": "learned", "embedding_scale": 0.5}, {}),
+    ("dense", LATENT, {}),
+    ("moe", {**LATENT, "window": 6}, GROUPS),
+    ("moe", {"mlp_gated": True, "norm_type": "rmsnorm"}, SIGMOID),
+    ("moe", {}, {"scoring": "sigmoid", "router_norm": False}),
 ]
 
 

@@ -34,8 +34,16 @@ def hashed_logits(tokens: Sequence[int]) -> Tensor:
 
 
 class FakeRunner:
-    def __init__(self, blocks: int, block_size: int, fail_on: frozenset[str] = frozenset()) -> None:
-        self.block_size, self.fail_on = block_size, fail_on
+    """windows: of the groups of layers, 0: they see all; each must hold what the step's tokens see."""
+
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        fail_on: frozenset[str] = frozenset(),
+        windows: tuple[int, ...] = (0,),
+    ) -> None:
+        self.block_size, self.fail_on, self.windows = block_size, fail_on, windows
         self.pool = [[-1] * block_size for _ in range(blocks)]
         self.sampler = Sampler([EOS])
         self.step_sizes: list[int] = []
@@ -47,14 +55,18 @@ class FakeRunner:
             if request.id in self.fail_on:
                 raise RuntimeError("out of luck")
             for position in range(request.num_computed, request.num_computed + count):
-                block = request.blocks[position // self.block_size]
-                self.pool[block][position % self.block_size] = request.span(position, position + 1)[0]
+                for row in request.rows:
+                    block = row[position // self.block_size]
+                    self.pool[block][position % self.block_size] = request.span(position, position + 1)[0]
         for request, count in work:
             end = request.num_computed + count
+            held = request.span(0, end)
+            for row, window in zip(request.table.tolist(), self.windows, strict=True):
+                first = max(0, request.num_computed + 1 - window) if window else 0
+                seen = [self.pool[row[p // self.block_size]][p % self.block_size] for p in range(first, end)]
+                assert seen == held[first:], "the KV pool does not hold what the request knows"
             if end < request.num_tokens or request.max_tokens == 0:
                 continue
-            held = [self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(end)]
-            assert held == request.span(0, end), "the KV pool does not hold what the request knows"
             ahead = [PositionAhead(request, drafts) for drafts in range(1, end - request.num_tokens + 1)]
             self._draw(held, request, ahead, result)
         return result
@@ -102,10 +114,11 @@ def fake_engine(
     fail_on: frozenset[str] = frozenset(),
     prefix_cache: bool = True,
     estimate: Estimate | None = None,
+    windows: tuple[int, ...] = (0,),
 ) -> Engine:
     """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
 
-    estimate: what steps are taken to cost, whatever they do.
+    estimate: what steps are taken to cost, whatever they do. windows: of the groups of layers that keep blocks.
     """
     config = EngineConfig(
         block_size=block_size,
@@ -115,8 +128,8 @@ def fake_engine(
         policy=policy,
         prefix_cache=prefix_cache,
     )
-    runner = FakeRunner(blocks, block_size, fail_on)
-    capacity = EngineCapacity(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
+    runner = FakeRunner(blocks, block_size, fail_on, windows)
+    capacity = EngineCapacity(VOCABULARY, context, blocks, block_size, kv_windows=windows, step_tokens=step_tokens)
     engine = Engine(config, capacity, runner, (EOS,), strict)
     engine.scheduler.step_time = FixedStepTime(estimate)
     engine.scheduler.clock = lambda: 0.0

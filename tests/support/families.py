@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from support.family_case import VOCABULARY, Case, decoder
 from support.family_tensors import SHAPES, Shapes
 from support.small_models import DATA
+from support.window_families import LATENT_CASES, WINDOW_CASES
 
 EMBEDDINGS = (
     *("model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight"),
     *("gpt_neox.embed_in.weight", "transformer.word_embeddings.weight"),
 )
 EXPECTED = DATA / "families"
-VOCABULARY, NEW_TOKENS = 67, 8
+NEW_TOKENS = 8
 LENGTHS = (1, 11, 43)  # of the prompts; one reaches over every switch and pattern of the cases below
 PROMPTS = [[(37 * i * i + 11 * i + 5 + 7 * length) % VOCABULARY for i in range(length)] for length in LENGTHS]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint of a family.
-
-    features: changes of its config, each of which changes the logits: what was read and not used would show.
-    """
-
-    config: dict[str, Any]
-    features: list[dict[str, Any]] = field(default_factory=list)
-    seed: int = 0  # one more where two tokens were too near to each other
-    older_names: bool = False  # as the first files of GPT-2 have them
-
-
-def decoder(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
-    """A config of the Llama form; a change of None leaves the field out."""
-    content = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 66,
-        **changes,
-    }
-    return {name: value for name, value in content.items() if value is not None}
 
 
 MULTIPLIERS = {
@@ -257,6 +221,8 @@ CASES: dict[str, Case] = {
             "ffn_hidden_size": 80,
         },
     ),
+    **WINDOW_CASES,
+    **LATENT_CASES,
 }
 
 
@@ -296,7 +262,8 @@ def stored_tensors(name: str) -> dict[str, Tensor]:
 def family_folder(name: str, out: Path, **changes: Any) -> Path:
     """A case's checkpoint as a folder; changes: of its config, None leaves a field out."""
     out.mkdir(parents=True, exist_ok=True)
-    content = {key: value for key, value in {**CASES[name].config, **changes}.items() if value is not None}
+    dropped = {key for key, value in changes.items() if value is None}
+    content = {key: value for key, value in {**CASES[name].config, **changes}.items() if key not in dropped}
     (out / "config.json").write_text(json.dumps(content))
     save_file(stored_tensors(name), out / "model.safetensors", metadata={"format": "pt"})
     return out

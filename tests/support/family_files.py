@@ -30,6 +30,11 @@ ARCHITECTURES = {
     "stablelm": "stablelm",
     "gpt_neox": "gptneox",
     "falcon": "falcon",
+    "mistral": "llama",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }
 INTERLEAVED = ("llama", "granite", "granitemoe", "smollm3")  # which turn neighbours
 WITHOUT = {  # what llama.cpp has no field for
@@ -43,6 +48,11 @@ WITHOUT = {  # what llama.cpp has no field for
     "smollm3",  # whose pattern is another than its code's
     "falcon one after the other",
     "gpt2 with older names",
+    *(f"qwen2 with {what}" for what in ("windows", "layer types")),
+    *(f"{name} with {what}" for name, what in (("qwen3", "windows"), ("qwen3moe", "a window"))),
+    *("qwen2moe with windows", "smollm3 with windows"),
+    *("gemma2", "gemma3", "gemma3 with layer types"),  # scores scaled otherwise than its code does
+    "deepseek3 with halves",
 }
 FILES = [name for name in CASES if name not in WITHOUT]
 NAMES = {
@@ -87,6 +97,11 @@ INNER = {
     "block_sparse_moe.router.layer": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "pre_feedforward_layernorm": "ffn_norm",
 }
 AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 EXPERT = re.compile(r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
@@ -106,17 +121,26 @@ def apart(rows: np.ndarray, heads: int, groups: int) -> np.ndarray:
     return np.concatenate([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 
-def converted(name: str) -> Arrays:
-    """The tensors of a case under GGUF's names and in its forms."""
+def converted(name: str, newer: bool = False) -> Arrays:
+    """The tensors of a case under GGUF's names and in its forms; newer: what makes keys and values apart."""
     c, found = CASES[name].config, {}
     arrays = {own: tensor.numpy() for own, tensor in tensors_of(name).items()}
     kind, experts = c["model_type"], {}
     heads = c.get("num_attention_heads", c.get("n_head"))
     kv = c.get("num_key_value_heads", heads)
-    inner = INNER | (AFTER if kind == "olmo2" else {})
+    inner = INNER | (AFTER if kind in ("olmo2", "gemma2", "gemma3_text") else {})
     for own, values in arrays.items():
         expert, place = EXPERT.match(own), PLACE.match(own)
-        if expert:
+        if kind.startswith("gemma") and "norm" in own:
+            values = values + 1
+        if own.endswith("e_score_correction_bias"):
+            found[f"blk.{own.split('.')[2]}.exp_probs_b.bias"] = values
+        elif own.endswith("kv_b_proj.weight") and newer:
+            still, value = c["qk_nope_head_dim"], c["v_head_dim"]
+            parts = np.split(values.reshape(heads, still + value, -1), [still], axis=1)
+            found[f"blk.{own.split('.')[2]}.attn_k_b.weight"] = parts[0].swapaxes(1, 2)
+            found[f"blk.{own.split('.')[2]}.attn_v_b.weight"] = parts[1]
+        elif expert:
             layer, number, part = expert.groups()
             experts.setdefault((layer.rsplit(".", 1)[1], EXPERT_PARTS[part]), {})[int(number)] = values
         elif place is None:
@@ -153,9 +177,16 @@ def groups_of(c: dict[str, Any]) -> int:
 
 
 def family_file(
-    name: str, out: Path, change: Callable[[gguf.GGUFWriter], None] | None = None, one_by_one: bool = False
+    name: str,
+    out: Path,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+    one_by_one: bool = False,
+    newer: bool = False,
 ) -> Path:
-    """A case's checkpoint as a GGUF file of float32 tensors; one_by_one: the experts too, as in older files."""
+    """A case's checkpoint as a GGUF file of float32 tensors.
+
+    one_by_one: the experts too, as in older files; newer: as newer files have latent attention.
+    """
     c = CASES[name].config
     kind = c["model_type"]
     writer = gguf.GGUFWriter(out, ARCHITECTURES[kind])
@@ -166,9 +197,13 @@ def family_file(
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(c.get("intermediate_size", c.get("n_inner", c.get("ffn_hidden_size"))) or 4 * width)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(groups_of(c) if kind == "falcon" else c.get("num_key_value_heads", heads))
+    kv_heads = groups_of(c) if kind == "falcon" else c.get("num_key_value_heads", heads)
+    writer.add_head_count_kv(1 if newer else kv_heads)
     size = c.get("head_dim", width // heads)
-    if "head_dim" in c:
+    if "kv_lora_rank" in c:
+        size = c["qk_rope_head_dim"]
+        add_latent(writer, c, newer)
+    elif "head_dim" in c:
         writer.add_key_length(size)
         writer.add_value_length(size)
     if kind != "gpt2":
@@ -183,7 +218,7 @@ def family_file(
     add_vocabulary(writer)
     if change is not None:
         change(writer)
-    for own, values in converted(name).items():
+    for own, values in converted(name, newer).items():
         if one_by_one and "_exps." in own:
             for e, expert in enumerate(values):
                 writer.add_tensor(own.replace("_exps.", f".{e}."), np.ascontiguousarray(expert))
@@ -211,15 +246,55 @@ def add_particulars(writer: gguf.GGUFWriter, c: dict[str, Any], head_dim: int) -
         writer.add_residual_scale(c["residual_multiplier"])
         writer.add_logit_scale(c["logits_scaling"])
         writer.add_attention_scale(c["attention_multiplier"])
+    if c.get("sliding_window"):
+        writer.add_sliding_window(c["sliding_window"])
+    if "sliding_window_pattern" in c:
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", c["sliding_window_pattern"])
+        writer.add_float32("gemma3.rope.freq_base_swa", c["rope_local_base_freq"])
+    if "attn_logit_softcapping" in c:
+        writer.add_attn_logit_softcapping(c["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(c["final_logit_softcapping"])
+    if c["model_type"] == "gemma3_text" and "rope_scaling" in c:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c["rope_scaling"]["factor"])
     if "use_parallel_residual" in c:
         writer.add_parallel_residual(c["use_parallel_residual"])
-    if "rope_scaling" in c:
+    if "longrope" in str(c.get("rope_scaling")):
         scaling, original = c["rope_scaling"], c["original_max_position_embeddings"]
         factor = c["max_position_embeddings"] / original
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(factor) / np.log(original))))
         for kind in ("long", "short"):
             writer.add_tensor(f"rope_factors_{kind}.weight", np.array(scaling[f"{kind}_factor"], dtype=np.float32))
+
+
+def add_latent(writer: gguf.GGUFWriter, c: dict[str, Any], newer: bool) -> None:
+    """What DeepSeek's files say of attention and of experts."""
+    at, key = "deepseek2.attention", c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+    latent = c["kv_lora_rank"]
+    writer.add_uint32(f"{at}.kv_lora_rank", latent)
+    writer.add_key_length(latent + c["qk_rope_head_dim"] if newer else key)
+    writer.add_value_length(latent if newer else c["v_head_dim"])
+    if newer:
+        writer.add_uint32(f"{at}.key_length_mla", key)
+        writer.add_uint32(f"{at}.value_length_mla", c["v_head_dim"])
+    writer.add_leading_dense_block_count(c["first_k_dense_replace"])
+    writer.add_expert_count(c["n_routed_experts"])
+    writer.add_expert_used_count(c["num_experts_per_tok"])
+    writer.add_expert_shared_count(c["n_shared_experts"])
+    writer.add_expert_weights_scale(c["routed_scaling_factor"])
+    if c["model_type"] == "deepseek_v3":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(c["norm_topk_prob"])
+    if "n_group" in c:
+        writer.add_expert_group_count(c["n_group"])
+        writer.add_expert_group_used_count(c["topk_group"])
+    if "rope_scaling" in c:
+        scaling = c["rope_scaling"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_float32("deepseek2.rope.scaling.yarn_log_multiplier", 0.1 * scaling["mscale_all_dim"])
 
 
 def add_vocabulary(writer: gguf.GGUFWriter) -> None:

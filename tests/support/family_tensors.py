@@ -74,6 +74,13 @@ def llama(c: Config) -> Shapes:
     return around(c, each_layer(c, layer))
 
 
+def qwen2(c: Config) -> Shapes:
+    def biases(at: str, i: int) -> Shapes:
+        return attention(at, c, qkv_bias=True)
+
+    return llama(c) | each_layer(c, biases)
+
+
 def head_norms(at: str, c: Config) -> Shapes:
     size = heads_of(c)[2]
     return norm(f"{at}self_attn.q_norm", size) | norm(f"{at}self_attn.k_norm", size)
@@ -247,7 +254,54 @@ def falcon(c: Config) -> Shapes:
     return outer | each_layer(c, layer, "transformer.h")
 
 
+def gemma2(c: Config) -> Shapes:
+    def layer(at: str, i: int) -> Shapes:
+        norms = two_norms(at, c)
+        for place in ("pre", "post"):
+            norms |= norm(f"{at}{place}_feedforward_layernorm", c["hidden_size"])
+        return norms | attention(at, c) | gated_mlp(f"{at}mlp.", c, c["intermediate_size"])
+
+    return around(c, each_layer(c, layer))
+
+
+def gemma3(c: Config) -> Shapes:
+    return gemma2(c) | each_layer(c, lambda at, i: head_norms(at, c))
+
+
+def deepseek2(c: Config) -> Shapes:
+    heads, d, latent = c["num_attention_heads"], c["hidden_size"], c["kv_lora_rank"]
+    still, turned, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+
+    def layer(at: str, i: int) -> Shapes:
+        own = two_norms(at, c) | linear(f"{at}self_attn.q_proj", heads * (still + turned), d)
+        own |= linear(f"{at}self_attn.kv_a_proj_with_mqa", latent + turned, d)
+        own |= norm(f"{at}self_attn.kv_a_layernorm", latent)
+        own |= linear(f"{at}self_attn.kv_b_proj", heads * (still + value), latent)
+        own |= linear(f"{at}self_attn.o_proj", d, heads * value)
+        if i < c["first_k_dense_replace"]:
+            return own | gated_mlp(f"{at}mlp.", c, c["intermediate_size"])
+        shared = c["n_shared_experts"] * c["moe_intermediate_size"]
+        own |= experts(at, {**c, "num_experts": c["n_routed_experts"]}, c["moe_intermediate_size"])
+        return own | gated_mlp(f"{at}mlp.shared_experts.", c, shared)
+
+    return around(c, each_layer(c, layer))
+
+
+def deepseek3(c: Config) -> Shapes:
+    def bias(at: str, i: int) -> Shapes:
+        sparse = i >= c["first_k_dense_replace"]
+        return {f"{at}mlp.gate.e_score_correction_bias": (c["n_routed_experts"],)} if sparse else {}
+
+    return deepseek2(c) | each_layer(c, bias)
+
+
 SHAPES: dict[str, Callable[[Config], Shapes]] = {
+    "MistralForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen2,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "DeepseekV2ForCausalLM": deepseek2,
+    "DeepseekV3ForCausalLM": deepseek3,
     "MixtralForCausalLM": mixtral,
     "GraniteForCausalLM": llama,
     "GraniteMoeForCausalLM": granite_moe,

@@ -56,10 +56,16 @@ def dsc(config: ModelConfig, c: DscConfig, w: Weights, p: str, x: Tensor) -> Ten
 
 def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     routed = layer_norm(config, w, f"{p}router_norm", x) if c.router_norm else x
-    probabilities = (w[f"{p}router.weight"] @ routed).softmax(0)
-    values, experts = probabilities.topk(c.experts_per_token)
-    if c.normalize_weights:
-        values = values / values.sum()
+    logits = w[f"{p}router.weight"] @ routed
+    scores = logits.softmax(0) if c.scoring == "softmax" else logits.sigmoid()
+    choices = (scores + w[f"{p}router.choice_bias"] if c.choice_bias else scores).tolist()
+    size = c.num_experts // c.groups
+    best = [sum(sorted(choices[g * size : (g + 1) * size])[-c.group_picks :]) for g in range(c.groups)]
+    kept = sorted(range(c.groups), key=lambda g: -best[g])[: c.groups_used]
+    allowed = [e for e in range(c.num_experts) if e // size in kept]
+    experts = torch.tensor(sorted(allowed, key=lambda e: -choices[e])[: c.experts_per_token])
+    values = scores[experts]
+    values = c.weight_scale * (values / values.sum() if c.normalize_weights else values)
     pairs = zip(values, experts.tolist(), strict=True)
     y = sum((v * mlp(config, w, f"{p}experts.{e}.", x) for v, e in pairs), torch.zeros_like(x))
     if c.shared_expert is None:
@@ -141,17 +147,25 @@ def attention(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
     size, heads = x.shape[0], config.num_attention_heads
     q = linear(w, f"{p}q_proj", x).view(size, heads, -1)
     k = linear(w, f"{p}k_proj", x).view(size, config.num_key_value_heads, -1)
-    v = linear(w, f"{p}v_proj", x).view(size, config.num_key_value_heads, -1)
-    if config.qk_norm != "none":
+    if config.latent_size is not None:
+        turned, own = k.tensor_split((config.head_dim - config.latent_size,), dim=2)
+        v = own / (own.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w[f"{p}k_norm.weight"]
+        k = torch.cat((turned, v), dim=2)
+    else:
+        v = linear(w, f"{p}v_proj", x).view(size, config.num_key_value_heads, -1)
+    if config.qk_norm in ("head", "all"):
         q, k = (head_norm(config, w[f"{p}{name}_norm.weight"], x) for name, x in (("q", q), ("k", k)))
     if config.position_embedding_type == "rope" and config.rotation:
         q, k = rope(config, q), rope(config, k)
     group = heads // config.num_key_value_heads
-    out = torch.empty_like(q)
+    out = q.new_empty(size, heads, v.shape[2])
     for t in range(size):
+        seen = range(max(0, t + 1 - config.window) if config.window else 0, t + 1)
         for h in range(heads):
-            scores = k[: t + 1, h // group] @ q[t, h] / config.head_dim**0.5
-            out[t, h] = scores.softmax(0) @ v[: t + 1, h // group]
+            scores = k[seen, h // group] @ q[t, h] / config.head_dim**0.5
+            if config.attention_cap:
+                scores = config.attention_cap * (scores / config.attention_cap).tanh()
+            out[t, h] = scores.softmax(0) @ v[seen, h // group]
     return linear(w, f"{p}o_proj", out.flatten(1))
 
 
@@ -169,6 +183,9 @@ def layer(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
         x = x + normed("post_attention_layernorm", attended(x))
         return x + normed("post_feedforward_layernorm", fed(x))
     first = normed("input_layernorm", x)
+    if config.norms == "around":
+        x = x + normed("post_attention_layernorm", attended(first))
+        return x + normed("post_feedforward_layernorm", fed(normed("pre_feedforward_layernorm", x)))
     if config.norms == "shared":
         return x + attended(first) + fed(first)
     if config.norms == "parallel":
@@ -180,10 +197,11 @@ def layer(config: ModelConfig, w: Weights, p: str, x: Tensor) -> Tensor:
 def logits(config: ModelConfig, tensors: Weights, ids: list[int]) -> Tensor:
     """float64 logits [T, vocabulary] of one sequence."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
-    x = w["model.embed_tokens.weight"][ids]
+    x = w["model.embed_tokens.weight"][ids] * config.embedding_scale
     if config.position_embedding_type == "learned":
         x = x + w["model.embed_positions.weight"][: len(ids)]
     for i, c in enumerate(config.layers):
         x = layer(c, w, f"model.layers.{i}.", x)
     head = w["model.embed_tokens.weight"] if config.tie_word_embeddings else w["lm_head.weight"]
-    return norm(config, w, "model.norm", x) @ head.T
+    out = norm(config, w, "model.norm", x) @ head.T
+    return config.logits_cap * (out / config.logits_cap).tanh() if config.logits_cap else out

@@ -28,6 +28,7 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.initial import initial_tensors, preset_config
+from dsc_serve.model.layer_groups import layer_groups
 
 BLOCK = 16
 WARM = 2
@@ -98,8 +99,9 @@ def whole_batch(config: ModelConfig, bench: ForwardBench) -> StepBatch:
     generator = torch.Generator().manual_seed(bench.seed)
     ids = torch.randint(config.vocab_size, (count * length,), generator=generator)
     positions = torch.arange(length).repeat(count)
-    tables = torch.arange(count * width).reshape(count, width)
-    blocks = torch.cat([table[torch.arange(length) // BLOCK] for table in tables])
+    groups = len(layer_groups(config).windows)
+    tables = torch.arange(groups * count * width).reshape(groups, count, width)
+    blocks = tables[:, :, torch.arange(length) // BLOCK].flatten(1)
     chunks = tuple(Chunk(row, row * length, length, length) for row in range(count))
     contexts = torch.full((count,), length)
     return StepBatch(ids, positions, blocks, positions % BLOCK, tables, contexts, 0, 1, chunks)

@@ -90,7 +90,7 @@ def bytes_read(
         own = phases(layer, running, distinct, element)
         for phase in screened(own, element) if int8_router else own:
             read[phase.name] = read.get(phase.name, 0.0) + phase.bytes
-    attention = layers * (2 * c.query_size + 2 * c.kv_size) * d * element
+    attention = layers * c.projected * d * element
     return read | {"attention": attention, "head": c.vocab_size * d * (1 if int8_head else element)}
 
 

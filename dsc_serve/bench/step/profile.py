@@ -347,12 +347,13 @@ def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, 
     """Bytes read at least and FLOPs of a step's parts; a screened head's without the few panels multiplied again."""
     c, e = model.config, model.dtype.itemsize
     layers, d = c.num_hidden_layers, c.hidden_size
-    projections = layers * d * (2 * c.query_size + 2 * c.kv_size)
+    projections = layers * d * c.projected
+    seen = sum(min(context, layer.window or context) for layer in c.layers)
     head = c.vocab_size * d / (e if greedy and screens_head(model) else 1)
     names = {"bank": "compose"}
     found = {
         "projections": (projections * e, 2.0 * batch * projections),
-        "attention": (layers * batch * context * 2 * c.kv_size * e, layers * batch * context * 4.0 * c.query_size),
+        "attention": (batch * seen * c.cached_size * e, batch * seen * 4.0 * c.query_size),
         "head": (head * e, 2.0 * batch * head),
     }
     for phase in ffn_phases(model, batch):
@@ -368,7 +369,7 @@ def weight_bytes(model: Decoder, batch: int) -> float:
     """Of all weights that a step needs, each once, in the model's dtype."""
     c, e = model.config, model.dtype.itemsize
     ffn = sum(p.bytes for layer in c.layers for p in phases(layer, batch, expected_distinct(layer, batch), e))
-    attention = c.hidden_size * (2 * c.query_size + 2 * c.kv_size) * e
+    attention = c.hidden_size * c.projected * e
     return ffn + c.num_hidden_layers * attention + c.vocab_size * c.hidden_size * e
 
 

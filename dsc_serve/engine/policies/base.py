@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_serve.engine.drafts.drafting import DraftTokens
-from dsc_serve.engine.kv_cache import blocks_for, cached_blocks, tail_block, tokens_found
+from dsc_serve.engine.prefix import Prefix, find_prefix
 from dsc_serve.engine.step_time import Estimate, Load
+from dsc_serve.kv_layout import KvLayout
 from dsc_serve.scheduling_params import SchedulingParams
 
 
@@ -30,6 +31,8 @@ class RequestView(Protocol):
     def num_computed(self) -> int: ...
     @property
     def due(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
     @property
     def blocks(self) -> Sequence[int]: ...
     @property
@@ -54,7 +57,7 @@ class PoolView(Protocol):
     @property
     def available(self) -> int: ...
     def owners(self, block: int) -> int: ...
-    def match(self, block_hashes: Sequence[bytes]) -> list[int]: ...
+    def find(self, digest: bytes, group: int = 0) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,17 @@ class View:
     waiting: Iterable[RequestView]  # a bounded window of the queue, in its order
     lanes: Iterable[tuple[float, Iterable[RequestView]]]  # as many of its lanes: rank, and requests as they arrived
     pool: PoolView
-    block_size: int
+    layout: KvLayout
     now: float = 0.0  # the clock's seconds
 
     def blocks_needed(self, request: RequestView, tokens: int) -> int:
         """Blocks to allocate before so many more of a running request's tokens can be computed."""
-        return max(0, blocks_for(request.num_computed + tokens, self.block_size) - len(request.blocks))
+        layout = self.layout
+        return max(0, layout.pages(request.num_computed + tokens) - request.pages) * layout.groups
 
-    def cached(self, request: RequestView) -> list[int]:
-        """The blocks that a waiting request would find in the prefix cache; its last token is computed in any case."""
-        return cached_blocks(self.pool, request, self.block_size)
-
-    def found(self, request: RequestView, shared: int) -> int:
-        """Tokens that a waiting request need not compute with so many shared blocks."""
-        tail = tail_block(self.pool, request, shared, self.block_size)
-        return tokens_found(request, shared, tail, self.block_size)
+    def cached(self, request: RequestView) -> Prefix:
+        """What a waiting request would find in the prefix cache; its last token is computed in any case."""
+        return find_prefix(self.pool, request, self.layout)
 
 
 @dataclass(frozen=True)

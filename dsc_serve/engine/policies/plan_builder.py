@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.policies.base import Plan, RequestView, StepBudget, View
+from dsc_serve.engine.prefix import Prefix
 
 QUIET_STEPS = 1.6
 SHORT_MS = 6.0
@@ -51,18 +51,20 @@ class PlanBuilder:
         count = self._chunk(request.due, request.num_computed, self.left)
         if self._admitted:
             spare = max(0, self.free - len(self.running))
-            count = min(count, (len(request.blocks) + spare) * self.view.block_size - request.num_computed)
+            layout = self.view.layout
+            pages = request.pages + spare // layout.groups
+            count = min(count, pages * layout.block_size - request.num_computed)
         if count:
             self._compute(request, count)
 
     def admit(self, request: RequestView, victims: Sequence[RequestView] = ()) -> bool:
         """Plan the first tokens of a waiting request, if it fits; victims may be preempted for it, the first one first.
 
-        It fits when all its known tokens fit into the blocks, with one to spare for every running request, so that
-        admission does not cause preemption at once.
+        It fits when all that it will hold of its known tokens at once fits into the blocks, with one to spare for
+        every running request, so that admission does not cause preemption at once.
         """
         cached = self.view.cached(request)
-        num_computed = self.view.found(request, len(cached))
+        num_computed = cached.tokens
         chosen = self._enough(request, cached, victims)
         if chosen is None:
             return False
@@ -79,7 +81,7 @@ class PlanBuilder:
         return True
 
     def _advance_singles(self, singles: Sequence[RequestView]) -> None:
-        size = self.view.block_size
+        size = self.view.layout.block_size
         full = [request for request in singles if request.num_computed % size == 0]
         needed = sum([self.view.blocks_needed(request, 1) for request in full])
         if needed > self.free:
@@ -138,7 +140,7 @@ class PlanBuilder:
         self.plan.preempt.append(request.id)
 
     def _enough(
-        self, request: RequestView, cached: Sequence[int], victims: Sequence[RequestView]
+        self, request: RequestView, cached: Prefix, victims: Sequence[RequestView]
     ) -> Sequence[RequestView] | None:
         """As few of the victims as let a waiting request in; None when all would not do."""
         free, slots, given_up = self.free, len(self.running), self._given_up
@@ -151,11 +153,11 @@ class PlanBuilder:
                 slots -= 1
         return None
 
-    def _needed(self, request: RequestView, cached: Sequence[int], given_up: Counter[int]) -> int:
+    def _needed(self, request: RequestView, cached: Prefix, given_up: Counter[int]) -> int:
         """Blocks that a waiting request takes from the available ones."""
-        owners = self.view.pool.owners
-        idle = sum(owners(block) == given_up[block] for block in cached)
-        return blocks_for(request.num_tokens, self.view.block_size) - len(cached) + idle
+        owners, blocks = self.view.pool.owners, cached.blocks
+        idle = sum(owners(block) == given_up[block] for block in blocks)
+        return cached.most_blocks(request.num_tokens, self.budget.tokens, self.view.layout) - len(blocks) + idle
 
     def _released(self, request: RequestView, given_up: Counter[int]) -> int:
         """Blocks that nobody else owns once this request is preempted."""

@@ -12,6 +12,6 @@ def shortest_prefill(view: View, budget: StepBudget) -> Plan:
     builder = PlanBuilder(view, budget)
     if builder.advance() and builder.left and len(builder.running) < budget.running:
         window = list(view.waiting)
-        merits = [view.found(request, len(view.cached(request))) - request.num_tokens for request in window]
+        merits = [view.cached(request).tokens - request.num_tokens for request in window]
         admit_best(builder, window, merits)
     return builder.plan

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dsc_serve.model.architectures.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from dsc_serve.model.architectures.falcon import FALCON
 from dsc_serve.model.architectures.family import Architecture
+from dsc_serve.model.architectures.gemma import GEMMA2, GEMMA3
 from dsc_serve.model.architectures.gpt2 import GPT2
 from dsc_serve.model.architectures.gpt_neox import GPT_NEOX
 from dsc_serve.model.architectures.granite import GRANITE, GRANITE_MOE
@@ -21,9 +23,13 @@ from dsc_serve.model.config import CheckpointError
 __all__ = ["ARCHITECTURES", "Architecture", "Settings", "architecture_of"]
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "FalconForCausalLM": FALCON,
     "GPT2LMHeadModel": GPT2,
     "GPTNeoXForCausalLM": GPT_NEOX,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
     "GraniteForCausalLM": GRANITE,
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "LlamaForCausalLM": LLAMA,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
@@ -76,24 +75,57 @@ def dense(s: Settings, size: str = "intermediate_size", bias: Any = False) -> Fi
     return {"kind": "dense", "size": s.get(size), "bias": bias}
 
 
-def full_attention(s: Settings, acts: bool, default: int | None = None) -> None:
-    """Raises CheckpointError where the sliding window that a config names would be felt; acts: whether it is used."""
-    window, context = s.content.get("sliding_window", default), s.get("max_position_embeddings")
-    if acts and isinstance(window, int) and isinstance(context, int) and window < context:
-        raise CheckpointError(f"{s.path}: sliding_window is {window}, below the context of {context}; supported: none")
+WINDOW, KINDS = "sliding_window", ("full_attention", "sliding_attention")
+
+
+def windowed(s: Settings, fields: Fields, sliding: list[bool], default: int | None = None) -> Fields:
+    """Fields of a model whose layers see a window only where `sliding` says so. Raises CheckpointError.
+
+    default: the window where the config does not name the field; null is none.
+    """
+    value = s.content.get(WINDOW, default)
+    if value is None or not any(sliding):
+        return fields
+    return by_layer(fields, {"window": s.size(WINDOW, default=default)}, sliding)
+
+
+def sliding_layers(s: Settings, otherwise: Callable[[int], bool]) -> list[bool]:
+    """Which layers see a window only: as `layer_types` says, or without it `otherwise` of a layer's number."""
+    layers, kinds = s.size("num_hidden_layers"), s.get("layer_types")
+    if kinds is None:
+        return [otherwise(layer) for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in KINDS for kind in kinds):
+        s.refuse("layer_types", kinds, f"a list of {layers} names, each {' or '.join(KINDS)}")
+    return [kind == KINDS[1] for kind in kinds]
+
+
+def later_layers(s: Settings) -> list[bool]:
+    """Those of Qwen: from `max_window_layers` on, where `use_sliding_window` is set."""
+    if not s.flag("use_sliding_window"):
+        return []
+    first = s.get("max_window_layers", default=28)
+    if type(first) is not int or first < 0:
+        s.refuse("max_window_layers", first, "a whole number of at least 0")
+    return sliding_layers(s, lambda layer: layer >= first)
+
+
+def every_layer(s: Settings) -> list[bool]:
+    return [True] * s.size("num_hidden_layers")
 
 
 def by_layer(common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:
-    """Fields of a model some of whose layers differ: common holds for all others. differs: for each layer."""
-    if not any(differs):
-        return dict(common)
-    if all(differs):
-        return {**common, **other}
-    return {
-        **common,
-        "layer_kinds": [{}, dict(other)] if not differs[0] else [dict(other), {}],
-        "layer_pattern": shortest([int(own != differs[0]) for own in differs]),
-    }
+    """Fields of a model some of whose layers differ, beside those that differ already: common holds for all others.
+
+    differs: for each layer.
+    """
+    kinds, pattern = common.get("layer_kinds") or [{}], common.get("layer_pattern") or [0]
+    shared = {name: value for name, value in common.items() if name not in ("layer_kinds", "layer_pattern")}
+    before = (kinds[pattern[i % len(pattern)]] for i in range(len(differs)))
+    own = [{**kind, **other} if differ else dict(kind) for kind, differ in zip(before, differs, strict=True)]
+    distinct = [kind for i, kind in enumerate(own) if kind not in own[:i]]
+    if len(distinct) == 1:
+        return {**shared, **distinct[0]}
+    return {**shared, "layer_kinds": distinct, "layer_pattern": shortest([distinct.index(kind) for kind in own])}
 
 
 def shortest(pattern: list[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsc_serve.model.architectures.family import ROTARY, Architecture, dense, frame, full_attention
+from dsc_serve.model.architectures.family import ROTARY, Architecture, dense, every_layer, frame, later_layers, windowed
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 
@@ -14,13 +14,11 @@ def llama_fields(s: Settings, positions: Positions = ROTARY) -> Fields:
 
 
 def mistral(s: Settings) -> Fields:
-    full_attention(s, acts=True, default=4096)
-    return frame(s)
+    return windowed(s, frame(s), every_layer(s), default=4096)
 
 
 def qwen2(s: Settings) -> Fields:
-    full_attention(s, acts=bool(s.get("use_sliding_window")))
-    return frame(s) | {"attention_bias": True}
+    return windowed(s, frame(s) | {"attention_bias": True}, later_layers(s), default=4096)
 
 
 LLAMA, MISTRAL, QWEN2 = Architecture(llama_fields), Architecture(mistral), Architecture(qwen2)

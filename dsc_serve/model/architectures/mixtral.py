@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsc_serve.model.architectures.experts import expert_tensors, mixture
-from dsc_serve.model.architectures.family import Architecture, frame, full_attention
+from dsc_serve.model.architectures.family import Architecture, every_layer, frame, windowed
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed
 from dsc_serve.model.config import ModelConfig
@@ -20,9 +20,9 @@ NAMES = {
 
 
 def fields(s: Settings) -> Fields:
-    full_attention(s, acts=True)
     ffn = mixture(s, ("num_local_experts", "num_experts"), "intermediate_size", normalize=True)
-    return frame(s) | {"norm_eps": s.get("rms_norm_eps", default=1e-5), "ffn": ffn}
+    own = frame(s) | {"norm_eps": s.get("rms_norm_eps", default=1e-5), "ffn": ffn}
+    return windowed(s, own, every_layer(s))
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:

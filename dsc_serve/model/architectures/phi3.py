@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import Architecture, frame, full_attention
+from dsc_serve.model.architectures.family import Architecture, every_layer, frame, windowed
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
@@ -15,8 +15,8 @@ POSITIONS = Positions(default_share=1.0)
 
 
 def fields(s: Settings) -> Fields:
-    full_attention(s, acts=True)
-    return frame(s, POSITIONS) | {"norm_eps": s.get("rms_norm_eps", default=1e-5)}
+    own = frame(s, POSITIONS) | {"norm_eps": s.get("rms_norm_eps", default=1e-5)}
+    return windowed(s, own, every_layer(s))
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:

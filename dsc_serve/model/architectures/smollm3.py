@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsc_serve.model.architectures.family import Architecture, by_layer, full_attention
+from dsc_serve.model.architectures.family import Architecture, by_layer, sliding_layers, windowed
 from dsc_serve.model.architectures.llama import llama_fields
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
@@ -11,9 +11,10 @@ POSITIONS = Positions(default_theta=2e6)
 
 
 def fields(s: Settings) -> Fields:
-    full_attention(s, acts=bool(s.get("use_sliding_window")))
     own = llama_fields(s, POSITIONS) | {"tie_word_embeddings": s.get("tie_word_embeddings", default=True)}
-    return by_layer(own, {"rotation": False}, unturned(s))
+    still = unturned(s)
+    sliding = sliding_layers(s, lambda layer: still[layer]) if s.flag("use_sliding_window") else []
+    return windowed(s, by_layer(own, {"rotation": False}, still), sliding)
 
 
 def unturned(s: Settings) -> list[bool]:

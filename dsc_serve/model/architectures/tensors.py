@@ -107,6 +107,13 @@ def scaled(tensors: Tensors, name: str, factor: float) -> None:
         tensors[name] = Stored(stored.shape, torch.float32, read)
 
 
+def raised(tensors: Tensors, name: str) -> None:
+    """In place: one more in each of a tensor's numbers, in float32: a norm's weight that is stored as what 1 lacks."""
+    if name in tensors:
+        stored = tensors[name]
+        tensors[name] = Stored(stored.shape, torch.float32, partial(lambda own: own.read().float() + 1, stored))
+
+
 def without(tensors: Mapping[str, Stored], names: str) -> Tensors:
     """The same but for those whose names match: buffers that old checkpoints store."""
     pattern = re.compile(names)

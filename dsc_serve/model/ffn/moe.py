@@ -13,10 +13,11 @@ from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
 SHARED_GATE = "shared_expert_gate.weight"
+CHOICE_BIAS = "router.choice_bias"
 
 
 class MoeFfn:
-    """Weights of the picked experts are their softmax probabilities over all experts, renormalised only on request.
+    """Weights of the picked experts are their scores, softmax or sigmoid, renormalised only on request.
 
     A shared expert is computed in the same call.
     """
@@ -26,19 +27,12 @@ class MoeFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
-        router, bias = tensors["router.weight"].double(), None
-        if c.router_norm:
-            norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
-            router, bias = reference.fold_router_norm(router, None, norm_weight, norm_bias)
+        router, options = router_of(config, tensors, device)
         prefixes = [f"experts.{e}." for e in range(c.num_experts)]
         self.layer = ops.moe(
-            Router(
-                router.float().to(device),
-                None if bias is None else bias.float().to(device),
-                config.norm_eps if c.router_norm else None,
-            ),
+            router,
             [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes],
-            MoeOptions(activation=config.hidden_act, k=c.experts_per_token, normalize=c.normalize_weights),
+            options,
             self._shared(config, c, tensors, dtype, device),
         )
 
@@ -65,6 +59,8 @@ class MoeFfn:
         shapes: dict[str, tuple[int, ...]] = {"router.weight": (c.num_experts, d)}
         if c.router_norm:
             shapes |= {"router_norm.weight": (d,), "router_norm.bias": (d,)}
+        if c.choice_bias:
+            shapes[CHOICE_BIAS] = (c.num_experts,)
         for expert in range(c.num_experts):
             shapes |= mlp_shapes(config, c.expert_size, f"experts.{expert}.")
         if c.shared_expert is not None:
@@ -79,3 +75,30 @@ class MoeFfn:
         assert isinstance(c, MoeConfig)
         matrices = 3 if config.mlp_gated else 2
         return (c.num_experts - c.experts_per_token) * matrices * config.hidden_size * c.expert_size
+
+
+def router_of(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Router, MoeOptions]:
+    """The router of a layer whose FFN is a mixture, its norm folded in, in float32, and how it picks."""
+    c = config.ffn
+    assert isinstance(c, MoeConfig)
+    weight, bias = tensors["router.weight"].double(), None
+    if c.router_norm:
+        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
+        weight, bias = reference.fold_router_norm(weight, None, norm_weight, norm_bias)
+    router = Router(
+        weight.float().to(device),
+        None if bias is None else bias.float().to(device),
+        config.norm_eps if c.router_norm else None,
+        tensors[CHOICE_BIAS].float().to(device) if c.choice_bias else None,
+    )
+    options = MoeOptions(
+        activation=config.hidden_act,
+        k=c.experts_per_token,
+        normalize=c.normalize_weights,
+        scoring=c.scoring,
+        groups=c.groups,
+        groups_used=c.groups_used,
+        group_picks=c.group_picks,
+        weight_scale=c.weight_scale,
+    )
+    return router, options

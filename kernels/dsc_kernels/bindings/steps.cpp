@@ -31,8 +31,9 @@ struct CheckedAttention : Typed<Attention> {
 
 #define F(field) ARGUMENT(CheckedAttention, field)
 Signature attention_signature("attention", {F(is_bf16), F(q), F(keys), F(values), F(tables), F(contexts), F(out),
-                                            F(batch), F(q_stride), F(width), F(kv_heads), F(group), F(size), F(block),
-                                            F(num_blocks), F(max_context_len), F(scale), F(threads)});
+                                            F(batch), F(q_stride), F(width), F(kv_heads), F(group), F(size),
+                                            F(value_size), F(block), F(window), F(num_blocks), F(max_context_len),
+                                            F(scale), F(cap), F(threads)});
 #undef F
 
 PyObject* attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -49,7 +50,8 @@ struct CheckedChunk : Typed<ChunkAttention> {
 #define F(field) ARGUMENT(CheckedChunk, field)
 Signature chunk_signature("chunk_attention",
                           {F(is_bf16), F(q), F(keys), F(values), F(table), F(out), F(count), F(q_stride), F(context),
-                           F(kv_heads), F(group), F(size), F(block), F(num_blocks), F(scale), F(threads)});
+                           F(kv_heads), F(group), F(size), F(value_size), F(block), F(window), F(num_blocks), F(scale),
+                           F(cap), F(threads)});
 #undef F
 
 PyObject* chunk_attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -68,7 +70,7 @@ struct CheckedStore : Typed<StoreKv> {
 #define AS(name, field) ARGUMENT_AS(CheckedStore, name, field)
 Signature store_signature("store_kv",
                           {F(is_bf16), F(qkv), AS("query_norm", norm.query), AS("key_norm", norm.key),
-                           AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
+                           AS("key_norm_skipped", norm.skipped), AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
                            F(turned), F(positions), F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
                            F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(threads)});
 #undef AS
@@ -91,7 +93,12 @@ struct NamedLayer : DecoderLayer {
 Signature layer_signature("decoder_layer",
                           {AS("attention_norm_weight", attention_norm.weight),
                            AS("attention_norm_bias", attention_norm.bias), F(norms),
+                           AS("attended_norm_weight", attended_norm.weight),
+                           AS("attended_norm_bias", attended_norm.bias), AS("attended_norm_eps", attended_norm.eps),
+                           AS("fed_norm_weight", fed_norm.weight), AS("fed_norm_bias", fed_norm.bias),
+                           AS("fed_norm_eps", fed_norm.eps), F(value_size), F(table), F(window), F(cap),
                            AS("query_norm", qk_norm.query), AS("key_norm", qk_norm.key),
+                           AS("key_norm_skipped", qk_norm.skipped),
                            AS("qk_norm_eps", qk_norm.eps), AS("qk_norm_together", qk_norm.together), F(turned),
                            AS("attention_norm_eps", attention_norm.eps),
                            AS("qkv_weight", qkv.w), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
@@ -109,15 +116,16 @@ PyObject* decoder_layer(PyObject*, PyObject* const* values, Py_ssize_t given, Py
   else if (const FfnLayer* ffn = unwrap<FfnLayer>(values[0])) layer.ffn = ffn;
   else return nullptr;
   layer.qkv.d = layer.out.n = layer.d;
-  layer.out.d = layer.heads * layer.size;
-  layer.qkv.n = layer.out.d + 2 * layer.kv_heads * layer.size;
+  layer.out.d = layer.heads * layer.value_size;
+  layer.qkv.n = (layer.heads + (layer.value_size < layer.size ? 1 : 2) * layer.kv_heads) * layer.size;
   layer.scale = 1.0f / std::sqrt(static_cast<float>(layer.size));
   return wrap(layer);
 }
 
 #define F(field) ARGUMENT(Stack, field)
 Signature stack_signature("stack",
-                          {F(is_bf16), F(token_embedding), F(position_embedding), F(vocabulary), F(positions)});
+                          {F(is_bf16), F(token_embedding), F(position_embedding), F(vocabulary), F(positions),
+                           F(embedding_scale)});
 #undef F
 
 // A list of decoder layers comes first.
@@ -149,7 +157,8 @@ bool chunks_fit(const Step& s) {
                    (long long)next, (long long)s.sequences, (long long)(s.pages * s.block));
       return false;
     }
-    if (!blocks_fit(s.tables + c.row * s.width, c.context, s.block, s.num_blocks)) return false;
+    for (int64_t g = 0; g < s.table_count; g++)
+      if (!blocks_fit(s.tables + g * s.table_stride + c.row * s.width, c.context, s.block, s.num_blocks)) return false;
     next += c.length;
   }
   if (next == s.tokens) return true;
@@ -164,20 +173,26 @@ bool step_fits(const Stack& stack, const Step& s) {
                  (long long)s.sequences);
     return false;
   }
-  StoreKv slots{};
-  slots.positions = s.positions, slots.blocks = s.slot_blocks, slots.offsets = s.slot_offsets;
-  slots.tokens = s.tokens, slots.block = s.block;
-  Attention singles{};
-  singles.tables = s.tables, singles.contexts = s.contexts, singles.batch = s.decodes, singles.width = s.width;
-  singles.block = s.block;
-  return within("token ids", s.ids, s.tokens, stack.vocabulary) && slots_fit(slots, s.num_blocks, stack.positions) &&
-         contexts_fit(singles, s.num_blocks, s.max_context_len) && chunks_fit(s);
+  for (const DecoderLayer& layer : stack.layers)
+    if (!within("a layer's table", &layer.table, 1, s.table_count)) return false;
+  for (int64_t g = 0; g < s.table_count; g++) {
+    StoreKv slots{};
+    slots.positions = s.positions, slots.blocks = s.slot_blocks + g * s.slot_stride, slots.offsets = s.slot_offsets;
+    slots.tokens = s.tokens, slots.block = s.block;
+    Attention singles{};
+    singles.tables = s.tables + g * s.table_stride, singles.contexts = s.contexts, singles.batch = s.decodes;
+    singles.width = s.width, singles.block = s.block;
+    if (!slots_fit(slots, s.num_blocks, stack.positions) || !contexts_fit(singles, s.num_blocks, s.max_context_len))
+      return false;
+  }
+  return within("token ids", s.ids, s.tokens, stack.vocabulary) && chunks_fit(s);
 }
 
 #define F(field) ARGUMENT(Step, field)
 Signature step_signature("run_stack", {F(out),      F(ids),        F(positions), F(slot_blocks),     F(slot_offsets),
                                        F(tables),   F(contexts),   F(chunks),    F(kv_caches),       F(outputs),
                                        F(phase_ns), F(tokens),     F(sequences), F(pages),           F(width),
+                                       F(table_count), F(table_stride), F(slot_stride),
                                        F(block),    F(num_blocks), F(decodes),   F(max_context_len), F(chunk_count),
                                        F(threads)});
 #undef F

@@ -103,6 +103,7 @@ struct Moe {
   const void* x;             // [batch, d]
   const void* router;        // packed [experts, d], folded with its norm
   const float* router_bias;  // [experts] or null
+  const float* choice_bias;  // [experts] or null: added to scores where experts are picked, and nowhere else
   const void* up;            // packed [hidden, d], one expert after the other
   const void* gate;          // the same, or null
   const void* down;          // packed [d, hidden], one expert after the other
@@ -116,6 +117,11 @@ struct Moe {
   float norm_eps;  // of the router's norm; < 0: it has none
   int k;           // experts picked per token
   int normalize;   // whether their weights sum to 1
+  int sigmoid;     // whether an expert's score is the sigmoid of its logit, not the softmax over all
+  int groups;      // into which experts are divided, 1: not
+  int groups_used;  // of these may be picked from, those of the best score
+  int group_picks;  // the best experts of a group whose scores, added, are the group's
+  float weight_scale;  // what weights are multiplied by
   int activation;  // an Activation
   int threads;
   Scratch* scratch;
@@ -128,12 +134,15 @@ struct Attention {
   const void* values;       // the same
   const int64_t* tables;    // [batch, width]
   const int64_t* contexts;  // [batch]
-  void* out;                // [batch, kv_heads · group, size]
+  void* out;                // [batch, kv_heads · group, value_size]
   int64_t batch, q_stride, width, kv_heads;
-  int64_t group;  // query heads of a key-value head
-  int64_t size;   // of a head
-  int64_t block;  // tokens of a block
+  int64_t group;       // query heads of a key-value head
+  int64_t size;        // of a query and a key
+  int64_t value_size;  // of a value; values lie as far apart as keys, and may lie within them
+  int64_t block;       // tokens of a block
+  int64_t window;      // positions that a token sees, its own the last of them; 0: all
   float scale;
+  float cap;  // scores become cap · tanh(score / cap); 0: they stay
   int threads;
   Scratch* scratch;
 };
@@ -144,9 +153,9 @@ struct ChunkAttention {
   const void* keys;      // KV cache [blocks, kv_heads, block, size]
   const void* values;    // the same
   const int64_t* table;  // the sequence's blocks
-  void* out;             // [count, kv_heads · group, size]
-  int64_t count, q_stride, context, kv_heads, group, size, block;
-  float scale;
+  void* out;             // [count, kv_heads · group, value_size]
+  int64_t count, q_stride, context, kv_heads, group, size, value_size, block, window;  // as in Attention
+  float scale, cap;
   int threads;
   Scratch* scratch;
 };
@@ -154,7 +163,8 @@ struct ChunkAttention {
 // RMSNorm of queries and keys, of each head or of all heads of a token together.
 struct QkNorm {
   const void* query;  // [size], together [heads · size]; null: no norm
-  const void* key;    // [size], together [kv_heads · size]
+  const void* key;    // [size], together [kv_heads · size]; null: no norm
+  int64_t skipped;    // first numbers of a key that are left out of its norm, which has so many weights fewer
   float eps;
   int together;
 };
@@ -162,7 +172,7 @@ struct QkNorm {
 // New tokens' keys and values go to the KV cache; before, queries and keys are normed, and the first `turned` numbers of
 // each head are turned by their position's angle.
 struct StoreKv {
-  void* qkv;  // [tokens, heads + 2 · kv_heads, size]; its queries are changed in place
+  void* qkv;  // [tokens, heads + 2 · kv_heads, size], without values + kv_heads; its queries are changed in place
   QkNorm norm;
   const float* cos_sin_cache;  // [positions, 2, turned / 2]; null: nothing is turned
   int64_t turned;
@@ -170,7 +180,7 @@ struct StoreKv {
   const int64_t* blocks;       // [tokens]: each token's KV block
   const int64_t* offsets;      // [tokens]: and its row in there
   void* keys;                  // KV cache [blocks, kv_heads, block, size]
-  void* values;                // the same
+  void* values;                // the same; null: values lie within keys
   int64_t tokens, heads, kv_heads, size, block;
   int threads;
 };

@@ -17,10 +17,14 @@ constexpr int64_t KEYS = 64;  // taken at a time
 struct KvCursor {
   const int64_t* table;
   int64_t kv_heads, head, block, size;
-  int64_t seen;      // positions to walk over
-  int64_t at = 0;    // positions behind it
-  int64_t page = 0;  // the table's entry it is in
-  int64_t line = 0;  // the row of that block it comes to next
+  int64_t seen;  // positions to walk up to
+  int64_t at;    // positions behind it
+  int64_t page;  // the table's entry it is in
+  int64_t line;  // the row of that block it comes to next
+  INLINE KvCursor(const int64_t* table, int64_t kv_heads, int64_t head, int64_t block, int64_t size, int64_t first,
+                  int64_t seen)
+      : table(table), kv_heads(kv_heads), head(head), block(block), size(size), seen(seen), at(first),
+        page(first / block), line(first % block) {}
   // Where the next rows begin, at most KEYS; returns how many.
   INLINE int64_t next(int64_t* rows_at) {
     int64_t count = seen - at < KEYS ? seen - at : KEYS;
@@ -82,6 +86,19 @@ INLINE void score(const T* q, const T* keys, const int64_t* rows_at, int64_t cou
         scores[i] = i < count ? scale * dot(q, keys + rows_at[i], size) : -INFINITY;
     }
   }
+}
+
+// Scores bounded by ±cap; those of no key stay what they are.
+INLINE void cap_scores(float* scores, int64_t count, float cap) {
+  for (int64_t n = 0; n < count; n += LANES) {
+    vf s = load(scores + n);
+    store(scores + n, s > -INFINITY ? cap * vtanh(s / cap) : s);
+  }
+}
+
+// The first position that a token sees.
+INLINE int64_t first_seen(int64_t position, int64_t window) {
+  return window && position >= window ? position - window + 1 : 0;
 }
 
 // Scores [count] become weights; returns what the sums so far count yet.
@@ -170,12 +187,13 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
   auto walk = [&](int64_t i) __attribute__((always_inline)) {
     int64_t s = i / a.kv_heads;
-    return KvCursor{a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, a.contexts[s]};
+    int64_t from = first_seen(a.contexts[s] - 1, a.window);
+    return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, from, a.contexts[s]);
   };
   float scores[KEYS];
   int64_t rows_at[2][KEYS], held = 0;
   auto gathered = [&](int64_t g)
-                      __attribute__((always_inline)) { return (Gathered*)(room + g * gathered_bytes(a.size)); };
+                      __attribute__((always_inline)) { return (Gathered*)(room + g * gathered_bytes(a.value_size)); };
   KvCursor at = walk(first);
   int64_t rows = at.next(rows_at[0]), next;
   prefetch_kv(keys, rows_at[0], rows, a.size);
@@ -183,10 +201,10 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
     const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
     for (int64_t g = 0; g < a.group; g++) {
       gathered(g)->highest = -INFINITY, gathered(g)->total = 0;
-      memset(gathered(g)->sums, 0, a.size * sizeof(float));
+      memset(gathered(g)->sums, 0, a.value_size * sizeof(float));
     }
     for (bool more = true; more; rows = next, held ^= 1) {
-      prefetch_kv(values, rows_at[held], rows, a.size);
+      prefetch_kv(values, rows_at[held], rows, a.value_size);
       more = at.at < at.seen;
       if (!more && i + 1 < first + count) at = walk(i + 1);
       next = at.next(rows_at[held ^ 1]);
@@ -194,14 +212,16 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
       for (int64_t g = 0; g < a.group; g++) {
         if (a.size == 64) score(q + g * 64, keys, rows_at[held], rows, 64, a.scale, scores);
         else score(q + g * a.size, keys, rows_at[held], rows, a.size, a.scale, scores);
+        if (a.cap > 0) cap_scores(scores, rows, a.cap);
         float rescale = softmax_step(scores, rows, *gathered(g));
-        if (paired<T>(a.size))
-          gather_pairs(values, rows_at[held], scores, rows, a.size == 64 ? 64 : a.size, rescale, gathered(g)->sums);
-        else gather(values, rows_at[held], scores, rows, a.size, rescale, gathered(g)->sums);
+        int64_t width = a.value_size;
+        if (paired<T>(width))
+          gather_pairs(values, rows_at[held], scores, rows, width == 64 ? 64 : width, rescale, gathered(g)->sums);
+        else gather(values, rows_at[held], scores, rows, width, rescale, gathered(g)->sums);
       }
     }
-    T* out = (T*)a.out + i * a.group * a.size;
-    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.size, out + g * a.size);
+    T* out = (T*)a.out + i * a.group * a.value_size;
+    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.value_size, out + g * a.value_size);
   }
 }
 

@@ -137,10 +137,11 @@ struct ChunkBuffers {
   float* highest;                     // [ROWS]: the largest score so far
   float* totals;                      // [ROWS]: of the weights
   float* rescale;                     // [ROWS]: what the sums so far count yet
-  int32_t* ends;                      // [ROWS]: how many of the keys at hand each query row sees
+  int32_t* begins;                    // [ROWS]: the first of the keys at hand that each query row sees
+  int32_t* ends;                      // [ROWS]: the one after its last
 
-  INLINE ChunkBuffers(int64_t size, Scratch& scratch)
-      : stride(sizeof(C) == 2 ? round_up_2(size) : size), width(panel_count(size) * LANES) {
+  INLINE ChunkBuffers(int64_t size, int64_t value_size, Scratch& scratch)
+      : stride(sizeof(C) == 2 ? round_up_2(size) : size), width(panel_count(value_size) * LANES) {
     q = scratch.take<C>(ROWS * stride);
     keys = scratch.take<C>(LANES * stride);
     values = scratch.take<C>(KEYS * width);
@@ -150,6 +151,7 @@ struct ChunkBuffers {
     highest = scratch.take<float>(ROWS);
     totals = scratch.take<float>(ROWS);
     rescale = scratch.take<float>(ROWS);
+    begins = scratch.take<int32_t>(ROWS);
     ends = scratch.take<int32_t>(ROWS);
   }
 };
@@ -198,20 +200,36 @@ INLINE void score_panels(const T* pool, const int64_t* rows_at, int64_t count, i
   }
 }
 
-// Scores of one panel become weights, those behind a row's `last` key 0; count is whole words.
+// Products of one panel bounded so that, once scaled, they are scores within ±cap.
 template <typename T>
-INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi last, float scale) {
+INLINE void cap_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, float scale, float cap) {
+  float* products = b.scores + panel * LANES;
+  float within = scale / cap, back = cap / scale;
+  for (int64_t n = 0; n < count; n++) store(products + n * ROWS, back * vtanh(load(products + n * ROWS) * within));
+}
+
+// Scores of one panel become weights, those before a row's `first` key and behind its `last` one 0; count is whole
+// words.
+template <typename T>
+INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi first, vi last, float scale) {
   float* scores = b.scores + panel * LANES;
   vf most = splat(-INFINITY);
   vi all = vi{} + (int32_t)count, ends = last < 0 ? vi{} : (last < all ? last + 1 : all);
+  vi begins = first < 0 ? vi{} : (first < all ? first : all);
+  memcpy(b.begins + panel * LANES, &begins, sizeof begins);
   memcpy(b.ends + panel * LANES, &ends, sizeof ends);
-  int32_t masked = ends[0];  // rows come in the order of their positions: the first sees least
-  for (int64_t n = 0; n < masked; n++) most = vmax(load(scores + n * ROWS), most);
-  for (int64_t n = masked; n < count; n++) {
-    vf s = last < (int32_t)n ? splat(-INFINITY) : load(scores + n * ROWS);
-    store(scores + n * ROWS, s);
-    most = vmax(s, most);
-  }
+  auto mask = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+    for (int64_t n = from; n < to; n++) {
+      vf s = (last < (int32_t)n) | (first > (int32_t)n) ? splat(-INFINITY) : load(scores + n * ROWS);
+      store(scores + n * ROWS, s);
+      most = vmax(s, most);
+    }
+  };
+  // Rows come in the order of their positions: the first ends and the last begins where all see what lies between.
+  int32_t open = begins[LANES - 1], closed = ends[0] > open ? ends[0] : open;
+  mask(0, open);
+  for (int64_t n = open; n < closed; n++) most = vmax(load(scores + n * ROWS), most);
+  mask(closed, count);
   vf before = load(b.highest + panel * LANES), now = vmax(most * scale, before);
   vf base = now > -INFINITY ? now : vf{}, total = {};
   constexpr int G = GROUP<typename Input<T>::type>;
@@ -229,17 +247,24 @@ INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count
   store(b.totals + panel * LANES, load(b.totals + panel * LANES) * rescale + total);
 }
 
-// Products of the words of keys from … to − 1. On the diagonal rows see different keys, and what one does not see is
-// taken out of its values: a weight of 0 would not silence a NaN.
+// Which keys of the word from n on a row sees, of those from `begin` to before `end`, as bits of the word.
+template <typename C>
+INLINE int32_t seen_of(int64_t n, int32_t begin, int32_t end) {
+  int32_t before = n + GROUP<C> <= end ? -1 : (n < end ? 0xffff : 0);
+  return before & (n >= begin ? -1 : (n + GROUP<C> > begin ? -0x10000 : 0));
+}
+
+// Products of the words of keys from … to − 1. On the diagonal, and where windows begin, rows see different keys, and
+// what one does not see is taken out of its values: a weight of 0 would not silence a NaN.
 template <bool DIAGONAL, int P, int R, typename C>
-INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_t to, const int32_t* ends,
-                         vf (&acc)[P][R]) {
+INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_t to, const int32_t* begins,
+                         const int32_t* ends, vf (&acc)[P][R]) {
   for (int64_t n = from; n < to; n += GROUP<C>) {
     vi row[P];
     for (int p = 0; p < P; p++) memcpy(&row[p], values + (p * KEYS + n) * LANES, sizeof row[p]);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-      int32_t word, seen = n + GROUP<C> <= ends[r] ? -1 : (n < ends[r] ? 0xffff : 0);
+      int32_t word, seen = DIAGONAL ? seen_of<C>(n, begins[r], ends[r]) : -1;
       memcpy(&word, weights + n * ROWS + r * GROUP<C>, sizeof word);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) acc[p][r] = plus_product(acc[p][r], DIAGONAL ? row[p] & seen : row[p], word, C{});
@@ -247,14 +272,17 @@ INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_
   }
 }
 
-// sums [R, P panels] = faded sums + weights · values, of each row's first `ends` keys; later rows see no fewer.
+// sums [R, P panels] = faded sums + weights · values, of the keys that each row sees; later rows begin and end no sooner.
 template <int P, int R, typename C>
-INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, const float* rescale, int64_t width,
-                        float* sums) {
+INLINE void gather_tile(const C* values, const C* weights, const int32_t* begins, const int32_t* ends,
+                        const float* rescale, int64_t width, float* sums) {
   vf acc[P][R] = {};
-  int64_t together = ends[0] / GROUP<C> * GROUP<C>;
-  gather_words<false>(values, weights, 0, together, ends, acc);
-  gather_words<true>(values, weights, together, ends[R - 1], ends, acc);
+  constexpr int64_t G = GROUP<C>;
+  int64_t from = begins[0] / G * G, together = (begins[R - 1] + G - 1) / G * G, apart = ends[0] / G * G;
+  if (together > apart) together = apart = ends[R - 1];
+  gather_words<true>(values, weights, from, together, begins, ends, acc);
+  gather_words<false>(values, weights, together, apart, begins, ends, acc);
+  gather_words<true>(values, weights, apart, ends[R - 1], begins, ends, acc);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float* s = sums + r * width + p * LANES;
@@ -263,15 +291,17 @@ INLINE void gather_tile(const C* values, const C* weights, const int32_t* ends, 
 }
 
 template <int P, typename C>
-INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* ends, const float* rescale,
-                          int64_t width, float* sums) {
+INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* begins, const int32_t* ends,
+                          const float* rescale, int64_t width, float* sums) {
   for (int64_t r = 0; r < rows;) {
     int64_t left = rows - r;
     if (left <= FEWER || left == FEWER + 3 || left == 2 * FEWER) {
-      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, ends + r, rescale + r, width, sums + r * width);
+      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, begins + r, ends + r, rescale + r, width,
+                            sums + r * width);
       r += FEWER;
     } else {
-      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, ends + r, rescale + r, width, sums + r * width);
+      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, begins + r, ends + r, rescale + r, width,
+                           sums + r * width);
       r += HIGH;
     }
   }
@@ -282,25 +312,28 @@ template <typename T>
 INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, int64_t rows, const ChunkBuffers<T>& b) {
   typedef typename Input<T>::type C;
   int64_t before = a.context - a.count, seen = before + (first + rows - 1) / a.group + 1;
-  int64_t offset = head * a.group * a.size, panels = panel_count(rows), columns = panel_count(a.size);
+  int64_t offset = head * a.group * a.size, panels = panel_count(rows), columns = panel_count(a.value_size);
+  // Keys are taken in the same steps whichever rows a tile has: their sums do not change with how a prompt is cut.
+  int64_t start = first_seen(before + first / a.group, a.window) / KEYS * KEYS;
   float scale = a.scale * LOG2_E;
   int64_t rows_at[2][KEYS];
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
-  vi last[ROWS / LANES];
+  vi begin[ROWS / LANES], last[ROWS / LANES];  // of the keys that query rows see, counted from those at hand
   for (int64_t r = 0; r < panels * LANES; r++) {
     int64_t row = first + (r < rows ? r : rows - 1), token = row / a.group;  // lanes that are left over are copies
     copy_row((const T*)a.q + token * a.q_stride + offset + row % a.group * a.size, a.size,
              b.keys + r % LANES * b.stride);
     if (r % LANES == LANES - 1) pack_panel(b.keys, b.stride, b.q + r / LANES * LANES * b.stride);
-    last[r / LANES][r % LANES] = (int32_t)(before + token);
+    begin[r / LANES][r % LANES] = (int32_t)(first_seen(before + token, a.window) - start);
+    last[r / LANES][r % LANES] = (int32_t)(before + token - start);
     b.highest[r] = -INFINITY, b.totals[r] = 0;
   }
   memset(b.sums, 0, panels * LANES * b.width * sizeof(float));
-  KvCursor walk{a.table, a.kv_heads, head, a.block, a.size, seen};
+  KvCursor walk(a.table, a.kv_heads, head, a.block, a.size, start, seen);
   int64_t count = walk.next(rows_at[0]), next, held = 0;
   prefetch_kv(keys, rows_at[0], count, a.size);
-  for (int64_t at = 0; count > 0; at += KEYS, count = next, held ^= 1) {
-    prefetch_kv(values, rows_at[held], count, a.size);
+  for (; count > 0; count = next, held ^= 1) {
+    prefetch_kv(values, rows_at[held], count, a.value_size);
     next = walk.next(rows_at[held ^ 1]);
     prefetch_kv(keys, rows_at[held ^ 1], next, a.size);
     int64_t words = (count + GROUP<C> - 1) / GROUP<C> * GROUP<C>;
@@ -310,23 +343,26 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
       default: score_panels<3>(keys, rows_at[held], count, a.size, 0, b);
     }
     for (int64_t p = 0; p < panels; p++) {
-      softmax_panel(b, p, words, last[p], scale);
-      last[p] -= (int32_t)KEYS;
+      if (a.cap > 0) cap_panel(b, p, words, a.scale, a.cap);
+      softmax_panel(b, p, words, begin[p], last[p], scale);
+      begin[p] -= (int32_t)KEYS, last[p] -= (int32_t)KEYS;
     }
-    if (a.size == 64) pack_values(values, rows_at[held], count, 64, b.values);
-    else pack_values(values, rows_at[held], count, a.size, b.values);
+    if (a.value_size == 64) pack_values(values, rows_at[held], count, 64, b.values);
+    else pack_values(values, rows_at[held], count, a.value_size, b.values);
     int64_t c = 0;
     for (; c + WIDE <= columns; c += WIDE)
-      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.rescale, b.width, b.sums + c * LANES);
+      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.begins, b.ends, b.rescale, b.width,
+                          b.sums + c * LANES);
     for (; c < columns; c++)
-      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.ends, b.rescale, b.width, b.sums + c * LANES);
+      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.begins, b.ends, b.rescale, b.width,
+                       b.sums + c * LANES);
   }
   for (int64_t r = 0; r < rows; r++) {
     int64_t token = (first + r) / a.group, member = (first + r) % a.group;
-    T* out = (T*)a.out + (token * a.kv_heads * a.group + member) * a.size + offset;
+    T* out = (T*)a.out + ((token * a.kv_heads + head) * a.group + member) * a.value_size;
     float inverse = inverse_of(b.totals[r]);
-    for (int64_t c = 0; c < a.size; c += LANES)
-      store_up_to(out + c, load(b.sums + r * b.width + c) * inverse, a.size - c);
+    for (int64_t c = 0; c < a.value_size; c += LANES)
+      store_up_to(out + c, load(b.sums + r * b.width + c) * inverse, a.value_size - c);
   }
 }
 
@@ -336,7 +372,7 @@ void chunk_attention(const ChunkAttention& a) {
   int64_t wanted = (2 * a.threads + a.kv_heads - 1) / a.kv_heads;  // so that the threads end together
   if (tiles < wanted) tiles = wanted < panels ? wanted : panels;
   auto* buffers = a.scratch->take<ChunkBuffers<T>>(a.threads);
-  for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, *a.scratch);
+  for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, a.value_size, *a.scratch);
 #pragma omp parallel num_threads(a.threads)
   {
     const ChunkBuffers<T> own = buffers[omp_get_thread_num()];

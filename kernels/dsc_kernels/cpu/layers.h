@@ -119,7 +119,7 @@ template <typename T>
 void attention(const Attention& a) {
   int64_t pairs = a.batch * a.kv_heads,
           runs = TASKS_PER_THREAD * a.threads < pairs ? TASKS_PER_THREAD * a.threads : pairs;
-  int64_t own_bytes = a.group * gathered_bytes(a.size);
+  int64_t own_bytes = a.group * gathered_bytes(a.value_size);
   char* room = a.scratch->take<char>(a.threads * own_bytes);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -134,17 +134,19 @@ void attention(const Attention& a) {
 
 constexpr int64_t EARLIER = 8;  // tokens between asking for a row of the KV cache and writing to it
 
-// A token's heads, in place.
+// A token's heads, in place, but for the first `skipped` numbers of each.
 template <typename T>
-INLINE void norm_heads(T* x, const T* weight, int64_t heads, int64_t size, const QkNorm& n) {
+INLINE void norm_heads(T* x, const T* weight, int64_t heads, int64_t size, int64_t skipped, const QkNorm& n) {
   int64_t rows = n.together ? 1 : heads, width = n.together ? heads * size : size;
-  for (int64_t i = 0; i < rows; i++)
-    norm_row<T>(x + i * width, weight, nullptr, nullptr, width, n.eps, x + i * width);
+  for (int64_t i = 0; i < rows; i++) {
+    T* head = x + i * width + skipped;
+    norm_row<T>(head, weight, nullptr, nullptr, width - skipped, n.eps, head);
+  }
 }
 
 template <typename T>
 void store_kv(const StoreKv& a) {
-  int64_t row = (a.heads + 2 * a.kv_heads) * a.size;
+  int64_t row = (a.heads + (a.values ? 2 : 1) * a.kv_heads) * a.size;
   auto row_at = [&](int64_t t, int64_t h) __attribute__((always_inline)) {
     return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
   };
@@ -152,7 +154,7 @@ void store_kv(const StoreKv& a) {
     for (int64_t h = 0; h < a.kv_heads; h++)
       for (int64_t c = 0; c < a.size; c += 64 / (int64_t)sizeof(T)) {
         __builtin_prefetch((T*)a.keys + row_at(t, h) + c, 1);
-        __builtin_prefetch((T*)a.values + row_at(t, h) + c, 1);
+        if (a.values) __builtin_prefetch((T*)a.values + row_at(t, h) + c, 1);
       }
   };
   for (int64_t t = 0; t < EARLIER && t < a.tokens; t++) prefetch_rows_of(t);
@@ -160,10 +162,9 @@ void store_kv(const StoreKv& a) {
   for (int64_t t = 0; t < a.tokens; t++) {
     T* own = (T*)a.qkv + t * row;
     if (t + EARLIER < a.tokens) prefetch_rows_of(t + EARLIER);
-    if (a.norm.query) {
-      norm_heads(own, (const T*)a.norm.query, a.heads, a.size, a.norm);
-      norm_heads(own + a.heads * a.size, (const T*)a.norm.key, a.kv_heads, a.size, a.norm);
-    }
+    if (a.norm.query) norm_heads(own, (const T*)a.norm.query, a.heads, a.size, 0, a.norm);
+    if (a.norm.key)
+      norm_heads(own + a.heads * a.size, (const T*)a.norm.key, a.kv_heads, a.size, a.norm.skipped, a.norm);
     if (a.cos_sin_cache) {
       const float* cosines = a.cos_sin_cache + a.positions[t] * a.turned;
       for (int64_t h = 0; h < a.heads + a.kv_heads; h++)
@@ -172,7 +173,7 @@ void store_kv(const StoreKv& a) {
     for (int64_t h = 0; h < a.kv_heads; h++) {
       int64_t at = row_at(t, h);
       memcpy((T*)a.keys + at, own + (a.heads + h) * a.size, a.size * sizeof(T));
-      memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
+      if (a.values) memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
     }
   }
 }

@@ -14,12 +14,16 @@
 
 DSC_KERNELS_BEGIN
 
+// Whether experts are picked by more than the order of their logits.
+INLINE bool picks_otherwise(const Moe& a) { return a.sigmoid || a.choice_bias || a.groups > 1; }
+
 // One pick: which token, weighted how much. Picks are ordered by expert; expert e's are starts[e] … starts[e + 1] − 1.
 template <typename T>
 struct MoeBuffers {
   typedef typename Input<T>::type I;
   I* x;              // [batch, round_up_2(d)]
   float* logits;     // [batch, experts]
+  float* choices;    // [batch, experts], where experts are not picked by their logits alone
   float* weights;    // [batch, k]
   int32_t* experts;  // [batch, k]
   int32_t* slots;    // [batch, k]: where each pick is in the order
@@ -38,6 +42,7 @@ struct MoeBuffers {
     int64_t picks = a.batch * a.k;
     x = scratch.take<I>(a.batch * round_up_2(a.d));
     logits = scratch.take<float>(a.batch * a.experts);
+    choices = picks_otherwise(a) ? scratch.take<float>(a.batch * a.experts) : nullptr;
     weights = scratch.take<float>(picks);
     experts = scratch.take<int32_t>(picks);
     tokens = scratch.take<int32_t>(picks);
@@ -63,6 +68,56 @@ INLINE void route(const float* raw, float scale, const float* bias, int64_t expe
   for (int j = 0; j < k; j++) weights[j] /= normalize ? kept : total;
 }
 
+// Where the largest of `count` values is, the first of equal ones; a NaN is never larger.
+INLINE int64_t largest(const float* values, int64_t count) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < count; i++)
+    if (values[i] > values[best] || values[best] != values[best]) best = i;
+  return best;
+}
+
+// A group's score: that of its best experts, added.
+INLINE float group_score(const float* choices, int64_t count, int best) {
+  float first = -INFINITY, second = -INFINITY;
+  for (int64_t i = 0; i < count; i++) {
+    if (choices[i] > first) second = first, first = choices[i];
+    else if (choices[i] > second) second = choices[i];
+  }
+  return best > 1 ? first + second : first;
+}
+
+// The k experts of the best scores within the best groups; logits [experts] become scores, choices is room for as many.
+INLINE void route_otherwise(const Moe& a, float* logits, float scale, float* choices, float* weights, int32_t* picks) {
+  float highest = -INFINITY, total = 0, kept = 0;
+  for (int64_t e = 0; e < a.experts; e++) {
+    logits[e] = scale * logits[e] + (a.router_bias ? a.router_bias[e] : 0.0f);
+    if (logits[e] > highest) highest = logits[e];
+  }
+  for (int64_t e = 0; e < a.experts; e++)
+    total += logits[e] = a.sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - highest);
+  for (int64_t e = 0; e < a.experts; e++) {
+    if (!a.sigmoid) logits[e] /= total;
+    choices[e] = logits[e] + (a.choice_bias ? a.choice_bias[e] : 0.0f);
+  }
+  int64_t size = a.experts / a.groups;
+  for (int dropped = a.groups; dropped > a.groups_used; dropped--) {
+    int64_t worst = -1;
+    float least = INFINITY;
+    for (int64_t g = 0; g < a.groups; g++) {
+      if (choices[g * size] == -INFINITY) continue;
+      float own = group_score(choices + g * size, size, a.group_picks);
+      if (own <= least) worst = g, least = own;
+    }
+    for (int64_t e = 0; worst >= 0 && e < size; e++) choices[worst * size + e] = -INFINITY;
+  }
+  for (int j = 0; j < a.k; j++) {
+    int64_t e = largest(choices, a.experts);
+    picks[j] = (int32_t)e, choices[e] = -INFINITY;
+    kept += weights[j] = logits[e];
+  }
+  for (int j = 0; a.normalize && j < a.k; j++) weights[j] /= kept;
+}
+
 template <typename T>
 INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t first,
                       int64_t last) {
@@ -72,8 +127,11 @@ INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input
                  b.logits + first * a.experts, 0, panel_count(a.experts));
   for (int64_t t = first; t < last; t++) {
     float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
-    route(b.logits + t * a.experts, scale, a.router_bias, a.experts, a.k, a.normalize, b.weights + t * a.k,
-          b.experts + t * a.k);
+    float *logits = b.logits + t * a.experts, *weights = b.weights + t * a.k;
+    int32_t* picks = b.experts + t * a.k;
+    if (b.choices) route_otherwise(a, logits, scale, b.choices + t * a.experts, weights, picks);
+    else route(logits, scale, a.router_bias, a.experts, a.k, a.normalize, weights, picks);
+    for (int j = 0; j < a.k; j++) weights[j] *= a.weight_scale;
     if (a.shared_hidden == 0) continue;
     const T *scores = (const T*)a.shared_scale, *row = (const T*)a.x + t * a.d;
     b.shared_weights[t] = scores ? 1.0f / (1.0f + expf(-dot(row, scores, a.d))) : 1.0f;

@@ -12,20 +12,26 @@
 namespace dsc {
 
 // Where a layer's norms stand: each before its branch, each after it and before the sum, each before its branch with
-// both branches beside each other, or the same with one norm for both, which is attention's.
-enum NormPlaces { BEFORE, AFTER, PARALLEL, SHARED };
+// both branches beside each other, the same with one norm for both, which is attention's, or one before and one after
+// each branch.
+enum NormPlaces { BEFORE, AFTER, PARALLEL, SHARED, AROUND };
 
 // What a layer's weights are; each call fills in the rest.
 struct DecoderLayer {
   Norm attention_norm{}, ffn_norm{};
+  Norm attended_norm{}, fed_norm{};      // of what the branches give, where norms stand around them
   int norms = BEFORE;                    // where they stand, a NormPlaces
   Linear qkv{}, out{};                   // projections around attention
   QkNorm qk_norm{};
   const float* cos_sin_cache = nullptr;  // as in StoreKv
   int64_t turned = 0;                    // as in StoreKv
   int64_t heads = 0, kv_heads = 0;
-  int64_t size = 0;          // of a head
+  int64_t size = 0;          // of a query and a key
+  int64_t value_size = 0;    // of a value; where it is less, values are the last numbers of keys
+  int64_t table = 0;         // which of the step's tables of KV blocks is its own
+  int64_t window = 0;        // as in Attention
   float scale = 0;           // of scores
+  float cap = 0;             // as in Attention
   const Ffn* ffn = nullptr;  // one of these two
   const Moe* moe = nullptr;
 };
@@ -54,15 +60,16 @@ struct Step {
   void* out;                    // [tokens, d]
   const int64_t* ids;           // [tokens]
   const int64_t* positions;     // [tokens]
-  const int64_t* slot_blocks;   // [tokens]: each token's KV block
+  const int64_t* slot_blocks;   // [table_count, tokens], rows slot_stride apart: each token's KV block
   const int64_t* slot_offsets;  // [tokens]: and its row in there
-  const int64_t* tables;        // [sequences, pages], rows `width` apart
+  const int64_t* tables;        // [table_count, sequences, pages], rows `width` and tables table_stride apart
   const int64_t* contexts;      // [sequences]
   const Chunk* chunks;          // the tokens behind the first `decodes`, which are one per sequence
   const KvCache* kv_caches;     // per layer
   const LayerOutputs* outputs;  // per layer, or null
   int64_t* phase_ns;            // [STACK_PHASES] nanoseconds to add to, then each thread's in FFN layers; or null
   int64_t tokens, sequences, pages, width;
+  int64_t table_count, table_stride, slot_stride;
   int64_t block;       // tokens of a KV block
   int64_t num_blocks;  // KV blocks that there are
   int64_t decodes;
@@ -78,6 +85,7 @@ class Stack {
   const void* token_embedding = nullptr;     // [vocabulary, d]
   const void* position_embedding = nullptr;  // [positions, d], or null where positions are not learned
   int64_t vocabulary = 0, positions = 0;
+  float embedding_scale = 1;  // what tokens' embeddings are multiplied by
   int is_bf16 = 0;
 
   // own: for what lies between the kernels; scratch: theirs.
@@ -104,22 +112,24 @@ class Stack {
       end_phase(NORMS);
       launch(k.linear, c.qkv);
       end_phase(PROJECTIONS);
-      c.store.keys = (void*)s.kv_caches[i].keys, c.store.values = (void*)s.kv_caches[i].values;
+      const KvCache& cache = s.kv_caches[i];
+      c.store.keys = (void*)cache.keys, c.store.values = layer.value_size < layer.size ? nullptr : (void*)cache.values;
       k.store_kv(c.store);
       end_phase(KV_WRITES);
-      c.single.keys = c.chunk.keys = c.store.keys, c.single.values = c.chunk.values = c.store.values;
+      c.single.keys = c.chunk.keys = (void*)cache.keys, c.single.values = c.chunk.values = (void*)cache.values;
       if (s.decodes) launch(k.attention, c.single);
       for (int64_t j = 0; j < s.chunk_count; j++) {
         const Chunk& chunk = s.chunks[j];
         c.chunk.q = buffers.qkv + chunk.start * buffers.qkv_bytes;
         c.chunk.out = buffers.heads + chunk.start * buffers.heads_bytes;
-        c.chunk.table = s.tables + chunk.row * s.width;
+        c.chunk.table = c.single.tables + chunk.row * s.width;
         c.chunk.count = chunk.length, c.chunk.context = chunk.context;
         launch(k.chunk_attention, c.chunk);
       }
       end_phase(ATTENDING);
       launch(k.linear, c.out);
       end_phase(PROJECTIONS);
+      if (c.attended.x) k.norm(c.attended);
       if (c.between.x) k.norm(c.between);
       end_phase(NORMS);
       if (layer.ffn) {
@@ -157,11 +167,13 @@ class Stack {
       const T* token = (const T*)token_embedding + s.ids[t] * d;
       T* out = (T*)s.out + t * d;
       if (!position_embedding) {
-        std::memcpy(out, token, d * sizeof(T));
+        if (embedding_scale == 1) std::memcpy(out, token, d * sizeof(T));
+        else
+          for (int64_t i = 0; i < d; i++) put(to_float(token[i]) * embedding_scale, out + i);
         continue;
       }
       const T* position = (const T*)position_embedding + s.positions[t] * d;
-      for (int64_t i = 0; i < d; i++) put(to_float(token[i]) + to_float(position[i]), out + i);
+      for (int64_t i = 0; i < d; i++) put(to_float(token[i]) * embedding_scale + to_float(position[i]), out + i);
     }
   }
 
@@ -187,7 +199,8 @@ class Stack {
 
   // One layer's calls, but for what they read of the cache.
   struct Calls {
-    Norm entry{}, between{}, exit{};  // before attention, before the FFN and behind it; without x there is none
+    // Before attention, behind it, before the FFN and behind it; without x there is none.
+    Norm entry{}, attended{}, between{}, exit{};
     Linear qkv, out;
     StoreKv store{};
     Attention single{};
@@ -202,7 +215,7 @@ class Stack {
 
     Calls(const DecoderLayer& layer, const Step& s, const Buffers& to, Scratch& scratch)
         : qkv(layer.qkv), out(layer.out) {
-      const void *attended = to.normed, *fed = to.normed;  // what attention and the FFN take
+      const void *taken = to.normed, *fed = to.normed;  // what attention and the FFN take
       const void *around_attention = s.out, *around_ffn = to.middle;
       void *after_attention = to.middle, *after_ffn = s.out;
       auto norm = [&](const Norm& weights, const void* x, const void* residual, void* to) {
@@ -212,28 +225,36 @@ class Stack {
         return own;
       };
       if (layer.norms == AFTER) {
-        attended = s.out, fed = to.middle;
+        taken = s.out, fed = to.middle;
         around_attention = around_ffn = nullptr, after_attention = after_ffn = to.normed;
         between = norm(layer.attention_norm, to.normed, s.out, to.middle);
         exit = norm(layer.ffn_norm, to.normed, to.middle, s.out);
+      } else if (layer.norms == AROUND) {
+        around_attention = around_ffn = nullptr, after_attention = to.normed;
+        entry = norm(layer.attention_norm, s.out, nullptr, to.normed);
+        attended = norm(layer.attended_norm, to.normed, s.out, to.middle);
+        between = norm(layer.ffn_norm, to.middle, nullptr, to.normed);
+        exit = norm(layer.fed_norm, s.out, to.middle, s.out);
       } else {
         entry = norm(layer.attention_norm, s.out, nullptr, to.normed);
         if (layer.norms == BEFORE) between = norm(layer.ffn_norm, to.middle, nullptr, to.normed);
         if (layer.norms == PARALLEL) between = norm(layer.ffn_norm, s.out, nullptr, to.normed);
       }
-      qkv.x = attended, qkv.out = to.qkv, out.x = to.heads, out.out = after_attention, out.residual = around_attention;
+      qkv.x = taken, qkv.out = to.qkv, out.x = to.heads, out.out = after_attention, out.residual = around_attention;
       for (Linear* linear : {&qkv, &out})
         linear->batch = s.tokens, linear->threads = s.threads, linear->scratch = &scratch;
       store.qkv = to.qkv, store.cos_sin_cache = layer.cos_sin_cache, store.positions = s.positions;
       store.norm = layer.qk_norm, store.turned = layer.turned;
-      store.blocks = s.slot_blocks, store.offsets = s.slot_offsets, store.tokens = s.tokens;
+      store.blocks = s.slot_blocks + layer.table * s.slot_stride, store.offsets = s.slot_offsets, store.tokens = s.tokens;
       store.heads = layer.heads, store.kv_heads = layer.kv_heads, store.size = layer.size, store.block = s.block;
-      single.q = to.qkv, single.tables = s.tables, single.contexts = s.contexts, single.out = to.heads;
+      single.q = to.qkv, single.tables = s.tables + layer.table * s.table_stride, single.contexts = s.contexts, single.out = to.heads;
       single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = layer.kv_heads;
       single.group = layer.heads / layer.kv_heads, single.size = layer.size, single.block = s.block;
       single.scale = layer.scale;
       chunk.q_stride = qkv.n, chunk.kv_heads = layer.kv_heads, chunk.group = single.group, chunk.size = layer.size;
       chunk.block = s.block, chunk.scale = layer.scale;
+      single.value_size = chunk.value_size = layer.value_size, single.window = chunk.window = layer.window;
+      single.cap = chunk.cap = layer.cap;
       store.threads = single.threads = chunk.threads = s.threads;
       single.scratch = chunk.scratch = &scratch;
       if (layer.ffn) {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, plain, reference
 from dsc_kernels.backend import UNROUTED
-from dsc_kernels.gpu.attention import decode_attention as decode_attention
+from dsc_kernels.gpu import attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
@@ -25,12 +25,15 @@ from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
 from dsc_kernels.weights import (
+    WHOLE,
     Activation,
     AtomBank,
     FfnOptions,
+    KvCache,
     MlpWeights,
     MoeOptions,
     Router,
+    Scope,
     SharedExpert,
     gates_of,
 )
@@ -41,6 +44,21 @@ name = NAME
 WIDE = 2048  # from this d on, few tokens are composed by `contract` and `expand`
 FEW_TOKENS = 16
 ALIGNED = 16
+
+
+def decode_attention(
+    q: Tensor,
+    cache: KvCache,
+    tables: Tensor,
+    contexts: Tensor,
+    max_context_len: int,
+    scale: float,
+    scope: Scope = WHOLE,
+) -> Tensor:
+    """As `backend.Backend` says; the kernel attends to whole contexts by a plain softmax, torch where that differs."""
+    if scope != WHOLE or cache.latent:
+        return plain.decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
+    return attention.decode_attention(q, cache, tables, contexts, max_context_len, scale)
 
 
 def route(
@@ -150,8 +168,9 @@ class Ffn:
 
 def contiguous_router(router: Router, dtype: torch.dtype) -> Router:
     """The same with a weight of this dtype and a float32 bias, as the kernels read them."""
-    bias = None if router.bias is None else router.bias.float().contiguous()
-    return Router(router.weight.to(dtype).contiguous(), bias, router.norm_eps)
+    biases = router.bias, router.choice_bias
+    bias, choice = (None if own is None else own.float().contiguous() for own in biases)
+    return Router(router.weight.to(dtype).contiguous(), bias, router.norm_eps, choice)
 
 
 class Moe:
@@ -178,14 +197,14 @@ class Moe:
         self.down = padded([expert.down for expert in experts], (0, extra))
         self.router = contiguous_router(router, self.dtype)
         self.activation: Activation = options.activation
-        self.k, self.normalize = options.k, options.normalize
+        options.check(len(experts))
+        self.options = options
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
         logits, _ = router_logits(x, r.weight, r.bias, torch.inf, r.norm_eps)
-        weights, experts = reference.softmax_top_k(logits, self.k)
-        return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
+        return reference.pick_experts(logits, self.options, r.choice_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""

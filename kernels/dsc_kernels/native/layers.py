@@ -303,12 +303,19 @@ class Moe(_Layer):
             shapes[f"gate of expert {e}"] = expert.gate, (hidden, d)
             shapes[f"down of expert {e}"] = expert.down, (d, hidden)
         check_all(shapes, self.dtype)
-        check_all({"router_bias": (router.bias, (count,))})
+        check_all({"router_bias": (router.bias, (count,)), "choice_bias": (router.choice_bias, (count,))})
+        options.check(count)
         own = self._shared(shared, gates is not None)
         self.capsule = kernels.moe_layer(
             is_bf16=is_bf16(self.dtype),
             router=self._keep(resident(pack(router.weight))),
             router_bias=self._keep(None if router.bias is None else router.bias.float()),
+            choice_bias=self._keep(None if router.choice_bias is None else router.choice_bias.float()),
+            sigmoid=int(options.scoring == "sigmoid"),
+            groups=options.groups,
+            groups_used=options.groups_used,
+            group_picks=options.group_picks,
+            weight_scale=options.weight_scale,
             up=self._keep(resident(pack(*(expert.up for expert in experts)))),
             gate=self._keep(resident(pack(*gates)) if gates else None),
             down=self._keep(resident(pack(*(expert.down for expert in experts)))),

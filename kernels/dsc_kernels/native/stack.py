@@ -12,31 +12,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels.native.attention import UNLIMITED, check_cos_sin, check_qk_norm, qk_norm_arguments, turned_numbers
+from dsc_kernels.native.attention import (
+    UNLIMITED,
+    check_cache,
+    check_cos_sin,
+    check_qk_norm,
+    check_scope,
+    qk_norm_arguments,
+    turned_numbers,
+)
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, NormPlaces, Slots
+from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, NormPlaces, NormWeights, Slots
 
-NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3}
+NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3, "around": 4}
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+def stack(
+    token_embedding: Tensor,
+    position_embedding: Tensor | None,
+    layers: Sequence[DecoderLayer],
+    embedding_scale: float = 1.0,
+) -> Stack | None:
     """Embeddings and all layers in one call, where every layer is native; None elsewhere. See `Stack`."""
     native = (isinstance(b.qkv, Linear) and isinstance(b.out, Linear) and isinstance(b.ffn, Ffn | Moe) for b in layers)
-    return Stack(token_embedding, position_embedding, layers) if all(native) else None
+    return Stack(token_embedding, position_embedding, layers, embedding_scale) if all(native) else None
 
 
 class Stack:
     """Native layers of one dtype. While `measure` is on, `spent` says where the time of calls goes.
 
-    token_embedding [vocabulary, d]; position_embedding [positions, d] where positions are learned.
+    token_embedding [vocabulary, d], multiplied by `embedding_scale`; position_embedding [positions, d] where positions
+    are learned.
     Raises ValueError for layers that are not native or do not fit each other.
     """
 
     def __init__(
-        self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
+        self,
+        token_embedding: Tensor,
+        position_embedding: Tensor | None,
+        layers: Sequence[DecoderLayer],
+        embedding_scale: float = 1.0,
     ) -> None:
         first = layers[0]
         qkv, out, _ = native_parts(first)
@@ -47,8 +65,10 @@ class Stack:
         self._checked: tuple[Tensor, ...] = ()
         self._addresses = array("q")
         self._phase_ns: Tensor | None = None
-        size = out.d // first.heads
+        self._value_size = out.d // first.heads
+        size = first.size or self._value_size
         self._cache_shape = (first.kv_heads, size)
+        self._tables = 1 + max(layer.table for layer in layers)
         if first.heads % first.kv_heads:
             raise ValueError(f"{first.heads} heads are not a multiple of {first.kv_heads} key-value heads")
         for table in (token_embedding, *(() if position_embedding is None else (position_embedding,))):
@@ -67,11 +87,13 @@ class Stack:
             position_embedding=self._keep(position_embedding),
             vocabulary=token_embedding.shape[0],
             positions=min(positions),
+            embedding_scale=embedding_scale,
         )
 
     def _capsule(self, layer: DecoderLayer, size: int) -> object:
         qkv, out, ffn = native_parts(layer)
         self._kept.append(ffn.capsule)
+        check_scope(layer.scope)
         return kernels.decoder_layer(
             ffn.capsule,
             norms=NORM_PLACES[layer.norms],
@@ -89,6 +111,12 @@ class Stack:
             heads=layer.heads,
             kv_heads=layer.kv_heads,
             size=size,
+            value_size=self._value_size,
+            table=layer.table,
+            window=layer.scope.window,
+            cap=layer.scope.cap,
+            **self._norm("attended_norm", layer.attended_norm, layer.norms),
+            **self._norm("fed_norm", layer.fed_norm, layer.norms),
             ffn_norm_weight=self._keep_vector(layer.ffn_norm.weight),
             ffn_norm_bias=self._keep_vector(layer.ffn_norm.bias),
             ffn_norm_eps=layer.ffn_norm.eps,
@@ -96,19 +124,31 @@ class Stack:
 
     def _qk_norm(self, layer: DecoderLayer, size: int) -> dict[str, Any]:
         if layer.qk_norm is None:
-            return qk_norm_arguments(None)
-        query, key, together = check_qk_norm(layer.qk_norm, layer.heads, layer.kv_heads, size, self.dtype)
-        self._kept += [query, key]
-        return qk_norm_arguments(layer.qk_norm, query, key, together)
+            return qk_norm_arguments(None, size)
+        heads, kv_heads = layer.heads, layer.kv_heads
+        checked = check_qk_norm(layer.qk_norm, heads, kv_heads, size, self._value_size, self.dtype)
+        self._kept.append(checked)
+        return qk_norm_arguments(checked, size)
+
+    def _norm(self, name: str, weights: NormWeights | None, places: NormPlaces) -> dict[str, Any]:
+        """The arguments of a norm behind a branch, which there is where norms are around branches."""
+        if (weights is None) == (places == "around"):
+            raise ValueError(f"norms are {places!r}, and there is {'no' if weights is None else 'a'} {name}")
+        parts = (None, None) if weights is None else (weights.weight, weights.bias)
+        weight, bias = map(self._keep_vector, parts)
+        return {f"{name}_weight": weight, f"{name}_bias": bias, f"{name}_eps": 0.0 if weights is None else weights.eps}
 
     def _check(self, layer: DecoderLayer, first: DecoderLayer) -> None:
         (qkv, out, ffn), (kv_heads, size) = native_parts(layer), self._cache_shape
         if (layer.heads, layer.kv_heads) != (first.heads, kv_heads):
             others = f"the first layer has {first.heads}, {kv_heads}"
             raise ValueError(f"{layer.heads} heads, {layer.kv_heads} for keys; {others}")
-        shapes = (qkv.n, qkv.d), (out.n, out.d)
-        if shapes != (((layer.heads + 2 * kv_heads) * size, self.d), (self.d, layer.heads * size)) or ffn.d != self.d:
-            raise ValueError(f"projections {shapes} do not fit {layer.heads} heads of {size} and width {self.d}")
+        shapes, heads, values = ((qkv.n, qkv.d), (out.n, out.d)), layer.heads, self._value_size
+        rows = (heads + (1 if values < size else 2) * kv_heads) * size
+        if shapes != ((rows, self.d), (self.d, heads * values)) or ffn.d != self.d or values > size:
+            raise ValueError(f"projections {shapes} do not fit {heads} heads of {size} and width {self.d}")
+        if (layer.size or values) != size:
+            raise ValueError(f"heads of {layer.size or values}; the first layer has {size}")
         dtypes = qkv.dtype, out.dtype, ffn.dtype
         if set(dtypes) != {self.dtype}:
             raise ValueError(f"parts of a layer are {dtypes}; expected {self.dtype}")
@@ -139,17 +179,20 @@ class Stack:
     ) -> Tensor:
         """The last layer's output [T, d] for token ids int64 [T]; keys and values are written to the caches.
 
-        tables int64 [S, W]; contexts int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
+        tables int64 [tables, S, W], and the slots' blocks [tables, T], or of one table [S, W] and [T]; contexts
+        int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
         contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
         kv_caches: one per layer. outputs: one per layer, where all FFN layers are DSC's.
         Raises ValueError for what does not fit.
         """
-        tokens, sequences = ids.shape[0], tables.shape[0]
+        tokens, sequences = ids.shape[0], contexts.shape[0]
+        if tables.dim() == 2:
+            tables, slots = tables[None], slots._replace(blocks=slots.blocks[None])
         inputs = ids, *slots, tables, contexts
         if not same(inputs, self._checked):
             self._check_inputs(*inputs)
         num_blocks, block = self._use(kv_caches)
-        if max_context_len > tables.shape[1] * block:
+        if max_context_len > tables.shape[2] * block:
             shape = list(tables.shape)
             raise ValueError(f"tables {shape} of {block}-token blocks do not hold contexts of {max_context_len}")
         flat, bound = array("q", chain.from_iterable(chunks)), self._bind_outputs(outputs, tokens)
@@ -171,8 +214,11 @@ class Stack:
                 phase_ns=address(self._timers(count)),
                 tokens=tokens,
                 sequences=sequences,
-                pages=tables.shape[1],
-                width=tables.stride(0),
+                pages=tables.shape[2],
+                width=tables.stride(1),
+                table_count=tables.shape[0],
+                table_stride=tables.stride(0),
+                slot_stride=slots[1].stride(0),
                 block=block,
                 num_blocks=num_blocks,
                 decodes=decodes,
@@ -184,14 +230,17 @@ class Stack:
 
     def _check_inputs(self, *inputs: Tensor) -> None:
         """Raise ValueError for ids, positions, blocks, offsets, tables and contexts that no call could take."""
-        *columns, tables, contexts = inputs
-        tokens, (sequences, width) = columns[0].shape[0], tables.shape
+        ids, positions, blocks, offsets, tables, contexts = inputs
+        tokens, sequences = ids.shape[0], contexts.shape[0]
+        columns = ids, positions, offsets
         if any(c.shape != (tokens,) or c.dtype != torch.int64 or not c.is_contiguous() for c in columns):
             raise ValueError(f"ids and slots must be contiguous int64 [{tokens}]")
-        check("tables", tables, (sequences, width), torch.int64)
+        check("tables", tables, (self._tables, sequences, tables.shape[-1]), torch.int64)
+        check("blocks", blocks, (self._tables, tokens), torch.int64)
         check("contexts", contexts, (sequences,), torch.int64, in_place=True)
-        if tables.stride(1) != 1:
-            raise ValueError(f"the rows of tables must be contiguous, but have strides {tables.stride()}")
+        for name, rows in (("tables", tables), ("blocks", blocks)):
+            if rows.stride(-1) != 1:
+                raise ValueError(f"the rows of {name} must be contiguous, but have strides {rows.stride()}")
         self._checked = inputs
 
     def _use(self, kv_caches: Sequence[KvCache]) -> tuple[int, int]:
@@ -201,8 +250,10 @@ class Stack:
         if not same(kv_caches, self._kv_caches):
             kv_heads, size = self._cache_shape
             blocks, _, block, _ = kv_caches[0][0].shape
-            for tensor in chain.from_iterable(kv_caches):
-                check("a KV cache", tensor, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+            for cache in kv_caches:
+                check("a KV cache", cache.keys, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+                if check_cache(cache, size, self.dtype) != self._value_size:
+                    raise ValueError(f"values of {cache.values.shape[-1]} numbers; expected {self._value_size}")
             self._kv_caches = tuple(kv_caches)
             self._addresses = array("q", [tensor.data_ptr() for tensor in chain.from_iterable(kv_caches)])
         blocks, _, block, _ = self._kv_caches[0][0].shape

@@ -1,0 +1,100 @@
+"""What GGUF files of DeepSeek-V2 and V3 say; newer ones store what makes keys and what makes values apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsc_serve.model.architectures.deepseek import absorbed
+from dsc_serve.model.architectures.settings import Fields, Settings
+from dsc_serve.model.architectures.tensors import Tensors
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.gguf_metadata import Metadata
+from dsc_serve.model.source import Stored
+
+SOFTMAX, SIGMOID = 1, 2  # what a file calls its scores
+INNER = {
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b",
+    "attn_v_b": "self_attn.v_b",
+    "exp_probs_b": "mlp.router.choice_bias",
+}
+
+
+def is_v3(metadata: Metadata) -> bool:
+    """Whether experts are scored one by one."""
+    name = metadata.name("expert_gating_func")
+    if metadata.get(name) not in (None, 0, SOFTMAX, SIGMOID):
+        metadata.refuse(name, SOFTMAX, "1, softmax; 2, sigmoid")
+    return bool(metadata.get(name) == SIGMOID)
+
+
+def fields(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
+    newer = metadata.own("attention.key_length_mla") is not None
+    key, value = (metadata.own(f"attention.{part}_length{'_mla' * newer}") for part in ("key", "value"))
+    turned = metadata.need(metadata.name("rope.dimension_count"), int)
+    shared = metadata.own("expert_shared_count", 0)
+    groups = metadata.own("expert_group_count", 0), metadata.own("expert_group_used_count", 0)
+    found = {
+        "q_lora_rank": metadata.own("attention.q_lora_rank"),
+        "kv_lora_rank": metadata.own("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned if type(key) is int else key,
+        "v_head_dim": value,
+        "n_routed_experts": metadata.own("expert_count"),
+        "num_experts_per_tok": metadata.own("expert_used_count"),
+        "moe_intermediate_size": metadata.own("expert_feed_forward_length"),
+        "n_shared_experts": shared,
+        "first_k_dense_replace": metadata.own("leading_dense_block_count", 0),
+        "routed_scaling_factor": metadata.own("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(metadata.own("expert_weights_norm", False)),
+        "rope_scaling": yarn(metadata),
+        "max_position_embeddings": metadata.own("context_length"),
+    }
+    if type(groups[0]) is int and groups[0] > 1:
+        found |= {"n_group": groups[0], "topk_group": groups[1]}
+        found |= {} if is_v3(metadata) else {"topk_method": "group_limited_greedy"}
+    else:
+        found |= {"n_group": 1, "topk_group": 1}
+    return found
+
+
+def yarn(metadata: Metadata) -> Fields | None:
+    """How positions are stretched: llama.cpp takes cosines as they are and scales scores by one factor, squared."""
+    kind = metadata.name("rope.scaling.type")
+    if metadata.get(kind) in (None, "none"):
+        return None
+    if metadata.get(kind) != "yarn":
+        metadata.refuse(kind, "none", "none, yarn")
+    magnitude = 10 * float(metadata.own("rope.scaling.yarn_log_multiplier", 0.0))
+    found = {
+        "rope_type": "yarn",
+        "factor": metadata.own("rope.scaling.factor", 1.0),
+        "original_max_position_embeddings": metadata.own(
+            "rope.scaling.original_context_length", metadata.own("context_length")
+        ),
+    }
+    both = {"mscale": magnitude, "mscale_all_dim": magnitude}
+    return found | (both if magnitude else {"attention_factor": 1.0})
+
+
+def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    found = {name.replace("choice_bias.bias", "choice_bias"): own for name, own in stored.items()}
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}.self_attn."
+        keys, values = found.pop(f"{at}k_b.weight", None), found.pop(f"{at}v_b.weight", None)
+        if keys is not None and values is not None and len(keys.shape) == len(values.shape) == 3:
+            rows = keys.shape[0] * (keys.shape[2] + values.shape[1])
+            read = partial(joined, keys, values)
+            found[f"{at}kv_b_proj.weight"] = Stored((rows, keys.shape[1]), torch.float32, read)
+    return absorbed(found, s, config)
+
+
+def joined(keys: Stored, values: Stored) -> Tensor:
+    """[heads · (still + value), latent] of keys [heads, latent, still] and values [heads, value, latent]."""
+    return torch.cat((keys.read().transpose(1, 2), values.read()), dim=1).flatten(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import msgspec
@@ -85,3 +86,29 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int = 0  # that it takes in memory
     loaded: bool = False  # whether it is in memory now
     error: str = ""  # why it cannot be used
+
+
+Asked = str | Mapping[str, float] | AdapterChoice
+AskedEach = Asked | None | Sequence[Asked | None]  # for all prompts, or one for each
+
+
+def choice_of(asked: object, field: str = FIELD) -> AdapterChoice | None:
+    """What a caller has asked for: None is the model as it is. Raises ParameterError for what is no `Asked`."""
+    if asked is None or isinstance(asked, AdapterChoice):
+        return asked
+    if isinstance(asked, str):
+        return AdapterChoice.of(asked)
+    if isinstance(asked, Mapping):
+        return AdapterChoice(tuple(asked.items()))
+    return reject(
+        field, asked, "None, a name, names with weights, an AdapterChoice, or a list with one for each prompt"
+    )
+
+
+def choices_of(asked: Asked | Sequence[Asked | None] | None, count: int) -> list[AdapterChoice | None]:
+    """One for each of so many prompts. Raises ParameterError."""
+    if not isinstance(asked, list | tuple):
+        return [choice_of(asked)] * count
+    if len(asked) != count:
+        raise ParameterError(FIELD, f"adapter has {len(asked)} entries for {count} prompts")
+    return [choice_of(one, f"{FIELD}[{i}]") for i, one in enumerate(asked)]

@@ -10,16 +10,14 @@ from typing import Protocol
 
 import torch
 
+from dsc_kernels.weights import MODULES as MODULES
 from dsc_kernels.weights import LowRank as LowRank
+from dsc_kernels.weights import Place
 from dsc_serve.adapter_choice import BrokenAdapterError, Form
 from dsc_serve.adapter_choice import UnknownAdapterError as UnknownAdapterError
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
-MODULES = (*ATTENTION, *MLP)
-
-ModuleName = tuple[int, str]  # a layer and one of MODULES
+ModuleName = Place  # a layer and one of MODULES
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.weights import KvCache, QkNorm
+from dsc_kernels.adapters import adapted_product
+from dsc_kernels.weights import Adapted, KvCache, QkNorm
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
 
@@ -32,10 +33,17 @@ class Attention:
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor | None) -> Tensor:
-        """x [T, d] → [T, d], plus residual where one is given. cache: this layer's."""
+    def __call__(
+        self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor | None, adapted: Adapted | None = None
+    ) -> Tensor:
+        """x [T, d] → [T, d], plus residual where one is given. cache: this layer's. adapted: adds to projections."""
         c = self.config
-        qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
+        if adapted is None:
+            qkv = self.qkv(x)
+        else:
+            columns = {"q": 0, "k": c.query_size, "v": c.query_size + c.kv_size}
+            qkv = adapted_product(self.qkv, x, adapted, columns)
+        qkv = qkv.view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
         ops.store_kv(qkv, heads, self.cos_sin_cache, batch.slots, cache, self.qk_norm)
         q = qkv[:, :heads]
@@ -44,7 +52,9 @@ class Attention:
             y = ops.decode_attention(q, cache, batch.block_tables, batch.context_lens, batch.decode_context, self.scale)
         else:
             y = self._mixed(q, batch, cache)
-        return self.out(y.flatten(1), residual=residual)
+        if adapted is None:
+            return self.out(y.flatten(1), residual=residual)
+        return adapted_product(self.out, y.flatten(1), adapted, {"o": 0}, residual)
 
     def _mixed(self, q: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """A step that holds chunks of prompts besides, or instead of, single tokens."""

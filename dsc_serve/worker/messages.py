@@ -12,6 +12,7 @@ import msgspec
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.output import Delta as Delta
 from dsc_serve.engine.output import RoutingSlice as RoutingSlice
@@ -138,6 +139,7 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     phases: PhaseReport = msgspec.field(default_factory=PhaseReport)
     held_back: dict[str, int] = {}  # see `Scheduler.held_back`
     drafts: DraftReport = msgspec.field(default_factory=DraftReport)
+    adapters: AdapterReport | None = None  # None: there is no folder of them
 
 
 class GrammarChecked(msgspec.Struct, tag=True, array_like=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native, plain
-from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
+from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
 from dsc_kernels.weights import (
     MAX_PICKS,
     AtomBank,
     DecoderLayer,
     FfnOptions,
     KvCache,
+    LowRank,
     MlpWeights,
+    Module,
     MoeOptions,
     NormWeights,
+    Place,
     QkNorm,
     Router,
     SharedExpert,
@@ -137,6 +140,21 @@ def moe(
     if chosen is not plain:
         router = replace(router, weight=router.weight.to(dtype))
     return chosen.Moe(router, experts, options, shared)
+
+
+def adapter(
+    updates: Mapping[Place, LowRank],
+    modules: Sequence[Mapping[str, Module]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Adapter:
+    """An adapter's updates for a decoder of this dtype and device, whose layers have these modules."""
+    return backend(dtype, device).adapter(updates, modules, dtype, device)
+
+
+def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Such adapters with weights as one."""
+    return backend(dtype, device).summed(parts)
 
 
 def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:

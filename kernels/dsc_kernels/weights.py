@@ -135,6 +135,30 @@ class DecoderLayer:
     ffn: Layer
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · up diag(middle) down, what an adapter adds to one module. Tensors are never written to."""
+
+    down: Tensor  # A [rank, in], float32 or bfloat16
+    up: Tensor  # B [out, rank], the same
+    scale: float = 1.0
+    middle: Tensor | None = None  # float32 [rank]; None: all 1
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes + (0 if self.middle is None else self.middle.nbytes)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """scale · middle, float32 [rank]."""
+        middle = torch.ones(self.rank) if self.middle is None else self.middle.float().cpu()
+        return middle * self.scale
+
+
 class KvCache(NamedTuple):
     """One layer's keys and values, in blocks."""
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dsc_serve.model.architectures.experts import dense_layers, expert_tensors, mixture
-from dsc_serve.model.architectures.family import LLAMA_MODULES, SHARED_EXPERT, Architecture, by_layer, dense, frame, full_attention
+from dsc_serve.model.architectures.family import (
+    LLAMA_MODULES,
+    SHARED_EXPERT,
+    Architecture,
+    by_layer,
+    dense,
+    frame,
+    full_attention,
+)
 from dsc_serve.model.architectures.settings import Fields, Settings
 
 

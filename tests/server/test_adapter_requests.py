@@ -27,7 +27,7 @@ TWO = {"law": 0.5, "ode": -1}
 @pytest.fixture
 def engine() -> FakeEngine:
     engine = FakeEngine()
-    engine.known_adapters = [LAW, ODE, BROKEN]
+    engine.adapter_infos = [LAW, ODE, BROKEN]
     return engine
 
 
@@ -53,7 +53,7 @@ def test_the_model_of_a_request_names_the_adapter(
     for response in (complete(app, model=model, max_tokens=2), chat(app, model=model, max_tokens=2)):
         assert response.status_code == 200, response.text
         assert response.json()["model"] == (model or "fake")
-    assert engine.adapted == [choice, choice]
+    assert engine.adapters_asked == [choice, choice]
     (first, *_) = events_of(complete(app, model=model, max_tokens=2, stream=True))
     assert first["model"] == (model or "fake")
 
@@ -75,11 +75,11 @@ def test_every_endpoint_of_the_engine_takes_adapters(
     assert (one.status_code, one.json()["model"]) == (200, "law")
     assert error(ask(app, "POST", path, json={**body, "model": "lore"}), 404)["param"] == "model"
     assert error(ask(app, "POST", path, json={**body, "model": "broken"}), 404)["code"] == "adapter_broken"
-    assert engine.adapted == [AdapterChoice.of("law")]
+    assert engine.adapters_asked == [AdapterChoice.of("law")]
     if path != "/v1/responses":
         both = ask(app, "POST", path, json={**body, "dsc": {"adapters": TWO}})
         assert (both.status_code, both.json()["model"]) == (200, "0.5*law+-1*ode")
-        assert engine.adapted[1] == AdapterChoice((("law", 0.5), ("ode", -1.0)))
+        assert engine.adapters_asked[1] == AdapterChoice((("law", 0.5), ("ode", -1.0)))
 
 
 def test_texts_become_tokens_for_an_adapter_too(app: FastAPI) -> None:
@@ -116,9 +116,9 @@ def test_several_with_weights(app: FastAPI, engine: FakeEngine) -> None:
     for composition, form in ((None, "sum"), ("sum", "sum"), ("product_of_sums", "product of sums")):
         response = complete(app, max_tokens=1, dsc={"adapters": TWO, "composition": composition})
         assert response.status_code == 200, response.text
-        assert engine.adapted[-1] == AdapterChoice((("law", 0.5), ("ode", -1.0)), form)  # type: ignore[arg-type]
+        assert engine.adapters_asked[-1] == AdapterChoice((("law", 0.5), ("ode", -1.0)), form)  # type: ignore[arg-type]
     complete(app, max_tokens=1, model="fake", dsc={"adapters": {"law": 1}})
-    assert engine.adapted[-1] == AdapterChoice.of("law")
+    assert engine.adapters_asked[-1] == AdapterChoice.of("law")
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,12 @@ def test_the_list_of_models_tells_all_of_them(app: FastAPI) -> None:
     assert (base["id"], base["parent"], base["adapter"]) == ("fake", None, None)
     assert (law["id"], law["parent"], law["root"]) == ("law", "fake", "ab" * 32)
     assert law["adapter"] == {
-        "kind": "lora", "rank": 8, "modules": 210,
-        "bytes": 4096, "loaded": True, "error": None,
+        "kind": "lora",
+        "rank": 8,
+        "modules": 210,
+        "bytes": 4096,
+        "loaded": True,
+        "error": None,
     }
     assert (ode["root"], ode["adapter"]["kind"], ode["adapter"]["loaded"]) == (None, None, False)
     assert broken["adapter"]["error"] == BROKEN.error
@@ -164,7 +168,7 @@ def test_the_list_of_models_tells_all_of_them(app: FastAPI) -> None:
 def test_adapters_that_come_are_found_and_such_that_go_are_not(app: FastAPI, engine: FakeEngine) -> None:
     catalogue = app.state.service.catalogue
     complete(app, model="law", max_tokens=1)
-    engine.known_adapters = [AdapterInfo(name="new")]
+    engine.adapter_infos = [AdapterInfo(name="new")]
     catalogue._looked = float("-inf")
     assert complete(app, model="new", max_tokens=1).status_code == 200
     assert error(complete(app, model="law"), 404)["code"] == "model_not_found"
@@ -178,10 +182,10 @@ def test_an_engine_that_does_not_answer_leaves_the_list_as_it_was(app: FastAPI, 
 
 
 def test_no_adapter_takes_the_bases_name(app: FastAPI, engine: FakeEngine) -> None:
-    engine.known_adapters = [AdapterInfo(name="fake")]
+    engine.adapter_infos = [AdapterInfo(name="fake")]
     complete(app, model="fake", max_tokens=1)
     complete(app, model="fake:fake", max_tokens=1)
-    assert engine.adapted == [None, AdapterChoice.of("fake")]
+    assert engine.adapters_asked == [None, AdapterChoice.of("fake")]
 
 
 @pytest.fixture
@@ -223,7 +227,7 @@ def test_keys_use_the_adapters_that_they_are_bound_to_and_no_others(bound: FastA
 def test_a_bound_key_that_names_no_model_gets_its_own(bound: FastAPI, engine: FakeEngine) -> None:
     assert posted(bound, ALICE).json()["model"] == "law"
     assert posted(bound, BOB).json()["model"] == "fake"
-    assert engine.adapted == [AdapterChoice.of("law"), None]
+    assert engine.adapters_asked == [AdapterChoice.of("law"), None]
 
 
 @pytest.mark.parametrize("value", ["[]", '[""]', '"law"', "[1]"])

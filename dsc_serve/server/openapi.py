@@ -209,7 +209,7 @@ class ModelDsc(Answer):
 
 
 class ModelAdapter(Answer):
-    """bytes: in memory. Until an adapter has been used once, its kind and sizes are not known. error: why it cannot be."""
+    """bytes: in memory. Kind and sizes are known once an adapter has been read. error: why it cannot be used."""
 
     kind: str | None
     rank: int

@@ -81,6 +81,20 @@ class AdapterTensors:
         kind = torch.bfloat16 if narrow else torch.float32
         return Matrices(found.down.to(kind).contiguous(), found.up.to(kind).contiguous())
 
+    def sizes(self, module: str) -> tuple[int, int]:
+        """[out, into] of a module as its tensors have it. Raises CheckpointError where they have another form."""
+        wide = 1 if self._bank is None else self._bank.shape[1]
+        sizes = []
+        for part, axis in (("B", 0), ("A", 1)):
+            kept = f"{part}_topk_indices"
+            name, own = self._stored(module, kept if kept in self.modules[module].parts else part)
+            if len(own.shape) != (2 if self._bank is None else 3):
+                raise CheckpointError(
+                    f"{FILE}: tensor {name} has shape {list(own.shape)}; it has too few or too many axes"
+                )
+            sizes.append(own.shape[axis] * wide)
+        return sizes[0], sizes[1]
+
     def _low_rank(self, module: str, out: int, into: int, rank: int) -> Matrices:
         down, up = self._stored(module, "A"), self._stored(module, "B")
         for (name, own), shape in ((down, (rank, into)), (up, (out, rank))):

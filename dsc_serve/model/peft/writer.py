@@ -14,7 +14,9 @@ from dsc_serve.model.peft import config, tensors
 from dsc_serve.model.peft.tensors import Matrices
 
 
-def write_adapter(folder: Path, base: str, alpha: float, modules: Mapping[str, Matrices], rslora: bool = False) -> None:
+def write_adapter(
+    folder: Path, base: str, alpha: float, modules: Mapping[str, Matrices], fan_in_fan_out: bool = False
+) -> None:
     """Write updates of one rank by the modules' names in the base; `base` is what it is called.
 
     Both files appear whole or not at all. Raises CheckpointError where the ranks differ.
@@ -30,9 +32,9 @@ def write_adapter(folder: Path, base: str, alpha: float, modules: Mapping[str, M
         "r": ranks.pop(),
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "use_rslora": rslora,
+        "use_rslora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "target_modules": sorted(modules),
     }

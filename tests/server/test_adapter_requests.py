@@ -244,6 +244,7 @@ def test_metrics_count_by_adapter(app: FastAPI, engine: FakeEngine) -> None:
     complete(app, model="lore")
     lines = ask(app, "GET", "/metrics").text.splitlines()
     for line in (
+        'dsc_serve_adapter_generations_total{adapter="(base)"} 1.0',
         'dsc_serve_adapter_generations_total{adapter="law"} 2.0',
         'dsc_serve_adapter_prompt_tokens_total{adapter="law"} 4.0',
         'dsc_serve_adapter_generated_tokens_total{adapter="law"} 5.0',
@@ -263,13 +264,14 @@ def test_series_of_adapters_are_bounded(app: FastAPI) -> None:
         metrics.generation_ended("stop", 1, 1, None, adapter=f"tenant-{i}")
     lines = ask(app, "GET", "/metrics").text.splitlines()
     own = [line for line in lines if line.startswith("dsc_serve_adapter_generations_total{")]
-    assert len(own) == MOST_ADAPTERS + 1
+    assert len(own) == 1 + MOST_ADAPTERS + 1  # the base's, their own, and that of all others
     assert f'dsc_serve_adapter_generations_total{{adapter="{OTHER}"}} 50.0' in own
 
 
-def test_a_server_without_adapters_has_no_series_of_them(tokenizer: Tokenizer) -> None:
-    text = ask(app_around(FakeEngine(), tokenizer), "GET", "/metrics").text
-    assert "dsc_serve_adapter" not in text
+def test_series_are_there_before_anybody_uses_an_adapter(tokenizer: Tokenizer) -> None:
+    lines = ask(app_around(FakeEngine(), tokenizer), "GET", "/metrics").text.splitlines()
+    assert 'dsc_serve_adapter_generations_total{adapter="(base)"} 0.0' in lines
+    assert 'dsc_serve_adapters{state="loaded"} 0.0' in lines
 
 
 def test_logs_name_the_adapter(engine: FakeEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from dsc_serve.adapter_choice import AdapterInfo
 from dsc_serve.server.metrics.families import Families, Labels, counters, gauge, gauges
 
 MOST_ADAPTERS = 256  # with series of their own
-OTHER = "(other)"
+BASE, OTHER = "(base)", "(other)"
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterC
     label = ("adapter",)
     yield counters(
         "adapter_generations",
-        f"Generations that ended with an adapter; (composition): with several, {OTHER}: beyond {MOST_ADAPTERS} names.",
+        f"Generations that ended; {BASE}: without any, (composition): with several, {OTHER}: beyond {MOST_ADAPTERS} names.",
         label,
         {(name,): own.generations for name, own in counts.items()},
     )

@@ -9,13 +9,11 @@ import msgspec
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dsc_serve.adapter_choice import AdapterInfo
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 from dsc_serve.engine.step_report import HELD_BACK
 from dsc_serve.sampling_params import EngineCapacity
-from dsc_serve.server.adapters import Catalogue
 from dsc_serve.server.admission import Permits
 from dsc_serve.server.metrics.families import PREFIX
 from dsc_serve.server.metrics.requests import Metrics
@@ -55,9 +53,6 @@ class NewEngine:
         active_parameters=0,
     )
 
-    async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]:
-        return [AdapterInfo(name="one")]
-
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         routing = RoutingReport(0, 0, 0, 0, [LayerRouting(0, 0)])
         return Stats(**NOTHING, held_back=dict.fromkeys(HELD_BACK, 0), routing=routing, drafts=DraftReport.of(SOURCES))
@@ -65,9 +60,7 @@ class NewEngine:
 
 def families() -> list[Metric]:
     """Of a server that has answered one request, as a scrape tells them; those of the process itself are left out."""
-    engine = NewEngine()
-    metrics = Metrics(engine, Permits(1), Catalogue(engine, ()))
-    metrics.generation_ended("stop", 0, 0, None, adapter="one")
+    metrics = Metrics(NewEngine(), Permits(1))
     metrics.request_ended("", 200, 0.0)
     text = asyncio.run(metrics.scrape(ready=True)).decode()
     return [family for family in text_string_to_metric_families(text) if family.name.startswith(PREFIX)]

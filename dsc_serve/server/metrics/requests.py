@@ -13,7 +13,7 @@ from dsc_serve.server.adapters import Catalogue
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.metrics.adapters import MOST_ADAPTERS, OTHER, AdapterCounts, adapter_families
+from dsc_serve.server.metrics.adapters import BASE, MOST_ADAPTERS, OTHER, AdapterCounts, adapter_families
 from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.server.tools.registry import FORMS
@@ -46,7 +46,7 @@ class Metrics(Collector):
         )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
-        self._by_adapter: dict[str, AdapterCounts] = {}
+        self._by_adapter = {BASE: AdapterCounts()}
         self._embeddings: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in EMBEDDING_ENDS})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
         self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
@@ -67,8 +67,7 @@ class Metrics(Collector):
         self, reason: str, prompt_tokens: int, tokens: int, per_token_s: float | None, adapter: str = ""
     ) -> None:
         """per_token_s: the mean time of a token after the first; None where there was none. adapter: "": the base."""
-        if adapter:
-            self._counts_of(adapter).add(prompt_tokens, tokens)
+        self._counts_of(adapter or BASE).add(prompt_tokens, tokens)
         self._generations[reason,] += 1
         self._prompt_sizes.observe(prompt_tokens)
         self._output_sizes.observe(tokens)
@@ -77,7 +76,7 @@ class Metrics(Collector):
 
     def _counts_of(self, adapter: str) -> AdapterCounts:
         """Names come from the folder of adapters and not from clients; of very many, the later ones share a series."""
-        if adapter not in self._by_adapter and len(self._by_adapter) >= MOST_ADAPTERS:
+        if adapter not in self._by_adapter and len(self._by_adapter) > MOST_ADAPTERS:
             adapter = OTHER
         return self._by_adapter.setdefault(adapter, AdapterCounts())
 
@@ -102,8 +101,8 @@ class Metrics(Collector):
 
     def collect(self) -> Families:
         yield from self.request_families()
-        if self._catalogue is not None and (self._catalogue.known or self._by_adapter):
-            yield from adapter_families(list(self._catalogue.known.values()), self._by_adapter)
+        known = {} if self._catalogue is None else self._catalogue.known
+        yield from adapter_families(list(known.values()), self._by_adapter)
         yield from process_families(self._engine, self._heartbeat_age_s)
         if self._stats is not None:
             yield from engine_families(self._stats)

@@ -105,7 +105,7 @@ def choice_of(asked: object, field: str = FIELD) -> AdapterChoice | None:
     )
 
 
-def choices_of(asked: Asked | Sequence[Asked | None] | None, count: int) -> list[AdapterChoice | None]:
+def choices_of(asked: AskedEach, count: int) -> list[AdapterChoice | None]:
     """One for each of so many prompts. Raises ParameterError."""
     if not isinstance(asked, list | tuple):
         return [choice_of(asked)] * count

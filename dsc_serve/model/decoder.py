@@ -18,6 +18,7 @@ from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
+from dsc_serve.model.origin import Origin
 from dsc_serve.model.rope import RopeTable
 
 Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
@@ -166,7 +167,10 @@ class Decoder:
     """A decoder whose weights lie ready on one device, in the dtype it computes in.
 
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
+    origin: the family's form that they were brought from, for adapters of that form.
     """
+
+    origin: Origin | None = None
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device

@@ -102,6 +102,8 @@ class FakeEngine:
         self.adapters_asked: list[AdapterChoice | None] = []  # one for each that was submitted
 
     async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
         return self.adapter_infos
 
     @property

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dsc_serve.model.architectures.experts import dense_layers, expert_tensors, mixture
-from dsc_serve.model.architectures.family import Architecture, by_layer, dense, frame, full_attention
+from dsc_serve.model.architectures.family import (
+    LLAMA_MODULES,
+    SHARED_EXPERT,
+    Architecture,
+    by_layer,
+    dense,
+    frame,
+    full_attention,
+)
 from dsc_serve.model.architectures.settings import Fields, Settings
 
 
@@ -15,4 +23,4 @@ def fields(s: Settings) -> Fields:
     return by_layer(frame(s) | own, {"ffn": dense(s)}, dense_layers(s))
 
 
-QWEN2_MOE = Architecture(fields, expert_tensors)
+QWEN2_MOE = Architecture(fields, expert_tensors, {**LLAMA_MODULES, **SHARED_EXPERT})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,10 @@ from dsc_serve.parameter_errors import ParameterError
 class Decoder(Protocol):
     """What makes adapters ready for its layers; see `model.decoder`."""
 
-    modules: Sequence[object]
+    @property
+    def modules(self) -> Sequence[object]: ...
 
-    def adapter(self, updates: dict[Place, LowRank]) -> backend.Adapter: ...
+    def adapter(self, updates: Mapping[Place, LowRank]) -> backend.Adapter: ...
 
     def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
 
@@ -78,7 +79,7 @@ class AdapterJobs:
 
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
-            weights = self.decoder.adapter(dict(adapter.modules))
+            weights = self.decoder.adapter(adapter.modules)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
         kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)

@@ -21,8 +21,8 @@ def adapter_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ..
     for request, count in ordered:
         if request.adapter is not None:
             weights = request.adapter.weights
-            if runs and runs[-1].adapter is weights and runs[-1].first + runs[-1].count == start:
-                runs[-1] = AdapterRun(weights, runs[-1].first, runs[-1].count + count)
+            if runs and runs[-1].adapter is weights and runs[-1].first + runs[-1].length == start:
+                runs[-1] = AdapterRun(weights, runs[-1].first, runs[-1].length + count)
             else:
                 runs.append(AdapterRun(weights, start, count))
         start += count

@@ -9,67 +9,19 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.engine.adapter_jobs import AdapterJobs, Decoder, LoadedAdapter, Outcome
+from dsc_serve.engine.adapter_jobs import AdapterJobs, Decoder, Outcome
+from dsc_serve.engine.leases import Entry, Lease, Wanted
 from dsc_serve.engine.loader import Loader
 from dsc_serve.parameter_errors import ParameterError
 
 PATIENCE_S = 1.0  # that who waits for room lets others take hold of what is in memory
-
-
-@dataclass(eq=False)
-class Entry:
-    """An adapter in memory. users: leases on it, compositions in memory that read it, and who is loading one."""
-
-    loaded: LoadedAdapter
-    parts: tuple[Entry, ...] = ()  # of a composition
-    users: int = 0
-    retired: bool = False  # nobody new gets it
-
-    @property
-    def nbytes(self) -> int:
-        return self.loaded.nbytes
-
-
-class Lease:
-    """A request's hold on an adapter, until it is released."""
-
-    def __init__(self, entry: Entry, released: Callable[[Entry], None]) -> None:
-        self.adapter = entry.loaded
-        self._entry: Entry | None = entry
-        self._released = released
-        entry.users += 1
-
-    def shared(self) -> Lease:
-        """One more."""
-        assert self._entry is not None, "a lease that has ended"
-        return Lease(self._entry, self._released)
-
-    def release(self) -> None:
-        """Safe to call twice."""
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._released(entry)
-
-
-@dataclass(eq=False)
-class Wanted:
-    """An adapter that somebody waits for. At last it has a lease, or an error."""
-
-    choice: AdapterChoice
-    since: float
-    lease: Lease | None = None
-    error: ParameterError | None = None
-    cancelled: bool = False
-    pins: list[Entry] = field(default_factory=list)  # parts of a composition, which must stay until it is made
-
-    @property
-    def settled(self) -> bool:
-        return self.lease is not None or self.error is not None
 
 
 @dataclass
@@ -115,6 +67,7 @@ class Adapters:
         self._known: dict[str, Known] = {}
         self._wanted: deque[Wanted] = deque()
         self._unplaced: tuple[AdapterChoice, Entry] | None = None  # loaded, and there is no room yet
+        self._composing: tuple[Entry, ...] = ()  # parts of the composition that the loader makes
         self._released = False
 
     @property
@@ -142,7 +95,7 @@ class Adapters:
                 continue
             known, loaded = self._look(name, stamp), AdapterChoice.of(name) in self._entries
             info = known.info or AdapterInfo(name=name, parent=self.parent, error=known.error)
-            found.append(AdapterInfo(**{**fields_of(info), "loaded": loaded}))
+            found.append(msgspec.structs.replace(info, loaded=loaded))
         return found
 
     def want(self, choice: AdapterChoice) -> Wanted:
@@ -180,6 +133,9 @@ class Adapters:
         wanted.cancelled = self._released = True
         if wanted.lease is not None:
             wanted.lease.release()
+        elif wanted in self._wanted:
+            self._wanted.remove(wanted)
+            self._unpin(wanted)
 
     @property
     def restless(self) -> bool:
@@ -243,9 +199,8 @@ class Adapters:
 
     def _drop(self, entry: Entry) -> None:
         """It is in memory no more: its parts need not be, for its sake."""
-        for part in entry.parts:
-            self._release(part)
-        entry.parts = ()
+        parts, entry.parts = entry.parts, ()
+        self._let_go(parts)
 
     def _is_due(self) -> bool:
         """Whether the first of those who wait has done so for too long to let others take hold of anything."""
@@ -294,6 +249,9 @@ class Adapters:
         if first.choice.single:
             self._start_loading(first.choice)
         else:
+            self._composing = tuple(first.pins)
+            for part in self._composing:
+                part.users += 1
             weighted = [(pin.loaded, weight) for pin, (_, weight) in zip(first.pins, first.choice.parts, strict=True)]
             self.loader.start(lambda: self.jobs.compose(first.choice, weighted))
         return True
@@ -318,34 +276,45 @@ class Adapters:
 
     def _take(self, outcome: Outcome) -> None:
         """What a job has come to."""
-        first = next((one for one in self._wanted if not one.cancelled), None)
-        if len(outcome.choice.parts) == 1 and outcome.choice.single:
-            ((name, _),) = outcome.choice.parts
-            known = self._known.get(name)
-            if outcome.stamp is None or known is None or known.stamp != outcome.stamp:
-                self.folder.forget(name)
-                return  # it has changed, or is gone: whoever waits for it begins anew
-            known.info = outcome.info
-            if isinstance(outcome.error, BrokenAdapterError):
-                known.error = outcome.error.reason
+        parts, self._composing = self._composing, ()
+        if not self._is_current(outcome, parts):
+            self._let_go(parts)
+            return  # whoever waits for it begins anew
         if outcome.error is not None:
             self.counts.errors += 1
             for wanted in self._wanted:
                 if wanted.choice == outcome.choice:
                     wanted.error = outcome.error
         if outcome.loaded is None:
+            self._let_go(parts)
             return
         self.counts.loads += 1
         if outcome.loaded.nbytes > self.budget:
+            self._let_go(parts)
             told = f"it takes {outcome.loaded.nbytes} bytes; adapter_bytes, for all together, is {self.budget}"
             for wanted in self._wanted:
-                if outcome.choice == wanted.choice or outcome.choice in parts_of(wanted.choice):
+                if outcome.choice in (wanted.choice, *parts_of(wanted.choice)):
                     wanted.error = BrokenAdapterError(outcome.loaded.name, told)
             return
-        pins = () if outcome.choice.single or first is None else tuple(first.pins)
-        for part in pins:
-            part.users += 1
-        self._unplaced = outcome.choice, Entry(outcome.loaded, pins)
+        self._unplaced = outcome.choice, Entry(outcome.loaded, parts)
+
+    def _is_current(self, outcome: Outcome, parts: Sequence[Entry]) -> bool:
+        """Whether no files that it was made of have changed since; and takes in what has been learned of them."""
+        if not outcome.choice.single:
+            return not any(part.retired for part in parts)
+        ((name, _),) = outcome.choice.parts
+        known = self._known.get(name)
+        if outcome.stamp is None or known is None or known.stamp != outcome.stamp:
+            self.folder.forget(name)
+            return False
+        known.info = outcome.info
+        if isinstance(outcome.error, BrokenAdapterError):
+            known.error = outcome.error.reason
+        return True
+
+    def _let_go(self, parts: Sequence[Entry]) -> None:
+        for part in parts:
+            self._release(part)
 
     def _place(self) -> None:
         """Put what has been loaded where it is found, if there is room or can be made."""
@@ -358,7 +327,8 @@ class Adapters:
             self._unplaced = None
             return
         first = self._wanted[0] if self._wanted else None
-        if first is not None and sum(pin.nbytes for pin in first.pins) + entry.nbytes > self.budget:
+        held = entry.parts or (() if first is None else first.pins)
+        if first is not None and sum(part.nbytes for part in held) + entry.nbytes > self.budget:
             told = f"its adapters take more than adapter_bytes, {self.budget}"
             self._fail(first, BrokenAdapterError("+".join(first.choice.names), told))
             self._drop(entry)
@@ -380,14 +350,9 @@ class Adapters:
 
     def _unpin(self, wanted: Wanted) -> None:
         pins, wanted.pins = wanted.pins, []
-        for pin in pins:
-            self._release(pin)
+        self._let_go(pins)
 
 
 def parts_of(choice: AdapterChoice) -> list[AdapterChoice]:
     """The adapters that a composition is made of; none of one as it is."""
     return [] if choice.single else [AdapterChoice.of(name) for name in choice.names]
-
-
-def fields_of(info: AdapterInfo) -> dict[str, object]:
-    return {name: getattr(info, name) for name in AdapterInfo.__struct_fields__}

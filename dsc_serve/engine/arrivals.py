@@ -10,7 +10,8 @@ from dsc_serve.adapter_choice import AdapterChoice, UnknownAdapterError
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.adapter_folder import AdapterFolder
 from dsc_serve.engine.adapter_report import AdapterReport
-from dsc_serve.engine.adapters import Adapters, Lease, Wanted
+from dsc_serve.engine.adapters import Adapters
+from dsc_serve.engine.leases import Lease, Wanted
 from dsc_serve.engine.request import Request
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.peft import read_adapter

@@ -51,9 +51,16 @@ class Loader(Generic[T]):
             thread.join(CLOSE_LIMIT_S)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._outcomes.put(job())
-            except Exception as error:  # it is whose job it was that is told
-                self._outcomes.put(error)
-            self.on_done()
+        while self._do(self._jobs.get()):
+            pass  # and nothing of a job is kept
+
+    def _do(self, job: Callable[[], T] | None) -> bool:
+        """Returns whether there may be more."""
+        if job is None:
+            return False
+        try:
+            self._outcomes.put(job())
+        except Exception as error:  # it is whose job it was that is told
+            self._outcomes.put(error)
+        self.on_done()
+        return True

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
-from dsc_serve.engine.adapters import Lease, LoadedAdapter
+from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.drafts.drafting import Drafting
+from dsc_serve.engine.leases import Lease
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint

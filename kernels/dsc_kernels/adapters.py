@@ -73,7 +73,7 @@ def add_updates(y: Tensor, x: Tensor, adapted: Adapted, columns: Mapping[str, in
     columns: the modules that the product consists of, each with its first column.
     """
     for run, name in ((run, name) for run in adapted.runs for name in columns):
-        rows = slice(run.first, run.first + run.count)
+        rows = slice(run.first, run.first + run.length)
         for update in run.adapter.updates(adapted.layer, name):
             latents = x[rows].to(y.dtype) @ update.down.to(y.dtype).T * update.coefficients.to(y)
             y[rows, columns[name] : columns[name] + update.up.shape[0]] += latents @ update.up.to(y.dtype).T

@@ -176,7 +176,7 @@ class AdapterRun(NamedTuple):
 
     adapter: Adapter
     first: int
-    count: int
+    length: int
 
 
 class Adapted(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
@@ -33,6 +34,18 @@ def hashed_logits(tokens: Sequence[int]) -> Tensor:
     return torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
 
 
+def with_adapter(tokens: Sequence[int], digest: str) -> list[int]:
+    """What the pool holds of tokens that were computed with an adapter of this digest; "": with none."""
+    if not digest:
+        return list(tokens)
+    own = VOCABULARY * (1 + int(digest[:12], 16))
+    return [own + token for token in tokens]
+
+
+def digest_of(request: Request) -> str:
+    return "" if request.adapter is None else request.adapter.digest
+
+
 class FakeRunner:
     def __init__(self, blocks: int, block_size: int, fail_on: frozenset[str] = frozenset()) -> None:
         self.block_size, self.fail_on = block_size, fail_on
@@ -48,13 +61,15 @@ class FakeRunner:
                 raise RuntimeError("out of luck")
             for position in range(request.num_computed, request.num_computed + count):
                 block = request.blocks[position // self.block_size]
-                self.pool[block][position % self.block_size] = request.span(position, position + 1)[0]
+                (held,) = with_adapter(request.span(position, position + 1), digest_of(request))
+                self.pool[block][position % self.block_size] = held
         for request, count in work:
             end = request.num_computed + count
             if end < request.num_tokens or request.max_tokens == 0:
                 continue
             held = [self.pool[request.blocks[p // self.block_size]][p % self.block_size] for p in range(end)]
-            assert held == request.span(0, end), "the KV pool does not hold what the request knows"
+            known = with_adapter(request.span(0, end), digest_of(request))
+            assert held == known, "the KV pool does not hold what the request knows"
             ahead = [PositionAhead(request, drafts) for drafts in range(1, end - request.num_tokens + 1)]
             self._draw(held, request, ahead, result)
         return result
@@ -102,6 +117,7 @@ def fake_engine(
     fail_on: frozenset[str] = frozenset(),
     prefix_cache: bool = True,
     estimate: Estimate | None = None,
+    adapters: Adapters | None = None,
 ) -> Engine:
     """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
 
@@ -117,17 +133,17 @@ def fake_engine(
     )
     runner = FakeRunner(blocks, block_size, fail_on)
     capacity = EngineCapacity(vocab_size=VOCABULARY, max_model_len=context, num_blocks=blocks, block_size=block_size)
-    engine = Engine(config, capacity, runner, (EOS,), strict)
+    engine = Engine(config, capacity, runner, (EOS,), strict, adapters=adapters)
     engine.scheduler.step_time = FixedStepTime(estimate)
     engine.scheduler.clock = lambda: 0.0
     return engine
 
 
-def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,)) -> list[int]:
-    """The greedy continuation, computed without any engine."""
+def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,), digest: str = "") -> list[int]:
+    """The greedy continuation, computed without any engine. digest: of the adapter."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(int(hashed_logits(tokens).argmax()))
+        tokens.append(int(hashed_logits(with_adapter(tokens, digest)).argmax()))
         if tokens[-1] in stops:
             break
     return tokens[len(prompt) :]

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from dsc_serve.engine.adapters import LoadedAdapter
+from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.draft_time import DraftCost
 from dsc_serve.engine.drafts import SOURCES, SourceKind
 from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftTokens, Strength

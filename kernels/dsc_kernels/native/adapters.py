@@ -107,13 +107,13 @@ def packed(update: LowRank, module: Module, dtype: torch.dtype, pieces: Sequence
     scale = pieces[2].view(torch.float32)
     scale.zero_()
     scale[:rank] = update.coefficients
-    placed = []
+    placed: list[Tensor] = []
     for weight, piece in ((update.down.to(dtype).contiguous(), pieces[0]), (up, pieces[1])):
         n, d = weight.shape
         out = piece.view(dtype)[: whole(n) * whole(d, group)].view(whole(n) // LANES, -1)
         kernels.pack(is_bf16=is_bf16(dtype), w=weight.data_ptr(), n=n, d=d, out=out.data_ptr())
         placed.append(out)
-    return PackedUpdate(module, rank, *placed, scale)
+    return PackedUpdate(module, rank, placed[0], placed[1], scale)
 
 
 def unpacked(panels: Tensor, width: int) -> Tensor:
@@ -176,11 +176,11 @@ class LayerRuns:
             }
             if other != dict(shapes):
                 raise ValueError(f"an adapter was made for modules {other}; this layer has {dict(shapes)}")
-            if run.first < last or run.count < 1 or run.first + run.count > tokens:
-                raise ValueError(f"tokens {run.first} and {run.count} following do not fit into {tokens}, in order")
-            last = run.first + run.count
+            if run.first < last or run.length < 1 or run.first + run.length > tokens:
+                raise ValueError(f"tokens {run.first} and {run.length} following do not fit into {tokens}, in order")
+            last = run.first + run.length
             self._run_of[run.first : last] = i
-            found.append((own, run.first, run.count))
+            found.append((own, run.first, run.length))
         self._runs = addresses(found)
         self.arguments = {
             "runs": self._runs.buffer_info()[0],

@@ -43,7 +43,7 @@ class Stack:
         qkv, out, _ = native_parts(first)
         self.d, self.dtype = qkv.d, qkv.dtype
         self._ffns = [native_parts(layer)[2] for layer in layers]
-        self._modules = [modules_of(layer) for layer in layers]
+        self._modules: Sequence[Mapping[str, Module]] = [modules_of(layer) for layer in layers]
         self._kept: list[object] = list(layers)
         self._kv_caches: Sequence[KvCache] = ()
         self._checked: tuple[Tensor, ...] = ()
@@ -231,7 +231,7 @@ class Stack:
 
     def _bind_runs(self, runs: Sequence[AdapterRun]) -> array[int]:
         """What C++ knows as AdapterRun, one after the other; runs keep their adapters."""
-        found = [(checked(run, self._modules, self.dtype, len(self._ffns)), run.first, run.count) for run in runs]
+        found = [(checked(run, self._modules, self.dtype, len(self._ffns)), run.first, run.length) for run in runs]
         if found:
             self._modules = found[0][0].modules  # equal ones, so that the next are found to be the same
         return addresses(found)

@@ -140,12 +140,14 @@ for name, folder, out, config, vblora in json.loads(sys.argv[1]):
                     parameter.mul_(4)
     saved = Path(folder) / "adapter"
     model.save_pretrained(saved)
+    # as it comes back: saving sorts the patterns, of which the first that matches acts
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, saved).eval()
     tensors = load_file(saved / "adapter_model.safetensors")
     found, margin = {f"adapter.{own}": tensor for own, tensor in tensors.items()} if vblora else {}, 1e9
     for own, tensor in ({} if vblora else tensors).items():
         assert np.array_equal(tensor.numpy(), drawn(name, own, list(tensor.shape))), own
     with torch.no_grad():
-        plain = base
         for i, prompt in enumerate(prompts):
             logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
             with model.disable_adapter():

@@ -66,8 +66,8 @@ def config_file(folder: Path) -> Path:
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{folder}: an adapter (adapter_config.json) of the model {base!r}, not a model; merge it into that first, "
-            "as merge_and_unload of peft does"
+            f"{folder}: an adapter (adapter_config.json) of the model {base!r}, not a model; serve that "
+            "with --adapters and the folder above this one"
         )
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:

@@ -19,10 +19,15 @@ class PatternError(ValueError):
 
 def whole(pattern: str) -> Callable[[str], bool]:
     """Whether a whole text matches. Raises PatternError, too for what needs looking around or back."""
+    return compiled(pattern, pattern)
+
+
+def compiled(expression: str, pattern: str) -> Callable[[str], bool]:
+    """As `whole`, of an expression that was made of a pattern, by which errors call it."""
     if len(pattern) > LONGEST:
         raise PatternError(f"it has {len(pattern)} characters; at most {LONGEST} are read")
     try:
-        kind = TypeAdapter[str](Annotated[str, StringConstraints(pattern=rf"\A(?:{pattern})\z")])
+        kind = TypeAdapter[str](Annotated[str, StringConstraints(pattern=rf"\A(?:{expression})\z")])
     except SchemaError as error:
         raise PatternError(f"{pattern!r} is not a pattern that is read: {reason(error)}") from None
 
@@ -39,7 +44,7 @@ def whole(pattern: str) -> Callable[[str], bool]:
 def ending(pattern: str) -> Callable[[str], bool]:
     """Whether a dotted name matches, or what follows one of its dots does. Raises PatternError."""
     if not NAME.fullmatch(pattern):
-        return whole(rf"(.*\.)?({pattern})")
+        return compiled(rf"(.*\.)?({pattern})", pattern)
 
     def matches(text: str) -> bool:  # the commonest kind, without an expression: a dot stands for any character
         start = len(text) - len(pattern)

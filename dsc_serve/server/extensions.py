@@ -26,7 +26,7 @@ class AdapterFields(Fields):
     adapters added with their weights; product_of_sums: the two matrices of each added first, as LoRAHub has it.
     """
 
-    adapters: Annotated[dict[str, Annotated[float, Field(strict=False)]], Field(min_length=1)] | None = None
+    adapters: Annotated[dict[str, float], Field(min_length=1)] | None = None
     composition: Literal["sum", "product_of_sums"] | None = None
 
 

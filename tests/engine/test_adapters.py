@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.adapters import PretendedDecoder, Reader, put
 from support.fake_runner import alone, fake_engine
+from support.made_adapters import PretendedDecoder, Reader, put
 
 from dsc_serve.adapter_choice import (
     AdapterChoice,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import naive_decoder
-from support.adapters import merged, random_adapter
+from support.made_adapters import merged, random_adapter
 from support.small_models import small_config, wide_tensors
 from torch import Tensor
 

@@ -120,7 +120,7 @@ Tensors = dict[str, Tensor]
 
 
 def dropped(name: str) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.pop(name) and None
+    return lambda tensors: tensors.__delitem__(name)
 
 
 def put(name: str, tensor: Tensor) -> Callable[[Tensors], None]:
@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None] | None]] = {
     "lora_B.weight holds 1 values that are not finite": ({}, poisoned),
     "may reach": ({}, enormous),
     "is stored as int8": ({}, put(Q0.format("A"), torch.zeros(7, 48, dtype=torch.int8))),
-    "lora_magnitude_vector: DoRA": ({}, put(Q0.format("magnitude_vector"), torch.ones(64))),
+    "lora_magnitude_vector.weight: DoRA": ({}, put(Q0.format("magnitude_vector"), torch.ones(64))),
     "lora_B.bias: biases": ({}, put(Q0.format("B").replace("weight", "bias"), torch.ones(64))),
     "it is a whole tensor of the base": ({}, put("base_model.model.lm_head.weight", torch.ones(67, 48))),
     "rows of the embedding": (

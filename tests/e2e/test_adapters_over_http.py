@@ -161,8 +161,8 @@ def copied(source: Path, target: Path) -> None:
 def test_adapters_are_back_after_a_restart_of_the_engine(server: RunningServer, expected: dict[str, list[str]]) -> None:
     restarts = server.metric("dsc_serve_engine_restarts_total")
     os.kill(server.engine_pid, signal.SIGKILL)
-    server.wait_until(lambda: server.metric("dsc_serve_engine_restarts_total") > restarts)
-    server.wait_until(lambda: server.get("/health/ready").status_code == 200)
+    server.wait_until(lambda: server.metric("dsc_serve_engine_restarts_total") > restarts, 180)
+    server.wait_until(lambda: server.get("/health/ready").status_code == 200, 180)
     assert text(server, PROMPTS[0], model="law") == expected["law"][0]
 
 

@@ -13,7 +13,7 @@ BASE, OTHER = "(base)", "(other)"
 
 
 @dataclass(slots=True)
-class AdapterCounts:
+class AdapterUse:
     """Of one adapter's generations that have ended."""
 
     generations: int = 0
@@ -26,7 +26,7 @@ class AdapterCounts:
         self.tokens += tokens
 
 
-def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterCounts]) -> Families:
+def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterUse]) -> Families:
     broken = sum(bool(info.error) for info in known)
     loaded = sum(info.loaded for info in known)
     states: dict[Labels, float] = {

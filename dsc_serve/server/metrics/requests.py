@@ -13,7 +13,7 @@ from dsc_serve.server.adapters import Catalogue
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.metrics.adapters import BASE, MOST_ADAPTERS, OTHER, AdapterCounts, adapter_families
+from dsc_serve.server.metrics.adapters import BASE, MOST_ADAPTERS, OTHER, AdapterUse, adapter_families
 from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.server.tools.registry import FORMS
@@ -46,7 +46,7 @@ class Metrics(Collector):
         )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
-        self._by_adapter = {BASE: AdapterCounts()}
+        self._by_adapter = {BASE: AdapterUse()}
         self._embeddings: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in EMBEDDING_ENDS})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
         self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
@@ -74,11 +74,11 @@ class Metrics(Collector):
         if per_token_s is not None:
             self._per_token.observe(per_token_s)
 
-    def _counts_of(self, adapter: str) -> AdapterCounts:
+    def _counts_of(self, adapter: str) -> AdapterUse:
         """Names come from the folder of adapters and not from clients; of very many, the later ones share a series."""
         if adapter not in self._by_adapter and len(self._by_adapter) > MOST_ADAPTERS:
             adapter = OTHER
-        return self._by_adapter.setdefault(adapter, AdapterCounts())
+        return self._by_adapter.setdefault(adapter, AdapterUse())
 
     def embedding_ended(self, reason: str) -> None:
         self._embeddings[reason,] += 1

@@ -121,6 +121,11 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
 
+    adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
+    adapter_bytes: Annotated[
+        int, Meta(ge=2**10, le=MOST, description="Bytes of adapters in memory; the least recently used go.")
+    ] = 2**28
+
     @property
     def drafts(self) -> int:
         """Most drafts of one request in a step."""

@@ -8,6 +8,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from dsc_serve.adapter_choice import AdapterChoice, Asked, AskedEach, choice_of, choices_of
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
@@ -67,7 +69,8 @@ class LLM:
     embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16 and what is quantised as bfloat16,
     where the device is fast in it), "float32" or "bfloat16". settings: further ones of `EngineConfig`, by name, such as
     context, the most tokens of a prompt and its output (0: as many as the model is for); threads and kernels are the
-    process's, so the last LLM made decides them for all.
+    process's, so the last LLM made decides them for all. Where calls take an `adapter`, it is the name of one in the
+    folder `adapters`, several with weights as {name: weight}, an `AdapterChoice`, or None: the model as it is.
     Raises ConfigError, CheckpointError and TokenizerError in one line, TypeError for a name that is no setting.
     """
 
@@ -85,7 +88,8 @@ class LLM:
                 close = difflib.get_close_matches(name, EngineConfig.kinds(), 1)
                 hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(EngineConfig.kinds())}"
                 raise TypeError(f"{name} is not a setting of the engine; {hint}")
-        config = EngineConfig(model=str(model), device=device, dtype=dtype, **settings)
+        paths = {name: str(value) for name, value in settings.items() if isinstance(value, PurePath)}
+        config = EngineConfig(model=str(model), device=device, dtype=dtype, **{**settings, **paths})
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
         self._engine: Engine | None = Engine.for_model(prepare_model(config), config)
         self._ids = itertools.count()
@@ -102,20 +106,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: AskedEach = None,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Generate for texts or token-id lists; returns one output per prompt and choice, in order.
 
-        params: one for all or one per prompt. Raises ParameterError before anything runs when a request cannot, and
-        GenerationError once all have ended when one of them failed.
+        params, adapter: one for all or one per prompt. Raises ParameterError before anything runs when a request
+        cannot, and GenerationError once all have ended when one of them failed.
         """
         listed = self._listed(prompts)
-        each = self._each(params, len(listed))
+        each, adapters = self._each(params, len(listed)), choices_of(adapter, len(listed))
+        self.engine.arrivals.check(adapters, self._step)
         with tqdm(total=len(listed), disable=not progress, unit="prompt") as bar:
             tracks: list[_Track] = []
             try:
-                for prompt, own in zip(listed, each, strict=True):
-                    tracks += self._submit(prompt, own)
+                for prompt, own, choice in zip(listed, each, adapters, strict=True):
+                    tracks += self._submit(prompt, own, choice)
                 running = {track.id for track in tracks}
                 while running:
                     running.difference_update(self._step())
@@ -128,7 +134,9 @@ class LLM:
             raise GenerationError(f"{len(failed)} of {len(tracks)} failed, the first for: {failed[0].error}", outputs)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: Asked | None = None
+    ) -> Iterator[RequestOutput]:
         """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason.
 
         Raises ParameterError at once, RuntimeError when a step fails.
@@ -140,11 +148,13 @@ class LLM:
         resolve_max_tokens(ids, params, self.engine.capacity)
         TextStream(self.tokenizer, ids, params)
         self.engine.check(params)
-        return self._follow(ids, params)
+        choice = choice_of(adapter)
+        self.engine.arrivals.check([choice], self._step)
+        return self._follow(ids, params, choice)
 
-    def _follow(self, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
+    def _follow(self, ids: list[int], params: SamplingParams, adapter: AdapterChoice | None) -> Iterator[RequestOutput]:
         """Submits when first asked for an item, so that a stream that nobody reads leaves nothing in the engine."""
-        (track,) = self._submit(ids, params)
+        (track,) = self._submit(ids, params, adapter)
         news: deque[RequestOutput] = deque()
         track.news = news
         try:
@@ -158,7 +168,9 @@ class LLM:
         finally:
             self._drop([track])
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> Tensor:
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, adapter: AskedEach = None
+    ) -> Tensor:
         """The vectors of texts or token-id lists: float32 [prompts, d], or [prompts, dimensions].
 
         How hidden states become a vector is the setting `pooling`; dimensions: only so many first components,
@@ -169,11 +181,13 @@ class LLM:
         listed = self._listed(prompts)
         for ids in listed:
             resolve_max_tokens(ids, EMBEDDED, self.engine.capacity)
+        adapters = choices_of(adapter, len(listed))
+        self.engine.arrivals.check(adapters, self._step)
         tracks: list[_Track] = []
         try:
-            for ids in listed:
+            for ids, choice in zip(listed, adapters, strict=True):
                 tracks.append(self._track(ids, EMBEDDED, 0))
-                self.engine.add(tracks[-1].id, ids, EMBEDDED, embedding=asked)
+                self.engine.add(tracks[-1].id, ids, EMBEDDED, embedding=asked, adapter=choice)
             while any(track.output.finish_reason is None for track in tracks):
                 self._step()
                 for track in tracks:
@@ -184,12 +198,12 @@ class LLM:
         vectors = np.frombuffer(b"".join(track.embedding for track in tracks), "<f4")
         return torch.from_numpy(vectors.astype(np.float32).reshape(len(tracks), size))
 
-    def logits(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
+    def logits(self, token_ids: Sequence[list[int]], *, adapter: AskedEach = None) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
         listed = self._listed(token_ids)
-        return self._collected(listed, [lambda start, logits: logits] * len(listed))
+        return self._collected(listed, [lambda start, logits: logits] * len(listed), adapter)
 
-    def losses(self, token_ids: Sequence[list[int]]) -> list[Tensor]:
+    def losses(self, token_ids: Sequence[list[int]], *, adapter: AskedEach = None) -> list[Tensor]:
         """−log probability in nats, float64 [T − 1], of each token after the first of a list under those before it.
 
         Lists may be one token longer than the context. Of the logits only some rows exist at a time.
@@ -207,18 +221,20 @@ class LLM:
 
             return losses
 
-        return self._collected([window[:-1] for window in windows], [collect_for(window) for window in windows])
+        prompts = [window[:-1] for window in windows]
+        return self._collected(prompts, [collect_for(window) for window in windows], adapter)
 
-    def _collected(self, prompts: Sequence[list[int]], collects: Sequence[Collect]) -> list[Tensor]:
+    def _collected(self, prompts: Sequence[list[int]], collects: Sequence[Collect], adapter: AskedEach) -> list[Tensor]:
         """What is kept of each prompt's logits, rows in order."""
-        params = SamplingParams(temperature=0, max_tokens=0)
+        params, adapters = SamplingParams(temperature=0, max_tokens=0), choices_of(adapter, len(prompts))
+        self.engine.arrivals.check(adapters, self._step)
         tracks: list[_Track] = []
         requests = []
         try:
-            for ids, collect in zip(prompts, collects, strict=True):
+            for ids, collect, choice in zip(prompts, collects, adapters, strict=True):
                 track = self._track(ids, params, 0)
                 tracks.append(track)
-                requests.append(self.engine.add(track.id, ids, params, collect))
+                requests.append(self.engine.add(track.id, ids, params, collect, adapter=choice))
             while any(track.output.finish_reason is None for track in tracks):
                 self._step()
                 for track in tracks:
@@ -275,14 +291,14 @@ class LLM:
             raise ParameterError("params", f"params has {len(params)} entries for {count} prompts")
         return params
 
-    def _submit(self, prompt: list[int], params: SamplingParams) -> list[_Track]:
+    def _submit(self, prompt: list[int], params: SamplingParams, adapter: AdapterChoice | None) -> list[_Track]:
         """The choices of one prompt."""
         each = [params.for_choice(i) for i in range(params.n)]
         self.engine.check(each[0])
         tracks = [self._track(prompt, own, i) for i, own in enumerate(each)]
         first, *others = ((track.id, own) for track, own in zip(tracks, each, strict=True))
         try:
-            self.engine.add(first[0], prompt, first[1], siblings=others)
+            self.engine.add(first[0], prompt, first[1], siblings=others, adapter=adapter)
         except ValueError:
             self._drop(tracks)
             raise
@@ -297,6 +313,8 @@ class LLM:
     def _step(self) -> list[str]:
         """One step for everything in flight, whichever call of this LLM it belongs to; the ids of what ended."""
         ended = []
+        if not self.engine.has_work:
+            self.engine.arrivals.wait()
         for delta in self.engine.step():
             track = self._tracks.get(delta.request_id)
             if track is not None:

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.random_adapters import random_adapters
 from support.running_server import RunningServer, start_server, stop_server
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = "routing_trace.py"
 LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
-TESTED = {"offline.py", "streaming.py", "structured_output.py", "tools.py", "routing_trace.py", "load_test.sh"}
+PROGRAMS = ("offline", "streaming", "structured_output", "tools", "adapters", "routing_trace")
+TESTED = {*(f"{name}.py" for name in PROGRAMS), "load_test.sh"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,18 @@ def test_tools(server: RunningServer) -> None:
     arguments = ast.literal_eval(called.removeprefix("called: population "))
     assert arguments["city"] in ("Paris", "Rome", "Vienna") and arguments.keys() <= {"city", "year"}
     assert answered.startswith("answered:")
+
+
+def test_adapters(tmp_path: Path) -> None:
+    random_adapters(tmp_path, "law", "ode")
+    server = start_server("--adapters", str(tmp_path))
+    try:
+        lines = output("adapters.py", server.url).splitlines()
+    finally:
+        assert stop_server(server) == 0
+    told = dict(line.split(": ", 1) for line in lines)
+    assert list(told) == ["dsc-tiny", "law", "ode", "0.5*law+0.5*ode"]
+    assert len(set(told.values())) == 4
 
 
 def test_routing_trace(server: RunningServer) -> None:

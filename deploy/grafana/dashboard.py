@@ -156,6 +156,18 @@ ROWS: dict[str, list[View]] = {
             },
         ),
     ],
+    "Adapters": [
+        View(
+            "Tokens by adapter",
+            "short",
+            {"{{adapter}}": total("adapter_generated_tokens_total", by="adapter")},
+            "Generated, a second; nothing without adapters.",
+            stacked=True,
+        ),
+        View("Generations by adapter", "ops", {"{{adapter}}": total("adapter_generations_total", by="adapter")}),
+        View("Adapters", "short", {"{{state}}": f"sum by (state) ({now('adapters')})"}, stacked=True),
+        View("Adapters in memory", "bytes", {"bytes": f"sum ({now('adapter_bytes')})"}),
+    ],
     "DSC": [
         View(
             "Distinct atoms per step",

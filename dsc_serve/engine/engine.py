@@ -11,7 +11,11 @@ import torch
 
 from dsc_kernels import native, ops
 from dsc_kernels.plan import Planner
+from dsc_serve.adapter_choice import AdapterChoice
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
+from dsc_serve.engine.adapter_report import AdapterReport
+from dsc_serve.engine.adapters import Adapters
+from dsc_serve.engine.arrivals import Arrivals, adapters_of, count_adapters, hold
 from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.graphs import capture_for
@@ -22,7 +26,7 @@ from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
-from dsc_serve.engine.room import check_room
+from dsc_serve.engine.room import check_room, reserved_for_adapters
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
@@ -75,6 +79,7 @@ class Engine:
         strict: bool = False,
         tokenizer: Tokenizer | None = None,
         routing: RoutingWatch | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
@@ -84,8 +89,10 @@ class Engine:
         self.drafter = Drafter(config.drafts, config.step_tokens, eos)
         policy, windows = POLICIES[config.policy], capacity.kv_windows
         self.scheduler = Scheduler(policy, budget, pool, config.block_size, config.prefix_cache, windows=windows)
+        self.arrivals = Arrivals(adapters, lambda: self.scheduler.clock())
         self.counters = Counters()
         self.report = StepReport()
+        self.adapter_report = AdapterReport()
         self.routing = routing
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
@@ -117,14 +124,15 @@ class Engine:
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
         tokenizer = Tokenizer.load(resolve_model(config.model))
-        engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
+        engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting) or self.arrivals.restless
 
     def add(
         self,
@@ -136,6 +144,7 @@ class Engine:
         age_s: float = 0.0,
         siblings: Sequence[tuple[str, SamplingParams]] = (),
         embedding: EmbeddingParams | None = None,
+        adapter: AdapterChoice | None = None,
     ) -> Request:
         """Queue a request, which may have waited elsewhere for `age_s` of its time.
 
@@ -144,13 +153,15 @@ class Engine:
         embedding: where given, the prompt's vector comes with its end; `params` are then EMBEDDED.
         collect: given the first of some prompt positions and their float32 logits, what to keep of them in
             `Request.collected`; they come in order.
+        adapter: what it and its siblings are computed with; until that is in memory they wait outside the queue.
         Raises ParameterError when it could never finish here, ValueError when its id is in use, GrammarsFullError when
-        too many grammars wait before its own, GrammarsLostError when no process can be had for it.
+        too many grammars wait before its own, GrammarsLostError when no process can be had for it; UnknownAdapterError
+        and BrokenAdapterError, which are ParameterErrors, too.
         """
         family: list[Request] = []
         try:
             for one_id, own in ((request_id, params), *siblings):
-                if self.scheduler.get(one_id) is not None or one_id in [one.id for one in family]:
+                if self._get(one_id) is not None or one_id in [one.id for one in family]:
                     raise ValueError(f"request id {one_id!r} is in use")
                 max_tokens = resolve_max_tokens(prompt, own, self.capacity)
                 one = Request(
@@ -161,18 +172,34 @@ class Engine:
                     one.pooler = self._pooler(embedding, len(prompt))
                 one.constraint = self._constraint(own)
                 family.append(one)
+            wanted = None if adapter is None else self.arrivals.want(adapter)
         except BaseException:
             for one in family:
                 one.close()
             raise
         request, *request.siblings = family
-        for one in family:
+        if wanted is None:
+            self._queue(request, age_s)
+        elif wanted.lease is not None:
+            hold(wanted.lease, family)
+            self._queue(request, age_s)
+        else:
+            self.arrivals.add(request, wanted, age_s)
+        return request
+
+    def _queue(self, request: Request, age_s: float) -> None:
+        """Everything that a request and its siblings need is there."""
+        for one in (request, *request.siblings):
+            if one.adapter is not None:
+                self.adapter_report.count_request(one.adapter.name, self.arrivals.names)
             if self.routing is not None:
                 self.routing.expect(one)
             if one.constraint is not None:
                 self.followers.add(one)
         self.scheduler.add(request, age_s)
-        return request
+
+    def _get(self, request_id: str) -> Request | None:
+        return self.scheduler.get(request_id) or self.arrivals.get(request_id)
 
     def check(self, params: SamplingParams) -> None:
         """Wait until it is known whether a request's grammar can be used. Raises ParameterError where it cannot."""
@@ -189,10 +216,12 @@ class Engine:
         """End the processes of grammars. Safe to call twice."""
         if self.grammars is not None:
             self.grammars.close()
+        if self.arrivals.adapters is not None:
+            self.arrivals.adapters.close()
 
     def finish(self, request_id: str) -> bool:
         """End a request wherever it stands. Returns whether there was one."""
-        found = self.scheduler.finish(request_id) is not None
+        found = (self.scheduler.finish(request_id) or self.arrivals.finish(request_id)) is not None
         self.followers.prune()
         return found
 
@@ -202,8 +231,9 @@ class Engine:
         A request that makes its step fail ends with an error; the others go on.
         """
         started = time.perf_counter()
-        deltas = [self._expired(request, field) for request, field in self.scheduler.expire()]
-        deltas += self._settled()
+        expired = self.scheduler.expire() + (self.arrivals.expire() if self.arrivals else [])
+        deltas = [self._expired(request, field) for request, field in expired]
+        deltas += self._arrived() + self._settled()
         if not self.has_work:
             return deltas
         plan = self.drafter.add(self.scheduler.plan(), self.scheduler.running, self.scheduler.step_time)
@@ -236,6 +266,8 @@ class Engine:
             deltas += self._settled()
         self.followers.prune()
         self.report.add(started, scheduled, computed, result.forward_s, plan.computed())
+        if any(request.adapter is not None for request, _ in work):
+            count_adapters(self.adapter_report, work, self.arrivals.names)
         return deltas
 
     def _progress(self, request: Request, done: Computed, ended: Mapping[str, str | None]) -> Delta | None:
@@ -284,6 +316,16 @@ class Engine:
         news = Delta(end.request.id, [], end.finish_reason, cached_tokens=end.request.cached_tokens or 0)
         news.error = end.error
         return blame(news, end.request) if end.error else news
+
+    def _arrived(self) -> list[Delta]:
+        """Queue the requests whose adapters are there; the news of those whose are not."""
+        failed = []
+        for request, age_s, error in self.arrivals.settle():
+            if error is None:
+                self._queue(request, age_s)
+            else:
+                failed.append(Delta(request.id, [], "error", error=str(error), error_field=error.field))
+        return failed
 
     def _expired(self, request: Request, field: str) -> Delta:
         error, cached_tokens = request.scheduling.overdue(field), request.cached_tokens or 0
@@ -347,6 +389,7 @@ def pool_blocks(model: Decoder, config: EngineConfig) -> int:
     per_block = config.block_size * model.groups.size * c.cached_size * element
     torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
+    free = max(0, free - reserved_for_adapters(config))
     context = layout.most_blocks(c.max_position_embeddings, config.step_tokens)
     fitting = int(KV_SHARE[config.device] * free) // per_block
     if fitting < context:

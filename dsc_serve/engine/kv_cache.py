@@ -15,9 +15,14 @@ from dsc_serve.kv_layout import blocks_for as blocks_for
 HASH_BYTES = 16
 
 
-def hash_seed(secret: bytes, salt: str) -> bytes:
-    """Where the chain of names of all prompts with this salt begins. Nobody without the secret can compute a name."""
-    return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, key=secret).digest()
+def hash_seed(secret: bytes, salt: str, adapter: str = "") -> bytes:
+    """Where the chain of names of all prompts with this salt begins. Nobody without the secret can compute a name.
+
+    adapter: the digest of what they are computed with. The fields' lengths keep one from being taken for the other.
+    """
+    fields = [salt.encode(), adapter.encode()]
+    content = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+    return hashlib.blake2b(content, digest_size=HASH_BYTES, key=secret).digest()
 
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

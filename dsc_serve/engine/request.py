@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.sketch import Signature
+from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.drafts.drafting import Drafting
+from dsc_serve.engine.leases import Lease
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint
@@ -45,6 +47,8 @@ class Request:
     collect: Collect | None = None
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     pooler: Pooler | None = None  # where it asks for its prompt's vector
+    lease: Lease | None = None  # on its adapter, until it ends
+    adapter: LoadedAdapter | None = None  # that it is computed with; None: the model as it is
     seed: int = 0
     num_computed: int = 0  # tokens that the KV cache holds
     routed: int = 0  # positions whose picks have been reported
@@ -145,6 +149,12 @@ class Request:
         """It has ended. Safe to call twice."""
         if self.constraint is not None:
             self.constraint.close()
+        if self.lease is not None:
+            self.lease.release()
+
+    def hold(self, lease: Lease) -> None:
+        """Be computed with an adapter."""
+        self.lease, self.adapter = lease, lease.adapter
 
     def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position on."""

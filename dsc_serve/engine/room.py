@@ -30,10 +30,19 @@ def configured(path: Path, context: int) -> ModelConfig:
         raise CheckpointError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from None
 
 
+def reserved_for_adapters(config: EngineConfig) -> int:
+    """Bytes that nothing else may take."""
+    return config.adapter_bytes if config.adapters else 0
+
+
 def check_room(folder: Path, config: EngineConfig) -> None:
     """Raises ConfigError and CheckpointError."""
     model = configured(folder, config.context)
     free = torch.cuda.mem_get_info(0)[0] if config.device == "cuda" else available_memory()
+    adapters = reserved_for_adapters(config)
+    if adapters > free:
+        raise ConfigError(f"adapter_bytes is {adapters}; {size(free)} of memory are free: lower it")
+    free -= adapters
     positions = position_bytes(model, config)
     if positions > free:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"

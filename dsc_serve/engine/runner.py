@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
+from dsc_serve.engine.adapter_runs import adapter_runs, place_in_step
 from dsc_serve.engine.constraints import answered, constrain
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
@@ -206,7 +207,7 @@ class Runner:
 
     def _run(self, work: Work) -> StepResult:
         started = time.perf_counter()
-        ordered = sorted(work, key=lambda pair: pair[1] > 1)
+        ordered = sorted(work, key=place_in_step)
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
         if self.routing is not None:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
@@ -278,7 +279,8 @@ class Runner:
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
-        replayable = self.graphs is not None and decodes == size and picks is None
+        runs = adapter_runs(ordered)
+        replayable = self.graphs is not None and decodes == size and picks is None and not runs
         padded = self.graphs.bucket(size) if self.graphs is not None and replayable else 0
         if self.graphs is not None and padded:
             self._inputs.pad(size, padded, self._spare_block)
@@ -292,7 +294,7 @@ class Runner:
         )  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
             max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(StepBatch(*inputs, decodes, max_context_len, chunks), self.kv_caches, picks)
+        return self.model.hidden(StepBatch(*inputs, decodes, max_context_len, chunks, runs), self.kv_caches, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""

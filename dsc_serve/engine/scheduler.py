@@ -197,7 +197,8 @@ class Scheduler:
     def _hash_seed(self, request: Request) -> bytes | None:
         """What the names of a request's blocks begin with; None where nobody is to find them."""
         if self._secret is not None and not self._is_private(request):
-            return hash_seed(self._secret, request.scheduling.cache_salt)
+            digest = "" if request.adapter is None else request.adapter.digest
+            return hash_seed(self._secret, request.scheduling.cache_salt, digest)
         return secrets.token_bytes(HASH_BYTES) if request.siblings else None
 
     def _is_private(self, request: Request) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.weights import KvCache, QkNorm, Scope
+from dsc_kernels.adapters import adapted_product
+from dsc_kernels.weights import Adapted, KvCache, QkNorm, Scope
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
 
@@ -34,10 +35,17 @@ class Attention:
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor | None) -> Tensor:
-        """x [T, d] → [T, d], plus residual where one is given. cache: this layer's."""
+    def __call__(
+        self, x: Tensor, batch: StepBatch, cache: KvCache, residual: Tensor | None, adapted: Adapted | None = None
+    ) -> Tensor:
+        """x [T, d] → [T, d], plus residual where one is given. cache: this layer's. adapted: adds to projections."""
         c = self.config
-        qkv = self.qkv(x).view(x.shape[0], -1, c.head_dim)
+        if adapted is None:
+            qkv = self.qkv(x)
+        else:
+            columns = {"q": 0, "k": c.query_size, "v": c.query_size + c.kv_size}
+            qkv = adapted_product(self.qkv, x, adapted, columns)
+        qkv = qkv.view(x.shape[0], -1, c.head_dim)
         heads = c.num_attention_heads
         ops.store_kv(qkv, heads, self.cos_sin_cache, batch.slots_of(self.group), cache, self.qk_norm)
         q = qkv[:, :heads]
@@ -47,7 +55,9 @@ class Attention:
             y = ops.decode_attention(q, cache, tables, batch.context_lens, longest, self.scale, self.scope)
         else:
             y = self._mixed(q, batch, cache)
-        return self.out(y.flatten(1), residual=residual)
+        if adapted is None:
+            return self.out(y.flatten(1), residual=residual)
+        return adapted_product(self.out, y.flatten(1), adapted, {"o": 0}, residual)
 
     def _mixed(self, q: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """A step that holds chunks of prompts besides, or instead of, single tokens."""

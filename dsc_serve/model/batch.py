@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dsc_kernels.weights import Slots
+from dsc_kernels.weights import AdapterRun, Slots
 
 
 class Chunk(NamedTuple):
@@ -30,6 +30,7 @@ class StepBatch(NamedTuple):
     decodes: int
     decode_context: int  # the largest context of the one-token sequences
     chunks: tuple[Chunk, ...]  # the sequences with several new tokens
+    runs: tuple[AdapterRun, ...] = ()  # of the tokens whose requests have adapters, in their order
 
     @property
     def longest(self) -> int:

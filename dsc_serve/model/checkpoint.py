@@ -23,6 +23,7 @@ from dsc_serve.model.folder import (
 )
 from dsc_serve.model.gguf import gguf_source
 from dsc_serve.model.huggingface import huggingface_source
+from dsc_serve.model.origin import read_origin
 from dsc_serve.model.source import LoadingProgress, ModelSource
 from dsc_serve.text.tokenizer import FILES
 
@@ -39,7 +40,7 @@ def own_source(folder: Path) -> ModelSource:
     for narrow in (torch.bfloat16, torch.float16):  # where an import has multiplied weights, these are float32
         if str(narrow) == f"torch.{said}" and any(stored.dtype == narrow for stored in tensors.values()):
             dtype = narrow
-    return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES))
+    return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES), read_origin(folder))
 
 
 def is_own(path: Path) -> bool:
@@ -109,5 +110,6 @@ def load_model(path: Path, dtype: str, device: torch.device, context: int = 0) -
         except CheckpointError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+    model.origin = source.origin
     trim()
     return model

@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.backend import Adapter
 from dsc_kernels.memory import zeros
-from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights, QkNorm
+from dsc_kernels.weights import Adapted, DecoderLayer, KvCache, LowRank, Module, NormWeights, Place, QkNorm
+from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
 from dsc_serve.model.layer_groups import layer_groups
+from dsc_serve.model.origin import Origin
 from dsc_serve.model.rope import Angles, RopeTable
 
 Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
@@ -95,30 +98,40 @@ class Norm:
 class TransformerLayer:
     """One layer; `config.norms` says where its norms stand. norm1 belongs to attention, norm2 to the FFN.
 
-    behind: the norms of what these give, where norms stand around branches.
+    behind: the norms of what these give, where norms stand around branches. index: of the layer.
     """
 
     def __init__(
-        self, norm1: Norm, attention: Attention, norm2: Norm, ffn: Ffn, behind: tuple[Norm, Norm] | None = None
+        self,
+        norm1: Norm,
+        attention: Attention,
+        norm2: Norm,
+        ffn: Ffn,
+        index: int,
+        behind: tuple[Norm, Norm] | None = None,
     ) -> None:
-        self.norm1, self.attention, self.norm2, self.ffn, self.behind = norm1, attention, norm2, ffn, behind
+        self.norm1, self.attention, self.norm2, self.ffn, self.index = norm1, attention, norm2, ffn, index
+        self.behind = behind
         self._run = ARRANGEMENTS[attention.config.norms]
 
     def __call__(self, x: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """x [T, d] → [T, d]."""
-        return self._run(self, x, batch, cache, self.ffn)
+        return self._run(self, x, batch, cache, self._adapted(batch), self.ffn)
 
     def picking(self, x: Tensor, batch: StepBatch, cache: KvCache, picks: list[Picks]) -> Tensor:
         """The same, where the FFN is DSC's; what it picked is appended."""
         ffn = self.ffn
         assert isinstance(ffn, DscFfn)
 
-        def recorded(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            out, picked = ffn.routed(x, residual)
+        def recorded(x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
+            out, picked = ffn.routed(x, residual, adapted=adapted)
             picks.append(picked)
             return out
 
-        return self._run(self, x, batch, cache, recorded)
+        return self._run(self, x, batch, cache, self._adapted(batch), recorded)
+
+    def _adapted(self, batch: StepBatch) -> Adapted | None:
+        return Adapted(batch.runs, self.index) if batch.runs else None
 
     def described(self) -> DecoderLayer:
         """What it consists of, for those who compute all blocks in one call."""
@@ -143,33 +156,47 @@ class TransformerLayer:
         )
 
 
-def norms_before(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
-    x = layer.attention(layer.norm1(x), batch, cache, residual=x)
-    return ffn(layer.norm2(x), residual=x)
+Arrangement = Callable[[TransformerLayer, Tensor, StepBatch, KvCache, Adapted | None, Branch], Tensor]
 
 
-def norms_after(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
-    x = layer.norm1(layer.attention(x, batch, cache, residual=None), residual=x)
-    return layer.norm2(ffn(x), residual=x)
+def norms_before(
+    layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, adapted: Adapted | None, ffn: Branch
+) -> Tensor:
+    x = layer.attention(layer.norm1(x), batch, cache, x, adapted)
+    return ffn(layer.norm2(x), residual=x, adapted=adapted)
 
 
-def parallel(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
-    return ffn(layer.norm2(x), residual=layer.attention(layer.norm1(x), batch, cache, residual=x))
+def norms_after(
+    layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, adapted: Adapted | None, ffn: Branch
+) -> Tensor:
+    x = layer.norm1(layer.attention(x, batch, cache, None, adapted), residual=x)
+    return layer.norm2(ffn(x, adapted=adapted), residual=x)
 
 
-def parallel_shared(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+def parallel(
+    layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, adapted: Adapted | None, ffn: Branch
+) -> Tensor:
+    attended = layer.attention(layer.norm1(x), batch, cache, x, adapted)
+    return ffn(layer.norm2(x), residual=attended, adapted=adapted)
+
+
+def parallel_shared(
+    layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, adapted: Adapted | None, ffn: Branch
+) -> Tensor:
     normed = layer.norm1(x)
-    return ffn(normed, residual=layer.attention(normed, batch, cache, residual=x))
+    return ffn(normed, residual=layer.attention(normed, batch, cache, x, adapted), adapted=adapted)
 
 
-def around(layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, ffn: Branch) -> Tensor:
+def around(
+    layer: TransformerLayer, x: Tensor, batch: StepBatch, cache: KvCache, adapted: Adapted | None, ffn: Branch
+) -> Tensor:
     assert layer.behind is not None
     attended, fed = layer.behind
-    x = attended(layer.attention(layer.norm1(x), batch, cache, residual=None), residual=x)
-    return fed(ffn(layer.norm2(x)), residual=x)
+    x = attended(layer.attention(layer.norm1(x), batch, cache, None, adapted), residual=x)
+    return fed(ffn(layer.norm2(x), adapted=adapted), residual=x)
 
 
-ARRANGEMENTS: dict[str, Callable[[TransformerLayer, Tensor, StepBatch, KvCache, Branch], Tensor]] = {
+ARRANGEMENTS: dict[str, Arrangement] = {
     "before": norms_before,
     "after": norms_after,
     "parallel": parallel,
@@ -182,12 +209,16 @@ class Decoder:
     """A decoder whose weights lie ready on one device, in the dtype it computes in.
 
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
+    origin: the family's form that they were brought from, for adapters of that form.
     """
+
+    origin: Origin | None = None
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        self.modules = modules_of(config)
 
         def put(name: str) -> Tensor:
             return tensors[name].to(device=device, dtype=dtype)
@@ -222,7 +253,7 @@ class Decoder:
             behind = None
             if kind.norms == "around":
                 behind = norm(f"{layer}.{BEHIND[0]}"), norm(f"{layer}.{BEHIND[1]}")
-            self.layers.append(TransformerLayer(first, attention, second, ffn, behind))
+            self.layers.append(TransformerLayer(first, attention, second, ffn, i, behind))
         self.stack = ops.stack(
             self.embedding,
             self.positions,
@@ -274,10 +305,18 @@ class Decoder:
         b, layers = batch, dsc_layers(self)
         outputs = [layer.outputs(b.token_ids.shape[0], picks is not None) for layer in layers]
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs or None)
+        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs or None, b.runs)
         if picks is not None:
             picks += [layer.record(own.picked) for layer, own in zip(layers, outputs, strict=True)]
         return x
+
+    def adapter(self, updates: Mapping[Place, LowRank]) -> Adapter:
+        """Updates of its modules, as `StepBatch.runs` takes them. Raises ValueError for what does not fit."""
+        return ops.adapter(updates, self.modules, self.dtype, self.device)
+
+    def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """Such adapters with weights as one; it holds their memory."""
+        return ops.summed(parts, self.dtype, self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocabulary] of rows [R, d] of `hidden`."""
@@ -305,6 +344,15 @@ def attention_weights(
     elif config.qk_norm != "none":
         qk_norm = QkNorm(put(f"{prefix}q_norm.weight"), put(f"{prefix}k_norm.weight"), config.norm_eps)
     return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias, qk_norm
+
+
+def modules_of(config: ModelConfig) -> list[dict[str, Module]]:
+    """By layer, what adapters may add to, each where it stands in its product."""
+    modules: list[dict[str, Module]] = [{} for _ in config.layers]
+    for (layer, name), shape in module_shapes(config).items():
+        at = {"k": config.query_size, "v": config.query_size + config.kv_size}.get(name, 0)
+        modules[layer][name] = Module(*shape, at)
+    return modules
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:

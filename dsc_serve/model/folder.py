@@ -16,6 +16,7 @@ from dsc_serve.documents import DocumentError, read_document
 from dsc_serve.files import refuse_pointer
 from dsc_serve.model.config import CheckpointError, ModelConfig, read_json, save_config
 from dsc_serve.model.decoder import tensor_shapes
+from dsc_serve.model.origin import write_origin
 from dsc_serve.model.source import LoadingProgress, ModelSource, Stored, check_finite, check_stored
 from dsc_serve.panics import PanicError, panics_as_errors
 
@@ -65,8 +66,8 @@ def config_file(folder: Path) -> Path:
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{folder}: an adapter (adapter_config.json) of the model {base!r}, not a model; merge it into that first, "
-            "as merge_and_unload of peft does"
+            f"{folder}: an adapter (adapter_config.json) of the model {base!r}, not a model; serve that "
+            "with --adapters and the folder above this one"
         )
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
@@ -174,5 +175,7 @@ def write_source(source: ModelSource, out: Path, dtype: torch.dtype | None = Non
     with LoadingProgress(source) as progress:
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in source.weights(progress).items()}
     save_checkpoint(source.config, tensors, out, source.path, dtype or source.dtype)
+    if source.origin is not None:
+        write_origin(source.origin, out)
     for name, text in texts.items():
         (out / name).write_text(text, "utf8")

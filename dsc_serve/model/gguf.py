@@ -18,6 +18,7 @@ from dsc_serve.model.dequantise import FLOATS, UnknownKindError, dequantised, ki
 from dsc_serve.model.folder import EMBEDDING, write_source
 from dsc_serve.model.gguf_families import OUTER, GgufFamily, family_of
 from dsc_serve.model.gguf_metadata import FACTORS, Metadata, positions
+from dsc_serve.model.origin import Origin
 from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer, start_and_ends
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -61,7 +62,8 @@ def gguf_source(file: Path) -> ModelSource:
     tensors = family.tensors(tensors, settings, config)
     kinds = {entry.kind for entry in content.tensors if OUTER.get(entry.name) == EMBEDDING}
     dtype = FLOATS.get(kind_of(kinds.pop()), torch.bfloat16) if kinds else torch.bfloat16
-    return ModelSource(file, config, tensors, dtype, partial(text_files, content))
+    origin = Origin({**settings.content, "architectures": [family.architecture]}, file)
+    return ModelSource(file, config, tensors, dtype, partial(text_files, content), origin)
 
 
 def text_files(content: GgufFile) -> dict[str, str]:

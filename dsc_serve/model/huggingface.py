@@ -12,6 +12,7 @@ import torch
 from dsc_serve.model.architectures import Settings, architecture_of
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config, read_json
 from dsc_serve.model.folder import EMBEDDING, config_file, stored_tensors, text_files, weight_files, write_source
+from dsc_serve.model.origin import Origin
 from dsc_serve.model.source import ModelSource, Stored, commonest_dtype
 from dsc_serve.text.tokenizer import FILES, Tokenizer
 
@@ -37,7 +38,9 @@ def huggingface_source(folder: Path) -> ModelSource:
     tensors, dtype = mapped_tensors(folder, config)
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
-    return ModelSource(folder, config, tensors, dtype, lambda: {} if tokenizer is None else text_files(folder, FILES))
+    texts = lambda: {} if tokenizer is None else text_files(folder, FILES)  # noqa: E731
+    origin = Origin(read_json(folder / "config.json"), folder / "config.json")
+    return ModelSource(folder, config, tensors, dtype, texts, origin)
 
 
 def mapped_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:

@@ -17,6 +17,7 @@ from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import tensor_shapes
 from dsc_serve.model.ffn import KINDS
+from dsc_serve.model.origin import Origin
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log hears of progress
@@ -45,6 +46,7 @@ class ModelSource:
     """A model at a path, under the names and in the forms of `tensor_shapes`; nothing of it has been read yet.
 
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
+    origin: the family's form that the tensors were brought from; None: they were made in the serving form.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class ModelSource:
     tensors: Mapping[str, Stored]
     dtype: torch.dtype
     texts: Callable[[], dict[str, str]]
+    origin: Origin | None = None
 
     def check(self) -> None:
         """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""

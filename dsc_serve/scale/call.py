@@ -73,6 +73,13 @@ class AnswerPart:
     headers: Headers | None = None
 
 
+class SharedAdapters(msgspec.Struct):
+    """Of the `dsc` object, what says which weights compute the prompt."""
+
+    adapters: msgspec.Raw = msgspec.Raw(b"")
+    composition: msgspec.Raw = msgspec.Raw(b"")
+
+
 class SharedFields(msgspec.Struct):
     """The fields that say what a request shares with others; the replica checks them."""
 
@@ -83,6 +90,8 @@ class SharedFields(msgspec.Struct):
     input: msgspec.Raw = msgspec.Raw(b"")
     user: str | None = None
     cache_salt: str | None = None
+    model: str | None = None
+    dsc: SharedAdapters | None = None
 
 
 decoder = msgspec.json.Decoder(SharedFields)
@@ -104,4 +113,19 @@ def placement_key(authorization: str, body: bytes) -> PlacementKey:
     # In the order in which templates write them: chats with other tools have another beginning.
     chat = b"".join(map(bytes, (asked.tools, asked.instructions, *messages, asked.input)))
     prompt = chat or bytes(asked.prompt)
-    return PlacementKey(tenant, chain_of(prompt, (asked.cache_salt or "").encode()))
+    return PlacementKey(tenant, chain_of(prompt, salt_of(asked)))
+
+
+def salt_of(asked: SharedFields) -> bytes:
+    """What two requests must have in common for one to use what the other has computed: the adapters, too.
+
+    Each part stands behind its length, so that a salt cannot spell an adapter's name.
+    """
+    own = asked.dsc or SharedAdapters()
+    parts = (
+        (asked.cache_salt or "").encode(),
+        (asked.model or "").encode(),
+        bytes(own.adapters),
+        bytes(own.composition),
+    )
+    return b"".join(b"%d:%b" % (len(part), part) for part in parts) if any(parts) else b""

@@ -12,6 +12,7 @@ import msgspec
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
+from dsc_serve.server.adapters import Asked
 from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
@@ -119,15 +120,15 @@ class ResponseFormatter(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, service: Service, answer_id: str, fields: EngineFields) -> None:
-        self.service = service
+    def __init__(self, service: Service, answer_id: str, fields: EngineFields, asked: Asked) -> None:
+        self.service, self.asked = service, asked
         self.names = fields.names
         self.include_usage, self.continuous_usage = fields.include_usage, fields.continuous_usage
         self.id = answer_id
         self.user = fields.user
         self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
-        self._head = {"id": answer_id, "created": int(time.time()), "model": fields.model or service.model_name}
+        self._head = {"id": answer_id, "created": int(time.time()), "model": asked.name}
 
     def choices(
         self,
@@ -172,7 +173,9 @@ class ResponseFormatter(ABC):
     def ended(self, choice: Choice) -> None:
         """Count a choice that has ended."""
         clock = choice.clock
-        self.service.metrics.generation_ended(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s)
+        self.service.metrics.generation_ended(
+            *(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s), adapter=self.asked.label
+        )
 
     @abstractmethod
     def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:

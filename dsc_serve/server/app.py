@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from dsc_serve import __version__
+from dsc_serve.adapter_choice import AdapterInfo
 from dsc_serve.config import ServerConfig, generation_slots
 from dsc_serve.server import errors, page
 from dsc_serve.server.admission import SHUTTING_DOWN, Admission, Permits
@@ -20,7 +21,7 @@ from dsc_serve.server.completions import create_completion
 from dsc_serve.server.embeddings import create_embeddings
 from dsc_serve.server.errors import engine_down, json_response
 from dsc_serve.server.keys import KeyRing
-from dsc_serve.server.middleware import HEALTH, REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
+from dsc_serve.server.middleware import EXCHANGE, HEALTH, REQUEST_ID, AuthMiddleware, Paths, RequestLogMiddleware
 from dsc_serve.server.openapi import describe
 from dsc_serve.server.responses.endpoint import create_response
 from dsc_serve.server.service import EngineHandle, Service
@@ -104,13 +105,19 @@ def create_app(
         return json_response({"version": __version__})
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return json_response({"object": "list", "data": [model_card(service, name) for name in service.names]})
+    async def models(request: Request) -> Response:
+        key = request.scope[EXCHANGE].key
+        cards = [model_card(service, name) for name in service.names if service.catalogue.shows_base(key)]
+        cards += [adapter_card(service, info) for info in await service.catalogue.visible(key)]
+        return json_response({"object": "list", "data": cards})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        service.check_model(name)
-        return json_response(model_card(service, name))
+    async def model(request: Request, name: str) -> Response:
+        key, catalogue = request.scope[EXCHANGE].key, service.catalogue
+        if name in service.names and catalogue.shows_base(key):
+            return json_response(model_card(service, name))
+        info = await catalogue.find(name, "model", key)
+        return json_response({**adapter_card(service, info), "id": name})
 
     def trouble() -> str:
         """Why the server is not ready, "" when it is."""
@@ -162,8 +169,24 @@ def model_card(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "dsc-serve",
+        "parent": None,
+        "root": name,
         "max_model_len": limits.max_tokens,
         "tool_calls": service.dialect.form.name,
         "reasoning": service.dialect.reasoning is not None,
         "dsc": dsc if limits.atoms_per_token else None,
+        "adapter": None,
     }
+
+
+def adapter_card(service: Service, info: AdapterInfo) -> dict[str, Any]:
+    own = {
+        "kind": info.kind or None,
+        "rank": info.rank,
+        "modules": info.modules,
+        "bytes": info.nbytes,
+        "loaded": info.loaded,
+        "error": info.error or None,
+    }
+    card = model_card(service, service.model_name)
+    return {**card, "id": info.name, "parent": service.model_name, "root": info.digest or None, "adapter": own}

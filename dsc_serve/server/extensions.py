@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,7 +21,16 @@ DIGITS = 7  # of a float32 below 1
 TopAtoms = Annotated[int, Field(ge=1, le=1024)]
 
 
-class SchedulingFields(Fields):
+class AdapterFields(Fields):
+    """adapters: weights by adapters' names, instead of an adapter in `model`. composition: sum: the updates of the
+    adapters added with their weights; product_of_sums: the two matrices of each added first, as LoRAHub has it.
+    """
+
+    adapters: Annotated[dict[str, float], Field(min_length=1)] | None = None
+    composition: Literal["sum", "product_of_sums"] | None = None
+
+
+class SchedulingFields(AdapterFields):
     """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
     the engine; a request that has not ended by then ends with an error, or, once it has begun to answer, with the
     finish reason `timeout`.

@@ -41,6 +41,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tokens_per_minute: int | None = None
     cache_salt: str = ""  # its prompts share cached prefixes with those of keys that have the same one, and no others
     admin: bool = False  # it may use /admin
+    # The only models that it may use and see, the base among them where it is named; None: all. A request that names
+    # none gets the base, or where it may not, the first of them.
+    adapters: tuple[str, ...] | None = None
     name: str = ""  # for logs and metrics
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for field in ("streams", "requests_per_minute", "tokens_per_minute"):
             if not 0 <= (getattr(self, field) or 0) <= MOST:
                 raise ValueError(f"{field} is {getattr(self, field):.6g}; it must be at least 0 and at most {MOST}")
+        if self.adapters is not None and (not self.adapters or not all(self.adapters)):
+            raise ValueError(f"adapters is {list(self.adapters)}; it must be names of adapters, or be left out")
         SchedulingParams(weight=self.weight, priority=self.priority, cache_salt=self.cache_salt)
 
     def scheduling(self, asked: SchedulingParams) -> SchedulingParams:

@@ -208,17 +208,31 @@ class ModelDsc(Answer):
     atoms_per_token: int
 
 
+class ModelAdapter(Answer):
+    """bytes: in memory. Kind and sizes are known once an adapter has been read. error: why it cannot be used."""
+
+    kind: str | None
+    rank: int
+    modules: int
+    bytes: int
+    loaded: bool
+    error: str | None
+
+
 class Model(Answer):
-    """dsc: null where the model has no DSC layers."""
+    """dsc: null where the model has no DSC layers. parent: of an adapter, its base; root: the digest of its content."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
+    root: str | None
     max_model_len: int
     tool_calls: str
     reasoning: bool
     dsc: ModelDsc | None
+    adapter: ModelAdapter | None
 
 
 class Models(Answer):

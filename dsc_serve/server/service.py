@@ -11,12 +11,15 @@ from typing import Protocol, TypeVar
 import msgspec
 from fastapi import Request
 
+from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.config import LimitConfig
 from dsc_serve.parameter_errors import ContextLengthError, ParameterError
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
+from dsc_serve.server.adapters import Asked, Catalogue
 from dsc_serve.server.admission import Admission, Permits, too_many
-from dsc_serve.server.errors import CONTEXT_LENGTH, ApiError, bad_request, from_parameter, shown
+from dsc_serve.server.errors import CONTEXT_LENGTH, bad_request, from_parameter
+from dsc_serve.server.extensions import AdapterFields
 from dsc_serve.server.grammars import GrammarChecks
 from dsc_serve.server.metrics.requests import Metrics
 from dsc_serve.server.middleware import EXCHANGE, Exchange
@@ -68,6 +71,7 @@ class EngineHandle(Protocol):
         scheduling: SchedulingParams | None = None,
         family: Family | None = None,
         embedding: EmbeddingParams | None = None,
+        adapter: AdapterChoice | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
 
     def finish(self, request_id: str, reason: str) -> None: ...
@@ -75,6 +79,8 @@ class EngineHandle(Protocol):
     def end_all(self, reason: str) -> None: ...
 
     async def stats(self, timeout_s: float = 1.0) -> Stats: ...
+
+    async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]: ...
 
     async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked: ...
 
@@ -97,7 +103,8 @@ class Service:
         self.names = names
         self.admission = admission
         self.limits = limits
-        self.metrics = Metrics(engine, admission.permits)
+        self.catalogue = Catalogue(engine, names)
+        self.metrics = Metrics(engine, admission.permits, self.catalogue)
         self.created = int(time.time())
         self.spelling = Spelling(tokenizer, escape)
         self.dialect = Dialect(tokenizer, tool_calls)
@@ -123,11 +130,11 @@ class Service:
         """What an answer calls the model where the client does not."""
         return self.names[0]
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) unless `name` is one of the served model's or left out."""
-        if name not in (None, *self.names):
-            message = f"model {shown(name)} is not served here; this server has {', '.join(map(shown, self.names))}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    async def resolve(self, request: Request, model: str | None, asked: AdapterFields | None = None) -> Asked:
+        """What a request's `model` and its `dsc` object mean; it is what the log says of it. Raises ApiError (404)."""
+        exchange: Exchange = request.scope[EXCHANGE]
+        exchange.asked = await self.catalogue.resolve(model, asked, exchange.key)
+        return exchange.asked
 
     async def encode(
         self, text: str, param: str, chat: bool = False, low_priority: bool = False, unbounded: bool = False

@@ -12,8 +12,10 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dsc_serve.adapter_choice import FIELD as ADAPTER
 from dsc_serve.panics import panics_as_errors
 from dsc_serve.parameter_errors import ParameterError
+from dsc_serve.server.adapters import broken
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, ChoiceUpdate, Reached, ResponseFormatter, encode
@@ -183,6 +185,7 @@ class Generation(Response):
                 *(choice.request_id, choice.prompt, choice.params, self._scheduling),
                 family=choice.family,
                 embedding=choice.embedding,
+                adapter=self._formatter.asked.choice,
             )
             async with aclosing(deltas):
                 with panics_as_errors():
@@ -191,7 +194,7 @@ class Generation(Response):
             choice.outcome = "abort"
             raise out_of_time(str(error), "client_too_slow") from error
         except (EngineDiedError, ConnectionError) as error:
-            log.error("request %s (user %r) failed: %s", choice.request_id, self._formatter.user, error)
+            log.error("request %s %s failed: %s", choice.request_id, self._whose, error)
             if self._service.admission.draining:
                 raise shutting_down() from error
             raise engine_down(str(error)) from error
@@ -289,10 +292,17 @@ class Generation(Response):
             metrics.first_token.observe(passed)
         metrics.generated_tokens += len(delta.token_ids)
 
+    @property
+    def _whose(self) -> str:
+        label = self._formatter.asked.label
+        return f"(user {self._formatter.user!r}{f', adapter {label!r}' if label else ''})"
+
     def _failure(self, delta: Delta) -> ApiError:
         if delta.finish_reason == "timeout":
             return out_of_time(delta.error)
-        log.error("request %s (user %r) failed: %s", delta.request_id, self._formatter.user, delta.error)
+        log.error("request %s %s failed: %s", delta.request_id, self._whose, delta.error)
+        if delta.error_field == ADAPTER:  # it was there when the request came
+            return broken("model", self._formatter.asked.label, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
         if delta.unavailable or not self._service.engine.alive:

@@ -60,7 +60,7 @@ class DetokenizeRequest(Fields):
 async def tokenize(service: Service, request: Request) -> Response:
     """Raises ApiError."""
     fields = await read_fields(request, TokenizeRequest)
-    service.check_model(fields.model)
+    await service.resolve(request, fields.model)
     if (fields.prompt is None) is (fields.messages is None):
         raise bad_request("prompt", "prompt and messages are both set or both missing; send one of the two")
     text, param = fields.prompt or "", "prompt"
@@ -96,7 +96,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 async def detokenize(service: Service, request: Request) -> Response:
     """Special tokens are part of the text. Raises ApiError."""
     fields = await read_fields(request, DetokenizeRequest)
-    service.check_model(fields.model)
+    await service.resolve(request, fields.model)
     tokenizer, ids, capacity = service.tokenizer, fields.tokens, service.engine.model.capacity
     if tokenizer is None:
         raise bad_request("tokens", "tokens cannot be used: this model has no tokenizer")

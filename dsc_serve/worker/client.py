@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.structured_outputs import StructuredOutputs
@@ -144,11 +145,13 @@ class EngineClient:
         scheduling: SchedulingParams | None = None,
         family: Family | None = None,
         embedding: EmbeddingParams | None = None,
+        adapter: AdapterChoice | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yield deltas until one has a finish reason. Leaving the iterator early ends the request in the engine.
 
         family: of the choices of one prompt; the others must be generated at the same time, since all wait for each
-            other. embedding: where given, the prompt's vector comes with its end.
+            other. embedding: where given, the prompt's vector comes with its end. adapter: of all of a family; one that
+            is not known, or cannot be used, ends it with an error whose field is "adapter".
         Raises EngineDiedError when the engine is not running, or ends before the request does; UnreadError when the
         iterator was left behind.
         """
@@ -158,7 +161,8 @@ class EngineClient:
             raise ValueError(f"request id {request_id!r} is in use")
         family = family or Family(1)
         pending = self._pending[request_id] = Pending(
-            Submit(request_id, prompt, params, scheduling or SchedulingParams(), embedding=embedding), family
+            Submit(request_id, prompt, params, scheduling or SchedulingParams(), embedding=embedding, adapter=adapter),
+            family,
         )
         family.members.append(pending)
         timers, ended = self._timers(pending), False
@@ -198,6 +202,12 @@ class EngineClient:
         if self._connection is None:
             raise EngineDiedError(self.trouble)
         return await self._connection.stats(timeout_s)
+
+    async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]:
+        """The adapters that the engine knows. Raises as `stats`."""
+        if self._connection is None:
+            raise EngineDiedError(self.trouble)
+        return await self._connection.adapters(timeout_s)
 
     def take(self, delta: Delta) -> None:
         """News from the engine; those of requests that have ended are dropped."""

@@ -10,15 +10,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dsc_serve.adapter_choice import AdapterInfo
 from dsc_serve.frames import HEADER, FrameError, size_of
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.messages import (
     MAX_FRAME,
+    AdapterList,
     CheckGrammar,
     Delta,
     ForgetGrammar,
     FromEngine,
     GrammarChecked,
+    ListAdapters,
     ModelInfo,
     Shutdown,
     Stats,
@@ -73,6 +76,7 @@ class EngineConnection:
         self._reader, self._writer, self._on_delta = reader, writer, on_delta
         self._stats: dict[int, asyncio.Future[Stats]] = {}
         self._checks: dict[int, asyncio.Future[GrammarChecked]] = {}
+        self._lists: dict[int, asyncio.Future[AdapterList]] = {}
         self._tickets = itertools.count()
         self._pump = asyncio.create_task(self._receive())
 
@@ -83,16 +87,26 @@ class EngineConnection:
 
     async def stats(self, timeout_s: float) -> Stats:
         """The engine's state now. Raises TimeoutError when it does not answer, EngineDiedError when it is gone."""
+        return await self._ask(self._stats, StatsRequest, timeout_s)
+
+    async def adapters(self, timeout_s: float) -> list[AdapterInfo]:
+        """The adapters that there are. Raises as `stats`."""
+        return (await self._ask(self._lists, ListAdapters, timeout_s)).adapters
+
+    async def _ask(
+        self, asked: dict[int, asyncio.Future[T]], question: Callable[[int], ToEngine], timeout_s: float
+    ) -> T:
+        """The answer to a question with a ticket."""
         if self.lost.done():
             raise EngineDiedError(self.lost.result())
         ticket = next(self._tickets)
-        answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self._stats[ticket] = answer
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        asked[ticket] = answer
         try:
-            self.send(StatsRequest(ticket))
+            self.send(question(ticket))
             return await asyncio.wait_for(answer, timeout_s)
         finally:
-            self._stats.pop(ticket, None)
+            asked.pop(ticket, None)
 
     async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked:
         """Whether a grammar can be used. Leaving early stops its compilation. Raises EngineDiedError."""
@@ -114,7 +128,7 @@ class EngineConnection:
         if self.lost.done():
             return
         self.lost.set_result(reason)
-        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._checks.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._checks.values(), *self._lists.values()]
         for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineDiedError(reason))
@@ -138,6 +152,8 @@ class EngineConnection:
                     answer_with(self._stats, message.ticket, message)
                 elif isinstance(message, GrammarChecked):
                     answer_with(self._checks, message.ticket, message)
+                elif isinstance(message, AdapterList):
+                    answer_with(self._lists, message.ticket, message)
         except EngineDiedError as error:
             self.lose(str(error))
         except Exception as error:

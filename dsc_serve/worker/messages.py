@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import msgspec
 
+from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.output import Delta as Delta
 from dsc_serve.engine.output import RoutingSlice as RoutingSlice
@@ -45,6 +47,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     age_s: float = 0.0  # of the request's time, what has passed with an engine that is no more and without any
     siblings: list[Sibling] = []  # further choices of the prompt
     embedding: EmbeddingParams | None = None  # given: the prompt's vector is asked for, and no token
+    adapter: AdapterChoice | None = None  # of all choices; None: the model as it is
 
     @property
     def ids(self) -> list[str]:
@@ -71,6 +74,12 @@ class CheckGrammar(msgspec.Struct, tag=True, array_like=True):
 
 class ForgetGrammar(msgspec.Struct, tag=True, array_like=True):
     """Nobody waits for this check any more."""
+
+    ticket: int
+
+
+class ListAdapters(msgspec.Struct, tag=True, array_like=True):
+    """Ask for an `AdapterList`."""
 
     ticket: int
 
@@ -126,6 +135,7 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     phases: PhaseReport = msgspec.field(default_factory=PhaseReport)
     held_back: dict[str, int] = {}  # see `Scheduler.held_back`
     drafts: DraftReport = msgspec.field(default_factory=DraftReport)
+    adapters: AdapterReport | None = None  # None: there is no folder of them
 
 
 class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
@@ -137,8 +147,15 @@ class GrammarChecked(msgspec.Struct, tag=True, array_like=True):
     lost: bool = False  # nobody can say: the processes of grammars have ended or cannot be had
 
 
-ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | Shutdown
-FromEngine = ModelInfo | StartFailed | StepDone | Stats | GrammarChecked
+class AdapterList(msgspec.Struct, tag=True, array_like=True):
+    """The adapters that there are, broken ones among them. Those that nobody has asked for may not have been read."""
+
+    ticket: int
+    adapters: list[AdapterInfo]
+
+
+ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | ListAdapters | Shutdown
+FromEngine = ModelInfo | StartFailed | StepDone | Stats | GrammarChecked | AdapterList
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -21,6 +21,7 @@ import torch
 
 from dsc_kernels import ops
 from dsc_serve.config import ConfigError, resolve_model
+from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.engine import Engine, prepare_model
 from dsc_serve.engine.output import Delta
 from dsc_serve.frames import read_frame
@@ -36,11 +37,13 @@ from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
     MAX_FRAME,
+    AdapterList,
     CheckGrammar,
     Finish,
     ForgetGrammar,
     FromEngine,
     GrammarChecked,
+    ListAdapters,
     ModelInfo,
     Shutdown,
     Start,
@@ -106,7 +109,31 @@ def stats_of(engine: Engine, ticket: int) -> Stats:
         phases=scheduler.phases,
         held_back=scheduler.held_back(),
         drafts=engine.drafter.report,
+        adapters=adapter_report(engine),
     )
+
+
+def adapter_report(engine: Engine) -> AdapterReport | None:
+    """The engine's, with what there is now."""
+    adapters = engine.arrivals.adapters
+    if adapters is None:
+        return None
+    return msgspec.structs.replace(
+        engine.adapter_report,
+        known=len(adapters.names()),
+        loaded=adapters.in_memory,
+        nbytes=adapters.nbytes,
+        budget=adapters.budget,
+        waiting=len(engine.arrivals),
+        **vars(adapters.counts),
+    )
+
+
+class Wake(msgspec.Struct):
+    """A step is to be made though nothing has been asked for."""
+
+
+WAKE = Wake()
 
 
 class EngineProcess:
@@ -117,12 +144,16 @@ class EngineProcess:
 
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self.connection, self.engine = connection, engine
-        self._inbox: queue.SimpleQueue[ToEngine | GrammarChecked | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | GrammarChecked | Wake | None] = queue.SimpleQueue()
         self._checks: dict[int, Callable[[], None]] = {}
         self._reader = threading.Thread(target=self._receive, name="inbox", daemon=True)
         self._reader.start()
 
     def run(self) -> None:
+        adapters = self.engine.arrivals.adapters
+        if adapters is not None:
+            adapters.loader.on_done = self._wake
+            adapters.survey()
         while True:
             try:
                 message = self._inbox.get(block=not self.engine.has_work)  # nothing to time out: idle until told
@@ -131,14 +162,12 @@ class EngineProcess:
                 if isinstance(message, GrammarChecked):
                     self._checks.pop(message.ticket, None)
                     self.send(message)
+                elif isinstance(message, Wake):
+                    self._step()
                 else:
                     self._handle(message)
             except queue.Empty:
-                deltas = self.engine.step()
-                if deltas:
-                    stepped = time.perf_counter()
-                    self.tell(deltas)
-                    self.engine.report.output_s += time.perf_counter() - stepped
+                self._step()
 
     def close(self) -> None:
         """Hang up and wait for the reading thread: one that outlives the interpreter aborts the process."""
@@ -154,6 +183,17 @@ class EngineProcess:
         for part in frames(deltas):
             self.connection.sendall(part)
 
+    def _wake(self) -> None:
+        """From the thread that loads adapters: there is something for `Engine.step` to take."""
+        self._inbox.put(WAKE)
+
+    def _step(self) -> None:
+        deltas = self.engine.step()
+        if deltas:
+            stepped = time.perf_counter()
+            self.tell(deltas)
+            self.engine.report.output_s += time.perf_counter() - stepped
+
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             try:
@@ -166,6 +206,7 @@ class EngineProcess:
                         age_s=message.age_s,
                         embedding=message.embedding,
                         siblings=[(one.request_id, one.params) for one in message.siblings],
+                        adapter=message.adapter,
                     )
             except (ParameterError, ValueError, PanicError) as error:
                 field = error.field if isinstance(error, ParameterError) else ""
@@ -177,6 +218,9 @@ class EngineProcess:
                 self.tell([Delta(message.request_id, [], message.reason)])
         elif isinstance(message, StatsRequest):
             self.send(stats_of(self.engine, message.ticket))
+        elif isinstance(message, ListAdapters):
+            adapters = self.engine.arrivals.adapters
+            self.send(AdapterList(message.ticket, [] if adapters is None else adapters.infos()))
         elif isinstance(message, CheckGrammar):
             self._check(message.ticket, message.asked)
         elif isinstance(message, ForgetGrammar):

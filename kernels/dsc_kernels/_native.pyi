@@ -89,6 +89,10 @@ def ffn(
     weights: int,
     signal: int,
     grouped: int,
+    runs: int,
+    run_count: int,
+    run_of: int,
+    layer_index: int,
 ) -> None: ...
 def moe_layer(
     *,
@@ -117,7 +121,20 @@ def moe_layer(
     shared_scale: int,
     shared_hidden: int,
 ) -> object: ...
-def moe(layer: object, /, *, x: int, residual: int, out: int, batch: int, threads: int) -> None: ...
+def moe(
+    layer: object,
+    /,
+    *,
+    x: int,
+    residual: int,
+    out: int,
+    batch: int,
+    threads: int,
+    runs: int,
+    run_count: int,
+    run_of: int,
+    layer_index: int,
+) -> None: ...
 def norm(
     *,
     is_bf16: int,
@@ -277,6 +294,8 @@ def run_stack(
     decodes: int,
     max_context_len: int,
     chunk_count: int,
+    runs: int,
+    run_count: int,
     threads: int,
 ) -> None: ...
 def sample(

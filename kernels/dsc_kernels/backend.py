@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,14 +11,19 @@ from torch import Tensor
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
+    Adapted,
+    AdapterRun,
     AtomBank,
     DecoderLayer,
     FfnOptions,
     KvCache,
     LayerOutputs,
+    LowRank,
     MlpWeights,
+    Module,
     MoeOptions,
     NormWeights,
+    Place,
     QkNorm,
     Router,
     Scope,
@@ -57,14 +62,28 @@ class Head(Linear, Protocol):
         """Where each row of x Wᵀ + bias has its largest output, the first of equal ones: x [B, d] → int64 [B]."""
 
 
+class Adapter(Protocol):
+    """Updates of a decoder's modules, ready for its layers. Nothing changes it, and it may go when nobody holds it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds, without those of others that it is the sum of."""
+
+    def updates(self, layer: int, module: str) -> Sequence[LowRank]:
+        """What it adds to a module, as plain tensors: all of these."""
+
+
 class Layer(Protocol):
-    """x [B, d] → the layer's output plus residual, [B, d]."""
+    """x [B, d] → the layer's output plus residual, [B, d].
+
+    adapted: adapters that add to the products of the MLP that every token takes.
+    """
 
     @property
     def backend(self) -> str:
         """The name of the backend that computes it."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor: ...
 
 
 class OwningLayer(Layer, Protocol):
@@ -93,6 +112,8 @@ class Ffn(OwningLayer, Protocol):
         grouped: bool = False,
         picks: Tensor | None = None,
         signal: Tensor | None = None,
+        *,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d].
 
@@ -100,7 +121,9 @@ class Ffn(OwningLayer, Protocol):
         picks int32 [≥ B, k], signal float32 [≥ B]: where given, the atoms picked and the signal are written there.
         """
 
-    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32.
 
         Raises ValueError where the layer has no router.
@@ -121,6 +144,7 @@ class Stack(Protocol):
         chunks: Iterable[tuple[int, int, int, int]],
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
+        runs: Sequence[AdapterRun] = (),
     ) -> Tensor: ...
 
     def measure(self, on: bool) -> None: ...
@@ -148,6 +172,21 @@ class Backend(Protocol):
     def Moe(  # noqa: N802
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
     ) -> OwningLayer: ...
+
+    def adapter(
+        self,
+        updates: Mapping[Place, LowRank],
+        modules: Sequence[Mapping[str, Module]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Adapter:
+        """Updates of a decoder whose layers have these modules, for its dtype and device.
+
+        Raises ValueError for what does not fit.
+        """
+
+    def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """Adapters of one decoder, made here, with weights as one."""
 
     def stack(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native, plain
-from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
+from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
 from dsc_kernels.weights import (
     MAX_PICKS,
     WHOLE,
@@ -25,9 +25,12 @@ from dsc_kernels.weights import (
     DecoderLayer,
     FfnOptions,
     KvCache,
+    LowRank,
     MlpWeights,
+    Module,
     MoeOptions,
     NormWeights,
+    Place,
     QkNorm,
     Router,
     Scope,
@@ -139,6 +142,21 @@ def moe(
     if chosen is not plain:
         router = replace(router, weight=router.weight.to(dtype))
     return chosen.Moe(router, experts, options, shared)
+
+
+def adapter(
+    updates: Mapping[Place, LowRank],
+    modules: Sequence[Mapping[str, Module]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Adapter:
+    """An adapter's updates for a decoder of this dtype and device, whose layers have these modules."""
+    return backend(dtype, device).adapter(updates, modules, dtype, device)
+
+
+def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Such adapters with weights as one."""
+    return backend(dtype, device).summed(parts)
 
 
 def stack(

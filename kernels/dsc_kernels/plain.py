@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import min_hash, reference, scoped
+from dsc_kernels.adapters import adapted_product
+from dsc_kernels.adapters import adapter as adapter
+from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.scoped import gather_context
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
+    Adapted,
     AtomBank,
     DecoderLayer,
     FfnOptions,
@@ -130,11 +134,20 @@ class Mlp:
     def __init__(self, weights: MlpWeights, activation: Activation) -> None:
         self.weights, self.activation = weights, ACTIVATIONS[activation]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapted: Adapted | None = None) -> Tensor:
         w = self.weights
-        up = F.linear(x, w.up, w.up_bias)
-        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate, w.gate_bias)) * up
-        return F.linear(hidden, w.down, w.down_bias)
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+            if adapted is None:
+                return F.linear(x, weight, bias)
+            return adapted_product(Linear(weight, bias), x, adapted, {name: 0})
+
+        up = product(x, w.up, w.up_bias, "up")
+        if w.gate is None:
+            hidden = self.activation(up)
+        else:
+            hidden = self.activation(product(x, w.gate, w.gate_bias, "gate")) * up
+        return product(hidden, w.down, w.down_bias, "down")
 
 
 class Ffn:
@@ -161,12 +174,14 @@ class Ffn:
         grouped: bool = False,
         picks: Tensor | None = None,
         signal: Tensor | None = None,
+        *,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `backend.Ffn`."""
         if self.router is None:
-            out = self.static(x)
+            out = self.static(x, adapted)
         else:
-            out, atoms, _, strength = self.routed(x, None, grouped)
+            out, atoms, _, strength = self.routed(x, None, grouped, adapted=adapted)
             if picks is not None:
                 picks[: x.shape[0]] = atoms
             if signal is not None:
@@ -174,7 +189,7 @@ class Ffn:
         return out if residual is None else out + residual
 
     def routed(
-        self, x: Tensor, residual: Tensor | None = None, grouped: bool = False
+        self, x: Tensor, residual: Tensor | None = None, grouped: bool = False, *, adapted: Adapted | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms [B, k], coefficients [B, k] and signal [B] in float32."""
         if self.router is None or self.bank is None:
@@ -189,7 +204,7 @@ class Ffn:
         else:
             atoms, weights, signal = route(x, r.weight, r.bias, o.k, o.tau, o.eps, r.norm_eps)
             rows, spread = atoms, weights
-        static = self.static(x)
+        static = self.static(x, adapted)
         if grouped:
             order = min_hash.min_hash_order(atoms).long()
             composed = compose_add(static[order], x[order], rows[order], spread[order], *bank)
@@ -213,9 +228,9 @@ class Shared:
         self.mlp = Mlp(shared.mlp, activation)
         self.gate = None if shared.gate is None else shared.gate.float()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → its output in float32, weighted by its gate where it has one."""
-        out = self.mlp(x).float()
+        out = self.mlp(x, adapted).float()
         return out if self.gate is None else out * (x.float() @ self.gate).sigmoid()[:, None]
 
 
@@ -239,7 +254,7 @@ class Moe:
         logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
         return reference.pick_experts(logits, self.options, r.choice_bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         weights, experts = self.route(x)
         flat = experts.flatten()
@@ -254,7 +269,7 @@ class Moe:
         outputs = torch.cat(pieces).float() * weights.flatten()[order, None]
         start = torch.zeros(x.shape, device=x.device) if residual is None else residual.float()
         if self.shared is not None:
-            start = start + self.shared(x)
+            start = start + self.shared(x, adapted)
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 

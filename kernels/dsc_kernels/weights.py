@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dsc_kernels.backend import Layer, Linear
+    from dsc_kernels.backend import Adapter, Layer, Linear
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
 # Where a layer's norms stand: before each branch; after it and before the sum; before both branches, which lie beside
@@ -169,6 +169,57 @@ class DecoderLayer:
     cos_sin_cache: Tensor | None  # float32 [positions, 2, turned / 2]; None where queries and keys are not turned
     ffn_norm: NormWeights
     ffn: Layer
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · up diag(middle) down, what an adapter adds to one module. Tensors are never written to."""
+
+    down: Tensor  # A [rank, in], float32 or bfloat16
+    up: Tensor  # B [out, rank], the same
+    scale: float = 1.0
+    middle: Tensor | None = None  # float32 [rank]; None: all 1
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes + (0 if self.middle is None else self.middle.nbytes)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """scale · middle, float32 [rank]."""
+        middle = torch.ones(self.rank) if self.middle is None else self.middle.float().cpu()
+        return middle * self.scale
+
+
+Place = tuple[int, str]  # a layer, and one of its modules that adapters may add to
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention, and of the MLP that every token takes
+
+
+class Module(NamedTuple):
+    """What of a layer an adapter may add to: W [out, into], rows of a product from the row `at` on."""
+
+    out: int
+    into: int
+    at: int = 0
+
+
+class AdapterRun(NamedTuple):
+    """Neighbouring tokens of a step that have the same adapter."""
+
+    adapter: Adapter
+    first: int
+    length: int
+
+
+class Adapted(NamedTuple):
+    """The adapters of a step's tokens, in their order, in one layer."""
+
+    runs: Sequence[AdapterRun]
+    layer: int
 
 
 class KvCache(NamedTuple):

@@ -180,13 +180,18 @@ def test_the_gpu_overlay_serves_on_a_gpu_with_a_writable_kernel_cache(
     assert cache + "/." in pod["initContainers"][0]["command"]
 
 
-def test_models_come_from_a_claim(deploy: Path, tmp_path: Path, built: Callable[[Path], Manifests]) -> None:
+@pytest.mark.parametrize("component", ["models", "adapters"])
+def test_models_and_adapters_come_from_a_claim(
+    component: str, deploy: Path, tmp_path: Path, built: Callable[[Path], Manifests]
+) -> None:
     kubernetes = deploy / "kubernetes"
     up = Path(*[".."] * (len(tmp_path.parts) - 1))  # kustomize takes relative paths alone
     lines = ["resources:", f"  - {up}{kubernetes / 'overlays' / 'cpu'}"]
-    lines += ["components:", f"  - {up}{kubernetes / 'components' / 'models'}"]
+    lines += ["components:", f"  - {up}{kubernetes / 'components' / component}"]
     (tmp_path / "kustomization.yaml").write_text("\n".join(lines) + "\n")
     manifest = built(tmp_path)["Deployment"]
     assert not complaints(manifest, NEWEST)
     server = manifest["spec"]["template"]["spec"]["containers"][0]
-    assert {"name": "models", "mountPath": "/models", "readOnly": True} in server["volumeMounts"]
+    assert {"name": component, "mountPath": f"/{component}", "readOnly": True} in server["volumeMounts"]
+    variables = {own["name"]: own.get("value") for own in server["env"]}
+    assert variables.get("DSC_SERVE__ADAPTERS") == ("/adapters" if component == "adapters" else None)

@@ -80,7 +80,7 @@ def nothing(folder: Path) -> Path:
 
 
 MISTAKES: list[tuple[Callable[[Path], Path], str]] = [
-    (adapter, "m: an adapter (adapter_config.json) of the model 'some/base', not a model; merge it into that first"),
+    (adapter, "m: an adapter (adapter_config.json) of the model 'some/base', not a model; serve that with --adapters"),
     (
         only_bin,
         "m/model.safetensors: no such file; the folder holds pytorch_model.bin, and what is read",

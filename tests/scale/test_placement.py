@@ -57,6 +57,24 @@ def test_whose_a_request_is_and_what_it_begins_with() -> None:
     assert len(placement_key("", ids).chain) > 4
 
 
+def test_requests_with_other_adapters_share_nothing() -> None:
+    def links(**body: object) -> tuple[int, ...]:
+        return placement_key("", json.dumps({"prompt": "x" * 800, **body}).encode()).chain
+
+    different = [
+        links(),
+        links(model="law"),
+        links(model="ode"),
+        links(cache_salt="law"),
+        links(dsc={"adapters": {"law": 1}}),
+        links(dsc={"adapters": {"law": 2}}),
+        links(dsc={"adapters": {"law": 2}, "composition": "product_of_sums"}),
+    ]
+    assert all(chains for chains in different)
+    assert len(set().union(*different)) == sum(map(len, different))
+    assert links(model="law", user="ada") == links(model="law", dsc={"priority": 3}) == links(model="law")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": "no"}', b'{"user": 7}', b"\xff"])
 def test_a_body_that_cannot_be_read_still_finds_a_replica(body: bytes) -> None:
     placement = placement_key("Bearer a", body)

@@ -11,6 +11,7 @@ import llguidance
 import msgspec
 import numpy as np
 
+from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
 from dsc_serve.grammars.compile import compiled
@@ -97,6 +98,13 @@ class FakeEngine:
         self.cached_tokens = 0
         self.prediction = (0, 0)  # of every delta of a request with a prediction
         self.pooling = Pooling()
+        self.adapter_infos: list[AdapterInfo] = []
+        self.adapters_asked: list[AdapterChoice | None] = []  # one for each that was submitted
+
+    async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        return self.adapter_infos
 
     @property
     def model(self) -> ModelInfo:
@@ -120,12 +128,14 @@ class FakeEngine:
         scheduling: SchedulingParams | None = None,
         family: Family | None = None,
         embedding: EmbeddingParams | None = None,
+        adapter: AdapterChoice | None = None,
     ) -> AsyncGenerator[Delta, None]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")
         assert request_id not in [name for name, _, _ in self.submitted]
         assert params.n == 1
         self.submitted.append((request_id, prompt, params))
+        self.adapters_asked.append(adapter)
         self.scheduling.append(scheduling or SchedulingParams())
         self.running += 1
         ended = False

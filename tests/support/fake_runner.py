@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
@@ -31,6 +32,18 @@ def hashed_logits(tokens: Sequence[int]) -> Tensor:
         state = ((state ^ (token + 1)) * 1099511628211) % 2**64
     generator = torch.Generator().manual_seed(state % 2**63)
     return torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+
+
+def with_adapter(tokens: Sequence[int], digest: str) -> list[int]:
+    """What the pool holds of tokens that were computed with an adapter of this digest; "": with none."""
+    if not digest:
+        return list(tokens)
+    own = VOCABULARY * (1 + int(digest[:12], 16))
+    return [own + token for token in tokens]
+
+
+def digest_of(request: Request) -> str:
+    return "" if request.adapter is None else request.adapter.digest
 
 
 class FakeRunner:
@@ -55,20 +68,21 @@ class FakeRunner:
             if request.id in self.fail_on:
                 raise RuntimeError("out of luck")
             for position in range(request.num_computed, request.num_computed + count):
+                (held,) = with_adapter(request.span(position, position + 1), digest_of(request))
                 for row in request.rows:
                     block = row[position // self.block_size]
-                    self.pool[block][position % self.block_size] = request.span(position, position + 1)[0]
+                    self.pool[block][position % self.block_size] = held
         for request, count in work:
             end = request.num_computed + count
-            held = request.span(0, end)
+            known = with_adapter(request.span(0, end), digest_of(request))
             for row, window in zip(request.table.tolist(), self.windows, strict=True):
                 first = max(0, request.num_computed + 1 - window) if window else 0
                 seen = [self.pool[row[p // self.block_size]][p % self.block_size] for p in range(first, end)]
-                assert seen == held[first:], "the KV pool does not hold what the request knows"
+                assert seen == known[first:], "the KV pool does not hold what the request knows"
             if end < request.num_tokens or request.max_tokens == 0:
                 continue
             ahead = [PositionAhead(request, drafts) for drafts in range(1, end - request.num_tokens + 1)]
-            self._draw(held, request, ahead, result)
+            self._draw(known, request, ahead, result)
         return result
 
     def _draw(self, held: list[int], request: Request, ahead: list[PositionAhead], result: StepResult) -> None:
@@ -115,6 +129,7 @@ def fake_engine(
     prefix_cache: bool = True,
     estimate: Estimate | None = None,
     windows: tuple[int, ...] = (0,),
+    adapters: Adapters | None = None,
 ) -> Engine:
     """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
 
@@ -130,17 +145,17 @@ def fake_engine(
     )
     runner = FakeRunner(blocks, block_size, fail_on, windows)
     capacity = EngineCapacity(VOCABULARY, context, blocks, block_size, kv_windows=windows, step_tokens=step_tokens)
-    engine = Engine(config, capacity, runner, (EOS,), strict)
+    engine = Engine(config, capacity, runner, (EOS,), strict, adapters=adapters)
     engine.scheduler.step_time = FixedStepTime(estimate)
     engine.scheduler.clock = lambda: 0.0
     return engine
 
 
-def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,)) -> list[int]:
-    """The greedy continuation, computed without any engine."""
+def alone(prompt: list[int], max_tokens: int, stops: Sequence[int] = (EOS,), digest: str = "") -> list[int]:
+    """The greedy continuation, computed without any engine. digest: of the adapter."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(int(hashed_logits(tokens).argmax()))
+        tokens.append(int(hashed_logits(with_adapter(tokens, digest)).argmax()))
         if tokens[-1] in stops:
             break
     return tokens[len(prompt) :]

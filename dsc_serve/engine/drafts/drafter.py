@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
+from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.draft_time import DraftCost
 from dsc_serve.engine.drafts import SOURCES, SourceKind
 from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftTokens, Strength
@@ -16,6 +18,7 @@ from dsc_serve.engine.request import Request
 from dsc_serve.engine.step_time import SHORTEST_MS, StepTime
 
 REFRESH = 64  # of so many steps with drafts one goes without, so that what steps take without stays known
+MOST_ADAPTERS = 256  # whose drafts are told apart, beside the model's own
 PROBE = 64  # after so many steps without drafts one is tried: answers change
 
 Choose = Callable[[Sequence[tuple[float, int]], float, float, DraftCost, int], Sequence[int]]
@@ -38,11 +41,7 @@ class Drafter:
     ) -> None:
         self.most, self.report = most, DraftReport.of(kinds)
         self._step_tokens, self._ends, self._kinds, self._choose = step_tokens, frozenset(ends), kinds, choose
-        self._seen: dict[Strength, Acceptance] = {
-            (name, strength): Acceptance(chance)
-            for name, kind in kinds.items()
-            for strength, chance in enumerate(kind.chances)
-        }
+        self._seen: OrderedDict[str, dict[Strength, Acceptance]] = OrderedDict()  # by adapter, the latest last
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
         self._turn = 0
@@ -66,7 +65,6 @@ class Drafter:
                 continue
             strength, right = (planned.source, planned.strength), len(found.tokens)
             self._asked[request_id].learn(strength, right, found.computed)
-            self._seen[strength].observe(right, found.computed)
             self.report.count(planned.source, right, found.computed)
 
     def _drafts(self, plan: Plan, running: Mapping[str, Request], times: StepTime) -> dict[str, DraftTokens]:
@@ -101,8 +99,22 @@ class Drafter:
         kinds = self._kinds if most else {}
         made = {name: kind.make(request) for name, kind in kinds.items() if free or kind.with_grammar}
         sources = {name: source for name, source in made.items() if source is not None}
-        request.drafting = Drafting(sources, most, {strength: seen.chance for strength, seen in self._seen.items()})
+        request.drafting = Drafting(sources, most, self._seen_with(request.adapter))
         return request.drafting
+
+    def _seen_with(self, adapter: LoadedAdapter | None) -> dict[Strength, Acceptance]:
+        """What became of drafts of requests with this adapter, which writes in its own way, or with none."""
+        digest = "" if adapter is None else adapter.digest
+        if digest not in self._seen:
+            self._seen[digest] = {
+                (name, strength): Acceptance(chance)
+                for name, kind in self._kinds.items()
+                for strength, chance in enumerate(kind.chances)
+            }
+            if len(self._seen) > MOST_ADAPTERS:
+                del self._seen[next(digest for digest in self._seen if digest)]
+        self._seen.move_to_end(digest)
+        return self._seen[digest]
 
     def _probe(self, able: Sequence[tuple[Request, Drafting]]) -> dict[str, DraftTokens]:
         """One draft of one request, each in its turn, though it is not expected to pay."""

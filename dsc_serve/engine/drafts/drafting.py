@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,9 +55,10 @@ class Drafting:
     most: drafts that a step may compute. expected: the chance of a source's drafts before any was tried.
     """
 
-    def __init__(self, sources: dict[str, DraftSource], most: int, expected: dict[Strength, float]) -> None:
-        self.sources, self.most = sources, most
-        self._expected = expected
+    def __init__(self, sources: dict[str, DraftSource], most: int, seen: Mapping[Strength, Acceptance]) -> None:
+        """seen: what became of such requests' drafts so far, which learns from this one's too."""
+        self.sources, self.most, self._seen = sources, most, seen
+        self._expected = {strength: own.chance for strength, own in seen.items()}
         self._acceptances: dict[Strength, Acceptance] = {}
         self.chance = self._best()  # of the best that it may come up with
 
@@ -77,6 +78,7 @@ class Drafting:
         return best
 
     def learn(self, strength: Strength, right: int, computed: int) -> None:
+        self._seen[strength].observe(right, computed)
         if strength not in self._acceptances:
             self._acceptances[strength] = Acceptance(self._expected[strength])
         self._acceptances[strength].observe(right, computed)

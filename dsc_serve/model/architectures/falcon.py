@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import EMBEDDING, Architecture, activation, frame
+from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architecture, activation, frame
 from dsc_serve.model.architectures.heads import split_heads
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed
@@ -21,6 +21,13 @@ NAMES = {
     r"^transformer\.h\.(\d+)\.mlp\.dense_h_to_4h\.": r"model.layers.\1.mlp.up_proj.",
     r"^transformer\.h\.(\d+)\.mlp\.dense_4h_to_h\.": r"model.layers.\1.mlp.down_proj.",
     r"^transformer\.h\.": "model.layers.",
+}
+
+MODULES = {
+    "transformer.h.{}.self_attention.query_key_value": ATTENTION,
+    "transformer.h.{}.self_attention.dense": ("self_attn.o_proj",),
+    "transformer.h.{}.mlp.dense_h_to_4h": ("mlp.up_proj",),
+    "transformer.h.{}.mlp.dense_4h_to_h": ("mlp.down_proj",),
 }
 
 
@@ -65,4 +72,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-FALCON = Architecture(fields, tensors)
+FALCON = Architecture(fields, tensors, MODULES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsc_serve.model.architectures.positions import Positions
@@ -21,6 +21,17 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 ROTARY = Positions()
+# Below a layer of the serving form, the modules that a stored one becomes.
+Modules = Mapping[str, tuple[str, ...]]
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA_MODULES = {
+    f"model.layers.{{}}.{name}": (name,)
+    for name in (*ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+}
+SHARED_EXPERT = {
+    f"model.layers.{{}}.mlp.shared_expert.{part}_proj": (f"mlp.shared_expert.{part}_proj",)
+    for part in ("gate", "up", "down")
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -37,10 +48,14 @@ class Architecture:
     that is not supported, its value, and what is.
     tensors: the stored ones under the names and in the shapes of `tensor_shapes`; what is missing or left over is found
     later. Both know Hugging Face's names alone: what reads another form of file translates to these first.
+    modules: those linear ones that adapters may change, {} for the layer's number. transposed: whether their matrices
+    are stored the other way round.
     """
 
     fields: Callable[[Settings], Fields]
     tensors: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
+    modules: Modules = field(default_factory=lambda: LLAMA_MODULES)
+    transposed: bool = False
 
 
 def activation(s: Settings, field: str, default: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import EMBEDDING, Architecture, activation
+from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architecture, activation
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, split_rows, transposed, without
 from dsc_serve.model.config import ModelConfig
@@ -22,6 +22,12 @@ NAMES = {  # older files leave out the first word
     r"^(transformer\.)?h\.(\d+)\.attn\.c_proj\.": r"model.layers.\2.self_attn.o_proj.",
     r"^(transformer\.)?h\.(\d+)\.mlp\.c_fc\.": r"model.layers.\2.mlp.up_proj.",
     r"^(transformer\.)?h\.(\d+)\.mlp\.c_proj\.": r"model.layers.\2.mlp.down_proj.",
+}
+MODULES = {
+    "transformer.h.{}.attn.c_attn": ATTENTION,
+    "transformer.h.{}.attn.c_proj": ("self_attn.o_proj",),
+    "transformer.h.{}.mlp.c_fc": ("mlp.up_proj",),
+    "transformer.h.{}.mlp.c_proj": ("mlp.down_proj",),
 }
 MATRICES = re.compile(r"\.(qkv|o_proj|up_proj|down_proj)\.weight$")
 
@@ -61,4 +67,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-GPT2 = Architecture(fields, tensors)
+GPT2 = Architecture(fields, tensors, MODULES, transposed=True)

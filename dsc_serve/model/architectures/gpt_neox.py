@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import EMBEDDING, HEAD, Architecture, frame
+from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, HEAD, Architecture, frame
 from dsc_serve.model.architectures.heads import split_heads
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
@@ -23,6 +23,13 @@ NAMES = {
     r"^gpt_neox\.layers\.(\d+)\.mlp\.dense_h_to_4h\.": r"model.layers.\1.mlp.up_proj.",
     r"^gpt_neox\.layers\.(\d+)\.mlp\.dense_4h_to_h\.": r"model.layers.\1.mlp.down_proj.",
     r"^gpt_neox\.layers\.": "model.layers.",
+}
+
+MODULES = {
+    "gpt_neox.layers.{}.attention.query_key_value": ATTENTION,
+    "gpt_neox.layers.{}.attention.dense": ("self_attn.o_proj",),
+    "gpt_neox.layers.{}.mlp.dense_h_to_4h": ("mlp.up_proj",),
+    "gpt_neox.layers.{}.mlp.dense_4h_to_h": ("mlp.down_proj",),
 }
 
 
@@ -46,4 +53,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-GPT_NEOX = Architecture(fields, tensors)
+GPT_NEOX = Architecture(fields, tensors, MODULES)

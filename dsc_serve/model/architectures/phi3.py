@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import Architecture, every_layer, frame, windowed
+from dsc_serve.model.architectures.family import (
+    ATTENTION,
+    LLAMA_MODULES,
+    Architecture,
+    every_layer,
+    frame,
+    windowed,
+)
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
 from dsc_serve.model.config import DenseConfig, ModelConfig
 from dsc_serve.model.source import Stored
 
+MODULES = {
+    "model.layers.{}.self_attn.qkv_proj": ATTENTION,
+    "model.layers.{}.mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    **{name: LLAMA_MODULES[name] for name in ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")},
+}
 POSITIONS = Positions(default_share=1.0)
 
 
@@ -32,4 +44,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-PHI3 = Architecture(fields, tensors)
+PHI3 = Architecture(fields, tensors, MODULES)

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from dsc_serve.model.architectures.experts import dense_layers, expert_tensors, mixture
-from dsc_serve.model.architectures.family import Architecture, by_layer, dense, frame, sliding_layers, windowed
+from dsc_serve.model.architectures.family import (
+    LLAMA_MODULES,
+    SHARED_EXPERT,
+    Architecture,
+    by_layer,
+    dense,
+    frame,
+    sliding_layers,
+    windowed,
+)
 from dsc_serve.model.architectures.settings import Fields, Settings
 
 
@@ -24,4 +33,4 @@ def every_second(s: Settings) -> list[bool]:
     return sliding_layers(s, lambda layer: layer % 2 == 0 and layer < end)
 
 
-QWEN2_MOE = Architecture(fields, expert_tensors)
+QWEN2_MOE = Architecture(fields, expert_tensors, {**LLAMA_MODULES, **SHARED_EXPERT})

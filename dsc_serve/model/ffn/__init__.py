@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Layer
+from dsc_kernels.weights import Adapted
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -36,7 +37,7 @@ class Ffn(Protocol):
         self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None: ...
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor: ...
 
 
 KINDS: dict[str, type[Ffn]] = {"dsc": DscFfn, "moe": MoeFfn, "molora": MoloraFfn, "dense": DenseFfn}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.weights import FfnOptions, MlpWeights
+from dsc_kernels.weights import Adapted, FfnOptions, MlpWeights
 from dsc_serve.model.config import DenseConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -24,8 +24,8 @@ class DenseFfn:
             weights = MlpWeights(weights.up, weights.gate, weights.down, biases.up, biases.gate, biases.down)
         self.layer = ops.ffn(weights, FfnOptions(activation=config.hidden_act))
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.layer(x, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
+        return self.layer(x, residual, adapted=adapted)
 
     @staticmethod
     def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

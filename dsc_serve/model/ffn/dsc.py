@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
 from dsc_kernels.memory import resident
-from dsc_kernels.weights import OUTPUT_ONLY, AtomBank, FfnOptions, LayerOutputs, Router
+from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs, Router
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -80,9 +80,11 @@ class DscFfn:
         norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
         return reference.fold_router_norm(weight, bias, norm_weight, norm_bias)
 
-    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Picks]:
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Picks]:
         """The output as a call gives it, bit for bit, and the picks, for x [T, d]."""
-        out, *parts = self.layer.routed(x, residual)
+        out, *parts = self.layer.routed(x, residual, adapted=adapted)
         return out, self.record(parts)
 
     def record(self, picked: Sequence[Tensor]) -> Picks:
@@ -94,9 +96,9 @@ class DscFfn:
             self.trace.signal[:tokens] = picks.signal
         return picks
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         grouped, picks, _, signal = self.outputs(x.shape[0])
-        return self.layer(x, residual, grouped, picks, signal)
+        return self.layer(x, residual, grouped, picks, signal, adapted=adapted)
 
     def outputs(self, tokens: int, reporting: bool = False) -> LayerOutputs:
         """What the layer gives besides its output with so many tokens; reporting: to tell picks to `record`."""

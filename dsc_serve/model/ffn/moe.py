@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
-from dsc_kernels.weights import MoeOptions, Router, SharedExpert
+from dsc_kernels.weights import Adapted, MoeOptions, Router, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -49,8 +49,8 @@ class MoeFfn:
         gate = tensors[SHARED_GATE].flatten().to(device=device, dtype=dtype) if c.shared_expert.gated else None
         return SharedExpert(mlp_weights(config, tensors, dtype, device, "shared_expert."), gate)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.layer(x, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
+        return self.layer(x, residual, adapted=adapted)
 
     @staticmethod
     def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, reference
-from dsc_kernels.weights import AtomBank, FfnOptions, Router
+from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, Router
 from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 
@@ -39,8 +39,8 @@ class MoloraFfn:
             ),
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.layer(x, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
+        return self.layer(x, residual, adapted=adapted)
 
     @staticmethod
     def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

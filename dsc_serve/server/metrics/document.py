@@ -21,6 +21,7 @@ from dsc_serve.worker.messages import ModelInfo, Stats
 
 SECTIONS = {  # by what their names begin with; the first that fits
     "DSC": ("routing_", "bank_"),
+    "Adapters": ("adapter",),
     "The engine": ("engine_", "step_", "kv_", "prefix_", "preemptions", "invariant_", "draft_"),
     "Requests and the HTTP edge": ("",),
 }

@@ -9,9 +9,11 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.registry import Collector
 
 from dsc_serve.engine.histogram import COUNT_EDGES, STEP_EDGES_S, Histogram
+from dsc_serve.server.adapters import Catalogue
 from dsc_serve.server.admission import GENERATIONS, Permits
 from dsc_serve.server.errors import CLIENT_CLOSED
 from dsc_serve.server.keys import KeyRing
+from dsc_serve.server.metrics.adapters import BASE, MOST_ADAPTERS, OTHER, AdapterUse, adapter_families
 from dsc_serve.server.metrics.engine import WatchedEngine, engine_families, process_families
 from dsc_serve.server.metrics.families import Families, counter, counters, gauge, histogram, histograms
 from dsc_serve.server.tools.registry import FORMS
@@ -31,11 +33,11 @@ STATS_TIMEOUT_S = 1.0
 class Metrics(Collector):
     """Counts of the HTTP edge, each a plain number until it is scraped; the engine is asked at the scrape.
 
-    ring: the keys that the app lets in.
+    ring: the keys that the app lets in. catalogue: the adapters, where there may be any.
     """
 
-    def __init__(self, engine: WatchedEngine, permits: Permits) -> None:
-        self._engine, self._permits = engine, permits
+    def __init__(self, engine: WatchedEngine, permits: Permits, catalogue: Catalogue | None = None) -> None:
+        self._engine, self._permits, self._catalogue = engine, permits, catalogue
         self.ring = KeyRing("", "")
         self._stats: Stats | None = None
         self._heartbeat_age_s = 0.0
@@ -44,6 +46,7 @@ class Metrics(Collector):
         )
         self._durations: defaultdict[tuple[str, ...], Histogram] = defaultdict(partial(Histogram, DURATION_EDGES_S))
         self._generations: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in FINISH_REASONS})
+        self._by_adapter = {BASE: AdapterUse()}
         self._embeddings: Counter[tuple[str, ...]] = Counter({(reason,): 0 for reason in EMBEDDING_ENDS})
         self.first_token = Histogram(FIRST_TOKEN_EDGES_S)
         self.inter_token, self._per_token = Histogram(STEP_EDGES_S), Histogram(STEP_EDGES_S)
@@ -60,13 +63,22 @@ class Metrics(Collector):
         self._requests[endpoint, str(status)] += 1
         self._durations[endpoint,].observe(seconds)
 
-    def generation_ended(self, reason: str, prompt_tokens: int, tokens: int, per_token_s: float | None) -> None:
-        """per_token_s: the mean time of a token after the first; None where there was none."""
+    def generation_ended(
+        self, reason: str, prompt_tokens: int, tokens: int, per_token_s: float | None, adapter: str = ""
+    ) -> None:
+        """per_token_s: the mean time of a token after the first; None where there was none. adapter: "": the base."""
+        self._counts_of(adapter or BASE).add(prompt_tokens, tokens)
         self._generations[reason,] += 1
         self._prompt_sizes.observe(prompt_tokens)
         self._output_sizes.observe(tokens)
         if per_token_s is not None:
             self._per_token.observe(per_token_s)
+
+    def _counts_of(self, adapter: str) -> AdapterUse:
+        """Names come from the folder of adapters and not from clients; of very many, the later ones share a series."""
+        if adapter not in self._by_adapter and len(self._by_adapter) > MOST_ADAPTERS:
+            adapter = OTHER
+        return self._by_adapter.setdefault(adapter, AdapterUse())
 
     def embedding_ended(self, reason: str) -> None:
         self._embeddings[reason,] += 1
@@ -83,10 +95,14 @@ class Metrics(Collector):
             self._stats = await self._engine.stats(STATS_TIMEOUT_S)
         except (TimeoutError, EngineDiedError, ConnectionError):
             self._stats = None
+        if self._catalogue is not None:
+            await self._catalogue.look()
         return generate_latest(self._registry)
 
     def collect(self) -> Families:
         yield from self.request_families()
+        known = {} if self._catalogue is None else self._catalogue.known
+        yield from adapter_families(list(known.values()), self._by_adapter)
         yield from process_families(self._engine, self._heartbeat_age_s)
         if self._stats is not None:
             yield from engine_families(self._stats)

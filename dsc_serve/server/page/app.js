@@ -90,6 +90,12 @@ const showCode = onceAFrame(() => {
   [byId("curl").textContent, byId("python").textContent] = texts;
 });
 
+/** A model as one may choose it; an adapter says of what, and one that cannot be used why. */
+function option({ id, parent, adapter }) {
+  const text = adapter ? `${id} (adapter of ${parent})` : id;
+  return el("option", { value: id, disabled: adapter?.error ? "" : null, title: adapter?.error ?? null }, text);
+}
+
 async function loadModels() {
   const chosen = byId("model").value;
   try {
@@ -99,7 +105,7 @@ async function loadModels() {
     models = [];
     fail(error);
   }
-  byId("model").replaceChildren(...models.map(({ id }) => el("option", { value: id }, id)));
+  byId("model").replaceChildren(...models.map(option));
   if (models.some(({ id }) => id === chosen)) byId("model").value = chosen;
   atoms.use(model());
   showCode();

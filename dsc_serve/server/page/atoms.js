@@ -53,8 +53,9 @@ export class Atoms {
     const all = dsc ? [[dsc.layers, "mean signal"], ...layers] : [];
     if (byId("shade").options.length !== all.length)
       byId("shade").replaceChildren(...all.map(([value, label]) => el("option", { value }, label)));
+    const tenant = this.#model?.adapter ? `With the adapter ${this.#model.id}: ` : "";
     byId("atoms-note").textContent = dsc
-      ? `${dsc.atoms_per_token} of ${dsc.atoms} atoms in each of ${dsc.layers} layers`
+      ? `${tenant}${dsc.atoms_per_token} of ${dsc.atoms} atoms in each of ${dsc.layers} layers`
       : this.#model && "This model has no DSC layers, so its tokens pick no atoms.";
   }
 

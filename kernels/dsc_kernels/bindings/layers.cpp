@@ -91,9 +91,14 @@ PyObject* ffn_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObje
   return make(ffn_layer_signature, values, given, names);
 }
 
+// The arguments that are a layer's Adapted, whichever call has it.
+#define ADAPTED(Call)                                                                             \
+  ARGUMENT_AS(Call, "runs", adapted.runs), ARGUMENT_AS(Call, "run_count", adapted.run_count),     \
+      ARGUMENT_AS(Call, "run_of", adapted.run_of), ARGUMENT_AS(Call, "layer_index", adapted.layer)
+
 #define F(field) ARGUMENT(Ffn, field)
-Signature ffn_signature("ffn",
-                        {F(x), F(residual), F(out), F(batch), F(threads), F(picks), F(weights), F(signal), F(grouped)});
+Signature ffn_signature("ffn", {F(x), F(residual), F(out), F(batch), F(threads), F(picks), F(weights), F(signal),
+                                F(grouped), ADAPTED(Ffn)});
 #undef F
 
 PyObject* ffn(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -116,7 +121,7 @@ PyObject* moe_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObje
 }
 
 #define F(field) ARGUMENT(Moe, field)
-Signature moe_signature("moe", {F(x), F(residual), F(out), F(batch), F(threads)});
+Signature moe_signature("moe", {F(x), F(residual), F(out), F(batch), F(threads), ADAPTED(Moe)});
 #undef F
 
 PyObject* moe(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

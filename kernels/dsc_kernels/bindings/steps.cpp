@@ -167,6 +167,23 @@ bool chunks_fit(const Step& s) {
   return false;
 }
 
+bool runs_fit(const Step& s) {
+  int64_t next = 0;
+  for (int64_t j = 0; j < s.run_count; j++) {
+    const AdapterRun& run = s.runs[j];
+    if (!run.updates || run.parts < 1 || run.first < next || run.count < 1 || run.count > s.tokens - run.first) {
+      PyErr_Format(PyExc_ValueError,
+                   "run %lld of an adapter (parts %lld, first token %lld, tokens %lld) does not fit: runs follow each "
+                   "other within %lld tokens, and the next may begin at token %lld",
+                   (long long)j, (long long)run.parts, (long long)run.first, (long long)run.count, (long long)s.tokens,
+                   (long long)next);
+      return false;
+    }
+    next = run.first + run.count;
+  }
+  return true;
+}
+
 bool step_fits(const Stack& stack, const Step& s) {
   if (s.decodes < 0 || s.decodes > s.sequences) {
     PyErr_Format(PyExc_ValueError, "%lld single tokens of %lld sequences", (long long)s.decodes,
@@ -185,7 +202,7 @@ bool step_fits(const Stack& stack, const Step& s) {
     if (!slots_fit(slots, s.num_blocks, stack.positions) || !contexts_fit(singles, s.num_blocks, s.max_context_len))
       return false;
   }
-  return within("token ids", s.ids, s.tokens, stack.vocabulary) && chunks_fit(s);
+  return within("token ids", s.ids, s.tokens, stack.vocabulary) && chunks_fit(s) && runs_fit(s);
 }
 
 #define F(field) ARGUMENT(Step, field)
@@ -194,7 +211,7 @@ Signature step_signature("run_stack", {F(out),      F(ids),        F(positions),
                                        F(phase_ns), F(tokens),     F(sequences), F(pages),           F(width),
                                        F(table_count), F(table_stride), F(slot_stride),
                                        F(block),    F(num_blocks), F(decodes),   F(max_context_len), F(chunk_count),
-                                       F(threads)});
+                                       F(runs),     F(run_count),  F(threads)});
 #undef F
 
 PyObject* run_stack(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

@@ -10,6 +10,37 @@ namespace dsc {
 
 enum Activation { NONE = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
+// What an adapter adds to one product: up (scale ⊙ (down x)), of the product's dtype, to some of its panels.
+struct LowRank {
+  const void* down;     // packed [rank, d]
+  const void* up;       // packed [16 · (end − first), rank]: rows of these panels, 0 where they are none of the module's
+  const float* scale;   // [rank], to whole panels with zeros
+  int64_t rank;         // 0: nothing
+  int64_t first, end;  // panels
+};
+
+// The products of a layer that can be adapted: attention's projections, and those of the MLP that every token takes.
+enum AdaptedModule { Q, K, V, O, GATE, UP, DOWN, ADAPTED_MODULES };
+
+// Neighbouring tokens with the same adapter, or the same sum of `parts` adapters.
+struct AdapterRun {
+  const LowRank* updates;  // [layers, ADAPTED_MODULES, parts]
+  int64_t parts, first, count;
+};
+
+// The adapters of a step's tokens in one layer; run_count 0: nobody has one.
+struct Adapted {
+  const AdapterRun* runs;  // in the order of their tokens
+  int64_t run_count;
+  const int32_t* run_of;  // [tokens]: each token's run; −1: none
+  int64_t layer;
+
+  // The first of a run's updates of a module; those of the modules after it follow.
+  const LowRank* updates(int64_t run, int module) const {
+    return runs[run].updates + (layer * ADAPTED_MODULES + module) * runs[run].parts;
+  }
+};
+
 // out = act(x wᵀ + bias) + residual.
 struct Linear {
   const void* x;         // [batch, d], rows contiguous
@@ -21,6 +52,8 @@ struct Linear {
   int activation;  // an Activation
   int float_out;   // whether out, and the residual, are float whatever the weight is
   int threads;
+  Adapted adapted;      // adds to x wᵀ
+  int module, modules;  // the first of the neighbouring ones that w consists of, and how many
   Scratch* scratch;
 };
 
@@ -92,6 +125,7 @@ struct Ffn {
   int threads;
   int grouped;        // compose each thread's tokens in min-hash order, see grouping.h
   int64_t* phase_ns;  // [threads, FFN_PHASES] nanoseconds to add to, or null
+  Adapted adapted;    // of the static MLP
   Scratch* scratch;
 };
 
@@ -124,6 +158,7 @@ struct Moe {
   float weight_scale;  // what weights are multiplied by
   int activation;  // an Activation
   int threads;
+  Adapted adapted;  // of the expert that all tokens go through
   Scratch* scratch;
 };
 

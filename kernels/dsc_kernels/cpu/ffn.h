@@ -24,6 +24,14 @@ INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t
   }
 }
 
+// What adapters' tokens are contracted to before the first products: share `id` of `n`. One buffer's inputs are x.
+template <typename T>
+INLINE void ffn_contract(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count,
+                         int64_t id, int64_t n) {
+  contract<T>(b.gate, x, row_stride<T>(a.d), count, a.d, id, n);
+  contract<T>(b.up, x, row_stride<T>(a.d), count, a.d, (id + 1) % n, n);
+}
+
 // Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
 template <typename T>
 INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count, int64_t id,
@@ -48,10 +56,12 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
   int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
   if (id == n - 1) to = width;
   if (from >= to) return;
-  Epilogue e = {a.gate ? a.gate_bias : a.up_bias, a.activation, nullptr, nullptr, nullptr, b.hidden_stride};
+  const Branch *gate = b.gate.adapted ? &b.gate : nullptr, *up = b.up.adapted ? &b.up : nullptr;
+  Epilogue e = {a.up_bias, a.activation, nullptr, nullptr, nullptr, b.hidden_stride, up};
   if (a.gate) {
+    e.bias = a.gate_bias, e.branch = gate;
     gemm<T, I>((const T*)a.gate, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
-    e = {a.up_bias, NONE, b.hidden, nullptr, nullptr, b.hidden_stride};
+    e = {a.up_bias, NONE, b.hidden, nullptr, nullptr, b.hidden_stride, up};
   }
   gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
   timer.end(STATIC);
@@ -63,6 +73,7 @@ INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64
   int64_t panels = panel_count(a.d);
   const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
   Epilogue e = {a.down_bias, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
+  if (b.down.adapted) e.branch = &b.down;
   gemm<T, T>((const T*)a.down, b.hidden, b.hidden_stride, nullptr, count, a.hidden, a.d, e, (T*)a.out + base * a.d,
              split_point(panels, id, n), split_point(panels, id + 1, n));
 }
@@ -73,7 +84,7 @@ void ffn(const Ffn& a) {
     FfnBuffers<T> b(a, a.batch, a.threads);
     const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
     clear_padding(b.hidden, a.batch, a.hidden);
-    bool alone = a.batch <= READ_ALONE;
+    bool alone = a.batch <= READ_ALONE, adapted = a.adapted.run_count > 0;
     if (a.atoms > 0 && alone) ffn_read<T>(a, b, 0, 0, a.batch);
 #pragma omp parallel num_threads(a.threads)
     {
@@ -83,15 +94,27 @@ void ffn(const Ffn& a) {
       if (a.atoms > 0 && !alone) {
         ffn_read<T>(a, b, 0, first, last);
         timer.end(ROUTER);
+      }
+      if (adapted) {
+        ffn_contract<T>(a, b, x, a.batch, id, n);
+        timer.end(STATIC);
+      }
+      if ((a.atoms > 0 && !alone) || adapted) {
 #pragma omp barrier
         timer.end(WAITING);
       }
       ffn_first<T>(a, b, x, a.batch, id, n, timer);
 #pragma omp barrier
       timer.end(WAITING);
+      if (adapted) {
+        contract<T>(b.down, b.hidden, b.hidden_stride, a.batch, a.hidden, id, n);
+        timer.end(STATIC);
+      }
       if (a.atoms > 0) {
         ffn_route<T>(a, b, 0, first, last, id, (int)n);
         timer.end(COMPOSE);
+      }
+      if (a.atoms > 0 || adapted) {
 #pragma omp barrier
         timer.end(WAITING);
       }
@@ -105,15 +128,19 @@ void ffn(const Ffn& a) {
   for (int i = 0; i < a.threads; i++) buffers[i] = FfnBuffers<T>(a, chunk, 1);
 #pragma omp parallel num_threads(a.threads)
   {
-    const FfnBuffers<T> b = buffers[omp_get_thread_num()];
+    FfnBuffers<T> b = buffers[omp_get_thread_num()];
     clear_padding(b.hidden, chunk, a.hidden);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < a.batch; t += chunk) {
       int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
       PhaseTimer timer(a.phase_ns, FFN_PHASES, omp_get_thread_num());
       if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count), timer.end(ROUTER);
-      ffn_first<T>(a, b, pack_inputs<T>(a.x, t, count, a.d, b.x), count, 0, 1, timer);
+      const auto* x = pack_inputs<T>(a.x, t, count, a.d, b.x);
+      b.gate.base = b.up.base = b.down.base = t;
+      ffn_contract<T>(a, b, x, count, 0, 1);
+      ffn_first<T>(a, b, x, count, 0, 1, timer);
       if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), timer.end(COMPOSE);
+      contract<T>(b.down, b.hidden, b.hidden_stride, count, a.hidden, 0, 1);
       ffn_second<T>(a, b, t, count, 0, 1);
       timer.end(STATIC);
     }

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "adapter.h"
 #include "api.h"
 #include "namespace.h"
 #include "vector.h"
@@ -22,6 +23,7 @@ struct Epilogue {
   const float* plus;     // float32 [B, ld]
   const void* residual;  // [B, ld] in the output's dtype
   int64_t ld;            // row stride of all of these and of the output
+  const Branch* branch = nullptr;  // what adapters add, before all of these
 };
 
 INLINE int64_t panel_count(int64_t n) { return (n + LANES - 1) / LANES; }
@@ -176,6 +178,15 @@ struct Output {
   INLINE void operator()(vf v, int64_t t, int64_t n) const { finish(v, e, out, t, n, size); }
 };
 
+// The same for sums that adapters add to.
+template <typename O>
+struct AdaptedOutput {
+  const Epilogue& e;
+  O* out;
+  int64_t size;
+  INLINE void operator()(vf v, int64_t t, int64_t n) const { finish(e.branch->add(v, t, n), e, out, t, n, size); }
+};
+
 // What sums of tokens t, t + 1 … start from: 0, where a sink knows of nothing else.
 template <typename T, typename Sum, int P, int TT, typename Sink>
 INLINE void start(const Sink&, const T*, int64_t, int64_t, Sum (&)[P][TT]) {}
@@ -231,7 +242,31 @@ INLINE void multiply(const T* w, const typename Input<T>::type* x, int64_t strid
 template <typename T, typename O>
 void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows, int64_t count, int64_t d,
           int64_t size, const Epilogue& e, O* out, int64_t first, int64_t last) {
-  multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
+  if (e.branch) multiply<T>(w, x, stride, rows, count, d, AdaptedOutput<O>{e, out, size}, first, last);
+  else multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
+}
+
+// Latents of a branch's first `count` tokens, whose inputs are x: share id of n of all their panels.
+template <typename T>
+void contract(const Branch& b, const typename Input<T>::type* x, int64_t stride, int64_t count, int64_t d, int64_t id,
+              int64_t n) {
+  if (!b.adapted) return;
+  int64_t unit = 0;
+  for (int64_t run = 0; run < b.adapted->run_count; run++) {
+    const AdapterRun& own = b.adapted->runs[run];
+    int64_t first = own.first > b.base ? own.first - b.base : 0, end = own.first + own.count - b.base;
+    if (end > count) end = count;
+    if (first >= end) continue;
+    float* rows = b.rows + first * b.width;
+    const LowRank* update = b.adapted->updates(run, b.module);
+    for (int64_t i = 0; i < b.modules * own.parts; i++, update++) {
+      Latents sink = {rows, b.width, update->scale};
+      for (int64_t p = 0; p < panel_count(update->rank); p++)
+        if (unit++ % n == id)
+          multiply<T>((const T*)update->down, x + first * stride, stride, nullptr, end - first, d, sink, p, p + 1);
+      rows += to_lanes(update->rank);
+    }
+  }
 }
 
 template <typename T>

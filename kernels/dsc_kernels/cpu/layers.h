@@ -91,11 +91,17 @@ INLINE void linear_as(const Linear& a) {
   int64_t stride = row_stride<T>(a.d), panels = panel_count(a.n);
   bool by_tokens = a.batch > SMALL_BATCH;
   int64_t chunk = by_tokens ? chunk_of(a.batch, a.threads) : a.batch;
+  const Branch branch(a.adapted, a.module, a.modules, sizeof(T) == 2, a.batch, *a.scratch);
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     Epilogue e = {a.bias, a.activation, nullptr, nullptr, a.residual, a.n};
     if (!by_tokens) {
+      if (branch.adapted) {
+        e.branch = &branch;
+        contract<T>(branch, x, stride, a.batch, a.d, id, n);
+#pragma omp barrier
+      }
       gemm<T, O>((const T*)a.w, x, stride, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
                  split_point(panels, id + 1, n));
     } else {
@@ -103,6 +109,11 @@ INLINE void linear_as(const Linear& a) {
       for (int64_t t = 0; t < a.batch; t += chunk) {
         int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
         e.residual = a.residual ? (const O*)a.residual + t * a.n : nullptr;
+        const Branch own = branch.from(t);
+        if (own.adapted) {
+          e.branch = &own;
+          contract<T>(own, x + t * stride, stride, count, a.d, 0, 1);
+        }
         gemm<T, O>((const T*)a.w, x + t * stride, stride, nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
       }
     }

@@ -34,6 +34,7 @@ struct MoeBuffers {
   float* shared_weights = nullptr;  // [batch], and both below: of the shared expert
   float* shared_outputs = nullptr;  // [batch, d]
   I* shared_hidden = nullptr;       // [batch, shared_stride]
+  Branch gate, up, down;            // what adapters add to its products
   int64_t hidden_stride, shared_stride;
 
   INLINE explicit MoeBuffers(const Moe& a)
@@ -54,6 +55,9 @@ struct MoeBuffers {
     shared_weights = scratch.take<float>(a.batch);
     shared_outputs = scratch.take<float>(a.batch * a.d);
     shared_hidden = scratch.take<I>(a.batch * shared_stride);
+    gate = Branch(a.adapted, GATE, a.shared_gate ? 1 : 0, sizeof(T) == 2, a.batch, scratch);
+    up = Branch(a.adapted, UP, 1, sizeof(T) == 2, a.batch, scratch);
+    down = Branch(a.adapted, DOWN, 1, sizeof(T) == 2, a.batch, scratch);
   }
 };
 
@@ -175,16 +179,19 @@ struct Expert {
 };
 
 // Panels first … last − 1 of an expert's inner activations for `count` of the tokens x: those in rows, or in order
-// where it is null.
+// where it is null. gate, up: what adapters add, or null.
 template <typename T>
 INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, const int32_t* rows, int64_t count,
-                         typename Input<T>::type* hidden, int64_t first, int64_t last) {
+                         typename Input<T>::type* hidden, int64_t first, int64_t last, const Branch* gate = nullptr,
+                         const Branch* up = nullptr) {
   typedef typename Input<T>::type I;
-  Epilogue ep = {nullptr, e.activation, nullptr, nullptr, nullptr, round_up_2(e.hidden)};
+  Epilogue ep = {nullptr, e.activation, nullptr, nullptr, nullptr, round_up_2(e.hidden), up};
   if (e.gate) {
+    ep.branch = gate;
     gemm<T, I>(e.gate, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
     ep.activation = NONE;
     ep.times = hidden;
+    ep.branch = up;
   }
   gemm<T, I>(e.up, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
 }
@@ -192,8 +199,8 @@ INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, c
 // Panels first … last − 1 of what the expert makes of them.
 template <typename T>
 INLINE void expert_second(const Expert<T>& e, const typename Input<T>::type* hidden, int64_t count, float* out,
-                          int64_t first, int64_t last) {
-  Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, e.d};
+                          int64_t first, int64_t last, const Branch* down = nullptr) {
+  Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, e.d, down};
   gemm<T, float>(e.down, hidden, round_up_2(e.hidden), nullptr, count, e.hidden, e.d, ep, out, first, last);
 }
 
@@ -205,8 +212,10 @@ INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const typename In
   int64_t panels = panel_count(a.shared_hidden), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
+    const Branch gate = b.gate.from(t), up = b.up.from(t);
     expert_first(Expert<T>::shared(a), x + t * row_stride<T>(a.d), nullptr, count,
-                 b.shared_hidden + t * b.shared_stride, from, to);
+                 b.shared_hidden + t * b.shared_stride, from, to, gate.adapted ? &gate : nullptr,
+                 up.adapted ? &up : nullptr);
   }
 }
 
@@ -215,8 +224,9 @@ INLINE void shared_second(const Moe& a, const MoeBuffers<T>& b, int64_t id, int6
   int64_t panels = panel_count(a.d), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
+    const Branch down = b.down.from(t);
     expert_second(Expert<T>::shared(a), b.shared_hidden + t * b.shared_stride, count, b.shared_outputs + t * a.d, from,
-                  to);
+                  to, down.adapted ? &down : nullptr);
   }
 }
 
@@ -281,9 +291,15 @@ void moe(const Moe& a) {
       expert_second(Expert<T>::picked(a, e), b.hidden + from * b.hidden_stride, count, b.outputs + from * a.d, start,
                     end);
     };
+    if (b.up.adapted) {
+      contract<T>(b.gate, x, row_stride<T>(a.d), a.batch, a.d, id, n);
+      contract<T>(b.up, x, row_stride<T>(a.d), a.batch, a.d, (id + 1) % n, n);
+#pragma omp barrier
+    }
     moe_route<T>(a, b, x, first, last);
     shared_first<T>(a, b, x, id, n);
 #pragma omp barrier
+    contract<T>(b.down, b.shared_hidden, b.shared_stride, a.batch, a.shared_hidden, id, n);
 #pragma omp single
     moe_group<T>(a, b);
     shared_second<T>(a, b, id, n);

@@ -32,6 +32,7 @@ struct FfnBuffers {
   float* weights = nullptr;            // [tokens, k]
   int32_t* order = nullptr;            // [tokens]
   uint64_t* keys = nullptr;            // [tokens, 2]
+  Branch gate, up, down;               // what adapters add to the static MLP's products
 
   INLINE FfnBuffers(const Ffn& a, int64_t tokens, int workers)
       : logit_stride(panel_count(a.atoms) * LANES), hidden_stride(round_up_2(a.hidden)),
@@ -39,6 +40,9 @@ struct FfnBuffers {
     Scratch& scratch = *a.scratch;
     x = scratch.take<I>(tokens * round_up_2(a.d));
     hidden = scratch.take<I>(tokens * hidden_stride);
+    gate = Branch(a.adapted, GATE, a.gate ? 1 : 0, sizeof(T) == 2, tokens, scratch);
+    up = Branch(a.adapted, UP, 1, sizeof(T) == 2, tokens, scratch);
+    down = Branch(a.adapted, DOWN, 1, sizeof(T) == 2, tokens, scratch);
     if (a.atoms == 0) return;
     logits = scratch.take<float>(tokens * logit_stride);
     peaks = scratch.take<float>(workers * peaks_size);

@@ -67,6 +67,7 @@ struct Step {
   const Chunk* chunks;          // the tokens behind the first `decodes`, which are one per sequence
   const KvCache* kv_caches;     // per layer
   const LayerOutputs* outputs;  // per layer, or null
+  const AdapterRun* runs;       // of tokens with adapters, in their order
   int64_t* phase_ns;            // [STACK_PHASES] nanoseconds to add to, then each thread's in FFN layers; or null
   int64_t tokens, sequences, pages, width;
   int64_t table_count, table_stride, slot_stride;
@@ -75,6 +76,7 @@ struct Step {
   int64_t decodes;
   int64_t max_context_len;  // of the single tokens' sequences
   int64_t chunk_count;
+  int64_t run_count;
   int threads;
 };
 
@@ -91,6 +93,7 @@ class Stack {
   // own: for what lies between the kernels; scratch: theirs.
   void run(const Kernels& k, const Step& s, Scratch& own, Scratch& scratch) const {
     Buffers buffers(layers[0], s, is_bf16, own);
+    Adapted adapted = {s.runs, s.run_count, s.run_count ? runs_of_tokens(s, own) : nullptr, 0};
     int64_t last = s.phase_ns ? now() : 0;
     auto end_phase = [&](StackPhase phase) {
       if (!s.phase_ns) return;
@@ -108,6 +111,8 @@ class Stack {
     for (size_t i = 0; i < layers.size(); i++) {
       const DecoderLayer& layer = layers[i];
       Calls c(layer, s, buffers, scratch);
+      adapted.layer = (int64_t)i;
+      if (s.run_count) c.adapt(adapted);
       if (c.entry.x) k.norm(c.entry);
       end_phase(NORMS);
       launch(k.linear, c.qkv);
@@ -177,6 +182,14 @@ class Stack {
     }
   }
 
+  static const int32_t* runs_of_tokens(const Step& s, Scratch& own) {
+    int32_t* run_of = own.take<int32_t>(s.tokens);
+    for (int64_t t = 0; t < s.tokens; t++) run_of[t] = -1;
+    for (int64_t run = 0; run < s.run_count; run++)
+      for (int64_t i = 0; i < s.runs[run].count; i++) run_of[s.runs[run].first + i] = (int32_t)run;
+    return run_of;
+  }
+
   static int64_t now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -211,6 +224,11 @@ class Stack {
     void bind_outputs(const LayerOutputs& outputs) {
       ffn.grouped = (int)outputs.grouped, ffn.picks = (int32_t*)outputs.picks;
       ffn.weights = (float*)outputs.weights, ffn.signal = (float*)outputs.signal;
+    }
+
+    void adapt(const Adapted& adapted) {
+      qkv.adapted = out.adapted = ffn.adapted = moe.adapted = adapted;
+      qkv.module = Q, qkv.modules = O - Q, out.module = O, out.modules = 1;
     }
 
     Calls(const DecoderLayer& layer, const Step& s, const Buffers& to, Scratch& scratch)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import min_hash, plain, reference
+from dsc_kernels.adapters import adapter as adapter
+from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.gpu import attention
 from dsc_kernels.gpu.compiler import check
@@ -27,6 +29,7 @@ from dsc_kernels.plain import store_kv as store_kv
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
+    Adapted,
     AtomBank,
     FfnOptions,
     KvCache,
@@ -121,6 +124,8 @@ class Ffn:
         grouped: bool = False,
         picks: Tensor | None = None,
         signal: Tensor | None = None,
+        *,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]; the rest as in `backend.Ffn`.
 
@@ -128,31 +133,38 @@ class Ffn:
         """
         check("x", x, (x.shape[0], self.d), self.dtype)
         if self.router is None:
-            out = self.static(x)
+            out = self.static(x, adapted)
             return out if residual is None else out + residual
-        out, trace = self._compose(x, residual, picks is not None or signal is not None, grouped)
+        out, trace = self._compose(x, residual, picks is not None or signal is not None, grouped, adapted)
         if trace is not None and picks is not None:
             picks[: x.shape[0]] = trace[0]
         if trace is not None and signal is not None:
             signal[: x.shape[0]] = trace[2]
         return out
 
-    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
         check("x", x, (x.shape[0], self.d), self.dtype)
-        out, trace = self._compose(x, residual, traced=True)
+        out, trace = self._compose(x, residual, traced=True, adapted=adapted)
         assert trace is not None
         return out, *trace
 
     def _compose(
-        self, x: Tensor, residual: Tensor | None, traced: bool, grouped: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        traced: bool,
+        grouped: bool = False,
+        adapted: Adapted | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         if self.router is None:
             raise ValueError("this layer has no router")
         r, o = self.router, self.options
         u, v, gamma = self.bank.u, self.bank.v, self.bank.gamma
         logits, maxima = router_logits(x, r.weight, r.bias, o.tau, r.norm_eps)
-        static = self.static(x)
+        static = self.static(x, adapted)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):
             return select_compose(logits, maxima, x, u, v, gamma, static, residual, o.k, o.eps, o.rank, traced=traced)
         trace = select(logits, maxima, o.k, o.eps, softmax=o.rank > 0)
@@ -206,12 +218,12 @@ class Moe:
         logits, _ = router_logits(x, r.weight, r.bias, torch.inf, r.norm_eps)
         return reference.pick_experts(logits, self.options, r.choice_bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         check("x", x, (x.shape[0], self.d), self.dtype)
         weights, experts = self.route(x)
         if self.shared is not None:
-            own = self.shared(x)
+            own = self.shared(x, adapted)
             residual = (own if residual is None else own + residual).to(x.dtype)
         return run_experts(x, weights, experts, self.up, self.gate, self.down, self.activation, residual)
 

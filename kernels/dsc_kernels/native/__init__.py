@@ -6,6 +6,7 @@ Tensors are float32 or bfloat16 on the CPU. A layer keeps the tensors whose addr
 
 from __future__ import annotations
 
+from dsc_kernels.native.adapters import adapter, summed
 from dsc_kernels.native.attention import chunk_attention, decode_attention, store_kv
 from dsc_kernels.native.dispatch import (
     ROUTER_PRECISIONS,
@@ -40,6 +41,7 @@ __all__ = [
     "RouterPrecision",
     "Stack",
     "active",
+    "adapter",
     "available",
     "chunk_attention",
     "decode_attention",
@@ -56,6 +58,7 @@ __all__ = [
     "serves",
     "stack",
     "store_kv",
+    "summed",
     "threads",
     "tile_unions",
     "use",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.memory import resident
+from dsc_kernels.native.adapters import LayerRuns, mlp_shapes
 from dsc_kernels.native.dispatch import screens, threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.screen import LANES, NO_SCREEN, padded_bias, screen
@@ -16,6 +17,7 @@ from dsc_kernels.native.tensors import address, check, is_bf16
 from dsc_kernels.weights import (
     MAX_PICKS,
     Activation,
+    Adapted,
     AtomBank,
     FfnOptions,
     MlpWeights,
@@ -112,6 +114,7 @@ class _Layer:
 
     def __init__(self, d: int, dtype: torch.dtype) -> None:
         self.d, self.dtype = d, dtype
+        self.module_shapes: dict[str, tuple[int, int]] = {}  # (out, into) of what adapters may add to
         self._kept: list[Tensor] = []
         self.capsule: object = None
 
@@ -146,6 +149,7 @@ class Ffn(_Layer):
             raise ValueError(UNROUTED)
         hidden, d = mlp.up.shape
         super().__init__(d, mlp.up.dtype)
+        self.module_shapes = mlp_shapes(mlp)
         k, rank = options.k, options.rank
         self.k, self.atoms = k, 0 if router is None else router.weight.shape[0]
         if not min(1, self.atoms) <= k <= self.atoms or rank < 0 or k * max(rank, 1) > MAX_PICKS:
@@ -227,6 +231,8 @@ class Ffn(_Layer):
         grouped: bool = False,
         picks: Tensor | None = None,
         signal: Tensor | None = None,
+        *,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d].
 
@@ -234,17 +240,19 @@ class Ffn(_Layer):
         picks int32 [≥ B, k], signal float32 [≥ B]: where given, the atoms picked and the signal are written there.
         """
         x, residual, out = self._ready(x, residual)
-        self._run(x, residual, out, grouped, picks, None, signal)
+        self._run(x, residual, out, grouped, picks, None, signal, adapted)
         return out
 
-    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, and what was picked: atoms int32 [B, k], coefficients [B, k] and signal [B] in float32."""
         if not self.atoms:
             raise ValueError("this layer has no router")
         x, residual, out = self._ready(x, residual)
         picks = torch.empty(x.shape[0], self.k, dtype=torch.int32)
         weights, signal = torch.empty(x.shape[0], self.k), torch.empty(x.shape[0])
-        self._run(x, residual, out, False, picks, weights, signal)
+        self._run(x, residual, out, False, picks, weights, signal, adapted)
         return out, picks, weights, signal
 
     def _run(
@@ -256,9 +264,11 @@ class Ffn(_Layer):
         picks: Tensor | None,
         weights: Tensor | None,
         signal: Tensor | None,
+        adapted: Adapted | None,
     ) -> None:
         batch = x.shape[0]
         self.check_outputs(batch, picks, weights, signal)
+        runs = LayerRuns(adapted, batch, self.module_shapes, self.dtype)
         if batch:
             kernels.ffn(
                 self.capsule,
@@ -271,6 +281,7 @@ class Ffn(_Layer):
                 weights=address(weights),
                 signal=address(signal),
                 grouped=int(grouped),
+                **runs.arguments,
             )
 
     def check_outputs(self, batch: int, picks: Tensor | None, weights: Tensor | None, signal: Tensor | None) -> None:
@@ -342,12 +353,14 @@ class Moe(_Layer):
         shapes["down of the shared expert"] = mlp.down, (d, hidden)
         shapes["the shared expert's gate"] = shared.gate, (d,)
         check_all(shapes, self.dtype)
+        self.module_shapes = mlp_shapes(mlp)
         packed = (None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down))
         return dict(zip(SHARED, (*map(self._keep, packed), self._keep(shared.gate), hidden), strict=True))
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         x, residual, out = self._ready(x, residual)
+        runs = LayerRuns(adapted, x.shape[0], self.module_shapes, self.dtype)
         if x.shape[0]:
             kernels.moe(
                 self.capsule,
@@ -356,6 +369,7 @@ class Moe(_Layer):
                 out=out.data_ptr(),
                 batch=x.shape[0],
                 threads=threads(),
+                **runs.arguments,
             )
         return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsc_kernels.native.adapters import addresses, checked
 from dsc_kernels.native.attention import (
     UNLIMITED,
     check_cache,
@@ -25,7 +26,17 @@ from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, NormPlaces, NormWeights, Slots
+from dsc_kernels.weights import (
+    OUTPUT_ONLY,
+    AdapterRun,
+    DecoderLayer,
+    KvCache,
+    LayerOutputs,
+    Module,
+    NormPlaces,
+    NormWeights,
+    Slots,
+)
 
 NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3, "around": 4}
 
@@ -60,6 +71,7 @@ class Stack:
         qkv, out, _ = native_parts(first)
         self.d, self.dtype = qkv.d, qkv.dtype
         self._ffns = [native_parts(layer)[2] for layer in layers]
+        self._modules: Sequence[Mapping[str, Module]] = [modules_of(layer) for layer in layers]
         self._kept: list[object] = list(layers)
         self._kv_caches: Sequence[KvCache] = ()
         self._checked: tuple[Tensor, ...] = ()
@@ -176,13 +188,15 @@ class Stack:
         chunks: Iterable[tuple[int, int, int, int]],
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
+        runs: Sequence[AdapterRun] = (),
     ) -> Tensor:
         """The last layer's output [T, d] for token ids int64 [T]; keys and values are written to the caches.
 
         tables int64 [tables, S, W], and the slots' blocks [tables, T], or of one table [S, W] and [T]; contexts
         int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
         contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
-        kv_caches: one per layer. outputs: one per layer, where all FFN layers are DSC's.
+        kv_caches: one per layer. outputs: one per layer, where all FFN layers are DSC's. runs: of tokens with adapters,
+        in their order.
         Raises ValueError for what does not fit.
         """
         tokens, sequences = ids.shape[0], contexts.shape[0]
@@ -196,6 +210,7 @@ class Stack:
             shape = list(tables.shape)
             raise ValueError(f"tables {shape} of {block}-token blocks do not hold contexts of {max_context_len}")
         flat, bound = array("q", chain.from_iterable(chunks)), self._bind_outputs(outputs, tokens)
+        adapted = self._bind_runs(runs)
         out = torch.empty(tokens, self.d, dtype=self.dtype)
         if tokens:
             count = threads()
@@ -224,6 +239,8 @@ class Stack:
                 decodes=decodes,
                 max_context_len=max_context_len,
                 chunk_count=len(flat) // 4,
+                runs=adapted.buffer_info()[0] if runs else 0,
+                run_count=len(runs),
                 threads=count,
             )
         return out
@@ -273,6 +290,13 @@ class Stack:
             bound.extend((int(one.grouped), address(one.picks), address(one.weights), address(one.signal)))
         return bound
 
+    def _bind_runs(self, runs: Sequence[AdapterRun]) -> array[int]:
+        """What C++ knows as AdapterRun, one after the other; runs keep their adapters."""
+        found = [(checked(run, self._modules, self.dtype, len(self._ffns)), run.first, run.length) for run in runs]
+        if found:
+            self._modules = found[0][0].modules  # equal ones, so that the next are found to be the same
+        return addresses(found)
+
     def _timers(self, count: int) -> Tensor | None:
         """Where time is added up, with room for so many threads: there may be more than there were."""
         if self._phase_ns is not None and (missing := kernels.PHASE_ROOM * (1 + count) - self._phase_ns.numel()) > 0:
@@ -300,6 +324,16 @@ def native_parts(layer: DecoderLayer) -> tuple[Linear, Linear, Ffn | Moe]:
     if isinstance(qkv, Linear) and isinstance(out, Linear) and isinstance(ffn, Ffn | Moe):
         return qkv, out, ffn
     raise ValueError(f"a stack takes native layers only, but one has {qkv.backend}, {out.backend} and {ffn.backend}")
+
+
+def modules_of(layer: DecoderLayer) -> Mapping[str, Module]:
+    """What of a native layer adapters may add to."""
+    qkv, out, ffn = native_parts(layer)
+    size = out.d // layer.heads
+    query, keys = layer.heads * size, layer.kv_heads * size
+    modules = {"q": Module(query, qkv.d), "k": Module(keys, qkv.d, query), "v": Module(keys, qkv.d, query + keys)}
+    modules["o"] = Module(out.n, out.d)
+    return modules | {name: Module(*shape) for name, shape in ffn.module_shapes.items()}
 
 
 def same(these: Sequence[object], those: Sequence[object]) -> bool:

@@ -1,0 +1,119 @@
+"""From an adapter's files to what steps use: the jobs of the thread that loads adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dsc_kernels import backend
+from dsc_kernels.weights import LowRank, Place
+from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
+from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
+from dsc_serve.model.adapter import MODULES, Adapter, composed, composition_digest
+from dsc_serve.parameter_errors import ParameterError
+
+
+class Decoder(Protocol):
+    """What makes adapters ready for its layers; see `model.decoder`."""
+
+    @property
+    def modules(self) -> Sequence[object]: ...
+
+    def adapter(self, updates: Mapping[Place, LowRank]) -> backend.Adapter: ...
+
+    def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter as steps use it."""
+
+    name: str  # for logs and metrics; a composition's has all names
+    digest: str
+    kind: str
+    rank: int
+    modules: int
+    weights: backend.Adapter
+
+    read_bytes: int  # that a step with it reads, those of a composition's parts among them
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
+
+
+@dataclass
+class Outcome:
+    """Of a job: an adapter that is ready, or only read."""
+
+    choice: AdapterChoice
+    stamp: Stamp | None = None
+    loaded: LoadedAdapter | None = None
+    info: AdapterInfo | None = None
+    error: ParameterError | None = None
+
+
+class AdapterJobs:
+    """What takes time: nothing here changes what anybody else sees, so that any thread may do it.
+
+    parent: what adapters are told to adapt.
+    """
+
+    def __init__(self, folder: AdapterFolder, decoder: Decoder, parent: str) -> None:
+        self.folder, self.decoder, self.parent = folder, decoder, parent
+
+    def load(self, choice: AdapterChoice, name: str, ready: bool) -> Outcome:
+        """A folder that changes meanwhile is read again when it is asked for again."""
+        outcome = Outcome(choice, self.folder.look(name))
+        try:
+            adapter = self.folder.get(name)
+            outcome.info = self._info(adapter)
+            if ready:
+                outcome.loaded = self._ready(adapter)
+        except ParameterError as error:
+            outcome.error = error
+        if self.folder.look(name) != outcome.stamp:
+            return Outcome(choice)
+        return outcome
+
+    def _ready(self, adapter: Adapter) -> LoadedAdapter:
+        try:
+            weights = self.decoder.adapter(adapter.modules)
+        except ValueError as error:
+            raise BrokenAdapterError(adapter.name, str(error)) from None
+        kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)
+        return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes)
+
+    def compose(self, choice: AdapterChoice, weighted: Sequence[tuple[LoadedAdapter, float]]) -> Outcome:
+        """Adapters with weights as one."""
+        if choice.form == "sum":
+            parts = [(loaded.weights, weight) for loaded, weight in weighted]
+            digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
+            name, rank = "+".join(choice.names), sum(loaded.rank for loaded, _ in weighted)
+            modules = max(loaded.modules for loaded, _ in weighted)
+            read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
+            summed = self.decoder.summed(parts)
+            return Outcome(choice, loaded=LoadedAdapter(name, digest, "sum", rank, modules, summed, read_bytes))
+        try:
+            plain = [(self._unpacked(loaded), weight) for loaded, weight in weighted]
+            return Outcome(choice, loaded=self._ready(composed(plain, choice.form)))
+        except ParameterError as error:
+            return Outcome(choice, error=error)
+
+    def _unpacked(self, loaded: LoadedAdapter) -> Adapter:
+        places = [(layer, module) for layer in range(len(self.decoder.modules)) for module in MODULES]
+        found = {place: loaded.weights.updates(*place) for place in places}
+        modules = {place: own[0] for place, own in found.items() if own}
+        return Adapter(loaded.name, loaded.digest, loaded.kind, modules, loaded.nbytes, loaded.rank)
+
+    def _info(self, adapter: Adapter) -> AdapterInfo:
+        return AdapterInfo(
+            name=adapter.name,
+            parent=self.parent,
+            digest=adapter.digest,
+            kind=adapter.kind,
+            rank=adapter.rank,
+            modules=len(adapter.modules),
+            nbytes=adapter.nbytes,
+        )

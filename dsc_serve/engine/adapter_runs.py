@@ -1,0 +1,29 @@
+"""Where requests with adapters stand in a step: neighbours have the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsc_kernels.weights import AdapterRun
+from dsc_serve.engine.request import Request
+
+
+def place_in_step(pair: tuple[Request, int]) -> tuple[bool, int]:
+    """Single tokens come first, and those of one adapter beside each other; of others the order stays."""
+    request, count = pair
+    return count > 1, 0 if request.adapter is None else id(request.adapter)
+
+
+def adapter_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:
+    """The tokens of a step whose requests have adapters, by adapter."""
+    runs: list[AdapterRun] = []
+    start = 0
+    for request, count in ordered:
+        if request.adapter is not None:
+            weights = request.adapter.weights
+            if runs and runs[-1].adapter is weights and runs[-1].first + runs[-1].length == start:
+                runs[-1] = AdapterRun(weights, runs[-1].first, runs[-1].length + count)
+            else:
+                runs.append(AdapterRun(weights, start, count))
+        start += count
+    return tuple(runs)

@@ -1,0 +1,61 @@
+"""Who holds which adapter in memory, and who waits for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dsc_serve.adapter_choice import AdapterChoice
+from dsc_serve.engine.adapter_jobs import LoadedAdapter
+from dsc_serve.parameter_errors import ParameterError
+
+
+@dataclass(eq=False)
+class Entry:
+    """An adapter in memory. users: leases on it, compositions in memory that read it, and who is loading one."""
+
+    loaded: LoadedAdapter
+    parts: tuple[Entry, ...] = ()  # of a composition
+    users: int = 0
+    retired: bool = False  # nobody new gets it
+
+    @property
+    def nbytes(self) -> int:
+        return self.loaded.nbytes
+
+
+class Lease:
+    """A request's hold on an adapter, until it is released."""
+
+    def __init__(self, entry: Entry, released: Callable[[Entry], None]) -> None:
+        self.adapter = entry.loaded
+        self._entry: Entry | None = entry
+        self._released = released
+        entry.users += 1
+
+    def shared(self) -> Lease:
+        """One more."""
+        assert self._entry is not None, "a lease that has ended"
+        return Lease(self._entry, self._released)
+
+    def release(self) -> None:
+        """Safe to call twice."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._released(entry)
+
+
+@dataclass(eq=False)
+class Wanted:
+    """An adapter that somebody waits for. At last it has a lease, or an error."""
+
+    choice: AdapterChoice
+    since: float
+    lease: Lease | None = None
+    error: ParameterError | None = None
+    cancelled: bool = False
+    pins: list[Entry] = field(default_factory=list)  # parts of a composition, which must stay until it is made
+
+    @property
+    def settled(self) -> bool:
+        return self.lease is not None or self.error is not None

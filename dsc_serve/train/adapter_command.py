@@ -1,0 +1,53 @@
+"""The commands of adapters: look into one, and train some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsc_serve.config import resolve_model
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group("adapter", short_help="Look into an adapter.")
+def adapter_group() -> None:
+    """Look into an adapter of PEFT's form."""
+
+
+@adapter_group.command("inspect", short_help="Print what an adapter changes, and how much.")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--base", default=None, metavar="MODEL", help="Also check that it fits this model, as serve would.")
+@click.option(
+    "--atoms", type=click.IntRange(1), default=None, help="Tell what keeping so many atoms a module leaves out."
+)
+@click.option("--out", type=FOLDER, default=None, help="With --atoms: write the adapter of these atoms here.")
+def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path | None) -> None:
+    """Print the modules, ranks, bytes and spectral norms of the adapter in DIR, a folder of PEFT's form.
+
+    An update of rank r is the sum of r atoms, its singular vectors with their singular values; those left out cost
+    exactly the largest of them in the spectral norm.
+    """
+    from dsc_serve.files import CheckpointError
+    from dsc_serve.model.checkpoint import open_source
+    from dsc_serve.model.peft import inspection, read_adapter
+
+    if out is not None and atoms is None:
+        raise click.UsageError("--out is given without --atoms; it takes both")
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise click.UsageError(f"--out {out} holds something already; name an empty folder")
+    try:
+        found = inspection.inspect_adapter(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {str(error).replace(f'{folder}/', '')}") from None
+    forms = inspection.canonical_forms(found)
+    for line in inspection.report(found, forms, atoms):
+        click.echo(line)
+    if base is not None:
+        source = open_source(resolve_model(base))
+        fitted = read_adapter(folder, source.config, source.origin)
+        click.echo(f"fits      {base}: {len(fitted.modules)} modules of it, digest {fitted.digest}")
+    if out is not None and atoms is not None:
+        inspection.write_kept(found, forms, atoms, out)
+        click.echo(f"written   {out}: {atoms} atoms of each module")

@@ -1,0 +1,95 @@
+// What adapters add to a product, in float32 and before anything else happens to its sums: tokens of a run are contracted
+// by the panels of its updates first, and where the product's sums are stored, each is expanded into them.
+//
+// Nothing is rounded in between, and there is no buffer of what is added. A product without adapters knows nothing of this.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "namespace.h"
+#include "vector.h"
+
+DSC_KERNELS_BEGIN
+
+INLINE int64_t to_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// Rows of up, of which `panel` is one of its own, times an update's latents.
+INLINE vf expand(const float* up, int64_t panel, int64_t rank, const float* latents) {
+  const float* w = up + panel * rank * LANES;
+  vf sums[2] = {};
+  for (int64_t j = 0; j < rank; j++) sums[j & 1] += load(w + j * LANES) * splat(latents[j]);
+  return sums[0] + sums[1];
+}
+
+INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* latents) {
+  int64_t groups = (rank + 1) / 2;
+  const bf16* w = up + panel * groups * 2 * LANES;
+  vf even = {}, odd = {};
+  for (int64_t j = 0; j < groups; j++) {
+    vu pairs;
+    memcpy(&pairs, w + j * 2 * LANES, sizeof pairs);
+    even += (vf)(pairs << 16) * splat(latents[2 * j]);
+    odd += (vf)(pairs & 0xffff0000u) * splat(latents[2 * j + 1]);
+  }
+  return even + odd;
+}
+
+// What is added to a product of tokens `base` and following, of which row t of its inputs is token base + t.
+struct Branch {
+  const Adapted* adapted = nullptr;  // null: nothing
+  int module = 0, modules = 0;       // that the product consists of
+  int is_bf16 = 0;                   // whether updates are
+  int64_t width = 0;                 // of a row of latents: those of all updates, each in whole panels
+  int64_t base = 0;
+  float* rows = nullptr;  // [tokens, width]
+
+  // Room for so many tokens.
+  INLINE Branch() = default;
+  INLINE Branch(const Adapted& a, int module, int modules, int is_bf16, int64_t tokens, Scratch& scratch) {
+    if (!a.run_count) return;
+    adapted = &a, this->module = module, this->modules = modules, this->is_bf16 = is_bf16;
+    for (int64_t run = 0; run < a.run_count; run++) {
+      int64_t own = 0;
+      for (int64_t i = 0; i < modules * a.runs[run].parts; i++) own += to_lanes(a.updates(run, module)[i].rank);
+      if (own > width) width = own;
+    }
+    rows = scratch.take<float>(tokens * width);
+  }
+
+  // The same for the tokens from the t-th on.
+  INLINE Branch from(int64_t t) const {
+    Branch later = *this;
+    later.base += t, later.rows += t * width;
+    return later;
+  }
+
+  // Not inlined: sums are stored from many places, and there is more to do here than a call costs.
+  __attribute__((noinline)) vf add(vf v, int64_t t, int64_t n) const {
+    int32_t run = adapted->run_of[base + t];
+    if (run < 0) return v;
+    int64_t panel = n / LANES, count = modules * adapted->runs[run].parts;
+    const LowRank* update = adapted->updates(run, module);
+    const float* latents = rows + t * width;
+    for (int64_t i = 0; i < count; i++, update++) {
+      if (update->rank && panel >= update->first && panel < update->end) {
+        int64_t own = panel - update->first;
+        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, latents)
+                     : expand((const float*)update->up, own, update->rank, latents);
+      }
+      latents += to_lanes(update->rank);
+    }
+    return v;
+  }
+};
+
+// Where latents go: scaled, in rows of a branch.
+struct Latents {
+  float* rows;
+  int64_t width;
+  const float* scale;
+  INLINE void operator()(vf v, int64_t t, int64_t n) const { store(rows + t * width + n, v * load(scale + n)); }
+};
+
+DSC_KERNELS_END

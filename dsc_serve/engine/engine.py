@@ -12,8 +12,11 @@ import torch
 from dsc_kernels import native, ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
+from dsc_serve.engine.companion import companion_drafts, load_companion
 from dsc_serve.engine.constraints import End, Followers
+from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafter import Drafter
+from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool, blocks_for
@@ -97,12 +100,18 @@ class Engine:
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
-        """An engine that runs a loaded model, with a KV pool of its own."""
+        """An engine that runs a loaded model, with a KV pool of its own.
+
+        Raises ConfigError and CheckpointError where its draft model cannot be used.
+        """
         ffn = model.config.ffn
+        tokenizer = Tokenizer.load(resolve_model(config.model))
+        companion = load_companion(config, model, tokenizer) if config.draft_model else None
+        models = [model] if companion is None else [model, companion]
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
-            num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
+            num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(models, config), config.block_size),
             block_size=config.block_size,
             layers=model.config.num_hidden_layers,
             atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
@@ -112,8 +121,10 @@ class Engine:
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
-        tokenizer = Tokenizer.load(resolve_model(config.model))
         engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
+        if companion is not None:
+            kinds = {**SOURCES, COMPANION: companion_drafts(config, companion, capacity).kind()}
+            engine.drafter = Drafter(config.drafts, config.step_tokens, model.config.eos_token_ids, kinds)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
@@ -223,7 +234,9 @@ class Engine:
         self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
-            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - result.waited_s))
+            waited_s = result.waited_s + result.foreseen_s + self.drafter.making_s
+            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - waited_s))
+            self.scheduler.step_time.drafts.observe_masks(plan.load.masks, 1e3 * result.foreseen_s)
         self._check()
         deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
         if result.further:
@@ -331,10 +344,16 @@ def prepare_model(config: EngineConfig) -> Decoder:
     return model
 
 
-def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
-    """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
-    c = model.config
-    per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
+def default_kv_tokens(models: Sequence[Decoder], config: EngineConfig) -> int:
+    """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context.
+
+    models: the served one, and what else keeps as many tokens.
+    """
+    model, c = models[0], models[0].config
+    per_token = sum(
+        2 * own.config.num_hidden_layers * own.config.kv_size * torch.empty(0, dtype=own.dtype).element_size()
+        for own in models
+    )
     torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
     context, fitting = c.max_position_embeddings, int(KV_SHARE[config.device] * free) // per_token

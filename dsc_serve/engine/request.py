@@ -116,6 +116,12 @@ class Request:
         own, known = self.tokens[first:end], len(self.tokens)
         return own if end <= known else [*own, *self.drafts[max(0, first - known) : end - known]]
 
+    def draft(self, tokens: Sequence[int]) -> None:
+        """Let the step compute these after its own tokens."""
+        self.drafts = tokens
+        if self.constraint is not None:
+            self.constraint.foresee(tokens)
+
     def append(self, token: int) -> None:
         """Take in a token of its output."""
         self.tokens.append(token)
@@ -132,6 +138,8 @@ class Request:
         """It has ended. Safe to call twice."""
         if self.constraint is not None:
             self.constraint.close()
+        if self.drafting is not None:
+            self.drafting.close()
 
     def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position on."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dsc_serve.config import ConfigError, EngineConfig
+from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
@@ -38,7 +38,8 @@ def check_room(folder: Path, config: EngineConfig) -> None:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"
         raise ConfigError(f"{folder}: {what} are needed; {size(free)} of memory are free")
     blocks = blocks_for(config.kv_tokens or model.max_position_embeddings, config.block_size)
-    pool = 2 * blocks * config.block_size * model.num_hidden_layers * model.kv_size * KV_BYTES
+    models = [model, *([configured(resolve_model(config.draft_model), 0)] if config.draft_model else [])]
+    pool = sum(2 * blocks * config.block_size * own.num_hidden_layers * own.kv_size * KV_BYTES for own in models)
     if pool + positions > free:
         needed = f"{blocks} blocks of {config.block_size} tokens take {size(pool)}; {size(free)} of memory are free"
         if config.kv_tokens:

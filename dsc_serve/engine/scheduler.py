@@ -281,7 +281,7 @@ class Scheduler:
             request = self.running[request_id]
             end = request.num_computed + counts[request_id]
             room = (len(request.blocks) + self.pool.available) * size - end
-            request.drafts = planned.tokens[:room]
+            request.draft(planned.tokens[:room])
             missing = blocks_for(end + len(request.drafts), size) - len(request.blocks)
             if missing > 0:
                 request.blocks.extend(self.pool.allocate(missing))

@@ -134,7 +134,7 @@ def test_a_pool_of_one_context_that_takes_more_than_its_share_is_told(
     model, one = prepare_model(config), 2 * 2 * 32 * 4 * 48
     for free, tokens, told in ((50 * one, 96, 0), (5 * one, 48, 0), (5 * one - 1, 48, 1), (0, 48, 2)):
         monkeypatch.setattr(engine_module, "available_memory", lambda free=free: free)
-        assert default_kv_tokens(model, config) == tokens
+        assert default_kv_tokens([model], config) == tokens
         assert len(caplog.records) == told
     assert "KV pool's 48 tokens, one whole context, are more than 20 % of the 0 MiB" in caplog.text
 

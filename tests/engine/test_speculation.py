@@ -133,7 +133,7 @@ def test_a_stop_string_cuts_what_was_computed_with_it() -> None:
         alone = generated(llm, prompt, asked)
         assert alone[0].finish_reason == "stop"
         guess(llm.engine, 7, 1.0, 3, known=True)
-        llm.engine.drafter._choose = lambda options, *_: [most for _, most in options]
+        llm.engine.drafter._choose = lambda options, *_: [option.most for option in options]
         same(generated(llm, prompt, predicting(asked, [whole])), alone)
 
 

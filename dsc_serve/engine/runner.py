@@ -15,6 +15,7 @@ from torch import Tensor
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
+from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
@@ -132,8 +133,8 @@ class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
-    captured here and replayed later, and what other steps need is compiled; the pools have one block more, which rows
-    of padding write to.
+    captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
+    more, which rows of padding write to.
     """
 
     def __init__(
@@ -283,6 +284,8 @@ class Runner:
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The layers' output [T, d] for a step, replayed where its size was captured."""
+        if self.graphs is not None and picks is None:
+            ordered = single_rows(ordered, self.graphs.sizes[-1])
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)

@@ -45,6 +45,7 @@ class DraftSource(Protocol):
 
     def close(self) -> None:
         """The request has ended. Safe to call twice."""
+        return
 
 
 class Acceptance:

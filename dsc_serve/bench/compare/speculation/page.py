@@ -30,11 +30,11 @@ def method(results: SpeculationResults) -> str:
     a = results.asked
     return (
         f"Systems of random weights, in one process and in turn; prompts of {a.prompt_tokens} and outputs of "
-        f"{a.tokens} tokens, drawn evenly and put in the place of what the greedy step draws, so that no output repeats "
-        "itself. Drafts are made by a source that knows the output and errs at the given rate, whatever is drafted with it; "
-        f"each system chooses how many of at most {a.max_drafts} it computes, from what its own steps took. Times are "
-        "wall time for each output token of one stream, from when all streams have begun; medians of rounds, and "
-        "ratios are medians of the rounds' own, with the lowest and the highest."
+        f"{a.tokens} tokens, drawn evenly and put in the place of what the greedy step draws, so that no output "
+        "repeats itself. Drafts are made by a source that knows the output and errs at the given rate, whatever is "
+        f"drafted with it; each system chooses how many of at most {a.max_drafts} it computes, from what its own steps "
+        "took. Times are wall time for each output token of one stream, from when all streams have begun; medians of "
+        "rounds, and ratios are medians of the rounds' own, with the lowest and the highest."
     )
 
 

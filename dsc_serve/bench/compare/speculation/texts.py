@@ -41,12 +41,12 @@ Order 1044: name Kenji Watanabe, city Osaka, 7 shelves at 64 euros each."""
 ORDER = {
     "type": "object",
     "properties": {
-        "order_number": {"type": "integer"},
+        "order_number": {"type": "integer", "minimum": 1, "maximum": 9999},
         "customer_name": {"type": "string", "maxLength": 40},
         "customer_city": {"type": "string", "maxLength": 30},
         "article": {"type": "string", "maxLength": 20},
-        "number_of_pieces": {"type": "integer"},
-        "price_in_euros": {"type": "integer"},
+        "number_of_pieces": {"type": "integer", "minimum": 1, "maximum": 99},
+        "price_in_euros": {"type": "integer", "minimum": 1, "maximum": 9999},
     },
     "required": [
         *("order_number", "customer_name", "customer_city", "article", "number_of_pieces", "price_in_euros"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsc_serve.engine.position import Position
+from dsc_serve.engine.position import Position, PositionAhead
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.sampler import to_device
 from dsc_serve.grammars.constraint import wait
@@ -49,6 +49,19 @@ def answered(requests: Sequence[Request], forward_s: float, company: bool) -> tu
         wait(open_, ALONE_S if alone else min(PATIENCE_S, PATIENCE * forward_s), any if alone else all)
         waited_s = time.perf_counter() - began
     return [request.may_sample for request in requests], waited_s
+
+
+def answered_ahead(positions: Sequence[PositionAhead], forward_s: float, alone: bool) -> float:
+    """Wait a little until it is known what may follow drafts; returns how long, in seconds. Positions of which it does
+    not become known cannot be drawn from: `PositionAhead.known`. alone: whether nobody else waits with them.
+    """
+    asked = [position.constraint for position in positions if position.constraint is not None]
+    if all(constraint.settled for constraint in asked):
+        return 0.0
+    began = time.perf_counter()
+    worth_s = min(ALONE_S, len(asked) * forward_s) if alone else min(PATIENCE_S, PATIENCE * forward_s)
+    asked[0].wait(lambda: all(constraint.settled for constraint in asked), worth_s)
+    return time.perf_counter() - began
 
 
 def constrain(logits: Tensor, requests: Sequence[Position]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FORGET = 0.95  # weight of an observation that is one step with drafts older than another
 FADE = 0.96  # and for each estimate of steps without: the machine may have changed
 TRUST = 0.5  # observations that what is expected counts for
+MASK_MS = 0.3  # that a step is expected to wait for what may follow a draft, before any has
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DraftTime:
     def __init__(self) -> None:
         self._squares = [0.0, 0.0, 0.0]  # of requests, of both, of tokens
         self._products = [0.0, 0.0]
+        self._masks, self._masks_ms = 1.0, MASK_MS
 
     def observe(self, requests: int, tokens: int, ms: float) -> None:
         """So many drafts of so many requests made a step longer by this."""
@@ -34,6 +36,16 @@ class DraftTime:
         self._products = [
             FORGET * old + max(ms, 0.0) * new for old, new in zip(self._products, (requests, tokens), strict=True)
         ]
+
+    def observe_masks(self, masks: int, ms: float) -> None:
+        """A step waited so long for a grammar to say what may follow so many drafts."""
+        if masks:
+            self._masks, self._masks_ms = FORGET * self._masks + masks, FORGET * self._masks_ms + ms
+
+    @property
+    def mask_ms(self) -> float:
+        """That a step waits for what may follow one draft more: most is computed beside the step."""
+        return self._masks_ms / self._masks
 
     def fade(self) -> None:
         """Steps without drafts have been estimated anew."""

@@ -16,8 +16,11 @@ from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.arrivals import Arrivals, adapters_of, count_adapters, hold
+from dsc_serve.engine.companion import companion_drafts, load_companion
 from dsc_serve.engine.constraints import End, Followers
+from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafter import Drafter
+from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool
@@ -106,12 +109,17 @@ class Engine:
 
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
-        """An engine that runs a loaded model, with a KV pool of its own."""
+        """An engine that runs a loaded model, with a KV pool of its own.
+
+        Raises ConfigError and CheckpointError where its draft model cannot be used.
+        """
         ffn = model.config.ffn
+        tokenizer = Tokenizer.load(resolve_model(config.model))
+        companion = load_companion(config, model, tokenizer) if config.draft_model else None
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
-            num_blocks=pool_blocks(model, config),
+            num_blocks=pool_blocks(model, config, companion),
             kv_windows=model.groups.windows,
             step_tokens=config.step_tokens,
             block_size=config.block_size,
@@ -123,9 +131,11 @@ class Engine:
         )
         capture = capture_for(model.dtype, model.device)
         runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
-        tokenizer = Tokenizer.load(resolve_model(config.model))
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
         engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters)
+        if companion is not None:
+            kinds = {**SOURCES, COMPANION: companion_drafts(config, companion, capacity).kind()}
+            engine.drafter = Drafter(config.drafts, config.step_tokens, eos, kinds)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
@@ -257,7 +267,9 @@ class Engine:
         self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
-            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - result.waited_s))
+            waited_s = result.waited_s + result.foreseen_s + self.drafter.making_s
+            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - waited_s))
+            self.scheduler.step_time.drafts.observe_masks(plan.load.masks, 1e3 * result.foreseen_s)
         self._check()
         deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
         if result.further:
@@ -378,15 +390,22 @@ def prepare_model(config: EngineConfig) -> Decoder:
     return model
 
 
-def pool_blocks(model: Decoder, config: EngineConfig) -> int:
+def block_bytes(model: Decoder, config: EngineConfig) -> int:
+    """Bytes of a KV block."""
+    element = torch.empty(0, dtype=model.dtype).element_size()
+    return config.block_size * model.groups.size * model.config.cached_size * element
+
+
+def pool_blocks(model: Decoder, config: EngineConfig, companion: Decoder | None = None) -> int:
     """KV blocks for `kv_tokens` that all layers hold; where that is 0, for `max_running` full contexts, but at most
-    KV_SHARE of free memory and at least one context.
+    KV_SHARE of free memory and at least one context. companion: another model that keeps as many tokens.
     """
     c, layout = model.config, KvLayout(config.block_size, model.groups.windows)
     if config.kv_tokens:
         return layout.groups * layout.pages(config.kv_tokens)
-    element = torch.empty(0, dtype=model.dtype).element_size()
-    per_block = config.block_size * model.groups.size * c.cached_size * element
+    per_block = block_bytes(model, config)
+    if companion is not None:
+        per_block += -(-len(companion.groups.windows) * block_bytes(companion, config) // layout.groups)
     torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
     free = max(0, free - reserved_for_adapters(config))

@@ -46,6 +46,11 @@ class PositionAhead:
         self.constraint = None if constraint is None else ConstraintAhead(constraint, ahead)
         self.num_tokens, self.output_size = request.num_tokens + ahead, request.output_size + ahead
 
+    @property
+    def known(self) -> bool:
+        """Whether it is known which tokens may follow."""
+        return self.constraint is None or self.constraint.ready
+
     def token_counts(self, start: int) -> TokenCounts:
         """How often each token occurs from this position of the sequence on, with the drafts."""
         return self.request.token_counts(start).followed_by(self.request.drafts[: self.ahead])
@@ -55,27 +60,28 @@ class PositionAhead:
 class Further:
     """What a step found beyond a request's next token: one token for each draft that proved right."""
 
-    computed: int  # drafts
+    computed: int  # drafts; after some nothing was drawn where a grammar did not say in time what may follow
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of these, where asked for
 
 
 def agreed(
     first: Mapping[str, int],
+    drafted: Mapping[str, int],
     positions: Sequence[PositionAhead],
     tokens: Sequence[int],
     entries: Mapping[int, TokenLogprobs],
 ) -> dict[str, Further]:
     """What follows the first tokens of requests as long as their drafts are what was drawn in their places.
 
-    first: the tokens drawn before any draft, by request id. positions: in their order, those of a request together;
-    tokens: what was drawn there; entries: the log probabilities of some of these, by index.
+    first: the tokens drawn before any draft, by request id; drafted: how many drafts of each were computed. positions:
+    in their order, those of a request together; tokens: what was drawn there; entries: the log probabilities of some of
+    these, by index.
     """
-    found: dict[str, Further] = {}
+    found = {request_id: Further(count) for request_id, count in drafted.items() if request_id in first}
     for i, (position, token) in enumerate(zip(positions, tokens, strict=True)):
         request, ahead = position.request, position.ahead
-        own = found.setdefault(request.id, Further(0))
-        own.computed += 1
+        own = found[request.id]
         if len(own.tokens) < ahead - 1:
             continue  # an earlier draft was wrong
         if request.drafts[ahead - 1] == (own.tokens[-1] if own.tokens else first[request.id]):
@@ -94,5 +100,6 @@ def add_further(deltas: Sequence[Delta], further: Mapping[str, Further], drafts:
         delta.token_ids += found.tokens
         if delta.logprobs is not None:
             delta.logprobs += found.logprobs
-        if drafts[delta.request_id].source == PREDICTION:
-            delta.prediction = len(found.tokens), found.computed - len(found.tokens)
+        for (source, _), right, computed in drafts[delta.request_id].shares(len(found.tokens), found.computed):
+            if source == PREDICTION:
+                delta.prediction = right, computed - right

@@ -133,6 +133,12 @@ class Request:
         own, known = self.tokens[first:end], len(self.tokens)
         return own if end <= known else [*own, *self.drafts[max(0, first - known) : end - known]]
 
+    def draft(self, tokens: Sequence[int]) -> None:
+        """Let the step compute these after its own tokens."""
+        self.drafts = tokens
+        if self.constraint is not None:
+            self.constraint.foresee(tokens)
+
     def append(self, token: int) -> None:
         """Take in a token of its output."""
         self.tokens.append(token)
@@ -151,6 +157,8 @@ class Request:
             self.constraint.close()
         if self.lease is not None:
             self.lease.release()
+        if self.drafting is not None:
+            self.drafting.close()
 
     def hold(self, lease: Lease) -> None:
         """Be computed with an adapter."""

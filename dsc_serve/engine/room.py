@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dsc_serve.config import ConfigError, EngineConfig
+from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
@@ -47,12 +47,13 @@ def check_room(folder: Path, config: EngineConfig) -> None:
     if positions > free:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"
         raise ConfigError(f"{folder}: {what} are needed; {size(free)} of memory are free")
-    groups = layer_groups(model)
-    layout = KvLayout(config.block_size, groups.windows)
+    layout = KvLayout(config.block_size, layer_groups(model).windows)
     blocks = layout.most_blocks(model.max_position_embeddings, config.step_tokens)
     if config.kv_tokens:
         blocks = layout.groups * layout.pages(config.kv_tokens)
-    pool = blocks * config.block_size * groups.size * model.cached_size * KV_BYTES
+    pool = blocks * config.block_size * layer_groups(model).size * model.cached_size * KV_BYTES
+    if config.draft_model:
+        pool += companion_bytes(configured(resolve_model(config.draft_model), 0), config, -(-blocks // layout.groups))
     if pool + positions > free:
         needed = f"{blocks} blocks of {config.block_size} tokens take {size(pool)}; {size(free)} of memory are free"
         if config.kv_tokens:
@@ -70,3 +71,9 @@ def position_bytes(model: ModelConfig, config: EngineConfig) -> int:
     layout = KvLayout(config.block_size, layer_groups(model).windows)
     tables = config.max_running * layout.pages(model.max_position_embeddings) * layout.groups * TABLE_BYTES
     return model.max_position_embeddings * angles + tables
+
+
+def companion_bytes(model: ModelConfig, config: EngineConfig, pages: int) -> int:
+    """What a draft model's keys and values of so many pages take, all groups of its layers together."""
+    groups = layer_groups(model)
+    return pages * len(groups.windows) * config.block_size * groups.size * model.cached_size * KV_BYTES

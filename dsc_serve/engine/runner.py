@@ -15,7 +15,8 @@ from torch import Tensor
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, place_in_step
-from dsc_serve.engine.constraints import answered, constrain
+from dsc_serve.engine.constraints import answered, answered_ahead, constrain
+from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
@@ -50,6 +51,7 @@ class StepResult:
     routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
     forward_s: float = 0.0  # until the layers' output
     waited_s: float = 0.0  # for grammars to answer
+    foreseen_s: float = 0.0  # and then to say what may follow drafts
 
     def add(self, other: StepResult) -> None:
         """Take in what another part of the same step computed, of other requests."""
@@ -63,6 +65,7 @@ class StepResult:
         self.routing |= other.routing
         self.forward_s += other.forward_s
         self.waited_s += other.waited_s
+        self.foreseen_s += other.foreseen_s
 
 
 class Inputs:
@@ -132,8 +135,8 @@ class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
-    captured here and replayed later, and what other steps need is compiled; the pools have one block more, which rows
-    of padding write to.
+    captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
+    more, which rows of padding write to.
     """
 
     def __init__(
@@ -218,6 +221,7 @@ class Runner:
         rows: list[int] = []
         requests: list[Request] = []
         ahead: list[tuple[int, PositionAhead]] = []  # with their rows
+        drafted: dict[str, int] = {}
         start = 0
         for request, count in ordered:
             own = request.num_uncomputed
@@ -227,8 +231,9 @@ class Runner:
                 rows += [start + own - 1] * (1 + len(request.siblings))  # choices begin with the same logits
                 requests.append(request)
                 requests += request.siblings
-                for drafts in range(1, count - own + 1):
-                    ahead.append((start + own - 1 + drafts, PositionAhead(request, drafts)))
+                if count > own:
+                    drafted[request.id] = count - own
+                    ahead += [(start + own - 1 + n, PositionAhead(request, n)) for n in range(1, count - own + 1)]
             start += count
         if not all(request.may_sample for request in requests):
             may, result.waited_s = answered(requests, result.forward_s, len(requests) < len(ordered))
@@ -236,17 +241,26 @@ class Runner:
             known = [not result.late.intersection(waits_for(request)) for request in requests]
             rows, requests = list(compress(rows, known)), list(compress(requests, known))
             ahead = [(row, position) for row, position in ahead if position.request.id not in result.late]
+        if ahead:
+            result.foreseen_s = answered_ahead([position for _, position in ahead], result.forward_s, len(ordered) == 1)
+            ahead = [(row, position) for row, position in ahead if position.known]
         if requests:
             rows += [row for row, _ in ahead]
-            self._draw(hidden, rows, requests, [position for _, position in ahead], result)
+            self._draw(hidden, rows, requests, [position for _, position in ahead], drafted, result)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
-        if ahead and self.routing is not None:
+        if drafted and self.routing is not None:
             self.routing.keep(np.concatenate([np.arange(*rows) for _, rows in kept_rows(ordered, result)]))
         return result
 
     def _draw(
-        self, hidden: Tensor, rows: list[int], requests: list[Request], ahead: list[PositionAhead], result: StepResult
+        self,
+        hidden: Tensor,
+        rows: list[int],
+        requests: list[Request],
+        ahead: list[PositionAhead],
+        drafted: dict[str, int],
+        result: StepResult,
     ) -> None:
         """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
         every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
@@ -261,9 +275,9 @@ class Runner:
         result.tokens = {request.id: token for request, token in zip(requests, tokens[:count], strict=True)}
         if entries:
             result.logprobs = {request.id: entries[i] for i, request in enumerate(requests) if i in entries}
-        if ahead:
+        if drafted:
             after = {i - count: entry for i, entry in entries.items() if i >= count}
-            result.further = agreed(result.tokens, ahead, tokens[count:], after)
+            result.further = agreed(result.tokens, drafted, ahead, tokens[count:], after)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -276,6 +290,8 @@ class Runner:
 
     def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
         """The layers' output [T, d] for a step, replayed where its size was captured."""
+        if self.graphs is not None and picks is None:
+            ordered = single_rows(ordered, self.graphs.sizes[-1])
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
@@ -379,8 +395,8 @@ def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tupl
     start = 0
     for request, count in ordered:
         further = result.further.get(request.id)
-        wrong = 0 if further is None else further.computed - len(further.tokens)
-        yield request, (start, start + count - wrong)
+        kept = request.num_uncomputed + (0 if further is None else len(further.tokens))
+        yield request, (start, start + min(count, kept))
         start += count
 
 

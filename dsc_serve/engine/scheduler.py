@@ -299,7 +299,7 @@ class Scheduler:
             request = self.running[request_id]
             end = request.num_computed + counts[request_id]
             room = (request.pages + self.pool.available // self.layout.groups) * size - end
-            request.drafts = planned.tokens[:room]
+            request.draft(planned.tokens[:room])
             pages = self.layout.pages(end + len(request.drafts))
             if pages > request.pages:
                 self._extend(request, pages)

@@ -28,6 +28,7 @@ class Load:
     pairs: float = 0.0  # of a chunk's token and one that it attends
     drafted: int = 0  # of the requests with one token, those with drafts
     drafts: int = 0
+    masks: int = 0  # of the drafts, those after which a grammar has to say what may follow
 
     def add(self, count: int, num_computed: int, times: int = 1) -> None:
         """Add (or, with −1 times, take away) a request's share of the step."""

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsc_serve.grammars.memory import processor_s
-from dsc_serve.grammars.messages import Answer, Push
+from dsc_serve.grammars.messages import Answer, Foreseen, Push
 from dsc_serve.grammars.schema import FIELD
 from dsc_serve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from dsc_serve.grammars.follower import _Grammars
     from dsc_serve.grammars.grammar import Grammar
+
+
+@dataclass(slots=True)
+class Lookahead:
+    """What may follow drafted tokens, as it comes. known: the first of them, of which that was known before."""
+
+    number: int
+    known: int
+    allowed: list[bytes] = field(default_factory=list)
+    ended: bool = False  # no more comes
 
 
 class Constraint:
@@ -41,6 +52,8 @@ class Constraint:
         self._fresh = True  # whether what is known is what the present process says
         self._known: dict[int, bytes | int] = {}  # by number of tokens, what may follow: one token, or bits
         self._complete_at = -1
+        self._ahead = Lookahead(0, 0, ended=True)
+        self._looks = True  # whether it may ask of drafts: not once a process has ended over them
 
     @property
     def ready(self) -> bool:
@@ -64,7 +77,10 @@ class Constraint:
     @property
     def used_s(self) -> float | None:
         """Seconds of the processor that its grammar has answered for so far; None where that is not known."""
-        return None if self.grammar is None or not self.grammar.pid else processor_s(self.grammar.pid)
+        if self.grammar is None or not self.grammar.pid:
+            return None
+        used_s = processor_s(self.grammar.pid)
+        return None if used_s is None else used_s - self.grammar.looked_s
 
     @property
     def compile_limit_s(self) -> float:
@@ -77,8 +93,10 @@ class Constraint:
         return self.allowed_after(0)
 
     def allowed_after(self, ahead: int) -> NDArray[np.bool_]:
-        """The same, once so many of `forced` have followed."""
-        known, size = self._known[len(self.tokens) + ahead], self._grammars.vocab_size
+        """The same, once so many of the tokens that `foresee` was told of have followed, at most `foreseen`."""
+        look, size = self._ahead, self._grammars.vocab_size
+        found = ahead - look.known
+        known = look.allowed[found - 1] if ahead and found > 0 else self._known[len(self.tokens) + ahead]
         if isinstance(known, int):
             allowed = np.zeros(size, dtype=np.bool_)
             allowed[known] = True
@@ -95,6 +113,37 @@ class Constraint:
             count += 1
         return found
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it can be asked what may follow tokens that need not follow."""
+        return self._looks and not self.error and self.grammar is not None and not self.grammar.demoted
+
+    @property
+    def foreseen(self) -> int:
+        """After how many of the tokens that `foresee` was told of it is known what may follow."""
+        return self._ahead.known + len(self._ahead.allowed)
+
+    @property
+    def looking(self) -> bool:
+        """Whether more of that is to come."""
+        return not self._ahead.ended and not self.error
+
+    def foresee(self, tokens: Sequence[int]) -> None:
+        """Ask what may follow each of these tokens, should they follow the output. The next call takes that back.
+
+        Nothing is asked where they must follow, and it is known what may follow each of them.
+        """
+        with self._grammars.lock:
+            count, known, size = len(self.tokens), self._known, 0
+            while self._fresh and size < len(tokens):
+                if known.get(count + size) != tokens[size] or count + size + 1 not in known:
+                    break
+                size += 1
+            asked = size < len(tokens) and self.foresees
+            self._ahead = Lookahead(self._ahead.number + 1, size, ended=not asked)
+            if asked and self.grammar is not None:
+                self.grammar.look(self.output, self._ahead.number, tokens, size)
+
     def push(self, token: int) -> None:
         """The output has grown by a token."""
         with self._grammars.lock:
@@ -110,8 +159,13 @@ class Constraint:
                 self.grammar.pending.append(self.output)
                 self.grammar.send(Push(self.output, list(tokens)))
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: Answer | Foreseen) -> None:
         """Under the grammars' lock."""
+        if isinstance(answer, Foreseen):
+            if answer.number == self._ahead.number:
+                self._ahead.allowed += answer.allowed
+                self._ahead.ended = answer.last
+            return
         if answer.complete:
             self._complete_at = answer.count
         self.error = self.error or answer.error
@@ -127,7 +181,10 @@ class Constraint:
         self._known, self._fresh = known, True
 
     def forget_answers(self) -> None:
+        """Another process answers from now on. Who waits for what the last one was to foresee waits in vain."""
         self._fresh = False
+        self._looks = self._looks and self._ahead.ended
+        self._ahead.ended = True
 
     def fail(self, why: str, blameless: bool = False) -> None:
         """It cannot go on; the first reason stands. Under the grammars' lock."""
@@ -154,7 +211,7 @@ class Constraint:
 
 
 class ConstraintAhead:
-    """Where a constraint stands once so many of the tokens that must follow have."""
+    """Where a constraint stands once so many of the tokens that it foresees have followed."""
 
     def __init__(self, constraint: Constraint, ahead: int) -> None:
         self._constraint, self._ahead = constraint, ahead
@@ -166,6 +223,20 @@ class ConstraintAhead:
     @property
     def allowed(self) -> NDArray[np.bool_]:
         return self._constraint.allowed_after(self._ahead)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what may follow."""
+        return bool(self.error) or self._constraint.foreseen >= self._ahead
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more becomes known."""
+        return self.ready or not self._constraint.looking
+
+    def wait(self, enough: Callable[[], bool], timeout_s: float) -> bool:
+        """As `Constraint.wait`."""
+        return self._constraint.wait(enough, timeout_s)
 
 
 def wait(constraints: Sequence[Constraint], timeout_s: float, enough: Callable[[Iterable[object]], bool] = all) -> bool:

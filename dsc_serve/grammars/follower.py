@@ -310,12 +310,10 @@ class _Grammars:
                 return
             self._tell(grammar, None)
         else:
-            known = message.complete or message.error or len(message.allowed) == -(-self.vocab_size // 8)
-            if not known:
+            if not message.fits(-(-self.vocab_size // 8)):
                 self.broken(grammar)
                 return
-            if grammar.pending and grammar.pending[0] == message.output:
-                grammar.pending.popleft()
+            grammar.answered(message)
             if message.output in grammar.outputs:
                 grammar.outputs[message.output].take(message)
         self._tidy()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsc_serve.grammars.faults import GrammarsLostError
 from dsc_serve.grammars.memory import grown_bytes
-from dsc_serve.grammars.messages import Drop, Kill, Open, Push, ToGrammar, encode
+from dsc_serve.grammars.messages import Answer, Drop, Foreseen, Kill, Look, Open, Push, ToGrammar, encode
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs
 
@@ -35,6 +35,7 @@ class Grammar:
     pid: int = 0  # 0: not known yet
     bytes_at_first: int = 0  # what it shared with its host then, and holds still
     memory_bytes: int = 0
+    looked_s: float = 0.0  # of the processor, for what nobody had to wait for
     used: int = 0  # when it was last asked for, in uses of all grammars
     waiters: list[Told] = field(default_factory=list)  # told what is wrong, or None once it can be used
     outputs: dict[int, Constraint] = field(default_factory=dict)
@@ -92,6 +93,17 @@ class Grammar:
     def push(self, output: int, token: int) -> None:
         self.pending.append(output)
         self.send(Push(output, [token]))
+
+    def look(self, output: int, number: int, tokens: Sequence[int], known: int) -> None:
+        self.pending.append(output)
+        self.send(Look(output, number, list(tokens), known))
+
+    def answered(self, message: Answer | Foreseen) -> None:
+        """It has said what it was asked, or a part of that."""
+        if isinstance(message, Foreseen):
+            self.looked_s += message.cpu_s
+        if message.last and self.pending and self.pending[0] == message.output:
+            self.pending.popleft()
 
     def drop(self, output: int) -> None:
         self.send(Drop(output))

@@ -6,19 +6,33 @@ import os
 import resource
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import llguidance
 import numpy as np
 
 from dsc_serve.grammars.compile import compiled, reason
 from dsc_serve.grammars.memory import own_bytes, private_bytes, virtual_bytes
-from dsc_serve.grammars.messages import NO_OUTPUT, Answer, Compiled, Drop, FromGrammar, Open, encode, to_grammar
+from dsc_serve.grammars.messages import (
+    NO_OUTPUT,
+    Answer,
+    Compiled,
+    Drop,
+    Foreseen,
+    FromGrammar,
+    Look,
+    Open,
+    encode,
+    to_grammar,
+)
 from dsc_serve.grammars.schema import FIELD, unusable
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs
 
 LARGEST_PACKET = 2**18
+LOOK_BYTES = 2**16  # of what is foreseen, after which it is sent
+LOOK_S = 0.02  # what a look may take; its next answer is the last one then
 MEASURED_EVERY = 64  # answers; between two of them what it has grown by is told apart from what it shares no longer
 OUT_OF_MEMORY = 77  # exit code
 STACK_BYTES = 64 * 2**20  # the library recurses into what nests; only what is touched is taken
@@ -103,6 +117,9 @@ class Member:
         if isinstance(message, Drop):
             self._outputs.pop(message.output, None)
             return
+        if isinstance(message, Look):  # which no output answers for: nothing of it need be known
+            self._look(message)
+            return
         self._computes(message.output)
         if isinstance(message, Open):
             self._outputs[message.output] = FollowedOutput(self._matcher.deep_copy())
@@ -135,6 +152,55 @@ class Member:
         self._answers += 1
         memory = self._memory(closely=self._answers % MEASURED_EVERY == 0)
         return Answer(name, output.count, allowed, complete, error, memory, forced, after)
+
+    def _look(self, message: Look) -> None:
+        """Say what may follow tokens, as far as there is time for it. A library that fails at this has not failed."""
+        began = time.process_time()
+        found: list[bytes] = []
+
+        def tell(last: bool) -> None:
+            nonlocal began, found
+            now = time.process_time()
+            memory = self._memory(closely=False)
+            self._send(Foreseen(message.output, message.number, found, last, memory, now - began))
+            began, found = now, []
+
+        try:
+            for allowed in self._foreseen(message):
+                found.append(allowed)
+                if sum(map(len, found)) >= LOOK_BYTES:
+                    tell(last=False)
+        except (MemoryError, OSError):
+            raise
+        except BaseException:  # a panic of the library is not an Exception
+            pass
+        tell(last=True)
+
+    def _foreseen(self, message: Look) -> Iterator[bytes]:
+        """What may follow each token of a look; ends where something else is asked, and where nothing may follow."""
+        output = self._outputs.get(message.output)
+        if output is None:
+            return
+        ahead, until = output.matcher.deep_copy(), time.monotonic() + LOOK_S
+        for i, token in enumerate(message.tokens):
+            if token >= self._vocab_size or self._asked() or time.monotonic() > until:
+                return
+            ahead.consume_token(token)
+            if ahead.is_error() or ahead.is_stopped():
+                return
+            if i >= message.known:
+                allowed = self._allowed(ahead)
+                if ahead.is_error() or not any(allowed):
+                    return
+                yield allowed
+
+    def _asked(self) -> bool:
+        """Whether another message has come, or nobody is there any more."""
+        try:
+            self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
 
     def _forced(self, matcher: llguidance.LLMatcher) -> tuple[tuple[int, ...], bytes]:
         """The tokens that must follow one after the other, and what may follow the last.

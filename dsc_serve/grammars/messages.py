@@ -80,6 +80,18 @@ class Push(msgspec.Struct, tag=True, array_like=True):
     tokens: list[int]
 
 
+class Look(msgspec.Struct, tag=True, array_like=True):
+    """To a grammar: what may follow each of these tokens, should they follow an output, which stays where it is.
+
+    number: of this look among the output's. known: the first tokens, of which that is known.
+    """
+
+    output: int
+    number: int
+    tokens: list[int]
+    known: int = 0
+
+
 class Drop(msgspec.Struct, tag=True, array_like=True):
     """To a grammar: nobody wants to know more of this output."""
 
@@ -110,11 +122,38 @@ class Answer(msgspec.Struct, tag=True, array_like=True):
     forced: tuple[int, ...] = ()
     after: bytes = b""
 
+    def fits(self, size: int) -> bool:
+        """Whether it says what may follow of a vocabulary of so many bytes of bits."""
+        return self.complete or bool(self.error) or len(self.allowed) == size
+
+    @property
+    def last(self) -> bool:
+        return True
+
+
+class Foreseen(msgspec.Struct, tag=True, array_like=True):
+    """From a grammar: what may follow the next tokens of a look, in order; as `Answer.allowed`.
+
+    last: no more comes, though it may be fewer than there are tokens: after one that may not follow, or that completes
+    the text, and where something else is asked meanwhile. cpu_s: that these took.
+    """
+
+    output: int
+    number: int
+    allowed: list[bytes]
+    last: bool
+    memory_bytes: int
+    cpu_s: float
+
+    def fits(self, size: int) -> bool:
+        """As `Answer.fits`."""
+        return all(len(bits) == size for bits in self.allowed)
+
 
 ToHost = Begin | Compile | Demote | Kill
 FromHost = Forked | Ended
-ToGrammar = Open | Push | Drop
-FromGrammar = Compiled | Answer
+ToGrammar = Open | Push | Look | Drop
+FromGrammar = Compiled | Answer | Foreseen
 
 encode = msgspec.msgpack.Encoder().encode
 to_host = msgspec.msgpack.Decoder(ToHost)

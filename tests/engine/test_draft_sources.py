@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsc_serve.engine.drafts.drafting import Acceptance, Drafting
+from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftSource
 from dsc_serve.engine.drafts.ngram import CATCH_UP, REACH, NgramSource
 from dsc_serve.engine.drafts.prediction import PredictionSource
 
@@ -132,7 +132,7 @@ def test_acceptance_forgets() -> None:
 
 
 def test_the_surest_source_drafts() -> None:
-    class Always:
+    class Always(DraftSource):
         def __init__(self, token: int) -> None:
             self.token = token
 
@@ -142,7 +142,7 @@ def test_the_surest_source_drafts() -> None:
     drafting = Drafting({"a": Always(1), "b": Always(2)}, 3, {("a", 0): 0.5, ("b", 0): 0.6})
     best = drafting.draft([0], 3)
     assert best is not None
-    assert (best[0].source, list(best[0].tokens), best[1]) == ("b", [2, 2, 2], 0.6)
+    assert (best[0].source, list(best[0].tokens), list(best[1])) == ("b", [2, 2, 2], [0.6] * 3)
     for _ in range(3):
         drafting.learn(("b", 0), 0, 3)
     best = drafting.draft([0], 2)

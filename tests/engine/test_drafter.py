@@ -12,7 +12,8 @@ from dsc_serve.config import EngineConfig
 from dsc_serve.engine.draft_time import DraftCost, DraftTime
 from dsc_serve.engine.drafts import SourceKind
 from dsc_serve.engine.drafts.drafter import PROBE, REFRESH, Drafter
-from dsc_serve.engine.drafts.widths import widths
+from dsc_serve.engine.drafts.drafting import DraftSource
+from dsc_serve.engine.drafts.widths import Option, widths
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.step_time import Estimate, Load, StepTime
 from dsc_serve.parameter_errors import ParameterError
@@ -38,14 +39,14 @@ def test_one_requests_width_makes_the_most_of_a_millisecond(
     chance: float, most: int, ms: float, request: float, token: float
 ) -> None:
     cost = DraftCost(request, token)
-    (width,) = widths([(chance, most)], 1, ms, cost, 100)
+    (width,) = widths([Option([chance] * most)], 1, ms, cost, 100)
     best = max(per_ms(chance, w, 1, ms, cost) for w in range(most + 1))
     assert per_ms(chance, width, 1, ms, cost) == pytest.approx(best)
 
 
 def test_who_is_likelier_right_comes_first_and_room_bounds_all() -> None:
-    assert widths([(0.5, 4), (0.9, 4)], 2, 10.0, FREE, 5) == [1, 4]
-    assert widths([(0.5, 4), (0.9, 4)], 2, 10.0, FREE, 0) == [0, 0]
+    assert widths([Option([0.5] * 4), Option([0.9] * 4)], 2, 10.0, FREE, 5) == [1, 4]
+    assert widths([Option([0.5] * 4), Option([0.9] * 4)], 2, 10.0, FREE, 0) == [0, 0]
 
 
 def test_drafts_vanish_as_the_batch_fills() -> None:
@@ -53,16 +54,35 @@ def test_drafts_vanish_as_the_batch_fills() -> None:
     cost, found = DraftCost(0.1, 0.3), []
     for running in (1, 2, 4, 8, 16, 32):
         step_ms = 2.0 + 0.3 * running
-        found.append(sum(widths([(0.6, 7)] * running, running, step_ms, cost, 500)) / running)
+        found.append(sum(widths([Option([0.6] * 7)] * running, running, step_ms, cost, 500)) / running)
     assert found == sorted(found, reverse=True)
     assert found[0] >= 2 and found[-1] == 0
+
+
+def test_what_a_grammar_has_to_be_asked_for_is_dearer() -> None:
+    """Tokens that must follow need no mask; those that may follow them need one each."""
+    chances = [0.95] * 3 + [0.6] * 4
+    assert widths([Option(chances, 0.0, 3)], 1, 10.0, FREE, 100) == [7]
+    assert widths([Option(chances, 5.0, 3)], 1, 10.0, FREE, 100) == [3]
+    (some,) = widths([Option(chances, 1.2, 3)], 1, 10.0, FREE, 100)
+    assert 3 < some < 7
+
+
+def test_the_wait_for_masks_is_learned() -> None:
+    time = DraftTime()
+    for masks in (1, 4, 0, 7) * 30:
+        time.observe_masks(masks, 0.8 * masks)
+    assert time.mask_ms == pytest.approx(0.8, abs=0.01)
+    for _ in range(80):
+        time.observe_masks(5, 0.0)
+    assert time.mask_ms < 0.05
 
 
 def test_a_mixture_gets_narrower_drafts() -> None:
     """The dearer the rows, the fewer: as a mixture of experts reads more experts for each."""
     dense, mixture = DraftCost(0.0, 0.5), DraftCost(0.0, 3.0)
-    (wide,) = widths([(0.7, 7)], 1, 15.0, dense, 100)
-    (narrow,) = widths([(0.7, 7)], 1, 15.0, mixture, 100)
+    (wide,) = widths([Option([0.7] * 7)], 1, 15.0, dense, 100)
+    (narrow,) = widths([Option([0.7] * 7)], 1, 15.0, mixture, 100)
     assert wide > narrow >= 1
 
 
@@ -90,7 +110,7 @@ def test_steps_with_drafts_do_not_change_what_others_are_taken_to_cost() -> None
     assert times.drafts.cost(0.5).request + 4 * times.drafts.cost(0.5).token == pytest.approx(2.0, abs=0.2)
 
 
-class Wrong:
+class Wrong(DraftSource):
     """Drafts that no answer has."""
 
     def __init__(self) -> None:
@@ -133,7 +153,7 @@ def test_a_request_may_have_fewer_or_none() -> None:
     for most, widest in ((0, 1), (2, 3), (None, 6)):
         engine = fake_engine(blocks=40, step_tokens=32)
         guess(engine, 5, 1.0, 0)
-        engine.drafter._choose = lambda options, *_: [most for _, most in options]
+        engine.drafter._choose = lambda options, *_: [option.most for option in options]
         params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, max_drafts=most)
         engine.add("a", [1], params)
         while engine.has_work:

@@ -102,25 +102,32 @@ def test_statistics_take_kept_tokens_alone(small_model: Callable[..., Path]) -> 
     np.testing.assert_array_equal(counts[0][1], counts[1][1])
 
 
-def test_steps_without_drafts_are_replayed_and_those_with_are_not(small_model: Callable[..., Path]) -> None:
-    """On a device with captured steps."""
-    model = load_model(small_model("dense"), "float32", torch.device("cpu"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_with_drafts_are_replayed_with_a_row_for_each(small_model: Callable[..., Path], kind: str) -> None:
+    """On a device with captured steps, as far as there are graphs for so many rows; with the same tokens."""
+    model = load_model(small_model(kind), "float32", torch.device("cpu"))
     capacity = EngineCapacity(model.config.vocab_size, model.config.max_position_embeddings, 60, 4)
     config = EngineConfig(max_running=4, step_tokens=24, block_size=4)
-    answers: list[list[int]] = []
+    answers: dict[str, list[int]] = {"a": [], "b": []}
     for rate in (None, 0.7):
         capture = Capture()
-        engine = Engine(config, capacity, Runner(model, capacity, 24, 4, capture), (), strict=True)
+        runner = Runner(model, capacity, 24, 4, capture)
+        engine = Engine(config, capacity, runner, (), strict=True)
         if rate is not None:
-            guess(engine, 3, rate, 1, known=True)
-        tokens: list[int] = []
-        predicted = tuple(answers[0]) if answers else ()
-        engine.add("a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=20, prediction_token_ids=predicted))
+            guess(engine, 5, rate, 1, known=True)
+        found: dict[str, list[int]] = {"a": [], "b": []}
+        for name, prompt in (("a", [1, 2, 3]), ("b", [4] * 5)):
+            params = SamplingParams(temperature=0, max_tokens=20, prediction_token_ids=tuple(answers[name]))
+            engine.add(name, prompt, params)
         while engine.has_work:
-            tokens += [token for delta in engine.step() for token in delta.token_ids]
-        answers.append(tokens)
-        assert capture.replayed == [1]
-    assert answers[0] == answers[1]
+            for delta in engine.step():
+                found[delta.request_id] += delta.token_ids
+        assert rate is None or found == answers
+        answers = found
+        assert capture.replayed == [2] if rate is None else 4 in capture.replayed
+        replays = sum(graph.replays for graph in capture.graphs)
+        assert replays == engine.counters.steps - 1 if rate is None else 0 < replays < engine.counters.steps - 1
+        assert all(bool(pool[-1].any()) for caches in runner.kv_caches for pool in caches) or rate is None
 
 
 def test_a_stop_string_cuts_what_was_computed_with_it() -> None:
@@ -133,7 +140,7 @@ def test_a_stop_string_cuts_what_was_computed_with_it() -> None:
         alone = generated(llm, prompt, asked)
         assert alone[0].finish_reason == "stop"
         guess(llm.engine, 7, 1.0, 3, known=True)
-        llm.engine.drafter._choose = lambda options, *_: [most for _, most in options]
+        llm.engine.drafter._choose = lambda options, *_: [option.most for option in options]
         same(generated(llm, prompt, predicting(asked, [whole])), alone)
 
 

@@ -119,7 +119,7 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:
         engine = fake_engine(blocks=40, step_tokens=32)
         if rate is not None:
             guess(engine, 3, rate, 0)
-            engine.drafter._choose = lambda options, *_: [most for _, most in options]
+            engine.drafter._choose = lambda options, *_: [option.most for option in options]
         answers(engine, [([1, 2, 3], params)], 0)
         steps[rate] = engine.counters.steps
     assert steps == {None: 16, 0.0: 16, 1.0: 5}  # the prompt's step draws one token, then four at a time, then three

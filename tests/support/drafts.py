@@ -11,6 +11,8 @@ from dsc_serve.bench.step.known_drafts import known_kinds
 from dsc_serve.engine.draft_time import DraftCost, DraftTime
 from dsc_serve.engine.drafts import SourceKind
 from dsc_serve.engine.drafts.drafter import Choose, Drafter
+from dsc_serve.engine.drafts.drafting import DraftSource
+from dsc_serve.engine.drafts.widths import Option
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.step_time import Estimate
 from support.fake_runner import VOCABULARY, hashed_logits
@@ -20,18 +22,16 @@ def any_width(seed: int) -> Choose:
     """Widths by chance, whatever they cost."""
     rng = random.Random(seed)
 
-    def choose(
-        options: Sequence[tuple[float, int]], drawn: float, step_ms: float, cost: DraftCost, room: int
-    ) -> list[int]:
+    def choose(options: Sequence[Option], drawn: float, step_ms: float, cost: DraftCost, room: int) -> list[int]:
         widths = []
-        for _, most in options:
-            widths.append(rng.randint(0, min(most, room - sum(widths))))
+        for option in options:
+            widths.append(rng.randint(0, min(option.most, room - sum(widths))))
         return widths
 
     return choose
 
 
-class GreedySource:
+class GreedySource(DraftSource):
     """The greedy continuation of the fake runner's, wrong now and then."""
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -51,10 +51,8 @@ def guess(engine: Engine, most: int, rate: float, seed: int, known: bool = False
     draft_from(engine, most, known_kinds(rate, VOCABULARY) if known else greedy, any_width(seed))
 
 
-def all_there_are(
-    options: Sequence[tuple[float, int]], drawn: float, step_ms: float, cost: DraftCost, room: int
-) -> list[int]:
-    return [min(most, room // len(options)) for _, most in options]
+def all_there_are(options: Sequence[Option], drawn: float, step_ms: float, cost: DraftCost, room: int) -> list[int]:
+    return [min(option.most, room // len(options)) for option in options]
 
 
 def draft_from(engine: Engine, most: int, kinds: Mapping[str, SourceKind], choose: Choose = all_there_are) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.adapters import Adapters
+from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
@@ -60,6 +61,7 @@ class FakeRunner:
         self.pool = [[-1] * block_size for _ in range(blocks)]
         self.sampler = Sampler([EOS])
         self.step_sizes: list[int] = []
+        self.forward_s = 0.001  # that steps are taken to last, by which others wait for grammars
 
     def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
         self.step_sizes.append(sum(count for _, count in work))
@@ -81,24 +83,33 @@ class FakeRunner:
                 assert seen == known[first:], "the KV pool does not hold what the request knows"
             if end < request.num_tokens or request.max_tokens == 0:
                 continue
+            if not all(answered([request], self.forward_s, True)[0]):
+                result.late.add(request.id)
+                continue
             ahead = [PositionAhead(request, drafts) for drafts in range(1, end - request.num_tokens + 1)]
+            answered_ahead(ahead, self.forward_s, alone=True)
             self._draw(known, request, ahead, result)
         return result
 
-    def _draw(self, held: list[int], request: Request, ahead: list[PositionAhead], result: StepResult) -> None:
-        logits = torch.stack([hashed_logits(held[:size]) for size in range(request.num_tokens, len(held) + 1)])
+    def _draw(self, held: list[int], request: Request, drafted: list[PositionAhead], result: StepResult) -> None:
+        ahead = [position for position in drafted if position.known]
+        sizes = range(request.num_tokens, request.num_tokens + len(ahead) + 1)
+        logits = torch.stack([hashed_logits(held[:size]) for size in sizes])
         positions: list[Position] = [request, *ahead]
+        raw = logits.clone()
+        result.stuck |= constrain(logits, positions)
         for one in request.siblings:
             result.tokens[one.id] = self.sampler(logits[:1].clone(), [one])[0]
         tokens = self.sampler(logits.clone(), positions)
         result.tokens[request.id] = tokens[0]
         entries = {}
         if request.params.logprobs is not None:
-            found = logprobs(logits, tokens, [request.params.logprobs] * len(tokens))
+            found = logprobs(raw, tokens, [request.params.logprobs] * len(tokens))
             result.logprobs[request.id] = found[0]
             entries = dict(enumerate(found[1:]))
-        if ahead:
-            result.further |= agreed(result.tokens, ahead, tokens[1:], entries)
+        if drafted:
+            counts = {request.id: len(drafted)}
+            result.further |= agreed({request.id: tokens[0]}, counts, ahead, tokens[1:], entries)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         held = [list(self.pool[source]) for source, _ in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = "results.json"
+SPECULATION = "speculation"
 
 
 @click.command("compare", context_settings={"show_default": True})
@@ -36,6 +38,14 @@ RESULTS = "results.json"
     "--ratios", type=OUTPUT_FILE, help="Print what moved by more than 10 % against the ratios kept in this file."
 )
 @click.option("--keep-ratios", is_flag=True, help="Write this run's ratios into that file.")
+@click.option(
+    "--minutes", type=click.FloatRange(0), help="speculation: begin nothing new after so many; then --resume."
+)
+@click.option(
+    "--text-model",
+    type=click.Path(exists=True, path_type=Path),
+    help="speculation: a model that speaks, such as SmolLM2's GGUF file, for real work.",
+)
 def compare_command(
     comparison: str,
     out: Path,
@@ -46,14 +56,25 @@ def compare_command(
     resume: bool,
     ratios: Path | None,
     keep_ratios: bool,
+    minutes: float | None,
+    text_model: Path | None,
 ) -> None:
     """Measure the systems of COMPARISON side by side and write one report.
 
     COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2,
     mixture-olmoe, mixture-granite or mixture-qwen; mixture is these three, each in a folder of its own below OUT.
+    speculation compares what several tokens a step are worth, in this process: with drafts that are right at given
+    rates, steps by their width, and real work of --text-model.
     """
     from dsc_serve.bench.compare.comparison import load_comparison, members
 
+    if comparison == SPECULATION:
+        unusable = {"--alone": alone, "--ratios": ratios is not None, "--keep-ratios": keep_ratios}
+        refuse(unusable, "cannot be used with speculation, whose systems run in one process")
+        compare_speculation(out, models or out / "models", systems, rounds, resume, minutes or 0.0, text_model)
+        return
+    unusable = {"--minutes": minutes is not None, "--text-model": text_model is not None}
+    refuse(unusable, f"can be used with {SPECULATION} alone")
     if keep_ratios and ratios is None:
         raise click.ClickException("--keep-ratios needs --ratios FILE")
     names = members(comparison)
@@ -77,6 +98,43 @@ def compare_command(
         measured &= bool(results.rows)
     if not measured:
         raise SystemExit(1)
+
+
+def refuse(options: Mapping[str, bool], why: str) -> None:
+    """Raises ClickException where one of these options was given."""
+    for name, given in options.items():
+        if given:
+            raise click.ClickException(f"{name} {why}")
+
+
+def compare_speculation(
+    out: Path,
+    models: Path,
+    systems: tuple[str, ...],
+    rounds: int | None,
+    resume: bool,
+    minutes: float,
+    text_model: Path | None,
+) -> None:
+    """Measure what is missing, and say where the report lies."""
+    from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
+    from dsc_serve.bench.compare.speculation.running import PAGE, run_speculation
+
+    asked = SpeculationComparison() if rounds is None else SpeculationComparison(rounds=rounds, text_rounds=rounds)
+    if systems:
+        asked = asked.only(systems)
+    words = ["dsc-serve", "bench", "compare", SPECULATION, "--out", out.name]
+    words += [word for name in systems for word in ("--system", name)]
+    words += [] if rounds is None else ["--rounds", f"{rounds}"]
+    words += [] if text_model is None else ["--text-model", text_model.name]
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    _, whole = run_speculation(asked, out, models, shlex.join(words), report, resume, minutes, text_model)
+    if not whole:
+        click.echo(f"{minutes:g} minutes are over; the same command with --resume goes on")
+    click.echo(f"{out / PAGE} has the report")
 
 
 def measure(

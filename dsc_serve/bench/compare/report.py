@@ -314,18 +314,22 @@ li { overflow-wrap: anywhere }
 
 def html_page(results: Results) -> str:
     """One self-contained page."""
+    return page(results.title, elements(results))
+
+
+def page(title: str, made: Sequence[Element]) -> str:
+    """The same of any blocks."""
     parts: list[str] = []
-    made = elements(results)
     for at, block in enumerate(made):
         if isinstance(block, Chart) and not isinstance(made[at - 1], Chart):
             parts.append('<div class="charts">')
         parts.append(html_block(block))
         if isinstance(block, Chart) and not isinstance(made[at + 1], Chart):
             parts.append("</div>")
-    title = escape(results.title)
+    name = escape(title)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
@@ -345,8 +349,13 @@ def html_block(block: Element) -> str:
 
 def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
     """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`."""
+    return markdown_of(elements(results), plots, shown_charts)
+
+
+def markdown_of(made: Sequence[Element], plots: str = "", shown_charts: Sequence[str] = ()) -> str:
+    """The same of any blocks."""
     parts = []
-    for block in elements(results):
+    for block in made:
         if isinstance(block, Heading):
             parts.append(f"### {block.text}")
         elif isinstance(block, Paragraph):

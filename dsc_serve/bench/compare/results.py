@@ -124,9 +124,14 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 def save_results(results: Results, path: Path) -> None:
+    """Raises OSError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Written whole or not at all, so that a full disk leaves what was kept before. Raises OSError."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    part.write_bytes(content)
     part.replace(path)
 
 

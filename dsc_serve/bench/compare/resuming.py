@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,16 @@ def missing(comparison: Comparison, results: Results, system: ComparedSystem, nu
     return [load for load in loads(comparison) if load not in done]
 
 
+def same_machine(before: Mapping[str, object], here: Mapping[str, object]) -> None:
+    """Raises ComparisonError where results were kept on another machine."""
+    for name in ("cpu", "cores", "threads", "instructions"):
+        if here.get(name) != before.get(name):
+            raise ComparisonError(
+                f"the kept results are of another machine: its {name} is {before.get(name)!r}, and here "
+                f"{here.get(name)!r}"
+            )
+
+
 def go_on_from(before: Results, results: Results) -> None:
     """Take over what was measured. Raises ComparisonError where it was another comparison or another machine."""
     asked, found = (msgspec.json.decode(msgspec.json.encode(own.comparison)) for own in (results, before))
@@ -30,12 +41,7 @@ def go_on_from(before: Results, results: Results) -> None:
     for name in asked.keys() | found.keys():
         if asked.get(name) != found.get(name):
             raise ComparisonError(f"the kept results are of another comparison: its {name} is {found.get(name)!r}")
-    for name in ("cpu", "cores", "threads", "instructions"):
-        if results.machine.get(name) != before.machine.get(name):
-            raise ComparisonError(
-                f"the kept results are of another machine: its {name} is {before.machine.get(name)!r}, and here "
-                f"{results.machine.get(name)!r}"
-            )
+    same_machine(before.machine, results.machine)
     results.rows += before.rows
     results.machine["begun"] = before.machine.get("begun", before.date)
     old = {system.name: system for system in before.systems}

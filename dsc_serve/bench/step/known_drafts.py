@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsc_serve.engine.drafts import SourceKind
+from dsc_serve.engine.drafts.drafting import DraftSource
 from dsc_serve.engine.sampler import uniform
 
 
-class KnownSource:
+class KnownSource(DraftSource):
     """Knows the output, and errs: a draft is right with the chance `rate`, whatever is drafted with it.
 
     answer: the output, which begins at `start` of the request's tokens. vocabulary: a wrong token is the next one.

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import msgspec
 
 from dsc_serve.bench.step.known_drafts import known_kinds
+from dsc_serve.bench.step.scripted import ScriptedRunner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.draft_time import DraftCost
 from dsc_serve.engine.drafts import SOURCES
-from dsc_serve.engine.drafts.drafter import Drafter
+from dsc_serve.engine.drafts.drafter import Choose, Drafter
+from dsc_serve.engine.drafts.widths import Option
 from dsc_serve.engine.engine import Engine
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import SamplingParams
@@ -22,7 +24,9 @@ from dsc_serve.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Task:
-    """What is generated: continuations of random prompts, sampled with seeds, so that they do not repeat themselves."""
+    """What is generated: continuations of random prompts, sampled with seeds, so that they do not repeat themselves, or
+    with a temperature of 0 scripts, which do not either.
+    """
 
     streams: int
     prompt_tokens: int
@@ -32,6 +36,11 @@ class Task:
     def prompts(self, vocabulary: int) -> list[list[int]]:
         rng = random.Random(self.streams)
         return [[rng.randrange(vocabulary) for _ in range(self.prompt_tokens)] for _ in range(self.streams)]
+
+    def scripts(self, vocabulary: int) -> list[list[int]]:
+        """An output for each stream, drawn evenly."""
+        rng = random.Random(-self.streams)
+        return [[rng.randrange(vocabulary) for _ in range(self.tokens)] for _ in range(self.streams)]
 
     def params(self, stream: int, answer: Sequence[int] = ()) -> SamplingParams:
         return SamplingParams(
@@ -47,6 +56,7 @@ class Run(msgspec.Struct):
     """One system's run of a task."""
 
     tokens_per_s: float  # of all streams, from when all have begun
+    token_ms: float  # wall time for each output token of one stream, from then on, on average
     step_ms: float  # median of these steps
     answers: list[list[int]]
 
@@ -73,8 +83,14 @@ class WidthRow(msgspec.Struct):
     step_ms: float
 
 
-def engine_for(model: Decoder, config: EngineConfig, task: Task, drafter: Drafter | None) -> Engine:
-    """drafter: None: no drafts."""
+def engine_for(
+    model: Decoder,
+    config: EngineConfig,
+    task: Task,
+    drafter: Drafter | None,
+    scripts: Sequence[Sequence[int]] | None = None,
+) -> Engine:
+    """drafter: None: no drafts. scripts: what the streams are made to say; None: what the model does."""
     needed = task.streams * (task.prompt_tokens + task.tokens + 2 * config.block_size)
     running = max(task.streams, config.max_running)
     sized = msgspec.structs.replace(
@@ -86,6 +102,8 @@ def engine_for(model: Decoder, config: EngineConfig, task: Task, drafter: Drafte
     )
     engine = Engine.for_model(model, sized)
     engine.drafter = drafter or engine.drafter
+    if scripts is not None:
+        engine.runner = ScriptedRunner(engine.runner, {str(i): script for i, script in enumerate(scripts)})
     return engine
 
 
@@ -95,6 +113,7 @@ def run(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> 
     for i, prompt in enumerate(task.prompts(engine.capacity.vocab_size)):
         engine.add(str(i), prompt, task.params(i, answers[i] if answers is not None else ()))
     counted, began, times = 0, 0.0, []
+    after: dict[str, list[float]] = {}  # tokens and seconds of each stream
     while engine.has_work:
         started = time.perf_counter()
         deltas = engine.step()
@@ -106,9 +125,14 @@ def run(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> 
         if began:
             counted += sum(len(delta.token_ids) for delta in deltas)
             times.append(1e3 * (ended - started))
+            for delta in deltas:
+                own = after.setdefault(delta.request_id, [0.0, 0.0])
+                own[0], own[1] = own[0] + len(delta.token_ids), ended - began
         elif all(found):
             began = ended
-    return Run(counted / max(time.perf_counter() - began, 1e-9), statistics.median(times or [0.0]), found)
+    token_ms = statistics.fmean(1e3 * seconds / max(count, 1.0) for count, seconds in after.values() or [(1.0, 0.0)])
+    per_s = counted / max(time.perf_counter() - began, 1e-9)
+    return Run(per_s, token_ms, statistics.median(times or [0.0]), found)
 
 
 def compare(model: Decoder, config: EngineConfig, task: Task, rates: Sequence[float], rounds: int) -> list[Row]:
@@ -154,25 +178,34 @@ def compare(model: Decoder, config: EngineConfig, task: Task, rates: Sequence[fl
     return rows
 
 
-def step_times(model: Decoder, config: EngineConfig, task: Task, most: int) -> list[WidthRow]:
+def fixed_width(width: int) -> Choose:
+    """So many drafts for each, whatever they cost."""
+
+    def choose(options: Sequence[Option], drawn: float, step_ms: float, cost: DraftCost, room: int) -> list[int]:
+        return [min(width, option.most, room // len(options)) for option in options]
+
+    return choose
+
+
+def fixed_engine(
+    model: Decoder, config: EngineConfig, task: Task, width: int, scripts: Sequence[Sequence[int]] | None
+) -> Engine:
+    """An engine whose steps have so many drafts for each stream, which are all right."""
+    vocabulary, most = model.config.vocab_size, max(width, 1)
+    drafter = Drafter(most, config.step_tokens, (), known_kinds(1.0, vocabulary), fixed_width(width))
+    engine = engine_for(model, config, task, drafter, scripts)
+    engine.scheduler.step_time.drafts.cost = lambda single: DraftCost(0.0, 0.0)  # type: ignore[method-assign]
+    return engine
+
+
+def step_times(
+    model: Decoder, config: EngineConfig, task: Task, most: int, scripts: Sequence[Sequence[int]] | None = None
+) -> list[WidthRow]:
     """How long steps take by width, with drafts that are all right."""
-    answers = run(engine_for(model, config, task, None), task, None).answers
+    answers = scripts or run(engine_for(model, config, task, None), task, None).answers
     rows = []
     for width in range(most + 1):
-
-        def fixed(
-            options: Sequence[tuple[float, int]],
-            drawn: float,
-            step_ms: float,
-            cost: DraftCost,
-            room: int,
-            w: int = width,
-        ) -> list[int]:
-            return [min(w, most, room // len(options)) for _, most in options]
-
-        drafter = Drafter(max(width, 1), config.step_tokens, (), known_kinds(1.0, model.config.vocab_size), fixed)
-        engine = engine_for(model, config, task, drafter)
-        engine.scheduler.step_time.drafts.cost = lambda single: DraftCost(0.0, 0.0)  # type: ignore[method-assign]
+        engine = fixed_engine(model, config, task, width, scripts)
         rows.append(WidthRow(task.streams, width, run(engine, task, answers).step_ms))
     return rows
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dsc_serve.engine.drafts.drafting import PREDICTION, DraftSource
 from dsc_serve.engine.drafts.grammar import GrammarSource
@@ -15,17 +15,28 @@ if TYPE_CHECKING:
     from dsc_serve.engine.request import Request
 
 
+class Companion(Protocol):
+    """Makes drafts for several requests at once. ms: that a draft takes; spent_s: seconds that the last call took."""
+
+    ms: float
+    spent_s: float
+
+    def draft(self, asked: Sequence[tuple[Request, int]]) -> None:
+        """For each of these requests, at most so many; their sources then have them."""
+
+
 @dataclass(frozen=True)
 class SourceKind:
     """A kind of source. make: the source of a new request; None: it has none.
 
-    chances: what is expected of its drafts before any was tried, for each strength. with_grammar: whether requests that
-    follow a grammar may use it, since what may follow each of its drafts is known.
+    chances: what is expected of its drafts before any was tried, for each strength. certain: whether they must follow,
+    so that the drafts of others come after them. together: who makes them before the sources are asked; None: nobody.
     """
 
     make: Callable[[Request], DraftSource | None]
     chances: tuple[float, ...]
-    with_grammar: bool = False
+    certain: bool = False
+    together: Companion | None = None
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -40,7 +51,7 @@ SOURCES: dict[str, SourceKind] = {
     "grammar": SourceKind(
         lambda request: None if request.constraint is None else GrammarSource(request.constraint),
         (0.95,),
-        with_grammar=True,
+        certain=True,
     ),
     "ngram": SourceKind(lambda request: NgramSource(), (0.3, 0.6, 0.8)),
 }

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.draft_time import DraftCost
-from dsc_serve.engine.drafts import SOURCES, SourceKind
+from dsc_serve.engine.drafts import SOURCES, Companion, SourceKind
 from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftTokens, Strength
 from dsc_serve.engine.drafts.report import DraftReport
-from dsc_serve.engine.drafts.widths import widths
+from dsc_serve.engine.drafts.widths import Option, widths
 from dsc_serve.engine.policies.base import Plan
 from dsc_serve.engine.position import Further
 from dsc_serve.engine.request import Request
@@ -21,7 +21,7 @@ REFRESH = 64  # of so many steps with drafts one goes without, so that what step
 MOST_ADAPTERS = 256  # whose drafts are told apart, beside the model's own
 PROBE = 64  # after so many steps without drafts one is tried: answers change
 
-Choose = Callable[[Sequence[tuple[float, int]], float, float, DraftCost, int], Sequence[int]]
+Choose = Callable[[Sequence[Option], float, float, DraftCost, int], Sequence[int]]
 
 
 class Drafter:
@@ -45,16 +45,23 @@ class Drafter:
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
         self._turn = 0
+        self.making_s = 0.0  # that the last step's drafts took to be made
 
     def add(self, plan: Plan, running: Mapping[str, Request], times: StepTime) -> Plan:
         """Let requests of a plan compute drafts after their tokens."""
         if self.most == 0 or not plan.tokens:
             return plan
         self._asked.clear()
+        self.making_s = 0.0
         drafts = {} if self._with >= REFRESH else self._drafts(plan, running, times)
         self._with, self._without = (self._with + 1, 0) if drafts else (0, self._without + 1)
         plan.drafts = drafts
         plan.load.drafted, plan.load.drafts = len(drafts), sum(len(own.tokens) for own in drafts.values())
+        plan.load.masks = sum(
+            max(0, len(own.tokens) - own.led)
+            for request_id, own in drafts.items()
+            if running[request_id].constraint is not None
+        )
         return plan
 
     def learn(self, plan: Plan, further: Mapping[str, Further]) -> None:
@@ -63,9 +70,13 @@ class Drafter:
             found = further.get(request_id)
             if found is None or found.computed == 0:
                 continue
-            strength, right = (planned.source, planned.strength), len(found.tokens)
-            self._asked[request_id].learn(strength, right, found.computed)
-            self.report.count(planned.source, right, found.computed)
+            self.report.width.observe(found.computed)
+            tried = True  # what stands behind a wrong draft says nothing
+            for strength, right, computed in planned.shares(len(found.tokens), found.computed):
+                self.report.count(strength[0], right, computed)
+                if tried:
+                    self._asked[request_id].learn(strength, right, computed)
+                tried = tried and right == computed
 
     def _drafts(self, plan: Plan, running: Mapping[str, Request], times: StepTime) -> dict[str, DraftTokens]:
         estimate, load = times.estimate, plan.load
@@ -83,23 +94,33 @@ class Drafter:
         hopeful = [(request, drafting) for request, drafting in able if drafting.chance > least]
         if not hopeful and self._without >= PROBE:
             return self._probe(able)
-        offers = [(one[0], offer) for one in hopeful if (offer := self._offer(*one)) is not None]
+        made = {request.id: self._offer(request, drafting) for request, drafting in hopeful}
+        for name, kind in self._kinds.items():
+            if kind.together is not None:
+                behind = [pair for pair in hopeful if self._is_behind(made[pair[0].id], name, pair[1])]
+                self._make(name, kind.together, behind, drawn, step_ms, cost, room)
+                made |= {request.id: self._offer(request, drafting) for request, drafting in behind}
+        offers = [(one[0], offer) for one in hopeful if (offer := made[one[0].id]) is not None]
         if not offers:
             return {}
-        options = [(chance, len(drafted.tokens)) for _, (drafted, chance) in offers]
+        mask_ms = times.drafts.mask_ms
+        options = [
+            Option(chances, 0.0 if request.constraint is None else mask_ms, drafted.led)
+            for request, (drafted, chances) in offers
+        ]
         chosen = self._choose(options, drawn, step_ms, cost, room)
         if not any(chosen) and self._without >= PROBE:
             return self._probe(able)
         return self._planned([(request, drafted) for request, (drafted, _) in offers], chosen)
 
     def _begin(self, request: Request) -> Drafting:
-        """The sources of a new request. One that follows a grammar has those that know what may follow each draft."""
-        params, free = request.params, request.constraint is None
+        """The sources of a new request."""
+        params = request.params
         most = self.most if params.max_drafts is None else min(self.most, params.max_drafts)
-        kinds = self._kinds if most else {}
-        made = {name: kind.make(request) for name, kind in kinds.items() if free or kind.with_grammar}
+        made = {name: kind.make(request) for name, kind in (self._kinds if most else {}).items()}
         sources = {name: source for name, source in made.items() if source is not None}
-        request.drafting = Drafting(sources, most, self._seen_with(request.adapter))
+        certain = [name for name, kind in self._kinds.items() if kind.certain]
+        request.drafting = Drafting(sources, most, self._seen_with(request.adapter), certain)
         return request.drafting
 
     def _seen_with(self, adapter: LoadedAdapter | None) -> dict[Strength, Acceptance]:
@@ -121,25 +142,62 @@ class Drafter:
         self._turn += 1
         request, drafting = able[self._turn % len(able)] if able else (None, None)
         offer = None if request is None or drafting is None else self._offer(request, drafting)
+        if offer is None and request is not None and drafting is not None and self._most(request, drafting) > 0:
+            for name, kind in self._kinds.items():
+                if kind.together is not None and name in drafting.sources:
+                    kind.together.draft([(request, 1)])
+                    self.making_s += kind.together.spent_s
+            offer = self._offer(request, drafting)
         if request is None or offer is None:
             return {}
         return self._planned([(request, offer[0])], [1])
 
-    def _offer(self, request: Request, drafting: Drafting) -> tuple[DraftTokens, float] | None:
+    def _offer(self, request: Request, drafting: Drafting) -> tuple[DraftTokens, Sequence[float]] | None:
         """A request's drafts as far as they may count: none ends it, and the token after them has room."""
-        params = request.params
-        if request.output_size == 0 or request.num_uncomputed != 1:
-            return None
-        most = min(drafting.most, request.max_tokens - request.output_size - 1)
-        offer = drafting.draft(request.tokens, most) if most > 0 else None
+        params, most = request.params, self._most(request, drafting)
+        guess = request.constraint is None or request.constraint.foresees
+        offer = drafting.draft(request.tokens, most, guess) if most > 0 else None
         if offer is None:
             return None
-        drafted, chance = offer
-        tokens = drafted.tokens
-        for i, token in enumerate(tokens):
+        drafted, chances = offer
+        for i, token in enumerate(drafted.tokens):
             if (token in self._ends and not params.ignore_eos) or token in params.stop_token_ids:
-                return (replace(drafted, tokens=tokens[:i]), chance) if i else None
-        return drafted, chance
+                return (replace(drafted, tokens=drafted.tokens[:i]), chances[:i]) if i else None
+        return offer
+
+    def _most(self, request: Request, drafting: Drafting) -> int:
+        """Drafts that a request may have in a step."""
+        if request.output_size == 0 or request.num_uncomputed != 1:
+            return 0
+        return min(drafting.most, request.max_tokens - request.output_size - 1)
+
+    def _is_behind(self, offer: tuple[DraftTokens, Sequence[float]] | None, name: str, drafting: Drafting) -> bool:
+        """Whether a source that others have to make drafts for would likely know better."""
+        if name not in drafting.sources:
+            return False
+        return offer is None or offer[1][-1] < drafting.chance_of((name, 0))
+
+    def _make(
+        self,
+        name: str,
+        companion: Companion,
+        wanting: Sequence[tuple[Request, Drafting]],
+        drawn: float,
+        step_ms: float,
+        cost: DraftCost,
+        room: int,
+    ) -> None:
+        """Have drafts made, as many of each request as are expected to pay."""
+        options = [
+            Option([drafting.chance_of((name, 0))] * max(0, self._most(request, drafting)), companion.ms)
+            for request, drafting in wanting
+        ]
+        chosen = self._choose([option for option in options if option.most], drawn, step_ms, cost, room)
+        able = [request for (request, _), option in zip(wanting, options, strict=True) if option.most]
+        asked = [(request, width) for request, width in zip(able, chosen, strict=True) if width]
+        if asked:
+            companion.draft(asked)
+            self.making_s += companion.spent_s
 
     def _planned(self, offers: Sequence[tuple[Request, DraftTokens]], chosen: Sequence[int]) -> dict[str, DraftTokens]:
         planned = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsc_serve.engine.drafts.drafting import DraftSource
 from dsc_serve.grammars.constraint import Constraint
 
 
-class GrammarSource:
+class GrammarSource(DraftSource):
     """The tokens that must follow, as far as the grammar's last answer says what may follow each of them.
 
     That answer came with the mask for the first of them, so that nothing is waited for and nothing taken back.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsc_serve.engine.drafts.drafting import DraftSource
+
 REACH = 2**14  # latest tokens that are looked through
 CATCH_UP = 256  # tokens that one call takes in
 TRIES = 8  # earlier places that are compared
@@ -11,7 +13,7 @@ LONGEST = 16  # tokens that are compared
 SURE = (4, 8)  # tokens in agreement from which on drafts are surer
 
 
-class NgramSource:
+class NgramSource(DraftSource):
     """Follows the longest earlier occurrence of the last tokens, of at least two; of equals the latest.
 
     Each pair of tokens is chained to its last occurrence: taking in a token takes a microsecond or so.

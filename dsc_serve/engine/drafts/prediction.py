@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsc_serve.engine.drafts.drafting import DraftSource
+
 WINDOW = 64  # tokens around a difference, among which the place to go on from is looked for
 CONTEXT = 8  # tokens that are compared there
 SURE = 4  # tokens in agreement from which on drafts are surer
 
 
-class PredictionSource:
+class PredictionSource(DraftSource):
     """Reads on in the predicted tokens as long as the output does; after a difference it looks for where it goes on.
 
     start: where in the request's tokens the output begins. Until the place is found, one token is taken to stand for

@@ -26,4 +26,3 @@ class DraftReport(msgspec.Struct, array_like=True):
     def count(self, source: str, right: int, computed: int) -> None:
         self.drafted[source] += computed
         self.accepted[source] += right
-        self.width.observe(computed)

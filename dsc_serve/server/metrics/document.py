@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from dsc_serve.engine.drafts import SOURCES
+from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.routing_report import LayerRouting, RoutingReport
 from dsc_serve.engine.step_report import HELD_BACK
@@ -55,7 +56,12 @@ class NewEngine:
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         routing = RoutingReport(0, 0, 0, 0, [LayerRouting(0, 0)])
-        return Stats(**NOTHING, held_back=dict.fromkeys(HELD_BACK, 0), routing=routing, drafts=DraftReport.of(SOURCES))
+        return Stats(
+            **NOTHING,
+            held_back=dict.fromkeys(HELD_BACK, 0),
+            routing=routing,
+            drafts=DraftReport.of((*SOURCES, COMPANION)),
+        )
 
 
 def families() -> list[Metric]:

@@ -1,0 +1,52 @@
+"""What is compared of speculation: systems, sizes, streams and how often drafts are right."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from dsc_serve.bench.compare.comparison import ComparisonError
+
+KINDS = ("dsc", "moe", "molora", "dense")
+COUNT = Annotated[int, Meta(ge=1)]
+RATE = Annotated[float, Meta(ge=0, le=1)]
+
+SpeculationPreset = Literal["paper", "large"]
+
+
+class SpeculationComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """The systems are kinds of FFN at each preset, with random weights, in one process and in turn.
+
+    rates: how often a draft is right that the bench makes; a round has each of them and none. tokens: of each stream,
+    after a prompt of prompt_tokens; both are drawn evenly, so that no continuation repeats itself. max_drafts: also of
+    the table of step times. rounds: of all systems.
+    """
+
+    systems: tuple[str, ...] = KINDS
+    presets: tuple[SpeculationPreset, ...] = ("paper", "large")
+    streams: tuple[COUNT, ...] = (1, 4, 8, 16)
+    rates: tuple[RATE, ...] = (0.0, 0.5, 0.7, 0.9)
+    prompt_tokens: COUNT = 48
+    tokens: Annotated[int, Meta(ge=2)] = 128
+    max_drafts: COUNT = 7
+    rounds: COUNT = 5
+    text_rounds: COUNT = 5
+    threads: Annotated[int, Meta(ge=0)] = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def only(self, names: tuple[str, ...]) -> SpeculationComparison:
+        """The same without the systems that are not named. Raises ComparisonError for a name that is unknown."""
+        for name in names:
+            if name not in self.systems:
+                raise ComparisonError(f"system {name!r} is not in this comparison; it has {', '.join(self.systems)}")
+        return msgspec.structs.replace(self, systems=tuple(name for name in self.systems if name in names))
+
+
+def comparable(asked: SpeculationComparison) -> dict[str, Any]:
+    """What results must share to be of one comparison: there may be more rounds, and more streams, later."""
+    content = msgspec.to_builtins(asked)
+    for name in ("rounds", "text_rounds", "systems", "presets", "streams"):
+        del content[name]
+    return dict(content)

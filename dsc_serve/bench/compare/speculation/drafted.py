@@ -1,0 +1,164 @@
+"""Systems of random weights with the same drafts: tokens with and without them, and steps by their width."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dsc_serve.bench.compare.comparison import ComparedSystem, Comparison
+from dsc_serve.bench.compare.runner import model_folder
+from dsc_serve.bench.compare.speculation.asked import SpeculationComparison, SpeculationPreset
+from dsc_serve.bench.compare.speculation.distinct import distinct_rows
+from dsc_serve.bench.compare.speculation.found import DraftedRow, SpeculationResults, StepWidthRow
+from dsc_serve.bench.step.known_drafts import known_kinds
+from dsc_serve.bench.step.speculation import Task, engine_for, run, step_times
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.drafts.drafter import Drafter
+from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.model.decoder import Decoder, parameter_counts
+
+Report = Callable[[str], None]
+Done = Callable[[], None]  # something has been added to the results
+
+
+class SystemRuns:
+    """One system with so many streams: an engine without drafts and one for each rate, which know what they cost."""
+
+    def __init__(self, model: Decoder, config: EngineConfig, task: Task, rates: Sequence[float]) -> None:
+        vocabulary = model.config.vocab_size
+        self._task, self._scripts = task, task.scripts(vocabulary)
+        self._engines: dict[float | None, Engine] = {None: engine_for(model, config, task, None, self._scripts)}
+        for rate in rates:
+            drafter = Drafter(config.max_drafts, config.step_tokens, (), known_kinds(rate, vocabulary))
+            self._engines[rate] = engine_for(model, config, task, drafter, self._scripts)
+        for each in self._engines:
+            self._run(each)
+
+    def measured(self, preset: str, system: str, number: int) -> list[DraftedRow]:
+        """One round, every second one backwards."""
+        rates = list(self._engines)
+        return [self._row(preset, system, number, rate) for rate in (reversed(rates) if number % 2 else rates)]
+
+    def _run(self, rate: float | None) -> float:
+        return run(self._engines[rate], self._task, None if rate is None else self._scripts).token_ms
+
+    def _row(self, preset: str, system: str, number: int, rate: float | None) -> DraftedRow:
+        report = self._engines[rate].drafter.report
+        drafted, accepted = sum(report.drafted.values()), sum(report.accepted.values())
+        ms = self._run(rate)
+        drafted, accepted = sum(report.drafted.values()) - drafted, sum(report.accepted.values()) - accepted
+        steps = self._task.streams * self._task.tokens - accepted
+        return DraftedRow(
+            preset=preset,
+            system=system,
+            streams=self._task.streams,
+            round=number,
+            rate=rate,
+            ms=ms,
+            drafts=drafted / steps,
+            right=accepted / max(drafted, 1),
+        )
+
+
+class DraftedRun:
+    """What is missing of a comparison's results, preset by preset."""
+
+    def __init__(self, asked: SpeculationComparison, work: Path, results: SpeculationResults, report: Report) -> None:
+        self.asked, self.work, self.results, self.report = asked, work, results, report
+
+    def measure(self, done: Done) -> None:
+        for preset in self.asked.presets:
+            rounds, widths = list(self._rounds_left(preset)), list(self._widths_left(preset))
+            if rounds or widths:
+                self._measure(preset, rounds, widths, done)
+
+    def _rounds_left(self, preset: str) -> Iterator[tuple[int, int, str]]:
+        """Streams, rounds and systems; another system comes first in each round."""
+        kept = {(row.preset, row.streams, row.round, row.system) for row in self.results.drafted}
+        systems = self.asked.systems
+        for streams in self.asked.streams:
+            for number in range(self.asked.rounds):
+                for i in range(len(systems)):
+                    system = systems[(number + i) % len(systems)]
+                    if (preset, streams, number, system) not in kept:
+                        yield streams, number, system
+
+    def _widths_left(self, preset: str) -> Iterator[tuple[int, str]]:
+        kept = {(row.preset, row.streams, row.system) for row in self.results.widths}
+        for streams in self.asked.streams:
+            for system in self.asked.systems:
+                if (preset, streams, system) not in kept:
+                    yield streams, system
+
+    def _measure(
+        self,
+        preset: SpeculationPreset,
+        rounds: Sequence[tuple[int, int, str]],
+        widths: Sequence[tuple[int, str]],
+        done: Done,
+    ) -> None:
+        systems = [s for s in self.asked.systems if any(s == left[-1] for left in (*rounds, *widths))]
+        configs = {system: self._config(preset, system) for system in systems}
+        distinct = {}
+        for system in systems:  # before the others are there: it is computed by other kernels
+            tasks = [self._task(streams) for streams, own in widths if own == system]
+            self.report(f"{preset}, {system}: what its steps read")
+            distinct[system] = distinct_rows(configs[system], tasks, self.asked.max_drafts) if tasks else {}
+        models = {}
+        for system in systems:
+            self.report(f"{preset}, {system}: loading")
+            models[system] = prepare_model(configs[system])
+            self.results.parameters.setdefault(preset, {})[system] = parameter_counts(models[system].config)
+        for streams, system in widths:
+            self.report(f"{preset}, {streams} streams, {system}: steps by width")
+            task, model = self._task(streams), models[system]
+            scripts = task.scripts(model.config.vocab_size)
+            for row in step_times(model, configs[system], task, self.asked.max_drafts, scripts):
+                self.results.widths.append(
+                    StepWidthRow(
+                        preset=preset,
+                        system=system,
+                        streams=streams,
+                        width=row.width,
+                        step_ms=row.step_ms,
+                        distinct=distinct[system].get((streams, row.width)),
+                    )
+                )
+            done()
+        ready: dict[str, SystemRuns] = {}
+        now = 0
+        for streams, number, system in rounds:
+            if streams != now:
+                ready, now = {}, streams
+            self.report(f"{preset}, {streams} streams, round {number + 1} of {self.asked.rounds}: {system}")
+            if system not in ready:
+                ready[system] = SystemRuns(models[system], configs[system], self._task(streams), self.asked.rates)
+            self.results.drafted += ready[system].measured(preset, system, number)
+            done()
+
+    def _task(self, streams: int) -> Task:
+        return Task(streams, self.asked.prompt_tokens, self.asked.tokens, 0.0)
+
+    def _config(self, preset: SpeculationPreset, system: str) -> EngineConfig:
+        """Of the system's model, which is made where it is not there yet."""
+        a = self.asked
+        compared = ComparedSystem(name=system, ffn=system)  # type: ignore[arg-type]
+        comparison = Comparison(title="", subject=system, baseline=system, preset=preset, system=(compared,))
+        folder = model_folder(compared, comparison, self.work)
+        return EngineConfig(model=str(folder), threads=a.threads, dtype=a.dtype, max_drafts=a.max_drafts)
+
+
+class Deadline:
+    """Raises OutOfTimeError once so many minutes have passed; 0: never."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise OutOfTimeError
+
+
+class OutOfTimeError(Exception):
+    """The minutes that a part of a comparison has are over."""

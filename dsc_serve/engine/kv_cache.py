@@ -10,8 +10,6 @@ from itertools import chain
 
 import numpy as np
 
-from dsc_serve.kv_layout import blocks_for as blocks_for
-
 HASH_BYTES = 16
 
 

@@ -18,13 +18,13 @@ from dsc_serve.engine.adapter_runs import adapter_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
-from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.position import Further, Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
+from dsc_serve.kv_layout import blocks_for
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.dsc import Picks

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import reference
+from dsc_kernels.weights import Adapted
 from dsc_serve.llm import LLM
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import ModelConfig, MoeConfig
@@ -57,12 +58,12 @@ class Listener(MoeFfn):
     def __init__(self, ffn: MoeFfn) -> None:
         self.ffn, self.layer, self.heard = ffn, ffn.layer, torch.empty(0)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         room = SAMPLE - len(self.heard)
         if room > 0:
             rows = x[:room].float()
             self.heard = rows.clone() if not len(self.heard) else torch.cat((self.heard, rows))
-        return self.ffn(x, residual)
+        return self.ffn(x, residual, adapted=adapted)
 
 
 def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, str], out: Path) -> Merged:

@@ -33,8 +33,8 @@ from dsc_serve.grammars.schema import FIELD
 from dsc_serve.machine import available_memory, default_threads
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
-from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
+from dsc_serve.model.ffn.picks import picking_layers
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling, pooling_of
 from dsc_serve.sampling_params import (
@@ -98,15 +98,16 @@ class Engine:
     @classmethod
     def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
         """An engine that runs a loaded model, with a KV pool of its own."""
-        ffn = model.config.ffn
+        picked, picking = picking_layers(model.config)
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
             num_blocks=blocks_for(config.kv_tokens or default_kv_tokens(model, config), config.block_size),
             block_size=config.block_size,
-            layers=model.config.num_hidden_layers,
-            atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
-            atoms=ffn.num_atoms if isinstance(ffn, DscConfig) else 0,
+            picks=picked.of,
+            picking=picking,
+            picks_per_token=picked.per_token,
+            pickable=picked.rows,
             max_drafts=config.drafts,
             hidden_size=model.config.hidden_size,
         )

@@ -111,7 +111,9 @@ def moe_layer(
     shared_scale: int,
     shared_hidden: int,
 ) -> object: ...
-def moe(layer: object, /, *, x: int, residual: int, out: int, batch: int, threads: int) -> None: ...
+def moe(
+    layer: object, /, *, x: int, residual: int, out: int, batch: int, threads: int, picks: int, weights: int
+) -> None: ...
 def norm(
     *,
     is_bf16: int,

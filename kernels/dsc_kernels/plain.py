@@ -237,6 +237,10 @@ class Moe:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
+        return self.routed(x, residual)[0]
+
+    def routed(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what was picked: experts int64 [B, k], the largest weight first, and weights [B, k]."""
         weights, experts = self.route(x)
         flat = experts.flatten()
         order = flat.argsort(stable=True)
@@ -251,7 +255,7 @@ class Moe:
         start = torch.zeros(x.shape, device=x.device) if residual is None else residual.float()
         if self.shared is not None:
             start = start + self.shared(x)
-        return start.index_add(0, tokens, outputs).to(x.dtype)
+        return start.index_add(0, tokens, outputs).to(x.dtype), experts, weights
 
 
 def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:

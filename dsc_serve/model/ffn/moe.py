@@ -11,11 +11,12 @@ from dsc_kernels import ops, reference
 from dsc_kernels.weights import MoeOptions, Router, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.picks import GatedPicks
 
 SHARED_GATE = "shared_expert_gate.weight"
 
 
-class MoeFfn:
+class MoeFfn(GatedPicks):
     """Weights of the picked experts are their softmax probabilities over all experts, renormalised only on request.
 
     A shared expert is computed in the same call.
@@ -26,6 +27,7 @@ class MoeFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
+        self.k = c.experts_per_token
         router, bias = tensors["router.weight"].double(), None
         if c.router_norm:
             norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()

@@ -74,6 +74,8 @@ INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input
     float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
     route(b.logits + t * a.experts, scale, a.router_bias, a.experts, a.k, a.normalize, b.weights + t * a.k,
           b.experts + t * a.k);
+    if (a.picks) memcpy(a.picks + t * a.k, b.experts + t * a.k, a.k * sizeof *a.picks);
+    if (a.weights) memcpy(a.weights + t * a.k, b.weights + t * a.k, a.k * sizeof *a.weights);
     if (a.shared_hidden == 0) continue;
     const T *scores = (const T*)a.shared_scale, *row = (const T*)a.x + t * a.d;
     b.shared_weights[t] = scores ? 1.0f / (1.0f + expf(-dot(row, scores, a.d))) : 1.0f;

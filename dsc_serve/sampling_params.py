@@ -186,9 +186,10 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     max_model_len: int  # the model's context
     num_blocks: int  # of the KV pool
     block_size: int  # tokens in one
-    layers: int = 0
-    atoms_per_token: int = 0  # that a token picks in each layer; 0 where they are not DSC layers
-    atoms: int = 0  # of each layer's bank, likewise
+    picks: str = ""  # what tokens pick in a layer: atoms, experts or adapters; "": nothing that is told
+    picking: tuple[int, ...] = ()  # the layers in which they do
+    picks_per_token: int = 0  # in each of these
+    pickable: int = 0  # atoms, experts or adapters that there are in each
     hidden_size: int = 0  # components of an embedding
     max_drafts: int = 0  # of one request in a step; 0: none are computed
     kv_windows: tuple[int, ...] = ALL  # of the groups of layers, as in `KvLayout`
@@ -257,16 +258,18 @@ def check_embedding(params: EmbeddingParams, capacity: EngineCapacity) -> None:
 
 def check_routing(prompt: list[int], params: SamplingParams, capacity: EngineCapacity) -> None:
     """Raises ParameterError where a request's picks cannot be reported."""
-    if not capacity.atoms_per_token:
-        raise ParameterError("routing", "routing cannot be reported: this model has no DSC layers")
-    if params.routing > capacity.atoms_per_token:
-        reject("routing", params.routing, f"at most {capacity.atoms_per_token}, the atoms that a token picks")
+    most, layers, what = capacity.picks_per_token, len(capacity.picking), capacity.picks
+    if not most:
+        told = "this model's tokens pick nothing, neither atoms nor experts nor adapters of a mixture"
+        raise ParameterError("routing", f"routing cannot be reported: {told}")
+    if params.routing > most:
+        reject("routing", params.routing, f"at most {most}, the {what} that a token picks")
     tokens = capacity.max_tokens if params.max_tokens is None else len(prompt) + params.max_tokens
-    count = capacity.atoms_per_token if params.routing == ALL_ATOMS else params.routing
-    picks = tokens * capacity.layers * count
+    count = most if params.routing == ALL_ATOMS else params.routing
+    picks = tokens * layers * count
     if picks > MAX_PICKS:
         raise ParameterError(
             "routing",
-            f"routing of {count} atoms for up to {tokens} tokens in {capacity.layers} layers is {picks} picks; at most "
-            f"{MAX_PICKS} are reported: lower max_tokens or ask for fewer atoms",
+            f"routing of {count} {what} for up to {tokens} tokens in {layers} layers is {picks} picks; at most "
+            f"{MAX_PICKS} are reported: lower max_tokens or ask for fewer {what}",
         )

@@ -19,6 +19,7 @@ FUNCTIONS = (
     "block_name", "root_name", "takes_likeliest", "likeliest", "kv_pools", "tally", "look_inside", "aside",
 )  # fmt: skip
 OF_A_REQUEST = ("known", "gap", "computed", "names", "root", "terms", "tallies")
+OF_KERNELS = ("Laps", "Asked", "Reading", "Nominees", "Nomination", "Gathered", "prepared", "SMALL", "CHUNK", "RUNS")
 MODULES = (
     "terms.py", "engine/tally.py", "engine/policies/draft.py", "server/edge.py", "server/description.py",
     "scale/door.py", "scale/affinity.py", "scale/routing.py", "bench/inside.py",
@@ -73,6 +74,13 @@ def test_classes_that_were_renamed_are_gone(gone: str) -> None:
 @pytest.mark.parametrize("gone", [*FUNCTIONS, *(f"request.{name}" for name in OF_A_REQUEST)])
 def test_words_that_were_replaced_are_gone(gone: str) -> None:
     assert [str(file.relative_to(ROOT)) for file in SOURCES if gone in USED[file]] == []
+
+
+@pytest.mark.parametrize("gone", OF_KERNELS)
+def test_words_of_the_kernels_that_were_replaced_are_gone(gone: str) -> None:
+    files = [*(ROOT / "kernels").rglob("*.h"), *(ROOT / "kernels").rglob("*.cpp")]
+    assert len(files) > 20
+    assert [file.name for file in files if re.search(rf"\b{gone}\b", file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

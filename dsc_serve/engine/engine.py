@@ -41,8 +41,8 @@ from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory, default_threads
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
-from dsc_serve.model.config import DscConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers
+from dsc_serve.model.ffn.picks import picking_layers
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling, pooling_of
 from dsc_serve.sampling_params import (
@@ -113,7 +113,7 @@ class Engine:
 
         Raises ConfigError and CheckpointError where its draft model cannot be used.
         """
-        ffn = model.config.ffn
+        picked, picking = picking_layers(model.config)
         tokenizer = Tokenizer.load(resolve_model(config.model))
         companion = load_companion(config, model, tokenizer) if config.draft_model else None
         capacity = EngineCapacity(
@@ -123,9 +123,10 @@ class Engine:
             kv_windows=model.groups.windows,
             step_tokens=config.step_tokens,
             block_size=config.block_size,
-            layers=model.config.num_hidden_layers,
-            atoms_per_token=ffn.atoms_per_token if isinstance(ffn, DscConfig) else 0,
-            atoms=ffn.num_atoms if isinstance(ffn, DscConfig) else 0,
+            picks=picked.of,
+            picking=picking,
+            picks_per_token=picked.per_token,
+            pickable=picked.rows,
             max_drafts=config.drafts,
             hidden_size=model.config.hidden_size,
         )

@@ -9,12 +9,15 @@ import torch
 
 from dsc_serve.engine.output import RoutingSlice
 from dsc_serve.engine.request import Request
-from dsc_serve.model.ffn.dsc import Picks
+from dsc_serve.model.ffn.picks import Picks
 from dsc_serve.sampling_params import ALL_ATOMS
 
 
 class StepPicks:
-    """The picks of all of a step's tokens: atoms [T, layers, K], coefficients [T, layers, K] and signal [T, layers]."""
+    """The picks of a step's tokens in the layers that pick.
+
+    atoms [T, layers, K], coefficients [T, layers, K] and signal [T, layers].
+    """
 
     def __init__(self, layers: Sequence[Picks]) -> None:
         atoms, coefficients, signal = (torch.stack(parts, dim=1).cpu().numpy() for parts in zip(*layers, strict=True))

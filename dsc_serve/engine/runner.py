@@ -27,7 +27,7 @@ from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
 from dsc_serve.kv_layout import blocks_for
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.model.ffn.dsc import Picks
+from dsc_serve.model.ffn.picks import Picks
 from dsc_serve.sampling_params import EngineCapacity
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time

@@ -11,13 +11,24 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.backend import Adapter
 from dsc_kernels.memory import zeros
-from dsc_kernels.weights import Adapted, DecoderLayer, KvCache, LowRank, Module, NormWeights, Place, QkNorm
+from dsc_kernels.weights import (
+    OUTPUT_ONLY,
+    Adapted,
+    DecoderLayer,
+    KvCache,
+    LowRank,
+    Module,
+    NormWeights,
+    Place,
+    QkNorm,
+)
 from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
-from dsc_serve.model.ffn.dsc import DscFfn, Picks
+from dsc_serve.model.ffn.dsc import DscFfn
+from dsc_serve.model.ffn.picks import PickingFfn, Picks, picking_layers
 from dsc_serve.model.layer_groups import layer_groups
 from dsc_serve.model.origin import Origin
 from dsc_serve.model.rope import Angles, RopeTable
@@ -118,10 +129,12 @@ class TransformerLayer:
         """x [T, d] → [T, d]."""
         return self._run(self, x, batch, cache, self._adapted(batch), self.ffn)
 
-    def picking(self, x: Tensor, batch: StepBatch, cache: KvCache, picks: list[Picks]) -> Tensor:
-        """The same, where the FFN is DSC's; what it picked is appended."""
-        ffn = self.ffn
-        assert isinstance(ffn, DscFfn)
+    def picking(
+        self, x: Tensor, batch: StepBatch, cache: KvCache, ffn: PickingFfn | None, picks: list[Picks]
+    ) -> Tensor:
+        """The same; what its FFN picked, which is given again where it picks anything, is appended."""
+        if ffn is None:
+            return self(x, batch, cache)
 
         def recorded(x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
             out, picked = ffn.routed(x, residual, adapted=adapted)
@@ -260,6 +273,12 @@ class Decoder:
             [layer.described() for layer in self.layers],
             config.embedding_scale,
         )
+        picking = picking_layers(config)[1]
+        self._picking: list[PickingFfn | None] = [  # None: the layer picks nothing, or nothing that can be told
+            layer.ffn if i in picking else None  # type: ignore[misc]  # the FFN kinds that pick can tell what
+            for i, layer in enumerate(self.layers)
+        ]
+        self._dsc = dsc_layers(self)
         self.norm = norm("model.norm")
         self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
 
@@ -280,7 +299,7 @@ class Decoder:
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
         """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
 
-        picks: where given, those of each layer, which must be DSC, are appended to it.
+        picks: where given, those of each layer that picks anything are appended to it.
         """
         for rope in self.ropes.values():
             rope.reach(batch.longest)
@@ -291,8 +310,8 @@ class Decoder:
             x = x * self.config.embedding_scale
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for layer, cache in zip(self.layers, kv_caches, strict=True):
-            x = layer(x, batch, cache) if picks is None else layer.picking(x, batch, cache, picks)
+        for layer, ffn, cache in zip(self.layers, self._picking, kv_caches, strict=True):
+            x = layer(x, batch, cache) if picks is None else layer.picking(x, batch, cache, ffn, picks)
         return x
 
     def _stacked(
@@ -302,12 +321,15 @@ class Decoder:
         kv_caches: Sequence[KvCache],
         picks: list[Picks] | None,
     ) -> Tensor:
-        b, layers = batch, dsc_layers(self)
-        outputs = [layer.outputs(b.token_ids.shape[0], picks is not None) for layer in layers]
+        b, tokens, outputs = batch, batch.token_ids.shape[0], None
+        if picks is not None or self._dsc:  # else nothing but the output is ever asked of them
+            reporting = picks is not None
+            outputs = [OUTPUT_ONLY if ffn is None else ffn.outputs(tokens, reporting) for ffn in self._picking]
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs or None, b.runs)
-        if picks is not None:
-            picks += [layer.record(own.picked) for layer, own in zip(layers, outputs, strict=True)]
+        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs, b.runs)
+        if picks is not None and outputs is not None:
+            both = zip(self._picking, outputs, strict=True)
+            picks += [ffn.record(own.picked) for ffn, own in both if ffn is not None]
         return x
 
     def adapter(self, updates: Mapping[Place, LowRank]) -> Adapter:

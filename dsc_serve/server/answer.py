@@ -163,7 +163,9 @@ class ResponseFormatter(ABC):
             entry = {} if update.finish_reason is None else {"finish_reason": update.finish_reason}
         if not self.extended:
             return {"dsc": entry} if entry else {}
-        routing = routing_entry(update.routing, choice.prompt, choice.text.kept_tokens)
+        routing = routing_entry(
+            update.routing, choice.prompt, choice.text.kept_tokens, self.service.engine.model.capacity.picks
+        )
         if routing is not None:
             entry["routing"] = routing
         if update.finish_reason is not None:

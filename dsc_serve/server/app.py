@@ -163,7 +163,9 @@ def keyless(config: ServerConfig) -> frozenset[str]:
 
 def model_card(service: Service, name: str) -> dict[str, Any]:
     limits = service.engine.model.capacity
-    dsc = {"layers": limits.layers, "atoms": limits.atoms, "atoms_per_token": limits.atoms_per_token}
+    layers, rows, picked = len(limits.picking), limits.pickable, limits.picks_per_token
+    dsc = {"layers": layers, "atoms": rows, "atoms_per_token": picked}
+    picks = {"of": limits.picks, "layers": list(limits.picking), "number": rows, "per_token": picked}
     return {
         "id": name,
         "object": "model",
@@ -174,7 +176,8 @@ def model_card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": limits.max_tokens,
         "tool_calls": service.dialect.form.name,
         "reasoning": service.dialect.reasoning is not None,
-        "dsc": dsc if limits.atoms_per_token else None,
+        "dsc": dsc if limits.picks == "atoms" else None,
+        "picks": picks if limits.picks else None,
         "adapter": None,
     }
 

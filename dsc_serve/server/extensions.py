@@ -16,6 +16,7 @@ from dsc_serve.server.fields import Fields
 from dsc_serve.worker.messages import Delta, RoutingSlice
 
 DIGITS = 7  # of a float32 below 1
+WEIGHTS = {"atoms": "coefficients", "experts": "gates", "adapters": "gates"}  # by what is picked
 
 
 TopAtoms = Annotated[int, Field(ge=1, le=1024)]
@@ -107,9 +108,12 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 3)
 
 
-def routing_entry(parts: Sequence[RoutingSlice], prompt: list[int], output: list[int]) -> dict[str, Any] | None:
-    """What tokens picked, strongest atoms first: lists over tokens, layers and atoms. None where there is no news.
+def routing_entry(
+    parts: Sequence[RoutingSlice], prompt: list[int], output: list[int], picks: str
+) -> dict[str, Any] | None:
+    """What tokens picked, the strongest first: lists over tokens, layers and picks. None where there is no news.
 
+    picks: what they pick, atoms, experts or adapters, by which their list is named.
     Of the output's last token nothing is told: it need not have been computed.
     """
     if not parts:
@@ -122,7 +126,7 @@ def routing_entry(parts: Sequence[RoutingSlice], prompt: list[int], output: list
     return {
         "start": start,
         "token_ids": [*prompt[start:end], *output[max(start - size, 0) : max(end - size, 0)]],
-        "atoms": atoms.tolist(),
-        "coefficients": np.round(coefficients.astype(np.float64), DIGITS).tolist(),
+        picks: atoms.tolist(),
+        WEIGHTS[picks]: np.round(coefficients.astype(np.float64), DIGITS).tolist(),
         "signal": np.round(signal.astype(np.float64), DIGITS).tolist(),
     }

@@ -55,12 +55,19 @@ class Usage(Answer):
 
 
 class Routing(Answer):
-    """Lists over tokens, layers and atoms: what the tokens from position `start` on picked, strongest atoms first."""
+    """Lists over tokens, layers and picks: what the tokens from position `start` on picked, the strongest first.
+
+    Of DSC layers `atoms` with their `coefficients`; of a mixture `experts`, or `adapters`, with their `gates`, and
+    `signal` is the largest of these.
+    """
 
     start: int
     token_ids: list[int]
-    atoms: list[list[list[int]]]
-    coefficients: list[list[list[float]]]
+    atoms: list[list[list[int]]] | None = None
+    coefficients: list[list[list[float]]] | None = None
+    experts: list[list[list[int]]] | None = None
+    adapters: list[list[list[int]]] | None = None
+    gates: list[list[list[float]]] | None = None
     signal: list[list[float]]
 
 
@@ -219,8 +226,20 @@ class ModelAdapter(Answer):
     error: str | None
 
 
+class ModelPicks(Answer):
+    """What a token picks: `per_token` of the `number` atoms, experts or adapters in each of these layers."""
+
+    of: Literal["atoms", "experts", "adapters"]
+    layers: list[int]
+    number: int
+    per_token: int
+
+
 class Model(Answer):
-    """dsc: null where the model has no DSC layers. parent: of an adapter, its base; root: the digest of its content."""
+    """dsc: null where the model has no DSC layers. picks: null where its tokens pick nothing.
+
+    parent: of an adapter, its base; root: the digest of its content.
+    """
 
     id: str
     object: Literal["model"]
@@ -232,6 +251,7 @@ class Model(Answer):
     tool_calls: str
     reasoning: bool
     dsc: ModelDsc | None
+    picks: ModelPicks | None
     adapter: ModelAdapter | None
 
 

@@ -130,6 +130,8 @@ def moe(
     out: int,
     batch: int,
     threads: int,
+    picks: int,
+    weights: int,
     runs: int,
     run_count: int,
     run_of: int,

@@ -130,6 +130,15 @@ class Ffn(OwningLayer, Protocol):
         """
 
 
+class Moe(OwningLayer, Protocol):
+    """A mixture of experts."""
+
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what was picked: experts [B, k], the largest weight first, and weights float32 [B, k]."""
+
+
 class Stack(Protocol):
     """All layers of a decoder in one call. While `measure` is on, `spent` says where the time of calls goes."""
 
@@ -171,7 +180,7 @@ class Backend(Protocol):
 
     def Moe(  # noqa: N802
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
-    ) -> OwningLayer: ...
+    ) -> Moe: ...
 
     def adapter(
         self,

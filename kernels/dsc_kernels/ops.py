@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import native, plain
-from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
+from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, Moe, Stack
 from dsc_kernels.weights import (
     MAX_PICKS,
     WHOLE,
@@ -131,9 +131,7 @@ def ffn(mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank
     return chosen.Ffn(mlp, options, router, bank)
 
 
-def moe(
-    router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
-) -> OwningLayer:
+def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None) -> Moe:
     """A mixture of experts. The router may come in any wider dtype."""
     dtype = experts[0].up.dtype
     chosen = backend(dtype, experts[0].up.device)

@@ -256,6 +256,12 @@ class Moe:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
+        return self.routed(x, residual, adapted=adapted)[0]
+
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what was picked: experts int64 [B, k], the largest weight first, and weights [B, k]."""
         weights, experts = self.route(x)
         flat = experts.flatten()
         order = flat.argsort(stable=True)
@@ -270,7 +276,7 @@ class Moe:
         start = torch.zeros(x.shape, device=x.device) if residual is None else residual.float()
         if self.shared is not None:
             start = start + self.shared(x, adapted)
-        return start.index_add(0, tokens, outputs).to(x.dtype)
+        return start.index_add(0, tokens, outputs).to(x.dtype), experts, weights
 
 
 def stack(

@@ -248,18 +248,21 @@ class Slots(NamedTuple):
 
 
 class LayerOutputs(NamedTuple):
-    """What a DSC layer gives besides its output in a step of T tokens, and how it composes."""
+    """What a layer that picks gives besides its output in a step of T tokens, and how a DSC layer composes.
+
+    A mixture of experts picks experts and has no signal; a mixture of LoRAs picks adapters.
+    """
 
     grouped: bool = False  # whether tokens are composed in an order in which neighbours share atoms
-    picks: Tensor | None = None  # int32 [≥ T, k]: gets the atoms picked
+    picks: Tensor | None = None  # int32 [≥ T, k]: gets what was picked
     weights: Tensor | None = None  # float32 [≥ T, k]: gets their coefficients
     signal: Tensor | None = None  # float32 [≥ T]
 
     @classmethod
-    def everything(cls, tokens: int, k: int) -> LayerOutputs:
+    def everything(cls, tokens: int, k: int, signal: bool = True) -> LayerOutputs:
         """Room for all there is."""
         picks = torch.empty(tokens, k, dtype=torch.int32)
-        return cls(False, picks, torch.empty(tokens, k), torch.empty(tokens))
+        return cls(False, picks, torch.empty(tokens, k), torch.empty(tokens) if signal else None)
 
     @property
     def picked(self) -> list[Tensor]:

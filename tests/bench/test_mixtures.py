@@ -16,7 +16,7 @@ from dsc_serve.bench.compare.command import compare_command
 from dsc_serve.bench.compare.comparison import GROUPS, Comparison, ComparisonError, load_comparison, members
 from dsc_serve.bench.compare.report import markdown
 from dsc_serve.bench.compare.results import load_results
-from dsc_serve.bench.layer import command, measurement, systems
+from dsc_serve.bench.layer import beside, command, measurement, systems
 from dsc_serve.bench.layer.command import layer_command
 from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
 from dsc_serve.cli import main
@@ -145,17 +145,27 @@ def test_the_layers_of_a_mixture_are_right_and_have_their_share_of_the_roofline(
     monkeypatch.setitem(MIXTURES, name, small(name))
     monkeypatch.setattr(measurement, "RATE_SECONDS", 0.01)
     monkeypatch.setattr(measurement, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(beside, "PAPER", "tiny")
     options = ["--config", name, "--repeats", "2", "--layers", "2", "--seconds", "1", "--threads", "1"]
     out = tmp_path / "layer.json"
     done = CliRunner().invoke(layer_command, [*options, "--batches", "3", "--dtype", "float32", "--json", str(out)])
     assert done.exit_code == 0, done.output
-    rows = {(row["system"], row["path"], row["batch"]): row for row in json.loads(out.read_text())["rows"]}
+    written = json.loads(out.read_text())
+    rows = {(row["system"], row["path"], row["batch"]): row for row in written["rows"]}
     paths = {"moe": {"native", "plain", "sorted"}, "dsc": {"native", "native int8", "plain"}}
     present = {(kind, path) for kind, own in paths.items() for path in own if native.active() or "native" not in path}
     assert rows.keys() == {(*name, batch) for name in present for batch in (3,)}
     assert all(row["wrong"] is None and row["us"] > 0 and row["roofline_share"] > 0 for row in rows.values())
     experts, picked = WIDTHS[name]
     assert f"{experts} experts of 16, top {picked}" in done.output
+    (share,) = written["beside"]["shares"]
+    assert share["batch"] == 3 and f"{name} / paper" in done.stdout
+    assert {(row["system"], row["path"]) for row in written["beside"]["paper"]["rows"]} <= {("moe", "native")}
+    if native.active():
+        assert share["share"] == rows["moe", "native", 3]["roofline_share"]
+        assert share["paper"] == written["beside"]["paper"]["rows"][0]["roofline_share"]
+        assert share["ratio"] == pytest.approx(share["share"] / share["paper"])
+        assert done.stdout.rstrip().endswith(f"{share['ratio']:.2f}")
 
 
 def test_the_configs_of_the_layer_benchmark_are_known() -> None:

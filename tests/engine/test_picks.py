@@ -32,13 +32,13 @@ def test_picks_are_those_of_the_reference_script(
     io = golden_io("dsc")
     rows = io["input_ids"]
     with LLM(str(golden_folder("dsc")), dtype="float32", threads=1, step_tokens=64) as llm:
-        k = llm.engine.capacity.atoms_per_token
+        k = llm.engine.capacity.picks_per_token
         params = SamplingParams(max_tokens=0, routing=k)
         for row, output in enumerate(llm.generate(rows.tolist(), params)):
             assert output.routing is not None
             atoms, coefficients, signal = output.routing.arrays
             tokens = slice(row * rows.shape[1], (row + 1) * rows.shape[1])
-            for layer in range(llm.engine.capacity.layers):
+            for layer in llm.engine.capacity.picking:
                 name = f"blocks.{layer}.ffn"
                 np.testing.assert_allclose(signal[:, layer], io[f"{name}.signal"][tokens, 0], rtol=1e-4)
                 np.testing.assert_allclose(coefficients[:, layer], io[f"{name}.coefficients"][tokens], atol=1e-5)
@@ -98,14 +98,13 @@ def test_a_stream_reports_as_it_goes(small_model: Callable[..., Path]) -> None:
     assert [part and (part.start, part.shape[0]) for part in parts] == [(0, 5), (5, 1), (6, 1), (7, 1), (8, 1)]
 
 
-@pytest.mark.parametrize("kind", ["moe", "molora", "dense"])
-def test_a_model_without_dsc_layers_has_nothing_to_report(small_model: Callable[..., Path], kind: str) -> None:
-    with LLM(str(small_model(kind)), threads=1) as llm, pytest.raises(ParameterError, match="no DSC layers"):
+def test_a_dense_model_has_nothing_to_report(small_model: Callable[..., Path]) -> None:
+    with LLM(str(small_model("dense")), threads=1) as llm, pytest.raises(ParameterError, match="pick nothing"):
         llm.generate([[1]], SamplingParams(routing=1))
 
 
 def test_what_cannot_be_reported_is_refused() -> None:
-    capacity = EngineCapacity(100, 10**6, 10**6, 16, layers=8, atoms_per_token=4)
+    capacity = EngineCapacity(100, 10**6, 10**6, 16, picks="atoms", picking=tuple(range(8)), picks_per_token=4)
     for params, words in (
         (SamplingParams(routing=5), "at most 4"),
         (SamplingParams(routing=4, max_tokens=MAX_PICKS // 32), "picks; at most"),

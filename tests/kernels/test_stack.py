@@ -259,8 +259,14 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             stack(**{**given, **wrong})
     assert torch.equal(stack(**given), want)
     dense = Made("dense", torch.float32, 2, [3], 48, 16)
-    with pytest.raises(ValueError, match="only DSC layers"):
+    with pytest.raises(ValueError, match="picks nothing"):
         dense.in_one_call(dense.stack(), 2 * [LayerOutputs(grouped=True)])
+    mixture = Made("moe", torch.float32, 2, [3], 48, 16)
+    for wrong in (LayerOutputs(grouped=True), LayerOutputs(signal=torch.empty(5))):
+        with pytest.raises(ValueError, match="a mixture of experts has no signal"):
+            mixture.in_one_call(mixture.stack(), 2 * [wrong])
+    with pytest.raises(ValueError, match="picks is"):
+        mixture.in_one_call(mixture.stack(), 2 * [LayerOutputs(picks=torch.empty(4, 2, dtype=torch.int32))])
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:

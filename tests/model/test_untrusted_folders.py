@@ -96,11 +96,25 @@ def test_what_is_refused_names_the_field_the_value_and_what_is_allowed(small_mod
     assert "unknown: Extra inputs are not permitted (got ['xxx" in refused(folder)
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads weights fails."""
+    monkeypatch.setattr(ModelSource, "weights", lambda *_: pytest.fail("the weights were read"))
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("kind", SMALL_FFN)
+def test_who_reads_the_weights_is_seen_to(small_model: Build, kind: str) -> None:
+    """So that it means something where nobody is."""
+    with pytest.raises(pytest.fail.Exception, match="the weights were read"):
+        prepare_model(EngineConfig(model=str(small_model(kind))))
+
+
+@pytest.mark.usefixtures("unread")
 def test_positions_beyond_memory_are_refused_before_the_weights_are_read(
     small_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = small_model()
-    monkeypatch.setattr(ModelSource, "weights", lambda *_: pytest.fail("the weights were read"))
     monkeypatch.setattr(room, "available_memory", lambda: 8 * 2**30)
     change(folder, max_position_embeddings=100_000_000)
     assert "max_position_embeddings is 100000000, for which tables of" in refused(folder, max_running=256)

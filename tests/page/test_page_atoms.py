@@ -204,7 +204,7 @@ def test_a_model_without_atoms_chats_all_the_same(tab: OpenTab) -> None:
     server = start_server(str(file), "--threads", "2", "--context", "512")
     try:
         visit = tab(server.url)
-        assert "no DSC layers" in visit.page.inner_text("#atoms-note") and visit.page.is_disabled("#ask-atoms")
+        assert "pick nothing" in visit.page.inner_text("#atoms-note") and visit.page.is_disabled("#ask-atoms")
         for field, value in {"temperature": "0", "max_tokens": "24"}.items():
             visit.field(field, value)
         visit.chat("What is the capital of France?")

@@ -242,10 +242,10 @@ def test_tool_calls_are_put_together_from_any_pieces(modules: Visit) -> None:
 @pytest.mark.parametrize(
     ("model", "picks"),
     [
-        ({"max_model_len": 1024, "dsc": {"layers": 6, "atoms_per_token": 4}}, 4),
-        ({"max_model_len": 1024, "dsc": {"layers": 6, "atoms_per_token": 64}}, 16),
-        ({"max_model_len": 8192, "dsc": {"layers": 32, "atoms_per_token": 64}}, 4),
-        ({"max_model_len": 131072, "dsc": {"layers": 32, "atoms_per_token": 64}}, 1),
+        ({"max_model_len": 1024, "picks": {"layers": [0] * 6, "per_token": 4}}, 4),
+        ({"max_model_len": 1024, "picks": {"layers": [0] * 6, "per_token": 64}}, 16),
+        ({"max_model_len": 8192, "picks": {"layers": [0] * 32, "per_token": 64}}, 4),
+        ({"max_model_len": 131072, "picks": {"layers": [0] * 32, "per_token": 64}}, 1),
         ({"max_model_len": 1024, "dsc": None}, None),
         (None, None),
     ],

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from support.fake_engine import FakeEngine
@@ -161,11 +163,23 @@ def test_a_term_may_be_given_in_one_place_only(app: FastAPI) -> None:
 
 
 @BOTH
-def test_a_model_without_dsc_layers_says_so(engine: FakeEngine, tokenizer: Tokenizer, ask_for: Ask) -> None:
+def test_a_model_whose_tokens_pick_nothing_says_so(engine: FakeEngine, tokenizer: Tokenizer, ask_for: Ask) -> None:
     engine.capacity = EngineCapacity(300, 512, num_blocks=64, block_size=16)
     error = ask_for(app_around(engine, tokenizer), dsc={"return_routing": True}).json()["error"]
     assert error["param"] == "dsc.return_routing"
-    assert "no DSC layers" in error["message"]
+    assert "pick nothing" in error["message"]
+
+
+@pytest.mark.parametrize("of", ["experts", "adapters"])
+def test_what_mixtures_pick_has_its_own_names(engine: FakeEngine, tokenizer: Tokenizer, of: str) -> None:
+    engine.capacity = msgspec.structs.replace(engine.capacity, picks=of)
+    app = app_around(engine, tokenizer)
+    routing = choice_of(complete(app, max_tokens=4, dsc={"return_routing": True}))["dsc"]["routing"]
+    assert routing.keys() == {"start", "token_ids", of, "gates", "signal"}
+    assert np.shape(routing[of]) == np.shape(routing["gates"]) == (5, 2, 3)
+    card = ask(app, "GET", "/v1/models").json()["data"][0]
+    assert card["dsc"] is None
+    assert card["picks"] == {"of": of, "layers": [0, 1], "number": 500, "per_token": 3}
 
 
 def trace(app: FastAPI, **fields: Any) -> httpx.Response:

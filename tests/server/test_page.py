@@ -217,7 +217,8 @@ def test_the_page_comes_through_the_door_of_many_replicas(page_app: Build) -> No
 
 def test_a_model_says_how_many_atoms_there_are_to_pick(page_app: Build, engine: FakeEngine) -> None:
     card = ask(page_app(), "GET", "/v1/models").json()["data"][0]
-    assert card["dsc"] == {"layers": 2, "atoms": 0, "atoms_per_token": 3}
+    assert card["dsc"] == {"layers": 2, "atoms": 500, "atoms_per_token": 3}
+    assert card["picks"] == {"of": "atoms", "layers": [0, 1], "number": 500, "per_token": 3}
     engine.capacity = type(engine.capacity)(300, 512, 64, 16)
     assert ask(page_app(), "GET", "/v1/models").json()["data"][0]["dsc"] is None
 

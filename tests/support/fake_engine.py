@@ -80,7 +80,15 @@ class FakeEngine:
         self.gate: asyncio.Event | None = None
         self.tokens_per_step = 1
         self.capacity = EngineCapacity(
-            VOCAB, CONTEXT, num_blocks=64, block_size=16, layers=2, atoms_per_token=3, hidden_size=4, max_drafts=7
+            *(VOCAB, CONTEXT),
+            num_blocks=64,
+            block_size=16,
+            picks="atoms",
+            picking=(0, 1),
+            picks_per_token=3,
+            pickable=500,
+            hidden_size=4,
+            max_drafts=7,
         )
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.scheduling: list[SchedulingParams] = []

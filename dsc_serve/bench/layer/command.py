@@ -56,8 +56,10 @@ def layer_command(sweep: str | None, json_file: Path | None, plot_file: Path | N
 
     Sizes are equal in active parameters (the dense one: in total parameters, as in the paper); at those of a mixture
     that people run, olmoe, granite or qwen, there are the mixture and a DSC of equal total. Every system's output
-    is first compared with a float64 reference; a wrong one gets no time. Ends with status 1 when any is wrong.
+    is first compared with a float64 reference; a wrong one gets no time. Ends with status 1 when any is wrong. Beside
+    such a mixture the native one of the paper's sizes is measured too: how near each comes to its roofline.
     """
+    from dsc_serve.bench.layer.beside import Beside, beside_paper, format_beside
     from dsc_serve.bench.layer.measurement import BATCHES, LayerBench, LayerBenchError, LayerResult, run_layer_bench
     from dsc_serve.bench.layer.sweep import SWEEP_BATCHES, run_sweep
     from dsc_serve.bench.layer.table import chart_layers, chart_sweep, format_layers, format_sweep
@@ -76,19 +78,24 @@ def layer_command(sweep: str | None, json_file: Path | None, plot_file: Path | N
 
     result: LayerResult[Any]
     draw: Callable[[], str]
+    beside: Beside | None = None
     if sweep:
         result = run_sweep(bench, sweep, command, report)
         table, draw = format_sweep(result), lambda: chart_sweep(result, sweep)
     else:
         result = run_layer_bench(bench, command, report)
         table, draw = format_layers(result), lambda: chart_layers(result)
+        if options["config"] in MIXTURES:
+            beside = beside_paper(result, bench, report)
+            table += "\n" + format_beside(beside, options["config"])
     click.echo(table)
     if json_file is not None:
-        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        written = result.to_dict() if beside is None else {**result.to_dict(), "beside": beside.to_dict()}
+        text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
         json_file.write_text(text + "\n", encoding="utf-8")
     if plot_file is not None and any(row.us for row in result.rows):
         plot_file.write_text(draw(), encoding="utf-8")
-    if any(row.wrong for row in result.rows):
+    if any(row.wrong for row in (*result.rows, *(beside.paper.rows if beside else ()))):
         raise SystemExit(1)
 
 

@@ -61,7 +61,7 @@ class LayerBenchError(ValueError):
 @dataclass(frozen=True)
 class LayerBench:
     """What to measure. layers: rotated per system, None for 8 or as many as the last-level cache demands; seconds:
-    bound on the time of one batch size; threads: 0 for all cores."""
+    bound on the time of one batch size; threads: 0 for all cores; only: this kind and path alone."""
 
     config: str = "paper"
     dtype: str = "bf16"
@@ -72,6 +72,7 @@ class LayerBench:
     seconds: float = 20.0
     device: str = "cpu"
     seed: int = 0
+    only: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -228,7 +229,9 @@ class Group:
 def build_groups(bench: LayerBench, notes: list[str]) -> list[Group]:
     """All systems of the benchmark; notes gains what is missing and what a reader must know."""
     dtype, device = bench.torch_dtype, bench.torch_device
-    configs = {kind: layer_config(bench.config, kind) for kind in kinds_of(bench.config)}
+    wanted = [name for name in PATHS if bench.only in (None, name)]
+    kinds = [kind for kind in kinds_of(bench.config) if kind in dict(wanted)]
+    configs = {kind: layer_config(bench.config, kind) for kind in kinds}
     touched = min(sum(p.bytes for p in phases(c, 1, picks_of_one(c), dtype.itemsize)) for c in configs.values())
     layers = bench.layers or rotation_layers(touched, device, FEWEST if bench.config in MIXTURES else MIN_LAYERS)
     if layers * touched < last_level_cache_of(device):
@@ -239,7 +242,7 @@ def build_groups(bench: LayerBench, notes: list[str]) -> list[Group]:
         rotated = stored_bytes(weights)
         notes.append(f"{kind}: {describe_sizes(config)}; {layers} layers in rotation, {rotated / 1e6:.0f} MB")
         group = Group(config, [], weights[:MIN_LAYERS], rotated)
-        for path in (path for k, path in PATHS if k == kind):
+        for path in (path for k, path in wanted if k == kind):
             system = build_system(config, path, weights, dtype, device)
             if system is None:
                 notes.append(f"{kind} {path}: not there on this machine ({ops.description()})")

@@ -13,14 +13,7 @@ from dsc_kernels.memory import resident
 from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs, Router
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
-
-
-class Picks(NamedTuple):
-    """What one layer picked: atoms int [T, K], coefficients float32 [T, K] and signal float32 [T]."""
-
-    atoms: Tensor
-    coefficients: Tensor
-    signal: Tensor
+from dsc_serve.model.ffn.picks import Picks
 
 
 class PickBuffers(NamedTuple):

@@ -11,12 +11,13 @@ from dsc_kernels import ops, reference
 from dsc_kernels.weights import Adapted, MoeOptions, Router, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.picks import GatedPicks
 
 SHARED_GATE = "shared_expert_gate.weight"
 CHOICE_BIAS = "router.choice_bias"
 
 
-class MoeFfn:
+class MoeFfn(GatedPicks):
     """Weights of the picked experts are their scores, softmax or sigmoid, renormalised only on request.
 
     A shared expert is computed in the same call.
@@ -27,6 +28,7 @@ class MoeFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
+        self.k = c.experts_per_token
         router, options = router_of(config, tensors, device)
         prefixes = [f"experts.{e}." for e in range(c.num_experts)]
         self.layer = ops.moe(

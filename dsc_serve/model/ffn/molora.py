@@ -12,9 +12,10 @@ from dsc_kernels import ops, reference
 from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, Router
 from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.picks import GatedPicks
 
 
-class MoloraFfn:
+class MoloraFfn(GatedPicks):
     """y = f(x) + Σ_e g_e (x A_e) B_e over the k picked adapters, g the softmax of their logits.
 
     Adapter e's rows of the stored adapters_a [N, r, d] and adapters_b [N, r, d] are A_e transposed and B_e: r rank-1
@@ -26,6 +27,7 @@ class MoloraFfn:
     ) -> None:
         c = config.ffn
         assert isinstance(c, MoloraConfig)
+        self.k = c.adapters_per_token
         norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
         router, bias = reference.fold_router_norm(tensors["router.weight"].double(), None, norm_weight, norm_bias)
         self.layer = ops.ffn(

@@ -1,4 +1,5 @@
-// The atoms view: tokens as cells, what each picked, which tokens share it, and a map of all that was used.
+// The view of what tokens pick, atoms of DSC layers or experts and adapters of mixtures: tokens as cells, what each
+// picked, which tokens share it, and a map of all that was used.
 
 import { byId, el, onceAFrame } from "./dom.js";
 import { TokenNames, visible } from "./names.js";
@@ -12,6 +13,8 @@ function tableOf(names, rows) {
   const head = el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name)));
   return el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
 }
+
+const title = (words) => `${words[0].toUpperCase()}${words.slice(1)}`;
 
 export class Atoms {
   #picks = null;
@@ -42,21 +45,26 @@ export class Atoms {
   }
 
   reset() {
-    const dsc = this.#model?.dsc;
-    this.#picks = dsc ? new Picks(dsc) : null;
+    const told = this.#model?.picks;
+    const picks = (this.#picks = told ? new Picks(told) : null);
     this.#kept = this.#shown = null;
     for (const place of [this.cells, byId("token"), byId("layers")]) place.replaceChildren();
     byId("map-place").textContent = "";
     this.canvas.hidden = byId("map-title").hidden = true;
-    byId("ask-atoms").disabled = !dsc;
-    const layers = dsc ? Array.from({ length: dsc.layers }, (_, layer) => [layer, `signal of layer ${layer}`]) : [];
-    const all = dsc ? [[dsc.layers, "mean signal"], ...layers] : [];
-    if (byId("shade").options.length !== all.length)
+    byId("ask-atoms").disabled = !told;
+    const { many, signal } = picks?.words ?? { many: "atoms" };
+    byId("atoms-title").textContent = title(many);
+    byId("ask-what").textContent = many;
+    const all = picks
+      ? [[picks.shape.layers, `mean ${signal}`], ...told.layers.map((number, i) => [i, `${signal} of layer ${number}`])]
+      : [];
+    const before = [...byId("shade").options].map(({ label }) => label);
+    if (before.join() !== all.map(([, label]) => label).join())
       byId("shade").replaceChildren(...all.map(([value, label]) => el("option", { value }, label)));
     const tenant = this.#model?.adapter ? `With the adapter ${this.#model.id}: ` : "";
-    byId("atoms-note").textContent = dsc
-      ? `${tenant}${dsc.atoms_per_token} of ${dsc.atoms} atoms in each of ${dsc.layers} layers`
-      : this.#model && "This model has no DSC layers, so its tokens pick no atoms.";
+    byId("atoms-note").textContent = picks
+      ? `${tenant}${told.per_token} of ${told.number} ${many} in each of ${told.layers.length} layers`
+      : this.#model && "This model's tokens pick nothing: it has neither DSC layers nor a mixture of experts or LoRAs.";
   }
 
   /** A part of the report. usage: of the same event, which says how many tokens are the prompt's. */
@@ -77,6 +85,10 @@ export class Atoms {
     this.#listLayers(usage);
   }
 
+  #rowOf(layer) {
+    return el("th", { scope: "row" }, String(this.#picks.numbers[layer]));
+  }
+
   #cell(token) {
     const cell = el("button", {
       type: "button", class: "cell", "aria-pressed": "false", tabindex: this.cells.childElementCount ? -1 : 0,
@@ -93,7 +105,7 @@ export class Atoms {
     token.cell.textContent = text;
     token.cell.classList.toggle("answer", part === "answer");
     const signal = this.#picks.signal(token, this.#picks.shape.layers).toFixed(2);
-    token.cell.setAttribute("aria-label", `${text}, token ${token.position} of the ${part}, signal ${signal}`);
+    token.cell.setAttribute("aria-label", `${text}, token ${token.position} of the ${part}, ${this.#picks.words.signal} ${signal}`);
   }
 
   #part(token) {
@@ -159,10 +171,11 @@ export class Atoms {
     const text = el("strong", {}, visible(this.names.of(token.id)));
     const heading = el("p", {}, text, ` · token ${token.position} of the ${this.#part(token)}`);
     const rows = token.layers.map((picked, layer) =>
-      el("tr", {}, el("th", { scope: "row" }, String(layer)), el("td", {}, token.signal[layer].toFixed(3)),
+      el("tr", {}, this.#rowOf(layer), el("td", {}, token.signal[layer].toFixed(3)),
         el("td", {}, ...picked.map(({ atom, coefficient: c }) => this.#chip(layer, atom, c.toFixed(3), c)))),
     );
-    const table = tableOf(["Layer", "Signal", "Atoms, with their coefficients"], rows);
+    const { many, weights, signal } = this.#picks.words;
+    const table = tableOf(["Layer", title(signal), `${title(many)}, with their ${weights}`], rows);
     place.replaceChildren(heading, table, this.#neighbours(token));
   }
 
@@ -172,7 +185,7 @@ export class Atoms {
 
   #neighbours(token) {
     const near = this.#picks.nearest(token, NEAREST);
-    if (!near.length) return el("p", {}, "It shares no atom with another token.");
+    if (!near.length) return el("p", {}, `It shares no ${this.#picks.words.one} with another token.`);
     const named = near.map(
       ({ token: other, count }) => `${visible(this.names.of(other.id)).trim()} (token ${other.position}): ${count}`,
     );
@@ -185,7 +198,7 @@ export class Atoms {
     const light = () => this.#light((token) => (token.keys.has(key) ? 1 : 0));
     const back = () => (this.#shown ? this.#lightAround(this.#shown) : this.#light(null));
     const chip = el("button", {
-      type: "button", class: "chip", "aria-label": `Atom ${atom} of layer ${layer}, ${value}`,
+      type: "button", class: "chip", "aria-label": `${title(this.#picks.words.one)} ${atom} of layer ${this.#picks.numbers[layer]}, ${value}`,
       onmouseenter: light, onfocus: light, onmouseleave: back, onblur: back,
     }, el("b", {}, String(atom)), ` ${value}`);
     chip.style.setProperty("--weight", `${Math.round(Math.min(Math.abs(weight), 1) * 100)}%`);
@@ -209,7 +222,8 @@ export class Atoms {
       context.fillRect(key % atoms, Math.floor(key / atoms), 1, 1);
     }
     const [all, used] = [layers * atoms, rows.reduce((total, row) => total + row.used, 0)];
-    this.canvas.setAttribute("aria-label", `Layers by atoms: ${used} of ${all} were picked, ${all - used} were not`);
+    const named = `Layers by ${this.#picks.words.many}`;
+    this.canvas.setAttribute("aria-label", `${named}: ${used} of ${all} were picked, ${all - used} were not`);
     this.counts = counts;
   }
 
@@ -220,7 +234,8 @@ export class Atoms {
     const atom = at(event.clientX - box.left, box.width, atoms);
     const layer = at(event.clientY - box.top, box.height, layers);
     const key = this.#picks.key(layer, atom);
-    byId("map-place").textContent = `Layer ${layer}, atom ${atom}: picked by ${this.counts[key]} tokens`;
+    const where = `Layer ${this.#picks.numbers[layer]}, ${this.#picks.words.one} ${atom}`;
+    byId("map-place").textContent = `${where}: picked by ${this.counts[key]} tokens`;
     this.#light((token) => (token.keys.has(key) ? 1 : 0));
   }
 
@@ -232,11 +247,11 @@ export class Atoms {
   #listLayers({ rows }) {
     const { atoms } = this.#picks.shape;
     const body = rows.map(({ used, hottest }, layer) =>
-      el("tr", {}, el("th", { scope: "row" }, String(layer)),
+      el("tr", {}, this.#rowOf(layer),
         el("td", {}, String(used)), el("td", {}, String(atoms - used)),
         el("td", {}, ...hottest.map(({ atom, count }) => this.#chip(layer, atom, `×${count}`)))),
     );
-    const names = ["Layer", "Picked", "Dead", "Hottest atoms, and how many tokens picked them"];
+    const names = ["Layer", "Picked", "Dead", `Hottest ${this.#picks.words.many}, and how many tokens picked them`];
     byId("layers").replaceChildren(tableOf(names, body));
   }
 }

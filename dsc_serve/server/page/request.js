@@ -84,10 +84,10 @@ const SHOWN = 16; // atoms of one token and layer that a person looks at
 
 /** What asks for the picks of a model, given its entry in the list of models; null where there are none. */
 export function picks(model) {
-  const dsc = model?.dsc;
-  if (!dsc) return null;
-  const room = Math.floor(MOST_PICKS / (model.max_model_len * dsc.layers));
-  return Math.min(dsc.atoms_per_token, SHOWN, Math.max(room, 1));
+  const told = model?.picks;
+  if (!told) return null;
+  const room = Math.floor(MOST_PICKS / (model.max_model_len * told.layers.length));
+  return Math.min(told.per_token, SHOWN, Math.max(room, 1));
 }
 
 /** The whole body. asked: {model, fields, form, tools, atoms}, of which atoms is what `picks` gave, or null. */

@@ -1,9 +1,18 @@
 // What the tokens of one generation picked, put together from the parts of its report, and what can be counted of it.
 
+/** What each word for what is picked goes with: one of them, its weight and its signal. */
+const WORDS = {
+  atoms: { one: "atom", weights: "coefficients", signal: "signal" },
+  experts: { one: "expert", weights: "gates", signal: "largest gate" },
+  adapters: { one: "adapter", weights: "gates", signal: "largest gate" },
+};
+
 export class Picks {
-  /** shape: {layers, atoms} of the model. */
-  constructor(shape) {
-    this.shape = shape;
+  /** picks: those of the model's entry in the list of models: {of, layers: [their numbers], number, per_token}. */
+  constructor(picks) {
+    this.words = { many: picks.of, ...WORDS[picks.of] };
+    this.numbers = picks.layers; // of the layers in the model, in which tokens pick anything
+    const shape = (this.shape = { layers: picks.layers.length, atoms: picks.number });
     this.tokens = []; // by position: {id, position, layers: [[{atom, coefficient}]], signal: [], keys: Set}
     this.promptSize = Infinity;
     this.highest = new Float32Array(shape.layers + 1); // signal of each layer, and last of their mean
@@ -14,8 +23,8 @@ export class Picks {
     const fresh = [];
     routing.token_ids.forEach((id, i) => {
       const position = routing.start + i;
-      const layers = routing.atoms[i].map((atoms, layer) =>
-        atoms.map((atom, k) => ({ atom, coefficient: routing.coefficients[i][layer][k] })),
+      const layers = routing[this.words.many][i].map((rows, layer) =>
+        rows.map((atom, k) => ({ atom, coefficient: routing[this.words.weights][i][layer][k] })),
       );
       const keys = new Set();
       layers.forEach((picked, layer) => picked.forEach(({ atom }) => keys.add(this.key(layer, atom))));

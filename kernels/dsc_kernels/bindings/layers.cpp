@@ -121,7 +121,7 @@ PyObject* moe_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObje
 }
 
 #define F(field) ARGUMENT(Moe, field)
-Signature moe_signature("moe", {F(x), F(residual), F(out), F(batch), F(threads), ADAPTED(Moe)});
+Signature moe_signature("moe", {F(x), F(residual), F(out), F(batch), F(threads), F(picks), F(weights), ADAPTED(Moe)});
 #undef F
 
 PyObject* moe(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

@@ -147,6 +147,8 @@ struct Moe {
   const void* shared_scale;  // [d]: the shared output is multiplied by sigmoid(shared_scale · x); null: it is not
   const void* residual;      // [batch, d] or null
   void* out;                 // [batch, d]
+  int32_t* picks;            // [batch, k] or null: gets the experts picked, the largest weight first
+  float* weights;            // [batch, k] or null: gets their weights
   int64_t batch, d, hidden, experts, shared_hidden;
   float norm_eps;  // of the router's norm; < 0: it has none
   int k;           // experts picked per token

@@ -55,13 +55,13 @@ INLINE void prefetch_kv(const T* pool, const int64_t* rows_at, int64_t count, in
 }
 
 // What one query head has gathered so far: its sums are over values weighted by e^(score − highest).
-struct Gathered {
+struct SoftmaxState {
   float highest, total;
   float sums[];  // [size]; where columns are `paired`, the even ones of 32 and then their odd ones
 };
 
 // Of one of several, each of which begins at a cache line.
-INLINE int64_t gathered_bytes(int64_t size) { return ((int64_t)sizeof(Gathered) + size * 4 + 63) / 64 * 64; }
+INLINE int64_t softmax_state_bytes(int64_t size) { return ((int64_t)sizeof(SoftmaxState) + size * 4 + 63) / 64 * 64; }
 
 template <typename T>
 INLINE vf load_up_to(const T* p, int64_t count) {
@@ -102,7 +102,7 @@ INLINE int64_t first_seen(int64_t position, int64_t window) {
 }
 
 // Scores [count] become weights; returns what the sums so far count yet.
-INLINE float softmax_step(float* scores, int64_t count, Gathered& g) {
+INLINE float softmax_step(float* scores, int64_t count, SoftmaxState& g) {
   vf most = splat(-INFINITY), total = {};
   for (int64_t n = 0; n < count; n += LANES) most = vmax(load(scores + n), most);
   float before = g.highest, now = max_lane(most);
@@ -163,16 +163,16 @@ INLINE void gather(const T* values, const int64_t* rows_at, const float* weights
   }
 }
 
-INLINE void write_pairs(const Gathered&, int64_t, float*) {}
+INLINE void write_pairs(const SoftmaxState&, int64_t, float*) {}
 
-INLINE void write_pairs(const Gathered& g, int64_t size, bf16* out) {
+INLINE void write_pairs(const SoftmaxState& g, int64_t size, bf16* out) {
   vf factor = splat(inverse_of(g.total));
   for (int64_t c = 0; c < size; c += 2 * LANES)
     store_pairs(out + c, load(g.sums + c) * factor, load(g.sums + c + LANES) * factor);
 }
 
 template <typename T>
-INLINE void write(const Gathered& g, int64_t size, T* out) {
+INLINE void write(const SoftmaxState& g, int64_t size, T* out) {
   if (paired<T>(size)) return write_pairs(g, size, out);
   for (int64_t c = 0; c < size; c += LANES) {
     vf sum = load_up_to(g.sums + c, size - c) * inverse_of(g.total);
@@ -181,7 +181,7 @@ INLINE void write(const Gathered& g, int64_t size, T* out) {
 }
 
 // `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
-// room: for a group's Gathered.
+// room: for a group's states.
 template <typename T>
 INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room) {
   const T *keys = (const T*)a.keys, *values = (const T*)a.values;
@@ -193,7 +193,7 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
   float scores[KEYS];
   int64_t rows_at[2][KEYS], held = 0;
   auto gathered = [&](int64_t g)
-                      __attribute__((always_inline)) { return (Gathered*)(room + g * gathered_bytes(a.value_size)); };
+                      __attribute__((always_inline)) { return (SoftmaxState*)(room + g * softmax_state_bytes(a.value_size)); };
   KvCursor at = walk(first);
   int64_t rows = at.next(rows_at[0]), next;
   prefetch_kv(keys, rows_at[0], rows, a.size);

@@ -19,8 +19,8 @@ INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t
     const T* x = (const T*)a.x + t * a.d;
     float rstd = a.norm_eps >= 0 ? reciprocal_std(x, a.d, a.norm_eps) : 1.0f;
     int64_t own = t - base;
-    b.readings[own] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + own * b.shifted_stride, b.outliers[own])
-                                    : Reading{rstd, rstd, 0, 0};
+    b.logit_scales[own] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + own * b.shifted_stride, b.outliers[own])
+                                    : LogitScale{rstd, rstd, 0, 0};
   }
 }
 
@@ -46,7 +46,7 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input
     for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
   if (first < routed) {
     int64_t end = last < routed ? last : routed;
-    Logits logits = {b.readings, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
+    Logits logits = {b.logit_scales, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
     if (a.screen.rows)
       multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d,
                        Bounds{logits, a.screen, b.outliers}, first, end);

@@ -1,7 +1,7 @@
 // Each token's largest output of a product, without writing the outputs: greedy decoding needs no logits.
 //
 // Screened, the products are int8, with bounds on what that changes (router.h). Outputs whose upper bound is not below the
-// best lower bound so far are nominees; their panels are then multiplied as they are. So the index is that of multiplying
+// best lower bound so far are candidates; their panels are then multiplied as they are. So the index is that of multiplying
 // all, bit for bit, for any weights and inputs.
 #pragma once
 
@@ -45,8 +45,8 @@ struct Best {
 };
 
 // The panels of 16 outputs in which one thread finds that a token's largest output may be.
-struct Nominees {
-  float* shared;  // the best lower bound that any thread has found for the token; whoever is late only nominates more
+struct ArgmaxCandidates {
+  float* shared;  // the best lower bound that any thread has found for the token; whoever is late only keeps more
   float* uppers;  // [the thread's panels]: a panel's largest upper bound
   int32_t* panels;
   int64_t count;
@@ -75,25 +75,25 @@ struct Nominees {
   }
 };
 
-struct Nomination {
-  const Reading* readings;
+struct CollectCandidates {
+  const LogitScale* logit_scales;
   const float* bias;  // [panels · 16]; −∞ behind the last output
   const Screen& screen;
-  Nominees* nominees;
+  ArgmaxCandidates* candidates;
   const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
-    const Reading& r = readings[t];
+    const LogitScale& r = logit_scales[t];
     vi shift;
     memcpy(&shift, screen.shifts + n, sizeof shift);
     vf logit = __builtin_convertvector(v - shift, vf) * load(screen.steps + n) * r.scale + load(bias + n);
-    if (__builtin_expect((~below(logit, nominees[t].gate) & 0xffff) == 0, 1)) return;
+    if (__builtin_expect((~below(logit, candidates[t].gate) & 0xffff) == 0, 1)) return;
     vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + screen.slack;
-    nominees[t].take(logit, error, n);
+    candidates[t].take(logit, error, n);
   }
 };
 
 template <int P, int TT>
-INLINE void start(const Nomination& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
+INLINE void start(const CollectCandidates& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
   add_outliers(sink.outliers + t, w, panel, acc);
 }
 
@@ -115,10 +115,10 @@ struct HeadBuffers {
   const I* x;                    // [tokens, round_up_2(d)], or the inputs themselves
   float* values = nullptr;       // [threads, tokens, 16], and the next: where all is multiplied out
   int32_t* indices = nullptr;    // [threads, tokens, 16]
-  Reading* readings = nullptr;   // [tokens], and all below: where the head is screened
+  LogitScale* logit_scales = nullptr;  // [tokens], and all below: where the head is screened
   Outliers* outliers = nullptr;  // [tokens]
   uint8_t* shifted = nullptr;    // [tokens, shifted_stride]: inputs in int8
-  Nominees* nominees = nullptr;  // [threads, tokens]
+  ArgmaxCandidates* candidates = nullptr;  // [threads, tokens]
   float* bounds = nullptr;       // [tokens]
   float* uppers = nullptr;       // [tokens, panels], of which each thread has its part
   int32_t* panels = nullptr;     // the same
@@ -128,10 +128,10 @@ struct HeadBuffers {
     Scratch& scratch = *a.scratch;
     x = pack_inputs<T>(a.x, 0, a.batch, a.d, scratch.take<I>(a.batch * round_up_2(a.d)));
     if (screened) {
-      readings = scratch.take<Reading>(a.batch);
+      logit_scales = scratch.take<LogitScale>(a.batch);
       outliers = scratch.take<Outliers>(a.batch);
       shifted = scratch.take<uint8_t>(a.batch * shifted_stride);
-      nominees = scratch.take<Nominees>(a.threads * a.batch);
+      candidates = scratch.take<ArgmaxCandidates>(a.threads * a.batch);
       bounds = scratch.take<float>(a.batch);
       uppers = scratch.take<float>(a.batch * panel_count(a.n));
       panels = scratch.take<int32_t>(a.batch * panel_count(a.n));
@@ -175,10 +175,10 @@ struct BestOfPanel {
   }
 };
 
-// A token's index from what the threads have nominated; returns how many panels were multiplied for it. The first of
+// A token's index from the candidates of all threads; returns how many panels were multiplied for it. The first of
 // them, that of the largest upper bound, leaves few others.
 template <typename T>
-INLINE int64_t elect(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t threads) {
+INLINE int64_t pick_candidate(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t threads) {
   Best best;
   BestOfPanel sink = {a.bias, best};
   int64_t stride = row_stride<T>(a.d), multiplied = 0, first = -1;
@@ -188,13 +188,13 @@ INLINE int64_t elect(const Head& a, const HeadBuffers<T>& b, int64_t t, int64_t 
     multiplied++;
   };
   for (int64_t w = 0; w < threads; w++) {
-    const Nominees& own = b.nominees[w * a.batch + t];
+    const ArgmaxCandidates& own = b.candidates[w * a.batch + t];
     for (int64_t i = 0; i < own.count; i++)
       if (own.uppers[i] > most) most = own.uppers[i], first = own.panels[i];
   }
   if (first >= 0) multiply_one(first);
   for (int64_t w = 0; w < threads; w++) {
-    const Nominees& own = b.nominees[w * a.batch + t];
+    const ArgmaxCandidates& own = b.candidates[w * a.batch + t];
     for (int64_t i = 0; i < own.count; i++)
       if (own.panels[i] != first && !(own.uppers[i] < b.bounds[t] || own.uppers[i] < best.value))
         multiply_one(own.panels[i]);
@@ -210,24 +210,24 @@ void argmax_screened(const Head& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
-    Nominees* own = b.nominees + id * a.batch;
+    ArgmaxCandidates* own = b.candidates + id * a.batch;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.batch; t++) {
-      b.readings[t] = quantise((const T*)a.x + t * a.d, a.d, 1, b.shifted + t * b.shifted_stride, b.outliers[t]);
+      b.logit_scales[t] = quantise((const T*)a.x + t * a.d, a.d, 1, b.shifted + t * b.shifted_stride, b.outliers[t]);
       b.bounds[t] = -INFINITY;
     }
     for (int64_t t = 0; t < a.batch; t++) {
-      const Reading& r = b.readings[t];
+      const LogitScale& r = b.logit_scales[t];
       int64_t index = t * panels + split_point(panels, id, n);
       float margin = r.from_weights * a.max_error + r.from_input * a.max_norm + a.screen.slack;
       own[t] = {b.bounds + t, b.uppers + index, b.panels + index, 0, margin, -INFINITY, -INFINITY};
     }
     multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, a.batch, a.d,
-                     Nomination{b.readings, a.bias, a.screen, own, b.outliers}, split_point(panels, id, n),
+                     CollectCandidates{b.logit_scales, a.bias, a.screen, own, b.outliers}, split_point(panels, id, n),
                      split_point(panels, id + 1, n));
 #pragma omp barrier
 #pragma omp for schedule(static) reduction(+ : multiplied)
-    for (int64_t t = 0; t < a.batch; t++) multiplied += elect<T>(a, b, t, n);
+    for (int64_t t = 0; t < a.batch; t++) multiplied += pick_candidate<T>(a, b, t, n);
   }
   __atomic_fetch_add(&a.screen.counters->rescored, multiplied, __ATOMIC_RELAXED);
   __atomic_fetch_add(&a.screen.counters->tokens, a.batch, __ATOMIC_RELAXED);

@@ -136,6 +136,8 @@ INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input
     if (b.choices) route_otherwise(a, logits, scale, b.choices + t * a.experts, weights, picks);
     else route(logits, scale, a.router_bias, a.experts, a.k, a.normalize, weights, picks);
     for (int j = 0; j < a.k; j++) weights[j] *= a.weight_scale;
+    if (a.picks) memcpy(a.picks + t * a.k, picks, a.k * sizeof *a.picks);
+    if (a.weights) memcpy(a.weights + t * a.k, weights, a.k * sizeof *a.weights);
     if (a.shared_hidden == 0) continue;
     const T *scores = (const T*)a.shared_scale, *row = (const T*)a.x + t * a.d;
     b.shared_weights[t] = scores ? 1.0f / (1.0f + expf(-dot(row, scores, a.d))) : 1.0f;

@@ -12,7 +12,7 @@ DSC_KERNELS_BEGIN
 
 // How a token's products become logits, scale · product + bias, and how far they may be off when screened:
 // from_weights · (the row's error) + from_input · (the row's norm) + slack.
-struct Reading {
+struct LogitScale {
   float rstd, scale, from_weights, from_input;
 };
 
@@ -93,7 +93,7 @@ struct SecondDigits {
 // A token in steps of its largest value that is not set apart / 127, shifted by 128, and what that leaves out. A
 // token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
 template <typename T>
-INLINE Reading quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outliers& outliers) {
+INLINE LogitScale quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outliers& outliers) {
   typedef uint8_t bytes __attribute__((vector_size(16)));
   vf highest = {}, squares = {}, sizes = {}, left = {};
   for (int64_t i = 0; i < d; i += LANES) {

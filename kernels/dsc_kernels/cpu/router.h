@@ -28,14 +28,14 @@ INLINE void raise(float* peaks, int64_t slots, int64_t t, int64_t n, vf v) {
 }
 
 struct Logits {
-  const Reading* readings;
+  const LogitScale* logit_scales;
   const float* bias;  // [panels · 16]; −∞ behind the last atom
   float* logits;
   int64_t stride;
   float* peaks;
   int64_t slots;
   INLINE void operator()(vf v, int64_t t, int64_t n) const {
-    v = readings[t].scale * v + load(bias + n);
+    v = logit_scales[t].scale * v + load(bias + n);
     store(logits + t * stride + n, v);
     raise(peaks, slots, t, n, v);
   }
@@ -46,7 +46,7 @@ struct Bounds {
   const Screen& screen;
   const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
-    const Reading& r = to.readings[t];
+    const LogitScale& r = to.logit_scales[t];
     vi shift;
     memcpy(&shift, screen.shifts + n, sizeof shift);
     vf product = __builtin_convertvector(v - shift, vf) * load(screen.steps + n);

@@ -24,7 +24,7 @@ struct FfnBuffers {
   float* logits = nullptr;             // [tokens, logit_stride]; screened, upper bounds
   float* peaks = nullptr;              // [workers, tokens, slots, 16]
   float* dynamic = nullptr;            // [tokens, d]: what the picked rows add
-  Reading* readings = nullptr;         // [tokens]
+  LogitScale* logit_scales = nullptr;  // [tokens]
   Outliers* outliers = nullptr;        // [tokens], where the router is screened
   uint8_t* shifted = nullptr;          // [tokens, shifted_stride]: inputs in int8, where it is screened
   int32_t* candidate_atoms = nullptr;  // [workers, 4, logit_stride + 16]
@@ -47,7 +47,7 @@ struct FfnBuffers {
     logits = scratch.take<float>(tokens * logit_stride);
     peaks = scratch.take<float>(workers * peaks_size);
     dynamic = scratch.take<float>(tokens * a.d);
-    readings = scratch.take<Reading>(tokens);
+    logit_scales = scratch.take<LogitScale>(tokens);
     if (a.screen.rows) {
       outliers = scratch.take<Outliers>(tokens);
       shifted = scratch.take<uint8_t>(tokens * shifted_stride);
@@ -82,7 +82,7 @@ struct Routing {
   INLINE const T* x(int64_t t) const { return (const T*)a.x + t * a.d; }
   INLINE const T* row(int32_t atom) const { return (const T*)a.screen.rows + atom * a.d; }
   INLINE float logit(int64_t t, int32_t atom) const {
-    return b.readings[t - base].rstd * dot(x(t), row(atom), a.d) + a.router_bias[atom];
+    return b.logit_scales[t - base].rstd * dot(x(t), row(atom), a.d) + a.router_bias[atom];
   }
 
   INLINE void select_best(Selection& c, float tau) const {

@@ -44,7 +44,7 @@ struct Chunk {
   int64_t context;  // positions up to the last of them
 };
 
-// What an FFN layer gives besides its output, as in Ffn; addresses.
+// What an FFN layer gives besides its output, as in Ffn and Moe; addresses.
 struct LayerOutputs {
   int64_t grouped, picks, weights, signal;
 };
@@ -137,12 +137,9 @@ class Stack {
       if (c.attended.x) k.norm(c.attended);
       if (c.between.x) k.norm(c.between);
       end_phase(NORMS);
-      if (layer.ffn) {
-        if (s.outputs) c.bind_outputs(s.outputs[i]);
-        launch(k.ffn, c.ffn);
-      } else {
-        launch(k.moe, c.moe);
-      }
+      if (s.outputs) c.bind_outputs(s.outputs[i]);
+      if (layer.ffn) launch(k.ffn, c.ffn);
+      else launch(k.moe, c.moe);
       end_phase(FFN);
       if (!c.exit.x) continue;
       k.norm(c.exit);
@@ -224,6 +221,7 @@ class Stack {
     void bind_outputs(const LayerOutputs& outputs) {
       ffn.grouped = (int)outputs.grouped, ffn.picks = (int32_t*)outputs.picks;
       ffn.weights = (float*)outputs.weights, ffn.signal = (float*)outputs.signal;
+      moe.picks = (int32_t*)outputs.picks, moe.weights = (float*)outputs.weights;
     }
 
     void adapt(const Adapted& adapted) {

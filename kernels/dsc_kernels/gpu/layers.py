@@ -220,12 +220,19 @@ class Moe:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
+        return self.routed(x, residual, adapted=adapted)[0]
+
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what was picked: experts int64 [B, k], the largest weight first, and weights [B, k]."""
         check("x", x, (x.shape[0], self.d), self.dtype)
         weights, experts = self.route(x)
         if self.shared is not None:
             own = self.shared(x, adapted)
             residual = (own if residual is None else own + residual).to(x.dtype)
-        return run_experts(x, weights, experts, self.up, self.gate, self.down, self.activation, residual)
+        out = run_experts(x, weights, experts, self.up, self.gate, self.down, self.activation, residual)
+        return out, experts, weights
 
 
 def padded(matrices: list[Tensor], padding: tuple[int, ...]) -> Tensor:

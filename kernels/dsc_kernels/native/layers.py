@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dsc_kernels.native.adapters import LayerRuns, mlp_shapes
 from dsc_kernels.native.dispatch import screens, threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.screen import LANES, NO_SCREEN, padded_bias, screen
-from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.native.tensors import address, check, check_all, is_bf16
 from dsc_kernels.weights import (
     MAX_PICKS,
     Activation,
@@ -48,13 +48,6 @@ def pack(*weights: Tensor) -> Tensor:
         rows = weight.contiguous()  # under a name: a copy must live until it is packed
         kernels.pack(is_bf16=narrow, w=rows.data_ptr(), n=n, d=d, out=out.data_ptr())
     return packed
-
-
-def check_all(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError unless those tensors that there are have these shapes and, where it matters, this dtype."""
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            check(name, tensor, shape, dtype or tensor.dtype)
 
 
 class Linear:
@@ -117,6 +110,7 @@ class _Layer:
         self.module_shapes: dict[str, tuple[int, int]] = {}  # (out, into) of what adapters may add to
         self._kept: list[Tensor] = []
         self.capsule: object = None
+        self.k = 0  # rows that a token picks; 0: none are
 
     def _keep(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -134,6 +128,14 @@ class _Layer:
             check("residual", residual, (x.shape[0], self.d), self.dtype)
             residual = residual.contiguous()
         return x.contiguous(), residual, torch.empty(x.shape[0], self.d, dtype=self.dtype)
+
+    def check_outputs(self, batch: int, picks: Tensor | None, weights: Tensor | None, signal: Tensor | None) -> None:
+        """Raise ValueError unless there is room for what so many tokens pick: [≥ batch, k], of the signal [≥ batch]."""
+        for name, tensor, dtype in (("picks", picks, torch.int32), ("weights", weights, torch.float32)):
+            if tensor is not None:
+                check(name, tensor, (max(batch, tensor.shape[0]), self.k), dtype, in_place=True)
+        if signal is not None:
+            check("signal", signal, (max(batch, signal.shape[0]),), torch.float32, in_place=True)
 
 
 class Ffn(_Layer):
@@ -284,14 +286,6 @@ class Ffn(_Layer):
                 **runs.arguments,
             )
 
-    def check_outputs(self, batch: int, picks: Tensor | None, weights: Tensor | None, signal: Tensor | None) -> None:
-        """Raise ValueError unless there is room for what so many tokens pick: [≥ batch, k], of the signal [≥ batch]."""
-        for name, tensor, dtype in (("picks", picks, torch.int32), ("weights", weights, torch.float32)):
-            if tensor is not None:
-                check(name, tensor, (max(batch, tensor.shape[0]), self.k), dtype, in_place=True)
-        if signal is not None:
-            check("signal", signal, (max(batch, signal.shape[0]),), torch.float32, in_place=True)
-
 
 class Moe(_Layer):
     """The mixture of experts in one call: routing, grouping by expert, both products and the weighted sum.
@@ -306,6 +300,7 @@ class Moe(_Layer):
         hidden, d = experts[0].up.shape
         super().__init__(d, experts[0].up.dtype)
         count, k = len(experts), options.k
+        self.k = k
         if not 1 <= k <= min(count, MAX_PICKS):
             raise ValueError(f"k is {k}; it must be between 1 and {min(count, MAX_PICKS)}")
         shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"router": (router.weight, (count, d))}
@@ -360,6 +355,27 @@ class Moe(_Layer):
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
         x, residual, out = self._ready(x, residual)
+        self._run(x, residual, out, None, None, adapted)
+        return out
+
+    def routed(
+        self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what was picked: experts int32 [B, k], the largest weight first, and weights [B, k]."""
+        x, residual, out = self._ready(x, residual)
+        picks, weights = torch.empty(x.shape[0], self.k, dtype=torch.int32), torch.empty(x.shape[0], self.k)
+        self._run(x, residual, out, picks, weights, adapted)
+        return out, picks, weights
+
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        picks: Tensor | None,
+        weights: Tensor | None,
+        adapted: Adapted | None,
+    ) -> None:
         runs = LayerRuns(adapted, x.shape[0], self.module_shapes, self.dtype)
         if x.shape[0]:
             kernels.moe(
@@ -369,9 +385,10 @@ class Moe(_Layer):
                 out=out.data_ptr(),
                 batch=x.shape[0],
                 threads=threads(),
+                picks=address(picks),
+                weights=address(weights),
                 **runs.arguments,
             )
-        return out
 
 
 def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:

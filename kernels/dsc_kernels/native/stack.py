@@ -195,8 +195,7 @@ class Stack:
         tables int64 [tables, S, W], and the slots' blocks [tables, T], or of one table [S, W] and [T]; contexts
         int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
         contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
-        kv_caches: one per layer. outputs: one per layer, where all FFN layers are DSC's. runs: of tokens with adapters,
-        in their order.
+        kv_caches and outputs: one per layer. runs: of tokens with adapters, in their order.
         Raises ValueError for what does not fit.
         """
         tokens, sequences = ids.shape[0], contexts.shape[0]
@@ -284,8 +283,10 @@ class Stack:
         if not outputs or same(outputs, [OUTPUT_ONLY] * len(outputs)):
             return bound
         for one, ffn in zip(outputs, self._ffns, strict=True):
-            if not isinstance(ffn, Ffn) or not ffn.atoms:
-                raise ValueError("only DSC layers can be asked for more than their output")
+            if (one.grouped or one.picked) and not ffn.k:
+                raise ValueError("a layer that picks nothing can be asked for its output only")
+            if isinstance(ffn, Moe) and (one.grouped or one.signal is not None):
+                raise ValueError("a mixture of experts has no signal, and no grouped order")
             ffn.check_outputs(tokens, one.picks, one.weights, one.signal)
             bound.extend((int(one.grouped), address(one.picks), address(one.weights), address(one.signal)))
         return bound

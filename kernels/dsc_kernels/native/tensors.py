@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,10 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} is {got}; expected {dtype} {list(shape)} on the CPU")
     if in_place and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")
+
+
+def check_all(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless those tensors that there are have these shapes and, where it matters, this dtype."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            check(name, tensor, shape, dtype or tensor.dtype)

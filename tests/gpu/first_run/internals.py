@@ -19,6 +19,7 @@ from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, tensor_shapes
 from dsc_serve.model.ffn.dsc import PickBuffers
+from dsc_serve.model.ffn.picks import picking_layers
 from dsc_serve.model.initial import preset_config
 from dsc_serve.model.reference import import_reference
 from dsc_serve.sampling_params import EngineCapacity
@@ -173,13 +174,15 @@ def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
 
 
 def capacity(model: Decoder, blocks: int, context: int) -> EngineCapacity:
+    picked, picking = picking_layers(model.config)
     return EngineCapacity(
         vocab_size=model.config.vocab_size,
         max_model_len=context,
         num_blocks=blocks,
         block_size=BLOCK,
-        layers=model.config.num_hidden_layers,
-        atoms_per_token=getattr(model.config.ffn, "atoms_per_token", 0),
+        picks=picked.of,
+        picking=picking,
+        picks_per_token=picked.per_token,
     )
 
 

@@ -30,7 +30,8 @@ class Attention:
         qk_norm: QkNorm | None = None,
         group: int = 0,
     ) -> None:
-        self.group, self.scope = group, Scope(config.window, config.attention_cap)
+        window = config.window if config.window < config.max_position_embeddings else 0  # which no text would feel
+        self.group, self.scope = group, Scope(window, config.attention_cap)
         self.config, self.cos_sin_cache, self.qk_norm = config, cos_sin_cache, qk_norm
         self.qkv, self.out = ops.linear(qkv, qkv_bias), ops.linear(out, out_bias)
         self.scale = config.head_dim**-0.5

@@ -117,6 +117,10 @@ def gguf_config(
     for name, (neutral, supported) in refused.items():
         if name not in family.knows:
             metadata.refuse(metadata.name(name), neutral, supported)
+    if "rope" in family.knows:
+        metadata.refuse(metadata.name("rope.scaling.attn_factor"), 1.0, "1, for this architecture")
+        for name in factors:
+            raise CheckpointError(f"{metadata.file}: tensor {name} does not belong to this architecture")
     embedding = tensors.get(EMBEDDING)
     try:
         bos, eos = start_and_ends(metadata.content.tokenizer, 0 if embedding is None else embedding.shape[0])

@@ -2,7 +2,8 @@
 
 After "Sub-MoE" (merging experts in a subspace): each layer's experts are clustered by the cosine similarity of what
 they make of a calibration text, and a cluster's matrices, stacked, are decomposed together: the common factor stays,
-and each expert's own is averaged by how often the expert is picked.
+and each expert's own is averaged by how often the expert is picked. Ours besides: hidden units are brought into one
+order first, and the second matrix and the router are then fitted to what the members gave of the calibration text.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.settings import TrainError
 
-SAMPLE = 1024  # tokens of the calibration text whose outputs are compared
+SAMPLE = 4096  # tokens of the calibration text whose outputs are compared
 KEPT = 0.999  # of a cluster's squared singular values: what lies below is one expert's noise
+RIDGE = 1e-2  # of the mean of a regression's squares
+DOWN = "down_proj.weight"
 Tensors = dict[str, Tensor]
 
 
@@ -137,44 +140,117 @@ def merged_layer(
     """The clusters of a layer's experts, its tensors with each merged, and with those picked least dropped."""
     c = config.ffn
     assert isinstance(c, MoeConfig)
-    outputs = [expert(config, tensors, e, heard) for e in range(c.num_experts)]
-    shares = picked(config, tensors, heard)
-    clusters = clustered(similarities(outputs), experts)
+    outputs = torch.stack([expert(config, tensors, e, heard) for e in range(c.num_experts)], dim=1)
+    logits, weights = routed(config, tensors, heard)
+    shares = (weights > 0).float().mean(0)
+    clusters = clustered(similarities(list(outputs.unbind(1))), experts)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("experts.", "router."))}
     merged, dropped = dict(kept), dict(kept)
-    parts = ("gate_proj", "up_proj", "down_proj") if config.mlp_gated else ("up_proj", "down_proj")
     for at, members in enumerate(clusters):
-        weight = weights_of(shares[members])
-        for part in parts:
-            stacked = [tensors[f"experts.{e}.{part}.weight"] for e in members]
-            merged[f"experts.{at}.{part}.weight"] = in_subspace(stacked, weight)
+        own = merged_expert(config, tensors, members, weights_of(shares[members]))
+        if len(members) > 1:
+            fit_output(config, own, heard, outputs[:, members], weights[:, members])
+        merged |= {f"experts.{at}.{part}": tensor for part, tensor in own.items()}
     best = sorted(shares.argsort(descending=True, stable=True)[:experts].tolist())
     for at, e in enumerate(best):
-        for part in parts:
-            dropped[f"experts.{at}.{part}.weight"] = tensors[f"experts.{e}.{part}.weight"]
+        dropped |= {f"experts.{at}.{part}": tensor for part, tensor in matrices_of(tensors, e).items()}
     for name in (name for name in ("router.weight", CHOICE_BIAS) if name in tensors):
         rows = tensors[name].float()
-        own = [torch.tensordot(weights_of(shares[members]), rows[members], dims=1) for members in clusters]
-        merged[name] = torch.stack(own).to(tensors[name].dtype)
+        means = [torch.tensordot(weights_of(shares[members]), rows[members], dims=1) for members in clusters]
+        merged[name] = torch.stack(means).to(tensors[name].dtype)
         dropped[name] = tensors[name][best]
+    fit_router(config, tensors, merged, heard, logits, clusters)
     return clusters, merged, dropped
+
+
+def matrices_of(tensors: Tensors, e: int) -> Tensors:
+    """An expert's matrices, by their names below it."""
+    at = f"experts.{e}."
+    return {name.removeprefix(at): tensor for name, tensor in tensors.items() if name.startswith(at)}
+
+
+def inner(config: ModelConfig, own: Tensors, x: Tensor) -> Tensor:
+    """What an expert's second product is of, for inputs x [T, d]."""
+    act, up = reference.ACTIVATIONS[config.hidden_act], x @ own["up_proj.weight"].float().T
+    return act(x @ own["gate_proj.weight"].float().T) * up if config.mlp_gated else act(up)
 
 
 def expert(config: ModelConfig, tensors: Tensors, e: int, x: Tensor) -> Tensor:
     """What an expert makes of inputs x [T, d]."""
-    up, gate, down = (tensors.get(f"experts.{e}.{part}.weight") for part in ("up_proj", "gate_proj", "down_proj"))
-    assert up is not None and down is not None
-    return reference.mlp(x, up.float(), None if gate is None else gate.float(), down.float(), config.hidden_act)
+    own = matrices_of(tensors, e)
+    return inner(config, own, x) @ own["down_proj.weight"].float().T
 
 
-def picked(config: ModelConfig, tensors: Tensors, x: Tensor) -> Tensor:
-    """How often each expert is picked for inputs x [T, d]: float32 [experts], which sum to 1."""
-    c = config.ffn
-    assert isinstance(c, MoeConfig)
+def routed(config: ModelConfig, tensors: Tensors, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The router's logits for inputs x [T, d], and the weights of the experts that are picked, 0 of the others."""
     router, options = router_of(config, tensors, torch.device("cpu"))
     logits = reference.router_logits(x, router.weight, router.bias, router.norm_eps)
-    _, choices = reference.pick_experts(logits, options, router.choice_bias)
-    return torch.bincount(choices.flatten(), minlength=c.num_experts).float() / choices.numel()
+    weights, choices = reference.pick_experts(logits, options, router.choice_bias)
+    return logits, torch.zeros_like(logits).scatter(1, choices, weights)
+
+
+def merged_expert(config: ModelConfig, tensors: Tensors, members: Sequence[int], weight: Tensor) -> Tensors:
+    """A cluster's matrices: hidden units are brought into the order of the member picked most, then merged."""
+    own = [matrices_of(tensors, e) for e in members]
+    first = own[int(weight.argmax())]
+    ordered = [one if one is first else in_order(first, one) for one in own]
+    return {part: in_subspace([one[part] for one in ordered], weight) for part in first}
+
+
+def in_order(first: Tensors, other: Tensors) -> Tensors:
+    """An expert with its hidden units in the order of those of another that are most like them."""
+    directions = [
+        torch.cat([torch.nn.functional.normalize(units(own, part), dim=1) for part in own], dim=1)
+        for own in (first, other)
+    ]
+    similar = directions[0] @ directions[1].T
+    order, taken = [-1] * len(similar), [False] * len(similar)
+    for pair in similar.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(pair, len(similar))
+        if order[row] < 0 and not taken[column]:
+            order[row], taken[column] = column, True
+    return {part: tensor[:, order] if part == DOWN else tensor[order] for part, tensor in other.items()}
+
+
+def units(own: Tensors, part: str) -> Tensor:
+    """A matrix with a row for each hidden unit."""
+    return own[part].float().T if part == DOWN else own[part].float()
+
+
+def fit_output(config: ModelConfig, own: Tensors, x: Tensor, outputs: Tensor, weights: Tensor) -> None:
+    """In place: the second matrix of a merged expert gives what the members gave of x [T, d], outputs [T, members, d],
+    by their weights [T, members]: ridge regression towards what it is."""
+    total = weights.sum(1, keepdim=True)
+    target = torch.einsum("te,ted->td", weights, outputs)  # of the merged expert times the members' weight
+    hidden = inner(config, own, x) * total
+    down = own[DOWN].float()
+    own[DOWN] = (down + ridge(hidden, target - hidden @ down.T).T).to(own[DOWN].dtype)
+
+
+def fit_router(
+    config: ModelConfig, tensors: Tensors, merged: Tensors, x: Tensor, logits: Tensor, clusters: Sequence[list[int]]
+) -> None:
+    """In place: a merged expert's row gives the logarithm of what its members' logits [T, experts] stand for together,
+    or where each is scored by itself the largest of them: ridge regression towards their mean."""
+    if "router_norm.weight" in tensors:
+        norm = tensors["router_norm.weight"].float(), tensors["router_norm.bias"].float()
+        x = torch.nn.functional.layer_norm(x, x.shape[1:], *norm, config.norm_eps)
+    c = config.ffn
+    assert isinstance(c, MoeConfig)
+    alone = c.scoring == "sigmoid"
+    target = torch.stack(
+        [logits[:, members].amax(1) if alone else logits[:, members].logsumexp(1) for members in clusters], dim=1
+    )
+    rows = merged["router.weight"].float()
+    merged["router.weight"] = (rows + ridge(x, target - x @ rows.T).T).to(merged["router.weight"].dtype)
+
+
+def ridge(x: Tensor, y: Tensor) -> Tensor:
+    """The matrix [n, m] whose product with x [T, n] is nearest to y [T, m], held small."""
+    wide = x.double()
+    gram = wide.T @ wide
+    held = RIDGE * gram.diagonal().mean() + 1e-12
+    return torch.linalg.solve(gram + held * torch.eye(len(gram), dtype=gram.dtype), wide.T @ y.double()).float()
 
 
 def similarities(outputs: Sequence[Tensor]) -> Tensor:

@@ -151,4 +151,5 @@ def test_a_latent_key_is_normed_where_it_is_a_value_and_turned_before(dtype: tor
     exact = 1e-6 if dtype == torch.float32 else 1e-2
     assert error(qkv[:, :heads], q) < exact
     assert error(cache.keys[2, :, :tokens].transpose(0, 1), key) < exact
-    assert torch.equal(cache.values[2], cache.keys[2][..., size - value_size :])
+    values = cache.values[2, :, :tokens]
+    assert torch.equal(values, cache.keys[2, :, :tokens, size - value_size :])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from support.families import CASES, family_folder
 from support.family_files import family_file
@@ -157,6 +158,12 @@ FILE_FIELDS: list[tuple[str, Change, str]] = [
         "deepseek2.rope.scaling.type is 'linear'; supported: none, yarn",
     ),
     ("deepseek2", lambda w: w.add_uint32("deepseek2.expert_gating_func", 3), "expert_gating_func is 3; supported: 1"),
+    ("deepseek2", lambda w: w.add_rope_scaling_attn_factors(2.0), "rope.scaling.attn_factor is 2.0; supported: 1, for"),
+    (
+        "gemma2 by head size",
+        lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)),
+        "tensor rope_freqs.weight does not belong to this architecture",
+    ),
     ("deepseek2", lambda w: w.add_q_lora_rank(8), "q_lora_rank is 8; supported: null"),
     ("mixtral", lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count is 4; supported: rotary pos"),
     ("mixtral", lambda w: w.add_expert_used_count(9), "experts_per_token is 9, more than num_experts, 5"),

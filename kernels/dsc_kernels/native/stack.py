@@ -200,7 +200,7 @@ class Stack:
         """
         tokens, sequences = ids.shape[0], contexts.shape[0]
         if tables.dim() == 2:
-            tables, slots = tables[None], slots._replace(blocks=slots.blocks[None])
+            tables, slots = tables[None], Slots(slots[0], slots[1][None], slots[2])
         inputs = ids, *slots, tables, contexts
         if not same(inputs, self._checked):
             self._check_inputs(*inputs)
@@ -266,8 +266,9 @@ class Stack:
         if not same(kv_caches, self._kv_caches):
             kv_heads, size = self._cache_shape
             blocks, _, block, _ = kv_caches[0][0].shape
-            for cache in kv_caches:
-                check("a KV cache", cache.keys, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+            for cache in map(KvCache._make, kv_caches):
+                for part in (cache.keys,) if cache.latent else cache:
+                    check("a KV cache", part, (blocks, kv_heads, block, size), self.dtype, in_place=True)
                 if check_cache(cache, size, self.dtype) != self._value_size:
                     raise ValueError(f"values of {cache.values.shape[-1]} numbers; expected {self._value_size}")
             self._kv_caches = tuple(kv_caches)

@@ -160,11 +160,12 @@ class EngineProcess:
         self._checks: dict[int, Callable[[], None]] = {}
         self._reader = threading.Thread(target=self._receive, name="inbox", daemon=True)
         self._reader.start()
-        if engine.arrivals.adapters is not None:
-            engine.arrivals.adapters.loader.on_done = self._wake
-            engine.arrivals.adapters.survey()
 
     def run(self) -> None:
+        adapters = self.engine.arrivals.adapters
+        if adapters is not None:
+            adapters.loader.on_done = self._wake
+            adapters.survey()
         while True:
             try:
                 message = self._inbox.get(block=not self.engine.has_work)  # nothing to time out: idle until told

@@ -86,7 +86,7 @@ class Replaced:
     def __init__(self, layer: Callable[[Tensor], Tensor]) -> None:
         self._layer = layer
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: None = None) -> Tensor:
         out = self._layer(x)
         return out if residual is None else out + residual
 

@@ -20,7 +20,7 @@ class AdaptSettings(Strict):
     """One run. rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer.
 
     steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
-    peak, after `warmup` steps; it falls to `final` of that by a cosine. clip: of each adapter's gradient. held_out:
+    peak, after `warmup` steps; it falls to `final` of that by a cosine. clip: of each adapter's gradient. held_out: the
     share of every text that is never trained on. log_steps, evaluate_steps: between lines of the log, and looks at
     `evaluate_windows` held-out windows of every text. checkpoint_s: seconds between checkpoints.
     """

@@ -255,8 +255,8 @@ class AdapterTrainer:
                 own.data.copy_(stored)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.tokens = state["step"], state["tokens"]
-        for own in self.tenants:
-            own.sampler.drawn = state["drawn"][own.name]
+        for tenant in self.tenants:
+            tenant.sampler.drawn = state["drawn"][tenant.name]
         self.clock.began, self.clock.reserve = state["began"], state["reserve"]
         self.clock.before, self.clock.longest = state["spent"], state["longest"]
 

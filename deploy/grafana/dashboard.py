@@ -166,7 +166,17 @@ ROWS: dict[str, list[View]] = {
         ),
         View("Generations by adapter", "ops", {"{{adapter}}": total("adapter_generations_total", by="adapter")}),
         View("Adapters", "short", {"{{state}}": f"sum by (state) ({now('adapters')})"}, stacked=True),
-        View("Adapters in memory", "bytes", {"bytes": f"sum ({now('adapter_bytes')})"}),
+        View(
+            "Adapters in memory",
+            "bytes",
+            {"bytes": f"sum ({now('adapter_bytes')})", "budget": f"sum ({now('adapter_budget_bytes')})"},
+        ),
+        View(
+            "Read and dropped",
+            "ops",
+            {what: total(f"adapter_{what}_total") for what in ("loads", "evictions", "errors")},
+        ),
+        View("Distinct adapters of a step", "short", {"mean, in steps with any": mean("step_adapters")}),
     ],
     "DSC": [
         View(

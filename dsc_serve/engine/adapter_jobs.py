@@ -8,13 +8,13 @@ from typing import Protocol
 
 from dsc_kernels import backend
 from dsc_kernels.weights import LowRank, Place
-from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
+from dsc_serve.adapter_choice import FIELD, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
 from dsc_serve.model.adapter import MODULES, Adapter, composed, composition_digest
 from dsc_serve.parameter_errors import ParameterError
 
 
-class Decoder(Protocol):
+class AdaptedDecoder(Protocol):
     """What makes adapters ready for its layers; see `model.decoder`."""
 
     @property
@@ -60,7 +60,7 @@ class AdapterJobs:
     parent: what adapters are told to adapt.
     """
 
-    def __init__(self, folder: AdapterFolder, decoder: Decoder, parent: str) -> None:
+    def __init__(self, folder: AdapterFolder, decoder: AdaptedDecoder, parent: str) -> None:
         self.folder, self.decoder, self.parent = folder, decoder, parent
 
     def load(self, choice: AdapterChoice, name: str, ready: bool) -> Outcome:
@@ -73,6 +73,8 @@ class AdapterJobs:
                 outcome.loaded = self._ready(adapter)
         except ParameterError as error:
             outcome.error = error
+        except Exception as error:  # such as no memory: the next request may have better luck
+            outcome.error = failed(name, error)
         if self.folder.look(name) != outcome.stamp:
             return Outcome(choice)
         return outcome
@@ -87,19 +89,25 @@ class AdapterJobs:
 
     def compose(self, choice: AdapterChoice, weighted: Sequence[tuple[LoadedAdapter, float]]) -> Outcome:
         """Adapters with weights as one."""
-        if choice.form == "sum":
-            parts = [(loaded.weights, weight) for loaded, weight in weighted]
-            digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
-            name, rank = "+".join(choice.names), sum(loaded.rank for loaded, _ in weighted)
-            modules = max(loaded.modules for loaded, _ in weighted)
-            read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
-            summed = self.decoder.summed(parts)
-            return Outcome(choice, loaded=LoadedAdapter(name, digest, "sum", rank, modules, summed, read_bytes))
         try:
-            plain = [(self._unpacked(loaded), weight) for loaded, weight in weighted]
-            return Outcome(choice, loaded=self._ready(composed(plain, choice.form)))
+            make = self._summed if choice.form == "sum" else self._product_of_sums
+            return Outcome(choice, loaded=make("+".join(choice.names), weighted))
         except ParameterError as error:
             return Outcome(choice, error=error)
+        except Exception as error:
+            return Outcome(choice, error=failed("+".join(choice.names), error))
+
+    def _summed(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
+        digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
+        rank, modules = sum(loaded.rank for loaded, _ in weighted), max(loaded.modules for loaded, _ in weighted)
+        read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
+        weights = self.decoder.summed([(loaded.weights, weight) for loaded, weight in weighted])
+        return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes)
+
+    def _product_of_sums(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
+        return self._ready(
+            composed([(self._unpacked(loaded), weight) for loaded, weight in weighted], "product of sums")
+        )
 
     def _unpacked(self, loaded: LoadedAdapter) -> Adapter:
         places = [(layer, module) for layer in range(len(self.decoder.modules)) for module in MODULES]
@@ -117,3 +125,8 @@ class AdapterJobs:
             modules=len(adapter.modules),
             nbytes=adapter.nbytes,
         )
+
+
+def failed(name: str, error: Exception) -> ParameterError:
+    """What to tell of an adapter that is not to blame itself."""
+    return ParameterError(FIELD, f"adapter {name!r} could not be loaded: {type(error).__name__}: {error}")

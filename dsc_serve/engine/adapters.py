@@ -16,8 +16,8 @@ import msgspec
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.engine.adapter_jobs import AdapterJobs, Decoder, Outcome
-from dsc_serve.engine.leases import Entry, Lease, Wanted
+from dsc_serve.engine.adapter_jobs import AdaptedDecoder, AdapterJobs, Outcome
+from dsc_serve.engine.leases import AdapterEntry, AdapterLease, Wanted
 from dsc_serve.engine.loader import Loader
 from dsc_serve.parameter_errors import ParameterError
 
@@ -52,7 +52,7 @@ class Adapters:
     def __init__(
         self,
         folder: AdapterFolder,
-        decoder: Decoder,
+        decoder: AdaptedDecoder,
         budget: int,
         parent: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -62,12 +62,12 @@ class Adapters:
         self.surveys = False
         self.counts = AdapterCounts()
         self.loader: Loader[Outcome] = Loader()
-        self._entries: OrderedDict[AdapterChoice, Entry] = OrderedDict()  # the least recently used first
-        self._retired: list[Entry] = []  # that requests still hold
+        self._entries: OrderedDict[AdapterChoice, AdapterEntry] = OrderedDict()  # the least recently used first
+        self._retired: list[AdapterEntry] = []  # that requests still hold
         self._known: dict[str, Known] = {}
         self._wanted: deque[Wanted] = deque()
-        self._unplaced: tuple[AdapterChoice, Entry] | None = None  # loaded, and there is no room yet
-        self._composing: tuple[Entry, ...] = ()  # parts of the composition that the loader makes
+        self._unplaced: tuple[AdapterChoice, AdapterEntry] | None = None  # loaded, and there is no room yet
+        self._composing: tuple[AdapterEntry, ...] = ()  # parts of the composition that the loader makes
         self._released = False
 
     @property
@@ -178,11 +178,11 @@ class Adapters:
         for choice in (wanted.choice, *parts_of(wanted.choice)):
             if choice in self._entries:
                 self._entries.move_to_end(choice)
-        wanted.lease = Lease(entry, self._release)
+        wanted.lease = AdapterLease(entry, self._release)
         self._unpin(wanted)
         return True
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, entry: AdapterEntry) -> None:
         entry.users -= 1
         self._released = True
         if entry.retired and not entry.users:
@@ -197,7 +197,7 @@ class Adapters:
         else:
             self._drop(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: AdapterEntry) -> None:
         """It is in memory no more: its parts need not be, for its sake."""
         parts, entry.parts = entry.parts, ()
         self._let_go(parts)
@@ -250,8 +250,8 @@ class Adapters:
             self._start_loading(first.choice)
         else:
             self._composing = tuple(first.pins)
-            for part in self._composing:
-                part.users += 1
+            for pin in self._composing:
+                pin.users += 1
             weighted = [(pin.loaded, weight) for pin, (_, weight) in zip(first.pins, first.choice.parts, strict=True)]
             self.loader.start(lambda: self.jobs.compose(first.choice, weighted))
         return True
@@ -282,9 +282,7 @@ class Adapters:
             return  # whoever waits for it begins anew
         if outcome.error is not None:
             self.counts.errors += 1
-            for wanted in self._wanted:
-                if wanted.choice == outcome.choice:
-                    wanted.error = outcome.error
+            self._refuse(outcome.choice, outcome.error)
         if outcome.loaded is None:
             self._let_go(parts)
             return
@@ -292,13 +290,17 @@ class Adapters:
         if outcome.loaded.nbytes > self.budget:
             self._let_go(parts)
             told = f"it takes {outcome.loaded.nbytes} bytes; adapter_bytes, for all together, is {self.budget}"
-            for wanted in self._wanted:
-                if outcome.choice in (wanted.choice, *parts_of(wanted.choice)):
-                    wanted.error = BrokenAdapterError(outcome.loaded.name, told)
+            self._refuse(outcome.choice, BrokenAdapterError(outcome.loaded.name, told))
             return
-        self._unplaced = outcome.choice, Entry(outcome.loaded, parts)
+        self._unplaced = outcome.choice, AdapterEntry(outcome.loaded, parts)
 
-    def _is_current(self, outcome: Outcome, parts: Sequence[Entry]) -> bool:
+    def _refuse(self, choice: AdapterChoice, error: ParameterError) -> None:
+        """Tell all who wait for an adapter, or for a composition with it."""
+        for wanted in self._wanted:
+            if choice in (wanted.choice, *parts_of(wanted.choice)):
+                wanted.error = error
+
+    def _is_current(self, outcome: Outcome, parts: Sequence[AdapterEntry]) -> bool:
         """Whether no files that it was made of have changed since; and takes in what has been learned of them."""
         if not outcome.choice.single:
             return not any(part.retired for part in parts)
@@ -312,7 +314,7 @@ class Adapters:
             known.error = outcome.error.reason
         return True
 
-    def _let_go(self, parts: Sequence[Entry]) -> None:
+    def _let_go(self, parts: Sequence[AdapterEntry]) -> None:
         for part in parts:
             self._release(part)
 

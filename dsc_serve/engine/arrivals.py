@@ -11,7 +11,7 @@ from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.adapter_folder import AdapterFolder
 from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
-from dsc_serve.engine.leases import Lease, Wanted
+from dsc_serve.engine.leases import AdapterLease, Wanted
 from dsc_serve.engine.request import Request
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.peft import read_adapter
@@ -171,7 +171,7 @@ def count_adapters(report: AdapterReport, work: Sequence[tuple[Request, int]], k
     report.count_step(tokens, [adapter.read_bytes for adapter in used], known)
 
 
-def hold(lease: Lease, members: list[Request]) -> None:
+def hold(lease: AdapterLease, members: list[Request]) -> None:
     """Give the choices of one prompt a lease each, of which this is the first."""
     first, *others = members
     first.hold(lease)

@@ -11,11 +11,11 @@ from dsc_serve.parameter_errors import ParameterError
 
 
 @dataclass(eq=False)
-class Entry:
+class AdapterEntry:
     """An adapter in memory. users: leases on it, compositions in memory that read it, and who is loading one."""
 
     loaded: LoadedAdapter
-    parts: tuple[Entry, ...] = ()  # of a composition
+    parts: tuple[AdapterEntry, ...] = ()  # of a composition
     users: int = 0
     retired: bool = False  # nobody new gets it
 
@@ -24,19 +24,19 @@ class Entry:
         return self.loaded.nbytes
 
 
-class Lease:
+class AdapterLease:
     """A request's hold on an adapter, until it is released."""
 
-    def __init__(self, entry: Entry, released: Callable[[Entry], None]) -> None:
+    def __init__(self, entry: AdapterEntry, released: Callable[[AdapterEntry], None]) -> None:
         self.adapter = entry.loaded
-        self._entry: Entry | None = entry
+        self._entry: AdapterEntry | None = entry
         self._released = released
         entry.users += 1
 
-    def shared(self) -> Lease:
+    def shared(self) -> AdapterLease:
         """One more."""
         assert self._entry is not None, "a lease that has ended"
-        return Lease(self._entry, self._released)
+        return AdapterLease(self._entry, self._released)
 
     def release(self) -> None:
         """Safe to call twice."""
@@ -51,10 +51,10 @@ class Wanted:
 
     choice: AdapterChoice
     since: float
-    lease: Lease | None = None
+    lease: AdapterLease | None = None
     error: ParameterError | None = None
     cancelled: bool = False
-    pins: list[Entry] = field(default_factory=list)  # parts of a composition, which must stay until it is made
+    pins: list[AdapterEntry] = field(default_factory=list)  # parts of a composition, which must stay until it is made
 
     @property
     def settled(self) -> bool:

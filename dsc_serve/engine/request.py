@@ -13,7 +13,7 @@ from torch import Tensor
 from dsc_kernels.sketch import Signature
 from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.drafts.drafting import Drafting
-from dsc_serve.engine.leases import Lease
+from dsc_serve.engine.leases import AdapterLease
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.token_counts import TokenCounts
 from dsc_serve.grammars.constraint import Constraint
@@ -47,7 +47,7 @@ class Request:
     collect: Collect | None = None
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     pooler: Pooler | None = None  # where it asks for its prompt's vector
-    lease: Lease | None = None  # on its adapter, until it ends
+    lease: AdapterLease | None = None  # on its adapter, until it ends
     adapter: LoadedAdapter | None = None  # that it is computed with; None: the model as it is
     seed: int = 0
     num_computed: int = 0  # tokens that the KV cache holds
@@ -160,7 +160,7 @@ class Request:
         if self.drafting is not None:
             self.drafting.close()
 
-    def hold(self, lease: Lease) -> None:
+    def hold(self, lease: AdapterLease) -> None:
         """Be computed with an adapter."""
         self.lease, self.adapter = lease, lease.adapter
 

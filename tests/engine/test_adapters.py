@@ -176,6 +176,22 @@ def test_whatever_a_reader_raises_is_the_adapters_fault(made: Made) -> None:
     assert "ZeroDivisionError: a bug" in str(made.get(A).error)
 
 
+@pytest.mark.parametrize("choice", [A, BOTH, AdapterChoice(BOTH.parts, "product of sums")])
+def test_an_accident_is_told_and_the_next_may_have_better_luck(
+    made: Made, choice: AdapterChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*parts: object) -> object:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.decoder, "adapter", fails)
+        patch.setattr(made.decoder, "summed", fails)
+        error = made.get(choice).error
+        assert error is not None and "could not be loaded: MemoryError: no room" in str(error)
+    made.adapters.budget = 1000
+    assert made.get(choice).lease is not None
+
+
 def test_changed_content_is_another_adapter_and_the_old_one_stays_with_who_holds_it(made: Made) -> None:
     old = made.get(A)
     made.put(a="11")

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsc_serve.adapter_choice import AdapterInfo
-from dsc_serve.server.metrics.families import Families, Labels, counters, gauge, gauges
+from dsc_serve.engine.adapter_report import AdapterReport
+from dsc_serve.server.metrics.families import Families, Labels, counter, counters, gauge, gauges, histogram
 
 MOST_ADAPTERS = 256  # with series of their own
 BASE, OTHER = "(base)", "(other)"
@@ -26,6 +27,18 @@ class AdapterUse:
         self.tokens += tokens
 
 
+def store_families(report: AdapterReport) -> Families:
+    """What the engine tells of its adapters."""
+    yield gauge("adapter_bytes", "Bytes of the adapters in memory.", report.nbytes)
+    yield gauge("adapter_budget_bytes", "Bytes that they may take (adapter_bytes of the settings).", report.budget)
+    yield gauge("adapter_requests_waiting", "Requests whose adapter is being read, or has no room.", report.waiting)
+    yield counter("adapter_loads", "Adapters read into memory.", report.loads)
+    yield counter("adapter_evictions", "Adapters that went from memory to make room.", report.evictions)
+    yield counter("adapter_errors", "Adapters that were found not to be usable.", report.errors)
+    yield counter("adapter_read_bytes", "Bytes of the distinct adapters of each step, summed.", report.read_bytes)
+    yield histogram("step_adapters", "Distinct adapters in a step that has any.", report.distinct)
+
+
 def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterUse]) -> Families:
     broken = sum(bool(info.error) for info in known)
     loaded = sum(info.loaded for info in known)
@@ -35,7 +48,6 @@ def adapter_families(known: Sequence[AdapterInfo], counts: Mapping[str, AdapterU
         ("broken",): broken,
     }
     yield gauges("adapters", "Adapters in the folder, by their state.", ("state",), states)
-    yield gauge("adapter_bytes", "Bytes of the adapters in memory.", sum(info.nbytes for info in known if info.loaded))
     label = ("adapter",)
     yield counters(
         "adapter_generations",

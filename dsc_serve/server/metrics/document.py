@@ -9,6 +9,7 @@ import msgspec
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.drafts.report import DraftReport
@@ -22,7 +23,7 @@ from dsc_serve.worker.messages import ModelInfo, Stats
 
 SECTIONS = {  # by what their names begin with; the first that fits
     "DSC": ("routing_", "bank_"),
-    "Adapters": ("adapter",),
+    "Adapters": ("adapter", "step_adapters"),
     "The engine": ("engine_", "step_", "kv_", "prefix_", "preemptions", "invariant_", "draft_"),
     "Requests and the HTTP edge": ("",),
 }
@@ -56,12 +57,8 @@ class NewEngine:
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:
         routing = RoutingReport(0, 0, 0, 0, [LayerRouting(0, 0)])
-        return Stats(
-            **NOTHING,
-            held_back=dict.fromkeys(HELD_BACK, 0),
-            routing=routing,
-            drafts=DraftReport.of((*SOURCES, COMPANION)),
-        )
+        held_back, drafts = dict.fromkeys(HELD_BACK, 0), DraftReport.of((*SOURCES, COMPANION))
+        return Stats(**NOTHING, held_back=held_back, routing=routing, drafts=drafts, adapters=AdapterReport())
 
 
 def families() -> list[Metric]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from dsc_serve import __version__
+from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.drafts.report import DraftReport
+from dsc_serve.server.metrics.adapters import store_families
 from dsc_serve.server.metrics.families import Families, Labels, counter, counters, gauge, gauges, histogram
 from dsc_serve.server.metrics.routing import routing_families
 from dsc_serve.worker.messages import ModelInfo, Stats
@@ -84,6 +86,7 @@ def engine_families(stats: Stats) -> Families:
     yield gauges(
         "bank_resident_bytes", "Bytes of atoms on the device.", ("device",), {(stats.device,): stats.bank_bytes}
     )
+    yield from store_families(stats.adapters or AdapterReport())
     if stats.routing is not None:
         yield from routing_families(stats.routing)
 

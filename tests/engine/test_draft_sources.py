@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftSource
+from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftSource, DraftTokens
 from dsc_serve.engine.drafts.ngram import CATCH_UP, REACH, NgramSource
 from dsc_serve.engine.drafts.prediction import PredictionSource
 
@@ -120,6 +121,51 @@ def test_nothing_is_drafted_beyond_a_predictions_end() -> None:
     assert list(source.draft([9, 1, 2, 3, 4, 5], 5)[0]) == []
 
 
+class Always(DraftSource):
+    """Drafts one token again and again; tells what it was asked after."""
+
+    def __init__(self, token: int, most: int = 99) -> None:
+        self.token, self.most, self.asked = token, most, list[list[int]]()
+
+    def draft(self, tokens: Sequence[int], most: int) -> tuple[list[int], int]:
+        self.asked.append(list(tokens))
+        return [self.token] * min(most, self.most), 0
+
+
+def test_others_go_on_behind_what_must_follow() -> None:
+    forced, guess = Always(1, most=2), Always(2)
+    chances = {("forced", 0): 0.9, ("guess", 0): 0.6}
+    drafting = Drafting({"forced": forced, "guess": guess}, 5, chances, certain=["forced"])
+    found = drafting.draft([7], 5)
+    assert found is not None
+    drafted, each = found
+    assert (list(drafted.tokens), list(each)) == ([1, 1, 2, 2, 2], [0.9, 0.9, 0.6, 0.6, 0.6])
+    assert guess.asked == [[7, 1, 1]]
+    assert (drafted.source, drafted.leader, drafted.led) == ("guess", "forced", 2)
+    alone = drafting.draft([7], 5, guess=False)
+    assert alone is not None
+    assert (list(alone[0].tokens), alone[0].led) == ([1, 1], 2)
+    forced.most = 0
+    assert drafting.draft([7], 5, guess=False) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "computed", "shares"),
+    [
+        (5, 5, [("a", 2, 2), ("b", 3, 3)]),
+        (3, 5, [("a", 2, 2), ("b", 1, 3)]),
+        (1, 5, [("a", 1, 2), ("b", 0, 3)]),
+        (2, 2, [("a", 2, 2)]),
+        (0, 1, [("a", 0, 1)]),
+    ],
+)
+def test_each_source_answers_for_its_own_drafts(right: int, computed: int, shares: list[tuple[str, int, int]]) -> None:
+    drafted = DraftTokens("b", [1, 1, 2, 2, 2], 1, "a", 2)
+    found = drafted.shares(right, computed)
+    assert [(source, own, tried) for (source, _), own, tried in found] == shares
+    assert sum(own for _, own, _ in found) == right and sum(tried for _, _, tried in found) == computed
+
+
 def test_acceptance_forgets() -> None:
     acceptance = Acceptance(0.5)
     assert acceptance.chance == 0.5
@@ -132,13 +178,6 @@ def test_acceptance_forgets() -> None:
 
 
 def test_the_surest_source_drafts() -> None:
-    class Always(DraftSource):
-        def __init__(self, token: int) -> None:
-            self.token = token
-
-        def draft(self, tokens: object, most: int) -> tuple[list[int], int]:
-            return [self.token] * most, 0
-
     drafting = Drafting({"a": Always(1), "b": Always(2)}, 3, {("a", 0): 0.5, ("b", 0): 0.6})
     best = drafting.draft([0], 3)
     assert best is not None

@@ -10,12 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from property.test_drafts_change_nothing import CONTEXT, SHARED, Answer, answers
+from property.test_drafts_of_a_model import SmallerRunner
 from support.drafts import all_there_are, any_width, draft_from, guess
 from support.fake_runner import VOCABULARY, FakeRunner, fake_engine
 from support.small_grammars import SHAPES, small_grammars
 
 from dsc_serve.bench.step.known_drafts import known_kinds
 from dsc_serve.engine.drafts import SOURCES
+from dsc_serve.engine.drafts.drafting import COMPANION
+from dsc_serve.engine.drafts.model import DraftModel
 from dsc_serve.engine.engine import Engine
 from dsc_serve.grammars.follower import Grammars
 from dsc_serve.sampling_params import SamplingParams
@@ -73,7 +76,7 @@ REQUESTS = st.lists(
     blocks=st.integers(14, 30),
     between=st.integers(0, 3),
     most=st.integers(1, 7),
-    source=st.sampled_from(["right", "some right", "none right", "real"]),
+    source=st.sampled_from(["right", "some right", "none right", "real", "a model's"]),
     forward_s=st.sampled_from([0.0, 0.0002, 0.02]),
     seed=st.integers(0, 99),
 )
@@ -99,6 +102,9 @@ def test_drafts_change_nothing_where_a_grammar_is_followed(
     runner.forward_s = forward_s
     if source == "real":
         draft_from(tight, most, SOURCES)
+    elif source == "a model's":
+        smaller = DraftModel(SmallerRunner(12, 4, 0.8, seed), 12, 4, 16, CONTEXT)
+        draft_from(tight, most, {**SOURCES, COMPANION: smaller.kind()}, any_width(seed))
     else:
         guess(tight, most, {"right": 1.0, "some right": 0.6, "none right": 0.0}[source], seed, known=True)
     assert finished(answers(tight, predicted, between)) == finished(alone)

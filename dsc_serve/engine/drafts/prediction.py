@@ -27,7 +27,7 @@ class PredictionSource(DraftSource):
     def draft(self, tokens: Sequence[int], most: int) -> tuple[Sequence[int], int]:
         for i in range(self._next, len(tokens)):
             self._read(tokens, i)
-        self._next = len(tokens)
+        self._next = max(self._next, len(tokens))  # a grammar's tokens, which must follow, are read beforehand
         return self._predicted[self._place : self._place + most], int(self._run >= SURE or self._anchor == 0)
 
     def _read(self, tokens: Sequence[int], at: int) -> None:

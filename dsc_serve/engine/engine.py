@@ -46,6 +46,7 @@ from dsc_serve.sampling_params import (
 )
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.weight_forms import KeepError
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +325,12 @@ def prepare_model(config: EngineConfig) -> Decoder:
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
-    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device, config.context)
+    try:
+        model = load_model(
+            resolve_model(config.model), DTYPES[config.dtype], device, config.context, config.weights, config.keep
+        )
+    except KeepError as error:
+        raise ConfigError(str(error)) from None
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import KvCache, QkNorm
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
@@ -22,8 +23,8 @@ class Attention:
         self,
         config: ModelConfig,
         cos_sin_cache: Tensor | None,
-        qkv: Tensor,
-        out: Tensor,
+        qkv: Weight,
+        out: Weight,
         qkv_bias: Tensor | None,
         out_bias: Tensor | None,
         qk_norm: QkNorm | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from dsc_serve.files import refuse_pointer
 from dsc_serve.model.rope import DynamicRope, LongRope, RopeScaling
 from dsc_serve.model.schema import Layers, Parts, Size, Strict
 
-FORMAT = 2  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
+FORMAT = 3  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
 SINCE_FORMAT_2 = ("norms", "qk_norm", "rotation", "rotary_dim", "layer_kinds", "layer_pattern")
 
 IGNORED = {
@@ -132,13 +133,31 @@ class LayerKind(Strict):
     rotation: bool | None = None
 
 
+class QuantisedTensors(Strict):
+    """Tensors that are stored in groups of `group` numbers along their last dimension, of `bits` each.
+
+    Instead of NAME a checkpoint then has NAME.values, NAME.scales, with `minimum` NAME.minimums and, with a rank,
+    NAME.left and NAME.right; see `model/quantised_tensor.py`.
+    """
+
+    bits: Literal[4, 8]
+    group: Literal[16, 32]
+    minimum: bool
+    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    tensors: Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("values", "scales", *(("minimums",) * self.minimum), *(("left", "right") if self.rank else ()))
+
+
 class ModelConfig(Strict):
     """One decoder: layers of attention and an FFN of the configured kind.
 
     attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
     rotation: whether rotary positions turn queries and keys, and rotary_dim how many numbers of each head, None: all.
     layer_kinds: what differs from layer to layer; layer_pattern: the kind of each layer, by its place in that list,
-    repeated over the layers. Without kinds all layers are alike.
+    repeated over the layers. Without kinds all layers are alike. quantised: which tensors are stored in fewer bits.
     """
 
     model_type: Literal["dsc"] = "dsc"
@@ -168,6 +187,15 @@ class ModelConfig(Strict):
     ffn: FfnConfig
     layer_kinds: list[LayerKind] = Field(default_factory=list)
     layer_pattern: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    quantised: list[QuantisedTensors] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _quantised_once(self) -> ModelConfig:
+        names = Counter(name for form in self.quantised for name in form.tensors)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ValueError(f"quantised names tensor {twice[0]} twice")
+        return self
 
     @model_validator(mode="after")
     def _kinds(self) -> ModelConfig:
@@ -351,6 +379,8 @@ def generation_eos(path: Path) -> list[int] | None:
 def stored_fields(config: ModelConfig) -> dict[str, Any]:
     """A configuration as it is written, with the lowest format number that holds it: older versions read lower ones."""
     content = config.model_dump(exclude_none=True)
+    if not config.quantised:
+        del content["quantised"]
     for name in SINCE_FORMAT_2:
         if content.get(name) == ModelConfig.model_fields[name].get_default(call_default_factory=True):
             content.pop(name, None)
@@ -360,7 +390,7 @@ def stored_fields(config: ModelConfig) -> dict[str, Any]:
         or isinstance(config.rope_scaling, LongRope)
         or (isinstance(config.ffn, MoeConfig) and config.ffn.shared_expert is not None)
     )
-    return {"format": 2 if newer else 1, **content}
+    return {"format": 3 if config.quantised else 2 if newer else 1, **content}
 
 
 def save_config(config: ModelConfig, folder: Path, dtype: str) -> None:

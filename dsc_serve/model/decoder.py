@@ -10,13 +10,17 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights, QkNorm
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn, Picks
+from dsc_serve.model.placement import Placement
+from dsc_serve.model.quantised_tensor import joined
 from dsc_serve.model.rope import RopeTable
+from dsc_serve.weight_forms import AS_STORED, Forms
 
 Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
 # By `norms` of a layer the names of attention's norm and the FFN's, which may be one.
@@ -149,47 +153,35 @@ class Decoder:
     """A decoder whose weights lie ready on one device, in the dtype it computes in.
 
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
+    forms: of the weights by parts of the model. held: the bytes of weights by their form.
     """
 
     def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        forms: Forms = AS_STORED,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        place = Placement(dtype, device, forms)
+        self.held = place.held
 
-        def put(name: str) -> Tensor:
-            return tensors[name].to(device=device, dtype=dtype)
-
-        def norm(name: str) -> Norm:
-            return Norm(config, put(f"{name}.weight"), put(f"{name}.bias") if config.norm_type == "layernorm" else None)
-
-        self.embedding = put("model.embed_tokens.weight")
+        embedding = place.weight("embedding", tensors["model.embed_tokens.weight"])
         learned = config.position_embedding_type == "learned"
-        self.positions = put("model.embed_positions.weight") if learned else None
-        c = config
-        self.rope = (
-            None if learned else RopeTable(c.turned, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
-        )
-        self.layers = []
-        for i, kind in enumerate(config.layers):
-            layer = f"model.layers.{i}"
-            cos_sin_cache = self.rope.table if self.rope is not None and kind.rotation else None
-            attention = Attention(kind, cos_sin_cache, *attention_weights(kind, f"{layer}.self_attn.", put))
-            prefix = f"{layer}.mlp."
-            own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-            try:
-                ffn = KINDS[kind.ffn.kind](kind, own, dtype, device)
-            except CheckpointError as error:
-                raise CheckpointError(f"{prefix}{error}") from None
-            norms = {name: norm(f"{layer}.{name}") for name in dict.fromkeys(NORM_NAMES[kind.norms])}
-            first, second = (norms[name] for name in NORM_NAMES[kind.norms])
-            self.layers.append(TransformerLayer(first, attention, second, ffn))
-        self.stack = ops.stack(
-            self.embedding,
-            self.positions,
-            [layer.described() for layer in self.layers],
-        )
-        self.norm = norm("model.norm")
-        self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
+        self.positions = place.tensor(tensors["model.embed_positions.weight"]) if learned else None
+        self.rope = rotary_table(config, device)
+        self.layers = [
+            transformer_layer(kind, f"model.layers.{i}", tensors, place, self.rope)
+            for i, kind in enumerate(config.layers)
+        ]
+        self.stack = ops.stack(embedding, self.positions, [layer.described() for layer in self.layers])
+        # A stack owns what it looks words up in; floating point stays, for those who compute layer by layer.
+        self.embedding = embedding if self.stack is None or isinstance(embedding, Tensor) else None
+        self.norm = placed_norm(config, "model.norm", tensors, place)
+        tied = config.tie_word_embeddings
+        self.head = ops.head(embedding if tied else place.weight("head", tensors["lm_head.weight"]))
 
     def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
         """One per layer, of so many blocks, all zero."""
@@ -209,7 +201,8 @@ class Decoder:
             self.rope.reach(batch.longest)
         if self.stack is not None:
             return self._stacked(self.stack, batch, kv_caches, picks)
-        x = F.embedding(batch.token_ids, self.embedding)
+        assert self.embedding is not None
+        x = ops.embed(self.embedding, batch.token_ids)
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
@@ -240,20 +233,54 @@ class Decoder:
         return self.head.argmax(self.norm(hidden))
 
 
+def rotary_table(config: ModelConfig, device: torch.device) -> RopeTable | None:
+    """The angles of all positions, None where positions are learned."""
+    c = config
+    if c.position_embedding_type == "learned":
+        return None
+    return RopeTable(c.turned, c.max_position_embeddings, c.rope_theta, c.rope_scaling, device)
+
+
+def placed_norm(config: ModelConfig, name: str, tensors: Mapping[str, Weight], place: Placement) -> Norm:
+    bias = place.tensor(tensors[f"{name}.bias"]) if config.norm_type == "layernorm" else None
+    return Norm(config, place.tensor(tensors[f"{name}.weight"]), bias)
+
+
+def transformer_layer(
+    kind: ModelConfig, name: str, tensors: Mapping[str, Weight], place: Placement, rope: RopeTable | None
+) -> TransformerLayer:
+    """The layer of the tensors below a name, which is of this kind. Raises CheckpointError."""
+    cos_sin_cache = rope.table if rope is not None and kind.rotation else None
+    attention = Attention(kind, cos_sin_cache, *attention_weights(kind, f"{name}.self_attn.", tensors, place))
+    prefix = f"{name}.mlp."
+    own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+    try:
+        ffn = KINDS[kind.ffn.kind](kind, own, place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{prefix}{error}") from None
+    places = NORM_NAMES[kind.norms]
+    norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys(places)}
+    first, second = (norms[norm] for norm in places)
+    return TransformerLayer(first, attention, second, ffn)
+
+
 def attention_weights(
-    config: ModelConfig, prefix: str, put: Callable[[str], Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, QkNorm | None]:
+    config: ModelConfig, prefix: str, tensors: Mapping[str, Weight], place: Placement
+) -> tuple[Weight, Weight, Tensor | None, Tensor | None, QkNorm | None]:
     """What `Attention` consists of, in its order, from the tensors below a prefix."""
 
-    def joined(part: str) -> Tensor:
-        return torch.cat([put(f"{prefix}{p}_proj.{part}") for p in "qkv"])
+    def put(name: str) -> Tensor:
+        return place.tensor(tensors[f"{prefix}{name}"])
 
-    qkv_bias = joined("bias") if config.attention_bias else None
-    out_bias = put(f"{prefix}o_proj.bias") if config.attention_output_bias else None
+    def weight(name: str) -> Weight:
+        return place.weight("attention", tensors[f"{prefix}{name}_proj.weight"])
+
+    qkv_bias = torch.cat([put(f"{p}_proj.bias") for p in "qkv"]) if config.attention_bias else None
+    out_bias = put("o_proj.bias") if config.attention_output_bias else None
     qk_norm = None
     if config.qk_norm != "none":
-        qk_norm = QkNorm(put(f"{prefix}q_norm.weight"), put(f"{prefix}k_norm.weight"), config.norm_eps)
-    return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias, qk_norm
+        qk_norm = QkNorm(put("q_norm.weight"), put("k_norm.weight"), config.norm_eps)
+    return joined([weight(p) for p in "qkv"], place.dtype), weight("o"), qkv_bias, out_bias, qk_norm
 
 
 def dsc_layers(model: Decoder) -> list[DscFfn]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, reference
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.quantised import QuantisedWeight
 from dsc_kernels.weights import (
     Activation,
     AtomBank,
@@ -83,7 +84,17 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     wide = x.float()
+    if isinstance(weight, QuantisedWeight):
+        return F.linear(wide, weight.whole())
     return torch.cat([F.linear(wide, rows.float()) for rows in torch.split(weight, WIDE_ROWS)], dim=1)
+
+
+def product(x, w, bias=None):
+    return F.linear(x, w.whole(x.dtype) if isinstance(w, QuantisedWeight) else w, bias)
+
+
+def embed(w, ids):
+    return w.rows(ids.flatten()).whole(w.dtype) if isinstance(w, QuantisedWeight) else F.embedding(ids, w)
 
 
 class Linear:
@@ -107,7 +118,7 @@ class Linear:
             y = wide_product(x, self.weight)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = product(x, self.weight, self.bias)
         y = ACTIVATIONS[activation](y)
         if residual is not None:
             y = y + residual
@@ -129,9 +140,9 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        up = F.linear(x, w.up, w.up_bias)
-        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate, w.gate_bias)) * up
-        return F.linear(hidden, w.down, w.down_bias)
+        up = product(x, w.up, w.up_bias)
+        hidden = self.activation(up) if w.gate is None else self.activation(product(x, w.gate, w.gate_bias)) * up
+        return product(hidden, w.down, w.down_bias)
 
 
 class Ffn:
@@ -147,6 +158,8 @@ class Ffn:
     ) -> None:
         if (router is None) != (bank is None):
             raise ValueError(UNROUTED)
+        if bank is not None and isinstance(bank.u, QuantisedWeight):
+            bank = AtomBank(bank.u.whole(), bank.v.whole(), bank.gamma)
         self.static, self.options = Mlp(mlp, options.activation), options
         self.router = None if router is None else wide_router(router)
         self.bank = None if bank is None else AtomBank(bank.u, bank.v, bank.gamma.float())
@@ -199,7 +212,7 @@ class Ffn:
 
 def wide_router(router: Router) -> Router:
     """The same in float32."""
-    return Router(router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
+    return Router(router.weight.whole() if isinstance(router.weight, QuantisedWeight) else router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
 
 
 class Shared:

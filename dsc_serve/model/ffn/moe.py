@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from dsc_kernels import ops, reference
-from dsc_kernels.weights import MoeOptions, Router, SharedExpert
+from dsc_kernels import ops
+from dsc_kernels.quantised import Weight
+from dsc_kernels.weights import MoeOptions, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
-from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.mlp import expert_weights, mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.router import folded_router
+from dsc_serve.model.placement import Placement
 
 SHARED_GATE = "shared_expert_gate.weight"
 
@@ -21,39 +23,23 @@ class MoeFfn:
     A shared expert is computed in the same call.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
-        router, bias = tensors["router.weight"].double(), None
-        if c.router_norm:
-            norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
-            router, bias = reference.fold_router_norm(router, None, norm_weight, norm_bias)
-        prefixes = [f"experts.{e}." for e in range(c.num_experts)]
         self.layer = ops.moe(
-            Router(
-                router.float().to(device),
-                None if bias is None else bias.float().to(device),
-                config.norm_eps if c.router_norm else None,
-            ),
-            [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes],
+            folded_router(tensors, place, False, config.norm_eps if c.router_norm else None),
+            expert_weights(config, tensors, place, c.num_experts),
             MoeOptions(activation=config.hidden_act, k=c.experts_per_token, normalize=c.normalize_weights),
-            self._shared(config, c, tensors, dtype, device),
+            self._shared(config, c, tensors, place),
         )
 
     def _shared(
-        self,
-        config: ModelConfig,
-        c: MoeConfig,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: ModelConfig, c: MoeConfig, tensors: Mapping[str, Weight], place: Placement
     ) -> SharedExpert | None:
         if c.shared_expert is None:
             return None
-        gate = tensors[SHARED_GATE].flatten().to(device=device, dtype=dtype) if c.shared_expert.gated else None
-        return SharedExpert(mlp_weights(config, tensors, dtype, device, "shared_expert."), gate)
+        gate = place.tensor(tensors[SHARED_GATE]).flatten() if c.shared_expert.gated else None
+        return SharedExpert(mlp_weights(config, tensors, place, "shared_expert."), gate)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.layer(x, residual)

@@ -61,6 +61,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             "embedding, head, attention, mlp, experts, router, bank."
         ),
     ] = ""
+    kv_dtype: Annotated[
+        Literal["auto", "int8"],
+        Meta(description="Hold keys and values so; auto: in dtype; int8: each token's of a head with a scale (on CPUs)."),
+    ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Compute threads; 0: all cores.")] = 0
     max_running: Annotated[int, Meta(ge=1, le=2**14, description="Most requests in one step.")] = 64

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsc_kernels import native, ops
+from dsc_kernels import native, ops, plain
 from dsc_kernels.plan import Planner
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.constraints import End, Followers
@@ -51,6 +51,7 @@ from dsc_serve.weight_forms import KeepError
 log = logging.getLogger(__name__)
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
+INT8_KV = (native.name, plain.name)
 KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
 
@@ -112,7 +113,8 @@ class Engine:
             hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
-        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
+        int8_kv = config.kv_dtype == "int8"
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture, int8_kv)
         tokenizer = Tokenizer.load(resolve_model(config.model))
         engine = cls(config, capacity, runner, model.config.eos_token_ids, strict, tokenizer, runner.routing)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
@@ -323,6 +325,9 @@ def prepare_model(config: EngineConfig) -> Decoder:
         if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
+    if config.kv_dtype == "int8" and ops.backend(torch.float32, device).name not in INT8_KV:
+        what = "kv_dtype is 'int8', which native kernels and plain torch serve"
+        raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto")
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
     try:
@@ -340,7 +345,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
 def default_kv_tokens(model: Decoder, config: EngineConfig) -> int:
     """Tokens for `max_running` full contexts, but at most KV_SHARE of free memory and at least one context."""
     c = model.config
-    per_token = 2 * c.num_hidden_layers * c.kv_size * torch.empty(0, dtype=model.dtype).element_size()
+    per_token = model.kv_bytes(config.kv_dtype == "int8")
     torch.cuda.empty_cache()  # else what loading left there would count as used
     free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
     context, fitting = c.max_position_embeddings, int(KV_SHARE[config.device] * free) // per_token

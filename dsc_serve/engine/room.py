@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dsc_kernels.weights import SCALE_BYTES
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.kv_cache import blocks_for
 from dsc_serve.machine import available_memory
@@ -38,7 +39,8 @@ def check_room(folder: Path, config: EngineConfig) -> None:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"
         raise ConfigError(f"{folder}: {what} are needed; {size(free)} of memory are free")
     blocks = blocks_for(config.kv_tokens or model.max_position_embeddings, config.block_size)
-    pool = 2 * blocks * config.block_size * model.num_hidden_layers * model.kv_size * KV_BYTES
+    row = model.head_dim + SCALE_BYTES if config.kv_dtype == "int8" else model.head_dim * KV_BYTES
+    pool = 2 * blocks * config.block_size * model.num_hidden_layers * model.num_key_value_heads * row
     if pool + positions > free:
         needed = f"{blocks} blocks of {config.block_size} tokens take {size(pool)}; {size(free)} of memory are free"
         if config.kv_tokens:

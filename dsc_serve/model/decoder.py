@@ -11,7 +11,7 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.memory import zeros
 from dsc_kernels.quantised import Weight
-from dsc_kernels.weights import DecoderLayer, KvCache, NormWeights, QkNorm
+from dsc_kernels.weights import SCALE_BYTES, DecoderLayer, KvCache, NormWeights, QkNorm
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, ModelConfig
@@ -183,14 +183,20 @@ class Decoder:
         tied = config.tie_word_embeddings
         self.head = ops.head(embedding if tied else place.weight("head", tensors["lm_head.weight"]))
 
-    def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
-        """One per layer, of so many blocks, all zero."""
-        shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
+    def kv_caches(self, blocks: int, block_size: int, int8: bool = False) -> list[KvCache]:
+        """One per layer, of so many blocks, all zero; in the dtype that is computed in, or in int8."""
+        width = self.config.head_dim + (SCALE_BYTES if int8 else 0)
+        shape = (blocks, self.config.num_key_value_heads, block_size, width)
 
         def part() -> Tensor:
-            return zeros(shape, self.dtype, self.device)
+            return zeros(shape, torch.int8 if int8 else self.dtype, self.device)
 
         return [KvCache(part(), part()) for _ in self.layers]
+
+    def kv_bytes(self, int8: bool = False) -> int:
+        """What a token takes in all layers' caches."""
+        row = self.config.head_dim + SCALE_BYTES if int8 else self.config.head_dim * self.dtype.itemsize
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * row
 
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
         """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.

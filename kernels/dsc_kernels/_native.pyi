@@ -144,6 +144,7 @@ def attention(
     num_blocks: int,
     max_context_len: int,
     scale: float,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def chunk_attention(
@@ -163,6 +164,7 @@ def chunk_attention(
     block: int,
     num_blocks: int,
     scale: float,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def store_kv(
@@ -187,6 +189,7 @@ def store_kv(
     block: int,
     num_blocks: int,
     num_positions: int,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def decoder_layer(
@@ -249,6 +252,7 @@ def run_stack(
     decodes: int,
     max_context_len: int,
     chunk_count: int,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def sample(

@@ -16,6 +16,7 @@ from dsc_kernels import min_hash, reference
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.quantised import QuantisedWeight
 from dsc_kernels.weights import (
+    SCALE_BYTES,
     Activation,
     AtomBank,
     DecoderLayer,
@@ -33,6 +34,7 @@ from dsc_kernels.weights import (
 NAME = "plain"
 name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
+LEAST_SCALED = 1e-30  # below which numbers of a row in int8 count as 0
 WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
 
@@ -311,8 +313,24 @@ def store_kv(
     if cos_sin_cache is not None:
         width = 2 * cos_sin_cache.shape[2]
         qkv[:, :turned, :width] = rotate(qkv[:, :turned, :width], cos_sin_cache[positions])
-    keys[blocks, :, offsets] = qkv[:, heads:turned]
-    values[blocks, :, offsets] = qkv[:, turned:]
+    kept = narrow_rows if cache.in_int8 else torch.Tensor.contiguous
+    keys[blocks, :, offsets] = kept(qkv[:, heads:turned])
+    values[blocks, :, offsets] = kept(qkv[:, turned:])
+
+
+def narrow_rows(rows: Tensor) -> Tensor:
+    """Rows [..., size] as a cache in int8 has them: [..., size + SCALE_BYTES]. What is not finite makes a row NaN."""
+    wide = rows.float()
+    most = wide.abs().amax(-1, keepdim=True)
+    most = torch.where(most.isfinite(), torch.where(most < LEAST_SCALED, 0.0, most), torch.nan)
+    levels = (wide * torch.where(most > 0, 127 / most, 0.0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
+    return torch.cat((levels, (most / 127).view(torch.int8)), dim=-1)
+
+
+def widened_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same back: [..., size]."""
+    scales = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (rows[..., :-SCALE_BYTES].float() * scales).to(dtype)
 
 
 def decode_attention(
@@ -321,7 +339,8 @@ def decode_attention(
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
     seen = torch.arange(max_context_len, device=q.device)[None] < contexts[:, None]
     # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
-    k, v = (gather_context(p, tables, max_context_len).masked_fill_(~seen[:, None, :, None], 0.0) for p in cache)
+    k, v = (gather_context(p, tables, max_context_len, q.dtype) for p in cache)
+    k, v = (part.masked_fill_(~seen[:, None, :, None], 0.0) for part in (k, v))
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
@@ -330,7 +349,7 @@ def decode_attention(
 def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself, over copies of its keys and values."""
     count, heads, _ = q.shape
-    k, v = (gather_context(pool, table[None], context) for pool in cache)
+    k, v = (gather_context(pool, table[None], context, q.dtype) for pool in cache)
     mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril(context - count)
     spoilt = silence(k[0, :, context - count :], v[0, :, context - count :])
     grouped = k.shape[1] != heads
@@ -351,11 +370,12 @@ def silence(keys: Tensor, values: Tensor) -> Tensor:
     return spoilt
 
 
-def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
-    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
+def gather_context(pool: Tensor, tables: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` cached rows of each sequence: [S, kv heads, length, head size], in this dtype."""
     blocks = -(-length // pool.shape[2])
     _, heads, size, width = pool.shape
     # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.
     rows = tables[:, None, :blocks] * heads + torch.arange(heads, device=pool.device)[None, :, None]
-    gathered = F.embedding(rows, pool.view(-1, size * width))
-    return gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]
+    gathered = pool.view(-1, size * width)[rows] if pool.dtype == torch.int8 else F.embedding(rows, pool.view(-1, size * width))
+    found = gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]
+    return widened_rows(found, dtype) if pool.dtype == torch.int8 else found

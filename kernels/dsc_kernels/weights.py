@@ -135,11 +135,21 @@ class DecoderLayer:
     ffn: Layer
 
 
-class KvCache(NamedTuple):
-    """One layer's keys and values, in blocks."""
+SCALE_BYTES = 4
 
-    keys: Tensor  # [blocks, kv heads, block, size], contiguous
+
+class KvCache(NamedTuple):
+    """One layer's keys and values, in blocks: in the layer's dtype, or in int8.
+
+    In int8 a token's row of a head is its numbers and, behind them, what 1 is worth: a float32 in SCALE_BYTES more.
+    """
+
+    keys: Tensor  # [blocks, kv heads, block, size], contiguous; in int8 [blocks, kv heads, block, size + SCALE_BYTES]
     values: Tensor  # the same
+
+    @property
+    def in_int8(self) -> bool:
+        return self.keys.dtype == torch.int8
 
 
 class Slots(NamedTuple):

@@ -32,7 +32,7 @@ struct CheckedAttention : Typed<Attention> {
 #define F(field) ARGUMENT(CheckedAttention, field)
 Signature attention_signature("attention", {F(is_bf16), F(q), F(keys), F(values), F(tables), F(contexts), F(out),
                                             F(batch), F(q_stride), F(width), F(kv_heads), F(group), F(size), F(block),
-                                            F(num_blocks), F(max_context_len), F(scale), F(threads)});
+                                            F(num_blocks), F(max_context_len), F(scale), F(int8_kv), F(threads)});
 #undef F
 
 PyObject* attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -49,7 +49,8 @@ struct CheckedChunk : Typed<ChunkAttention> {
 #define F(field) ARGUMENT(CheckedChunk, field)
 Signature chunk_signature("chunk_attention",
                           {F(is_bf16), F(q), F(keys), F(values), F(table), F(out), F(count), F(q_stride), F(context),
-                           F(kv_heads), F(group), F(size), F(block), F(num_blocks), F(scale), F(threads)});
+                           F(kv_heads), F(group), F(size), F(block), F(num_blocks), F(scale), F(int8_kv),
+                           F(threads)});
 #undef F
 
 PyObject* chunk_attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -70,7 +71,7 @@ Signature store_signature("store_kv",
                           {F(is_bf16), F(qkv), AS("query_norm", norm.query), AS("key_norm", norm.key),
                            AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
                            F(turned), F(positions), F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
-                           F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(threads)});
+                           F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(int8_kv), F(threads)});
 #undef AS
 #undef F
 
@@ -179,7 +180,7 @@ Signature step_signature("run_stack", {F(out),      F(ids),        F(positions),
                                        F(tables),   F(contexts),   F(chunks),    F(kv_caches),       F(outputs),
                                        F(phase_ns), F(tokens),     F(sequences), F(pages),           F(width),
                                        F(block),    F(num_blocks), F(decodes),   F(max_context_len), F(chunk_count),
-                                       F(threads)});
+                                       F(int8_kv),  F(threads)});
 #undef F
 
 PyObject* run_stack(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

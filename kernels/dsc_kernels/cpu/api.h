@@ -134,6 +134,7 @@ struct Attention {
   int64_t size;   // of a head
   int64_t block;  // tokens of a block
   float scale;
+  int int8_kv;    // whether the cache is in int8, see kv_int8.h
   int threads;
   Scratch* scratch;
 };
@@ -147,6 +148,7 @@ struct ChunkAttention {
   void* out;             // [count, kv_heads · group, size]
   int64_t count, q_stride, context, kv_heads, group, size, block;
   float scale;
+  int int8_kv;  // whether the cache is in int8
   int threads;
   Scratch* scratch;
 };
@@ -172,6 +174,7 @@ struct StoreKv {
   void* keys;                  // KV cache [blocks, kv_heads, block, size]
   void* values;                // the same
   int64_t tokens, heads, kv_heads, size, block;
+  int int8_kv;  // whether the cache is in int8
   int threads;
 };
 

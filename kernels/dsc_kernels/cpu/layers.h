@@ -119,7 +119,7 @@ template <typename T>
 void attention(const Attention& a) {
   int64_t pairs = a.batch * a.kv_heads,
           runs = TASKS_PER_THREAD * a.threads < pairs ? TASKS_PER_THREAD * a.threads : pairs;
-  int64_t own_bytes = a.group * gathered_bytes(a.size);
+  int64_t own_bytes = a.group * gathered_bytes(a.size) + (a.int8_kv ? 2 * wide_bytes<T>(a.size) : 0);
   char* room = a.scratch->take<char>(a.threads * own_bytes);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -127,7 +127,9 @@ void attention(const Attention& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < runs; i++) {
       int64_t first = split_point(pairs, i, runs);
-      attend<T>(a, first, split_point(pairs, i + 1, runs) - first, own);
+      int64_t count = split_point(pairs, i + 1, runs) - first;
+      if (a.int8_kv) attend<T, true>(a, first, count, own);
+      else attend<T, false>(a, first, count, own);
     }
   }
 }
@@ -145,14 +147,15 @@ INLINE void norm_heads(T* x, const T* weight, int64_t heads, int64_t size, const
 template <typename T>
 void store_kv(const StoreKv& a) {
   int64_t row = (a.heads + 2 * a.kv_heads) * a.size;
+  int64_t bytes = a.int8_kv ? a.size + SCALE_BYTES : a.size * (int64_t)sizeof(T);  // of a row of the cache
   auto row_at = [&](int64_t t, int64_t h) __attribute__((always_inline)) {
-    return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
+    return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * bytes;
   };
   auto prefetch_rows_of = [&](int64_t t) __attribute__((always_inline)) {
     for (int64_t h = 0; h < a.kv_heads; h++)
-      for (int64_t c = 0; c < a.size; c += 64 / (int64_t)sizeof(T)) {
-        __builtin_prefetch((T*)a.keys + row_at(t, h) + c, 1);
-        __builtin_prefetch((T*)a.values + row_at(t, h) + c, 1);
+      for (int64_t c = 0; c < bytes; c += 64) {
+        __builtin_prefetch((char*)a.keys + row_at(t, h) + c, 1);
+        __builtin_prefetch((char*)a.values + row_at(t, h) + c, 1);
       }
   };
   for (int64_t t = 0; t < EARLIER && t < a.tokens; t++) prefetch_rows_of(t);
@@ -170,9 +173,15 @@ void store_kv(const StoreKv& a) {
         rotate(own + h * a.size, cosines, cosines + a.turned / 2, a.turned);
     }
     for (int64_t h = 0; h < a.kv_heads; h++) {
-      int64_t at = row_at(t, h);
-      memcpy((T*)a.keys + at, own + (a.heads + h) * a.size, a.size * sizeof(T));
-      memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
+      char *key = (char*)a.keys + row_at(t, h), *value = (char*)a.values + row_at(t, h);
+      const T *from = own + (a.heads + h) * a.size, *other = from + a.kv_heads * a.size;
+      if (a.int8_kv) {
+        narrow_row(from, a.size, (int8_t*)key);
+        narrow_row(other, a.size, (int8_t*)value);
+      } else {
+        memcpy(key, from, bytes);
+        memcpy(value, other, bytes);
+      }
     }
   }
 }

@@ -68,6 +68,7 @@ struct Step {
   int64_t decodes;
   int64_t max_context_len;  // of the single tokens' sequences
   int64_t chunk_count;
+  int int8_kv;  // whether the caches are in int8
   int threads;
 };
 
@@ -234,6 +235,7 @@ class Stack {
       single.scale = layer.scale;
       chunk.q_stride = qkv.n, chunk.kv_heads = layer.kv_heads, chunk.group = single.group, chunk.size = layer.size;
       chunk.block = s.block, chunk.scale = layer.scale;
+      store.int8_kv = single.int8_kv = chunk.int8_kv = s.int8_kv;
       store.threads = single.threads = chunk.threads = s.threads;
       single.scratch = chunk.scratch = &scratch;
       if (layer.ffn) {

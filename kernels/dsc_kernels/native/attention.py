@@ -10,7 +10,7 @@ from torch import Tensor
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import KvCache, QkNorm, Slots
+from dsc_kernels.weights import SCALE_BYTES, KvCache, QkNorm, Slots
 
 UNLIMITED = 2**62  # positions, where none is looked up
 
@@ -32,7 +32,7 @@ def store_kv(
     (positions, blocks, offsets), (keys, values) = slots, cache
     num_blocks, kv_heads, block, _ = keys.shape
     check("qkv", qkv, (tokens, heads + 2 * kv_heads, size), qkv.dtype, in_place=True)
-    check_cache(cache, size, qkv.dtype)
+    int8_kv = check_cache(cache, size, qkv.dtype)
     for name, column in (("positions", positions), ("blocks", blocks), ("offsets", offsets)):
         check(name, column, (tokens,), torch.int64, in_place=True)
     num_positions = UNLIMITED if cos_sin_cache is None else check_cos_sin(cos_sin_cache, size)
@@ -56,14 +56,18 @@ def store_kv(
             block=block,
             num_blocks=num_blocks,
             num_positions=num_positions,
+            int8_kv=int8_kv,
             threads=threads(),
         )
 
 
-def check_cache(cache: KvCache, size: int, dtype: torch.dtype) -> None:
-    shape = (*cache.keys.shape[:3], size)
-    check("keys", cache.keys, shape, dtype, in_place=True)
-    check("values", cache.values, shape, dtype, in_place=True)
+def check_cache(cache: KvCache, size: int, dtype: torch.dtype) -> int:
+    """Whether it is in int8, as C++ is told."""
+    int8 = cache.in_int8
+    shape = (*cache.keys.shape[:3], size + SCALE_BYTES * int8)
+    check("keys", cache.keys, shape, torch.int8 if int8 else dtype, in_place=True)
+    check("values", cache.values, shape, torch.int8 if int8 else dtype, in_place=True)
+    return int(int8)
 
 
 def check_cos_sin(cos_sin_cache: Tensor, size: int) -> int:
@@ -126,7 +130,7 @@ def decode_attention(
     num_blocks, kv_heads, block, _ = keys.shape
     group = check_heads(heads, kv_heads)
     check("q", q, (batch, heads, size), q.dtype)
-    check_cache(cache, size, q.dtype)
+    int8_kv = check_cache(cache, size, q.dtype)
     check("tables", tables, (batch, tables.shape[1]), torch.int64)
     check("contexts", contexts, (batch,), torch.int64)
     if max_context_len > tables.shape[1] * block:
@@ -155,6 +159,7 @@ def decode_attention(
             num_blocks=num_blocks,
             max_context_len=max_context_len,
             scale=scale,
+            int8_kv=int8_kv,
             threads=threads(),
         )
     return out
@@ -171,7 +176,7 @@ def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scal
     num_blocks, kv_heads, block, _ = keys.shape
     group = check_heads(heads, kv_heads)
     check("q", q, (count, heads, size), q.dtype)
-    check_cache(cache, size, q.dtype)
+    int8_kv = check_cache(cache, size, q.dtype)
     check("table", table, (table.shape[0],), torch.int64)
     if not count <= context <= table.shape[0] * block:
         raise ValueError(f"{table.shape[0]} blocks of {block} tokens do not hold {context}, of which {count} are new")
@@ -194,6 +199,7 @@ def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scal
             block=block,
             num_blocks=num_blocks,
             scale=scale,
+            int8_kv=int8_kv,
             threads=threads(),
         )
     return out

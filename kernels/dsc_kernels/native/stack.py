@@ -17,7 +17,7 @@ from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import OUTPUT_ONLY, DecoderLayer, KvCache, LayerOutputs, NormPlaces, Slots
+from dsc_kernels.weights import OUTPUT_ONLY, SCALE_BYTES, DecoderLayer, KvCache, LayerOutputs, NormPlaces, Slots
 
 NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3}
 
@@ -44,6 +44,7 @@ class Stack:
         self._ffns = [native_parts(layer)[2] for layer in layers]
         self._kept: list[object] = list(layers)
         self._kv_caches: Sequence[KvCache] = ()
+        self._int8_kv = 0
         self._checked: tuple[Tensor, ...] = ()
         self._addresses = array("q")
         self._phase_ns: Tensor | None = None
@@ -178,6 +179,7 @@ class Stack:
                 decodes=decodes,
                 max_context_len=max_context_len,
                 chunk_count=len(flat) // 4,
+                int8_kv=self._int8_kv,
                 threads=count,
             )
         return out
@@ -201,8 +203,11 @@ class Stack:
         if not same(kv_caches, self._kv_caches):
             kv_heads, size = self._cache_shape
             blocks, _, block, _ = kv_caches[0][0].shape
+            int8 = kv_caches[0][0].dtype == torch.int8
+            dtype, width = (torch.int8, size + SCALE_BYTES) if int8 else (self.dtype, size)
             for tensor in chain.from_iterable(kv_caches):
-                check("a KV cache", tensor, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+                check("a KV cache", tensor, (blocks, kv_heads, block, width), dtype, in_place=True)
+            self._int8_kv = int(int8)
             self._kv_caches = tuple(kv_caches)
             self._addresses = array("q", [tensor.data_ptr() for tensor in chain.from_iterable(kv_caches)])
         blocks, _, block, _ = self._kv_caches[0][0].shape

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import dequantised, native, plain
 from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
     AtomBank,
@@ -108,12 +109,12 @@ def description(device: torch.device = CPU) -> str:
     return "plain torch (installed without a C++ compiler: slower)"
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def linear(weight: Weight, bias: Tensor | None = None) -> Linear:
     """A product with weight [n, d], packed where that is faster."""
     return backend(weight.dtype, weight.device).Linear(weight, bias)
 
 
-def head(weight: Tensor) -> Head:
+def head(weight: Weight) -> Head:
     """An output head [words, d]."""
     return backend(weight.dtype, weight.device).Head(weight)
 
@@ -139,9 +140,14 @@ def moe(
     return chosen.Moe(router, experts, options, shared)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+def stack(token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
     """Embeddings and all layers in one call, where the backend in use offers it and computes all of them; else None."""
     return backend(token_embedding.dtype, token_embedding.device).stack(token_embedding, position_embedding, layers)
+
+
+def embed(weight: Weight, ids: Tensor) -> Tensor:
+    """Rows of an embedding [words, d] in its dtype: ids [T] → [T, d]."""
+    return dequantised.embed(weight, ids)
 
 
 def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:

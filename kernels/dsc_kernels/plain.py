@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, reference
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
+from dsc_kernels.dequantised import dense, product, rows_by, wide_product
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     Activation,
     AtomBank,
@@ -32,7 +35,6 @@ from dsc_kernels.weights import (
 NAME = "plain"
 name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
-WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -65,25 +67,17 @@ def route(
     return atoms, *reference.coefficients(selected, eps)
 
 
-def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor) -> Tensor:
     """`compose_add` in x's dtype."""
     return compose_add(static, x, atoms, weights, u, v, gamma).to(x.dtype)
 
 
 def compose_add(
-    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor
+    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor
 ) -> Tensor:
     """static [B, d] plus the dynamic part of the picked atoms, in float32."""
-    latent = torch.einsum("bd,bkd->bk", x.float(), u[atoms].float()) * weights
-    return static.float() + torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
-
-
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ with its float32 sums, which are not rounded to x's and the weight's narrower dtype."""
-    if x.device.type != "cpu":
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    wide = x.float()
-    return torch.cat([F.linear(wide, rows.float()) for rows in torch.split(weight, WIDE_ROWS)], dim=1)
+    latent = torch.einsum("bd,bkd->bk", x.float(), rows_by(u, torch.float32)(atoms)) * weights
+    return static.float() + torch.einsum("bk,bkd->bd", latent, rows_by(v, torch.float32)(atoms)) * gamma
 
 
 class Linear:
@@ -91,8 +85,10 @@ class Linear:
 
     backend = NAME
     screened = False
+    product = staticmethod(product)
+    wide_product = staticmethod(wide_product)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(
@@ -104,10 +100,10 @@ class Linear:
     ) -> Tensor:
         """x [B, d] → [B, n]."""
         if out_dtype == torch.float32 and x.dtype.itemsize < 4:
-            y = wide_product(x, self.weight)
+            y = self.wide_product(x, self.weight)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = self.product(x, self.weight, self.bias)
         y = ACTIVATIONS[activation](y)
         if residual is not None:
             y = y + residual
@@ -124,14 +120,16 @@ Head = Linear
 class Mlp:
     """`MlpWeights` with their activation; GELU in its exact form."""
 
+    product = staticmethod(product)
+
     def __init__(self, weights: MlpWeights, activation: Activation) -> None:
         self.weights, self.activation = weights, ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        up = F.linear(x, w.up, w.up_bias)
-        hidden = self.activation(up) if w.gate is None else self.activation(F.linear(x, w.gate, w.gate_bias)) * up
-        return F.linear(hidden, w.down, w.down_bias)
+        up = self.product(x, w.up, w.up_bias)
+        hidden = self.activation(up) if w.gate is None else self.activation(self.product(x, w.gate, w.gate_bias)) * up
+        return self.product(hidden, w.down, w.down_bias)
 
 
 class Ffn:
@@ -177,14 +175,15 @@ class Ffn:
         if self.router is None or self.bank is None:
             raise ValueError("this layer has no router")
         r, bank, o = self.router, (self.bank.u, self.bank.v, self.bank.gamma), self.options
+        rows_of_router = dense(r.weight, torch.float32)
         if o.rank:
-            logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+            logits = reference.router_logits(x.float(), rows_of_router, r.bias, r.norm_eps)
             selected, atoms = select(logits, o.k, o.tau)
             weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
             rows = (atoms[:, :, None] * o.rank + torch.arange(o.rank, device=x.device)).flatten(1)
             spread = weights.repeat_interleave(o.rank, dim=1)
         else:
-            atoms, weights, signal = route(x, r.weight, r.bias, o.k, o.tau, o.eps, r.norm_eps)
+            atoms, weights, signal = route(x, rows_of_router, r.bias, o.k, o.tau, o.eps, r.norm_eps)
             rows, spread = atoms, weights
         static = self.static(x)
         if grouped:
@@ -199,7 +198,8 @@ class Ffn:
 
 def wide_router(router: Router) -> Router:
     """The same in float32."""
-    return Router(router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
+    bias = None if router.bias is None else router.bias.float()
+    return Router(dense(router.weight, torch.float32), bias, router.norm_eps)
 
 
 class Shared:
@@ -231,7 +231,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
-        logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+        logits = reference.router_logits(x.float(), dense(r.weight, torch.float32), r.bias, r.norm_eps)
         weights, experts = reference.softmax_top_k(logits, self.k)
         return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
 
@@ -254,7 +254,7 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
+def stack(token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
     """There is no such call here."""
 
 

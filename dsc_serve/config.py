@@ -63,7 +63,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = ""
     kv_dtype: Annotated[
         Literal["auto", "int8"],
-        Meta(description="Hold keys and values so; auto: in dtype; int8: each token's of a head with a scale (on CPUs)."),
+        Meta(
+            description="Hold keys and values so; auto: in dtype; int8: each token's of a head with a scale (on CPUs)."
+        ),
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Compute threads; 0: all cores.")] = 0

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import dequantised, native, plain
 from dsc_kernels.backend import Backend, Ffn, Head, Layer, Linear, OwningLayer, Stack
-from dsc_kernels.quantised import QuantisedWeight
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
     AtomBank,
@@ -109,24 +109,18 @@ def description(device: torch.device = CPU) -> str:
     return "plain torch (installed without a C++ compiler: slower)"
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def linear(weight: Weight, bias: Tensor | None = None) -> Linear:
     """A product with weight [n, d], packed where that is faster."""
-    if isinstance(weight, QuantisedWeight):
-        return plain.Linear(weight, bias)
     return backend(weight.dtype, weight.device).Linear(weight, bias)
 
 
-def head(weight: Tensor) -> Head:
+def head(weight: Weight) -> Head:
     """An output head [words, d]."""
-    if isinstance(weight, QuantisedWeight):
-        return plain.Linear(weight)
     return backend(weight.dtype, weight.device).Head(weight)
 
 
 def ffn(mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None) -> Ffn:
     """A dense, DSC or mixture-of-LoRAs layer. The router may come in any wider dtype."""
-    if any(isinstance(w, QuantisedWeight) for w in (mlp.up, mlp.down, router and router.weight, bank and bank.u)):
-        return plain.Ffn(mlp, options, router, bank)
     chosen = backend(mlp.up.dtype, mlp.up.device) if options.k * max(options.rank, 1) <= MAX_PICKS else plain
     if chosen is not plain and router is not None:
         router = replace(router, weight=router.weight.to(mlp.up.dtype))
@@ -138,8 +132,6 @@ def moe(
 ) -> OwningLayer:
     """A mixture of experts. The router may come in any wider dtype."""
     dtype = experts[0].up.dtype
-    if any(isinstance(e.up, QuantisedWeight) for e in experts) or isinstance(router.weight, QuantisedWeight):
-        return plain.Moe(router, experts, options, shared)
     chosen = backend(dtype, experts[0].up.device)
     if chosen is native and options.k > MAX_PICKS:
         chosen = plain
@@ -148,11 +140,14 @@ def moe(
     return chosen.Moe(router, experts, options, shared)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+def stack(token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
     """Embeddings and all layers in one call, where the backend in use offers it and computes all of them; else None."""
-    if isinstance(token_embedding, QuantisedWeight):
-        return None
     return backend(token_embedding.dtype, token_embedding.device).stack(token_embedding, position_embedding, layers)
+
+
+def embed(weight: Weight, ids: Tensor) -> Tensor:
+    """Rows of an embedding [words, d] in its dtype: ids [T] → [T, d]."""
+    return dequantised.embed(weight, ids)
 
 
 def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
@@ -182,7 +177,3 @@ def decode_attention(
 def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:
     """Attention of the last tokens of one sequence, each up to itself; see `backend.Backend`."""
     return backend(q.dtype, q.device).chunk_attention(q, cache, table, context, scale)
-
-
-def embed(weight, ids):
-    return plain.embed(weight, ids)

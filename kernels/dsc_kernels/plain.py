@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, reference
 from dsc_kernels.backend import UNROUTED
-from dsc_kernels.quantised import QuantisedWeight
+from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
+from dsc_kernels.dequantised import dense, product, rows_by, wide_product
+from dsc_kernels.kv_rows import narrow_rows, widened_rows
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
-    SCALE_BYTES,
     Activation,
     AtomBank,
     DecoderLayer,
@@ -34,8 +36,6 @@ from dsc_kernels.weights import (
 NAME = "plain"
 name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
-LEAST_SCALED = 1e-30  # below which numbers of a row in int8 count as 0
-WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -68,35 +68,17 @@ def route(
     return atoms, *reference.coefficients(selected, eps)
 
 
-def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor) -> Tensor:
     """`compose_add` in x's dtype."""
     return compose_add(static, x, atoms, weights, u, v, gamma).to(x.dtype)
 
 
 def compose_add(
-    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor
+    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor
 ) -> Tensor:
     """static [B, d] plus the dynamic part of the picked atoms, in float32."""
-    latent = torch.einsum("bd,bkd->bk", x.float(), u[atoms].float()) * weights
-    return static.float() + torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
-
-
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ with its float32 sums, which are not rounded to x's and the weight's narrower dtype."""
-    if x.device.type != "cpu":
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    wide = x.float()
-    if isinstance(weight, QuantisedWeight):
-        return F.linear(wide, weight.whole())
-    return torch.cat([F.linear(wide, rows.float()) for rows in torch.split(weight, WIDE_ROWS)], dim=1)
-
-
-def product(x, w, bias=None):
-    return F.linear(x, w.whole(x.dtype) if isinstance(w, QuantisedWeight) else w, bias)
-
-
-def embed(w, ids):
-    return w.rows(ids.flatten()).whole(w.dtype) if isinstance(w, QuantisedWeight) else F.embedding(ids, w)
+    latent = torch.einsum("bd,bkd->bk", x.float(), rows_by(u, torch.float32)(atoms)) * weights
+    return static.float() + torch.einsum("bk,bkd->bd", latent, rows_by(v, torch.float32)(atoms)) * gamma
 
 
 class Linear:
@@ -104,8 +86,10 @@ class Linear:
 
     backend = NAME
     screened = False
+    product = staticmethod(product)
+    wide_product = staticmethod(wide_product)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(
@@ -117,10 +101,10 @@ class Linear:
     ) -> Tensor:
         """x [B, d] → [B, n]."""
         if out_dtype == torch.float32 and x.dtype.itemsize < 4:
-            y = wide_product(x, self.weight)
+            y = self.wide_product(x, self.weight)
             y = y if self.bias is None else y + self.bias
         else:
-            y = product(x, self.weight, self.bias)
+            y = self.product(x, self.weight, self.bias)
         y = ACTIVATIONS[activation](y)
         if residual is not None:
             y = y + residual
@@ -137,14 +121,16 @@ Head = Linear
 class Mlp:
     """`MlpWeights` with their activation; GELU in its exact form."""
 
+    product = staticmethod(product)
+
     def __init__(self, weights: MlpWeights, activation: Activation) -> None:
         self.weights, self.activation = weights, ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        up = product(x, w.up, w.up_bias)
-        hidden = self.activation(up) if w.gate is None else self.activation(product(x, w.gate, w.gate_bias)) * up
-        return product(hidden, w.down, w.down_bias)
+        up = self.product(x, w.up, w.up_bias)
+        hidden = self.activation(up) if w.gate is None else self.activation(self.product(x, w.gate, w.gate_bias)) * up
+        return self.product(hidden, w.down, w.down_bias)
 
 
 class Ffn:
@@ -160,8 +146,6 @@ class Ffn:
     ) -> None:
         if (router is None) != (bank is None):
             raise ValueError(UNROUTED)
-        if bank is not None and isinstance(bank.u, QuantisedWeight):
-            bank = AtomBank(bank.u.whole(), bank.v.whole(), bank.gamma)
         self.static, self.options = Mlp(mlp, options.activation), options
         self.router = None if router is None else wide_router(router)
         self.bank = None if bank is None else AtomBank(bank.u, bank.v, bank.gamma.float())
@@ -192,14 +176,15 @@ class Ffn:
         if self.router is None or self.bank is None:
             raise ValueError("this layer has no router")
         r, bank, o = self.router, (self.bank.u, self.bank.v, self.bank.gamma), self.options
+        rows_of_router = dense(r.weight, torch.float32)
         if o.rank:
-            logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+            logits = reference.router_logits(x.float(), rows_of_router, r.bias, r.norm_eps)
             selected, atoms = select(logits, o.k, o.tau)
             weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
             rows = (atoms[:, :, None] * o.rank + torch.arange(o.rank, device=x.device)).flatten(1)
             spread = weights.repeat_interleave(o.rank, dim=1)
         else:
-            atoms, weights, signal = route(x, r.weight, r.bias, o.k, o.tau, o.eps, r.norm_eps)
+            atoms, weights, signal = route(x, rows_of_router, r.bias, o.k, o.tau, o.eps, r.norm_eps)
             rows, spread = atoms, weights
         static = self.static(x)
         if grouped:
@@ -214,7 +199,8 @@ class Ffn:
 
 def wide_router(router: Router) -> Router:
     """The same in float32."""
-    return Router(router.weight.whole() if isinstance(router.weight, QuantisedWeight) else router.weight.float(), None if router.bias is None else router.bias.float(), router.norm_eps)
+    bias = None if router.bias is None else router.bias.float()
+    return Router(dense(router.weight, torch.float32), bias, router.norm_eps)
 
 
 class Shared:
@@ -246,7 +232,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
-        logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+        logits = reference.router_logits(x.float(), dense(r.weight, torch.float32), r.bias, r.norm_eps)
         weights, experts = reference.softmax_top_k(logits, self.k)
         return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
 
@@ -269,7 +255,7 @@ class Moe:
         return start.index_add(0, tokens, outputs).to(x.dtype)
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
+def stack(token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> None:
     """There is no such call here."""
 
 
@@ -313,24 +299,8 @@ def store_kv(
     if cos_sin_cache is not None:
         width = 2 * cos_sin_cache.shape[2]
         qkv[:, :turned, :width] = rotate(qkv[:, :turned, :width], cos_sin_cache[positions])
-    kept = narrow_rows if cache.in_int8 else torch.Tensor.contiguous
-    keys[blocks, :, offsets] = kept(qkv[:, heads:turned])
-    values[blocks, :, offsets] = kept(qkv[:, turned:])
-
-
-def narrow_rows(rows: Tensor) -> Tensor:
-    """Rows [..., size] as a cache in int8 has them: [..., size + SCALE_BYTES]. What is not finite makes a row NaN."""
-    wide = rows.float()
-    most = wide.abs().amax(-1, keepdim=True)
-    most = torch.where(most.isfinite(), torch.where(most < LEAST_SCALED, 0.0, most), torch.nan)
-    levels = (wide * torch.where(most > 0, 127 / most, 0.0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
-    return torch.cat((levels, (most / 127).view(torch.int8)), dim=-1)
-
-
-def widened_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same back: [..., size]."""
-    scales = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
-    return (rows[..., :-SCALE_BYTES].float() * scales).to(dtype)
+    for part, rows in ((keys, qkv[:, heads:turned]), (values, qkv[:, turned:])):
+        part[blocks, :, offsets] = narrow_rows(rows) if cache.in_int8 else rows
 
 
 def decode_attention(
@@ -339,7 +309,7 @@ def decode_attention(
     """Attention of one new token per sequence over its paged keys and values, copied out of their blocks."""
     seen = torch.arange(max_context_len, device=q.device)[None] < contexts[:, None]
     # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
-    k, v = (gather_context(p, tables, max_context_len, q.dtype) for p in cache)
+    k, v = (gather_context(pool, tables, max_context_len, q.dtype) for pool in cache)
     k, v = (part.masked_fill_(~seen[:, None, :, None], 0.0) for part in (k, v))
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
@@ -370,12 +340,13 @@ def silence(keys: Tensor, values: Tensor) -> Tensor:
     return spoilt
 
 
-def gather_context(pool: Tensor, tables: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first `length` cached rows of each sequence: [S, kv heads, length, head size], in this dtype."""
+def gather_context(pool: Tensor, tables: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]; of a pool in int8 as `dtype`."""
     blocks = -(-length // pool.shape[2])
     _, heads, size, width = pool.shape
     # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.
     rows = tables[:, None, :blocks] * heads + torch.arange(heads, device=pool.device)[None, :, None]
-    gathered = pool.view(-1, size * width)[rows] if pool.dtype == torch.int8 else F.embedding(rows, pool.view(-1, size * width))
+    flat, int8 = pool.view(-1, size * width), pool.dtype == torch.int8
+    gathered = flat[rows] if int8 else F.embedding(rows, flat)
     found = gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]
-    return widened_rows(found, dtype) if pool.dtype == torch.int8 else found
+    return widened_rows(found, dtype) if int8 else found

@@ -81,18 +81,27 @@ class QuantisedWeight:
 
     def levels(self) -> Tensor:
         """q, one number each: int8 [out, in], or uint8 in 4 bits."""
-        if self.bits == 8:
-            return self.values
-        halves = torch.stack((self.values & 15, self.values >> 4), dim=2)
-        return halves.flatten(1)[:, : self.shape[1]]
+        return self._levels(self.values)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out, in] without its compensation, computed in float32, or in float64 where that is asked for."""
+        return self.take(slice(None), dtype)
+
+    def take(self, index: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same of some rows: [*index.shape, in]."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        w = self.levels().to(wide) * self._spread(self.scales, wide)
+        w = self._levels(self.values[index]).to(wide) * self._spread(self.scales[index], wide)
         if self.minimums is not None:
-            w += self._spread(self.minimums, wide)
+            w += self._spread(self.minimums[index], wide)
         return w.to(dtype)
+
+    def _levels(self, values: Tensor) -> Tensor:
+        if self.bits == 8:
+            return values
+        return torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)[..., : self.shape[1]]
+
+    def _spread(self, per_group: Tensor, dtype: torch.dtype) -> Tensor:
+        return per_group.to(dtype).repeat_interleave(self.group, dim=-1)[..., : self.shape[1]]
 
     def whole(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The same with its compensation."""
@@ -101,9 +110,6 @@ class QuantisedWeight:
             left, right = (side.to(w.dtype) for side in self.compensation)
             w = w + left @ right
         return w.to(dtype)
-
-    def _spread(self, per_group: Tensor, dtype: torch.dtype) -> Tensor:
-        return per_group.to(dtype).repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
 
     def to(self, dtype: torch.dtype) -> QuantisedWeight:
         """The same for a layer of another dtype."""
@@ -122,13 +128,13 @@ class QuantisedWeight:
 
     def rows(self, index: Tensor | slice) -> QuantisedWeight:
         """Some of its rows: those of an index [n] or a slice."""
-        chosen = {"values": self.values[index], "scales": self.scales[index]}
+        values, scales = self.values[index], self.scales[index]
+        minimums = None if self.minimums is None else self.minimums[index]
         compensation = None
         if self.compensation is not None:
             compensation = self.compensation[0][index], self.compensation[1]
-        minimums = None if self.minimums is None else self.minimums[index]
-        shape = (chosen["values"].shape[0], self.shape[1])
-        return replace(self, **chosen, minimums=minimums, compensation=compensation, shape=shape)
+        shape = (values.shape[0], self.shape[1])
+        return replace(self, values=values, scales=scales, minimums=minimums, compensation=compensation, shape=shape)
 
 
 Weight = Tensor | QuantisedWeight
@@ -158,12 +164,16 @@ def concatenated(weights: list[QuantisedWeight]) -> QuantisedWeight:
     minimums = None
     if any(w.minimums is not None for w in weights):
         minimums = torch.cat([torch.zeros_like(w.scales) if w.minimums is None else w.minimums for w in weights])
-    sides = [w.compensation for w in weights if w.compensation is not None]
     compensation = None
+    sides = [w.compensation for w in weights if w.compensation is not None]
     if sides:
-        lefts = [w.scales.new_zeros(w.shape[0], 0) if w.compensation is None else w.compensation[0] for w in weights]
-        wide = sides[0][0].dtype
-        compensation = torch.block_diag(*(left.to(wide) for left in lefts)), torch.cat([side[1] for side in sides])
+        rank, rows = sum(w.rank for w in weights), sum(w.shape[0] for w in weights)
+        left, row, column = sides[0][0].new_zeros(rows, rank), 0, 0
+        for w in weights:
+            if w.compensation is not None:
+                left[row : row + w.shape[0], column : column + w.rank] = w.compensation[0]
+            row, column = row + w.shape[0], column + w.rank
+        compensation = left, torch.cat([side[1] for side in sides])
     return replace(
         first,
         values=torch.cat([w.values for w in weights]),

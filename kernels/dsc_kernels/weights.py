@@ -1,6 +1,7 @@
 """What layers and operators are made of and called with, whichever backend computes them: `plain`, `native` or `gpu`.
 
-Tensors of one layer have one dtype and device, unless a field says otherwise.
+Tensors of one layer have one dtype and device, unless a field says otherwise. A quantised weight's dtype is that of the
+layer which it is for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dsc_kernels.quantised import Weight
 
 if TYPE_CHECKING:
     from dsc_kernels.backend import Layer, Linear
@@ -30,9 +33,9 @@ class MlpWeights:
     Of one layer, or of one expert, which has no biases.
     """
 
-    up: Tensor  # W_1 [hidden, d]
-    gate: Tensor | None  # W_g [hidden, d], None unless gated
-    down: Tensor  # W_2 [d, hidden]
+    up: Weight  # W_1 [hidden, d]
+    gate: Weight | None  # W_g [hidden, d], None unless gated
+    down: Weight  # W_2 [d, hidden]
     up_bias: Tensor | None = None  # [hidden]
     gate_bias: Tensor | None = None  # [hidden]
     down_bias: Tensor | None = None  # [d]
@@ -42,7 +45,7 @@ class MlpWeights:
         return self.up_bias, self.gate_bias, self.down_bias
 
 
-def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
+def gates_of(experts: Sequence[MlpWeights]) -> list[Weight] | None:
     """The experts' gates, None where they have none.
 
     Raises ValueError where only some have one, for no experts, and for experts with biases.
@@ -59,7 +62,7 @@ def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
 class Router:
     """What scores atoms, adapters or experts. Its weight may come in any wider dtype than the layer's."""
 
-    weight: Tensor  # [rows, d], folded with its norm (`reference.fold_router_norm`)
+    weight: Weight  # [rows, d], folded with its norm (`reference.fold_router_norm`); quantised, without a compensation
     bias: Tensor | None = None  # [rows], of any dtype
     norm_eps: float | None = None  # of the folded norm, None without one
 
@@ -68,8 +71,8 @@ class Router:
 class AtomBank:
     """Rank-1 atoms, or adapters of `FfnOptions.rank` atoms each, one after the other."""
 
-    u: Tensor  # [atoms · max(rank, 1), d]
-    v: Tensor  # [atoms · max(rank, 1), d]
+    u: Weight  # [atoms · max(rank, 1), d]; quantised, in 8 bits without a compensation
+    v: Weight  # the same
     gamma: Tensor  # [d] or [1], of any dtype
 
 

@@ -95,7 +95,8 @@ Signature layer_signature("decoder_layer",
                            AS("query_norm", qk_norm.query), AS("key_norm", qk_norm.key),
                            AS("qk_norm_eps", qk_norm.eps), AS("qk_norm_together", qk_norm.together), F(turned),
                            AS("attention_norm_eps", attention_norm.eps),
-                           AS("qkv_weight", qkv.w), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
+                           AS("qkv_weight", qkv.w), AS("qkv_format", qkv.w_format),
+                           AS("out_format", out.w_format), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
                            AS("out_bias", out.bias), F(cos_sin_cache), F(d), F(heads), F(kv_heads), F(size),
                            AS("ffn_norm_weight", ffn_norm.weight), AS("ffn_norm_bias", ffn_norm.bias),
                            AS("ffn_norm_eps", ffn_norm.eps)});
@@ -118,7 +119,8 @@ PyObject* decoder_layer(PyObject*, PyObject* const* values, Py_ssize_t given, Py
 
 #define F(field) ARGUMENT(Stack, field)
 Signature stack_signature("stack",
-                          {F(is_bf16), F(token_embedding), F(position_embedding), F(vocabulary), F(positions)});
+                          {F(is_bf16), F(token_embedding), F(token_embedding_format), F(position_embedding),
+                           F(vocabulary), F(positions)});
 #undef F
 
 // A list of decoder layers comes first.

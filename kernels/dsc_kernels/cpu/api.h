@@ -10,10 +10,28 @@ namespace dsc {
 
 enum Activation { NONE = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
-// out = act(x wᵀ + bias) + residual.
+// How a packed weight of 4 or 8 bits lies in memory, see quantised.h. Python fills it in as int64 numbers.
+struct Format {
+  int64_t bits, group;
+  int64_t centre;     // taken off each level of 4 bits
+  int64_t minimums;   // whether each group has one
+  int64_t rank;       // of what is added, left · (right · x); 0: nothing
+  const void* left;   // packed [n, rank] in the layer's dtype
+  const void* right;  // packed [rank, d]
+};
+
+// Rows of int8 in which groups of inputs have scales, and minimums where there are any; filled in alike.
+struct RowFormat {
+  int64_t group;
+  const uint16_t* scales;    // float16 [rows, ⌈d / group⌉]
+  const uint16_t* minimums;  // the same, or null
+};
+
+// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; null: it is not quantised.
 struct Linear {
   const void* x;         // [batch, d], rows contiguous
   const void* w;         // packed [n, d]
+  const Format* w_format;
   const float* bias;     // [n] or null
   const void* residual;  // [batch, n] or null
   void* out;             // [batch, n]
@@ -37,6 +55,7 @@ struct ScreenCounters {
 // Arrays have panels · 16 elements.
 struct Screen {
   const void* rows;       // the weight itself [n, d], row after row, where rows are scored again
+  const RowFormat* rows_format;
   const int8_t* packed;   // [n, d]; null: no screening
   const float* steps;     // what 1 in int8 is worth
   const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
@@ -50,6 +69,7 @@ struct Screen {
 struct Head {
   const void* x;      // [batch, d]
   const void* w;      // packed [n, d]
+  const Format* w_format;
   const float* bias;  // [panels · 16], −∞ behind the last output
   Screen screen;
   float max_error;  // of the screen's rows
@@ -67,6 +87,7 @@ struct Ffn {
   const void* up;            // packed [hidden, d]
   const void* gate;          // packed [hidden, d] or null
   const void* down;          // packed [d, hidden]
+  const Format *up_format, *gate_format, *down_format, *router_format;
   const float* up_bias;      // [hidden] or null
   const float* gate_bias;    // [hidden] or null
   const float* down_bias;    // [d] or null
@@ -75,6 +96,7 @@ struct Ffn {
   Screen screen;
   const void* u;         // [atoms · max(rank, 1), d]
   const void* v;         // [atoms · max(rank, 1), d]
+  const RowFormat *u_format, *v_format;
   const float* gamma;    // [d], or one number when scalar
   const void* residual;  // [batch, d] or null
   void* out;             // [batch, d]
@@ -106,9 +128,11 @@ struct Moe {
   const void* up;            // packed [hidden, d], one expert after the other
   const void* gate;          // the same, or null
   const void* down;          // packed [d, hidden], one expert after the other
+  const Format *router_format, *up_format, *gate_format, *down_format;
   const void* shared_up;     // packed [shared_hidden, d]
   const void* shared_gate;   // the same, or null
   const void* shared_down;   // packed [d, shared_hidden]
+  const Format *shared_up_format, *shared_gate_format, *shared_down_format;
   const void* shared_scale;  // [d]: the shared output is multiplied by sigmoid(shared_scale · x); null: it is not
   const void* residual;      // [batch, d] or null
   void* out;                 // [batch, d]
@@ -207,6 +231,7 @@ struct Sampling {
 // The kernels of one dtype.
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
+  void (*quantised_row)(const void* packed, const Format& format, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
   void (*argmax)(const Head&);
   void (*ffn)(const Ffn&);

@@ -11,14 +11,15 @@
 
 #include "api.h"
 #include "attention.h"
-#include "gemm.h"
 #include "namespace.h"
 #include "norm.h"
+#include "products.h"
 
 DSC_KERNELS_BEGIN
 
 constexpr int64_t SMALL_BATCH = 24;       // tokens up to which weights are shared
 constexpr int64_t CHUNK_TOKENS = 96;      // that a thread takes at a time beyond: their logits stay in its cache
+constexpr int64_t READ_ALONE = 4;         // tokens that one thread reads in less time than waiting for another takes
 constexpr int64_t TASKS_PER_THREAD = 16;  // of attention, so that the threads end together
 
 INLINE int64_t round_up_2(int64_t d) { return (d + 1) / 2 * 2; }
@@ -87,23 +88,32 @@ INLINE void clear_padding(I* rows, int64_t count, int64_t width) {
 template <typename T, typename O>
 INLINE void linear_as(const Linear& a) {
   typedef typename Input<T>::type I;
-  const I* x = pack_inputs<T>(a.x, 0, a.batch, a.d, a.scratch->take<I>(a.batch * round_up_2(a.d)));
-  int64_t stride = row_stride<T>(a.d), panels = panel_count(a.n);
+  const I* rows = pack_inputs<T>(a.x, 0, a.batch, a.d, a.scratch->take<I>(a.batch * round_up_2(a.d)));
+  Inputs<T> x = {rows, row_stride<T>(a.d)};
+  if (a.w_format) x.bytes.take(*a.scratch, a.batch, a.d);
+  bool alone = a.batch <= READ_ALONE;
+  if (a.w_format && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
+  int64_t panels = panel_count(a.n);
   bool by_tokens = a.batch > SMALL_BATCH;
   int64_t chunk = by_tokens ? chunk_of(a.batch, a.threads) : a.batch;
+  const Matrix w(a.w, a.w_format);
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     Epilogue e = {a.bias, a.activation, nullptr, nullptr, a.residual, a.n};
+    if (a.w_format && !alone) {
+      x.bytes.round_tokens((const T*)a.x, a.d, split_point(a.batch, id, n), split_point(a.batch, id + 1, n), a.d);
+#pragma omp barrier
+    }
     if (!by_tokens) {
-      gemm<T, O>((const T*)a.w, x, stride, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
+      gemm<T, O>(w, x, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
                  split_point(panels, id + 1, n));
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < a.batch; t += chunk) {
         int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
         e.residual = a.residual ? (const O*)a.residual + t * a.n : nullptr;
-        gemm<T, O>((const T*)a.w, x + t * stride, stride, nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
+        gemm<T, O>(w, x.from(t), nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
       }
     }
   }

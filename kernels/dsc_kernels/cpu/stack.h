@@ -76,7 +76,8 @@ class Stack {
  public:
   static constexpr const char* name = "dsc_kernels.stack";
   std::vector<DecoderLayer> layers;
-  const void* token_embedding = nullptr;     // [vocabulary, d]
+  const void* token_embedding = nullptr;     // [vocabulary, d], packed where it has a format
+  const Format* token_embedding_format = nullptr;
   const void* position_embedding = nullptr;  // [positions, d], or null where positions are not learned
   int64_t vocabulary = 0, positions = 0;
   int is_bf16 = 0;
@@ -95,8 +96,8 @@ class Stack {
       scratch.reset();
       kernel(call);
     };
-    if (is_bf16) embed<uint16_t>(s);
-    else embed<float>(s);
+    if (is_bf16) embed<uint16_t>(k, s);
+    else embed<float>(k, s);
     end_phase(EMBEDDING);
     for (size_t i = 0; i < layers.size(); i++) {
       const DecoderLayer& layer = layers[i];
@@ -152,13 +153,17 @@ class Stack {
   }
 
   template <typename T>
-  void embed(const Step& s) const {
+  void embed(const Kernels& k, const Step& s) const {
     int64_t d = layers[0].qkv.d;
     for (int64_t t = 0; t < s.tokens; t++) {
       const T* token = (const T*)token_embedding + s.ids[t] * d;
       T* out = (T*)s.out + t * d;
+      if (token_embedding_format) {
+        k.quantised_row(token_embedding, *token_embedding_format, s.ids[t], d, out);
+        token = out;
+      }
       if (!position_embedding) {
-        std::memcpy(out, token, d * sizeof(T));
+        if (token != out) std::memcpy(out, token, d * sizeof(T));
         continue;
       }
       const T* position = (const T*)position_embedding + s.positions[t] * d;

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, plain, reference
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.dequantised import dense
 from dsc_kernels.gpu.attention import decode_attention as decode_attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
 from dsc_kernels.gpu.moe import run_experts
+from dsc_kernels.gpu.quantised import float_product, product
 from dsc_kernels.gpu.router import router_logits
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import select_compose
@@ -24,6 +26,7 @@ from dsc_kernels.plain import chunk_attention as chunk_attention
 from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
+from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
     Activation,
     AtomBank,
@@ -58,12 +61,23 @@ def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor
 
 
 class Linear(plain.Linear):
-    """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU."""
+    """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU.
+
+    Few tokens read a quantised weight as it is, and many its numbers.
+    """
 
     backend = NAME
+    product = staticmethod(product)
+    wide_product = staticmethod(float_product)
 
 
 Head = Linear
+
+
+class Mlp(plain.Mlp):
+    """`MlpWeights` with their activation."""
+
+    product = staticmethod(product)
 
 
 class Ffn:
@@ -81,7 +95,7 @@ class Ffn:
     def __init__(
         self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
     ) -> None:
-        self.static, self.options = plain.Mlp(mlp, options.activation), options
+        self.static, self.options = Mlp(mlp, options.activation), options
         self.d, self.dtype = mlp.up.shape[1], mlp.up.dtype
         self.router: Router | None = None
         if router is None and bank is None:
@@ -91,10 +105,11 @@ class Ffn:
         atoms, k, rank = router.weight.shape[0], options.k, options.rank
         if not 1 <= k <= min(atoms, MAX_PICKS) or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k at most {atoms}")
-        for part, rows in (("u", bank.u), ("v", bank.v)):
+        u, v = (dense(rows, self.dtype) if isinstance(rows, QuantisedWeight) else rows for rows in (bank.u, bank.v))
+        for part, rows in (("u", u), ("v", v)):
             check(part, rows, (atoms * max(rank, 1), self.d), self.dtype)
         self.router = contiguous_router(router, self.dtype)
-        self.bank = AtomBank(bank.u.contiguous(), bank.v.contiguous(), bank.gamma.float().contiguous())
+        self.bank = AtomBank(u.contiguous(), v.contiguous(), bank.gamma.float().contiguous())
 
     def __call__(
         self,
@@ -132,8 +147,9 @@ class Ffn:
         if self.router is None:
             raise ValueError("this layer has no router")
         r, o = self.router, self.options
-        u, v, gamma = self.bank.u, self.bank.v, self.bank.gamma
-        logits, maxima = router_logits(x, r.weight, r.bias, o.tau, r.norm_eps)
+        u, v = (dense(rows, self.dtype) for rows in (self.bank.u, self.bank.v))
+        gamma = self.bank.gamma
+        logits, maxima = router_logits(x, dense(r.weight, self.dtype), r.bias, o.tau, r.norm_eps)
         static = self.static(x)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):
             return select_compose(logits, maxima, x, u, v, gamma, static, residual, o.k, o.eps, o.rank, traced=traced)
@@ -151,7 +167,7 @@ class Ffn:
 def contiguous_router(router: Router, dtype: torch.dtype) -> Router:
     """The same with a weight of this dtype and a float32 bias, as the kernels read them."""
     bias = None if router.bias is None else router.bias.float().contiguous()
-    return Router(router.weight.to(dtype).contiguous(), bias, router.norm_eps)
+    return Router(dense(router.weight, dtype).contiguous(), bias, router.norm_eps)
 
 
 class Moe:
@@ -183,7 +199,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
-        logits, _ = router_logits(x, r.weight, r.bias, torch.inf, r.norm_eps)
+        logits, _ = router_logits(x, dense(r.weight, self.dtype), r.bias, torch.inf, r.norm_eps)
         weights, experts = reference.softmax_top_k(logits, self.k)
         return (weights / weights.sum(dim=1, keepdim=True) if self.normalize else weights), experts
 
@@ -197,6 +213,6 @@ class Moe:
         return run_experts(x, weights, experts, self.up, self.gate, self.down, self.activation, residual)
 
 
-def padded(matrices: list[Tensor], padding: tuple[int, ...]) -> Tensor:
-    """Matrices of one shape stacked, with zeros behind their rows or columns."""
-    return torch.stack([torch.nn.functional.pad(matrix, padding) for matrix in matrices])
+def padded(matrices: Sequence[Weight], padding: tuple[int, ...]) -> Tensor:
+    """Matrices of one shape stacked, with zeros behind their rows or columns; quantised ones as their numbers."""
+    return torch.stack([torch.nn.functional.pad(dense(matrix, matrix.dtype), padding) for matrix in matrices])

@@ -16,13 +16,15 @@ from dsc_kernels.native.attention import UNLIMITED, check_cos_sin, check_qk_norm
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
+from dsc_kernels.native.packing import packed
 from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import OUTPUT_ONLY, SCALE_BYTES, DecoderLayer, KvCache, LayerOutputs, NormPlaces, Slots
 
 NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "shared": 3}
 
 
-def stack(token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
+def stack(token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]) -> Stack | None:
     """Embeddings and all layers in one call, where every layer is native; None elsewhere. See `Stack`."""
     native = (isinstance(b.qkv, Linear) and isinstance(b.out, Linear) and isinstance(b.ffn, Ffn | Moe) for b in layers)
     return Stack(token_embedding, position_embedding, layers) if all(native) else None
@@ -36,7 +38,7 @@ class Stack:
     """
 
     def __init__(
-        self, token_embedding: Tensor, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
+        self, token_embedding: Weight, position_embedding: Tensor | None, layers: Sequence[DecoderLayer]
     ) -> None:
         first = layers[0]
         qkv, out, _ = native_parts(first)
@@ -64,11 +66,18 @@ class Stack:
         self.capsule = kernels.stack(
             capsules,
             is_bf16=is_bf16(self.dtype),
-            token_embedding=self._keep(token_embedding),
+            **self._token_embedding(token_embedding),
             position_embedding=self._keep(position_embedding),
             vocabulary=token_embedding.shape[0],
             positions=min(positions),
         )
+
+    def _token_embedding(self, weight: Weight) -> dict[str, int]:
+        if isinstance(weight, Tensor):
+            return {"token_embedding": self._keep(weight), "token_embedding_format": 0}
+        whole = packed(weight)
+        self._kept.append(whole)
+        return dict(zip(("token_embedding", "token_embedding_format"), whole.addresses, strict=True))
 
     def _capsule(self, layer: DecoderLayer, size: int) -> object:
         qkv, out, ffn = native_parts(layer)
@@ -80,6 +89,8 @@ class Stack:
             attention_norm_bias=self._keep_vector(layer.attention_norm.bias),
             attention_norm_eps=layer.attention_norm.eps,
             qkv_weight=self._keep(qkv.packed),
+            qkv_format=self._keep(qkv.format),
+            out_format=self._keep(out.format),
             qkv_bias=self._keep(qkv.bias),
             out_weight=self._keep(out.packed),
             out_bias=self._keep(out.bias),

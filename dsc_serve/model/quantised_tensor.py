@@ -83,7 +83,7 @@ def packed(levels: Tensor, bits: Bits) -> Tensor:
         return levels.to(torch.int8)
     if levels.shape[-1] % 2:
         levels = torch.nn.functional.pad(levels, (0, 1))
-    low, high = levels.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    low, high = levels.to(torch.uint8).reshape(*levels.shape[:-1], -1, 2).unbind(-1)
     return low | high << 4
 
 

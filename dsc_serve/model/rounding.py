@@ -57,7 +57,7 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     missing = -weight.shape[1] % group
     if missing:
         weight = torch.cat((weight, weight[:, -1:].expand(-1, missing)), dim=1)
-    return weight.unflatten(1, (-1, group))
+    return weight.reshape(weight.shape[0], -1, group)
 
 
 def grids(parts: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:

@@ -341,7 +341,7 @@ def silence(keys: Tensor, values: Tensor) -> Tensor:
 
 
 def gather_context(pool: Tensor, tables: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]; of a pool in int8 as `dtype`."""
+    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]; int8: as dtype."""
     blocks = -(-length // pool.shape[2])
     _, heads, size, width = pool.shape
     # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.

@@ -43,8 +43,8 @@ def within(bank: Weight) -> Weight:
         return bank
     norms = torch.linalg.vector_norm(bank.dequantise(torch.float64), dim=1, keepdim=True)
     factor = torch.where(norms > 1, (1 - ROUNDING) / norms, 1.0)
-    scales, minimums = (None if part is None else (part * factor).half() for part in (bank.scales, bank.minimums))
-    return replace(bank, scales=scales, minimums=minimums)
+    minimums = None if bank.minimums is None else (bank.minimums * factor).half()
+    return replace(bank, scales=(bank.scales * factor).half(), minimums=minimums)
 
 
 def in_place(bank: Weight) -> Weight:

@@ -27,14 +27,12 @@ class MoloraFfn:
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoloraConfig)
+        u, v = place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"])
         self.layer = ops.ffn(
             mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.adapters_per_token, rank=c.rank, tau=math.inf),
             folded_router(tensors, place, False, config.norm_eps),
-            AtomBank(
-                *place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"]),
-                torch.ones(1, device=place.device),
-            ),
+            AtomBank(u, v, torch.ones(1, device=place.device)),
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -156,7 +156,8 @@ class Conversion:
         )
         if tensor.dim() == 2:
             return whole
-        return replace(whole.mapped(lambda part: part.unflatten(0, tensor.shape[:-1])), shape=tuple(tensor.shape))
+        outer = tensor.shape[:-1]
+        return replace(whole.mapped(lambda part: part.reshape(*outer, part.shape[-1])), shape=tuple(tensor.shape))
 
     @property
     def _normed(self) -> bool:

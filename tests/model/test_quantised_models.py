@@ -14,6 +14,7 @@ import torch
 from gguf.quants import quantize
 from support.family_files import FILES, family_file
 from support.foreign import PROMPT
+from support.resident import resident_growth
 from support.small_models import small_config, wide_tensors
 from test_import_gguf import byte_level_vocabulary, config, write
 from torch import Tensor
@@ -269,3 +270,16 @@ def test_every_matrix_belongs_to_a_part() -> None:
     for kind in ("dsc", "moe", "molora", "dense"):
         model = small_config(kind, tie_word_embeddings=False)
         assert all((part_of(name) is not None) == (len(shape) > 1) for name, shape in tensor_shapes(model).items())
+
+
+@pytest.mark.timeout(300)
+def test_a_file_takes_hardly_more_memory_than_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantising(monkeypatch, (Kind.Q4_1,))
+    model = config(hidden_size=1024, head_dim=64, num_attention_heads=16, num_hidden_layers=8, ffn={"size": 4096})
+    file = tmp_path / "m.gguf"
+    write(file, wide_tensors(model), model, byte_level_vocabulary(), quantised=False)
+    size = file.stat().st_size
+    grown, held = resident_growth(file)
+    assert size > 60e6
+    assert held <= size
+    assert grown <= 1.3 * size, (grown, size)

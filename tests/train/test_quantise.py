@@ -222,3 +222,8 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     short = run(TINY, "--weights", "int8", "--calibration", tmp_path / "short.txt", "--out", tmp_path / "o")
     assert short.exit_code == 1 and "calibration needs at least 2" in short.output
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.timeout(300)
+def test_keys_and_values_in_eight_bits_cost_little(full: float) -> None:
+    assert abs(bits(TINY, kv_dtype="int8") / full - 1) < 0.003

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 Form = Literal["stored", "bfloat16", "int8", "int4"]
@@ -60,12 +60,17 @@ def kept(text: str) -> dict[Part, Form]:
     return found
 
 
-def forms_of(weights: str, keep: str, ffn: str, tied: bool) -> Forms:
+def forms_of(weights: str, keep: str, ffn: str, tied: bool, present: Collection[Part] = PARTS) -> Forms:
     """The form of each part of a model with FFNs of this kind; tied: whether its head is its embedding.
 
-    Then what is said of either holds for both. Raises KeepError.
+    Then what is said of either holds for both. present: the parts that it has. Raises KeepError.
     """
     forms, exceptions = dict(BY_SETTING[weights]), kept(keep)
+    for part in exceptions:
+        if part not in present and not (tied and part == "head"):
+            raise KeepError(
+                f"keep is {keep!r}: this model has no {part}; it has {', '.join(p for p in PARTS if p in present)}"
+            )
     if ffn in SMALL_ROUTERS and weights in ("int8", "int4"):
         forms["router"] = "stored"
     if tied and exceptions.keys() & {"embedding", "head"}:

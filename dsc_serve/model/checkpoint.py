@@ -11,7 +11,7 @@ import torch
 from dsc_kernels.memory import trim
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json
-from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.decoder import Decoder, tensor_shapes
 from dsc_serve.model.folder import (
     EMBEDDING,
     config_file,
@@ -26,7 +26,7 @@ from dsc_serve.model.huggingface import huggingface_source
 from dsc_serve.model.quantised_folder import assembled
 from dsc_serve.model.source import LoadingProgress, ModelSource
 from dsc_serve.text.tokenizer import FILES
-from dsc_serve.weight_forms import Forms, forms_of
+from dsc_serve.weight_forms import Forms, forms_of, part_of
 
 __all__ = ["choose_dtype", "load_model", "load_tensors", "open_source", "save_checkpoint", "weight_files"]
 
@@ -40,7 +40,8 @@ def own_source(folder: Path) -> ModelSource:
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
     said = read_json(config_file(folder)).get("torch_dtype")
     for narrow in (torch.bfloat16, torch.float16):  # where an import has multiplied weights, these are float32
-        if str(narrow) == f"torch.{said}" and any(stored.dtype == narrow for stored in tensors.values()):
+        every = tensors.values()
+        if str(narrow) == f"torch.{said}" and any(one.dtype == narrow or one.quantised is not None for one in every):
             dtype = narrow
     return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES))
 
@@ -95,7 +96,8 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
 
 def forms_for(config: ModelConfig, weights: str, keep: str) -> Forms:
     """The form of each part of a model. Raises KeepError."""
-    return forms_of(weights, keep, config.ffn.kind, config.tie_word_embeddings)
+    present = {part for name in tensor_shapes(config) if (part := part_of(name)) is not None}
+    return forms_of(weights, keep, config.ffn.kind, config.tie_word_embeddings, present)
 
 
 def load_model(

@@ -13,14 +13,18 @@ from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import ModelConfig, QuantisedTensors
 from dsc_serve.model.decoder import tensor_shapes
 from dsc_serve.model.quantised_tensor import LEFT, MINIMUMS, RIGHT, SCALES, VALUES, QuantisedTensor
-from dsc_serve.model.source import Stored
+from dsc_serve.model.source import Stored, check_count
 
 Saved = Tensor | QuantisedTensor
 
 
 def assembled(stored: Mapping[str, Stored], config: ModelConfig, source: Path) -> dict[str, Stored]:
     """The tensors of a folder, the parts of quantised ones put together. Raises CheckpointError."""
-    found, shapes = dict(stored), tensor_shapes(config)
+    found = dict(stored)
+    if not config.quantised:
+        return found
+    check_count(config, len(stored), source)
+    shapes = tensor_shapes(config)
     for form in config.quantised:
         for name in form.tensors:
             shape = shapes.get(name)

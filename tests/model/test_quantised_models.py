@@ -264,6 +264,13 @@ def test_a_head_that_is_the_embedding_has_its_form() -> None:
     assert forms_of("int4", "head=int4,embedding", "dense", tied=False)["embedding"] == "stored"
 
 
+def test_a_part_that_a_model_does_not_have_is_named(tmp_path: Path) -> None:
+    save_checkpoint(small_config("dense"), wide_tensors(small_config("dense")), tmp_path / "m")
+    with pytest.raises(KeepError, match="this model has no router; it has embedding, attention, mlp"):
+        load_model(tmp_path / "m", "float32", CPU, keep="mlp,router=int8")
+    load_model(tmp_path / "m", "float32", CPU, keep="head=int8")  # which is its embedding
+
+
 def test_every_matrix_belongs_to_a_part() -> None:
     from dsc_serve.model.decoder import tensor_shapes
 

@@ -218,6 +218,9 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     assert "int3" in run(TINY, "--weights", "int3", "--out", tmp_path / "o").output
     wrong = run(TINY, "--weights", "int8", "--keep", "router=int4", "--out", tmp_path / "o")
     assert wrong.exit_code == 1 and "router cannot be int4" in wrong.output
+    save_checkpoint(small_config("moe"), wide_tensors(small_config("moe")), tmp_path / "m")
+    normed = run(tmp_path / "m", "--weights", "int8", "--keep", "router=int8", "--out", tmp_path / "o")
+    assert normed.exit_code == 1 and "leave router out here" in normed.output
     (tmp_path / "short.txt").write_text("a")
     short = run(TINY, "--weights", "int8", "--calibration", tmp_path / "short.txt", "--out", tmp_path / "o")
     assert short.exit_code == 1 and "calibration needs at least 2" in short.output

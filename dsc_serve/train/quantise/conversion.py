@@ -26,7 +26,7 @@ from dsc_serve.model.source import ModelSource
 from dsc_serve.train.quantise.compensation import compensated, spectral_norm
 from dsc_serve.train.quantise.feedback import rounded_with_feedback
 from dsc_serve.train.quantise.walk import Products, Walk, plainly
-from dsc_serve.weight_forms import Forms, Part, part_of
+from dsc_serve.weight_forms import Forms, KeepError, Part, part_of
 
 WINDOW = 512  # tokens of a text that see each other
 CALIBRATED = ("attention", "mlp", "experts")  # whose inputs are seen; other parts are rounded to nearest
@@ -56,6 +56,11 @@ class Conversion:
     def __init__(self, source: ModelSource, forms: Forms, windows: Sequence[Tensor] = (), rank: int = 0) -> None:
         self.source, self.forms, self.windows, self.rank = source, forms, windows, rank
         self.config = rounded_config(source.config, forms)
+        if self._normed and forms["router"] in BITS:
+            raise KeepError(
+                f"keep gives router {forms['router']}, but routers of kind {source.config.ffn.kind} have a norm that "
+                "only loading can fold in; leave router out here and give it to serve"
+            )
         self.matrices: list[RoundedMatrix] = []
         self.tensors: dict[str, Saved] = {}
 
@@ -136,7 +141,7 @@ class Conversion:
             own = stored.quantised()
             if own is not None and (bits is None or own.bits <= bits):
                 return own
-        if bits is None or (part == "router" and self._normed):
+        if bits is None:
             return None
         flat = tensor.float().flatten(0, -2)
         try:

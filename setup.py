@@ -19,7 +19,7 @@ COMMON = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=h
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # `make sanitize` sets this: an instrumented build, which runs only with the sanitizers loaded first
 SANITIZE = os.environ.get("DSC_SANITIZE", "").split()
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS = {
     "cpu/avx2": AVX2,

@@ -172,15 +172,18 @@ def generate(
 @main.command(short_help="Describe a model.")
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="Load in this dtype.")
+@click.option("--weights", default="auto", show_default=True, help="As in serve.")
+@click.option("--keep", default="", help="As in serve.")
 @click.option("--kernels", default="auto", show_default=True, help="As in serve.")
-def inspect(model: str, dtype: Any, kernels: str) -> None:
+def inspect(model: str, dtype: Any, weights: Any, keep: str, kernels: str) -> None:
     """Describe MODEL: architecture, parameters, bank, certificate, and the kernels that would serve it here."""
     from dsc_serve.engine.engine import prepare_model
     from dsc_serve.model.description import describe
     from dsc_serve.text.tokenizer import Tokenizer
 
     folder = resolve_model(model)
-    rows = describe(prepare_model(EngineConfig(model=model, dtype=dtype, kernels=kernels)))
+    config = EngineConfig(model=model, dtype=dtype, weights=weights, keep=keep, kernels=kernels)
+    rows = describe(prepare_model(config))
     tokenizer = Tokenizer.load(folder)
     rows["tokenizer"] = "none: token ids only" if tokenizer is None else f"{tokenizer.vocab_size} tokens"
     width = max(map(len, rows))
@@ -373,6 +376,7 @@ def _attach_commands() -> None:
         study_command,
         train_command,
     )
+    from dsc_serve.train.quantise.command import quantize_command
 
     bench.add_command(serve_command, "serve")
     bench.add_command(overload_command, "overload")
@@ -393,6 +397,7 @@ def _attach_commands() -> None:
     main.add_command(evaluate_command, "evaluate")
     main.add_command(prune_command, "prune")
     main.add_command(merge_experts_command, "merge-experts")
+    main.add_command(quantize_command, "quantize")
     main.add_command(study_command, "study")
 
 

@@ -13,18 +13,21 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from dsc_serve.addresses import wrong_origin, wrong_root_path
+from dsc_serve.life_settings import LONGEST_S
+from dsc_serve.life_settings import LifeConfig as LifeConfig
+from dsc_serve.life_settings import LogConfig as LogConfig
 from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 from dsc_serve.section import ConfigError as ConfigError
 from dsc_serve.section import Section as Section
 from dsc_serve.section import allowed_values as allowed_values
 from dsc_serve.section import converted as converted
 from dsc_serve.section import served_names
+from dsc_serve.weight_forms import KeepError, kept
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
 # No setting overflows where it is used, and none is without any limit.
 MOST = 10**12
-LONGEST_S = 7 * 24 * 3600
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
@@ -43,6 +46,26 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     dtype: Annotated[
         Literal["auto", "float32", "fp32", "bfloat16", "bf16"],
         Meta(description="Compute in this dtype; auto: as stored (float16: bfloat16), where the device is fast in it."),
+    ] = "auto"
+    weights: Annotated[
+        Literal["auto", "bfloat16", "int8", "int4"],
+        Meta(
+            description="Hold weights so: auto: as stored, quantised ones too; bfloat16: none quantised, in the dtype; "
+            "int8, int4: what takes more bits is rounded at load, by sane parts (quantisation.md)."
+        ),
+    ] = "auto"
+    keep: Annotated[
+        str,
+        Meta(
+            description="Exceptions by parts, such as router,head=int8; a part alone stays as stored. Parts: "
+            "embedding, head, attention, mlp, experts, router, bank."
+        ),
+    ] = ""
+    kv_dtype: Annotated[
+        Literal["auto", "int8"],
+        Meta(
+            description="Hold keys and values so; auto: in dtype; int8: each token's of a head with a scale (on CPUs)."
+        ),
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Compute threads; 0: all cores.")] = 0
@@ -145,6 +168,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
                 f"draft_model is {self.draft_model!r} but speculation is 'off', so that it would do nothing; set "
                 "speculation to 'auto', or leave draft_model out"
             )
+        try:
+            kept(self.keep)
+        except KeepError as error:
+            raise ConfigError(str(error)) from None
         if self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens is {self.step_tokens} but max_running is {self.max_running}; a step must have room for "
@@ -235,56 +262,6 @@ class AccessConfig(Section, frozen=True, kw_only=True):
         super().__post_init__()
         if wrong := wrong_origin(self.cors_origins):
             raise ConfigError(wrong)
-
-
-class LifeConfig(Section, frozen=True, kw_only=True):
-    """How the engine is started, watched, restarted and ended."""
-
-    start_timeout_s: Annotated[
-        float, Meta(ge=1, le=LONGEST_S, description="Seconds for the engine to load its model.")
-    ] = 300.0
-    ping_s: Annotated[float, Meta(ge=0.05, le=3600, description="Seconds between looks at the engine.")] = 1.0
-    stall_s: Annotated[
-        float,
-        Meta(
-            ge=0.1,
-            le=LONGEST_S,
-            description="Not ready when the engine has not answered, or not completed a step, for so long.",
-        ),
-    ] = 5.0
-    hang_s: Annotated[
-        float, Meta(ge=0.1, le=LONGEST_S, description="The engine is killed and restarted after so long.")
-    ] = 30.0
-    max_restarts: Annotated[
-        int,
-        Meta(ge=0, le=1000, description="Restarts of the engine within restart_window_s; then the server gives up."),
-    ] = 5
-    restart_window_s: Annotated[float, Meta(ge=1, le=LONGEST_S, description="See max_restarts.")] = 300.0
-    drain_s: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=LONGEST_S,
-            description="Seconds that running requests have to finish once the server is told to stop.",
-        ),
-    ] = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hang_s < self.stall_s:
-            raise ConfigError(f"hang_s is {self.hang_s} but stall_s is {self.stall_s}; it must be at least that")
-
-
-class LogConfig(Section, frozen=True, kw_only=True):
-    """What the API process logs, and where; the engine's few warnings are plain lines on standard error."""
-
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")] = "info"
-    log_format: Annotated[Literal["text", "json"], Meta(description="Lines for people, or one JSON object a line.")] = (
-        "text"
-    )
-    log_file: Annotated[str, Meta(description="Append to this file instead of standard error.")] = ""
-    log_requests: Annotated[bool, Meta(description="Log every HTTP request when it has ended.")] = False
-    log_prompts: Annotated[bool, Meta(description="Log what clients send to the model, which is private.")] = False
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):

@@ -67,7 +67,8 @@ class LLM:
 
     model: a folder of this server's or of Hugging Face's form or a GGUF file, converted while it is loaded, or an
     embedded model's name. device: "cpu" or "cuda". dtype: "auto" (as stored, float16 and what is quantised as bfloat16,
-    where the device is fast in it), "float32" or "bfloat16". settings: further ones of `EngineConfig`, by name, such as
+    where the device is fast in it), "float32" or "bfloat16": what is computed in, not what weights are held in, which
+    the setting `weights` says. settings: further ones of `EngineConfig`, by name, such as
     context, the most tokens of a prompt and its output (0: as many as the model is for); threads and kernels are the
     process's, so the last LLM made decides them for all. Where calls take an `adapter`, it is the name of one in the
     folder `adapters`, several with weights as {name: weight}, an `AdapterChoice`, or None: the model as it is.

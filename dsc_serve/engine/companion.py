@@ -59,10 +59,10 @@ def companion_drafts(config: EngineConfig, model: Decoder, capacity: EngineCapac
         max_model_len=model.config.max_position_embeddings,
         num_blocks=len(windows) * (capacity.num_blocks // len(capacity.kv_windows)),
         block_size=capacity.block_size,
-        layers=model.config.num_hidden_layers,
         kv_windows=windows,
         step_tokens=config.step_tokens,
     )
-    runner = Runner(model, own, config.step_tokens, config.max_running)
+    int8_kv = config.kv_dtype == "int8"
+    runner = Runner(model, own, config.step_tokens, config.max_running, int8_kv=int8_kv)
     context = min(own.max_model_len, own.num_blocks // len(windows) * own.block_size)
     return DraftModel(runner, own.num_blocks, own.block_size, config.step_tokens, context, len(windows))

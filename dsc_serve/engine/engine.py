@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsc_kernels import native, ops
+from dsc_kernels import native, ops, plain
 from dsc_kernels.plan import Planner
 from dsc_serve.adapter_choice import AdapterChoice
 from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
@@ -54,10 +54,12 @@ from dsc_serve.sampling_params import (
 )
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.weight_forms import KeepError
 
 log = logging.getLogger(__name__)
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
+INT8_KV = (native.name, plain.name)
 KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
 
@@ -131,7 +133,8 @@ class Engine:
             hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
-        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture)
+        int8_kv = config.kv_dtype == "int8"
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture, int8_kv)
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
         engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters)
         if companion is not None:
@@ -382,9 +385,17 @@ def prepare_model(config: EngineConfig) -> Decoder:
         if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
+    if config.kv_dtype == "int8" and ops.backend(torch.float32, device).name not in INT8_KV:
+        what = "kv_dtype is 'int8', which native kernels and plain torch serve"
+        raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto")
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
-    model = load_model(resolve_model(config.model), DTYPES[config.dtype], device, config.context)
+    try:
+        model = load_model(
+            resolve_model(config.model), DTYPES[config.dtype], device, config.context, config.weights, config.keep
+        )
+    except KeepError as error:
+        raise ConfigError(str(error)) from None
     measured = constants(model.dtype) if model.device.type == "cpu" else None
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)
@@ -393,8 +404,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
 
 def block_bytes(model: Decoder, config: EngineConfig) -> int:
     """Bytes of a KV block."""
-    element = torch.empty(0, dtype=model.dtype).element_size()
-    return config.block_size * model.groups.size * model.config.cached_size * element
+    return config.block_size * model.group_bytes(config.kv_dtype == "int8")
 
 
 def pool_blocks(model: Decoder, config: EngineConfig, companion: Decoder | None = None) -> int:

@@ -11,10 +11,10 @@ from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import CheckpointError, ModelConfig
-from dsc_serve.model.layer_groups import layer_groups
+from dsc_serve.model.layer_groups import layer_groups, token_bytes
 
 ANGLE_BYTES = 4
-KV_BYTES = 2  # at least: with float32, as many again
+KV_BYTES = 2  # at least, but in int8: with float32, as many again
 TABLE_BYTES = 8
 
 
@@ -47,11 +47,11 @@ def check_room(folder: Path, config: EngineConfig) -> None:
     if positions > free:
         what = f"max_position_embeddings is {model.max_position_embeddings}, for which tables of {size(positions)}"
         raise ConfigError(f"{folder}: {what} are needed; {size(free)} of memory are free")
-    layout = KvLayout(config.block_size, layer_groups(model).windows)
+    layout, int8 = KvLayout(config.block_size, layer_groups(model).windows), config.kv_dtype == "int8"
     blocks = layout.most_blocks(model.max_position_embeddings, config.step_tokens)
     if config.kv_tokens:
         blocks = layout.groups * layout.pages(config.kv_tokens)
-    pool = blocks * config.block_size * layer_groups(model).size * model.cached_size * KV_BYTES
+    pool = blocks * config.block_size * token_bytes(model, KV_BYTES, int8)
     if config.draft_model:
         pool += companion_bytes(configured(resolve_model(config.draft_model), 0), config, -(-blocks // layout.groups))
     if pool + positions > free:
@@ -76,4 +76,5 @@ def position_bytes(model: ModelConfig, config: EngineConfig) -> int:
 def companion_bytes(model: ModelConfig, config: EngineConfig, pages: int) -> int:
     """What a draft model's keys and values of so many pages take, all groups of its layers together."""
     groups = layer_groups(model)
-    return pages * len(groups.windows) * config.block_size * groups.size * model.cached_size * KV_BYTES
+    each = token_bytes(model, KV_BYTES, config.kv_dtype == "int8")
+    return pages * len(groups.windows) * config.block_size * each

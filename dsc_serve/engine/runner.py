@@ -146,12 +146,13 @@ class Runner:
         step_tokens: int,
         max_running: int,
         capture: Capture | None = None,
+        int8_kv: bool = False,
     ) -> None:
         if capacity.kv_windows != model.groups.windows:
             raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
         self.model, self.block_size = model, capacity.block_size
         self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
-        self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size)
+        self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size, int8_kv)
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device, len(capacity.kv_windows))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.adapters import adapted_product
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Adapted, KvCache, QkNorm, Scope
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
@@ -23,8 +24,8 @@ class Attention:
         self,
         config: ModelConfig,
         cos_sin_cache: Tensor | None,
-        qkv: Tensor,
-        out: Tensor,
+        qkv: Weight,
+        out: Weight,
         qkv_bias: Tensor | None,
         out_bias: Tensor | None,
         qk_norm: QkNorm | None = None,

@@ -10,8 +10,8 @@ import torch
 
 from dsc_kernels.memory import trim
 from dsc_serve.config import DTYPES
-from dsc_serve.model.config import CheckpointError, load_config, read_json
-from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json
+from dsc_serve.model.decoder import Decoder, tensor_shapes
 from dsc_serve.model.folder import (
     EMBEDDING,
     config_file,
@@ -24,8 +24,10 @@ from dsc_serve.model.folder import (
 from dsc_serve.model.gguf import gguf_source
 from dsc_serve.model.huggingface import huggingface_source
 from dsc_serve.model.origin import read_origin
+from dsc_serve.model.quantised_folder import assembled
 from dsc_serve.model.source import LoadingProgress, ModelSource
 from dsc_serve.text.tokenizer import FILES
+from dsc_serve.weight_forms import SMALL_ROUTERS, Forms, forms_of, part_of
 
 __all__ = ["choose_dtype", "load_model", "load_tensors", "open_source", "save_checkpoint", "weight_files"]
 
@@ -34,11 +36,13 @@ log = logging.getLogger(__name__)
 
 def own_source(folder: Path) -> ModelSource:
     """A folder of the serving form. Raises CheckpointError."""
-    config, tensors = load_config(folder), stored_tensors(weight_files(folder))
+    config = load_config(folder)
+    tensors = assembled(stored_tensors(weight_files(folder)), config, folder)
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
     said = read_json(config_file(folder)).get("torch_dtype")
     for narrow in (torch.bfloat16, torch.float16):  # where an import has multiplied weights, these are float32
-        if str(narrow) == f"torch.{said}" and any(stored.dtype == narrow for stored in tensors.values()):
+        every = tensors.values()
+        if str(narrow) == f"torch.{said}" and any(one.dtype == narrow or one.quantised is not None for one in every):
             dtype = narrow
     return ModelSource(folder, config, tensors, dtype, lambda: text_files(folder, FILES), read_origin(folder))
 
@@ -91,10 +95,21 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
     return torch.bfloat16
 
 
-def load_model(path: Path, dtype: str, device: torch.device, context: int = 0) -> Decoder:
+def forms_for(config: ModelConfig, weights: str, keep: str) -> Forms:
+    """The form of each part of a model. Raises KeepError."""
+    present = {part for name in tensor_shapes(config) if (part := part_of(name)) is not None}
+    kinds = [kind.ffn.kind for kind in config.kinds]
+    ffn = next((kind for kind in kinds if kind in SMALL_ROUTERS), kinds[0])
+    return forms_of(weights, keep, ffn, config.tie_word_embeddings, present)
+
+
+def load_model(
+    path: Path, dtype: str, device: torch.device, context: int = 0, weights: str = "auto", keep: str = ""
+) -> Decoder:
     """Read, check and prepare the model at a path, tensor by tensor. Raises CheckpointError, TokenizerError.
 
-    dtype: "auto", "float32" or "bfloat16". context: positions to serve; 0: as many as the model is for.
+    dtype: "auto", "float32" or "bfloat16". context: positions to serve; 0: as many as the model is for. weights, keep:
+    as the settings say; raises KeepError for those that do not fit the model.
     """
     source = open_source(path)
     source.check()
@@ -104,9 +119,10 @@ def load_model(path: Path, dtype: str, device: torch.device, context: int = 0) -
         raise CheckpointError(f"{path}: {error}") from None
     if config.max_position_embeddings > (most := source.config.longest_context):
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
+    forms, computed = forms_for(config, weights, keep), choose_dtype(dtype, source.dtype, device)
     with LoadingProgress(source) as progress:
         try:
-            model = Decoder(config, source.weights(progress), choose_dtype(dtype, source.dtype, device), device)
+            model = Decoder(config, source.stored_weights(progress), computed, device, forms)
         except CheckpointError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,24 @@ class LayerKind(Strict):
     rope_scaling: LinearRope | None = None
 
 
+class QuantisedTensors(Strict):
+    """Tensors that are stored in groups of `group` numbers along their last dimension, of `bits` each.
+
+    Instead of NAME a checkpoint then has NAME.values, NAME.scales, with `minimum` NAME.minimums and, with a rank,
+    NAME.left and NAME.right; see `model/quantised_tensor.py`.
+    """
+
+    bits: Literal[4, 8]
+    group: Literal[16, 32]
+    minimum: bool
+    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    tensors: Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("values", "scales", *(("minimums",) * self.minimum), *(("left", "right") if self.rank else ()))
+
+
 class ModelConfig(Strict):
     """One decoder: layers of attention and an FFN of the configured kind.
 
@@ -75,7 +94,7 @@ class ModelConfig(Strict):
     latent_size: the last so many numbers of a layer's one key are its value too, and there are no others; None: values
     are projected as keys are.
     layer_kinds: what differs from layer to layer; layer_pattern: the kind of each layer, by its place in that list,
-    repeated over the layers. Without kinds all layers are alike.
+    repeated over the layers. Without kinds all layers are alike. quantised: which tensors are stored in fewer bits.
     """
 
     model_type: Literal["dsc"] = "dsc"
@@ -110,6 +129,15 @@ class ModelConfig(Strict):
     ffn: FfnConfig
     layer_kinds: list[LayerKind] = Field(default_factory=list)
     layer_pattern: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    quantised: list[QuantisedTensors] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _quantised_once(self) -> ModelConfig:
+        names = Counter(name for form in self.quantised for name in form.tensors)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ValueError(f"quantised names tensor {twice[0]} twice")
+        return self
 
     @model_validator(mode="after")
     def _kinds(self) -> ModelConfig:
@@ -239,7 +267,12 @@ class ModelConfig(Strict):
     @property
     def cached_size(self) -> int:
         """Numbers that a layer keeps of a token."""
-        return 2 * self.kv_size if self.latent_size is None else self.kv_size
+        return self.cached_rows * self.head_dim
+
+    @property
+    def cached_rows(self) -> int:
+        """Keys and values of heads that a layer keeps of a token, each of head_dim numbers."""
+        return self.num_key_value_heads * (2 if self.latent_size is None else 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -325,6 +358,8 @@ def generation_eos(path: Path) -> list[int] | None:
 def stored_fields(config: ModelConfig) -> dict[str, Any]:
     """A configuration as it is written, with the lowest format number that holds it: older versions read lower ones."""
     content = config.model_dump(exclude_none=True)
+    if not config.quantised:
+        del content["quantised"]
     for name in (*SINCE_FORMAT_2, *SINCE_FORMAT_3):
         if content.get(name) == ModelConfig.model_fields[name].get_default(call_default_factory=True):
             content.pop(name, None)
@@ -333,7 +368,8 @@ def stored_fields(config: ModelConfig) -> dict[str, Any]:
             if ffn[name] == MoeConfig.model_fields[name].default:
                 del ffn[name]
     newest = (
-        any(name in content for name in SINCE_FORMAT_3)
+        bool(config.quantised)
+        or any(name in content for name in SINCE_FORMAT_3)
         or any(name in kind for kind in content.get("layer_kinds", []) for name in KINDS_SINCE_FORMAT_3)
         or any(layer.norms == "around" or not is_plain(layer.ffn) for layer in config.kinds)
     )

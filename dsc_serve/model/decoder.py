@@ -11,8 +11,10 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.backend import Adapter
 from dsc_kernels.memory import zeros
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     OUTPUT_ONLY,
+    SCALE_BYTES,
     Adapted,
     DecoderLayer,
     KvCache,
@@ -29,9 +31,12 @@ from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn, Shapes
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.picks import PickingFfn, Picks, picking_layers
-from dsc_serve.model.layer_groups import layer_groups
+from dsc_serve.model.layer_groups import layer_groups, token_bytes
 from dsc_serve.model.origin import Origin
+from dsc_serve.model.placement import Placement
+from dsc_serve.model.quantised_tensor import joined
 from dsc_serve.model.rope import Angles, RopeTable
+from dsc_serve.weight_forms import AS_STORED, Forms
 
 Branch = Callable[..., Tensor]  # an FFN: x [T, d] and a residual → [T, d]
 # By `norms` of a layer the names of attention's norm and the FFN's, which may be one.
@@ -223,78 +228,72 @@ class Decoder:
 
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
     origin: the family's form that they were brought from, for adapters of that form.
+    forms: of the weights by parts of the model. held: the bytes of weights by their form.
     """
 
     origin: Origin | None = None
 
     def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        forms: Forms = AS_STORED,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.modules = modules_of(config)
+        place = Placement(dtype, device, forms)
+        self.held = place.held
 
-        def put(name: str) -> Tensor:
-            return tensors[name].to(device=device, dtype=dtype)
-
-        def norm(name: str) -> Norm:
-            return Norm(config, put(f"{name}.weight"), put(f"{name}.bias") if config.norm_type == "layernorm" else None)
-
-        self.embedding = put("model.embed_tokens.weight")
+        embedding = place.weight("embedding", tensors["model.embed_tokens.weight"])
         learned = config.position_embedding_type == "learned"
-        self.positions = put("model.embed_positions.weight") if learned else None
+        self.positions = place.tensor(tensors["model.embed_positions.weight"]) if learned else None
         self.groups = layer_groups(config)
-        self.ropes: dict[str, RopeTable] = {}
-        for kind in [] if learned else config.kinds:
-            angles = Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
-            if kind.rotation and str(angles) not in self.ropes:
-                self.ropes[str(angles)] = RopeTable(*angles, device)
-        self.layers = []
-        for i, kind in enumerate(config.layers):
-            layer = f"model.layers.{i}"
-            angles = Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
-            cos_sin_cache = self.ropes[str(angles)].table if kind.rotation and not learned else None
-            weights = attention_weights(kind, f"{layer}.self_attn.", put)
-            attention = Attention(kind, cos_sin_cache, *weights, group=self.groups.group[i])
-            prefix = f"{layer}.mlp."
-            own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-            try:
-                ffn = KINDS[kind.ffn.kind](kind, own, dtype, device)
-            except CheckpointError as error:
-                raise CheckpointError(f"{prefix}{error}") from None
-            norms = {name: norm(f"{layer}.{name}") for name in dict.fromkeys(NORM_NAMES[kind.norms])}
-            first, second = (norms[name] for name in NORM_NAMES[kind.norms])
-            behind = None
-            if kind.norms == "around":
-                behind = norm(f"{layer}.{BEHIND[0]}"), norm(f"{layer}.{BEHIND[1]}")
-            self.layers.append(TransformerLayer(first, attention, second, ffn, i, behind))
-        self.stack = ops.stack(
-            self.embedding,
-            self.positions,
-            [layer.described() for layer in self.layers],
-            config.embedding_scale,
-        )
+        self.ropes = rotary_tables(config, device)
+        self.layers = [
+            transformer_layer(kind, i, tensors, place, self.ropes, self.groups.group[i])
+            for i, kind in enumerate(config.layers)
+        ]
+        described = [layer.described() for layer in self.layers]
+        self.stack = ops.stack(embedding, self.positions, described, config.embedding_scale)
+        # A stack owns what it looks words up in; floating point stays, for those who compute layer by layer.
+        self.embedding = embedding if self.stack is None or isinstance(embedding, Tensor) else None
         picking = picking_layers(config)[1]
         self._picking: list[PickingFfn | None] = [  # None: the layer picks nothing, or nothing that can be told
             layer.ffn if i in picking else None  # type: ignore[misc]  # the FFN kinds that pick can tell what
             for i, layer in enumerate(self.layers)
         ]
         self._dsc = dsc_layers(self)
-        self.norm = norm("model.norm")
-        self.head = ops.head(self.embedding if config.tie_word_embeddings else put("lm_head.weight"))
+        self.norm = placed_norm(config, "model.norm", tensors, place)
+        tied = config.tie_word_embeddings
+        self.head = ops.head(embedding if tied else place.weight("head", tensors["lm_head.weight"]))
 
-    def kv_caches(self, blocks: int, block_size: int) -> list[KvCache]:
-        """One per layer, of so many blocks, all zero; layers of the same place in other groups share theirs."""
+    def kv_caches(self, blocks: int, block_size: int, int8: bool = False) -> list[KvCache]:
+        """One per layer, of so many blocks, all zero; layers of the same place in other groups share theirs.
+
+        In the dtype that is computed in, or in int8.
+        """
         latent = self.config.latent_size
-        shape = (blocks, self.config.num_key_value_heads, block_size, self.config.head_dim)
+        width = self.config.head_dim + (SCALE_BYTES if int8 else 0)
+        shape = (blocks, self.config.num_key_value_heads, block_size, width)
 
         def part() -> Tensor:
-            return zeros(shape, self.dtype, self.device)
+            return zeros(shape, torch.int8 if int8 else self.dtype, self.device)
 
         def cache() -> KvCache:
             return KvCache(part(), part()) if latent is None else KvCache.within(part(), latent)
 
         places = [cache() for _ in range(self.groups.size)]
         return [places[place] for place in self.groups.place]
+
+    def kv_bytes(self, int8: bool = False) -> int:
+        """What a token takes in the blocks of all groups, while none is behind a window."""
+        return len(self.groups.windows) * self.group_bytes(int8)
+
+    def group_bytes(self, int8: bool = False) -> int:
+        """What a token takes in a block of one group."""
+        return token_bytes(self.config, self.dtype.itemsize, int8)
 
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
         """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
@@ -305,7 +304,8 @@ class Decoder:
             rope.reach(batch.longest)
         if self.stack is not None:
             return self._stacked(self.stack, batch, kv_caches, picks)
-        x = F.embedding(batch.token_ids, self.embedding)
+        assert self.embedding is not None
+        x = ops.embed(self.embedding, batch.token_ids)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.positions is not None:
@@ -350,22 +350,68 @@ class Decoder:
         return self.head.argmax(self.norm(hidden))
 
 
+Ropes = Mapping[str, RopeTable]  # by their angles
+
+
+def angles_of(kind: ModelConfig) -> Angles | None:
+    """Those that layers of a kind turn queries and keys by, None where they turn nothing."""
+    if kind.position_embedding_type == "learned" or not kind.rotation:
+        return None
+    return Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
+
+
+def rotary_tables(config: ModelConfig, device: torch.device) -> Ropes:
+    """The angles of all positions, once for all kinds of layers that have the same."""
+    angles = {str(own): own for own in map(angles_of, config.kinds) if own is not None}
+    return {name: RopeTable(*own, device) for name, own in angles.items()}
+
+
+def placed_norm(config: ModelConfig, name: str, tensors: Mapping[str, Weight], place: Placement) -> Norm:
+    bias = place.tensor(tensors[f"{name}.bias"]) if config.norm_type == "layernorm" else None
+    return Norm(config, place.tensor(tensors[f"{name}.weight"]), bias)
+
+
+def transformer_layer(
+    kind: ModelConfig, index: int, tensors: Mapping[str, Weight], place: Placement, ropes: Ropes, group: int = 0
+) -> TransformerLayer:
+    """The layer of this index, which is of this kind; group: its own, of `LayerGroups`. Raises CheckpointError."""
+    name, angles = f"model.layers.{index}", angles_of(kind)
+    cos_sin_cache = None if angles is None else ropes[str(angles)].table
+    weights = attention_weights(kind, f"{name}.self_attn.", tensors, place)
+    attention = Attention(kind, cos_sin_cache, *weights, group=group)
+    prefix = f"{name}.mlp."
+    own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+    try:
+        ffn = KINDS[kind.ffn.kind](kind, own, place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{prefix}{error}") from None
+    places, around = NORM_NAMES[kind.norms], BEHIND if kind.norms == "around" else ()
+    norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys((*places, *around))}
+    first, second = (norms[norm] for norm in places)
+    behind = (norms[BEHIND[0]], norms[BEHIND[1]]) if around else None
+    return TransformerLayer(first, attention, second, ffn, index, behind)
+
+
 def attention_weights(
-    config: ModelConfig, prefix: str, put: Callable[[str], Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, QkNorm | None]:
+    config: ModelConfig, prefix: str, tensors: Mapping[str, Weight], place: Placement
+) -> tuple[Weight, Weight, Tensor | None, Tensor | None, QkNorm | None]:
     """What `Attention` consists of, in its order, from the tensors below a prefix."""
 
-    def joined(part: str) -> Tensor:
-        return torch.cat([put(f"{prefix}{name}_proj.{part}") for name in projections(config)])
+    def put(name: str) -> Tensor:
+        return place.tensor(tensors[f"{prefix}{name}"])
 
-    qkv_bias = joined("bias") if config.attention_bias else None
-    out_bias = put(f"{prefix}o_proj.bias") if config.attention_output_bias else None
+    def weight(name: str) -> Weight:
+        return place.weight("attention", tensors[f"{prefix}{name}_proj.weight"])
+
+    names = projections(config)
+    qkv_bias = torch.cat([put(f"{name}_proj.bias") for name in names]) if config.attention_bias else None
+    out_bias = put("o_proj.bias") if config.attention_output_bias else None
     qk_norm = None
     if config.qk_norm == "latent":
-        qk_norm = QkNorm(None, put(f"{prefix}k_norm.weight"), config.norm_eps)
+        qk_norm = QkNorm(None, put("k_norm.weight"), config.norm_eps)
     elif config.qk_norm != "none":
-        qk_norm = QkNorm(put(f"{prefix}q_norm.weight"), put(f"{prefix}k_norm.weight"), config.norm_eps)
-    return joined("weight"), put(f"{prefix}o_proj.weight"), qkv_bias, out_bias, qk_norm
+        qk_norm = QkNorm(put("q_norm.weight"), put("k_norm.weight"), config.norm_eps)
+    return joined([weight(name) for name in names], place.dtype), weight("o"), qkv_bias, out_bias, qk_norm
 
 
 def modules_of(config: ModelConfig) -> list[dict[str, Module]]:

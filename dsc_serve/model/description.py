@@ -28,11 +28,12 @@ def describe(model: Decoder) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     f = c.ffn
+    rows["weights"] = weights(model)
     rows["ffn"] = "; ".join(by_kind(c, ffn))
     if isinstance(f, DscConfig):
         layers = dsc_layers(model)
         size = sum(layer.bank_bytes for layer in layers)
-        zero = sum(int((layer.u.abs().amax(1) * layer.v.abs().amax(1) == 0).sum()) for layer in layers)
+        zero = sum(layer.zero_atoms for layer in layers)
         rows["bank"] = (
             f"U and V [{f.num_atoms}, {c.hidden_size}] per layer, {size / 1e6:.1f} MB in all, {zero} zero atoms"
         )
@@ -42,6 +43,12 @@ def describe(model: Decoder) -> dict[str, str]:
         rows["certificate"] = f"max |γ| per layer, bounds the dynamic part's operator norm: {bounds}"
     rows["kernels"] = kernels(model)
     return rows
+
+
+def weights(model: Decoder) -> str:
+    """What the matrices are held in, and the bytes of each form."""
+    forms = ", ".join(f"{size / 1e6:.1f} MB {form}" for form, size in model.held.most_common())
+    return f"{sum(model.held.values()) / 1e6:.1f} MB: {forms}"
 
 
 def by_kind(config: ModelConfig, told: Callable[[ModelConfig], str]) -> list[str]:

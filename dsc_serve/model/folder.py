@@ -17,6 +17,8 @@ from dsc_serve.files import refuse_pointer
 from dsc_serve.model.config import CheckpointError, ModelConfig, read_json, save_config
 from dsc_serve.model.decoder import tensor_shapes
 from dsc_serve.model.origin import write_origin
+from dsc_serve.model.quantised_folder import Saved, apart
+from dsc_serve.model.quantised_tensor import QuantisedTensor
 from dsc_serve.model.source import LoadingProgress, ModelSource, Stored, check_finite, check_stored
 from dsc_serve.panics import PanicError, panics_as_errors
 
@@ -135,12 +137,14 @@ def text_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def save_checkpoint(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Saved],
     folder: Path,
     source: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`; the tensors are checked first as loading would.
+
+    What the configuration says of quantised tensors is what these are.
 
     source: the file or folder that they come from, which errors name. dtype: what the model is said to be stored in,
     the embedding's where none is given. Raises CheckpointError, also when the folder
@@ -148,13 +152,19 @@ def save_checkpoint(
     """
     refuse_taken(folder)
     named = source or folder
-    check_stored({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, tensor_shapes(config), named)
-    for name, tensor in tensors.items():
-        check_finite(name, tensor, named)
+    found = {
+        name: (tuple(t.shape), torch.float32 if isinstance(t, QuantisedTensor) else t.dtype)
+        for name, t in tensors.items()
+    }
+    check_stored(found, tensor_shapes(config), named)
+    stored, quantised = apart(tensors)
+    for name, tensor in stored.items():
+        if tensor.dtype.is_floating_point:
+            check_finite(name, tensor, named)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    save_config(config, folder, str(dtype or tensors[EMBEDDING].dtype).removeprefix("torch."))
+    said = dtype or found[EMBEDDING][1]
+    save_config(config.model_copy(update={"quantised": quantised}), folder, str(said).removeprefix("torch."))
 
 
 def refuse_taken(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files of the families in `gguf_families`: weights dequantised once, the tokenizer converted."""
+"""GGUF files of the families in `gguf_families`: their tensors, quantised as they are, and the tokenizer converted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from dsc_serve.model.architectures.family import HEAD
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.dequantise import FLOATS, UnknownKindError, dequantised, kind_of, stored_bytes
 from dsc_serve.model.folder import EMBEDDING, write_source
+from dsc_serve.model.gguf_blocks import FORMS, quantised
 from dsc_serve.model.gguf_families import OUTER, GgufFamily, family_of
 from dsc_serve.model.gguf_metadata import FACTORS, Metadata, positions
 from dsc_serve.model.origin import Origin
+from dsc_serve.model.quantised_tensor import QuantisedTensor
+from dsc_serve.model.rounding import OutOfRangeError
 from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.text.gguf_tokenizer import ConversionError, converted_tokenizer, start_and_ends
 from dsc_serve.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -45,7 +48,7 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> M
 
 
 def gguf_source(file: Path) -> ModelSource:
-    """A GGUF file, or a split one by any of its parts, as it is: its tensors are read as float32.
+    """A GGUF file, or a split one by any of its parts, as it is: its tensors are read as float32, or as quantised.
 
     They count as stored in the dtype of the embedding, quantised ones as bfloat16. Raises CheckpointError.
     """
@@ -161,4 +164,13 @@ def stored(entry: Entry) -> Stored:
     if entry.offset + size > entry.file.stat().st_size:
         raise CheckpointError(f"{entry.file}: not a readable GGUF file: it ends within tensor {entry.name}")
     read = lambda: dequantised(entry.read(size), kind, entry.shape, entry.big)  # noqa: E731
-    return Stored(entry.shape, torch.float32, read)
+    if kind not in FORMS or len(entry.shape) < 2:
+        return Stored(entry.shape, torch.float32, read)
+
+    def as_it_is() -> QuantisedTensor | None:
+        try:
+            return quantised(entry.read(size), kind, entry.shape, entry.big)
+        except OutOfRangeError:
+            return None
+
+    return Stored(entry.shape, torch.float32, read, as_it_is)

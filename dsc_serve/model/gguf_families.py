@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -100,13 +100,12 @@ class GgufFamily:
         if self.interleaved:
             for name, own in found.items():
                 if ".q_proj." in name or ".k_proj." in name:
-                    found[name] = replace(own, read=partial(in_halves, own, config.head_dim))
+                    found[name] = own.mapped(partial(in_halves, head_dim=config.head_dim), own.shape)
         return (self.convert or self.family.tensors)(found, s, config)
 
 
-def in_halves(own: Stored, head_dim: int) -> Tensor:
+def in_halves(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of heads whose rotary pairs are neighbours, put so that a pair is (i, i + head_dim / 2)."""
-    rows = own.read()
     if rows.shape[0] % head_dim:
         return rows  # which no configuration fits
     return rows.view(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
@@ -166,7 +165,7 @@ def qwen2_moe_tensors(stored: Mapping[str, Stored], s: Settings, config: ModelCo
     found = dict(stored)
     for name, own in stored.items():
         if name.endswith(".shared_expert_gate.weight") and len(own.shape) == 1:
-            found[name] = replace(own, shape=(1, *own.shape), read=partial(one_row, own))
+            found[name] = Stored((1, *own.shape), own.dtype, partial(one_row, own))
     return ARCHITECTURES["Qwen2MoeForCausalLM"].tensors(found, s, config)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsc_kernels.weights import SCALE_BYTES
 from dsc_serve.model.config import ModelConfig
 
 WASTE = 0.15  # of the layers' number: places for layers that no layer takes, where groups are larger for it
@@ -55,3 +56,9 @@ def group_size(counts: Sequence[int]) -> int:
 def layer_groups(config: ModelConfig) -> LayerGroups:
     """Those of a model."""
     return group_layers([layer.window for layer in config.layers], config.max_position_embeddings)
+
+
+def token_bytes(config: ModelConfig, element: int, int8: bool = False) -> int:
+    """What a token takes in a block of one group, in numbers of `element` bytes or in int8."""
+    row = config.head_dim + SCALE_BYTES if int8 else config.head_dim * element
+    return layer_groups(config).size * config.cached_rows * row

@@ -6,18 +6,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsc_kernels.quantised import Weight
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import tensor_shapes
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.origin import Origin
+from dsc_serve.model.quantised_tensor import QuantisedTensor
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log hears of progress
@@ -25,11 +27,27 @@ SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: read gives it, [shape] in this dtype, in memory of its own that no file shows through."""
+    """A tensor in a file: read gives it, [shape] in this dtype, in memory of its own that no file shows through.
+
+    quantised: gives what is stored in 4 or 8 bits as it is, None where float16 scales do not hold it after all.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    quantised: Callable[[], QuantisedTensor | None] | None = None
+
+    def mapped(self, take: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Stored:
+        """[shape]: with the rows that `take` chooses and orders, which does not look into them."""
+        read, whole = self.read, self.quantised
+        if whole is None:
+            return replace(self, shape=shape, read=lambda: take(read()))
+
+        def quantised() -> QuantisedTensor | None:
+            own = whole()
+            return None if own is None else own.mapped(take)
+
+        return Stored(shape, self.dtype, lambda: take(read()), quantised)
 
 
 def commonest_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
@@ -66,6 +84,10 @@ class ModelSource:
         """The tensors, to be read; progress hears of the elements that were."""
         return Weights(self, progress)
 
+    def stored_weights(self, progress: Callable[[int], None] = lambda size: None) -> StoredWeights:
+        """The same, but what is stored in 4 or 8 bits as it is."""
+        return StoredWeights(self, progress)
+
 
 class Weights(Mapping[str, Tensor]):
     """A source's tensors, each read and found finite when it is asked for, and not kept here."""
@@ -84,6 +106,30 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._source.tensors)
+
+
+class StoredWeights(Mapping[str, Weight]):
+    """The same as they are stored: what is in 4 or 8 bits is not dequantised, and has all its rows in one matrix."""
+
+    def __init__(self, source: ModelSource, progress: Callable[[int], None]) -> None:
+        self._source, self._progress, self._floating = source, progress, Weights(source, progress)
+
+    def __getitem__(self, name: str) -> Weight:
+        stored = self._source.tensors[name]
+        own = None if stored.quantised is None or len(stored.shape) < 2 else stored.quantised()
+        if own is None:
+            return self._floating[name]
+        if wrong := own.wrong():
+            what = f"tensor {name} holds {wrong[1]} {wrong[0]} that are not finite"
+            raise CheckpointError(f"{self._source.path}: {what}")
+        self._progress(torch.Size(own.shape).numel())
+        return own.mapped(lambda part: part.flatten(0, -2)).weight()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._floating)
+
+    def __len__(self) -> int:
+        return len(self._floating)
 
 
 def check_count(config: ModelConfig, count: int, source: Path) -> None:

@@ -24,6 +24,8 @@ from dsc_serve.model.config import ModelConfig, MoeConfig
 from dsc_serve.model.decoder import TransformerLayer
 from dsc_serve.model.ffn.moe import CHOICE_BIAS, MoeFfn, router_of
 from dsc_serve.model.folder import refuse_taken, write_source
+from dsc_serve.model.placement import Placement
+from dsc_serve.model.quantised_tensor import as_tensor
 from dsc_serve.model.source import ModelSource, Stored
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.settings import TrainError
@@ -32,6 +34,7 @@ SAMPLE = 4096  # tokens of the calibration text whose outputs are compared
 KEPT = 0.999  # of a cluster's squared singular values: what lies below is one expert's noise
 RIDGE = 1e-2  # of the mean of a regression's squares
 DOWN = "down_proj.weight"
+PLACE = Placement(torch.float32, torch.device("cpu"))
 Tensors = dict[str, Tensor]
 
 
@@ -183,8 +186,8 @@ def expert(config: ModelConfig, tensors: Tensors, e: int, x: Tensor) -> Tensor:
 
 def routed(config: ModelConfig, tensors: Tensors, x: Tensor) -> tuple[Tensor, Tensor]:
     """The router's logits for inputs x [T, d], and the weights of the experts that are picked, 0 of the others."""
-    router, options = router_of(config, tensors, torch.device("cpu"))
-    logits = reference.router_logits(x, router.weight, router.bias, router.norm_eps)
+    router, options = router_of(config, tensors, PLACE)
+    logits = reference.router_logits(x, as_tensor(router.weight, torch.float32), router.bias, router.norm_eps)
     weights, choices = reference.pick_experts(logits, options, router.choice_bias)
     return logits, torch.zeros_like(logits).scatter(1, choices, weights)
 
@@ -250,7 +253,8 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
     wide = x.double()
     gram = wide.T @ wide
     held = RIDGE * gram.diagonal().mean() + 1e-12
-    return torch.linalg.solve(gram + held * torch.eye(len(gram), dtype=gram.dtype), wide.T @ y.double()).float()
+    found: Tensor = torch.linalg.solve(gram + held * torch.eye(len(gram), dtype=gram.dtype), wide.T @ y.double())
+    return found.float()
 
 
 def similarities(outputs: Sequence[Tensor]) -> Tensor:
@@ -312,7 +316,7 @@ def with_experts(ffn: MoeConfig, experts: int) -> MoeConfig:
 
 
 def ffn_of(config: ModelConfig, tensors: Tensors, experts: int) -> MoeFfn:
-    return MoeFfn(fewer_experts(config, experts), tensors, torch.float32, torch.device("cpu"))
+    return MoeFfn(fewer_experts(config, experts), tensors, PLACE)
 
 
 def smaller(source: ModelSource, merged: Mapping[int, Tensors], experts: int) -> ModelSource:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsc_serve.llm import LLM
-from dsc_serve.model.checkpoint import load_tensors, open_source, save_checkpoint, weight_files
+from dsc_serve.model.checkpoint import open_source, save_checkpoint
 from dsc_serve.model.config import DscConfig, ModelConfig
 from dsc_serve.text.tokenizer import FILES, Tokenizer
 from dsc_serve.train.evaluation import Evaluation, evaluate
@@ -54,7 +54,8 @@ def prune(model: Path, calibration: str, texts: dict[str, str], out: Path) -> Pr
     All layers keep the same number of atoms, that of the layer that uses most; the others fill up with unused ones.
     Raises TrainError for another FFN kind than dsc, a model without a tokenizer, or a text of one token.
     """
-    config = open_source(model).config
+    source = open_source(model)
+    config = source.config
     c = config.ffn
     if not isinstance(c, DscConfig):
         raise TrainError(f"{model}: its FFN is {c.kind}; only dsc has atoms to drop")
@@ -64,7 +65,8 @@ def prune(model: Path, calibration: str, texts: dict[str, str], out: Path) -> Pr
     ids = tokenizer.encode(calibration, add_special_tokens=False)
     if len(ids) < 2:
         raise TrainError(f"the calibration text has {len(ids)} tokens; picks are counted from 2 on")
-    tensors = load_tensors(weight_files(model))
+    source.check()
+    tensors = dict(source.weights())
     usage = usage_on(config, {name: tensor.float() for name, tensor in tensors.items()}, ids)
     size = max(c.atoms_per_token, *(len(layer) for layer in usage.live))
     for i, picks in enumerate(usage.picks):

@@ -101,6 +101,8 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     active_parameters: int  # of those, what one token reads
     fingerprint: str = ""  # see `model.fingerprint`; "": of no files
     pooling: Pooling = Pooling()  # how prompts are embedded
+    weight_bytes: dict[str, int] = {}  # of matrices, by the form that they are held in
+    kv_token_bytes: int = 0  # what a token takes in the KV pool
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

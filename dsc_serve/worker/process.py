@@ -84,6 +84,8 @@ def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
         active_parameters=active,
         fingerprint=fingerprint,
         pooling=engine.pooling,
+        weight_bytes=dict(model.held),
+        kv_token_bytes=model.kv_bytes(engine.config.kv_dtype == "int8"),
     )
 
 

@@ -14,6 +14,7 @@ def linear(
     is_bf16: int,
     x: int,
     w: int,
+    w_format: int,
     bias: int,
     residual: int,
     out: int,
@@ -28,11 +29,13 @@ def head_layer(
     *,
     is_bf16: int,
     w: int,
+    w_format: int,
     bias: int,
     d: int,
     n: int,
     screen_rows: int,
     screen_packed: int,
+    screen_rows_format: int,
     screen_steps: int,
     screen_shifts: int,
     screen_errors: int,
@@ -53,6 +56,12 @@ def ffn_layer(
     gate_bias: int,
     down_bias: int,
     router: int,
+    up_format: int,
+    gate_format: int,
+    down_format: int,
+    router_format: int,
+    u_format: int,
+    v_format: int,
     router_bias: int,
     u: int,
     v: int,
@@ -69,6 +78,7 @@ def ffn_layer(
     activation: int,
     screen_rows: int,
     screen_packed: int,
+    screen_rows_format: int,
     screen_steps: int,
     screen_shifts: int,
     screen_errors: int,
@@ -120,6 +130,13 @@ def moe_layer(
     shared_down: int,
     shared_scale: int,
     shared_hidden: int,
+    router_format: int,
+    up_format: int,
+    gate_format: int,
+    down_format: int,
+    shared_up_format: int,
+    shared_gate_format: int,
+    shared_down_format: int,
 ) -> object: ...
 def moe(
     layer: object,
@@ -172,6 +189,7 @@ def attention(
     max_context_len: int,
     scale: float,
     cap: float,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def chunk_attention(
@@ -194,6 +212,7 @@ def chunk_attention(
     num_blocks: int,
     scale: float,
     cap: float,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def store_kv(
@@ -219,6 +238,7 @@ def store_kv(
     block: int,
     num_blocks: int,
     num_positions: int,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def decoder_layer(
@@ -236,6 +256,8 @@ def decoder_layer(
     qk_norm_together: int,
     turned: int,
     qkv_weight: int,
+    qkv_format: int,
+    out_format: int,
     qkv_bias: int,
     out_weight: int,
     out_bias: int,
@@ -264,6 +286,7 @@ def stack(
     *,
     is_bf16: int,
     token_embedding: int,
+    token_embedding_format: int,
     position_embedding: int,
     vocabulary: int,
     positions: int,
@@ -298,6 +321,7 @@ def run_stack(
     chunk_count: int,
     runs: int,
     run_count: int,
+    int8_kv: int,
     threads: int,
 ) -> None: ...
 def sample(

@@ -72,8 +72,8 @@ class Job:
     types: dict[str, str]
 
 
-BF16, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
-SCALARS = dict.fromkeys(("batch", "atoms", "groups", "q_stride", "table_stride", "kv_heads"), "i32")
+BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
+SCALARS = dict.fromkeys(("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads"), "i32")
 SCALARS |= dict.fromkeys(("tau", "eps", "norm_eps", "scale"), "fp32")
 
 
@@ -132,12 +132,23 @@ def attention_jobs(s: Sizes) -> Iterator[Job]:
     yield Job("merge_splits", attention.merge_splits, merge, {"parts": FLOAT, "stats": FLOAT, "out": BF16})
 
 
+def quantised_jobs(s: Sizes) -> Iterator[Job]:
+    from dsc_kernels.gpu import quantised
+
+    for bits in (4, 8):
+        types = {"x": BF16, "values": "*u8" if bits == 4 else "*i8", "scales": HALF, "minimums": HALF, "out": FLOAT}
+        for label, batch in (("small", 1), ("large", quantised.FEW)):
+            constants = {**quantised.blocks(batch), "d": s.d, "bits": bits, "group": 32}
+            yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
+
+
 def jobs(config: str) -> Iterator[Job]:
     """Everything that is compiled for a configuration of CONFIGS."""
     sizes = CONFIGS[config]
     yield from dsc_jobs(sizes)
     yield from moe_jobs(sizes)
     yield from attention_jobs(sizes)
+    yield from quantised_jobs(sizes)
 
 
 def compile_job(job: Job, target: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
@@ -169,9 +170,9 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...  # noqa: N802  a class of the module
+    def Linear(self, weight: Weight, bias: Tensor | None = None) -> Linear: ...  # noqa: N802  a class of the module
 
-    def Head(self, weight: Tensor, bias: Tensor | None = None) -> Head: ...  # noqa: N802
+    def Head(self, weight: Weight, bias: Tensor | None = None) -> Head: ...  # noqa: N802
 
     def Ffn(  # noqa: N802
         self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
@@ -199,7 +200,7 @@ class Backend(Protocol):
 
     def stack(
         self,
-        token_embedding: Tensor,
+        token_embedding: Weight,
         position_embedding: Tensor | None,
         layers: Sequence[DecoderLayer],
         embedding_scale: float = 1.0,

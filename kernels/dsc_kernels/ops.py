@@ -16,8 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import dequantised, native, plain
 from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, Moe, Stack
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
     WHOLE,
@@ -113,12 +114,12 @@ def description(device: torch.device = CPU) -> str:
     return "plain torch (installed without a C++ compiler: slower)"
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def linear(weight: Weight, bias: Tensor | None = None) -> Linear:
     """A product with weight [n, d], packed where that is faster."""
     return backend(weight.dtype, weight.device).Linear(weight, bias)
 
 
-def head(weight: Tensor) -> Head:
+def head(weight: Weight) -> Head:
     """An output head [words, d]."""
     return backend(weight.dtype, weight.device).Head(weight)
 
@@ -158,7 +159,7 @@ def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: t
 
 
 def stack(
-    token_embedding: Tensor,
+    token_embedding: Weight,
     position_embedding: Tensor | None,
     layers: Sequence[DecoderLayer],
     embedding_scale: float = 1.0,
@@ -166,6 +167,11 @@ def stack(
     """Embeddings and all layers in one call, where the backend in use offers it and computes all of them; else None."""
     chosen = backend(token_embedding.dtype, token_embedding.device)
     return chosen.stack(token_embedding, position_embedding, layers, embedding_scale)
+
+
+def embed(weight: Weight, ids: Tensor) -> Tensor:
+    """Rows of an embedding [words, d] in its dtype: ids [T] → [T, d]."""
+    return dequantised.embed(weight, ids)
 
 
 def norm(x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:

@@ -17,6 +17,10 @@ from dsc_kernels.adapters import adapted_product
 from dsc_kernels.adapters import adapter as adapter
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
+from dsc_kernels.dequantised import dense, product, rows_by, wide_product
+from dsc_kernels.kv_rows import narrow_rows
+from dsc_kernels.quantised import Weight
 from dsc_kernels.scoped import gather_context
 from dsc_kernels.weights import (
     WHOLE,
@@ -39,7 +43,6 @@ from dsc_kernels.weights import (
 NAME = "plain"
 name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
-WIDE_ROWS = 4096  # of a narrow weight that are in float32 at a time
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -72,25 +75,17 @@ def route(
     return atoms, *reference.coefficients(selected, eps)
 
 
-def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor) -> Tensor:
     """`compose_add` in x's dtype."""
     return compose_add(static, x, atoms, weights, u, v, gamma).to(x.dtype)
 
 
 def compose_add(
-    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor, v: Tensor, gamma: Tensor
+    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor
 ) -> Tensor:
     """static [B, d] plus the dynamic part of the picked atoms, in float32."""
-    latent = torch.einsum("bd,bkd->bk", x.float(), u[atoms].float()) * weights
-    return static.float() + torch.einsum("bk,bkd->bd", latent, v[atoms].float()) * gamma
-
-
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ with its float32 sums, which are not rounded to x's and the weight's narrower dtype."""
-    if x.device.type != "cpu":
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    wide = x.float()
-    return torch.cat([F.linear(wide, rows.float()) for rows in torch.split(weight, WIDE_ROWS)], dim=1)
+    latent = torch.einsum("bd,bkd->bk", x.float(), rows_by(u, torch.float32)(atoms)) * weights
+    return static.float() + torch.einsum("bk,bkd->bd", latent, rows_by(v, torch.float32)(atoms)) * gamma
 
 
 class Linear:
@@ -98,8 +93,10 @@ class Linear:
 
     backend = NAME
     screened = False
+    product = staticmethod(product)
+    wide_product = staticmethod(wide_product)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(
@@ -111,10 +108,10 @@ class Linear:
     ) -> Tensor:
         """x [B, d] → [B, n]."""
         if out_dtype == torch.float32 and x.dtype.itemsize < 4:
-            y = wide_product(x, self.weight)
+            y = self.wide_product(x, self.weight)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = self.product(x, self.weight, self.bias)
         y = ACTIVATIONS[activation](y)
         if residual is not None:
             y = y + residual
@@ -131,16 +128,17 @@ Head = Linear
 class Mlp:
     """`MlpWeights` with their activation; GELU in its exact form."""
 
+    linear = Linear  # its products
+
     def __init__(self, weights: MlpWeights, activation: Activation) -> None:
         self.weights, self.activation = weights, ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor, adapted: Adapted | None = None) -> Tensor:
         w = self.weights
 
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
-            if adapted is None:
-                return F.linear(x, weight, bias)
-            return adapted_product(Linear(weight, bias), x, adapted, {name: 0})
+        def product(x: Tensor, weight: Weight, bias: Tensor | None, name: str) -> Tensor:
+            layer = self.linear(weight, bias)
+            return layer(x) if adapted is None else adapted_product(layer, x, adapted, {name: 0})
 
         up = product(x, w.up, w.up_bias, "up")
         if w.gate is None:
@@ -195,14 +193,15 @@ class Ffn:
         if self.router is None or self.bank is None:
             raise ValueError("this layer has no router")
         r, bank, o = self.router, (self.bank.u, self.bank.v, self.bank.gamma), self.options
+        rows_of_router = dense(r.weight, torch.float32)
         if o.rank:
-            logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+            logits = reference.router_logits(x.float(), rows_of_router, r.bias, r.norm_eps)
             selected, atoms = select(logits, o.k, o.tau)
             weights, signal = selected.softmax(dim=1), x.new_zeros(x.shape[0], dtype=torch.float32)
             rows = (atoms[:, :, None] * o.rank + torch.arange(o.rank, device=x.device)).flatten(1)
             spread = weights.repeat_interleave(o.rank, dim=1)
         else:
-            atoms, weights, signal = route(x, r.weight, r.bias, o.k, o.tau, o.eps, r.norm_eps)
+            atoms, weights, signal = route(x, rows_of_router, r.bias, o.k, o.tau, o.eps, r.norm_eps)
             rows, spread = atoms, weights
         static = self.static(x, adapted)
         if grouped:
@@ -218,7 +217,7 @@ class Ffn:
 def wide_router(router: Router) -> Router:
     """The same in float32."""
     bias, choice = (None if own is None else own.float() for own in (router.bias, router.choice_bias))
-    return Router(router.weight.float(), bias, router.norm_eps, choice)
+    return Router(dense(router.weight, torch.float32), bias, router.norm_eps, choice)
 
 
 class Shared:
@@ -251,7 +250,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
-        logits = reference.router_logits(x.float(), r.weight, r.bias, r.norm_eps)
+        logits = reference.router_logits(x.float(), dense(r.weight, torch.float32), r.bias, r.norm_eps)
         return reference.pick_experts(logits, self.options, r.choice_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
@@ -280,7 +279,7 @@ class Moe:
 
 
 def stack(
-    token_embedding: Tensor,
+    token_embedding: Weight,
     position_embedding: Tensor | None,
     layers: Sequence[DecoderLayer],
     embedding_scale: float = 1.0,
@@ -332,9 +331,9 @@ def store_kv(
     if cos_sin_cache is not None:
         width = 2 * cos_sin_cache.shape[2]
         qkv[:, :turned, :width] = rotate(qkv[:, :turned, :width], cos_sin_cache[positions])
-    keys[blocks, :, offsets] = qkv[:, heads:turned]
-    if not cache.latent:
-        values[blocks, :, offsets] = qkv[:, turned:]
+    written = (keys, qkv[:, heads:turned]), (values, qkv[:, turned:])
+    for part, rows in written[: 1 if cache.latent else 2]:
+        part[blocks, :, offsets] = narrow_rows(rows) if cache.in_int8 else rows
 
 
 def decode_attention(
@@ -351,7 +350,8 @@ def decode_attention(
         return scoped.decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
     seen = torch.arange(max_context_len, device=q.device)[None] < contexts[:, None]
     # What another request left in a block may be NaN, and neither a weight of 0 nor an added −∞ silences that.
-    k, v = (gather_context(p, tables, max_context_len).masked_fill_(~seen[:, None, :, None], 0.0) for p in cache)
+    k, v = (gather_context(pool, tables, max_context_len, q.dtype) for pool in cache)
+    k, v = (part.masked_fill_(~seen[:, None, :, None], 0.0) for part in (k, v))
     grouped = k.shape[1] != q.shape[1]
     mask = seen[:, None, None]
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
@@ -364,7 +364,7 @@ def chunk_attention(
     if scope != WHOLE or cache.latent:
         return scoped.chunk_attention(q, cache, table, context, scale, scope)
     count, heads, _ = q.shape
-    k, v = (gather_context(pool, table[None], context) for pool in cache)
+    k, v = (gather_context(pool, table[None], context, q.dtype) for pool in cache)
     mask = torch.ones(count, context, dtype=torch.bool, device=q.device).tril(context - count)
     spoilt = silence(k[0, :, context - count :], v[0, :, context - count :])
     grouped = k.shape[1] != heads

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsc_kernels.kv_rows import widened_rows
 from dsc_kernels.weights import KvCache, Scope
 
 
@@ -18,7 +19,7 @@ def decode_attention(
     seen = positions < contexts[:, None]
     if scope.window:
         seen &= positions >= contexts[:, None] - scope.window
-    k, v = context_of(cache, tables, max_context_len)
+    k, v = context_of(cache, tables, max_context_len, q.dtype)
     hidden = ~seen[:, None, :, None]
     return attend(q[:, :, None], k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), seen[:, None], scale, scope)[
         :, :, 0
@@ -33,7 +34,7 @@ def chunk_attention(q: Tensor, cache: KvCache, table: Tensor, context: int, scal
     seen = positions <= own
     if scope.window:
         seen &= positions > own - scope.window
-    k, v = context_of(cache, table[None], context)
+    k, v = context_of(cache, table[None], context, q.dtype)
     # What is not finite spoils those that see it and nobody else: a mask alone would let it through.
     bad_keys, bad_values = ~k.isfinite().all(-1, keepdim=True), ~v.isfinite()
     spoilt = (seen.float() @ (bad_values | bad_keys)[0].float()) > 0
@@ -54,19 +55,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, scope: S
     return (weights.view(sequences, k.shape[1], -1, k.shape[2]) @ v).view(sequences, heads, rows, -1)
 
 
-def context_of(cache: KvCache, tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` cached keys and values of each sequence: [S, kv heads, length, …] each."""
-    keys = gather_context(cache.keys, tables, length)
+def context_of(cache: KvCache, tables: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first `length` cached keys and values of each sequence: [S, kv heads, length, …] each; int8: as dtype."""
+    keys = gather_context(cache.keys, tables, length, dtype)
     if cache.latent:
         return keys, keys[..., keys.shape[-1] - cache.values.shape[-1] :]
-    return keys, gather_context(cache.values, tables, length)
+    return keys, gather_context(cache.values, tables, length, dtype)
 
 
-def gather_context(pool: Tensor, tables: Tensor, length: int) -> Tensor:
-    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]."""
+def gather_context(pool: Tensor, tables: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first `length` cached rows of each sequence: [S, kv heads, length, head size]; int8: as dtype."""
     blocks = -(-length // pool.shape[2])
     _, heads, size, width = pool.shape
     # One row of a pool's view for each block and head: a single copy, and that in the order in which it is read.
     rows = tables[:, None, :blocks] * heads + torch.arange(heads, device=pool.device)[None, :, None]
-    gathered = F.embedding(rows, pool.view(-1, size * width))
-    return gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]
+    flat, int8 = pool.view(-1, size * width), pool.dtype == torch.int8
+    gathered = flat[rows] if int8 else F.embedding(rows, flat)
+    found = gathered.view(tables.shape[0], heads, blocks * size, width)[:, :, :length]
+    return widened_rows(found, dtype) if int8 else found

@@ -1,6 +1,7 @@
 """What layers and operators are made of and called with, whichever backend computes them: `plain`, `native` or `gpu`.
 
-Tensors of one layer have one dtype and device, unless a field says otherwise.
+Tensors of one layer have one dtype and device, unless a field says otherwise. A quantised weight's dtype is that of the
+layer which it is for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dsc_kernels.quantised import Weight
+
 if TYPE_CHECKING:
     from dsc_kernels.backend import Adapter, Layer, Linear
 
@@ -21,6 +24,7 @@ Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
 NormPlaces = Literal["before", "after", "parallel", "shared", "around"]
 Scoring = Literal["softmax", "sigmoid"]
 
+SCALE_BYTES = 4  # of a row in a cache of int8
 MAX_PICKS = 64  # rows that a token may pick where kernels of ours compute
 
 
@@ -31,9 +35,9 @@ class MlpWeights:
     Of one layer, or of one expert, which has no biases.
     """
 
-    up: Tensor  # W_1 [hidden, d]
-    gate: Tensor | None  # W_g [hidden, d], None unless gated
-    down: Tensor  # W_2 [d, hidden]
+    up: Weight  # W_1 [hidden, d]
+    gate: Weight | None  # W_g [hidden, d], None unless gated
+    down: Weight  # W_2 [d, hidden]
     up_bias: Tensor | None = None  # [hidden]
     gate_bias: Tensor | None = None  # [hidden]
     down_bias: Tensor | None = None  # [d]
@@ -43,7 +47,7 @@ class MlpWeights:
         return self.up_bias, self.gate_bias, self.down_bias
 
 
-def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
+def gates_of(experts: Sequence[MlpWeights]) -> list[Weight] | None:
     """The experts' gates, None where they have none.
 
     Raises ValueError where only some have one, for no experts, and for experts with biases.
@@ -60,7 +64,7 @@ def gates_of(experts: Sequence[MlpWeights]) -> list[Tensor] | None:
 class Router:
     """What scores atoms, adapters or experts. Its weight may come in any wider dtype than the layer's."""
 
-    weight: Tensor  # [rows, d], folded with its norm (`reference.fold_router_norm`)
+    weight: Weight  # [rows, d], folded with its norm (`reference.fold_router_norm`); quantised, without a compensation
     bias: Tensor | None = None  # [rows], of any dtype
     norm_eps: float | None = None  # of the folded norm, None without one
     choice_bias: Tensor | None = None  # [rows], added to experts' scores where they are picked, and nowhere else
@@ -70,8 +74,8 @@ class Router:
 class AtomBank:
     """Rank-1 atoms, or adapters of `FfnOptions.rank` atoms each, one after the other."""
 
-    u: Tensor  # [atoms · max(rank, 1), d]
-    v: Tensor  # [atoms · max(rank, 1), d]
+    u: Weight  # [atoms · max(rank, 1), d]; quantised, in 8 bits without a compensation
+    v: Weight  # the same
     gamma: Tensor  # [d] or [1], of any dtype
 
 
@@ -223,20 +227,28 @@ class Adapted(NamedTuple):
 
 
 class KvCache(NamedTuple):
-    """One layer's keys and values, in blocks."""
+    """One layer's keys and values, in blocks: in the layer's dtype, or in int8.
 
-    keys: Tensor  # [blocks, kv heads, block, size], contiguous
-    values: Tensor  # the same, or the last numbers of each key: a view of `keys`
+    In int8 a token's row of a head is its numbers and, behind them, what 1 is worth: a float32 in SCALE_BYTES more.
+    """
+
+    keys: Tensor  # [blocks, kv heads, block, size], contiguous; in int8 [blocks, kv heads, block, size + SCALE_BYTES]
+    values: Tensor  # the same, or the last `value size` numbers of each key: a view of `keys`
 
     @classmethod
     def within(cls, keys: Tensor, size: int) -> KvCache:
         """One whose values are the last `size` numbers of its keys."""
-        return cls(keys, keys[..., keys.shape[-1] - size :])
+        end = keys.shape[-1] - (SCALE_BYTES if keys.dtype == torch.int8 else 0)
+        return cls(keys, keys[..., end - size : end])
 
     @property
     def latent(self) -> bool:
         """Whether values lie within keys, and are not written by themselves."""
         return self.values.shape[-1] < self.keys.shape[-1]
+
+    @property
+    def in_int8(self) -> bool:
+        return self.keys.dtype == torch.int8
 
 
 class Slots(NamedTuple):

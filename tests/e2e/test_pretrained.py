@@ -16,10 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from support.resident import resident_growth
 from support.running_server import memory_mb, start_server, stop_server
 from support.tool_calls import CHOICES, check
 
 from dsc_serve import LLM, SamplingParams
+from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.gguf import import_gguf
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -143,6 +145,33 @@ def test_the_file_takes_hardly_more_memory_than_the_imported_folder(weights: Pat
         finally:
             stop_server(server)
     assert taken[weights] <= 1.15 * taken[imported], taken
+
+
+def test_the_file_is_held_as_it_is(weights: Path) -> None:
+    """Every matrix with its values, bit for bit, and in hardly more memory than on disk."""
+    for name, stored in open_source(weights).tensors.items():
+        if len(stored.shape) == 2:
+            assert stored.quantised is not None, name
+            own = stored.quantised()
+            assert own is not None and torch.equal(own.dequantised(), stored.read()), name
+    grown, held = resident_growth(weights)
+    size = weights.stat().st_size
+    assert held <= 1.05 * size
+    assert grown <= 1.3 * size, (grown, size)
+
+
+def test_greedy_tokens_of_the_file_are_those_of_its_values(weights: Path, imported: Path) -> None:
+    """Products of quantised weights may round their inputs to 8 bits: most tokens stay what they were."""
+    params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0, ignore_eos=True)
+    found, logits = [], []
+    for path in (imported, weights):
+        with LLM(str(path), dtype="float32") as llm:
+            given = prompts(llm)[:4]
+            found.append([output.token_ids for output in llm.generate(given, params)])
+            logits.append(torch.cat(llm.logits(given)))
+    error = float((logits[0] - logits[1]).norm() / logits[0].norm())
+    assert error < 0.05, error
+    assert sum(a[:4] == b[:4] for a, b in zip(*found, strict=True)) >= 3, found
 
 
 LOADING = """

@@ -15,7 +15,7 @@ from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.companion import difference
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import Engine, default_kv_tokens, prepare_model
+from dsc_serve.engine.engine import Engine, pool_blocks, prepare_model
 from dsc_serve.text.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]
@@ -86,17 +86,21 @@ def test_the_same_tokens_are_told_from_others() -> None:
     assert difference(None, tokenizer, 10) == "the served model has no tokenizer"
 
 
-def test_its_keys_and_values_are_counted(small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_its_keys_and_values_are_counted(
+    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """A pool of as many tokens is held twice, so that fewer fit."""
-    config = EngineConfig(model=str(small_model()), threads=1)
+    config = EngineConfig(model=str(small_model()), threads=1, block_size=16, kv_dtype=kind)
     model = prepare_model(config)
-    per_token = 2 * model.config.num_hidden_layers * model.config.kv_size * model.dtype.itemsize
-    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 5 * 600 * per_token + 5)
-    one = default_kv_tokens([model], config)
-    assert one == 600
-    assert default_kv_tokens([model, model], config) == 300
+    c, at_least = model.config, 2  # bytes of a number, where nothing has been loaded
+    row = c.head_dim + 4 if kind == "int8" else c.head_dim * model.dtype.itemsize
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * row
+    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 5 * 640 * per_token + 5)
+    assert pool_blocks(model, config) == 40
+    assert pool_blocks(model, config, model) == 20
     tight = msgspec.structs.replace(config, draft_model=config.model, speculation="auto", kv_tokens=10**6)
-    pool = 2 * 10**6 * per_token * 2 // model.dtype.itemsize
+    pool = 2 * 10**6 * (per_token if kind == "int8" else per_token * at_least // model.dtype.itemsize)
     monkeypatch.setattr("dsc_serve.engine.room.available_memory", lambda: pool - 1)
     with pytest.raises(ConfigError, match="kv_tokens is 1000000"):
         prepare_model(tight)

@@ -66,9 +66,9 @@ def step(model: Decoder, prompts: Sequence[list[int]], adapters: Sequence[BoundA
     batch = StepBatch(
         torch.tensor([token for prompt in prompts for token in prompt]),
         positions.contiguous(),
-        tables[owners, positions // BLOCK],
+        tables[owners, positions // BLOCK][None],
         positions % BLOCK,
-        tables,
+        tables[None],
         torch.tensor([len(prompt) for prompt in prompts]),
         singles,
         1 if singles else 0,

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.layer_parts import ffn_parts, moe_parts
+from support.quantised_cases import quantised
 from torch import Tensor
 
-from dsc_kernels import native
+from dsc_kernels import native, ops
+from dsc_kernels.quantised import Bits, Weight
 from dsc_kernels.weights import DecoderLayer, KvCache, LayerOutputs, NormWeights, Slots
 
 pytestmark = [
@@ -27,15 +29,24 @@ class Made:
     """Layers of random weights and the inputs of a step: single tokens first, then chunks."""
 
     def __init__(
-        self, kind: str, dtype: torch.dtype, decodes: int, chunks: list[int], d: int, size: int, plainly: bool = False
+        self,
+        kind: str,
+        dtype: torch.dtype,
+        decodes: int,
+        chunks: list[int],
+        d: int,
+        size: int,
+        plainly: bool = False,
+        bits: Bits | None = None,
     ) -> None:
+        self.bits = bits
         self.generator = torch.Generator().manual_seed(decodes + d)
         self.dtype, self.heads, self.kv_heads, self.size = dtype, 4, 2, size
         self.cos_sin_cache = None if plainly else self.random(64, 2, size // 2).float()
         self.layers = [self.layer(kind, d, plainly) for _ in range(2)]
         sequences, tokens = decodes + len(chunks), decodes + sum(chunks)
         self.decodes, self.ids = decodes, torch.randint(50, (tokens,), generator=self.generator)
-        self.token_embedding, self.position_embedding = self.random(50, d), None if plainly else self.random(64, d)
+        self.token_embedding, self.position_embedding = self.weight(50, d), None if plainly else self.random(64, d)
         contexts = [1 + 7 * i % 40 for i in range(decodes)] + [length + 9 * i for i, length in enumerate(chunks)]
         self.contexts = torch.tensor(contexts)
         self.max_context_len = max(contexts[:decodes], default=0)
@@ -52,13 +63,18 @@ class Made:
     def random(self, *shape: int) -> Tensor:
         return (torch.randn(shape, generator=self.generator) / shape[-1] ** 0.5).to(self.dtype)
 
+    def weight(self, *shape: int, bits: Bits | None = None) -> Weight:
+        if self.bits is None:
+            return self.random(*shape)
+        return quantised(self.generator, *shape, bits or self.bits, dtype=self.dtype, rank=0 if bits else 3)
+
     def norm(self, d: int, plainly: bool) -> NormWeights:
         return NormWeights(1 + self.random(d), None if plainly else self.random(d), 1e-5)
 
     def layer(self, kind: str, d: int, plainly: bool) -> DecoderLayer:
         width = (self.heads + 2 * self.kv_heads) * self.size
-        qkv = native.Linear(self.random(width, d), None if plainly else self.random(width))
-        out = native.Linear(self.random(d, self.heads * self.size), None if plainly else self.random(d))
+        qkv = native.Linear(self.weight(width, d), None if plainly else self.random(width))
+        out = native.Linear(self.weight(d, self.heads * self.size), None if plainly else self.random(d))
         norms = self.norm(d, plainly), self.norm(d, plainly)
         return DecoderLayer(
             attention_norm=norms[0],
@@ -72,19 +88,19 @@ class Made:
         )
 
     def ffn(self, kind: str, d: int, plainly: bool) -> native.Ffn | native.Moe:
-        hidden, gate = 24, None if plainly else self.random(24, d)
-        up, down = self.random(hidden, d), self.random(d, hidden)
+        hidden, gate = 24, None if plainly else self.weight(24, d)
+        up, down = self.weight(hidden, d), self.weight(d, hidden)
         if kind == "dense":
             return native.Ffn(**ffn_parts(up, gate, down, "silu"))
         if kind == "moe":
-            experts = [[self.random(hidden, d) for _ in range(3)] for _ in range(2)]
-            downs = [self.random(d, hidden) for _ in range(3)]
+            experts = [[self.weight(hidden, d) for _ in range(3)] for _ in range(2)]
+            downs = [self.weight(d, hidden) for _ in range(3)]
             gates = None if plainly else experts[1]
             matrices = experts[0], gates, downs
-            return native.Moe(**moe_parts(self.random(3, d), None, *matrices, 1e-5, activation="gelu", k=2))
+            return native.Moe(**moe_parts(self.weight(3, d, bits=8), None, *matrices, 1e-5, activation="gelu", k=2))
         atoms = 40
-        bank = self.random(atoms, d), self.random(atoms, d)
-        routed = (self.random(atoms, d), None, *bank, torch.ones(d))
+        bank = self.weight(atoms, d, bits=8), self.weight(atoms, d, bits=8)
+        routed = (self.weight(atoms, d, bits=8), None, *bank, torch.ones(d))
         return native.Ffn(**ffn_parts(up, gate, down, "gelu", *routed, k=4, tau=20, eps=1e-6))
 
     def stack(self) -> native.Stack:
@@ -92,7 +108,7 @@ class Made:
 
     @property
     def x(self) -> Tensor:
-        tokens = self.token_embedding[self.ids]
+        tokens = ops.embed(self.token_embedding, self.ids)
         return tokens if self.position_embedding is None else tokens + self.position_embedding[self.slots[0]]
 
     def in_one_call(self, stack: native.Stack, outputs: list[LayerOutputs] | None = None) -> Tensor:
@@ -119,15 +135,23 @@ class Made:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(
     ("decodes", "chunks", "d", "size", "plainly"),
     [(1, [], 48, 16, False), (5, [3, 17], 33, 32, False), (0, [30], 40, 20, True), (27, [2], 64, 64, True)],
 )
 def test_layers_in_one_call_equal_one_by_one(
-    kind: str, dtype: torch.dtype, decodes: int, chunks: list[int], d: int, size: int, plainly: bool
+    kind: str,
+    dtype: torch.dtype,
+    decodes: int,
+    chunks: list[int],
+    d: int,
+    size: int,
+    plainly: bool,
+    bits: Bits | None,
 ) -> None:
-    """plainly: without biases, turned heads and gates."""
-    made = Made(kind, dtype, decodes, chunks, d, size, plainly)
+    """plainly: without biases, turned heads and gates; bits: of all weights, the embedding's too."""
+    made = Made(kind, dtype, decodes, chunks, d, size, plainly, bits)
     before = [KvCache(keys.clone(), values.clone()) for keys, values in made.kv_caches]
     want = made.layer_by_layer()
     made.kv_caches, written = before, made.kv_caches

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Activation, AtomBank, FfnOptions, MlpWeights, MoeOptions, Router
 
 
 def ffn_parts(
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
+    up: Weight,
+    gate: Weight | None,
+    down: Weight,
     activation: Activation,
-    router: Tensor | None = None,
+    router: Weight | None = None,
     router_bias: Tensor | None = None,
-    u: Tensor | None = None,
-    v: Tensor | None = None,
+    u: Weight | None = None,
+    v: Weight | None = None,
     gamma: Tensor | None = None,
     norm_eps: float | None = None,
     **options: Any,
@@ -31,11 +33,11 @@ def ffn_parts(
 
 
 def moe_parts(
-    router: Tensor,
+    router: Weight,
     router_bias: Tensor | None,
-    up: list[Tensor],
-    gate: list[Tensor] | None,
-    down: list[Tensor],
+    up: Sequence[Weight],
+    gate: Sequence[Weight] | None,
+    down: Sequence[Weight],
     norm_eps: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfi
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.initial import PRESETS, preset_config
 from dsc_serve.model.mixtures import MIXTURES
+from dsc_serve.model.placement import Placement
 
 Layer = Callable[[Tensor], Tensor]
 Weights = dict[str, Tensor]
@@ -145,7 +146,7 @@ def build_layer(
     ops.use("plain" if path == "plain" else "auto")
     native.use_router("int8-certified" if path == SCREENED else "exact")
     try:
-        layer = KINDS[kind](config, own, dtype, device)
+        layer = KINDS[kind](config, own, Placement(dtype, device))
     finally:
         ops.use(before)
         native.use_router(precision)

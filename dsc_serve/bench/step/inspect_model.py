@@ -115,6 +115,8 @@ def picked(model: Decoder, folder: Path, config: EngineConfig, running: int) -> 
     parts: Any = model
     stack, ffns = model.stack, [RecordingFfn(layer.ffn) for layer in model.layers]
     model.stack = None  # block by block, so that every FFN's input is seen
+    if model.embedding is None:  # the stack's own
+        model.embedding = open_source(folder).stored_weights()["model.embed_tokens.weight"].to(model.dtype)
     for layer, ffn in zip(parts.layers, ffns, strict=True):
         layer.ffn = ffn
     try:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dsc_serve.files import CheckpointError
+from dsc_serve.model.quantised_tensor import QuantisedTensor
 from dsc_serve.model.source import Stored
 
+T = TypeVar("T")
 Tensors = dict[str, Stored]
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -37,22 +39,40 @@ class Whole:
     """A tensor that is read once for its parts, and kept until each of them has been asked for."""
 
     def __init__(self, stored: Stored) -> None:
-        self._stored, self.parts, self._left = stored, 0, 0
-        self._tensor: Tensor | None = None
+        self._stored, self.parts = stored, 0
+        self._floating: Kept[Tensor] = Kept(stored.read)
+        self._quantised = None if stored.quantised is None else Kept(stored.quantised)
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Stored:
-        """What `take` makes of the whole: [shape]."""
+        """What `take` makes of the whole: [shape]. Of a quantised one it gets each part, of as many rows."""
         self.parts += 1
-        return replace(self._stored, shape=shape, read=partial(self._read, take))
+        quantised = None if self._quantised is None else partial(self._take_quantised, take)
+        return replace(self._stored, shape=shape, read=partial(self._take, take), quantised=quantised)
 
-    def _read(self, take: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._tensor is None:
-            self._tensor, self._left = self._stored.read(), self.parts
-        own = take(self._tensor).clone(memory_format=torch.contiguous_format)
+    def _take(self, take: Callable[[Tensor], Tensor]) -> Tensor:
+        return take(self._floating.get(self.parts)).clone(memory_format=torch.contiguous_format)
+
+    def _take_quantised(self, take: Callable[[Tensor], Tensor]) -> QuantisedTensor | None:
+        assert self._quantised is not None
+        whole = self._quantised.get(self.parts)
+        return None if whole is None else whole.mapped(lambda own: take(own).clone())
+
+
+class Kept(Generic[T]):
+    """What is read once for several, and kept until as many have asked."""
+
+    def __init__(self, read: Callable[[], T]) -> None:
+        self._read, self._left = read, 0
+        self._found: list[T] = []
+
+    def get(self, times: int) -> T:
+        if not self._found:
+            self._found, self._left = [self._read()], times
+        found = self._found[0]
         self._left -= 1
         if not self._left:
-            self._tensor = None
-        return own
+            self._found = []
+        return found
 
 
 class Take(Protocol):
@@ -96,15 +116,25 @@ def transposed(tensors: Tensors, names: re.Pattern[str]) -> None:
     for name, stored in tensors.items():
         if names.search(name) and len(stored.shape) == 2:
             read = partial(lambda own: own.read().T.contiguous(), stored)
-            tensors[name] = replace(stored, shape=stored.shape[::-1], read=read)
+            tensors[name] = Stored(stored.shape[::-1], stored.dtype, read)
 
 
 def scaled(tensors: Tensors, name: str, factor: float) -> None:
-    """In place: a tensor multiplied by a number, in float32."""
+    """In place: a tensor multiplied by a number, in float32; of a quantised one the scales, rounded to float16."""
     if name in tensors and factor != 1:
         stored = tensors[name]
         read = partial(lambda own: own.read().float() * factor, stored)
-        tensors[name] = Stored(stored.shape, torch.float32, read)
+        quantised = None if stored.quantised is None else partial(scaled_scales, stored.quantised, factor)
+        tensors[name] = Stored(stored.shape, torch.float32, read, quantised)
+
+
+def scaled_scales(read: Callable[[], QuantisedTensor | None], factor: float) -> QuantisedTensor | None:
+    """None where float16 does not hold the product."""
+    own = read()
+    if own is None or own.wrong():
+        return own
+    times = own.scaled(factor)
+    return None if times.wrong() else times
 
 
 def raised(tensors: Tensors, name: str) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Layer
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Adapted
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.moe import MoeFfn
 from dsc_serve.model.ffn.molora import MoloraFfn
+from dsc_serve.model.placement import Placement
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,9 +34,7 @@ class Ffn(Protocol):
     def idle_parameters(config: ModelConfig) -> int:
         """Parameters of one block that a single token does not use."""
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None: ...
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None: ...
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor: ...
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.weights import Adapted, FfnOptions, MlpWeights
+from dsc_kernels.quantised import Weight
+from dsc_kernels.weights import Adapted, FfnOptions
 from dsc_serve.model.config import DenseConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.placement import Placement
 
 
 class DenseFfn:
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         assert isinstance(config.ffn, DenseConfig)
-        weights = mlp_weights(config, tensors, dtype, device)
-        if config.ffn.bias:
-            biases = mlp_weights(config, tensors, dtype, device, part="bias")
-            weights = MlpWeights(weights.up, weights.gate, weights.down, biases.up, biases.gate, biases.down)
+        weights = mlp_weights(config, tensors, place, biased=config.ffn.bias)
         self.layer = ops.ffn(weights, FfnOptions(activation=config.hidden_act))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:

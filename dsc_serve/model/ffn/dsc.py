@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
 from dsc_kernels.memory import resident
-from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs, Router
+from dsc_kernels.quantised import QuantisedWeight, Weight
+from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import Picks
+from dsc_serve.model.ffn.router import folded_router
+from dsc_serve.model.placement import Placement
+from dsc_serve.model.quantised_tensor import as_tensor
+
+ROUNDING = torch.finfo(torch.float16).eps  # of scales
 
 
 class PickBuffers(NamedTuple):
@@ -21,6 +28,21 @@ class PickBuffers(NamedTuple):
 
     picks: Tensor
     signal: Tensor
+
+
+def within(bank: Weight) -> Weight:
+    """A bank whose rows, as they are served, have norm 1 at most: rounding to levels may have made one longer."""
+    if not isinstance(bank, QuantisedWeight):
+        return bank
+    norms = torch.linalg.vector_norm(bank.dequantise(torch.float64), dim=1, keepdim=True)
+    factor = torch.where(norms > 1, (1 - ROUNDING) / norms, 1.0)
+    minimums = None if bank.minimums is None else (bank.minimums * factor).half()
+    return replace(bank, scales=(bank.scales * factor).half(), minimums=minimums)
+
+
+def in_place(bank: Weight) -> Weight:
+    """In memory that rows are picked from."""
+    return bank.map(resident) if isinstance(bank, QuantisedWeight) else resident(bank)
 
 
 class DscFfn:
@@ -33,45 +55,33 @@ class DscFfn:
     planner: plan.Planner | None = None
     trace: PickBuffers | None = None
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, DscConfig)
         self.config = c
-        self.u, self.v = (
-            resident(self._bank(name, tensors[name], dtype).to(device)) for name in ("atoms_u", "atoms_v")
-        )
-        self.gamma = tensors["gamma"].float().to(device)
-        router, bias = self._router(tensors)
-        router, bias = router.float().to(device), None if bias is None else bias.float().to(device)
+        self.u, self.v = place.weights("bank", [self._bank(name, tensors[name]) for name in ("atoms_u", "atoms_v")])
+        self.u, self.v = (in_place(within(bank)) for bank in (self.u, self.v))
+        self.gamma = place.tensor(tensors["gamma"], torch.float32)
         self.layer = ops.ffn(
-            mlp_weights(config, tensors, dtype, device, "static."),
+            mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps),
-            Router(router, bias, config.norm_eps if c.router_norm else None),
+            folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None),
             AtomBank(self.u, self.v, self.gamma),
         )
 
-    def _bank(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = rows.double()
+    def _bank(self, name: str, stored: Weight) -> Weight:
+        """Rows of norm 1 at most. Raises CheckpointError where the checkpoint says that they are and they are not."""
+        wide = as_tensor(stored, torch.float64)
         if self.config.atoms == "raw":
             wide = reference.project(wide, self.config.eps)
         norms = torch.linalg.vector_norm(wide, dim=1)
-        rounding = torch.finfo(rows.dtype).eps  # rows projected and then stored may exceed 1 by their rounding
-        if not bool((norms <= 1 + rounding).all()):
+        rounding = ROUNDING if isinstance(stored, QuantisedWeight) else torch.finfo(stored.dtype).eps
+        if not bool((norms <= 1 + rounding).all()):  # rows projected and then stored may exceed 1 by their rounding
             worst = int(norms.nan_to_num(torch.inf).argmax())
             raise CheckpointError(
                 f"{name}: row {worst} has norm {norms[worst]:.4g} after projection, expected at most 1"
             )
-        return wide.to(dtype)
-
-    def _router(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        weight = tensors["router.weight"].double()
-        bias = tensors["router.bias"].double() if self.config.router_bias else None
-        if not self.config.router_norm:
-            return weight, bias
-        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
-        return reference.fold_router_norm(weight, bias, norm_weight, norm_bias)
+        return stored if isinstance(stored, QuantisedWeight) and self.config.atoms == "projected" else wide
 
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
@@ -109,7 +119,13 @@ class DscFfn:
 
     @property
     def bank_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.u, self.v))
+        return self.u.nbytes + self.v.nbytes
+
+    @property
+    def zero_atoms(self) -> int:
+        """Atoms that add nothing, whatever the token."""
+        u, v = (as_tensor(bank, torch.float32).abs().amax(1) for bank in (self.u, self.v))
+        return int((u * v == 0).sum())
 
     @property
     def rescored(self) -> tuple[int, int]:

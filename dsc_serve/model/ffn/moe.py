@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops, reference
+from dsc_kernels import ops
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Adapted, MoeOptions, Router, SharedExpert
 from dsc_serve.model.config import ModelConfig, MoeConfig
-from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
+from dsc_serve.model.ffn.mlp import expert_weights, mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import GatedPicks
+from dsc_serve.model.ffn.router import folded_router
+from dsc_serve.model.placement import Placement
 
 SHARED_GATE = "shared_expert_gate.weight"
 CHOICE_BIAS = "router.choice_bias"
@@ -23,33 +27,25 @@ class MoeFfn(GatedPicks):
     A shared expert is computed in the same call.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
         self.k = c.experts_per_token
-        router, options = router_of(config, tensors, device)
-        prefixes = [f"experts.{e}." for e in range(c.num_experts)]
+        router, options = router_of(config, tensors, place)
         self.layer = ops.moe(
             router,
-            [mlp_weights(config, tensors, dtype, device, prefix) for prefix in prefixes],
+            expert_weights(config, tensors, place, c.num_experts),
             options,
-            self._shared(config, c, tensors, dtype, device),
+            self._shared(config, c, tensors, place),
         )
 
     def _shared(
-        self,
-        config: ModelConfig,
-        c: MoeConfig,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: ModelConfig, c: MoeConfig, tensors: Mapping[str, Weight], place: Placement
     ) -> SharedExpert | None:
         if c.shared_expert is None:
             return None
-        gate = tensors[SHARED_GATE].flatten().to(device=device, dtype=dtype) if c.shared_expert.gated else None
-        return SharedExpert(mlp_weights(config, tensors, dtype, device, "shared_expert."), gate)
+        gate = place.tensor(tensors[SHARED_GATE]).flatten() if c.shared_expert.gated else None
+        return SharedExpert(mlp_weights(config, tensors, place, "shared_expert."), gate)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         return self.layer(x, residual, adapted=adapted)
@@ -79,20 +75,13 @@ class MoeFfn(GatedPicks):
         return (c.num_experts - c.experts_per_token) * matrices * config.hidden_size * c.expert_size
 
 
-def router_of(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Router, MoeOptions]:
-    """The router of a layer whose FFN is a mixture, its norm folded in, in float32, and how it picks."""
+def router_of(config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> tuple[Router, MoeOptions]:
+    """The router of a layer whose FFN is a mixture, its norm folded in, and how it picks."""
     c = config.ffn
     assert isinstance(c, MoeConfig)
-    weight, bias = tensors["router.weight"].double(), None
-    if c.router_norm:
-        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
-        weight, bias = reference.fold_router_norm(weight, None, norm_weight, norm_bias)
-    router = Router(
-        weight.float().to(device),
-        None if bias is None else bias.float().to(device),
-        config.norm_eps if c.router_norm else None,
-        tensors[CHOICE_BIAS].float().to(device) if c.choice_bias else None,
-    )
+    router = folded_router(tensors, place, False, config.norm_eps if c.router_norm else None)
+    if c.choice_bias:
+        router = replace(router, choice_bias=place.tensor(tensors[CHOICE_BIAS], torch.float32))
     options = MoeOptions(
         activation=config.hidden_act,
         k=c.experts_per_token,

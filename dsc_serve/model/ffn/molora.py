@@ -8,11 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dsc_kernels import ops, reference
-from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, Router
+from dsc_kernels import ops
+from dsc_kernels.quantised import Weight
+from dsc_kernels.weights import Adapted, AtomBank, FfnOptions
 from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import GatedPicks
+from dsc_serve.model.ffn.router import folded_router
+from dsc_serve.model.placement import Placement
 
 
 class MoloraFfn(GatedPicks):
@@ -22,23 +25,16 @@ class MoloraFfn(GatedPicks):
     atoms that are picked together.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoloraConfig)
         self.k = c.adapters_per_token
-        norm_weight, norm_bias = tensors["router_norm.weight"].double(), tensors["router_norm.bias"].double()
-        router, bias = reference.fold_router_norm(tensors["router.weight"].double(), None, norm_weight, norm_bias)
+        u, v = place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"])
         self.layer = ops.ffn(
-            mlp_weights(config, tensors, dtype, device, "static."),
+            mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.adapters_per_token, rank=c.rank, tau=math.inf),
-            Router(router.float().to(device), bias.float().to(device), config.norm_eps),
-            AtomBank(
-                tensors["adapters_a"].flatten(0, 1).to(device=device, dtype=dtype),
-                tensors["adapters_b"].flatten(0, 1).to(device=device, dtype=dtype),
-                torch.ones(1, device=device),
-            ),
+            folded_router(tensors, place, False, config.norm_eps),
+            AtomBank(u, v, torch.ones(1, device=place.device)),
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
@@ -63,3 +59,8 @@ class MoloraFfn(GatedPicks):
         c = config.ffn
         assert isinstance(c, MoloraConfig)
         return 2 * config.hidden_size * c.rank * (c.num_adapters - c.adapters_per_token)
+
+
+def in_atoms(adapters: Weight) -> Weight:
+    """Adapters [N, r, d] as rank-1 atoms [N · r, d], which quantised ones are stored as."""
+    return adapters.flatten(0, 1) if isinstance(adapters, Tensor) else adapters

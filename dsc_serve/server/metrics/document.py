@@ -53,6 +53,7 @@ class NewEngine:
         threads=0,
         total_parameters=0,
         active_parameters=0,
+        weight_bytes={"": 0},
     )
 
     async def stats(self, timeout_s: float = 1.0) -> Stats:

@@ -40,6 +40,9 @@ def process_families(engine: WatchedEngine, heartbeat_age_s: float) -> Families:
     labels = ("version", "dtype", "device", "kernels", "policy")
     facts = (__version__, model.dtype, model.device, model.kernels, model.policy)
     yield gauges("engine_info", "Always 1; the labels say what runs.", labels, {facts: 1})
+    forms: dict[tuple[str, ...], float] = {(form,): size for form, size in model.weight_bytes.items()}
+    yield gauges("weight_bytes", "Of the model's matrices, by what they are held in.", ("held_in",), forms)
+    yield gauge("kv_token_bytes", "What a token takes in the KV pool.", model.kv_token_bytes)
     yield gauge("engine_up", "1 while the engine process is alive.", engine.alive)
     yield counter("engine_restarts", "Times that the engine was started again.", engine.restarts)
     yield gauge(

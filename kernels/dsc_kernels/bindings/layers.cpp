@@ -23,8 +23,8 @@ PyObject* pack(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* n
 }
 
 #define F(field) ARGUMENT(Typed<Linear>, field)
-Signature linear_signature("linear", {F(is_bf16), F(x), F(w), F(bias), F(residual), F(out), F(batch), F(d), F(n),
-                                      F(activation), F(float_out), F(threads)});
+Signature linear_signature("linear", {F(is_bf16), F(x), F(w), F(w_format), F(bias), F(residual), F(out), F(batch),
+                                      F(d), F(n), F(activation), F(float_out), F(threads)});
 #undef F
 
 PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -36,6 +36,7 @@ PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject*
 // The arguments that are a Screen's, whichever call has it.
 #define SCREEN(Call)                                                                                      \
   ARGUMENT_AS(Call, "screen_rows", screen.rows), ARGUMENT_AS(Call, "screen_packed", screen.packed),       \
+      ARGUMENT_AS(Call, "screen_rows_format", screen.rows_format),                                        \
       ARGUMENT_AS(Call, "screen_steps", screen.steps), ARGUMENT_AS(Call, "screen_shifts", screen.shifts), \
       ARGUMENT_AS(Call, "screen_errors", screen.errors), ARGUMENT_AS(Call, "screen_norms", screen.norms), \
       ARGUMENT_AS(Call, "screen_slack", screen.slack), ARGUMENT_AS(Call, "screen_counters", screen.counters)
@@ -62,7 +63,8 @@ bool fill(Signature<Call, N>& signature, PyObject* const* values, Py_ssize_t giv
 
 #define F(field) ARGUMENT(HeadLayer, field)
 Signature head_layer_signature("head_layer",
-                               {F(is_bf16), F(w), F(bias), F(d), F(n), SCREEN(HeadLayer), F(max_error), F(max_norm)});
+                               {F(is_bf16), F(w), F(w_format), F(bias), F(d), F(n), SCREEN(HeadLayer), F(max_error),
+                                F(max_norm)});
 #undef F
 
 PyObject* head_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -83,6 +85,7 @@ PyObject* argmax(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject*
 #define F(field) ARGUMENT(FfnLayer, field)
 Signature ffn_layer_signature("ffn_layer",
                               {F(is_bf16), F(up), F(gate), F(down), F(up_bias), F(gate_bias), F(down_bias), F(router),
+                               F(up_format), F(gate_format), F(down_format), F(router_format), F(u_format), F(v_format),
                                F(router_bias), F(u), F(v), F(gamma), F(d), F(hidden), F(atoms), F(tau), F(eps),
                                F(norm_eps), F(k), F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
 #undef F
@@ -113,7 +116,9 @@ Signature moe_layer_signature("moe_layer", {F(is_bf16), F(router), F(router_bias
                                             F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation), F(choice_bias), F(sigmoid),
                                             F(groups), F(groups_used), F(group_picks), F(weight_scale),
                                             F(shared_up), F(shared_gate), F(shared_down), F(shared_scale),
-                                            F(shared_hidden)});
+                                            F(shared_hidden), F(router_format), F(up_format), F(gate_format),
+                                            F(down_format), F(shared_up_format), F(shared_gate_format),
+                                            F(shared_down_format)});
 #undef F
 
 PyObject* moe_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

@@ -33,7 +33,7 @@ struct CheckedAttention : Typed<Attention> {
 Signature attention_signature("attention", {F(is_bf16), F(q), F(keys), F(values), F(tables), F(contexts), F(out),
                                             F(batch), F(q_stride), F(width), F(kv_heads), F(group), F(size),
                                             F(value_size), F(block), F(window), F(num_blocks), F(max_context_len),
-                                            F(scale), F(cap), F(threads)});
+                                            F(scale), F(cap), F(int8_kv), F(threads)});
 #undef F
 
 PyObject* attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -51,7 +51,7 @@ struct CheckedChunk : Typed<ChunkAttention> {
 Signature chunk_signature("chunk_attention",
                           {F(is_bf16), F(q), F(keys), F(values), F(table), F(out), F(count), F(q_stride), F(context),
                            F(kv_heads), F(group), F(size), F(value_size), F(block), F(window), F(num_blocks), F(scale),
-                           F(cap), F(threads)});
+                           F(cap), F(int8_kv), F(threads)});
 #undef F
 
 PyObject* chunk_attention(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {
@@ -72,7 +72,7 @@ Signature store_signature("store_kv",
                           {F(is_bf16), F(qkv), AS("query_norm", norm.query), AS("key_norm", norm.key),
                            AS("key_norm_skipped", norm.skipped), AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
                            F(turned), F(positions), F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
-                           F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(threads)});
+                           F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(int8_kv), F(threads)});
 #undef AS
 #undef F
 
@@ -101,7 +101,8 @@ Signature layer_signature("decoder_layer",
                            AS("key_norm_skipped", qk_norm.skipped),
                            AS("qk_norm_eps", qk_norm.eps), AS("qk_norm_together", qk_norm.together), F(turned),
                            AS("attention_norm_eps", attention_norm.eps),
-                           AS("qkv_weight", qkv.w), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
+                           AS("qkv_weight", qkv.w), AS("qkv_format", qkv.w_format),
+                           AS("out_format", out.w_format), AS("qkv_bias", qkv.bias), AS("out_weight", out.w),
                            AS("out_bias", out.bias), F(cos_sin_cache), F(d), F(heads), F(kv_heads), F(size),
                            AS("ffn_norm_weight", ffn_norm.weight), AS("ffn_norm_bias", ffn_norm.bias),
                            AS("ffn_norm_eps", ffn_norm.eps)});
@@ -124,8 +125,8 @@ PyObject* decoder_layer(PyObject*, PyObject* const* values, Py_ssize_t given, Py
 
 #define F(field) ARGUMENT(Stack, field)
 Signature stack_signature("stack",
-                          {F(is_bf16), F(token_embedding), F(position_embedding), F(vocabulary), F(positions),
-                           F(embedding_scale)});
+                          {F(is_bf16), F(token_embedding), F(token_embedding_format), F(position_embedding),
+                           F(vocabulary), F(positions), F(embedding_scale)});
 #undef F
 
 // A list of decoder layers comes first.
@@ -211,7 +212,7 @@ Signature step_signature("run_stack", {F(out),      F(ids),        F(positions),
                                        F(phase_ns), F(tokens),     F(sequences), F(pages),           F(width),
                                        F(table_count), F(table_stride), F(slot_stride),
                                        F(block),    F(num_blocks), F(decodes),   F(max_context_len), F(chunk_count),
-                                       F(runs),     F(run_count),  F(threads)});
+                                       F(runs),     F(run_count),  F(int8_kv),  F(threads)});
 #undef F
 
 PyObject* run_stack(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

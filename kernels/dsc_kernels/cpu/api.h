@@ -10,6 +10,23 @@ namespace dsc {
 
 enum Activation { NONE = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
+// How a packed weight of 4 or 8 bits lies in memory, see quantised.h. Python fills it in as int64 numbers.
+struct Format {
+  int64_t bits, group;
+  int64_t centre;     // taken off each level of 4 bits
+  int64_t minimums;   // whether each group has one
+  int64_t rank;       // of what is added, left · (right · x); 0: nothing
+  const void* left;   // packed [n, rank] in the layer's dtype
+  const void* right;  // packed [rank, d]
+};
+
+// Rows of int8 in which groups of inputs have scales, and minimums where there are any; filled in alike.
+struct RowFormat {
+  int64_t group;
+  const uint16_t* scales;    // float16 [rows, ⌈d / group⌉]
+  const uint16_t* minimums;  // the same, or null
+};
+
 // What an adapter adds to one product: up (scale ⊙ (down x)), of the product's dtype, to some of its panels.
 struct LowRank {
   const void* down;     // packed [rank, d]
@@ -41,10 +58,11 @@ struct Adapted {
   }
 };
 
-// out = act(x wᵀ + bias) + residual.
+// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; null: it is not quantised.
 struct Linear {
   const void* x;         // [batch, d], rows contiguous
   const void* w;         // packed [n, d]
+  const Format* w_format;
   const float* bias;     // [n] or null
   const void* residual;  // [batch, n] or null
   void* out;             // [batch, n]
@@ -70,6 +88,7 @@ struct ScreenCounters {
 // Arrays have panels · 16 elements.
 struct Screen {
   const void* rows;       // the weight itself [n, d], row after row, where rows are scored again
+  const RowFormat* rows_format;
   const int8_t* packed;   // [n, d]; null: no screening
   const float* steps;     // what 1 in int8 is worth
   const int32_t* shifts;  // 128 · the row's sum, which inputs shifted by 128 add to its products
@@ -83,6 +102,7 @@ struct Screen {
 struct Head {
   const void* x;      // [batch, d]
   const void* w;      // packed [n, d]
+  const Format* w_format;
   const float* bias;  // [panels · 16], −∞ behind the last output
   Screen screen;
   float max_error;  // of the screen's rows
@@ -100,6 +120,7 @@ struct Ffn {
   const void* up;            // packed [hidden, d]
   const void* gate;          // packed [hidden, d] or null
   const void* down;          // packed [d, hidden]
+  const Format *up_format, *gate_format, *down_format, *router_format;
   const float* up_bias;      // [hidden] or null
   const float* gate_bias;    // [hidden] or null
   const float* down_bias;    // [d] or null
@@ -108,6 +129,7 @@ struct Ffn {
   Screen screen;
   const void* u;         // [atoms · max(rank, 1), d]
   const void* v;         // [atoms · max(rank, 1), d]
+  const RowFormat *u_format, *v_format;
   const float* gamma;    // [d], or one number when scalar
   const void* residual;  // [batch, d] or null
   void* out;             // [batch, d]
@@ -141,9 +163,11 @@ struct Moe {
   const void* up;            // packed [hidden, d], one expert after the other
   const void* gate;          // the same, or null
   const void* down;          // packed [d, hidden], one expert after the other
+  const Format *router_format, *up_format, *gate_format, *down_format;
   const void* shared_up;     // packed [shared_hidden, d]
   const void* shared_gate;   // the same, or null
   const void* shared_down;   // packed [d, shared_hidden]
+  const Format *shared_up_format, *shared_gate_format, *shared_down_format;
   const void* shared_scale;  // [d]: the shared output is multiplied by sigmoid(shared_scale · x); null: it is not
   const void* residual;      // [batch, d] or null
   void* out;                 // [batch, d]
@@ -179,7 +203,8 @@ struct Attention {
   int64_t block;       // tokens of a block
   int64_t window;      // positions that a token sees, its own the last of them; 0: all
   float scale;
-  float cap;  // scores become cap · tanh(score / cap); 0: they stay
+  float cap;    // scores become cap · tanh(score / cap); 0: they stay
+  int int8_kv;  // whether the cache is in int8, see kv_int8.h
   int threads;
   Scratch* scratch;
 };
@@ -193,6 +218,7 @@ struct ChunkAttention {
   void* out;             // [count, kv_heads · group, value_size]
   int64_t count, q_stride, context, kv_heads, group, size, value_size, block, window;  // as in Attention
   float scale, cap;
+  int int8_kv;  // whether the cache is in int8
   int threads;
   Scratch* scratch;
 };
@@ -219,6 +245,7 @@ struct StoreKv {
   void* keys;                  // KV cache [blocks, kv_heads, block, size]
   void* values;                // the same; null: values lie within keys
   int64_t tokens, heads, kv_heads, size, block;
+  int int8_kv;  // whether the cache is in int8
   int threads;
 };
 
@@ -251,6 +278,7 @@ struct Sampling {
 // The kernels of one dtype.
 struct Kernels {
   void (*pack)(const void* w, int64_t n, int64_t d, void* out);
+  void (*quantised_row)(const void* packed, const Format& format, int64_t n, int64_t d, void* out);
   void (*linear)(const Linear&);
   void (*argmax)(const Head&);
   void (*ffn)(const Ffn&);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "api.h"
+#include "kv_int8.h"
 #include "namespace.h"
 #include "vector.h"
 
@@ -62,6 +63,12 @@ struct SoftmaxState {
 
 // Of one of several, each of which begins at a cache line.
 INLINE int64_t softmax_state_bytes(int64_t size) { return ((int64_t)sizeof(SoftmaxState) + size * 4 + 63) / 64 * 64; }
+
+// Of the keys or the values at hand, where they are widened.
+template <typename T>
+INLINE int64_t wide_bytes(int64_t size) {
+  return (KEYS * size * (int64_t)sizeof(T) + 63) / 64 * 64;
+}
 
 template <typename T>
 INLINE vf load_up_to(const T* p, int64_t count) {
@@ -181,22 +188,27 @@ INLINE void write(const SoftmaxState& g, int64_t size, T* out) {
 }
 
 // `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
-// room: for a group's states.
-template <typename T>
+// room: for a group's states and, INT8, for the keys and values at hand as they are computed with.
+template <typename T, bool INT8>
 INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room) {
-  const T *keys = (const T*)a.keys, *values = (const T*)a.values;
+  typedef typename Stored<T, INT8>::type S;
+  const S *keys = (const S*)a.keys, *values = (const S*)a.values;
+  const int64_t row = INT8 ? a.size + SCALE_BYTES : a.size;
   auto walk = [&](int64_t i) __attribute__((always_inline)) {
     int64_t s = i / a.kv_heads;
     int64_t from = first_seen(a.contexts[s] - 1, a.window);
-    return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, a.size, from, a.contexts[s]);
+    return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, row, from, a.contexts[s]);
   };
   float scores[KEYS];
-  int64_t rows_at[2][KEYS], held = 0;
+  int64_t rows_at[2][KEYS], held = 0, wide_at[INT8 ? KEYS : 1];
+  T *wide_keys = (T*)(room + a.group * softmax_state_bytes(a.value_size)),
+    *wide_values = (T*)((char*)wide_keys + wide_bytes<T>(a.size));
+  if constexpr (INT8) in_order(wide_at, KEYS, a.size);
   auto gathered = [&](int64_t g)
                       __attribute__((always_inline)) { return (SoftmaxState*)(room + g * softmax_state_bytes(a.value_size)); };
   KvCursor at = walk(first);
   int64_t rows = at.next(rows_at[0]), next;
-  prefetch_kv(keys, rows_at[0], rows, a.size);
+  prefetch_kv(keys, rows_at[0], rows, row);
   for (int64_t i = first; i < first + count; i++) {
     const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
     for (int64_t g = 0; g < a.group; g++) {
@@ -204,20 +216,30 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
       memset(gathered(g)->sums, 0, a.value_size * sizeof(float));
     }
     for (bool more = true; more; rows = next, held ^= 1) {
-      prefetch_kv(values, rows_at[held], rows, a.value_size);
+      prefetch_kv(values, rows_at[held], rows, INT8 ? row : a.value_size);
       more = at.at < at.seen;
       if (!more && i + 1 < first + count) at = walk(i + 1);
       next = at.next(rows_at[held ^ 1]);
-      prefetch_kv(keys, rows_at[held ^ 1], next, a.size);
+      prefetch_kv(keys, rows_at[held ^ 1], next, row);
+      const T *own_keys, *own_values;
+      const int64_t* own_at;
+      if constexpr (INT8) {
+        widen_rows(keys, rows_at[held], rows, a.size, wide_keys);
+        if (a.value_size == a.size) widen_rows(values, rows_at[held], rows, a.size, wide_values);
+        own_keys = wide_keys, own_at = wide_at;
+        own_values = a.value_size == a.size ? wide_values : wide_keys + (a.size - a.value_size);
+      } else {
+        own_keys = keys, own_values = values, own_at = rows_at[held];
+      }
       for (int64_t g = 0; g < a.group; g++) {
-        if (a.size == 64) score(q + g * 64, keys, rows_at[held], rows, 64, a.scale, scores);
-        else score(q + g * a.size, keys, rows_at[held], rows, a.size, a.scale, scores);
+        if (a.size == 64) score(q + g * 64, own_keys, own_at, rows, 64, a.scale, scores);
+        else score(q + g * a.size, own_keys, own_at, rows, a.size, a.scale, scores);
         if (a.cap > 0) cap_scores(scores, rows, a.cap);
         float rescale = softmax_step(scores, rows, *gathered(g));
         int64_t width = a.value_size;
         if (paired<T>(width))
-          gather_pairs(values, rows_at[held], scores, rows, width == 64 ? 64 : width, rescale, gathered(g)->sums);
-        else gather(values, rows_at[held], scores, rows, width, rescale, gathered(g)->sums);
+          gather_pairs(own_values, own_at, scores, rows, width == 64 ? 64 : width, rescale, gathered(g)->sums);
+        else gather(own_values, own_at, scores, rows, width, rescale, gathered(g)->sums);
       }
     }
     T* out = (T*)a.out + i * a.group * a.value_size;

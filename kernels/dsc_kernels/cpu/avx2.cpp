@@ -2,7 +2,7 @@
 
 DSC_KERNELS_BEGIN
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 DSC_KERNELS_END
 

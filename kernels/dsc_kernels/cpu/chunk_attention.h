@@ -139,8 +139,9 @@ struct ChunkBuffers {
   float* rescale;                     // [ROWS]: what the sums so far count yet
   int32_t* begins;                    // [ROWS]: the first of the keys at hand that each query row sees
   int32_t* ends;                      // [ROWS]: the one after its last
+  T *wide_keys, *wide_values;         // [KEYS, size]: what is at hand of a cache in int8; null without one
 
-  INLINE ChunkBuffers(int64_t size, int64_t value_size, Scratch& scratch)
+  INLINE ChunkBuffers(int64_t size, int64_t value_size, bool int8_kv, Scratch& scratch)
       : stride(sizeof(C) == 2 ? round_up_2(size) : size), width(panel_count(value_size) * LANES) {
     q = scratch.take<C>(ROWS * stride);
     keys = scratch.take<C>(LANES * stride);
@@ -153,6 +154,8 @@ struct ChunkBuffers {
     rescale = scratch.take<float>(ROWS);
     begins = scratch.take<int32_t>(ROWS);
     ends = scratch.take<int32_t>(ROWS);
+    wide_keys = int8_kv ? scratch.take<T>(KEYS * size) : nullptr;
+    wide_values = int8_kv ? scratch.take<T>(KEYS * size) : nullptr;
   }
 };
 
@@ -308,7 +311,7 @@ INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const
 }
 
 // Query rows first … first + rows − 1 of one key-value head; row r is query head r % group of token r / group.
-template <typename T>
+template <typename T, bool INT8>
 INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, int64_t rows, const ChunkBuffers<T>& b) {
   typedef typename Input<T>::type C;
   int64_t before = a.context - a.count, seen = before + (first + rows - 1) / a.group + 1;
@@ -316,12 +319,15 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
   // Keys are taken in the same steps whichever rows a tile has: their sums do not change with how a prompt is cut.
   int64_t start = first_seen(before + first / a.group, a.window) / KEYS * KEYS;
   float scale = a.scale * LOG2_E;
-  int64_t rows_at[2][KEYS];
-  const T *keys = (const T*)a.keys, *values = (const T*)a.values;
+  int64_t rows_at[2][KEYS], wide_at[INT8 ? KEYS : 1];
+  typedef typename Stored<T, INT8>::type S;
+  const S *keys = (const S*)a.keys, *values = (const S*)a.values;
+  const int64_t row = INT8 ? a.size + SCALE_BYTES : a.size;
+  if constexpr (INT8) in_order(wide_at, KEYS, a.size);
   vi begin[ROWS / LANES], last[ROWS / LANES];  // of the keys that query rows see, counted from those at hand
   for (int64_t r = 0; r < panels * LANES; r++) {
-    int64_t row = first + (r < rows ? r : rows - 1), token = row / a.group;  // lanes that are left over are copies
-    copy_row((const T*)a.q + token * a.q_stride + offset + row % a.group * a.size, a.size,
+    int64_t one = first + (r < rows ? r : rows - 1), token = one / a.group;  // lanes that are left over are copies
+    copy_row((const T*)a.q + token * a.q_stride + offset + one % a.group * a.size, a.size,
              b.keys + r % LANES * b.stride);
     if (r % LANES == LANES - 1) pack_panel(b.keys, b.stride, b.q + r / LANES * LANES * b.stride);
     begin[r / LANES][r % LANES] = (int32_t)(first_seen(before + token, a.window) - start);
@@ -329,26 +335,36 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
     b.highest[r] = -INFINITY, b.totals[r] = 0;
   }
   memset(b.sums, 0, panels * LANES * b.width * sizeof(float));
-  KvCursor walk(a.table, a.kv_heads, head, a.block, a.size, start, seen);
+  KvCursor walk(a.table, a.kv_heads, head, a.block, row, start, seen);
   int64_t count = walk.next(rows_at[0]), next, held = 0;
-  prefetch_kv(keys, rows_at[0], count, a.size);
+  prefetch_kv(keys, rows_at[0], count, row);
   for (; count > 0; count = next, held ^= 1) {
-    prefetch_kv(values, rows_at[held], count, a.value_size);
+    prefetch_kv(values, rows_at[held], count, INT8 ? row : a.value_size);
     next = walk.next(rows_at[held ^ 1]);
-    prefetch_kv(keys, rows_at[held ^ 1], next, a.size);
+    prefetch_kv(keys, rows_at[held ^ 1], next, row);
+    const T *own_keys, *own_values;
+    const int64_t* own_at;
+    if constexpr (INT8) {
+      widen_rows(keys, rows_at[held], count, a.size, b.wide_keys);
+      if (a.value_size == a.size) widen_rows(values, rows_at[held], count, a.size, b.wide_values);
+      own_keys = b.wide_keys, own_at = wide_at;
+      own_values = a.value_size == a.size ? b.wide_values : b.wide_keys + (a.size - a.value_size);
+    } else {
+      own_keys = keys, own_values = values, own_at = rows_at[held];
+    }
     int64_t words = (count + GROUP<C> - 1) / GROUP<C> * GROUP<C>;
     switch (panels) {
-      case 1: score_panels<1>(keys, rows_at[held], count, a.size, 0, b); break;
-      case 2: score_panels<2>(keys, rows_at[held], count, a.size, 0, b); break;
-      default: score_panels<3>(keys, rows_at[held], count, a.size, 0, b);
+      case 1: score_panels<1>(own_keys, own_at, count, a.size, 0, b); break;
+      case 2: score_panels<2>(own_keys, own_at, count, a.size, 0, b); break;
+      default: score_panels<3>(own_keys, own_at, count, a.size, 0, b);
     }
     for (int64_t p = 0; p < panels; p++) {
       if (a.cap > 0) cap_panel(b, p, words, a.scale, a.cap);
       softmax_panel(b, p, words, begin[p], last[p], scale);
       begin[p] -= (int32_t)KEYS, last[p] -= (int32_t)KEYS;
     }
-    if (a.value_size == 64) pack_values(values, rows_at[held], count, 64, b.values);
-    else pack_values(values, rows_at[held], count, a.value_size, b.values);
+    if (a.value_size == 64) pack_values(own_values, own_at, count, 64, b.values);
+    else pack_values(own_values, own_at, count, a.value_size, b.values);
     int64_t c = 0;
     for (; c + WIDE <= columns; c += WIDE)
       gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.begins, b.ends, b.rescale, b.width,
@@ -372,7 +388,7 @@ void chunk_attention(const ChunkAttention& a) {
   int64_t wanted = (2 * a.threads + a.kv_heads - 1) / a.kv_heads;  // so that the threads end together
   if (tiles < wanted) tiles = wanted < panels ? wanted : panels;
   auto* buffers = a.scratch->take<ChunkBuffers<T>>(a.threads);
-  for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, a.value_size, *a.scratch);
+  for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, a.value_size, a.int8_kv, *a.scratch);
 #pragma omp parallel num_threads(a.threads)
   {
     const ChunkBuffers<T> own = buffers[omp_get_thread_num()];
@@ -380,7 +396,9 @@ void chunk_attention(const ChunkAttention& a) {
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {
       int64_t tile = tiles - 1 - i / a.kv_heads, first = LANES * split_point(panels, tile, tiles);  // the longest first
       int64_t end = LANES * split_point(panels, tile + 1, tiles);
-      attend_tile<T>(a, i % a.kv_heads, first, (end < rows ? end : rows) - first, own);
+      int64_t count = (end < rows ? end : rows) - first;
+      if (a.int8_kv) attend_tile<T, true>(a, i % a.kv_heads, first, count, own);
+      else attend_tile<T, false>(a, i % a.kv_heads, first, count, own);
     }
   }
 }

@@ -10,17 +10,48 @@
 
 DSC_KERNELS_BEGIN
 
-constexpr int64_t READ_ALONE = 4;  // tokens whose norms take one thread less time than waiting for another
-
-// What the router needs to know of tokens first … last − 1 (of the whole batch); buffers begin at token `base`.
+// What the first products need to know of tokens first … last − 1 (of the whole batch); buffers begin at token `base`.
 template <typename T>
 INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
     const T* x = (const T*)a.x + t * a.d;
+    if (b.x_bytes.values) b.x_bytes.round_token(t - base, x, a.d);
+    if (b.wide)
+      for (int64_t i = 0; i < a.d; i++) b.wide[(t - base) * a.d + i] = to_float(x[i]);
+    if (a.atoms == 0) continue;
     float rstd = a.norm_eps >= 0 ? reciprocal_std(x, a.d, a.norm_eps) : 1.0f;
     int64_t own = t - base;
     b.logit_scales[own] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + own * b.shifted_stride, b.outliers[own])
                                     : LogitScale{rstd, rstd, 0, 0};
+  }
+}
+
+// Where share i of n of the panels of router and static MLP begins; `cost` says what a panel of either takes.
+struct FirstShare {
+  int64_t routed, width, routed_cost, width_cost, i, n;
+  INLINE int64_t at() const { return split_point(routed * routed_cost + width * width_cost, i, n); }
+  INLINE int64_t router_panel() const { return at() < routed * routed_cost ? at() / routed_cost : routed; }
+  INLINE int64_t static_panel() const {
+    if (i == n) return width;
+    return at() > routed * routed_cost ? (at() - routed * routed_cost) / width_cost : 0;
+  }
+};
+
+// Panels first … last − 1 of the router's logits, which raise `peaks`.
+template <typename T>
+INLINE void ffn_logits(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x, int64_t count, float* peaks,
+                       int64_t worker, int64_t first, int64_t last) {
+  Logits logits = {b.logit_scales, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
+  if (a.screen.rows) {
+    Bounds bounds = {logits, a.screen, b.outliers};
+    multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d, bounds, first, last);
+  } else if (a.router_format) {
+    // what is picked hangs on small differences: its inputs stay as they are
+    const float* wide = b.wide ? b.wide : (const float*)(const void*)x.rows;
+    multiply_dequantised((const uint8_t*)a.router, *a.router_format, wide, b.wide ? a.d : x.stride, count, a.d, logits,
+                         first, last, b.panels + worker * a.d * LANES);
+  } else {
+    multiply<T>((const T*)a.router, x.rows, x.stride, nullptr, count, a.d, logits, first, last);
   }
 }
 
@@ -34,37 +65,37 @@ INLINE void ffn_contract(const Ffn& a, const FfnBuffers<T>& b, const typename In
 
 // Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
 template <typename T>
-INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count, int64_t id,
-                      int64_t n, PhaseTimer& timer) {
+INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x, int64_t count, int64_t id, int64_t n,
+                      PhaseTimer& timer) {
   typedef typename Input<T>::type I;
-  int64_t stride = row_stride<T>(a.d), routed = panel_count(a.atoms), width = panel_count(a.hidden);
-  // what a panel costs, in panels of the screened router or of the router
-  int64_t cost = (a.gate ? 2 : 1) * (a.screen.rows ? (int64_t)sizeof(T) : 1), total = routed + cost * width;
-  int64_t first = split_point(total, id, n), last = split_point(total, id + 1, n);
-  float* peaks = routed > 0 ? b.peaks + id * b.peaks_size : nullptr;
-  if (routed > 0)
+  int64_t routed_cost = a.screen.rows ? 32 : cost_of<T>(a.router_format);
+  int64_t width_cost = cost_of<T>(a.up_format) + (a.gate ? cost_of<T>(a.gate_format) : 0);
+  FirstShare share = {panel_count(a.atoms), panel_count(a.hidden), routed_cost, width_cost, id, n}, next = share;
+  next.i++;
+  float* peaks = a.atoms > 0 ? b.peaks + id * b.peaks_size : nullptr;
+  if (a.atoms > 0)
     for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
-  if (first < routed) {
-    int64_t end = last < routed ? last : routed;
-    Logits logits = {b.logit_scales, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
-    if (a.screen.rows)
-      multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d,
-                       Bounds{logits, a.screen, b.outliers}, first, end);
-    else multiply<T>((const T*)a.router, x, stride, nullptr, count, a.d, logits, first, end);
+  if (share.router_panel() < next.router_panel()) {
+    ffn_logits<T>(a, b, x, count, peaks, id, share.router_panel(), next.router_panel());
     timer.end(ROUTER);
   }
-  int64_t from = first > routed ? (first - routed) / cost : 0, to = last > routed ? (last - routed) / cost : 0;
-  if (id == n - 1) to = width;
+  int64_t from = share.static_panel(), to = next.static_panel();
   if (from >= to) return;
   const Branch *gate = b.gate.adapted ? &b.gate : nullptr, *up = b.up.adapted ? &b.up : nullptr;
   Epilogue e = {a.up_bias, a.activation, nullptr, nullptr, nullptr, b.hidden_stride, up};
   if (a.gate) {
     e.bias = a.gate_bias, e.branch = gate;
-    gemm<T, I>((const T*)a.gate, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
+    gemm<T, I>({a.gate, a.gate_format}, x, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
     e = {a.up_bias, NONE, b.hidden, nullptr, nullptr, b.hidden_stride, up};
   }
-  gemm<T, I>((const T*)a.up, x, stride, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
+  gemm<T, I>({a.up, a.up_format}, x, nullptr, count, a.d, a.hidden, e, b.hidden, from, to);
   timer.end(STATIC);
+}
+
+// Hidden activations of tokens first … last − 1 of the buffers in int8, where the second product reads them so.
+template <typename T>
+INLINE void ffn_round(const Ffn& a, const FfnBuffers<T>& b, int64_t first, int64_t last) {
+  if (b.hidden_bytes.values) b.hidden_bytes.round_tokens(b.hidden, b.hidden_stride, first, last, a.hidden);
 }
 
 // The second product of tokens base … base + count − 1, with everything added: share `id` of `n` of its panels.
@@ -74,47 +105,49 @@ INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64
   const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
   Epilogue e = {a.down_bias, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
   if (b.down.adapted) e.branch = &b.down;
-  gemm<T, T>((const T*)a.down, b.hidden, b.hidden_stride, nullptr, count, a.hidden, a.d, e, (T*)a.out + base * a.d,
-             split_point(panels, id, n), split_point(panels, id + 1, n));
+  gemm<T, T>({a.down, a.down_format}, Inputs<T>{b.hidden, b.hidden_stride, b.hidden_bytes}, nullptr, count, a.hidden,
+             a.d, e, (T*)a.out + base * a.d, split_point(panels, id, n), split_point(panels, id + 1, n));
 }
 
 template <typename T>
 void ffn(const Ffn& a) {
   if (a.batch <= SMALL_BATCH) {
     FfnBuffers<T> b(a, a.batch, a.threads);
-    const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
+    const Inputs<T> x = {pack_inputs<T>(a.x, 0, a.batch, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
     clear_padding(b.hidden, a.batch, a.hidden);
-    bool alone = a.batch <= READ_ALONE, adapted = a.adapted.run_count > 0;
-    if (a.atoms > 0 && alone) ffn_read<T>(a, b, 0, 0, a.batch);
+    bool reads = a.atoms > 0 || b.x_bytes.values, alone = a.batch <= READ_ALONE, adapted = a.adapted.run_count > 0;
+    if (reads && alone) ffn_read<T>(a, b, 0, 0, a.batch);
 #pragma omp parallel num_threads(a.threads)
     {
       int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
       int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
       PhaseTimer timer(a.phase_ns, FFN_PHASES, id);
-      if (a.atoms > 0 && !alone) {
+      if (reads && !alone) {
         ffn_read<T>(a, b, 0, first, last);
-        timer.end(ROUTER);
+        timer.end(a.atoms > 0 ? ROUTER : STATIC);
       }
       if (adapted) {
-        ffn_contract<T>(a, b, x, a.batch, id, n);
+        ffn_contract<T>(a, b, x.rows, a.batch, id, n);
         timer.end(STATIC);
       }
-      if ((a.atoms > 0 && !alone) || adapted) {
+      if ((reads && !alone) || adapted) {
 #pragma omp barrier
         timer.end(WAITING);
       }
       ffn_first<T>(a, b, x, a.batch, id, n, timer);
 #pragma omp barrier
       timer.end(WAITING);
+      bool rounds = b.hidden_bytes.values;
       if (adapted) {
         contract<T>(b.down, b.hidden, b.hidden_stride, a.batch, a.hidden, id, n);
         timer.end(STATIC);
       }
-      if (a.atoms > 0) {
-        ffn_route<T>(a, b, 0, first, last, id, (int)n);
-        timer.end(COMPOSE);
+      if (a.atoms > 0 || rounds) {
+        ffn_round<T>(a, b, first, last);
+        if (a.atoms > 0) ffn_route<T>(a, b, 0, first, last, id, (int)n);
+        timer.end(a.atoms > 0 ? COMPOSE : STATIC);
       }
-      if (a.atoms > 0 || adapted) {
+      if (a.atoms > 0 || rounds || adapted) {
 #pragma omp barrier
         timer.end(WAITING);
       }
@@ -134,11 +167,13 @@ void ffn(const Ffn& a) {
     for (int64_t t = 0; t < a.batch; t += chunk) {
       int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
       PhaseTimer timer(a.phase_ns, FFN_PHASES, omp_get_thread_num());
-      if (a.atoms > 0) ffn_read<T>(a, b, t, t, t + count), timer.end(ROUTER);
-      const auto* x = pack_inputs<T>(a.x, t, count, a.d, b.x);
+      ffn_read<T>(a, b, t, t, t + count);
+      timer.end(a.atoms > 0 ? ROUTER : STATIC);
+      const Inputs<T> x = {pack_inputs<T>(a.x, t, count, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
       b.gate.base = b.up.base = b.down.base = t;
-      ffn_contract<T>(a, b, x, count, 0, 1);
+      ffn_contract<T>(a, b, x.rows, count, 0, 1);
       ffn_first<T>(a, b, x, count, 0, 1, timer);
+      ffn_round<T>(a, b, 0, count);
       if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), timer.end(COMPOSE);
       contract<T>(b.down, b.hidden, b.hidden_stride, count, a.hidden, 0, 1);
       ffn_second<T>(a, b, t, count, 0, 1);

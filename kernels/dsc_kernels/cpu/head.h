@@ -113,6 +113,7 @@ template <typename T>
 struct HeadBuffers {
   typedef typename Input<T>::type I;
   const I* x;                    // [tokens, round_up_2(d)], or the inputs themselves
+  Bytes bytes;                   // the same in int8, where the weight is quantised
   float* values = nullptr;       // [threads, tokens, 16], and the next: where all is multiplied out
   int32_t* indices = nullptr;    // [threads, tokens, 16]
   LogitScale* logit_scales = nullptr;  // [tokens], and all below: where the head is screened
@@ -127,6 +128,7 @@ struct HeadBuffers {
   INLINE HeadBuffers(const Head& a, bool screened) : shifted_stride(panel_count(a.d) * LANES) {
     Scratch& scratch = *a.scratch;
     x = pack_inputs<T>(a.x, 0, a.batch, a.d, scratch.take<I>(a.batch * round_up_2(a.d)));
+    if (a.w_format) bytes.take(scratch, a.batch, a.d);
     if (screened) {
       logit_scales = scratch.take<LogitScale>(a.batch);
       outliers = scratch.take<Outliers>(a.batch);
@@ -152,8 +154,12 @@ void argmax_exact(const Head& a) {
     for (int64_t i = id * all; i < (id + 1) * all; i += LANES) store(b.values + i, splat(-INFINITY));
     memset(b.indices + id * all, 0, all * sizeof *b.indices);
     LaneMaxima sink = {a.bias, b.values + id * all, b.indices + id * all};
-    multiply<T>((const T*)a.w, b.x, row_stride<T>(a.d), nullptr, a.batch, a.d, sink, split_point(panels, id, n),
-                split_point(panels, id + 1, n));
+    if (a.w_format) {
+      b.bytes.round_tokens((const T*)a.x, a.d, split_point(a.batch, id, n), split_point(a.batch, id + 1, n), a.d);
+#pragma omp barrier
+    }
+    multiply<T>(Matrix(a.w, a.w_format), Inputs<T>{b.x, row_stride<T>(a.d), b.bytes}, nullptr, a.batch, a.d, sink,
+                split_point(panels, id, n), split_point(panels, id + 1, n));
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.batch; t++) {

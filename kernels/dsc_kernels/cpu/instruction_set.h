@@ -3,6 +3,7 @@
 
 #include "api.h"
 #include "chunk_attention.h"
+#include "dequantised.h"
 #include "ffn.h"
 #include "head.h"
 #include "layers.h"
@@ -20,7 +21,8 @@ void pack_any(const void* w, int64_t n, int64_t d, void* out) {
 
 template <typename T>
 constexpr Kernels kernels() {
-  return {pack_any<T>, linear<T>, argmax<T>, ffn<T>, moe<T>, attention<T>, chunk_attention<T>, store_kv<T>, norm<T>};
+  return {pack_any<T>, quantised_row<T>, linear<T>, argmax<T>, ffn<T>, moe<T>, attention<T>, chunk_attention<T>,
+          store_kv<T>, norm<T>};
 }
 
 constexpr InstructionSet instruction_set(const char* name, bool (*supported)()) {

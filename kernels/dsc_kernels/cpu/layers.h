@@ -11,14 +11,15 @@
 
 #include "api.h"
 #include "attention.h"
-#include "gemm.h"
 #include "namespace.h"
 #include "norm.h"
+#include "products.h"
 
 DSC_KERNELS_BEGIN
 
 constexpr int64_t SMALL_BATCH = 24;       // tokens up to which weights are shared
 constexpr int64_t CHUNK_TOKENS = 96;      // that a thread takes at a time beyond: their logits stay in its cache
+constexpr int64_t READ_ALONE = 4;         // tokens that one thread reads in less time than waiting for another takes
 constexpr int64_t TASKS_PER_THREAD = 16;  // of attention, so that the threads end together
 
 INLINE int64_t round_up_2(int64_t d) { return (d + 1) / 2 * 2; }
@@ -87,22 +88,31 @@ INLINE void clear_padding(I* rows, int64_t count, int64_t width) {
 template <typename T, typename O>
 INLINE void linear_as(const Linear& a) {
   typedef typename Input<T>::type I;
-  const I* x = pack_inputs<T>(a.x, 0, a.batch, a.d, a.scratch->take<I>(a.batch * round_up_2(a.d)));
-  int64_t stride = row_stride<T>(a.d), panels = panel_count(a.n);
+  const I* rows = pack_inputs<T>(a.x, 0, a.batch, a.d, a.scratch->take<I>(a.batch * round_up_2(a.d)));
+  Inputs<T> x = {rows, row_stride<T>(a.d)};
+  if (a.w_format) x.bytes.take(*a.scratch, a.batch, a.d);
+  bool alone = a.batch <= READ_ALONE;
+  if (a.w_format && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
+  int64_t panels = panel_count(a.n);
   bool by_tokens = a.batch > SMALL_BATCH;
   int64_t chunk = by_tokens ? chunk_of(a.batch, a.threads) : a.batch;
   const Branch branch(a.adapted, a.module, a.modules, sizeof(T) == 2, a.batch, *a.scratch);
+  const Matrix w(a.w, a.w_format);
 #pragma omp parallel num_threads(a.threads)
   {
     int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
     Epilogue e = {a.bias, a.activation, nullptr, nullptr, a.residual, a.n};
+    if (a.w_format && !alone) {
+      x.bytes.round_tokens((const T*)a.x, a.d, split_point(a.batch, id, n), split_point(a.batch, id + 1, n), a.d);
+#pragma omp barrier
+    }
     if (!by_tokens) {
       if (branch.adapted) {
         e.branch = &branch;
-        contract<T>(branch, x, stride, a.batch, a.d, id, n);
+        contract<T>(branch, x.rows, x.stride, a.batch, a.d, id, n);
 #pragma omp barrier
       }
-      gemm<T, O>((const T*)a.w, x, stride, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
+      gemm<T, O>(w, x, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
                  split_point(panels, id + 1, n));
     } else {
 #pragma omp for schedule(dynamic, 1)
@@ -112,9 +122,9 @@ INLINE void linear_as(const Linear& a) {
         const Branch own = branch.from(t);
         if (own.adapted) {
           e.branch = &own;
-          contract<T>(own, x + t * stride, stride, count, a.d, 0, 1);
+          contract<T>(own, x.from(t).rows, x.stride, count, a.d, 0, 1);
         }
-        gemm<T, O>((const T*)a.w, x + t * stride, stride, nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
+        gemm<T, O>(w, x.from(t), nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
       }
     }
   }
@@ -130,7 +140,7 @@ template <typename T>
 void attention(const Attention& a) {
   int64_t pairs = a.batch * a.kv_heads,
           runs = TASKS_PER_THREAD * a.threads < pairs ? TASKS_PER_THREAD * a.threads : pairs;
-  int64_t own_bytes = a.group * softmax_state_bytes(a.value_size);
+  int64_t own_bytes = a.group * softmax_state_bytes(a.value_size) + (a.int8_kv ? 2 * wide_bytes<T>(a.size) : 0);
   char* room = a.scratch->take<char>(a.threads * own_bytes);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -138,7 +148,9 @@ void attention(const Attention& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < runs; i++) {
       int64_t first = split_point(pairs, i, runs);
-      attend<T>(a, first, split_point(pairs, i + 1, runs) - first, own);
+      int64_t count = split_point(pairs, i + 1, runs) - first;
+      if (a.int8_kv) attend<T, true>(a, first, count, own);
+      else attend<T, false>(a, first, count, own);
     }
   }
 }
@@ -158,14 +170,15 @@ INLINE void norm_heads(T* x, const T* weight, int64_t heads, int64_t size, int64
 template <typename T>
 void store_kv(const StoreKv& a) {
   int64_t row = (a.heads + (a.values ? 2 : 1) * a.kv_heads) * a.size;
+  int64_t bytes = a.int8_kv ? a.size + SCALE_BYTES : a.size * (int64_t)sizeof(T);  // of a row of the cache
   auto row_at = [&](int64_t t, int64_t h) __attribute__((always_inline)) {
-    return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * a.size;
+    return ((a.blocks[t] * a.kv_heads + h) * a.block + a.offsets[t]) * bytes;
   };
   auto prefetch_rows_of = [&](int64_t t) __attribute__((always_inline)) {
     for (int64_t h = 0; h < a.kv_heads; h++)
-      for (int64_t c = 0; c < a.size; c += 64 / (int64_t)sizeof(T)) {
-        __builtin_prefetch((T*)a.keys + row_at(t, h) + c, 1);
-        if (a.values) __builtin_prefetch((T*)a.values + row_at(t, h) + c, 1);
+      for (int64_t c = 0; c < bytes; c += 64) {
+        __builtin_prefetch((char*)a.keys + row_at(t, h) + c, 1);
+        if (a.values) __builtin_prefetch((char*)a.values + row_at(t, h) + c, 1);
       }
   };
   for (int64_t t = 0; t < EARLIER && t < a.tokens; t++) prefetch_rows_of(t);
@@ -182,9 +195,15 @@ void store_kv(const StoreKv& a) {
         rotate(own + h * a.size, cosines, cosines + a.turned / 2, a.turned);
     }
     for (int64_t h = 0; h < a.kv_heads; h++) {
-      int64_t at = row_at(t, h);
-      memcpy((T*)a.keys + at, own + (a.heads + h) * a.size, a.size * sizeof(T));
-      if (a.values) memcpy((T*)a.values + at, own + (a.heads + a.kv_heads + h) * a.size, a.size * sizeof(T));
+      char *key = (char*)a.keys + row_at(t, h), *value = a.values ? (char*)a.values + row_at(t, h) : nullptr;
+      const T *from = own + (a.heads + h) * a.size, *other = from + a.kv_heads * a.size;
+      if (a.int8_kv) {
+        narrow_row(from, a.size, (int8_t*)key);
+        if (value) narrow_row(other, a.size, (int8_t*)value);
+      } else {
+        memcpy(key, from, bytes);
+        if (value) memcpy(value, other, bytes);
+      }
     }
   }
 }

@@ -30,6 +30,9 @@ struct MoeBuffers {
   int32_t* tokens;   // [picks]: of each slot
   float* outputs;    // [picks, d]
   I* hidden;         // [picks, hidden_stride]
+  Bytes x_bytes, hidden_bytes, shared_bytes;  // x, hidden and shared_hidden in int8, where weights are quantised
+  float* wide = nullptr;                      // [batch, d]: x in float32, where tiles read it otherwise
+  float* panels = nullptr;                    // [threads, d · 16]: the router's; both where it is quantised
   int32_t* starts;   // [experts + 1]
   float* shared_weights = nullptr;  // [batch], and both below: of the shared expert
   float* shared_outputs = nullptr;  // [batch, d]
@@ -51,6 +54,13 @@ struct MoeBuffers {
     outputs = scratch.take<float>(picks * a.d);
     hidden = scratch.take<I>(picks * hidden_stride);
     starts = scratch.take<int32_t>(a.experts + 1);
+    if (a.up_format || a.gate_format || a.shared_up_format || a.shared_gate_format) x_bytes.take(scratch, a.batch, a.d);
+    if (a.down_format) hidden_bytes.take(scratch, picks, a.hidden);
+    if (a.shared_down_format) shared_bytes.take(scratch, a.batch, a.shared_hidden);
+    if (a.router_format) {
+      if (sizeof(I) < sizeof(float)) wide = scratch.take<float>(a.batch * a.d);
+      panels = scratch.take<float>(a.threads * a.d * LANES);
+    }
     if (a.shared_hidden == 0) return;
     shared_weights = scratch.take<float>(a.batch);
     shared_outputs = scratch.take<float>(a.batch * a.d);
@@ -122,13 +132,26 @@ INLINE void route_otherwise(const Moe& a, float* logits, float scale, float* cho
   for (int j = 0; a.normalize && j < a.k; j++) weights[j] /= kept;
 }
 
+// Logits of tokens first … last − 1; a quantised router's inputs stay as they are, since what is picked hangs on them.
 template <typename T>
-INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t first,
-                      int64_t last) {
-  int64_t stride = row_stride<T>(a.d);
+INLINE void moe_logits(const Moe& a, const MoeBuffers<T>& b, const Inputs<T>& x, int64_t first, int64_t last) {
   Epilogue e = {nullptr, NONE, nullptr, nullptr, nullptr, a.experts};
-  gemm<T, float>((const T*)a.router, x + first * stride, stride, nullptr, last - first, a.d, a.experts, e,
-                 b.logits + first * a.experts, 0, panel_count(a.experts));
+  float* logits = b.logits + first * a.experts;
+  if (!a.router_format) {
+    gemm<T, float>((const T*)a.router, x.rows + first * x.stride, x.stride, nullptr, last - first, a.d, a.experts, e,
+                   logits, 0, panel_count(a.experts));
+    return;
+  }
+  for (int64_t i = first * a.d; b.wide && i < last * a.d; i++) b.wide[i] = to_float(((const T*)a.x)[i]);
+  const float* wide = b.wide ? b.wide + first * a.d : (const float*)(const void*)(x.rows + first * x.stride);
+  multiply_dequantised((const uint8_t*)a.router, *a.router_format, wide, b.wide ? a.d : x.stride, last - first, a.d,
+                       Output<float>{e, logits, a.experts}, 0, panel_count(a.experts),
+                       b.panels + omp_get_thread_num() * a.d * LANES);
+}
+
+template <typename T>
+INLINE void moe_route(const Moe& a, const MoeBuffers<T>& b, const Inputs<T>& x, int64_t first, int64_t last) {
+  moe_logits<T>(a, b, x, first, last);
   for (int64_t t = first; t < last; t++) {
     float scale = a.norm_eps >= 0 ? reciprocal_std((const T*)a.x + t * a.d, a.d, a.norm_eps) : 1.0f;
     float *logits = b.logits + t * a.experts, *weights = b.weights + t * a.k;
@@ -163,61 +186,57 @@ INLINE void moe_group(const Moe& a, const MoeBuffers<T>& b) {
 // One expert's packed matrices.
 template <typename T>
 struct Expert {
-  const T *up, *gate, *down;  // gate: null unless gated
+  Matrix up, gate, down;  // gate: none unless gated
   int64_t d, hidden;
   int activation;
 
   INLINE static Expert picked(const Moe& a, int64_t e) {
-    int64_t first = panel_count(a.hidden) * Packed<T>::panel_size(a.d);
-    int64_t second = panel_count(a.d) * Packed<T>::panel_size(a.hidden);
-    const T* gate = a.gate ? (const T*)a.gate + e * first : nullptr;
-    return {(const T*)a.up + e * first, gate, (const T*)a.down + e * second, a.d, a.hidden, a.activation};
+    return {Matrix(a.up, a.up_format).at<T>(e, a.hidden, a.d), Matrix(a.gate, a.gate_format).at<T>(e, a.hidden, a.d),
+            Matrix(a.down, a.down_format).at<T>(e, a.d, a.hidden), a.d, a.hidden, a.activation};
   }
 
   INLINE static Expert shared(const Moe& a) {
-    return {(const T*)a.shared_up, (const T*)a.shared_gate, (const T*)a.shared_down, a.d, a.shared_hidden,
-            a.activation};
+    return {{a.shared_up, a.shared_up_format}, {a.shared_gate, a.shared_gate_format},
+            {a.shared_down, a.shared_down_format}, a.d, a.shared_hidden, a.activation};
   }
 };
 
 // Panels first … last − 1 of an expert's inner activations for `count` of the tokens x: those in rows, or in order
 // where it is null. gate, up: what adapters add, or null.
 template <typename T>
-INLINE void expert_first(const Expert<T>& e, const typename Input<T>::type* x, const int32_t* rows, int64_t count,
+INLINE void expert_first(const Expert<T>& e, const Inputs<T>& x, const int32_t* rows, int64_t count,
                          typename Input<T>::type* hidden, int64_t first, int64_t last, const Branch* gate = nullptr,
                          const Branch* up = nullptr) {
   typedef typename Input<T>::type I;
   Epilogue ep = {nullptr, e.activation, nullptr, nullptr, nullptr, round_up_2(e.hidden), up};
-  if (e.gate) {
+  if (e.gate.packed) {
     ep.branch = gate;
-    gemm<T, I>(e.gate, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
+    gemm<T, I>(e.gate, x, rows, count, e.d, e.hidden, ep, hidden, first, last);
     ep.activation = NONE;
     ep.times = hidden;
     ep.branch = up;
   }
-  gemm<T, I>(e.up, x, row_stride<T>(e.d), rows, count, e.d, e.hidden, ep, hidden, first, last);
+  gemm<T, I>(e.up, x, rows, count, e.d, e.hidden, ep, hidden, first, last);
 }
 
 // Panels first … last − 1 of what the expert makes of them.
 template <typename T>
-INLINE void expert_second(const Expert<T>& e, const typename Input<T>::type* hidden, int64_t count, float* out,
-                          int64_t first, int64_t last, const Branch* down = nullptr) {
+INLINE void expert_second(const Expert<T>& e, const Inputs<T>& hidden, int64_t count, float* out, int64_t first,
+                          int64_t last, const Branch* down = nullptr) {
   Epilogue ep = {nullptr, NONE, nullptr, nullptr, nullptr, e.d, down};
-  gemm<T, float>(e.down, hidden, round_up_2(e.hidden), nullptr, count, e.hidden, e.d, ep, out, first, last);
+  gemm<T, float>(e.down, hidden, nullptr, count, e.hidden, e.d, ep, out, first, last);
 }
 
 // The shared expert is shared by its outputs however many tokens there are, some at a time so that they stay in the
 // cache: no thread waits for a task as large as that.
 template <typename T>
-INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const typename Input<T>::type* x, int64_t id,
-                         int64_t n) {
+INLINE void shared_first(const Moe& a, const MoeBuffers<T>& b, const Inputs<T>& x, int64_t id, int64_t n) {
   int64_t panels = panel_count(a.shared_hidden), from = split_point(panels, id, n), to = split_point(panels, id + 1, n);
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
     const Branch gate = b.gate.from(t), up = b.up.from(t);
-    expert_first(Expert<T>::shared(a), x + t * row_stride<T>(a.d), nullptr, count,
-                 b.shared_hidden + t * b.shared_stride, from, to, gate.adapted ? &gate : nullptr,
-                 up.adapted ? &up : nullptr);
+    expert_first(Expert<T>::shared(a), x.from(t), nullptr, count, b.shared_hidden + t * b.shared_stride, from, to,
+                 gate.adapted ? &gate : nullptr, up.adapted ? &up : nullptr);
   }
 }
 
@@ -227,8 +246,8 @@ INLINE void shared_second(const Moe& a, const MoeBuffers<T>& b, int64_t id, int6
   for (int64_t t = 0; a.shared_hidden && t < a.batch; t += CHUNK_TOKENS) {
     int64_t count = a.batch - t < CHUNK_TOKENS ? a.batch - t : CHUNK_TOKENS;
     const Branch down = b.down.from(t);
-    expert_second(Expert<T>::shared(a), b.shared_hidden + t * b.shared_stride, count, b.shared_outputs + t * a.d, from,
-                  to, down.adapted ? &down : nullptr);
+    expert_second(Expert<T>::shared(a), Inputs<T>{b.shared_hidden, b.shared_stride, b.shared_bytes}.from(t), count,
+                  b.shared_outputs + t * a.d, from, to, down.adapted ? &down : nullptr);
   }
 }
 
@@ -276,7 +295,10 @@ INLINE void share_panels(const MoeBuffers<T>& b, int64_t experts, int64_t panels
 template <typename T>
 void moe(const Moe& a) {
   MoeBuffers<T> b(a);
-  const auto* x = pack_inputs<T>(a.x, 0, a.batch, a.d, b.x);
+  const Inputs<T> x = {pack_inputs<T>(a.x, 0, a.batch, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
+  const Inputs<T> hidden = {b.hidden, b.hidden_stride, b.hidden_bytes};
+  bool alone = a.batch <= READ_ALONE;
+  if (x.bytes.values && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
   clear_padding(b.hidden, a.batch * a.k, a.hidden);
   if (a.shared_hidden) clear_padding(b.shared_hidden, a.batch, a.shared_hidden);
   int64_t chunk = CHUNK_TOKENS, most = (a.batch * a.k + chunk - 1) / chunk + a.experts;
@@ -290,24 +312,37 @@ void moe(const Moe& a) {
     };
     auto second_of = [&](int64_t e, int64_t from, int64_t count, int64_t start, int64_t end)
                          __attribute__((always_inline)) {
-      expert_second(Expert<T>::picked(a, e), b.hidden + from * b.hidden_stride, count, b.outputs + from * a.d, start,
-                    end);
+      expert_second(Expert<T>::picked(a, e), hidden.from(from), count, b.outputs + from * a.d, start, end);
     };
+    auto round_hidden = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      if (b.hidden_bytes.values) b.hidden_bytes.round_tokens(b.hidden, b.hidden_stride, from, to, a.hidden);
+    };
+    bool rounds = x.bytes.values && !alone;
+    if (rounds) x.bytes.round_tokens((const T*)a.x, a.d, first, last, a.d);
     if (b.up.adapted) {
-      contract<T>(b.gate, x, row_stride<T>(a.d), a.batch, a.d, id, n);
-      contract<T>(b.up, x, row_stride<T>(a.d), a.batch, a.d, (id + 1) % n, n);
+      contract<T>(b.gate, x.rows, x.stride, a.batch, a.d, id, n);
+      contract<T>(b.up, x.rows, x.stride, a.batch, a.d, (id + 1) % n, n);
+    }
+    if (rounds || b.up.adapted) {
 #pragma omp barrier
     }
     moe_route<T>(a, b, x, first, last);
     shared_first<T>(a, b, x, id, n);
 #pragma omp barrier
     contract<T>(b.down, b.shared_hidden, b.shared_stride, a.batch, a.shared_hidden, id, n);
+    if (b.shared_bytes.values)
+      b.shared_bytes.round_tokens(b.shared_hidden, b.shared_stride, first, last, a.shared_hidden);
 #pragma omp single
     moe_group<T>(a, b);
     shared_second<T>(a, b, id, n);
     if (a.batch <= SMALL_BATCH) {
       share_panels(b, a.experts, panel_count(a.hidden), id, n, first_of);
 #pragma omp barrier
+      if (b.hidden_bytes.values) {
+        int64_t picks = a.batch * a.k;
+        round_hidden(split_point(picks, id, n), split_point(picks, id + 1, n));
+#pragma omp barrier
+      }
       share_panels(b, a.experts, panel_count(a.d), id, n, second_of);
     } else {
       // tasks of at most `chunk` picks of one expert; task i of all is found by walking the experts
@@ -319,6 +354,7 @@ void moe(const Moe& a) {
           if (task < tasks) {
             int64_t from = task * chunk, count = size - from < chunk ? size - from : chunk;
             first_of(e, b.starts[e] + from, count, 0, panel_count(a.hidden));
+            round_hidden(b.starts[e] + from, b.starts[e] + from + count);
             second_of(e, b.starts[e] + from, count, 0, panel_count(a.d));
             break;
           }

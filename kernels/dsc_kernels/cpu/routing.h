@@ -21,6 +21,9 @@ struct FfnBuffers {
   int64_t peaks_size;                  // of one worker
   I* x = nullptr;                      // [tokens, round_up_2(d)]
   I* hidden = nullptr;                 // [tokens, hidden_stride]
+  Bytes x_bytes, hidden_bytes;         // the same in int8, where weights are quantised
+  float* wide = nullptr;               // [tokens, d]: x in float32, where tiles read it otherwise and the router is quantised
+  float* panels = nullptr;             // [workers, d · 16]: the router's, where it is quantised
   float* logits = nullptr;             // [tokens, logit_stride]; screened, upper bounds
   float* peaks = nullptr;              // [workers, tokens, slots, 16]
   float* dynamic = nullptr;            // [tokens, d]: what the picked rows add
@@ -43,7 +46,13 @@ struct FfnBuffers {
     gate = Branch(a.adapted, GATE, a.gate ? 1 : 0, sizeof(T) == 2, tokens, scratch);
     up = Branch(a.adapted, UP, 1, sizeof(T) == 2, tokens, scratch);
     down = Branch(a.adapted, DOWN, 1, sizeof(T) == 2, tokens, scratch);
+    if (a.up_format || a.gate_format) x_bytes.take(scratch, tokens, a.d);
+    if (a.down_format) hidden_bytes.take(scratch, tokens, a.hidden);
     if (a.atoms == 0) return;
+    if (a.router_format) {
+      if (sizeof(I) < sizeof(float)) wide = scratch.take<float>(tokens * a.d);
+      panels = scratch.take<float>(workers * a.d * LANES);
+    }
     logits = scratch.take<float>(tokens * logit_stride);
     peaks = scratch.take<float>(workers * peaks_size);
     dynamic = scratch.take<float>(tokens * a.d);
@@ -80,9 +89,19 @@ struct Routing {
   int64_t rescored = 0;  // rows
 
   INLINE const T* x(int64_t t) const { return (const T*)a.x + t * a.d; }
-  INLINE const T* row(int32_t atom) const { return (const T*)a.screen.rows + atom * a.d; }
+  // What a function makes of rows in their format.
+  template <typename Use>
+  INLINE auto with_rows(const void* rows, const RowFormat* f, const Use& use) const {
+    return f ? use(LevelRows(rows, *f, a.d)) : use(PlainRows<T>{(const T*)rows, a.d});
+  }
+  INLINE void ask_for(const void* rows, const RowFormat* f, const int32_t* picks, int64_t count) const {
+    with_rows(rows, f, [&](const auto& r) __attribute__((always_inline)) { prefetch_rows(r, picks, count); });
+  }
   INLINE float logit(int64_t t, int32_t atom) const {
-    return b.logit_scales[t - base].rstd * dot(x(t), row(atom), a.d) + a.router_bias[atom];
+    float product = with_rows(a.screen.rows, a.screen.rows_format, [&](const auto& r) __attribute__((always_inline)) {
+      return r.product(x(t), atom);
+    });
+    return b.logit_scales[t - base].rstd * product + a.router_bias[atom];
   }
 
   INLINE void select_best(Selection& c, float tau) const {
@@ -100,7 +119,7 @@ struct Routing {
     for (int64_t i = 0; i < c.count; i++) c.values[i] = c.values[c.candidates[i]];
     if (!a.screen.rows) return;
     select_best(c, INFINITY);
-    prefetch_rows((const T*)a.screen.rows, c.atoms, a.k, a.d);
+    ask_for(a.screen.rows, a.screen.rows_format, c.atoms, a.k);
   }
 
   // The true logits of the K that promise most are a better bound for the others.
@@ -119,7 +138,7 @@ struct Routing {
     }
     c.count = kept;
     rescored += kept;
-    prefetch_rows((const T*)a.screen.rows, c.candidates, kept, a.d);
+    ask_for(a.screen.rows, a.screen.rows_format, c.candidates, kept);
   }
 
   INLINE void select_top_k(int64_t t) {
@@ -146,13 +165,16 @@ struct Routing {
   INLINE void prefetch(int64_t t) {
     Selection& c = ring[t & 3];
     expand_adapters(c);
-    prefetch_rows((const T*)a.u, c.atoms, picks(), a.d);
-    prefetch_rows((const T*)a.v, c.atoms, picks(), a.d);
+    ask_for(a.u, a.u_format, c.atoms, picks());
+    ask_for(a.v, a.v_format, c.atoms, picks());
   }
 
   INLINE void compose_token(int64_t t, Selection& c) const {
-    compose(x(t), (const T*)a.u, (const T*)a.v, a.gamma, a.scalar_gamma, c.atoms, c.weights, picks(), a.d,
-            b.dynamic + (t - base) * a.d);
+    with_rows(a.u, a.u_format, [&](const auto& u) __attribute__((always_inline)) {
+      with_rows(a.v, a.v_format, [&](const auto& v) __attribute__((always_inline)) {
+        compose(x(t), u, v, a.gamma, a.scalar_gamma, c.atoms, c.weights, picks(), a.d, b.dynamic + (t - base) * a.d);
+      });
+    });
   }
 
   INLINE int picks() const { return a.rank > 0 ? a.k * a.rank : a.k; }

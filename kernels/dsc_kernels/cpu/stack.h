@@ -77,6 +77,7 @@ struct Step {
   int64_t max_context_len;  // of the single tokens' sequences
   int64_t chunk_count;
   int64_t run_count;
+  int int8_kv;  // whether the caches are in int8
   int threads;
 };
 
@@ -84,7 +85,8 @@ class Stack {
  public:
   static constexpr const char* name = "dsc_kernels.stack";
   std::vector<DecoderLayer> layers;
-  const void* token_embedding = nullptr;     // [vocabulary, d]
+  const void* token_embedding = nullptr;     // [vocabulary, d], packed where it has a format
+  const Format* token_embedding_format = nullptr;
   const void* position_embedding = nullptr;  // [positions, d], or null where positions are not learned
   int64_t vocabulary = 0, positions = 0;
   float embedding_scale = 1;  // what tokens' embeddings are multiplied by
@@ -105,8 +107,8 @@ class Stack {
       scratch.reset();
       kernel(call);
     };
-    if (is_bf16) embed<uint16_t>(s);
-    else embed<float>(s);
+    if (is_bf16) embed<uint16_t>(k, s);
+    else embed<float>(k, s);
     end_phase(EMBEDDING);
     for (size_t i = 0; i < layers.size(); i++) {
       const DecoderLayer& layer = layers[i];
@@ -163,15 +165,19 @@ class Stack {
   }
 
   template <typename T>
-  void embed(const Step& s) const {
+  void embed(const Kernels& k, const Step& s) const {
     int64_t d = layers[0].qkv.d;
     for (int64_t t = 0; t < s.tokens; t++) {
       const T* token = (const T*)token_embedding + s.ids[t] * d;
       T* out = (T*)s.out + t * d;
+      if (token_embedding_format) {
+        k.quantised_row(token_embedding, *token_embedding_format, s.ids[t], d, out);
+        token = out;
+      }
       if (!position_embedding) {
-        if (embedding_scale == 1) std::memcpy(out, token, d * sizeof(T));
-        else
+        if (embedding_scale != 1)
           for (int64_t i = 0; i < d; i++) put(to_float(token[i]) * embedding_scale, out + i);
+        else if (token != out) std::memcpy(out, token, d * sizeof(T));
         continue;
       }
       const T* position = (const T*)position_embedding + s.positions[t] * d;
@@ -271,6 +277,7 @@ class Stack {
       chunk.block = s.block, chunk.scale = layer.scale;
       single.value_size = chunk.value_size = layer.value_size, single.window = chunk.window = layer.window;
       single.cap = chunk.cap = layer.cap;
+      store.int8_kv = single.int8_kv = chunk.int8_kv = s.int8_kv;
       store.threads = single.threads = chunk.threads = s.threads;
       single.scratch = chunk.scratch = &scratch;
       if (layer.ffn) {

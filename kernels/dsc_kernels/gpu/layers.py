@@ -14,11 +14,13 @@ from dsc_kernels import min_hash, plain, reference
 from dsc_kernels.adapters import adapter as adapter
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.dequantised import dense
 from dsc_kernels.gpu import attention
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
 from dsc_kernels.gpu.moe import run_experts
+from dsc_kernels.gpu.quantised import float_product, product
 from dsc_kernels.gpu.router import router_logits
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import select_compose
@@ -26,6 +28,7 @@ from dsc_kernels.plain import chunk_attention as chunk_attention
 from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
+from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
@@ -79,12 +82,23 @@ def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Tensor
 
 
 class Linear(plain.Linear):
-    """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU."""
+    """out = act(x Wᵀ + bias) + residual, W [n, d]: torch's product, which is already the best one on a GPU.
+
+    Few tokens read a quantised weight as it is, and many its numbers.
+    """
 
     backend = NAME
+    product = staticmethod(product)
+    wide_product = staticmethod(float_product)
 
 
 Head = Linear
+
+
+class Mlp(plain.Mlp):
+    """`MlpWeights` with their activation."""
+
+    linear = Linear
 
 
 class Ffn:
@@ -102,7 +116,7 @@ class Ffn:
     def __init__(
         self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
     ) -> None:
-        self.static, self.options = plain.Mlp(mlp, options.activation), options
+        self.static, self.options = Mlp(mlp, options.activation), options
         self.d, self.dtype = mlp.up.shape[1], mlp.up.dtype
         self.router: Router | None = None
         if router is None and bank is None:
@@ -112,10 +126,11 @@ class Ffn:
         atoms, k, rank = router.weight.shape[0], options.k, options.rank
         if not 1 <= k <= min(atoms, MAX_PICKS) or k * max(rank, 1) > MAX_PICKS:
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k at most {atoms}")
-        for part, rows in (("u", bank.u), ("v", bank.v)):
+        u, v = (dense(rows, self.dtype) if isinstance(rows, QuantisedWeight) else rows for rows in (bank.u, bank.v))
+        for part, rows in (("u", u), ("v", v)):
             check(part, rows, (atoms * max(rank, 1), self.d), self.dtype)
         self.router = contiguous_router(router, self.dtype)
-        self.bank = AtomBank(bank.u.contiguous(), bank.v.contiguous(), bank.gamma.float().contiguous())
+        self.bank = AtomBank(u.contiguous(), v.contiguous(), bank.gamma.float().contiguous())
 
     def __call__(
         self,
@@ -162,8 +177,9 @@ class Ffn:
         if self.router is None:
             raise ValueError("this layer has no router")
         r, o = self.router, self.options
-        u, v, gamma = self.bank.u, self.bank.v, self.bank.gamma
-        logits, maxima = router_logits(x, r.weight, r.bias, o.tau, r.norm_eps)
+        u, v = (dense(rows, self.dtype) for rows in (self.bank.u, self.bank.v))
+        gamma = self.bank.gamma
+        logits, maxima = router_logits(x, dense(r.weight, self.dtype), r.bias, o.tau, r.norm_eps)
         static = self.static(x, adapted)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):
             return select_compose(logits, maxima, x, u, v, gamma, static, residual, o.k, o.eps, o.rank, traced=traced)
@@ -182,7 +198,7 @@ def contiguous_router(router: Router, dtype: torch.dtype) -> Router:
     """The same with a weight of this dtype and a float32 bias, as the kernels read them."""
     biases = router.bias, router.choice_bias
     bias, choice = (None if own is None else own.float().contiguous() for own in biases)
-    return Router(router.weight.to(dtype).contiguous(), bias, router.norm_eps, choice)
+    return Router(dense(router.weight, dtype).contiguous(), bias, router.norm_eps, choice)
 
 
 class Moe:
@@ -215,7 +231,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int64 [B, k]."""
         r = self.router
-        logits, _ = router_logits(x, r.weight, r.bias, torch.inf, r.norm_eps)
+        logits, _ = router_logits(x, dense(r.weight, self.dtype), r.bias, torch.inf, r.norm_eps)
         return reference.pick_experts(logits, self.options, r.choice_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
@@ -235,6 +251,6 @@ class Moe:
         return out, experts, weights
 
 
-def padded(matrices: list[Tensor], padding: tuple[int, ...]) -> Tensor:
-    """Matrices of one shape stacked, with zeros behind their rows or columns."""
-    return torch.stack([torch.nn.functional.pad(matrix, padding) for matrix in matrices])
+def padded(matrices: Sequence[Weight], padding: tuple[int, ...]) -> Tensor:
+    """Matrices of one shape stacked, with zeros behind their rows or columns; quantised ones as their numbers."""
+    return torch.stack([torch.nn.functional.pad(dense(matrix, matrix.dtype), padding) for matrix in matrices])

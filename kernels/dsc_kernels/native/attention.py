@@ -10,7 +10,7 @@ from torch import Tensor
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check, is_bf16
-from dsc_kernels.weights import WHOLE, KvCache, QkNorm, Scope, Slots
+from dsc_kernels.weights import SCALE_BYTES, WHOLE, KvCache, QkNorm, Scope, Slots
 
 UNLIMITED = 2**62  # positions, where none is looked up
 
@@ -57,13 +57,15 @@ def store_kv(
             block=block,
             num_blocks=num_blocks,
             num_positions=num_positions,
+            int8_kv=int(cache.in_int8),
             threads=threads(),
         )
 
 
 def check_cache(cache: KvCache, size: int, dtype: torch.dtype) -> int:
     """The size of a value."""
-    shape = (*cache.keys.shape[:3], size)
+    dtype, behind = (torch.int8, SCALE_BYTES) if cache.in_int8 else (dtype, 0)
+    shape = (*cache.keys.shape[:3], size + behind)
     check("keys", cache.keys, shape, dtype, in_place=True)
     if not cache.latent:
         check("values", cache.values, shape, dtype, in_place=True)
@@ -182,6 +184,7 @@ def decode_attention(
             max_context_len=max_context_len,
             scale=scale,
             cap=scope.cap,
+            int8_kv=int(cache.in_int8),
             threads=threads(),
         )
     return out
@@ -227,6 +230,7 @@ def chunk_attention(
             num_blocks=num_blocks,
             scale=scale,
             cap=scope.cap,
+            int8_kv=int(cache.in_int8),
             threads=threads(),
         )
     return out

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.screen import MAX_WIDTH
 from dsc_kernels.native.tensors import IS_BF16
+from dsc_kernels.quantised import Weight
 
 RouterPrecision = Literal["auto", "exact", "int8-certified"]
 ROUTER_PRECISIONS: tuple[RouterPrecision, ...] = get_args(RouterPrecision)
@@ -66,7 +66,7 @@ def router_precision() -> RouterPrecision:
     return _router
 
 
-def screens(router: Tensor, k: int) -> bool:
+def screens(router: Weight, k: int) -> bool:
     """Whether a DSC layer with this router [atoms, d] screens it in int8."""
     if _router == "auto":
         return _active in SCREENING_SETS and router.shape[0] >= SCREENED_ATOMS * k and router.shape[1] <= MAX_WIDTH

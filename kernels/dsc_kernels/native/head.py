@@ -13,6 +13,7 @@ from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Linear
 from dsc_kernels.native.screen import MAX_WIDTH, NO_SCREEN, padded_bias, screen
 from dsc_kernels.native.tensors import address, check
+from dsc_kernels.quantised import Weight
 
 HeadPrecision = Literal["auto", "exact", "int8-certified"]
 HEAD_PRECISIONS: tuple[HeadPrecision, ...] = get_args(HeadPrecision)
@@ -49,20 +50,24 @@ class Head(Linear):
 
     Screened, it is also kept in int8: half as many bytes and products per token, and a few panels of 16 words that are
     multiplied again. While these are more than an eighth of all for a thread, it mostly multiplies everything.
+    A quantised weight is no larger than a screen of it, so its products are the logits, and no screen is made.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        s = self.screen = screen(weight, bias, rows=False) if screens_head(self.n, self.d) else NO_SCREEN
+        screened = isinstance(weight, Tensor) and screens_head(self.n, self.d)
+        s = self.screen = screen(weight, bias, rows=None) if screened else NO_SCREEN
         self._padded = padded_bias(bias, self.n)
         self._head = kernels.head_layer(
             is_bf16=self._is_bf16,
             w=self.packed.data_ptr(),
+            w_format=address(self.format),
             bias=self._padded.data_ptr(),
             d=self.d,
             n=self.n,
             screen_rows=address(s.rows),
             screen_packed=address(s.packed),
+            screen_rows_format=0,
             screen_steps=address(s.steps),
             screen_shifts=address(s.shifts),
             screen_errors=address(s.errors),

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.backend import UNROUTED
-from dsc_kernels.memory import resident
 from dsc_kernels.native.adapters import LayerRuns, mlp_shapes
 from dsc_kernels.native.dispatch import screens, threads
 from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.screen import LANES, NO_SCREEN, padded_bias, screen
-from dsc_kernels.native.tensors import address, check, check_all, is_bf16
+from dsc_kernels.native.packing import bank_rows, check_all, packed, rows_of
+from dsc_kernels.native.screen import NO_SCREEN, Rows, padded_bias, screen
+from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
     Activation,
@@ -31,23 +32,9 @@ from dsc_kernels.weights import (
 NAME = "native"
 ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "silu": 2, "gelu_tanh": 3}
 
-SHARED = ("shared_up", "shared_gate", "shared_down", "shared_scale", "shared_hidden")  # a shared expert's arguments
-
-
-def pack(*weights: Tensor) -> Tensor:
-    """Weights [N, D] of one shape and dtype, packed one after the other into panels of 16 outputs."""
-    first = weights[0]
-    n, d = first.shape
-    if not n or not d:
-        raise ValueError(f"a weight is {first.dtype} {list(first.shape)}; its sizes must be at least 1")
-    narrow = is_bf16(first.dtype)
-    width = -(-d // 2) * 2 if narrow else d
-    packed = torch.empty(len(weights), -(-n // LANES) * LANES * width, dtype=first.dtype)
-    for weight, out in zip(weights, packed, strict=True):
-        check("a weight", weight, (n, d), first.dtype)
-        rows = weight.contiguous()  # under a name: a copy must live until it is packed
-        kernels.pack(is_bf16=narrow, w=rows.data_ptr(), n=n, d=d, out=out.data_ptr())
-    return packed
+MATRICES = ("shared_up", "shared_gate", "shared_down")
+# a shared expert's arguments
+SHARED = (*MATRICES, *(f"{matrix}_format" for matrix in MATRICES), "shared_scale", "shared_hidden")
 
 
 class Linear:
@@ -55,8 +42,9 @@ class Linear:
 
     backend = NAME
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = resident(pack(weight))
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        self._weight = packed(weight)
+        self.packed, self.format = self._weight.panels, self._weight.format
         self.n, self.d = weight.shape
         self.dtype = weight.dtype
         check_all({"bias": (bias, (self.n,))})
@@ -86,6 +74,7 @@ class Linear:
                 is_bf16=self._is_bf16,
                 x=x.data_ptr(),
                 w=self.packed.data_ptr(),
+                w_format=address(self.format),
                 bias=address(self.bias),
                 residual=address(residual),
                 out=out.data_ptr(),
@@ -108,15 +97,33 @@ class _Layer:
     def __init__(self, d: int, dtype: torch.dtype) -> None:
         self.d, self.dtype = d, dtype
         self.module_shapes: dict[str, tuple[int, int]] = {}  # (out, into) of what adapters may add to
-        self._kept: list[Tensor] = []
+        self._kept: list[object] = []
         self.capsule: object = None
         self.k = 0  # rows that a token picks; 0: none are
 
     def _keep(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
+        kept = tensor.contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _keep_packed(self, name: str, *weights: Weight | None) -> dict[str, int]:
+        """Weights of one shape, packed: the arguments `name` and `name`_format; 0 for None."""
+        given = [weight for weight in weights if weight is not None]
+        if not given:
+            return {name: 0, f"{name}_format": 0}
+        try:
+            whole = packed(*given)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self._kept.append(whole)
+        return dict(zip((name, f"{name}_format"), whole.addresses, strict=True))
+
+    def _keep_rows(self, name: str, rows: Rows) -> dict[str, int]:
+        """The arguments `name` and `name`_format."""
+        self._kept.append(rows)
+        return {name: address(rows.values), f"{name}_format": address(rows.format)}
 
     def _keep_wide(self, tensor: Tensor | None) -> int:
         """The same as float32."""
@@ -158,29 +165,32 @@ class Ffn(_Layer):
             raise ValueError(f"k is {k}, rank {rank}; k · rank may be at most {MAX_PICKS}, k from 1 to {self.atoms}")
         check_all({"gate": (mlp.gate, (hidden, d)), "down": (mlp.down, (d, hidden))}, self.dtype)
         self._check_biases(mlp, hidden)
-        self.screen, bias, u, v, gamma, weight, norm_eps = NO_SCREEN, None, None, None, None, None, -1.0
+        self.screen, bias, gamma, weight, norm_eps = NO_SCREEN, None, None, None, -1.0
+        u = v = Rows()
         if router is not None and bank is not None:
             self._check_routing(router, bank, rank)
-            weight, u, v, gamma = router.weight, bank.u, bank.v, bank.gamma.float()
+            weight, gamma = router.weight, bank.gamma.float()
+            u, v = bank_rows("u", bank.u), bank_rows("v", bank.v)
             bias = padded_bias(router.bias, self.atoms)
             norm_eps = norm_eps if router.norm_eps is None else router.norm_eps
+            if isinstance(weight, QuantisedWeight) and weight.compensation is not None:
+                raise ValueError(f"router has a compensation of rank {weight.rank}; its rows have none")
             if rank == 0 and screens(weight, k):
-                self.screen, weight = screen(weight, router.bias, rows=True), None
-        up, gate, down, packed = (
-            None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down, weight)
-        )
+                self.screen, weight = screen(weight, router.bias, rows_of("router", weight)), None
+        s = self.screen
         self.capsule = kernels.ffn_layer(
             is_bf16=is_bf16(self.dtype),
-            up=self._keep(up),
-            gate=self._keep(gate),
-            down=self._keep(down),
+            **self._keep_packed("up", mlp.up),
+            **self._keep_packed("gate", mlp.gate),
+            **self._keep_packed("down", mlp.down),
+            **self._keep_packed("router", weight),
+            **self._keep_rows("u", u),
+            **self._keep_rows("v", v),
+            **self._keep_rows("screen_rows", Rows(s.rows, s.rows_format, s.scales)),
             up_bias=self._keep_wide(mlp.up_bias),
             gate_bias=self._keep_wide(mlp.gate_bias),
             down_bias=self._keep_wide(mlp.down_bias),
-            router=self._keep(packed),
             router_bias=self._keep(bias),
-            u=self._keep(u),
-            v=self._keep(v),
             gamma=self._keep(gamma),
             d=d,
             hidden=hidden,
@@ -192,14 +202,13 @@ class Ffn(_Layer):
             rank=rank,
             scalar_gamma=int(gamma is not None and gamma.numel() == 1),
             activation=ACTIVATIONS[options.activation],
-            screen_rows=self._keep(self.screen.rows),
-            screen_packed=self._keep(self.screen.packed),
-            screen_steps=self._keep(self.screen.steps),
-            screen_shifts=self._keep(self.screen.shifts),
-            screen_errors=self._keep(self.screen.errors),
-            screen_norms=self._keep(self.screen.norms),
-            screen_slack=self.screen.slack,
-            screen_counters=self._keep(self.screen.counters),
+            screen_packed=self._keep(s.packed),
+            screen_steps=self._keep(s.steps),
+            screen_shifts=self._keep(s.shifts),
+            screen_errors=self._keep(s.errors),
+            screen_norms=self._keep(s.norms),
+            screen_slack=s.slack,
+            screen_counters=self._keep(s.counters),
         )
 
     def _check_biases(self, mlp: MlpWeights, hidden: int) -> None:
@@ -303,7 +312,7 @@ class Moe(_Layer):
         self.k = k
         if not 1 <= k <= min(count, MAX_PICKS):
             raise ValueError(f"k is {k}; it must be between 1 and {min(count, MAX_PICKS)}")
-        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"router": (router.weight, (count, d))}
+        shapes: dict[str, tuple[Weight | None, tuple[int, ...]]] = {"router": (router.weight, (count, d))}
         for e, expert in enumerate(experts):
             shapes[f"up of expert {e}"] = expert.up, (hidden, d)
             shapes[f"gate of expert {e}"] = expert.gate, (hidden, d)
@@ -314,7 +323,7 @@ class Moe(_Layer):
         own = self._shared(shared, gates is not None)
         self.capsule = kernels.moe_layer(
             is_bf16=is_bf16(self.dtype),
-            router=self._keep(resident(pack(router.weight))),
+            **self._keep_packed("router", router.weight),
             router_bias=self._keep(None if router.bias is None else router.bias.float()),
             choice_bias=self._keep(None if router.choice_bias is None else router.choice_bias.float()),
             sigmoid=int(options.scoring == "sigmoid"),
@@ -322,9 +331,9 @@ class Moe(_Layer):
             groups_used=options.groups_used,
             group_picks=options.group_picks,
             weight_scale=options.weight_scale,
-            up=self._keep(resident(pack(*(expert.up for expert in experts)))),
-            gate=self._keep(resident(pack(*gates)) if gates else None),
-            down=self._keep(resident(pack(*(expert.down for expert in experts)))),
+            **self._keep_packed("up", *(expert.up for expert in experts)),
+            **self._keep_packed("gate", *(gates or [])),
+            **self._keep_packed("down", *(expert.down for expert in experts)),
             d=d,
             hidden=hidden,
             experts=count,
@@ -343,14 +352,19 @@ class Moe(_Layer):
         hidden = mlp.up.shape[0]
         if (mlp.gate is not None) != gated:
             raise ValueError("the shared expert and the others must all have a gate, or none")
-        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"up of the shared expert": (mlp.up, (hidden, d))}
+        shapes: dict[str, tuple[Weight | None, tuple[int, ...]]] = {"up of the shared expert": (mlp.up, (hidden, d))}
         shapes["gate of the shared expert"] = mlp.gate, (hidden, d)
         shapes["down of the shared expert"] = mlp.down, (d, hidden)
         shapes["the shared expert's gate"] = shared.gate, (d,)
         check_all(shapes, self.dtype)
         self.module_shapes = mlp_shapes(mlp)
-        packed = (None if w is None else resident(pack(w)) for w in (mlp.up, mlp.gate, mlp.down))
-        return dict(zip(SHARED, (*map(self._keep, packed), self._keep(shared.gate), hidden), strict=True))
+        return {
+            **self._keep_packed("shared_up", mlp.up),
+            **self._keep_packed("shared_gate", mlp.gate),
+            **self._keep_packed("shared_down", mlp.down),
+            "shared_scale": self._keep(shared.gate),
+            "shared_hidden": hidden,
+        }
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""

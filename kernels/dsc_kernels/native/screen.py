@@ -8,6 +8,7 @@ them, whatever the weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dsc_kernels.memory import resident
 from dsc_kernels.native.extension import kernels
+from dsc_kernels.quantised import Weight
 
 LANES = 16
 MAX_WIDTH = (2**31 - 2**26) // (255 * 127)  # beyond it int32 sums could overflow, what outliers add included
@@ -27,6 +29,8 @@ class Screen:
     """A weight [n, d] in int8, and how far from it that is: what `cpu/api.h` calls a Screen."""
 
     rows: Tensor | None = None  # the weight itself, for those who score rows again
+    rows_format: Tensor | None = None  # of these where they are quantised, with the scales that it points to
+    scales: tuple[Tensor, ...] = ()
     packed: Tensor | None = None  # int8, in panels of 16 rows; None: nothing is screened
     steps: Tensor | None = None  # float32 [panels · 16], as all below: what 1 in int8 is worth
     shifts: Tensor | None = None  # int32: 128 · the row's sum
@@ -43,19 +47,31 @@ class Screen:
 NO_SCREEN = Screen()
 
 
-def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
-    """A weight [n, d], in int8 with bounds, and its bias [n].
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows that are read by their number."""
 
-    rows: with the weight itself row after row, for those who score rows again.
+    values: Tensor | None = None
+    format: Tensor | None = None  # int64, `RowFormat` of cpu/api.h; None: not quantised
+    scales: tuple[Tensor, ...] = ()  # that the format points to
+
+
+def screen(weight: Weight, bias: Tensor | None, rows: Rows | None) -> Screen:
+    """A weight [n, d], in int8 with bounds, and its bias [n]. What is bounded is the weight that is served.
+
+    rows: the weight itself row after row, for those who score rows again.
     """
     d = weight.shape[1]
     if d > MAX_WIDTH:
         raise ValueError(f"an int8-certified weight has d {d}; it may be at most {MAX_WIDTH}")
-    pieces = [_rounded(piece) for piece in torch.split(weight, max(1, CHUNK // d))]
+    pieces = [_rounded(piece) for piece in _pieces(weight, max(1, CHUNK // d))]
     whole, steps, sums, errors, norms = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * 2.0**-20
+    own = Rows() if rows is None else rows
     return Screen(
-        rows=resident(weight) if rows else None,
+        rows=own.values,
+        rows_format=own.format,
+        scales=own.scales,
         packed=resident(pack_int8(whole)),
         steps=padded(steps),
         shifts=padded(128 * sums),
@@ -64,6 +80,13 @@ def screen(weight: Tensor, bias: Tensor | None, rows: bool) -> Screen:
         slack=slack + 1e-30,
         counters=torch.zeros(len(kernels.SCREEN_COUNTERS), dtype=torch.int64),
     )
+
+
+def _pieces(weight: Weight, rows: int) -> Iterator[Tensor]:
+    """So many of its rows at a time, as the numbers that they stand for."""
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        yield weight[part] if isinstance(weight, Tensor) else weight.rows(part).dequantise()
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, ...]:

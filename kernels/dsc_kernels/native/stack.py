@@ -25,9 +25,12 @@ from dsc_kernels.native.attention import (
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import Ffn, Linear, Moe
+from dsc_kernels.native.packing import packed
 from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     OUTPUT_ONLY,
+    SCALE_BYTES,
     AdapterRun,
     DecoderLayer,
     KvCache,
@@ -42,7 +45,7 @@ NORM_PLACES: dict[NormPlaces, int] = {"before": 0, "after": 1, "parallel": 2, "s
 
 
 def stack(
-    token_embedding: Tensor,
+    token_embedding: Weight,
     position_embedding: Tensor | None,
     layers: Sequence[DecoderLayer],
     embedding_scale: float = 1.0,
@@ -62,7 +65,7 @@ class Stack:
 
     def __init__(
         self,
-        token_embedding: Tensor,
+        token_embedding: Weight,
         position_embedding: Tensor | None,
         layers: Sequence[DecoderLayer],
         embedding_scale: float = 1.0,
@@ -74,6 +77,7 @@ class Stack:
         self._modules: Sequence[Mapping[str, Module]] = [modules_of(layer) for layer in layers]
         self._kept: list[object] = list(layers)
         self._kv_caches: Sequence[KvCache] = ()
+        self._int8_kv = 0
         self._checked: tuple[Tensor, ...] = ()
         self._addresses = array("q")
         self._phase_ns: Tensor | None = None
@@ -95,12 +99,19 @@ class Stack:
         self.capsule = kernels.stack(
             capsules,
             is_bf16=is_bf16(self.dtype),
-            token_embedding=self._keep(token_embedding),
+            **self._token_embedding(token_embedding),
             position_embedding=self._keep(position_embedding),
             vocabulary=token_embedding.shape[0],
             positions=min(positions),
             embedding_scale=embedding_scale,
         )
+
+    def _token_embedding(self, weight: Weight) -> dict[str, int]:
+        if isinstance(weight, Tensor):
+            return {"token_embedding": self._keep(weight), "token_embedding_format": 0}
+        whole = packed(weight)
+        self._kept.append(whole)
+        return dict(zip(("token_embedding", "token_embedding_format"), whole.addresses, strict=True))
 
     def _capsule(self, layer: DecoderLayer, size: int) -> object:
         qkv, out, ffn = native_parts(layer)
@@ -113,6 +124,8 @@ class Stack:
             attention_norm_bias=self._keep_vector(layer.attention_norm.bias),
             attention_norm_eps=layer.attention_norm.eps,
             qkv_weight=self._keep(qkv.packed),
+            qkv_format=self._keep(qkv.format),
+            out_format=self._keep(out.format),
             qkv_bias=self._keep(qkv.bias),
             out_weight=self._keep(out.packed),
             out_bias=self._keep(out.bias),
@@ -240,6 +253,7 @@ class Stack:
                 chunk_count=len(flat) // 4,
                 runs=adapted.buffer_info()[0] if runs else 0,
                 run_count=len(runs),
+                int8_kv=self._int8_kv,
                 threads=count,
             )
         return out
@@ -266,11 +280,14 @@ class Stack:
         if not same(kv_caches, self._kv_caches):
             kv_heads, size = self._cache_shape
             blocks, _, block, _ = kv_caches[0][0].shape
+            first = KvCache._make(kv_caches[0])
+            dtype, width = (torch.int8, size + SCALE_BYTES) if first.in_int8 else (self.dtype, size)
             for cache in map(KvCache._make, kv_caches):
                 for part in (cache.keys,) if cache.latent else cache:
-                    check("a KV cache", part, (blocks, kv_heads, block, size), self.dtype, in_place=True)
+                    check("a KV cache", part, (blocks, kv_heads, block, width), dtype, in_place=True)
                 if check_cache(cache, size, self.dtype) != self._value_size:
                     raise ValueError(f"values of {cache.values.shape[-1]} numbers; expected {self._value_size}")
+            self._int8_kv = int(first.in_int8)
             self._kv_caches = tuple(kv_caches)
             self._addresses = array("q", [tensor.data_ptr() for tensor in chain.from_iterable(kv_caches)])
         blocks, _, block, _ = self._kv_caches[0][0].shape

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsc_kernels.quantised import Weight
+
 IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -21,12 +23,12 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool = False) -> None:
+def check(name: str, tensor: Weight, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool = False) -> None:
     """Raise ValueError unless a tensor is such a one on the CPU; in_place: and contiguous, so that it needs no copy."""
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} is {got}; expected {dtype} {list(shape)} on the CPU")
-    if in_place and not tensor.is_contiguous():
+    if in_place and isinstance(tensor, Tensor) and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")
 
 

@@ -1,0 +1,72 @@
+"""Weights as they are stored become those that layers compute with: on their device, in their dtype or fewer bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsc_kernels.quantised import Bits, QuantisedWeight, Weight
+from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
+from dsc_serve.model.rounding import OutOfRangeError, rounded
+from dsc_serve.weight_forms import AS_STORED, EIGHT_AT_LEAST, Form, Forms, Part
+
+BITS: dict[Form, Bits] = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """dtype: what layers compute in. forms: of the parts of the model; int8 is of at most 8 bits, int4 of at most 4.
+
+    held: bytes of weights by their form, as they were placed.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    forms: Forms = field(default_factory=lambda: AS_STORED)
+    held: Counter[str] = field(default_factory=Counter)
+
+    def tensor(self, stored: Weight, dtype: torch.dtype | None = None) -> Tensor:
+        """What is no weight of a product, in the layers' dtype or another one."""
+        return as_tensor(stored, dtype or self.dtype).to(device=self.device)
+
+    def weight(self, part: Part, stored: Weight, dtype: torch.dtype | None = None) -> Weight:
+        """A weight [out, in] of a part; dtype: of what stays in floating point, where it is not the layers'."""
+        placed = self._placed(part, stored, dtype)
+        self.held[form_name(placed)] += placed.nbytes
+        return placed
+
+    def weights(self, part: Part, stored: list[Weight]) -> list[Weight]:
+        """The same of several that must be of one form, such as those of a mixture's experts."""
+        placed = [self._placed(part, one, None) for one in stored]
+        quantised = [one for one in placed if isinstance(one, QuantisedWeight)]
+        same: list[Weight] = [*alike(quantised)] if len(quantised) == len(placed) else [*map(self.tensor, placed)]
+        for one in same:
+            self.held[form_name(one)] += one.nbytes
+        return same
+
+    def _placed(self, part: Part, stored: Weight, dtype: torch.dtype | None) -> Weight:
+        bits = BITS.get(self.forms[part])
+        if isinstance(stored, QuantisedWeight):
+            if self.forms[part] == "stored" or (bits is not None and stored.bits <= bits):
+                own = widened(stored, 8, stored.group) if part in EIGHT_AT_LEAST else stored
+                return own.to(self.dtype).map(lambda tensor: tensor.to(self.device))
+            stored = stored.whole()
+        if bits is not None:
+            try:
+                return rounded(stored.float(), bits, self.dtype).map(lambda tensor: tensor.to(self.device))
+            except OutOfRangeError:  # numbers of millions, which only floating point holds
+                pass
+        return self.tensor(stored, dtype)
+
+
+def form_name(weight: Weight) -> str:
+    """What a weight is held in, for people."""
+    if not isinstance(weight, QuantisedWeight):
+        return str(weight.dtype).removeprefix("torch.")
+    form: Literal["int8", "int4"] = "int8" if weight.bits == 8 else "int4"
+    rank = f", compensated with rank {weight.rank}" if weight.rank else ""
+    return f"{form} in groups of {weight.group}{rank}"

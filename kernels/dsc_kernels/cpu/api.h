@@ -27,7 +27,8 @@ struct RowFormat {
   const uint16_t* minimums;  // the same, or null
 };
 
-// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; null: it is not quantised.
+// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; without one it is
+// not quantised.
 struct Linear {
   const void* x;         // [batch, d], rows contiguous
   const void* w;         // packed [n, d]

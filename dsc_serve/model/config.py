@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from dsc_serve.documents import DocumentError, parse_json, read_document
 from dsc_serve.files import CheckpointError as CheckpointError
 from dsc_serve.files import refuse_pointer
+from dsc_serve.model.quantised_config import QuantisedTensors
 from dsc_serve.model.rope import DynamicRope, LongRope, RopeScaling
 from dsc_serve.model.schema import Layers, Parts, Size, Strict
 
@@ -131,24 +132,6 @@ class LayerKind(Strict):
     norms: NormPlaces | None = None
     qk_norm: QkNorm | None = None
     rotation: bool | None = None
-
-
-class QuantisedTensors(Strict):
-    """Tensors that are stored in groups of `group` numbers along their last dimension, of `bits` each.
-
-    Instead of NAME a checkpoint then has NAME.values, NAME.scales, with `minimum` NAME.minimums and, with a rank,
-    NAME.left and NAME.right; see `model/quantised_tensor.py`.
-    """
-
-    bits: Literal[4, 8]
-    group: Literal[16, 32]
-    minimum: bool
-    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
-    tensors: Annotated[list[str], Field(min_length=1)]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return ("values", "scales", *(("minimums",) * self.minimum), *(("left", "right") if self.rank else ()))
 
 
 class ModelConfig(Strict):

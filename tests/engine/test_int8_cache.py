@@ -65,7 +65,7 @@ def test_preemption_prefixes_chunks_and_drafts_change_nothing(folder: str) -> No
 
 
 def test_the_pool_is_sized_by_real_bytes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 2**22)
+    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 2**18)
     model = prepare_model(EngineConfig(model=folder, dtype="float32"))
     wide, narrow = (
         default_kv_tokens(model, EngineConfig(model=folder, dtype="float32", kv_dtype=kind))

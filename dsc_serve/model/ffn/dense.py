@@ -20,8 +20,9 @@ class DenseFfn:
         assert isinstance(config.ffn, DenseConfig)
         weights = mlp_weights(config, tensors, dtype, device)
         if config.ffn.bias:
-            biases = mlp_weights(config, tensors, dtype, device, part="bias")
-            weights = MlpWeights(weights.up, weights.gate, weights.down, biases.up, biases.gate, biases.down)
+            own = mlp_weights(config, tensors, dtype, device, part="bias")
+            biases = (b if isinstance(b, Tensor) else None for b in (own.up, own.gate, own.down))
+            weights = MlpWeights(weights.up, weights.gate, weights.down, *biases)
         self.layer = ops.ffn(weights, FfnOptions(activation=config.hidden_act))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

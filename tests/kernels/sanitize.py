@@ -20,7 +20,7 @@ SANITIZERS = (
     " -O1 -g1 -fno-omit-frame-pointer"
 )
 TESTS = ["native", "native_layers", "kinds_of_layers", "stack", "head", "screen", "poison", "refusals", "grouping"]
-TESTS += ["extremes", "boundary"]
+TESTS += ["extremes", "boundary", "quantised_products", "quantised_layers"]
 
 
 def library(name: str) -> str:

@@ -19,6 +19,7 @@ from dsc_serve.model.ffn_config import MoeConfig as MoeConfig
 from dsc_serve.model.ffn_config import MoloraConfig as MoloraConfig
 from dsc_serve.model.ffn_config import SharedExpertConfig as SharedExpertConfig
 from dsc_serve.model.ffn_config import is_plain
+from dsc_serve.model.quantised_config import QuantisedTensors
 from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling
 from dsc_serve.model.schema import Layers, Size, Strict
 
@@ -64,24 +65,6 @@ class LayerKind(Strict):
     window: Window | None = None
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     rope_scaling: LinearRope | None = None
-
-
-class QuantisedTensors(Strict):
-    """Tensors that are stored in groups of `group` numbers along their last dimension, of `bits` each.
-
-    Instead of NAME a checkpoint then has NAME.values, NAME.scales, with `minimum` NAME.minimums and, with a rank,
-    NAME.left and NAME.right; see `model/quantised_tensor.py`.
-    """
-
-    bits: Literal[4, 8]
-    group: Literal[16, 32]
-    minimum: bool
-    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
-    tensors: Annotated[list[str], Field(min_length=1)]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return ("values", "scales", *(("minimums",) * self.minimum), *(("left", "right") if self.rank else ()))
 
 
 class ModelConfig(Strict):

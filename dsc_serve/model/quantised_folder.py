@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dsc_serve.files import CheckpointError
-from dsc_serve.model.config import ModelConfig, QuantisedTensors
+from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import tensor_shapes
+from dsc_serve.model.quantised_config import QuantisedTensors
 from dsc_serve.model.quantised_tensor import LEFT, MINIMUMS, RIGHT, SCALES, VALUES, QuantisedTensor
 from dsc_serve.model.source import Stored, check_count
 

@@ -20,7 +20,7 @@ SANITIZERS = (
     " -O1 -g1 -fno-omit-frame-pointer"
 )
 TESTS = ["native", "native_layers", "kinds_of_layers", "stack", "head", "screen", "poison", "refusals", "grouping"]
-TESTS += ["extremes", "boundary", "adapted_steps"]
+TESTS += ["extremes", "boundary", "adapted_steps", "quantised_products", "quantised_layers", "int8_scopes"]
 
 
 def library(name: str) -> str:

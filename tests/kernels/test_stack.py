@@ -46,7 +46,10 @@ class Made:
         self.layers = [self.layer(kind, d, plainly) for _ in range(2)]
         sequences, tokens = decodes + len(chunks), decodes + sum(chunks)
         self.decodes, self.ids = decodes, torch.randint(50, (tokens,), generator=self.generator)
-        self.token_embedding, self.position_embedding = self.weight(50, d), None if plainly else self.random(64, d)
+        self.token_embedding, self.position_embedding = (
+            self.weight(50, d, bits=bits),
+            None if plainly else self.random(64, d),
+        )
         contexts = [1 + 7 * i % 40 for i in range(decodes)] + [length + 9 * i for i, length in enumerate(chunks)]
         self.contexts = torch.tensor(contexts)
         self.max_context_len = max(contexts[:decodes], default=0)
@@ -159,6 +162,17 @@ def test_layers_in_one_call_equal_one_by_one(
     assert torch.equal(got, want)
     for pair, expected in zip(made.kv_caches, written, strict=True):
         assert all(torch.equal(*parts) for parts in zip(pair, expected, strict=True))
+
+
+def test_an_embedding_with_a_compensation_is_the_sum_of_both() -> None:
+    made = Made("dense", torch.float32, 5, [3], 40, 16, bits=4)
+    weight = quantised(made.generator, 50, 40, dtype=torch.float32, rank=3)
+    made.token_embedding = weight
+    got = made.in_one_call(made.stack())
+    made.token_embedding = weight.whole()
+    torch.testing.assert_close(got, made.in_one_call(made.stack()), rtol=2e-2, atol=2e-2)
+    made.token_embedding = weight.dequantise()
+    assert not torch.allclose(got, made.in_one_call(made.stack()), rtol=2e-2, atol=2e-2)
 
 
 def test_picks_are_those_of_the_layer() -> None:

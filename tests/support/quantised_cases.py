@@ -44,7 +44,9 @@ def quantised(
 def steps_of(x: Tensor) -> Tensor:
     """What 1 is worth in the int8 that kernels make of inputs [T, d], per input, in float64."""
     d = x.shape[1]
-    wide = torch.nn.functional.pad(x.double(), (0, -d % INPUT_GROUP)).view(x.shape[0], -1, INPUT_GROUP)
+    wide = torch.nn.functional.pad(x.double(), (0, -d % INPUT_GROUP)).view(
+        x.shape[0], -(-d // INPUT_GROUP), INPUT_GROUP
+    )
     return (wide.abs().amax(dim=2) / 127).repeat_interleave(INPUT_GROUP, dim=1)[:, :d]
 
 

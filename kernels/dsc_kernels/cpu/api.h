@@ -58,7 +58,8 @@ struct Adapted {
   }
 };
 
-// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; null: it is not quantised.
+// out = act(x wᵀ + bias) + residual. A weight with a format is packed as that says, here and below; without one it is
+// not quantised.
 struct Linear {
   const void* x;         // [batch, d], rows contiguous
   const void* w;         // packed [n, d]

@@ -82,34 +82,89 @@ struct Bytes {
   }
 };
 
+// What a group's largest number is worth in int8, and what makes numbers int8; its bits tell those that are no number.
+INLINE float steps_of(int32_t peak_bits, float& inverse) {
+  float peak;
+  memcpy(&peak, &peak_bits, sizeof peak);
+  bool finite = peak_bits < 0x7f800000, counts = finite && peak > 1e-36f;  // what is smaller has no inverse in float32
+  inverse = counts ? 127 / peak : 0;
+  return counts ? peak / 127 : (finite ? 0 : NAN);
+}
+
+INLINE void note_sums(InputGroup* group, int32_t first, int32_t second) {
+  int32_t all[3] = {first, second, first + second};
+  for (int i = 0; i < 3; i++) group->sums[i] = all[i], group->scaled[i] = (float)all[i] * group->scale;
+}
+
+#if defined(__AVX2__)
+
+INLINE __m256 load_8(const float* p) { return _mm256_loadu_ps(p); }
+
+INLINE __m256 load_8(const bf16* p) {
+  __m128i halves = _mm_loadu_si128((const __m128i*)(const void*)p);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// 32 numbers.
+template <typename I>
+INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
+  __m256 v[4];
+  __m256i top = _mm256_setzero_si256();
+  for (int i = 0; i < 4; i++) {
+    v[i] = load_8(x + 8 * i);
+    top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v[i]), _mm256_set1_epi32(0x7fffffff)));
+  }
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+  float inverse;
+  group->scale = steps_of(_mm_cvtsi128_si32(most), inverse);
+  __m256i q[4];
+  for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], _mm256_set1_ps(inverse)));
+  __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));  // packing went by halves
+  _mm256_storeu_si256((__m256i*)(void*)out, bytes);
+  __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+  sums = _mm256_hadd_epi32(sums, sums);
+  sums = _mm256_hadd_epi32(sums, sums);
+  note_sums(group, _mm_cvtsi128_si32(_mm256_castsi256_si128(sums)),
+            _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1)));
+}
+
+#else
+
+template <typename I>
+INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
+  typedef int8_t bytes __attribute__((vector_size(16)));
+  vf v[2] = {load(x), load(x + LANES)};
+  vi first = (vi)v[0] & 0x7fffffff, second = (vi)v[1] & 0x7fffffff, both = first > second ? first : second;
+  int32_t most = 0, sums[2] = {0, 0};
+  for (int lane = 0; lane < LANES; lane++) most = both[lane] > most ? both[lane] : most;
+  float inverse;
+  group->scale = steps_of(most, inverse);
+  for (int h = 0; h < 2; h++) {
+    // 1.5 · 2^23: the low bits are the integer
+    vf shifted = (most < 0x7f800000 ? v[h] : vf{}) * inverse + 12582912.0f;
+    vi whole = (vi)shifted - 0x4b400000;
+    bytes rounded = __builtin_convertvector(whole, bytes);
+    memcpy(out + h * LANES, &rounded, sizeof rounded);
+    for (int lane = 0; lane < LANES; lane++) sums[h] += whole[lane];
+  }
+  note_sums(group, sums[0], sums[1]);
+}
+
+#endif
+
 template <typename I>
 INLINE void Bytes::round_token(int64_t t, const I* x, int64_t d) const {
-  typedef int8_t bytes __attribute__((vector_size(16)));
   int8_t* out = values + t * count * INPUT_GROUP;
   InputGroup* group = groups + t * count;
-  for (int64_t g = 0; g < count; g++, out += INPUT_GROUP, group++) {
-    vf v[2];
-    for (int h = 0; h < 2; h++) {
-      int64_t i = g * INPUT_GROUP + h * LANES;
-      v[h] = i + LANES <= d ? load(x + i) : (i < d ? load_some(x + i, (int)(d - i)) : vf{});
-    }
-    vf first = (vf)((vi)v[0] & 0x7fffffff), second = (vf)((vi)v[1] & 0x7fffffff);
-    float peak = max_lane(first > second ? first : second);
-    float spoilt = sum((v[0] - v[0]) + (v[1] - v[1]));  // 0, or NaN where a number is infinite or none
-    // what is smaller than that has no inverse in float32, and counts as 0
-    bool counts = peak > 1e-36f && spoilt == 0;
-    float inverse = counts ? 127 / peak : 0;
-    group->scale = (counts ? peak / 127 : 0) + spoilt;
-    float sums[2];
-    for (int h = 0; h < 2; h++) {
-      vf shifted = (spoilt == 0 ? v[h] : vf{}) * inverse + 12582912.0f;  // 1.5 · 2^23: the low bits are the integer
-      bytes rounded = __builtin_convertvector((vi)shifted - 0x4b400000, bytes);
-      memcpy(out + h * LANES, &rounded, sizeof rounded);
-      sums[h] = sum(shifted - 12582912.0f);
-    }
-    float all[3] = {sums[0], sums[1], sums[0] + sums[1]};
-    for (int i = 0; i < 3; i++) group->sums[i] = (int32_t)all[i], group->scaled[i] = all[i] * group->scale;
-  }
+  int64_t i = 0;
+  for (; i + INPUT_GROUP <= d; i += INPUT_GROUP) round_group(x + i, out + i, group++);
+  if (i == d) return;
+  I rest[INPUT_GROUP] = {};
+  memcpy(rest, x + i, (d - i) * sizeof(I));
+  round_group(rest, out + i, group);
 }
 
 DSC_KERNELS_END

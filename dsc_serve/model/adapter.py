@@ -46,13 +46,15 @@ def module_shapes(config: ModelConfig) -> dict[ModuleName, tuple[int, int]]:
     """(out, in) of every module that can be adapted: attention's projections, and the MLP that every token takes.
 
     That is a dense layer's, the static part of DSC's and of a mixture of LoRAs, and the expert that all tokens share;
-    routers, atoms, picked experts and picked LoRAs are none.
+    routers, atoms, picked experts and picked LoRAs are none, nor are projections of latent attention, which products of
+    several matrices have become.
     """
     d, shapes = config.hidden_size, dict[ModuleName, tuple[int, int]]()
     for i, kind in enumerate(config.layers):
-        shapes[i, "q"] = kind.query_size, d
-        shapes[i, "k"] = shapes[i, "v"] = kind.kv_size, d
-        shapes[i, "o"] = d, kind.query_size
+        if kind.latent_size is None:
+            shapes[i, "q"] = kind.query_size, d
+            shapes[i, "k"] = shapes[i, "v"] = kind.kv_size, d
+            shapes[i, "o"] = d, kind.query_size
         hidden = shared_size(kind)
         if hidden and kind.mlp_gated:
             shapes[i, "gate"] = hidden, d

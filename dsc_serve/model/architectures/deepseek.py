@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.experts import STACKED, mixture, unstacked
-from dsc_serve.model.architectures.family import Architecture, by_layer, dense, frame
+from dsc_serve.model.architectures.family import LLAMA_MODULES, Architecture, by_layer, dense, frame
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, without
 from dsc_serve.model.config import ModelConfig
@@ -27,6 +27,14 @@ NAMES = {
     r"\.mlp\.gate\.e_score_correction_bias$": ".mlp.router.choice_bias",
     r"\.mlp\.gate\.": ".mlp.router.",
     r"\.mlp\.shared_experts\.": ".mlp.shared_expert.",
+}
+# Attention's are none: each projection that is computed has become a product of two that are stored.
+MODULES = {
+    **{name: below for name, below in LLAMA_MODULES.items() if ".mlp." in name},
+    **{
+        f"model.layers.{{}}.mlp.shared_experts.{part}_proj": (f"mlp.shared_expert.{part}_proj",)
+        for part in ("gate", "up", "down")
+    },
 }
 METHODS = {"greedy": False, "group_limited_greedy": True}
 
@@ -205,4 +213,4 @@ def outputs(size: Sizes, heads: int, out: Tensor, kv: Tensor) -> Tensor:
     return torch.einsum("dhv,hvl->dhl", own.double(), up.double()).float().flatten(1)
 
 
-DEEPSEEK_V2, DEEPSEEK_V3 = Architecture(v2, tensors), Architecture(v3, v3_tensors)
+DEEPSEEK_V2, DEEPSEEK_V3 = Architecture(v2, tensors, MODULES), Architecture(v3, v3_tensors, MODULES)

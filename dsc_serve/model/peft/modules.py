@@ -31,6 +31,7 @@ NOT_ADAPTED = {
     r"(^|\.)(lm_head|embed_out)$": "the head is not adapted here",
     r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings)$": "embeddings are not adapted here",
     r"norm|\bln_": "norms are not adapted here",
+    r"\b(kv_a_proj_with_mqa|kv_b_proj|q_a_proj|q_b_proj)$": "projections of latent attention are not adapted here",
 }
 
 

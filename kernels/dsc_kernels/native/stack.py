@@ -346,12 +346,14 @@ def native_parts(layer: DecoderLayer) -> tuple[Linear, Linear, Ffn | Moe]:
 
 
 def modules_of(layer: DecoderLayer) -> Mapping[str, Module]:
-    """What of a native layer adapters may add to."""
+    """What of a native layer adapters may add to; without values of their own, attention's projections are none of it."""
     qkv, out, ffn = native_parts(layer)
-    size = out.d // layer.heads
+    size = layer.size or out.d // layer.heads
     query, keys = layer.heads * size, layer.kv_heads * size
-    modules = {"q": Module(query, qkv.d), "k": Module(keys, qkv.d, query), "v": Module(keys, qkv.d, query + keys)}
-    modules["o"] = Module(out.n, out.d)
+    modules = {}
+    if qkv.n == query + 2 * keys:
+        modules = {"q": Module(query, qkv.d), "k": Module(keys, qkv.d, query), "v": Module(keys, qkv.d, query + keys)}
+        modules["o"] = Module(out.n, out.d)
     return modules | {name: Module(*shape) for name, shape in ffn.module_shapes.items()}
 
 

@@ -21,5 +21,6 @@ def narrow_rows(rows: Tensor) -> Tensor:
 
 def widened_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The same back: [..., size]."""
-    scales = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    behind = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)  # where they lie is no float's place
+    scales = behind.view(torch.float32)
     return (rows[..., :-SCALE_BYTES].float() * scales).to(dtype)

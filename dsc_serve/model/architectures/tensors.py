@@ -40,8 +40,8 @@ class Whole:
 
     def __init__(self, stored: Stored) -> None:
         self._stored, self.parts = stored, 0
-        self._floating: Kept[Tensor] = Kept(stored.read)
-        self._quantised = None if stored.quantised is None else Kept(stored.quantised)
+        self._floating: ReadOnce[Tensor] = ReadOnce(stored.read)
+        self._quantised = None if stored.quantised is None else ReadOnce(stored.quantised)
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Stored:
         """What `take` makes of the whole: [shape]. Of a quantised one it gets each part, of as many rows."""
@@ -58,7 +58,7 @@ class Whole:
         return None if whole is None else whole.mapped(lambda own: take(own).clone())
 
 
-class Kept(Generic[T]):
+class ReadOnce(Generic[T]):
     """What is read once for several, and kept until as many have asked."""
 
     def __init__(self, read: Callable[[], T]) -> None:

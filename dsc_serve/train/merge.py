@@ -249,7 +249,8 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
     wide = x.double()
     gram = wide.T @ wide
     held = RIDGE * gram.diagonal().mean() + 1e-12
-    return torch.linalg.solve(gram + held * torch.eye(len(gram), dtype=gram.dtype), wide.T @ y.double()).float()
+    found: Tensor = torch.linalg.solve(gram + held * torch.eye(len(gram), dtype=gram.dtype), wide.T @ y.double())
+    return found.float()
 
 
 def similarities(outputs: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.drafts import guess
 from support.fake_runner import alone, fake_engine
 from support.made_adapters import PretendedDecoder, Reader, put
 
@@ -398,6 +399,20 @@ def test_what_fails_ends_with_the_reason_and_what_is_out_of_time_ends(made: Made
     assert not engine.arrivals and len(held) == 2
     with pytest.raises(UnknownAdapterError, match="there are none: set adapters to their folder"):
         fake_engine().add("a", [1], GREEDY, adapter=A)
+
+
+def test_what_becomes_of_drafts_is_kept_apart_for_each_adapter(made: Made) -> None:
+    """The source knows how the base goes on, and is wrong of whoever has an adapter."""
+    engine = fake_engine(blocks=60, adapters=made.adapters)
+    guess(engine, 3, 1.0, 0)
+    content = digest(made, A)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    for i in range(3):
+        engine.add(f"base {i}", [1, i], params)
+        engine.add(f"a {i}", [1, i], params, adapter=A)
+    run(engine, *engine.scheduler.waiting)
+    seen = {name: own["greedy", 0].chance for name, own in engine.drafter._seen.items()}
+    assert seen.keys() == {"", content} and seen[""] > 0.9 and seen[content] < 0.3
 
 
 def test_affinity_prefers_what_runs_already(made: Made) -> None:

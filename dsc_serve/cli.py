@@ -365,7 +365,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.bench.step.speculation_command import speculation_command
     from dsc_serve.scale.estimate_command import scale_model
-    from dsc_serve.train.adapter_command import adapter_group
+    from dsc_serve.train.adapter_command import adapt_command, adapter_group
     from dsc_serve.train.command import evaluate_command, prune_command, study_command, train_command
 
     bench.add_command(serve_command, "serve")
@@ -382,6 +382,7 @@ def _attach_commands() -> None:
     kernels.add_command(aot_command, "aot")
     main.add_command(scale_model)
     main.add_command(adapter_group)
+    main.add_command(adapt_command)
     main.add_command(train_command, "train")
     main.add_command(evaluate_command, "evaluate")
     main.add_command(prune_command, "prune")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dsc_serve.config import resolve_model
+from dsc_serve.train.command import limit_option, text_option
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -51,3 +52,36 @@ def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path
     if out is not None and atoms is not None:
         inspection.write_kept(found, forms, atoms, out)
         click.echo(f"written   {out}: {atoms} atoms of each module")
+
+
+@click.command("adapt", short_help="Train adapters of a model from texts.")
+@click.option("--kind", type=click.Choice(["lora"]), default="lora", show_default=True, help="What is trained.")
+@click.option("--base", required=True, metavar="MODEL", help="The model that stays as it is.")
+@text_option
+@click.option("--out", type=FOLDER, required=True, help="The run's folder; an unfinished run in it goes on.")
+@limit_option
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Any setting, e.g. rank=8 or steps=500; repeatable."
+)
+def adapt_command(
+    kind: str, base: str, texts: tuple[Path, ...], out: Path, time_limit: str | None, changes: tuple[str, ...]
+) -> None:
+    """Train an adapter of MODEL for each text, all in the same steps, and write them to OUT/adapters in PEFT's form,
+    where `serve MODEL --adapters OUT/adapters` finds them.
+
+    The base is frozen. The same command on the same folder goes on from the last checkpoint; at a fixed number of steps
+    it then ends with the same numbers, bit for bit, as a run that was never stopped. Each adapter has a gradient, a
+    clipping and an order of windows of its own: who is trained beside it does not matter.
+    """
+    from dsc_serve.train.adapt.settings import adapt_settings
+    from dsc_serve.train.adapt.trainer import ADAPTERS, AdapterTrainer
+    from dsc_serve.train.clock import seconds
+    from dsc_serve.train.corpus import text_files
+
+    limit = None if time_limit is None else seconds(time_limit)
+    settings = adapt_settings((f"kind={kind}", *changes))
+    summary = AdapterTrainer(settings, resolve_model(base), text_files(texts), out, base, limit).run()
+    assert summary is not None
+    for name, bits in summary["bits_per_byte"].items():
+        click.echo(f"{out / ADAPTERS / name}: held out {bits['base']:.4f} to {bits['adapted']:.4f} bits/byte")
+    click.echo(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['dtype']}")

@@ -110,24 +110,25 @@ class _HeadLoss(torch.autograd.Function):
         wanted = x.requires_grad or head.requires_grad
         dx = torch.empty_like(x) if wanted else None
         wide = torch.promote_types(head.dtype, torch.float32)
-        dhead = torch.zeros_like(head, dtype=wide) if wanted else None
+        dhead = torch.zeros_like(head, dtype=wide) if head.requires_grad else None  # a frozen head takes none
         for start in range(0, x.shape[0], HEAD_ROWS):
             rows, ids = x[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS, None]
             p = F.linear(rows, head).softmax(-1)
             total -= p.gather(1, ids).to(wide).clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
-            if dx is not None and dhead is not None:
+            if dx is not None:
                 p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype))
                 dx[start : start + HEAD_ROWS] = p @ head
-                dhead += p.T @ rows
-        if dx is not None and dhead is not None:
-            ctx.save_for_backward(dx, dhead.to(head.dtype))
+                if dhead is not None:
+                    dhead += p.T @ rows
+        if dx is not None:
+            ctx.save_for_backward(dx, *(() if dhead is None else (dhead.to(head.dtype),)))
         return (total / x.shape[0]).to(wide)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dhead = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        dx, *dhead = ctx.saved_tensors
         scale = grads[0] / dx.shape[0]
-        return dx * scale.to(dx.dtype), dhead * scale.to(dhead.dtype), None
+        return dx * scale.to(dx.dtype), dhead[0] * scale.to(dhead[0].dtype) if dhead else None, None
 
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:

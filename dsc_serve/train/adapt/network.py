@@ -1,0 +1,93 @@
+"""A frozen decoder with low-rank updates: every tenant's windows go through the tenant's own, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsc_serve.model.config import DenseConfig, ModelConfig
+from dsc_serve.train.functions import causal_attention, head_loss, rotated
+from dsc_serve.train.network import Network
+from dsc_serve.train.settings import TrainError
+
+NAMES = {
+    **{part: f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")},
+    **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+Updates = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # by layer and module: down [N, r, in], up [N, out, r]
+
+
+class AdaptedNetwork(Network):
+    """Computes each of N tenants' loss from the base's frozen weights and all tenants' updates, times `scale`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if not isinstance(config.ffn, DenseConfig):
+            raise TrainError(f"the base's ffn.kind is {config.ffn.kind!r}; adapters are trained of: 'dense'")
+        super().__init__(config, dtype, device)
+        self.scale = scale
+        self.weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+
+    def losses(self, updates: Updates, windows: Tensor) -> list[Tensor]:
+        """Mean cross-entropy in nats per token of each tenant. windows int64 [N, rows, T + 1]."""
+        config = self.config
+        tenants, rows, size = windows.shape
+        ids, targets = windows[..., :-1].flatten(0, 1), windows[..., 1:].flatten(1)
+        x = F.embedding(ids, self.weights["model.embed_tokens.weight"])
+        if config.position_embedding_type == "learned":
+            x = x + self.weights["model.embed_positions.weight"][: size - 1]
+        for layer in range(config.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            x = x + self._attended(updates, layer, tenants, self._normed(f"{prefix}input_layernorm", x))
+            x = x + self._mlp(updates, layer, tenants, self._normed(f"{prefix}post_attention_layernorm", x))
+        x = self._normed("model.norm", x).view(tenants, rows * (size - 1), -1)
+        head = self.weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+        return [head_loss(own, head, wanted) for own, wanted in zip(x, targets, strict=True)]
+
+    def _linear(self, updates: Updates, layer: int, module: str, tenants: int, x: Tensor) -> Tensor:
+        """x [N · rows, T, in] → [N · rows, T, out], with the tenants' updates where there are any."""
+        name = f"model.layers.{layer}.{NAMES[module]}"
+        y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        update = updates.get((layer, module))
+        if update is None:
+            return y
+        down, up = update
+        latent = torch.bmm(x.view(tenants, -1, x.shape[-1]), down.transpose(1, 2))
+        return y + self.scale * torch.bmm(latent, up.transpose(1, 2)).view_as(y)
+
+    def _attended(self, updates: Updates, layer: int, tenants: int, x: Tensor) -> Tensor:
+        c = self.config
+        count, length, _ = x.shape
+        q, k, v = (
+            self._linear(updates, layer, part, tenants, x).view(count, length, -1, c.head_dim).transpose(1, 2)
+            for part in "qkv"
+        )
+        q = q * c.head_dim**-0.5
+        if self.cos_sin_cache:
+            cos, sin = (table[:length] for table in self.cos_sin_cache)
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        if c.num_attention_heads != c.num_key_value_heads:
+            k, v = (z.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, dim=1) for z in (k, v))
+        y = causal_attention(*(z.reshape(-1, length, c.head_dim) for z in (q, k, v)))
+        joined = y.view(count, c.num_attention_heads, length, -1).transpose(1, 2).flatten(2)
+        return self._linear(updates, layer, "o", tenants, joined)
+
+    def _mlp(self, updates: Updates, layer: int, tenants: int, x: Tensor) -> Tensor:
+        act = F.gelu if self.config.hidden_act == "gelu" else F.silu
+        up = self._linear(updates, layer, "up", tenants, x)
+        hidden = act(self._linear(updates, layer, "gate", tenants, x)) * up if self.config.mlp_gated else act(up)
+        return self._linear(updates, layer, "down", tenants, hidden)
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        prefix, _, last = name.rpartition(".")
+        own = {f"{last}.{part}": self.weights.get(f"{prefix}.{last}.{part}") for part in ("weight", "bias")}
+        return self._norm({key: tensor for key, tensor in own.items() if tensor is not None}, last, x)

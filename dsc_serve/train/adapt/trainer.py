@@ -1,0 +1,328 @@
+"""The run: steps over all tenants, looks at held-out text, checkpoints, and the adapters at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsc_serve.machine import default_threads
+from dsc_serve.model.architectures import Settings, architecture_of
+from dsc_serve.model.architectures.family import as_stored
+from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.peft import write_adapter
+from dsc_serve.model.peft.modules import Base
+from dsc_serve.model.peft.tensors import Matrices
+from dsc_serve.model.source import ModelSource
+from dsc_serve.train.adapt.network import AdaptedNetwork
+from dsc_serve.train.adapt.settings import AdaptSettings
+from dsc_serve.train.adapt.tenants import Key, clip, fresh_updates, tenants_of
+from dsc_serve.train.allocator import keep_memory
+from dsc_serve.train.checkpoint import load_state, save_state, write_whole
+from dsc_serve.train.clock import TrainingClock
+from dsc_serve.train.plots import line_chart, write_plots
+from dsc_serve.train.record import Progress, Record, read_log
+from dsc_serve.train.settings import TrainError
+
+ADAPTERS = "adapters"  # of a run's folder: what `serve --adapters` takes
+LOG = "log.jsonl"
+FINAL_WINDOWS = 64  # of each text, at most, that the end is measured on
+PROBE_ROWS = 2
+
+
+class AdapterTrainer:
+    """One run in one folder; started again on the same folder it goes on from its last checkpoint.
+
+    The folder holds settings.json, tokenizer/ and data/, state.pt, log.jsonl, *.svg, summary.json and, at the end, the
+    adapters, one folder for each text. time_limit: seconds for everything, over all starts; it replaces `steps`.
+    Raises TrainError, CheckpointError and ConfigError in one line.
+    """
+
+    def __init__(
+        self,
+        settings: AdaptSettings,
+        base: Path,
+        texts: Sequence[Path],
+        folder: Path,
+        name: str,
+        time_limit: float | None = None,
+    ) -> None:
+        keep_memory()
+        self.settings, self.folder, self.name = settings, folder, name
+        self.clock = TrainingClock(time_limit, settings.steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._claim_folder(texts)
+        source = open_source(base)
+        check_base(source, settings.length)
+        self.config, self.base = source.config, Base(source.config, source.origin)
+        state = load_state(folder / "state.pt", torch.device("cpu"))
+        torch.set_num_threads(state["threads"] if state else settings.threads or default_threads())
+        tokenizer = tokenizer_of(source, folder / "tokenizer")
+        self.tenants = tenants_of(texts, settings, tokenizer, self.config.vocab_size, folder / "data")
+        weights = {name: tensor.float() for name, tensor in source.weights().items()}
+        self.updates = {
+            key: (torch.nn.Parameter(down), torch.nn.Parameter(up))
+            for key, (down, up) in fresh_updates(self.config, settings, self.tenants).items()
+        }
+        if not self.updates:
+            raise TrainError(f"modules is {list(settings.modules)}, and the base has none of them")
+        self.network = self._network(weights, state["dtype"] if state else settings.dtype)
+        parameters = [tensor for pair in self.updates.values() for tensor in pair]
+        self.optimiser = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0, foreach=True)
+        self.step = self.tokens = 0
+        if state is not None:
+            self._resume(state)
+        lost = max((line["seconds"] for line in read_log(folder / LOG)), default=0.0)
+        self.clock.before = max(self.clock.before, lost)
+        self.record = Record(folder / LOG, self.step or -1)
+
+    def run(self, until: int | None = None) -> dict[str, Any] | None:
+        """Train to the end and write the adapters; returns what summary.json says. A finished run only returns it.
+
+        until: the step after which the run stops where it is, and nothing is returned.
+        """
+        done = self.folder / "summary.json"
+        if done.is_file():
+            summary: dict[str, Any] = json.loads(done.read_text("utf8"))
+            return summary
+        settings, progress = self.settings, Progress(self.clock.share(self.step))
+        if self.step == 0:
+            self._look()
+            self.clock.began = self.clock.spent
+        saved = logged = self.clock.spent
+        counted, losses = self.tokens, []
+        while (share := self.clock.share(self.step)) < 1:
+            if until is not None and self.step >= until:
+                self._save()
+                return None
+            began = self.clock.spent
+            factor = rate_factor(self.step, share, settings)
+            found, norms = self._step(factor)
+            losses.append(found)
+            if self.step % settings.log_steps == 0:
+                speed = (self.tokens - counted) / (self.clock.spent - logged)
+                line = self._line(torch.stack(losses).mean(0), norms, factor, speed)
+                self.record.write(line)
+                progress.show(self.clock.share(self.step), line)
+                losses, logged, counted = [], self.clock.spent, self.tokens
+            if self.step % settings.evaluate_steps == 0:
+                before = self.clock.spent
+                self._look()
+                logged += self.clock.spent - before
+            if self.clock.spent - saved > settings.checkpoint_s:
+                self._save()
+                saved = self.clock.spent
+            self.clock.longest = max(self.clock.longest, self.clock.spent - began)
+        progress.close()
+        self._save()
+        return self._finish()
+
+    def _network(self, weights: Mapping[str, Tensor], dtype: str) -> AdaptedNetwork:
+        """In the dtype that is named, or under "auto" in the one in which a small step takes less time here."""
+        scale = self.settings.alpha / self.settings.rank
+        made = {
+            name: AdaptedNetwork(self.config, weights, scale, getattr(torch, name), torch.device("cpu"))
+            for name in (("float32", "bfloat16") if dtype == "auto" else (dtype,))
+        }
+        if len(made) == 1:
+            self.dtype = dtype
+            return made[dtype]
+        windows = torch.zeros(len(self.tenants), 1, self.settings.length + 1, dtype=torch.int64)[:PROBE_ROWS]
+        some = {key: (down[:PROBE_ROWS], up[:PROBE_ROWS]) for key, (down, up) in self.updates.items()}
+        times = {}
+        for name, network in made.items():
+            for _ in range(2):  # the first warms
+                began = time.perf_counter()
+                self._backward(network, some, windows)
+                times[name] = time.perf_counter() - began
+        for pair in self.updates.values():
+            for tensor in pair:
+                tensor.grad = None
+        self.dtype = min(times, key=times.__getitem__)
+        return made[self.dtype]
+
+    def _backward(
+        self, network: AdaptedNetwork, updates: Mapping[Key, tuple[Tensor, Tensor]], windows: Tensor
+    ) -> Tensor:
+        """Adds to the gradients; returns each tenant's loss [N]."""
+        kind = network.weights["model.norm.weight"].dtype
+        used = {key: (down.to(kind), up.to(kind)) for key, (down, up) in updates.items()}
+        losses = torch.stack(network.losses(used, windows))
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    def _step(self, factor: float) -> tuple[Tensor, Tensor]:
+        """One update of every tenant; returns the losses [N] and the gradients' norms [N] before clipping."""
+        settings = self.settings
+        windows = torch.stack([own.sampler.take(settings.rows, settings.length) for own in self.tenants])
+        losses = self._backward(self.network, self.updates, windows)
+        norms = clip(self.updates, settings.clip)
+        if not bool(torch.isfinite(norms).all()):
+            name = self.tenants[int((~torch.isfinite(norms)).nonzero()[0])].name
+            raise TrainError(f"{name}: the gradient at step {self.step} is not finite; lower the rate")
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.rate * factor
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += windows.shape[0] * settings.rows * settings.length
+        return losses, norms
+
+    def held_out(self, windows: int, adapted: bool = True) -> dict[str, tuple[float, float]]:
+        """Nats per token and bits per byte by text, of so many held-out windows at most; adapted: with the adapters."""
+        found = {}
+        kind = self.network.weights["model.norm.weight"].dtype
+        for i, tenant in enumerate(self.tenants):
+            own = {k: (down[i : i + 1].to(kind), up[i : i + 1].to(kind)) for k, (down, up) in self.updates.items()}
+            nats, tokens, size = 0.0, 0, 0
+            (text,) = tenant.corpus.sources
+            for window, count in list(tenant.corpus.held_windows(text, self.settings.length))[:windows]:
+                with torch.no_grad():
+                    (loss,) = self.network.losses(own if adapted else {}, window[None, None])
+                nats += float(loss) * (len(window) - 1)
+                tokens, size = tokens + len(window) - 1, size + count
+            found[tenant.name] = nats / tokens, nats / math.log(2) / size
+        return found
+
+    def _look(self) -> None:
+        began = self.clock.spent
+        found = self.held_out(self.settings.evaluate_windows)
+        self.clock.reserve = 2.6 * (self.clock.spent - began) * FINAL_WINDOWS / self.settings.evaluate_windows
+        loss = sum(loss for loss, _ in found.values()) / len(found)
+        self.record.write(
+            {
+                "step": self.step,
+                "seconds": round(self.clock.spent, 1),
+                "tokens": self.tokens,
+                "held_out_loss": round(loss, 5),
+                "held_out_bits_per_byte": {name: round(bits, 5) for name, (_, bits) in found.items()},
+            }
+        )
+
+    def _line(self, losses: Tensor, norms: Tensor, factor: float, speed: float) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": round(self.clock.spent, 1),
+            "tokens": self.tokens,
+            "loss": round(float(losses.mean()), 5),
+            "losses": {own.name: round(float(loss), 5) for own, loss in zip(self.tenants, losses, strict=True)},
+            "rate": round(factor, 5),
+            "gradient_norm": round(float(norms.max()), 4),
+            "tokens_per_second": round(speed),
+        }
+
+    def _claim_folder(self, texts: Sequence[Path]) -> None:
+        """Keep the settings with the run. Raises TrainError when a run with others has begun in the folder."""
+        file = self.folder / "settings.json"
+        content = {
+            "base": self.name,
+            "texts": sorted(path.name for path in texts),
+            **self.settings.model_dump(mode="json"),
+        }
+        text = json.dumps(content, indent=2) + "\n"
+        if not (self.folder / LOG).is_file():
+            write_whole(file, text)
+        elif file.read_text("utf8") != text:
+            raise TrainError(f"{self.folder}: holds a run with other settings (settings.json); name another folder")
+
+    def _save(self) -> None:
+        state = {
+            "updates": {
+                f"{layer}.{module}": [t.detach() for t in pair] for (layer, module), pair in self.updates.items()
+            },
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "drawn": {own.name: own.sampler.drawn for own in self.tenants},
+            "began": self.clock.began,
+            "reserve": self.clock.reserve,
+            "spent": self.clock.spent,
+            "longest": self.clock.longest,
+            "dtype": self.dtype,
+            "threads": torch.get_num_threads(),
+        }
+        save_state(state, self.folder / "state.pt")
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        for (layer, module), pair in self.updates.items():
+            for own, stored in zip(pair, state["updates"][f"{layer}.{module}"], strict=True):
+                own.data.copy_(stored)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        for tenant in self.tenants:
+            tenant.sampler.drawn = state["drawn"][tenant.name]
+        self.clock.began, self.clock.reserve = state["began"], state["reserve"]
+        self.clock.before, self.clock.longest = state["spent"], state["longest"]
+
+    def _finish(self) -> dict[str, Any]:
+        before, after = self.held_out(FINAL_WINDOWS, adapted=False), self.held_out(FINAL_WINDOWS)
+        names = {parts[0]: own.name for own in self.base.modules.values() for parts in own.parts}
+        for i, tenant in enumerate(self.tenants):
+            modules = {
+                names[key]: Matrices(down[i].detach().clone(), up[i].detach().clone())
+                for key, (down, up) in self.updates.items()
+            }
+            write_adapter(self.folder / ADAPTERS / tenant.name, self.name, self.settings.alpha, modules)
+        self._plot()
+        summary = {
+            "base": self.name,
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.clock.spent, 1),
+            "dtype": self.dtype,
+            "threads": torch.get_num_threads(),
+            "bits_per_byte": {
+                name: {"base": round(before[name][1], 5), "adapted": round(bits, 5)}
+                for name, (_, bits) in after.items()
+            },
+        }
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _plot(self) -> None:
+        lines = self.record.lines
+        write_plots(lines, self.folder)
+        looks = [line for line in lines if "held_out_bits_per_byte" in line]
+        series = {
+            own.name: [(line["tokens"] / 1e6, line["held_out_bits_per_byte"][own.name]) for line in looks]
+            for own in self.tenants
+        }
+        chart = line_chart("Held out, by text", "million tokens", "bits per byte", series)
+        (self.folder / "texts.svg").write_text(chart, "utf8")
+
+
+def rate_factor(step: int, share: float, settings: AdaptSettings) -> float:
+    rise = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    return rise * (settings.final + (1 - settings.final) * (1 + math.cos(math.pi * min(share, 1.0))) / 2)
+
+
+def check_base(source: ModelSource, length: int) -> None:
+    """Raises TrainError where adapters of a base are served but not trained."""
+    origin = source.origin
+    if origin is not None:
+        family = architecture_of(Settings(origin.content, origin.path))
+        if family.tensors is not as_stored:
+            names = origin.content.get("architectures")
+            raise TrainError(
+                f"{source.path}: the base is of the family {names!r}, whose weights are brought into another form; "
+                "adapters of it are served, and trained with PEFT"
+            )
+    if length > source.config.max_position_embeddings:
+        raise TrainError(f"length is {length}; the base's context is {source.config.max_position_embeddings}")
+
+
+def tokenizer_of(source: ModelSource, folder: Path) -> Path:
+    """The base's tokenizer as files. Raises TrainError where it has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = source.texts()
+    if not texts:
+        raise TrainError(f"{source.path}: the base has no tokenizer; texts cannot become its tokens")
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf8")
+    return folder

@@ -11,7 +11,7 @@ import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from dsc_serve.grammars.calls import SEPARATORS, Rules, pattern, with_calls, with_reasoning
-from dsc_serve.grammars.schema import FIELD, prepared, unusable
+from dsc_serve.grammars.schema import FIELD, prepared, unusable, whole_regex
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs, ToolGrammar
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Where it is asked for.
 WHITESPACE = r" |\n[ \t]{0,20}"
 APPENDED = re.compile("<state>|<non-verbose/>|<backtrace>")
+NO_TEXT = "NoExtensionBias"  # the library's name of it
 GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z][A-Za-z0-9_-]*[ \t]*::=", re.MULTILINE)
 # Each item is compared with all others of its place: at the default of 50,000 a grammar of two thousand characters can
 # take many seconds for a token. Schemas that keep below the library's 2,000 items in a place need far fewer.
@@ -40,7 +41,19 @@ def compiled(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> llguid
     if matcher.is_error():
         check_tools(asked, tokens)
         raise unusable(reason(matcher.get_error()))
+    check_begins(matcher)
     return matcher
+
+
+def check_begins(matcher: llguidance.LLMatcher) -> None:
+    """Raises ParameterError where no text follows the grammar, as of a rule that is nothing but itself."""
+    if matcher.is_stopped() and not matcher.is_error():  # the empty text, and no other
+        return
+    allowed = any(matcher.compute_bitmask())
+    if matcher.is_error() and NO_TEXT not in matcher.get_error():
+        raise unusable(reason(matcher.get_error()))
+    if matcher.is_error() or not allowed:
+        raise unusable("no text of the model's tokens follows it")
 
 
 def grammar_of(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
@@ -54,7 +67,7 @@ def composed(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
     own: list[dict[str, object]] = []
     answer = ""
     if asked.regex is not None:
-        answer = rules.terminal(pattern(asked.regex))
+        answer = rules.terminal(pattern(whole_regex(asked.regex)))
     elif asked.choice:
         answer = rules.terminal(alternatives(asked.choice))
     elif asked.grammar is not None:
@@ -117,7 +130,7 @@ def lark_of(grammar: str) -> str:
 def alone(asked: StructuredOutputs, tokens: llguidance.LLTokenizer) -> str:
     """The grammar of an answer that has one form."""
     if asked.regex is not None:
-        return llguidance.grammar_from("regex", asked.regex)
+        return llguidance.grammar_from("regex", whole_regex(asked.regex))
     if asked.choice:
         return llguidance.grammar_from("lark", f"start: CHOICE\nCHOICE: {alternatives(asked.choice)}")
     if asked.grammar is not None:

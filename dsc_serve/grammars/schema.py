@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
@@ -32,6 +33,8 @@ LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 BOUNDS = (*LOWER, *UPPER)
 EXACT = 2**53  # integers up to here are exact as the library holds bounds, which is in float64
 LARGEST = 2**63 - 1024  # of float64 below 2^63
+LONE_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")
+GUIDANCE = ("item_separator", "key_separator", "coerce_one_of", "lenient")  # what a schema may say to the library
 ANY_NAME: tuple[Any, ...] = ({}, True, {"type": "string"})
 
 
@@ -43,6 +46,7 @@ def prepared(text: str, accepts: Accepts, asked: StructuredOutputs) -> str:
         return text  # the library says what is wrong
     if not isinstance(schema, dict):
         return text  # the library says what is wrong
+    check_guidance(schema.get("x-guidance", {}))
     inner = list(schemas(schema))
     joined = any(name in found for found in inner for name in JOINS)
     for found in inner:
@@ -83,8 +87,20 @@ def schemas(schema: Any) -> Iterator[Schema]:
     yield schema
 
 
+def check_guidance(given: Any) -> None:
+    """Raises ParameterError for what the library would not heed."""
+    wrong = None if isinstance(given, dict) else str(given)[:60]
+    wrong = next((name for name in given if name not in GUIDANCE), None) if isinstance(given, dict) else wrong
+    if wrong is not None:
+        raise unusable(f"x-guidance has {wrong!r}; it must be an object with these names: {', '.join(GUIDANCE)}")
+
+
 def annotate(schema: Schema) -> None:
     """Drop what changes nothing, refuse what the library would not enforce."""
+    patterns = schema.get("patternProperties")
+    for regex in (schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
+        if isinstance(regex, str):
+            whole_regex(regex)
     if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         del schema["format"]
     if schema.get("uniqueItems") is False:
@@ -209,3 +225,10 @@ def whole(value: int, up: bool) -> int:
 
 def unusable(why: str) -> ParameterError:
     return ParameterError(FIELD, f"{FIELD} cannot be used: {why}")
+
+
+def whole_regex(regex: str) -> str:
+    """Raises ParameterError where it ends with a backslash that escapes nothing: the library drops it unsaid."""
+    if LONE_BACKSLASH.search(regex):
+        raise unusable(f"the regex {regex[:60]!r} ends with a backslash that escapes nothing; write two for one")
+    return regex

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, Form
 from dsc_serve.parameter_errors import ParameterError
-from dsc_serve.server.errors import ApiError, bad_request, shown
+from dsc_serve.server.errors import ApiError, bad_request, engine_down, shown, without_paths
 from dsc_serve.server.extensions import AdapterFields
 from dsc_serve.server.keys import Key
 from dsc_serve.worker.client import EngineDiedError
@@ -19,7 +20,7 @@ LOOK_S = 1.0  # how old a list may be
 MOST_NAMED = 8  # in an error
 COMPOSITION = "(composition)"  # of several, as metrics and logs call it
 FORMS: dict[str, Form] = {"sum": "sum", "product_of_sums": "product of sums"}
-NOT_FOUND = "model_not_found"
+NOT_FOUND, BROKEN = "model_not_found", "adapter_broken"
 
 
 class AdapterEngine(Protocol):
@@ -56,13 +57,17 @@ class Catalogue:
     bases: tuple[str, ...]
     known: Mapping[str, AdapterInfo] = field(default_factory=dict)
     _looked: float = float("-inf")
+    _answered: bool = False  # the engine, ever
+    _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def look(self) -> Mapping[str, AdapterInfo]:
         """The adapters now."""
-        if time.monotonic() - self._looked >= LOOK_S:
-            self._looked = time.monotonic()
-            with suppress(TimeoutError, EngineDiedError, ConnectionError):
-                self.known = {info.name: info for info in await self.engine.adapters(LOOK_S)}
+        async with self._looking:  # who comes while somebody asks waits for the answer
+            if time.monotonic() - self._looked >= LOOK_S:
+                self._looked = time.monotonic()
+                with suppress(TimeoutError, EngineDiedError, ConnectionError):
+                    self.known = {info.name: info for info in await self.engine.adapters(LOOK_S)}
+                    self._answered = True
         return self.known
 
     async def visible(self, key: Key | None) -> list[AdapterInfo]:
@@ -110,11 +115,16 @@ class Catalogue:
         return Asked("+".join(f"{weight:g}*{name}" for name, weight in choice.parts), choice)
 
     async def find(self, written: str, param: str, key: Key | None) -> AdapterInfo:
-        """The adapter that a client has written so. Raises ApiError (404) where this key has none of the name."""
+        """The adapter that a client has written so.
+
+        Raises ApiError: 404 where this key has none of the name, 503 where nobody could ever say.
+        """
         name = self.adapter_of(written)
         info = self.known.get(name)
         if info is None or info.error:
             info = (await self.look()).get(name)
+        if info is None and not self._answered:
+            raise engine_down("the engine has not told yet which adapters there are")
         if info is None or not allowed(key, name):
             raise unknown(param, written, await self._names(key))
         return info
@@ -142,6 +152,14 @@ def unknown(param: str, written: str, names: Sequence[str]) -> ApiError:
     return ApiError(404, message, param=param, code=NOT_FOUND)
 
 
+def refused_by_engine(asked: Asked, error: str) -> ApiError:
+    """What the engine says of adapters that were there when the request came, or that cannot be composed so."""
+    if asked.choice is not None and not asked.choice.single:
+        return bad_request("dsc.adapters", f"dsc.adapters cannot be used: {without_paths(error)}")
+    gone = " is not known" in error
+    return ApiError(404, without_paths(error), param="model", code=NOT_FOUND if gone else BROKEN)
+
+
 def broken(param: str, name: str, reason: str) -> ApiError:
     message = f"adapter {shown(name)} cannot be used: {reason}"
-    return ApiError(404, message, param=param, code="adapter_broken")
+    return ApiError(404, message, param=param, code=BROKEN)

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from dsc_serve.adapter_choice import FIELD as ADAPTER
 from dsc_serve.panics import panics_as_errors
 from dsc_serve.parameter_errors import ParameterError
-from dsc_serve.server.adapters import broken
+from dsc_serve.server.adapters import refused_by_engine
 from dsc_serve.server.admission import shutting_down
 from dsc_serve.server.allowance import claim
 from dsc_serve.server.answer import Choice, ChoiceUpdate, Reached, ResponseFormatter, encode
@@ -302,7 +302,7 @@ class Generation(Response):
             return out_of_time(delta.error)
         log.error("request %s %s failed: %s", delta.request_id, self._whose, delta.error)
         if delta.error_field == ADAPTER:  # it was there when the request came
-            return broken("model", self._formatter.asked.label, delta.error)
+            return refused_by_engine(self._formatter.asked, delta.error)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
         if delta.unavailable or not self._service.engine.alive:

@@ -48,7 +48,7 @@ class MergedLayer:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedExperts:
     """before, after: losses of each measured text; dropped: with the experts picked least dropped instead."""
 
     experts: tuple[int, int]
@@ -58,7 +58,7 @@ class Merged:
     dropped: dict[str, Evaluation]
 
 
-class Listener(MoeFfn):
+class HeardFfn(MoeFfn):
     """A layer's FFN that keeps the first inputs it is given."""
 
     def __init__(self, ffn: MoeFfn) -> None:
@@ -72,7 +72,7 @@ class Listener(MoeFfn):
         return self.ffn(x, residual, adapted=adapted)
 
 
-def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, str], out: Path) -> Merged:
+def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, str], out: Path) -> MergedExperts:
     """Write to `out` the model with so many experts in each mixture, and measure both on `texts`.
 
     Raises TrainError for a model without mixtures or a tokenizer, mixtures whose experts are picked by groups, and a
@@ -88,7 +88,7 @@ def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, 
         decoder.stack = None  # layers are called one by one, so that they can be listened to, and changed
         layers: list[TransformerLayer] = decoder.layers
         own = {i: layers[i].ffn for i in mixtures}
-        listeners = {i: Listener(ffn) for i, ffn in own.items() if isinstance(ffn, MoeFfn)}
+        listeners = {i: HeardFfn(ffn) for i, ffn in own.items() if isinstance(ffn, MoeFfn)}
         for i, listener in listeners.items():
             layers[i].ffn = listener
         evaluate(llm, calibration)
@@ -116,7 +116,7 @@ def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, 
     write_source(smaller(source, merged, experts), out)
     ffn_config = next(iter(mixtures.values())).ffn
     assert isinstance(ffn_config, MoeConfig)
-    return Merged((ffn_config.num_experts, experts), found, before, after, fewer)
+    return MergedExperts((ffn_config.num_experts, experts), found, before, after, fewer)
 
 
 def prefix(layer: int) -> str:

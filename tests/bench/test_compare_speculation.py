@@ -67,6 +67,20 @@ def test_systems_get_the_same_drafts(models: Path, tmp_path: Path) -> None:
     report = (tmp_path / "out" / TABLES).read_text()
     assert "| dsc / moe | 2 |" in report and "no drafts" in report
     assert "<table>" in (tmp_path / "out" / PAGE).read_text()
+    assert_reported_again(tmp_path / "out", report)
+
+
+def assert_reported_again(out: Path, tables: str) -> None:
+    """`bench report` makes the same of the kept results, there or in a document."""
+    (out / TABLES).unlink()
+    assert CliRunner().invoke(main, ["bench", "report", str(out)]).exit_code == 0
+    assert (out / TABLES).read_text() == tables
+    document = out.parent / "page.md"
+    document.write_text("before\n<!-- drafts: begin -->\n<!-- drafts: end -->\nafter\n")
+    done = CliRunner().invoke(main, ["bench", "report", str(out), "--into", str(document), "--name", "drafts"])
+    assert done.exit_code == 0, done.output
+    assert "| dsc / moe | 2 |" in document.read_text() and "drafts.results.json" in document.read_text()
+    assert load(out.parent / "drafts.results.json") == load(out / RESULTS)
 
 
 def test_it_goes_on_where_it_was_left(models: Path, tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.fake_runner import alone, fake_engine
-from support.made_adapters import PretendedDecoder, Reader, put
+from support.made_adapters import MadeAdapters, put
 
 from dsc_serve.adapter_choice import (
     AdapterChoice,
@@ -18,74 +17,31 @@ from dsc_serve.adapter_choice import (
     choice_of,
     choices_of,
 )
-from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
-from dsc_serve.engine.adapters import PATIENCE_S, Adapters
-from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.kv_cache import hash_seed
-from dsc_serve.engine.leases import Wanted
+from dsc_serve.engine.adapter_folder import LOOK_S
+from dsc_serve.engine.adapters import PATIENCE_S
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.scheduling_params import SchedulingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 A, B, C = (AdapterChoice.of(name) for name in "abc")
 BOTH = AdapterChoice((("a", 0.5), ("b", 2.0)))
 
 
-class Clock:
-    """Goes only when it is told to."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Made:
-    """Adapters over a folder of a test, of 100 bytes each; budget: how many fit."""
-
-    def __init__(self, folder: Path, budget: int = 2) -> None:
-        self.path, self.clock, self.reader, self.decoder = folder, Clock(), Reader(), PretendedDecoder()
-        self.adapters = Adapters(
-            AdapterFolder(folder, self.reader, self.clock), self.decoder, 100 * budget, "base", self.clock
-        )
-
-    def put(self, **texts: str) -> None:
-        for name, text in texts.items():
-            put(self.path, name, text)
-        self.clock.now += LOOK_S
-
-    def settled(self, *wanted: Wanted) -> None:
-        """Until all of these have a lease or an error."""
-        until = time.monotonic() + 20
-        while not all(one.settled for one in wanted):
-            self.adapters.settle(0.05)
-            assert time.monotonic() < until, "an adapter was never settled"
-
-    def get(self, choice: AdapterChoice) -> Wanted:
-        wanted = self.adapters.want(choice)
-        self.settled(wanted)
-        return wanted
-
-    def loaded(self) -> set[str]:
-        return {info.name for info in self.adapters.infos() if info.loaded}
-
-
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    own = Made(tmp_path)
+def made(tmp_path: Path) -> MadeAdapters:
+    own = MadeAdapters(tmp_path)
     own.put(a="1", b="2", c="3")
     return own
 
 
-def test_what_is_in_memory_is_had_at_once_and_is_one_object(made: Made) -> None:
+def test_what_is_in_memory_is_had_at_once_and_is_one_object(made: MadeAdapters) -> None:
     first, again = made.get(A), made.adapters.want(A)
     assert first.lease is not None and again.lease is not None
     assert first.lease.adapter is again.lease.adapter
     assert first.lease.adapter.name == "a" and made.reader.read == ["a"]
 
 
-def test_nothing_waits_for_files_in_the_thread_that_steps(made: Made) -> None:
+def test_nothing_waits_for_files_in_the_thread_that_steps(made: MadeAdapters) -> None:
     inside, gate = threading.Event(), threading.Event()
     read = made.adapters.folder._read
 
@@ -104,7 +60,7 @@ def test_nothing_waits_for_files_in_the_thread_that_steps(made: Made) -> None:
     assert wanted.lease is not None
 
 
-def test_the_least_recently_used_that_nobody_holds_goes(made: Made) -> None:
+def test_the_least_recently_used_that_nobody_holds_goes(made: MadeAdapters) -> None:
     a, b = made.get(A), made.get(B)
     assert a.lease is not None and b.lease is not None
     b.lease.release()
@@ -117,7 +73,7 @@ def test_the_least_recently_used_that_nobody_holds_goes(made: Made) -> None:
     assert len(made.decoder.made) == 2, "what has gone is held by nobody"
 
 
-def test_who_finds_no_room_waits_for_it_and_is_not_overtaken_for_ever(made: Made) -> None:
+def test_who_finds_no_room_waits_for_it_and_is_not_overtaken_for_ever(made: MadeAdapters) -> None:
     a, b = made.get(A), made.get(B)
     c = made.adapters.want(C)
     for _ in range(10):
@@ -138,7 +94,7 @@ def test_who_finds_no_room_waits_for_it_and_is_not_overtaken_for_ever(made: Made
     assert made.loaded() == {"a", "c"}
 
 
-def test_one_that_is_larger_than_the_budget_is_refused(made: Made) -> None:
+def test_one_that_is_larger_than_the_budget_is_refused(made: MadeAdapters) -> None:
     made.decoder.nbytes = 201
     wanted = made.get(A)
     assert isinstance(wanted.error, BrokenAdapterError)
@@ -147,7 +103,7 @@ def test_one_that_is_larger_than_the_budget_is_refused(made: Made) -> None:
 
 
 @pytest.mark.parametrize("name", ["nobody", "", ".hidden", "..", "a/../a", "a\0", "file", "x" * 5000])
-def test_a_name_that_is_none_is_told_with_those_that_are(made: Made, name: str) -> None:
+def test_a_name_that_is_none_is_told_with_those_that_are(made: MadeAdapters, name: str) -> None:
     (made.path / ".hidden").mkdir()
     (made.path / "file").write_text("1")
     if name:
@@ -156,7 +112,7 @@ def test_a_name_that_is_none_is_told_with_those_that_are(made: Made, name: str) 
     assert made.adapters.names() == ["a", "b", "c"] and not made.reader.read
 
 
-def test_a_broken_one_says_why_until_its_files_change(made: Made) -> None:
+def test_a_broken_one_says_why_until_its_files_change(made: MadeAdapters) -> None:
     made.put(a="no tensors")
     wanted = made.get(A)
     assert isinstance(wanted.error, BrokenAdapterError) and "the file says 'no tensors'" in str(wanted.error)
@@ -168,7 +124,7 @@ def test_a_broken_one_says_why_until_its_files_change(made: Made) -> None:
     assert made.get(A).lease is not None
 
 
-def test_whatever_a_reader_raises_is_the_adapters_fault(made: Made) -> None:
+def test_whatever_a_reader_raises_is_the_adapters_fault(made: MadeAdapters) -> None:
     def fails(folder: Path) -> object:
         raise ZeroDivisionError("a bug")
 
@@ -178,7 +134,7 @@ def test_whatever_a_reader_raises_is_the_adapters_fault(made: Made) -> None:
 
 @pytest.mark.parametrize("choice", [A, BOTH, AdapterChoice(BOTH.parts, "product of sums")])
 def test_an_accident_is_told_and_the_next_may_have_better_luck(
-    made: Made, choice: AdapterChoice, monkeypatch: pytest.MonkeyPatch
+    made: MadeAdapters, choice: AdapterChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*parts: object) -> object:
         raise MemoryError("no room")
@@ -192,7 +148,7 @@ def test_an_accident_is_told_and_the_next_may_have_better_luck(
     assert made.get(choice).lease is not None
 
 
-def test_changed_content_is_another_adapter_and_the_old_one_stays_with_who_holds_it(made: Made) -> None:
+def test_changed_content_is_another_adapter_and_the_old_one_stays_with_who_holds_it(made: MadeAdapters) -> None:
     old = made.get(A)
     made.put(a="11")
     new = made.get(A)
@@ -209,7 +165,7 @@ def test_changed_content_is_another_adapter_and_the_old_one_stays_with_who_holds
     assert made.adapters.nbytes == 200 and len(made.decoder.made) == 2
 
 
-def test_one_whose_folder_is_gone_is_unknown_and_goes_when_nobody_holds_it(made: Made) -> None:
+def test_one_whose_folder_is_gone_is_unknown_and_goes_when_nobody_holds_it(made: MadeAdapters) -> None:
     held = made.get(A)
     (made.path / "a" / "file").unlink()
     (made.path / "a").rmdir()
@@ -223,7 +179,7 @@ def test_one_whose_folder_is_gone_is_unknown_and_goes_when_nobody_holds_it(made:
     assert made.adapters.nbytes == 0
 
 
-def test_one_that_changes_while_it_is_read_is_read_again(made: Made) -> None:
+def test_one_that_changes_while_it_is_read_is_read_again(made: MadeAdapters) -> None:
     read = made.adapters.folder._read
 
     def changing(folder: Path) -> object:
@@ -241,7 +197,7 @@ def test_one_that_changes_while_it_is_read_is_read_again(made: Made) -> None:
     assert other.lease is not None and other.lease.adapter.digest == wanted.lease.adapter.digest
 
 
-def test_a_composition_holds_its_parts_and_is_one_object_for_all(made: Made) -> None:
+def test_a_composition_holds_its_parts_and_is_one_object_for_all(made: MadeAdapters) -> None:
     first, again = made.get(BOTH), made.get(BOTH)
     assert first.lease is not None and again.lease is not None
     assert first.lease.adapter is again.lease.adapter
@@ -257,14 +213,14 @@ def test_a_composition_holds_its_parts_and_is_one_object_for_all(made: Made) -> 
 
 
 @pytest.mark.parametrize("form", ["sum", "product of sums"])
-def test_a_composition_whose_parts_have_no_room_together_is_refused(made: Made, form: str) -> None:
+def test_a_composition_whose_parts_have_no_room_together_is_refused(made: MadeAdapters, form: str) -> None:
     three = AdapterChoice((("a", 1.0), ("b", 1.0), ("c", 1.0)), form)
     wanted = made.get(three)
     assert isinstance(wanted.error, BrokenAdapterError) and "more than adapter_bytes, 200" in str(wanted.error)
     assert made.get(C).lease is not None, "nothing is held by what was refused"
 
 
-def test_weights_and_forms_make_different_digests(made: Made) -> None:
+def test_weights_and_forms_make_different_digests(made: MadeAdapters) -> None:
     choices = [A, BOTH, AdapterChoice((("a", 2.0), ("b", 0.5))), AdapterChoice((("a", 0.5),))]
     choices += [AdapterChoice(BOTH.parts, "product of sums"), AdapterChoice((("b", 2.0), ("a", 0.5)))]
     digests = set()
@@ -276,7 +232,7 @@ def test_weights_and_forms_make_different_digests(made: Made) -> None:
     assert len(digests) == len(choices)
 
 
-def test_all_are_read_once_when_there_is_time(made: Made) -> None:
+def test_all_are_read_once_when_there_is_time(made: MadeAdapters) -> None:
     made.put(d="not one")
     made.adapters.survey()
     until = time.monotonic() + 20
@@ -308,108 +264,3 @@ def test_choices_are_checked() -> None:
     for call, message in wrong:
         with pytest.raises(ParameterError, match=message):
             call()
-
-
-def run(engine: Engine, *ids: str) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Tokens and ends of requests, once all of them have ended."""
-    tokens: dict[str, list[int]] = {one: [] for one in ids}
-    ends: dict[str, str] = {}
-    until = time.monotonic() + 30
-    while ends.keys() != tokens.keys():
-        if not engine.has_work:
-            engine.arrivals.wait()
-        for delta in engine.step():
-            tokens[delta.request_id] += delta.token_ids
-            if delta.finish_reason is not None:
-                ends[delta.request_id] = delta.error or delta.finish_reason
-        assert time.monotonic() < until
-    return tokens, ends
-
-
-def digest(made: Made, choice: AdapterChoice) -> str:
-    wanted = made.get(choice)
-    assert wanted.lease is not None
-    wanted.lease.release()
-    return wanted.lease.adapter.digest
-
-
-def test_requests_wait_for_their_adapters_while_others_go_on(made: Made) -> None:
-    engine = fake_engine(adapters=made.adapters)
-    engine.add("base", [1, 2, 3], GREEDY)
-    engine.add("a", [1, 2, 3], GREEDY, adapter=A)
-    assert len(engine.arrivals) == 1
-    first = {delta.request_id: delta.token_ids for delta in engine.step()}
-    assert "base" in first, "it does not wait for another's adapter"
-    tokens, ends = run(engine, "base", "a")
-    assert first["base"] + tokens["base"] == alone([1, 2, 3], 4, ())
-    assert first.get("a", []) + tokens["a"] == alone([1, 2, 3], 4, (), digest(made, A)) != alone([1, 2, 3], 4, ())
-    assert ends == {"base": "length", "a": "length"}
-    assert engine.adapter_report.requests == {"a": 1} and engine.adapter_report.tokens == {"a": 6}
-
-
-def test_prefixes_are_shared_only_with_the_same_content(made: Made) -> None:
-    """Not by name, not with the base, not with a salt that spells the digest; again once it is loaded anew."""
-    engine, prompt = fake_engine(blocks=60, adapters=made.adapters), [5] * 9
-
-    def cached(choice: AdapterChoice | None, salt: str = "") -> int:
-        engine.add("x", prompt, GREEDY, adapter=choice, scheduling=SchedulingParams(cache_salt=salt))
-        before = engine.scheduler.cached_tokens
-        run(engine, "x")
-        return engine.scheduler.cached_tokens - before
-
-    content = digest(made, A)
-    assert [cached(None), cached(A), cached(A), cached(B), cached(None)] == [0, 0, 8, 0, 8]
-    assert cached(None, content) == 0 == cached(A, content)
-    made.put(b="1", a="12")  # a's content under another name, and other content under a's
-    assert cached(B) == 8
-    assert cached(A) == 0
-    assert cached(BOTH) == 0 and cached(BOTH) == 8
-    made.put(a="1")
-    assert cached(A) == 8, "the content that there was before is the same again"
-    assert hash_seed(b"k", "ab", "c") != hash_seed(b"k", "a", "bc") != hash_seed(b"k", "abc")
-
-
-def test_choices_of_one_prompt_share_the_adapter_and_each_lets_go_of_it(made: Made) -> None:
-    engine = fake_engine(blocks=60, adapters=made.adapters)
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    engine.add("0", [1] * 6, params, adapter=A, siblings=[("1", params), ("2", params)])
-    assert engine.finish("0") and not engine.finish("0")
-    tokens, _ = run(engine, "1", "2")
-    assert tokens["1"] == tokens["2"] == alone([1] * 6, 3, (), digest(made, A))
-    assert all(not entry.users for entry in made.adapters._entries.values())
-
-
-def test_what_fails_ends_with_the_reason_and_what_is_out_of_time_ends(made: Made) -> None:
-    made.put(a="nonsense")
-    engine = fake_engine(adapters=made.adapters)
-    engine.scheduler.clock = made.clock
-    engine.add("broken", [1], GREEDY, adapter=A, siblings=[("too", GREEDY)])
-    _, ends = run(engine, "broken", "too")
-    assert set(ends.values()) == {"adapter 'a' cannot be used: the file says 'nonsense'"}
-    with pytest.raises(UnknownAdapterError):
-        engine.add("z", [1], GREEDY, adapter=AdapterChoice.of("z"))
-    held = [made.get(B), made.get(C)]
-    made.put(a="1")
-    engine.add("late", [1], GREEDY, adapter=A, scheduling=SchedulingParams(queue_timeout_s=5))
-    made.clock.now += 6
-    assert engine.has_work
-    _, ends = run(engine, "late")
-    assert ends == {"late": "the request did not begin within its queue_timeout_s of 5 s"}
-    assert not engine.arrivals and len(held) == 2
-    with pytest.raises(UnknownAdapterError, match="there are none: set adapters to their folder"):
-        fake_engine().add("a", [1], GREEDY, adapter=A)
-
-
-def test_affinity_prefers_what_runs_already(made: Made) -> None:
-    made.adapters.budget = 10_000
-    engine = fake_engine(blocks=60, max_running=2, policy="affinity", adapters=made.adapters)
-    for choice in (A, B):
-        digest(made, choice)
-    long = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    engine.add("first", [1], long, adapter=A)
-    engine.step()
-    engine.add("b", [2], GREEDY, adapter=B)
-    engine.add("a", [3], GREEDY, adapter=A)
-    engine.step()
-    assert set(engine.scheduler.running) == {"first", "a"}
-    run(engine, "first", "b", "a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import llguidance
 import numpy as np
 import pytest
 from grammars.conftest import END
@@ -12,9 +13,10 @@ from grammars.drawing import answered, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsc_serve.grammars.compile import compiled
 from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.parameter_errors import ParameterError
-from dsc_serve.structured_outputs import StructuredOutputs
+from dsc_serve.structured_outputs import ReasoningGrammar, StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer
 
 
@@ -126,9 +128,10 @@ def stuck(constraint: object) -> str:
     return error
 
 
-def test_a_grammar_that_no_token_can_follow_is_stuck(tokenizer: Tokenizer) -> None:
+def test_a_grammar_that_no_token_can_follow_is_refused(tokenizer: Tokenizer) -> None:
     small = Grammars(tokenizer, 3, (END,))
-    assert stuck(small.constraint(StructuredOutputs(regex="abc")))
+    with pytest.raises(ParameterError, match="no text of the model's tokens follows it"):
+        small.compile(StructuredOutputs(regex="abc"))
     small.close()
 
 
@@ -203,6 +206,17 @@ def test_grammars_are_told_apart_by_their_rules(grammars: Grammars, tokenizer: T
 def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
     for fields, words in (
         ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "a\\"}, "escapes nothing"),
+        ({"regex": "a\\\\\\"}, "escapes nothing"),
+        ({"json": json.dumps({"type": "string", "pattern": "a\\"})}, "escapes nothing"),
+        ({"json": json.dumps({"type": "object", "patternProperties": {"a\\": {}}})}, "escapes nothing"),
+        ({"json": '{"x-guidance": 5}'}, "x-guidance has '5'; it must be an object"),
+        ({"json": '{"x-guidance": {"whitespace_pattern": " *"}}'}, "x-guidance has 'whitespace_pattern'"),
+        ({"regex": r"[^\x00-\x{10FFFF}]"}, "no text of the model's tokens"),
+        ({"json": '{"$ref": "#"}'}, "no text of the model's tokens"),
+        ({"json": '{"allOf": [{"$ref": "#"}]}'}, "no text of the model's tokens"),
+        ({"grammar": "start: start"}, "no text of the model's tokens"),
+        ({"grammar": "root ::= root"}, "no text of the model's tokens"),
         ({"json": '{"type": "strin"}'}, "strin"),
         ({"json": "[]"}, "object"),
         ({"json": '{"enum": []}'}, "empty"),
@@ -212,6 +226,17 @@ def test_what_cannot_be_compiled_is_told(grammars: Grammars) -> None:
             grammars.compile(StructuredOutputs(**fields))  # type: ignore[arg-type]
         assert error.value.field == "structured_outputs"
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("regex", ["a/b", "a\nb", r"a\\", r"a\/b", "/", r"\\/", "[/]", '"', "#a", "\u2028"])
+@pytest.mark.parametrize("behind", [None, ReasoningGrammar(opening="<think>", closing="</think>", begun=False)])
+def test_a_regex_means_the_same_wherever_it_stands(regex: str, behind: ReasoningGrammar | None) -> None:
+    """As Python's own, also where it is part of a larger grammar."""
+    matcher = compiled(StructuredOutputs(regex=regex, reasoning=behind), llguidance.LLTokenizer("byte"))
+    for text in ("a/b", "a\nb", "a\\", "/", "\\/", '"', "#a", "\u2028", "a", ""):
+        own = matcher.deep_copy()
+        taken = own.try_consume_tokens(list(text.encode()))
+        assert (taken == len(text.encode()) and own.is_accepting()) is bool(re.fullmatch(regex, text)), text
 
 
 @pytest.mark.parametrize("most", [0, 3])

@@ -14,7 +14,10 @@ from support.small_models import DATA
 from dsc_serve import LLM
 from dsc_serve.model.config import FORMAT, CheckpointError, load_config
 
-WRITTEN = [*((1, kind) for kind in ("dsc", "moe", "molora", "dense")), (2, "kinds")]
+WRITTEN = [
+    *((1, kind) for kind in ("dsc", "moe", "molora", "dense")),
+    *((2, "kinds"), (3, "windows"), (3, "latent")),
+]
 
 
 @pytest.mark.parametrize(("number", "kind"), WRITTEN)

@@ -318,7 +318,7 @@ def scaled_twice(writer: gguf.GGUFWriter) -> None:
 @pytest.mark.parametrize(
     ("architecture", "vocabulary", "change", "message"),
     [
-        ("gemma3", {}, None, "architecture 'gemma3' is not supported; supported: falcon, gpt2"),
+        ("gemma", {}, None, "architecture 'gemma' is not supported; supported: deepseek2, falcon"),
         ("llama", {"pre": "kimi-k2"}, None, "tokenizer.ggml.pre 'kimi-k2' is not supported; supported: default"),
         ("llama", {"model": "rwkv"}, None, "tokenizer 'rwkv' is not supported; supported: gpt2, llama"),
         ("llama", {"kinds": [1]}, None, "token_type has 1 entries; expected 320"),

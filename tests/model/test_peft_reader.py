@@ -67,7 +67,7 @@ def test_an_adapter_read_and_merged_gives_what_peft_gives(case: str, tmp_path: P
     check_answers(case, merged(base, adapter, tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("case", ["granite all linear", "phi3 fused", "gptneox"])
+@pytest.mark.parametrize("case", ["granite all linear", "phi3 fused", "gptneox", "gpt2", "falcon new"])
 @pytest.mark.parametrize("form", ["imported", "gguf"])
 def test_adapters_fit_a_base_in_whatever_form_it_was_brought(case: str, form: str, tmp_path: Path) -> None:
     """An import folds and splits the base's weights, and a GGUF file has them in other orders."""
@@ -163,6 +163,10 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None] | None]] = {
     "init_lora_weights is 'loftq'": ({"init_lora_weights": "loftq"}, None),
     "task_type is 'SEQ_CLS'": ({"task_type": "SEQ_CLS"}, None),
     "peft_type is 'IA3'": ({"peft_type": "IA3"}, None),
+    "peft_type is ['LORA']": ({"peft_type": ["LORA"]}, None),
+    "base_model": ({"base_model": "x"}, None),
+    "exclude_modules is 5": ({"exclude_modules": 5}, None),
+    "layers_pattern is 'layers', but": ({"layers_pattern": "layers"}, None),
     "'a_new_trick' is 0.5": ({"a_new_trick": 0.5}, None),
     "r is 0": ({"r": 0}, None),
     "r is True": ({"r": True}, None),

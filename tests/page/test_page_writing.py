@@ -244,6 +244,22 @@ def test_calls_of_tools_are_shown_as_they_come_and_their_results_sent(tab: OpenT
     ]
 
 
+def test_a_call_goes_through_the_server_and_its_result_back_to_the_model(tab: OpenTab, scripted: Serve) -> None:
+    called = '{"name": "weather", "arguments": {"city": "Ulm"}}'
+    engine = FakeEngine(lambda prompt, _: list(b"It rains." if b"Result of" in bytes(prompt) else called.encode()))
+    visit = tab(scripted(engine))
+    visit.field("tools", json.dumps([{"type": "function", "function": {"name": "weather"}}]))
+    visit.chat("Weather?")
+    visit.page.wait_for_selector("text=Send results")
+    assert visit.page.locator(".call").all_inner_texts() == ['weather({"city": "Ulm"})']
+    visit.page.get_by_label("Result of weather").fill("rain")
+    visit.page.click("text=Send results")
+    assert visit.answered() == "It rains."
+    asked, answered = (bytes(prompt).decode() for _, prompt, _ in engine.submitted)
+    assert asked.endswith("<user>Weather?") and '"weather"' in asked, "the model is told of the tool"
+    assert answered.endswith(f"<assistant>{called}<user>Result of weather:\nrain")
+
+
 @pytest.mark.parametrize("root_path", ["/llm", "/a/b"])
 @pytest.mark.parametrize("way", ["left on", "taken off", "taken off, without the setting"])
 def test_it_works_behind_a_path(tab: OpenTab, scripted: Serve, root_path: str, way: str) -> None:

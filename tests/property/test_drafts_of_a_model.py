@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property.test_drafts_change_nothing import CONTEXT, REQUESTS, answers
 from support.drafts import any_width, draft_from
 from support.fake_runner import VOCABULARY, FakeRunner, fake_engine
+from support.fake_runner import alone as expected
 
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafting import COMPANION
@@ -115,6 +117,39 @@ def test_beyond_the_smaller_models_context_nothing_is_drafted() -> None:
     answers(engine, [([1, 2, 3], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))], 0)
     assert 0 < engine.drafter.report.accepted[COMPANION] < 10
     assert smaller.pool.free == 40
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 5 bytes")])
+def test_where_its_memory_runs_out_requests_go_on_without(error: Exception) -> None:
+    engine = fake_engine(blocks=40, step_tokens=32)
+    smaller = drafting(engine, 40, 1.0, 0, 3)
+    engine.drafter._choose = lambda options, *_: [option.most for option in options]
+    run, calls = smaller._runner.run, [0]
+
+    def failing(work: Sequence[tuple[Request, int]]) -> StepResult:
+        calls[0] += 1
+        if calls[0] % 4 == 0:
+            raise error
+        return run(work)
+
+    smaller._runner.run = failing  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    assert answers(engine, [([1, 2, 3], params)], 0)[0].tokens == expected([1, 2, 3], 20, ())
+    assert calls[0] > 8 and engine.drafter.report.accepted[COMPANION] > 0
+    assert smaller.pool.free == 40
+
+
+def test_what_else_fails_is_told() -> None:
+    engine = fake_engine(blocks=40, step_tokens=32)
+    smaller = drafting(engine, 40, 1.0, 0, 3)
+    engine.drafter._choose = lambda options, *_: [option.most for option in options]
+
+    def failing(work: Sequence[tuple[Request, int]]) -> StepResult:
+        raise ZeroDivisionError
+
+    smaller._runner.run = failing  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        answers(engine, [([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))], 0)
 
 
 def test_a_smaller_model_is_asked_only_where_nobody_knows_better() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from support.access import ALICE, BOB, ROOT, Write, bearer, entry
 from support.fake_engine import FakeEngine
-from support.serving import app_around, ask, chat, complete, events_of
+from support.serving import app_around, ask, chat, client_of, complete, events_of
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.config import ConfigError, LogConfig
@@ -110,6 +111,37 @@ def test_one_that_breaks_meanwhile_is_told_alike(app: FastAPI, engine: FakeEngin
     told = error(complete(app, model="law"), 404)
     assert (told["code"], told["param"]) == ("adapter_broken", "model")
     assert "its file has gone" in told["message"]
+
+
+def test_what_cannot_be_composed_is_the_requests_fault(app: FastAPI, engine: FakeEngine) -> None:
+    said = "adapter 'law+ode' cannot be used: q of layer 0 has ranks [4, 8]; a product of sums needs one"
+    engine.fail_after, engine.error = 0, Delta("", [], "error", error=said, error_field="adapter")
+    told = error(complete(app, dsc={"adapters": TWO, "composition": "product_of_sums"}), 400)
+    assert told["param"] == "dsc.adapters" and "has ranks [4, 8]" in told["message"]
+
+
+def test_many_first_requests_at_a_time_all_find_their_adapter(app: FastAPI, engine: FakeEngine) -> None:
+    slow = engine.adapters
+
+    async def adapters(timeout_s: float = 1.0) -> list[AdapterInfo]:
+        await asyncio.sleep(0.05)
+        return await slow(timeout_s)
+
+    engine.adapters = adapters  # type: ignore[method-assign]
+
+    async def ask_all() -> list[int]:
+        async with client_of(app) as client:
+            body = {"prompt": "hi", "model": "law", "max_tokens": 1}
+            asked = [client.post("/v1/completions", json=body) for _ in range(5)]
+            return [response.status_code for response in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask_all()) == [200] * 5
+
+
+def test_an_engine_that_never_told_is_not_taken_for_one_without_adapters(app: FastAPI, engine: FakeEngine) -> None:
+    engine.alive = False
+    assert error(complete(app, model="law"), 503)["code"] == "engine_down"
+    assert error(ask(app, "GET", "/v1/models/law"), 503)["code"] == "engine_down"
 
 
 def test_several_with_weights(app: FastAPI, engine: FakeEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from dsc_kernels.backend import Adapter as BoundAdapter
 from dsc_kernels.weights import LowRank, Place
-from dsc_serve.adapter_choice import BrokenAdapterError
+from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
+from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
+from dsc_serve.engine.adapters import Adapters
+from dsc_serve.engine.leases import Wanted
 from dsc_serve.model.adapter import Adapter, module_shapes
 from dsc_serve.model.config import ModelConfig
 
@@ -119,3 +123,42 @@ def put(folder: Path, name: str, text: str) -> None:
     """Write an adapter for `Reader`."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / name / "file").write_text(text)
+
+
+class Clock:
+    """Goes only when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class MadeAdapters:
+    """Adapters over a folder of a test, of 100 bytes each; budget: how many fit."""
+
+    def __init__(self, folder: Path, budget: int = 2) -> None:
+        self.path, self.clock, self.reader, self.decoder = folder, Clock(), Reader(), PretendedDecoder()
+        self.adapters = Adapters(
+            AdapterFolder(folder, self.reader, self.clock), self.decoder, 100 * budget, "base", self.clock
+        )
+
+    def put(self, **texts: str) -> None:
+        for name, text in texts.items():
+            put(self.path, name, text)
+        self.clock.now += LOOK_S
+
+    def settled(self, *wanted: Wanted) -> None:
+        """Until all of these have a lease or an error."""
+        until = time.monotonic() + 20
+        while not all(one.settled for one in wanted):
+            self.adapters.settle(0.05)
+            assert time.monotonic() < until, "an adapter was never settled"
+
+    def get(self, choice: AdapterChoice) -> Wanted:
+        wanted = self.adapters.want(choice)
+        self.settled(wanted)
+        return wanted
+
+    def loaded(self) -> set[str]:
+        return {info.name for info in self.adapters.infos() if info.loaded}

@@ -66,7 +66,7 @@ WINDOW_CASES: dict[str, Case] = {
             *SCALE,
             {"attn_logit_softcapping": 1.0},
             {"attn_logit_softcapping": 50.0},
-            {"final_logit_softcapping": 20.0},
+            {"final_logit_softcapping": 5.0},
             {"layer_types": KINDS[::-1] * 2},
             {"rope_theta": 10000.0},
         ],
@@ -94,7 +94,7 @@ WINDOW_CASES: dict[str, Case] = {
             *("Gemma3ForCausalLM", "gemma3_text"),
             **{**GEMMA, "rope_theta": None, "rope_parameters": NESTED, "layer_types": [*KINDS, *KINDS]},
         ),
-        [{"rope_parameters": {**NESTED, "sliding_attention": NESTED["full_attention"]}}],
+        [{"rope_parameters": {**NESTED, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}}],
         seed=1,
     ),
 }

@@ -199,13 +199,18 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     """
     from dsc_serve.bench.compare.report import audited, markdown, put_into, write_charts
     from dsc_serve.bench.compare.results import load_results, save_results
+    from dsc_serve.bench.compare.speculation.found import is_kept_in
 
+    if into is not None and not name:
+        raise click.ClickException("--into needs --name")
+    if is_kept_in(folder / RESULTS):
+        report_speculation(folder, into, f"{name}")
+        return
     results = load_results(folder / RESULTS)
     if into is None:
         write_report(results, folder)
         return
-    if not name:
-        raise click.ClickException("--into needs --name")
+    assert name
     raw = f"{name}.{RESULTS}"
     text = f"{audited(raw)}\n\n{markdown(results, f'plots/{name}', charts)}"
     document = put_into(into.read_text(encoding="utf-8"), name, text)
@@ -213,6 +218,22 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     plots.mkdir(exist_ok=True)
     write_charts(results, plots / name, charts)
     save_results(results, into.with_name(raw))
+    into.write_text(document, encoding="utf-8")
+
+
+def report_speculation(folder: Path, into: Path | None, name: str) -> None:
+    """The same of a comparison of speculation, which has no charts."""
+    from dsc_serve.bench.compare.report import audited, markdown_of, put_into
+    from dsc_serve.bench.compare.speculation import found, page, running
+
+    results = found.load(folder / RESULTS)
+    if into is None:
+        running.write_report(results, folder)
+        return
+    raw = f"{name}.{RESULTS}"
+    text = f"{audited(raw)}\n\n{markdown_of(page.blocks(results))}"
+    document = put_into(into.read_text(encoding="utf-8"), name, text)
+    found.save(results, into.with_name(raw))
     into.write_text(document, encoding="utf-8")
 
 

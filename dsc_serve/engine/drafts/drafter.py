@@ -10,6 +10,7 @@ from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.draft_time import DraftCost
 from dsc_serve.engine.drafts import SOURCES, Companion, SourceKind
 from dsc_serve.engine.drafts.drafting import Acceptance, Drafting, DraftTokens, Strength
+from dsc_serve.engine.drafts.patience import Patience
 from dsc_serve.engine.drafts.report import DraftReport
 from dsc_serve.engine.drafts.widths import Option, widths
 from dsc_serve.engine.policies.base import Plan
@@ -45,6 +46,7 @@ class Drafter:
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
         self._turn = 0
+        self._patience = Patience()
         self.making_s = 0.0  # that the last step's drafts took to be made
 
     def add(self, plan: Plan, running: Mapping[str, Request], times: StepTime) -> Plan:
@@ -94,6 +96,10 @@ class Drafter:
         hopeful = [(request, drafting) for request, drafting in able if drafting.chance > least]
         if not hopeful and self._without >= PROBE:
             return self._probe(able)
+        if len(plan.tokens) == 1:  # with company nobody waits before a step
+            for request, _ in hopeful:
+                if request.constraint is not None:
+                    self.making_s += self._patience.wait(request.constraint, step_ms)
         made = {request.id: self._offer(request, drafting) for request, drafting in hopeful}
         for name, kind in self._kinds.items():
             if kind.together is not None:

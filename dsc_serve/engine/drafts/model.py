@@ -10,7 +10,7 @@ import numpy as np
 
 from dsc_serve.engine.drafts import SourceKind
 from dsc_serve.engine.drafts.drafting import COMPANION, DraftSource
-from dsc_serve.engine.isolation import StepRunner
+from dsc_serve.engine.isolation import StepRunner, is_out_of_memory
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.kv_layout import blocks_for
@@ -91,8 +91,21 @@ class DraftModel:
         return SourceKind(lambda request: CompanionSource(self, request), (CHANCE,), together=self)
 
     def draft(self, asked: Sequence[tuple[Request, int]]) -> None:
-        """Draft for each of these requests, at most so many tokens; its source then has them."""
+        """Draft for each of these requests, at most so many tokens; its source then has them.
+
+        Where memory runs out nobody has any, and all sequences are read anew.
+        """
         began = time.perf_counter()
+        try:
+            self._draft(asked)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            for source in list(self._held.values()):
+                self.release(source)
+        self.spent_s = time.perf_counter() - began
+
+    def _draft(self, asked: Sequence[tuple[Request, int]]) -> None:
         ready, reading = self._ready(asked)
         drafting = self._read(reading + ready) if reading else ready
         drafted, started = 0, time.perf_counter()
@@ -104,7 +117,6 @@ class DraftModel:
                 drafted += len(going)
         for source, _ in drafting:
             source.take(source.agreed)
-        self.spent_s = time.perf_counter() - began
         if drafted:
             self.ms += (1 - FORGET) * (1e3 * (time.perf_counter() - started) / drafted - self.ms)
 

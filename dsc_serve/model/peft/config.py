@@ -100,7 +100,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """Raises CheckpointError that names the field, its value and what is allowed."""
     content = read_json(folder / FILE)
     form = content.get("peft_type")
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         way = "; PEFT's save_as_lora writes many others as LORA"
         raise CheckpointError(f"peft_type is {short(form)}; supported: {', '.join(FORMS)}{way}")
     refuse(content, FORMS[form])

@@ -19,6 +19,7 @@ FILE = "adapter_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MOST = 2**16  # tensors
 LARGEST_BANK = 2**26  # numbers of a vector bank
+MOST_MIXED = 64  # of its vectors, in one sub-vector
 PREFIX = "base_model.model."
 LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B)\.weight")
 VBLORA = re.compile(r"base_model\.model\.(?P<module>.+)\.vblora_logits_(?P<part>A|B)(?P<kept>_topk_(indices|weights))?")
@@ -116,7 +117,7 @@ class AdapterTensors:
         """[*tiles, vector length], float32."""
         assert self._bank is not None
         vectors = self._bank.shape[0]
-        picked = self._config.size("topk", vectors)
+        picked = self._config.size("topk", min(vectors, MOST_MIXED))
         if f"{part}_topk_indices" in self.modules[module].parts:
             name, stored = self._stored(module, f"{part}_topk_indices")
             self._check(name, stored, (*tiles, picked), (torch.uint8, torch.int16, torch.int32, torch.int64))

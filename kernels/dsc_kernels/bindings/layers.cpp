@@ -113,8 +113,8 @@ PyObject* ffn(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* na
 
 #define F(field) ARGUMENT(MoeLayer, field)
 Signature moe_layer_signature("moe_layer", {F(is_bf16), F(router), F(router_bias), F(up), F(gate), F(down), F(d),
-                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation), F(choice_bias), F(sigmoid),
-                                            F(groups), F(groups_used), F(group_picks), F(weight_scale),
+                                            F(hidden), F(experts), F(norm_eps), F(k), F(normalize), F(activation),
+                                            F(choice_bias), F(sigmoid), F(groups), F(groups_used), F(group_picks), F(weight_scale),
                                             F(shared_up), F(shared_gate), F(shared_down), F(shared_scale),
                                             F(shared_hidden), F(router_format), F(up_format), F(gate_format),
                                             F(down_format), F(shared_up_format), F(shared_gate_format),

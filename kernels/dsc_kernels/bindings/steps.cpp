@@ -70,8 +70,9 @@ struct CheckedStore : Typed<StoreKv> {
 #define AS(name, field) ARGUMENT_AS(CheckedStore, name, field)
 Signature store_signature("store_kv",
                           {F(is_bf16), F(qkv), AS("query_norm", norm.query), AS("key_norm", norm.key),
-                           AS("key_norm_skipped", norm.skipped), AS("qk_norm_eps", norm.eps), AS("qk_norm_together", norm.together), F(cos_sin_cache),
-                           F(turned), F(positions), F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
+                           AS("key_norm_skipped", norm.skipped), AS("qk_norm_eps", norm.eps),
+                           AS("qk_norm_together", norm.together), F(cos_sin_cache), F(turned), F(positions),
+                           F(blocks), F(offsets), F(keys), F(values), F(tokens), F(heads),
                            F(kv_heads), F(size), F(block), F(num_blocks), F(num_positions), F(int8_kv), F(threads)});
 #undef AS
 #undef F

@@ -267,9 +267,11 @@ class Stack {
         linear->batch = s.tokens, linear->threads = s.threads, linear->scratch = &scratch;
       store.qkv = to.qkv, store.cos_sin_cache = layer.cos_sin_cache, store.positions = s.positions;
       store.norm = layer.qk_norm, store.turned = layer.turned;
-      store.blocks = s.slot_blocks + layer.table * s.slot_stride, store.offsets = s.slot_offsets, store.tokens = s.tokens;
+      store.blocks = s.slot_blocks + layer.table * s.slot_stride, store.offsets = s.slot_offsets;
+      store.tokens = s.tokens;
       store.heads = layer.heads, store.kv_heads = layer.kv_heads, store.size = layer.size, store.block = s.block;
-      single.q = to.qkv, single.tables = s.tables + layer.table * s.table_stride, single.contexts = s.contexts, single.out = to.heads;
+      single.q = to.qkv, single.tables = s.tables + layer.table * s.table_stride;
+      single.contexts = s.contexts, single.out = to.heads;
       single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = layer.kv_heads;
       single.group = layer.heads / layer.kv_heads, single.size = layer.size, single.block = s.block;
       single.scale = layer.scale;

@@ -346,7 +346,7 @@ def native_parts(layer: DecoderLayer) -> tuple[Linear, Linear, Ffn | Moe]:
 
 
 def modules_of(layer: DecoderLayer) -> Mapping[str, Module]:
-    """What of a native layer adapters may add to; without values of their own, attention's projections are none of it."""
+    """What of a native layer adapters may add to. Attention's projections are none of it where keys hold the values."""
     qkv, out, ffn = native_parts(layer)
     size = layer.size or out.d // layer.heads
     query, keys = layer.heads * size, layer.kv_heads * size

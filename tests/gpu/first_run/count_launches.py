@@ -62,8 +62,9 @@ def batch(decodes: int, chunks: tuple[Chunk, ...] = ()) -> StepBatch:
         return torch.zeros(*shape, dtype=torch.int64, device=DEVICE)
 
     tokens, rows = decodes + sum(chunk.length for chunk in chunks), decodes + len(chunks)
-    columns = [integers(tokens) for _ in range(4)]
-    return StepBatch(*columns, integers(rows, 64), integers(rows), decodes, 1024, chunks)
+    ids, positions, offsets = (integers(tokens) for _ in range(3))
+    blocks, tables = integers(1, tokens), integers(1, rows, 64)
+    return StepBatch(ids, positions, blocks, offsets, tables, integers(rows), decodes, 1024, chunks)
 
 
 STEPS = {

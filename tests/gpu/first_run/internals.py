@@ -231,9 +231,9 @@ def fill(runner: Runner, contexts: list[int], seed: int = 0) -> None:
         need = -(-context // BLOCK)
         table = order[at : at + need]
         at += need
-        inputs.tables[row, :need] = table
+        inputs.tables[0, row, :need] = table
         inputs.contexts[row] = context
-        ids, positions, blocks, offsets = inputs.tokens[:, row : row + 1]
+        ids, positions, offsets, blocks = inputs.tokens[:, row : row + 1]
         ids[0] = int(torch.randint(runner.model.config.vocab_size, (1,), generator=generator))
         positions[0], blocks[0], offsets[0] = context - 1, table[(context - 1) // BLOCK], (context - 1) % BLOCK
 

@@ -110,6 +110,14 @@ def load(path: Path) -> SpeculationResults:
         raise ComparisonError(f"{path} is not the result of a comparison of speculation: {error}") from None
 
 
+def is_kept_in(path: Path) -> bool:
+    """Whether a file holds results of this kind, and not of a comparison of servers."""
+    try:
+        return "asked" in msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
 def go_on(before: SpeculationResults, results: SpeculationResults) -> None:
     """Take over what was measured. Raises ComparisonError where it was another comparison or another machine."""
     asked, found = comparable(results.asked), comparable(before.asked)

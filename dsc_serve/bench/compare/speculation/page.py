@@ -162,4 +162,4 @@ def texts_table(results: SpeculationResults) -> Table:
             )
         )
     head = ("task", "tokens", "ms without", "ms with", "times as many tokens", "drafts that were right", "same answer")
-    return Table("", head, rows)
+    return Table("What drafts are worth, by task", head, rows)

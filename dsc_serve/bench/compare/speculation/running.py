@@ -71,10 +71,15 @@ def run_speculation(
     finally:
         torch.set_num_threads(threads)
     save(results, out / RESULTS)
+    write_report(results, out)
+    return results, whole
+
+
+def write_report(results: SpeculationResults, out: Path) -> None:
+    """As a page, and as tables in Markdown."""
     made = blocks(results)
     (out / PAGE).write_text(page(TITLE, made), encoding="utf-8")
     (out / TABLES).write_text(f"# {TITLE}\n\n{markdown_of(made)}\n", encoding="utf-8")
-    return results, whole
 
 
 def measure_texts(

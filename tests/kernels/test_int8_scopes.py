@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scopes import BACKENDS, BLOCK, CONTEXTS, DTYPES, HEADS, WINDOWS, Context, bound, error
+from test_scopes import BACKENDS, BLOCK, CONTEXTS, DTYPES, HEADS, Context, bound, error
 from torch import Tensor
 
 from dsc_kernels import native, plain
 from dsc_kernels.kv_rows import narrow_rows, widened_rows
 from dsc_kernels.weights import SCALE_BYTES, KvCache, QkNorm, Scope, Slots
 
+WINDOWS = (0, 1, 16, 65)
 pytestmark = pytest.mark.usefixtures("instruction_set")
 NATIVE = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -62,7 +63,7 @@ def test_single_tokens_are_those_of_the_oracle(kind: str, dtype: torch.dtype, ca
 @pytest.mark.parametrize("name", BACKENDS)
 def test_chunks_are_those_of_the_oracle(kind: str, dtype: torch.dtype, cap: float, name: str) -> None:
     for window in WINDOWS:
-        for new, context in ((1, 1), (2, 3), (7, 150), (100, 100), (100, 230)):
+        for new, context in ((1, 1), (7, 150), (100, 230)):
             c, scope = NarrowContext(kind, dtype, (context,), new), Scope(window, cap)
             seen = torch.arange(context - new + 1, context + 1)
             want = c.oracle(c.q, c.tables.expand(new, -1), seen, scope)

@@ -59,7 +59,6 @@ def companion_drafts(config: EngineConfig, model: Decoder, capacity: EngineCapac
         max_model_len=model.config.max_position_embeddings,
         num_blocks=len(windows) * (capacity.num_blocks // len(capacity.kv_windows)),
         block_size=capacity.block_size,
-        layers=model.config.num_hidden_layers,
         kv_windows=windows,
         step_tokens=config.step_tokens,
     )

@@ -15,7 +15,7 @@ from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.companion import difference
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import Engine, default_kv_tokens, prepare_model
+from dsc_serve.engine.engine import Engine, pool_blocks, prepare_model
 from dsc_serve.text.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]
@@ -91,10 +91,10 @@ def test_its_keys_and_values_are_counted(small_model: Callable[..., Path], monke
     config = EngineConfig(model=str(small_model()), threads=1)
     model = prepare_model(config)
     per_token = 2 * model.config.num_hidden_layers * model.config.kv_size * model.dtype.itemsize
-    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 5 * 600 * per_token + 5)
-    one = default_kv_tokens([model], config)
-    assert one == 600
-    assert default_kv_tokens([model, model], config) == 300
+    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 5 * 640 * per_token + 5)
+    one = pool_blocks(model, config) * config.block_size
+    assert one == 640
+    assert pool_blocks(model, config, model) * config.block_size == 320
     tight = msgspec.structs.replace(config, draft_model=config.model, speculation="auto", kv_tokens=10**6)
     pool = 2 * 10**6 * per_token * 2 // model.dtype.itemsize
     monkeypatch.setattr("dsc_serve.engine.room.available_memory", lambda: pool - 1)

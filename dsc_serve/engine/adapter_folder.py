@@ -38,7 +38,8 @@ class AdapterFolder:
             except OSError:
                 found = []
             self._names = now, sorted(name for name in found if not name.startswith("."))
-            self._stamps = {name: own for name, own in self._stamps.items() if name in set(found)}
+            for gone in self._stamps.keys() - set(found):
+                del self._stamps[gone]
         return self._names[1]
 
     def stamp(self, name: str) -> Stamp | None:

@@ -134,7 +134,7 @@ class Always(DraftSource):
 
 def test_others_go_on_behind_what_must_follow() -> None:
     forced, guess = Always(1, most=2), Always(2)
-    chances = {("forced", 0): 0.9, ("guess", 0): 0.6}
+    chances = {("forced", 0): Acceptance(0.9), ("guess", 0): Acceptance(0.6)}
     drafting = Drafting({"forced": forced, "guess": guess}, 5, chances, certain=["forced"])
     found = drafting.draft([7], 5)
     assert found is not None
@@ -178,7 +178,7 @@ def test_acceptance_forgets() -> None:
 
 
 def test_the_surest_source_drafts() -> None:
-    drafting = Drafting({"a": Always(1), "b": Always(2)}, 3, {("a", 0): 0.5, ("b", 0): 0.6})
+    drafting = Drafting({"a": Always(1), "b": Always(2)}, 3, {("a", 0): Acceptance(0.5), ("b", 0): Acceptance(0.6)})
     best = drafting.draft([0], 3)
     assert best is not None
     assert (best[0].source, list(best[0].tokens), list(best[1])) == ("b", [2, 2, 2], [0.6] * 3)

@@ -37,17 +37,17 @@ def expected(kind: str, ffn: dict[str, Any], changes: dict[str, Any]) -> tuple[l
     rows: list[Tensor] = []
     gates: list[Tensor] = []
     config = small_config(kind, ffn, **changes)
-    topk = Tensor.topk
+    name = f"{kind}_picks"
+    picks = getattr(naive_decoder, name)
 
-    def recorded(self: Tensor, k: int) -> Any:
-        found = topk(self, k)
-        values = found.values.softmax(0) if kind == "molora" else found.values
-        rows.append(found.indices)
-        gates.append(values / values.sum() if ffn.get("normalize_weights") else values)
-        return found
+    def recorded(*given: Any) -> tuple[Tensor, Tensor]:
+        weights, picked = picks(*given)
+        rows.append(picked)
+        gates.append(weights)
+        return weights, picked
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "topk", recorded)
+        patch.setattr(naive_decoder, name, recorded)
         naive_decoder.logits(config, wide_tensors(config), PROMPT)
     return [torch.stack(part).unflatten(0, (-1, len(PROMPT))) for part in (rows, gates)]  # type: ignore[return-value]
 

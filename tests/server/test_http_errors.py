@@ -161,7 +161,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(engine: FakeEngine) -> None
 
 
 def test_a_bug_is_answered_in_the_same_form(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_of(app), "check_model", lambda name: 1 / 0)
+    monkeypatch.setattr(service_of(app).catalogue, "resolve", lambda *asked: 1 / 0)
     assert check_error(complete(app), 500)["type"] == "server_error"
 
 

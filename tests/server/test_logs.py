@@ -100,7 +100,7 @@ def test_a_failure_of_the_server_is_logged_with_its_cause(
     engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = app_around(engine, None)
-    monkeypatch.setattr(app.state.service, "check_model", lambda name: 1 / 0)
+    monkeypatch.setattr(app.state.service.catalogue, "find", lambda *asked: 1 / 0)
     path = tmp_path / "log"
     with logging_to(LogConfig(log_file=str(path), log_format="json")):
         response = ask(app, "GET", "/v1/models/x", headers={"x-request-id": "id-9"})

@@ -54,7 +54,8 @@ def dsc(config: ModelConfig, c: DscConfig, w: Weights, p: str, x: Tensor) -> Ten
     return y
 
 
-def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Tensor:
+def moe_picks(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and experts [k] of one token."""
     routed = layer_norm(config, w, f"{p}router_norm", x) if c.router_norm else x
     logits = w[f"{p}router.weight"] @ routed
     scores = logits.softmax(0) if c.scoring == "softmax" else logits.sigmoid()
@@ -65,7 +66,11 @@ def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Ten
     allowed = [e for e in range(c.num_experts) if e // size in kept]
     experts = torch.tensor(sorted(allowed, key=lambda e: -choices[e])[: c.experts_per_token])
     values = scores[experts]
-    values = c.weight_scale * (values / values.sum() if c.normalize_weights else values)
+    return c.weight_scale * (values / values.sum() if c.normalize_weights else values), experts
+
+
+def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Tensor:
+    values, experts = moe_picks(config, c, w, p, x)
     pairs = zip(values, experts.tolist(), strict=True)
     y = sum((v * mlp(config, w, f"{p}experts.{e}.", x) for v, e in pairs), torch.zeros_like(x))
     if c.shared_expert is None:
@@ -74,11 +79,17 @@ def moe(config: ModelConfig, c: MoeConfig, w: Weights, p: str, x: Tensor) -> Ten
     return y + gate * mlp(config, w, f"{p}shared_expert.", x)
 
 
-def molora(config: ModelConfig, c: MoloraConfig, w: Weights, p: str, x: Tensor) -> Tensor:
+def molora_picks(config: ModelConfig, c: MoloraConfig, w: Weights, p: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and LoRAs [k] of one token."""
     logits = w[f"{p}router.weight"] @ layer_norm(config, w, f"{p}router_norm", x)
     values, adapters = logits.topk(c.adapters_per_token)
+    return values.softmax(0), adapters
+
+
+def molora(config: ModelConfig, c: MoloraConfig, w: Weights, p: str, x: Tensor) -> Tensor:
+    values, adapters = molora_picks(config, c, w, p, x)
     y = mlp(config, w, f"{p}static.", x)
-    for g, e in zip(values.softmax(0), adapters.tolist(), strict=True):
+    for g, e in zip(values, adapters.tolist(), strict=True):
         y = y + g * (w[f"{p}adapters_a"][e] @ x) @ w[f"{p}adapters_b"][e]
     return y
 

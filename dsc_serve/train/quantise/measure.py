@@ -40,6 +40,7 @@ def layer_costs(before: Path, after: Path, windows: Sequence[Tensor]) -> list[La
     with plainly():
         sources = [open_source(path) for path in (before, after)]
         walks = [Walk(source.config, source.weights()) for source in sources]
+        walks[1].ropes = walks[0].ropes  # which are filled as far as windows reach
         layers, rounded = ([walk.layer(i) for i in range(walk.config.num_hidden_layers)] for walk in walks)
         inputs = [walks[0].embedded(windows)]
         for layer in layers:

@@ -124,11 +124,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         int, Meta(ge=1, le=64, description="Most of these for one request in a step, with speculation auto.")
     ] = 7
     draft_model: Annotated[
-        str,
-        Meta(
-            description="Folder, GGUF file or embedded model's name of a smaller model with the same tokens, which "
-            "drafts with speculation auto; empty: none."
-        ),
+        str, Meta(description="A smaller model with the same tokens, which drafts with speculation auto; empty: none.")
     ] = ""
     grammar_timeout_s: Annotated[
         float, Meta(ge=0.1, le=60, description="Seconds to compile a structured output's grammar; beyond it: 400.")
@@ -164,10 +160,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.draft_model and self.speculation == "off":
-            raise ConfigError(
-                f"draft_model is {self.draft_model!r} but speculation is 'off', so that it would do nothing; set "
-                "speculation to 'auto', or leave draft_model out"
-            )
+            raise ConfigError(f"draft_model is {self.draft_model!r} but speculation is 'off'; it must be 'auto'")
         try:
             kept(self.keep)
         except KeepError as error:

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
-from dsc_serve.server.admission import too_many
+from dsc_serve.server.admission import shutting_down, too_many
 from dsc_serve.server.disconnect import client_gone
 from dsc_serve.server.errors import engine_down, from_parameter, out_of_time
 from dsc_serve.server.middleware import EXCHANGE, Exchange
@@ -47,7 +47,7 @@ class GrammarChecks:
     ) -> None:
         """Raises ApiError: 400 when the grammar cannot be used (`names` as in `from_parameter`), 408 where that is not
         known within the request's own `timeout_s`, 429 where too many wait, 503 without an engine or processes for
-        grammars; and ClientDisconnect.
+        grammars, and where the server ends; and ClientDisconnect.
         """
         asked = params.structured_outputs
         if asked is None:
@@ -62,6 +62,8 @@ class GrammarChecks:
         self._asking[name] += 1
         try:
             answer = await self._unless_gone(request, name, asked, timeout_s)
+        except asyncio.CancelledError:  # by the server alone, which ends: the engine knows of no such request
+            raise shutting_down() from None
         finally:
             self._asking[name] -= 1
             if not self._asking[name]:

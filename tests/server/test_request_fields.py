@@ -42,7 +42,14 @@ COMPLETION_ONLY = {"prompt", "echo", "best_of", "suffix"}
 COMPLETION_ONLY |= {"max_completion_tokens", "add_special_tokens"}
 ELSEWHERE |= {"truncate_prompt_tokens"}
 CHAT_ONLY = {"messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls"}
-CHAT_ONLY |= {"add_generation_prompt", "continue_final_message", "add_special_tokens", "echo", "prediction"}
+CHAT_ONLY |= {
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_special_tokens",
+    "echo",
+    "prediction",
+}
 
 NEUTRAL: dict[str, list[Any]] = {
     "audio": [],

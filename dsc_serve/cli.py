@@ -368,14 +368,8 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.bench.step.speculation_command import speculation_command
     from dsc_serve.scale.estimate_command import scale_model
+    from dsc_serve.train import command as training
     from dsc_serve.train.adapter_command import adapt_command, adapter_group
-    from dsc_serve.train.command import (
-        evaluate_command,
-        merge_experts_command,
-        prune_command,
-        study_command,
-        train_command,
-    )
     from dsc_serve.train.quantise.command import quantize_command
 
     bench.add_command(serve_command, "serve")
@@ -393,12 +387,12 @@ def _attach_commands() -> None:
     main.add_command(scale_model)
     main.add_command(adapter_group)
     main.add_command(adapt_command)
-    main.add_command(train_command, "train")
-    main.add_command(evaluate_command, "evaluate")
-    main.add_command(prune_command, "prune")
-    main.add_command(merge_experts_command, "merge-experts")
+    main.add_command(training.train_command, "train")
+    main.add_command(training.evaluate_command, "evaluate")
+    main.add_command(training.prune_command, "prune")
+    main.add_command(training.merge_experts_command, "merge-experts")
     main.add_command(quantize_command, "quantize")
-    main.add_command(study_command, "study")
+    main.add_command(training.study_command, "study")
 
 
 _attach_commands()

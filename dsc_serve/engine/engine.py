@@ -24,12 +24,13 @@ from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool
+from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
-from dsc_serve.engine.room import check_room, reserved_for_adapters
+from dsc_serve.engine.room import check_room
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
@@ -37,8 +38,7 @@ from dsc_serve.engine.step_report import StepReport
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.grammars.schema import FIELD
-from dsc_serve.kv_layout import KvLayout
-from dsc_serve.machine import available_memory, default_threads
+from dsc_serve.machine import default_threads
 from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import Decoder, dsc_layers
@@ -60,7 +60,6 @@ log = logging.getLogger(__name__)
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
 INT8_KV = (native.name, plain.name)
-KV_SHARE = {"cpu": 0.2, "cuda": 0.8}  # of the memory that is free, what a pool may take where its size is not given
 
 
 @dataclass
@@ -400,32 +399,3 @@ def prepare_model(config: EngineConfig) -> Decoder:
     for layer in dsc_layers(model):
         layer.planner = Planner(config.grouping, layer.shape, measured)
     return model
-
-
-def block_bytes(model: Decoder, config: EngineConfig) -> int:
-    """Bytes of a KV block."""
-    return config.block_size * model.group_bytes(config.kv_dtype == "int8")
-
-
-def pool_blocks(model: Decoder, config: EngineConfig, companion: Decoder | None = None) -> int:
-    """KV blocks for `kv_tokens` that all layers hold; where that is 0, for `max_running` full contexts, but at most
-    KV_SHARE of free memory and at least one context. companion: another model that keeps as many tokens.
-    """
-    c, layout = model.config, KvLayout(config.block_size, model.groups.windows)
-    if config.kv_tokens:
-        return layout.groups * layout.pages(config.kv_tokens)
-    per_block = block_bytes(model, config)
-    if companion is not None:
-        per_block += -(-len(companion.groups.windows) * block_bytes(companion, config) // layout.groups)
-    torch.cuda.empty_cache()  # else what loading left there would count as used
-    free = torch.cuda.mem_get_info(model.device)[0] if config.device == "cuda" else available_memory()
-    free = max(0, free - reserved_for_adapters(config))
-    context = layout.most_blocks(c.max_position_embeddings, config.step_tokens)
-    fitting = int(KV_SHARE[config.device] * free) // per_block
-    if fitting < context:
-        log.warning(
-            "the KV pool's %d tokens, one whole context, are more than %d %% of the %d MiB that are free; "
-            "set kv_tokens to choose its size",
-            *(c.max_position_embeddings, 100 * KV_SHARE[config.device], free >> 20),
-        )
-    return max(context, min(config.max_running * context, fitting))

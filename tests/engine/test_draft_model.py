@@ -15,7 +15,8 @@ from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.companion import difference
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import Engine, pool_blocks, prepare_model
+from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.text.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]
@@ -96,7 +97,7 @@ def test_its_keys_and_values_are_counted(
     c, at_least = model.config, 2  # bytes of a number, where nothing has been loaded
     row = c.head_dim + 4 if kind == "int8" else c.head_dim * model.dtype.itemsize
     per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * row
-    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 5 * 640 * per_token + 5)
+    monkeypatch.setattr("dsc_serve.engine.kv_size.available_memory", lambda: 5 * 640 * per_token + 5)
     assert pool_blocks(model, config) == 40
     assert pool_blocks(model, config, model) == 20
     tight = msgspec.structs.replace(config, draft_model=config.model, speculation="auto", kv_tokens=10**6)

@@ -13,8 +13,9 @@ from support.fake_runner import fake_engine
 from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
-from dsc_serve.engine import engine as engine_module
-from dsc_serve.engine.engine import pool_blocks, prepare_model
+from dsc_serve.engine import kv_size
+from dsc_serve.engine.engine import prepare_model
+from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.scheduling_params import SchedulingParams
@@ -133,7 +134,7 @@ def test_a_pool_of_one_context_that_takes_more_than_its_share_is_told(
     config = EngineConfig(model=str(small_model()), max_running=2)
     model, one = prepare_model(config), 2 * 2 * 32 * 4 * 48
     for free, tokens, told in ((50 * one, 96, 0), (5 * one, 48, 0), (5 * one - 1, 48, 1), (0, 48, 2)):
-        monkeypatch.setattr(engine_module, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(kv_size, "available_memory", lambda free=free: free)
         assert pool_blocks(model, config) * config.block_size == tokens
         assert len(caplog.records) == told
     assert "KV pool's 48 tokens, one whole context, are more than 20 % of the 0 MiB" in caplog.text

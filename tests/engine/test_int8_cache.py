@@ -14,7 +14,8 @@ from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import pool_blocks, prepare_model
+from dsc_serve.engine.engine import prepare_model
+from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.room import check_room
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -92,7 +93,7 @@ def test_a_draft_model_keeps_its_own_in_int8_too(variant: str) -> None:
 
 
 def test_the_pool_is_sized_by_real_bytes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsc_serve.engine.engine.available_memory", lambda: 2**19)
+    monkeypatch.setattr("dsc_serve.engine.kv_size.available_memory", lambda: 2**19)
     model = prepare_model(EngineConfig(model=folder, dtype="float32"))
     wide, narrow = (
         pool_blocks(model, EngineConfig(model=folder, dtype="float32", kv_dtype=kind, block_size=4))

@@ -33,7 +33,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     guard = Guarded()
     names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64")}
-    for part in (native.layers, native.attention, native.tokens, head):
+    for part in (native.layers, native.moe, native.attention, native.tokens, head):
         monkeypatch.setattr(part, "torch", SimpleNamespace(**names, empty=guard.empty))
     yield guard
     guard.check()

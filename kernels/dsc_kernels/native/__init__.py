@@ -23,7 +23,8 @@ from dsc_kernels.native.dispatch import (
 )
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.head import HEAD_PRECISIONS, Head, HeadPrecision, head_precision, screens_head, use_head
-from dsc_kernels.native.layers import NAME, Ffn, Linear, Moe, norm
+from dsc_kernels.native.layers import NAME, Ffn, Linear, norm
+from dsc_kernels.native.moe import Moe
 from dsc_kernels.native.packing import pack
 from dsc_kernels.native.stack import Stack, stack
 from dsc_kernels.native.tokens import min_hash_order, sample, tile_unions

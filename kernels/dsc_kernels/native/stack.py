@@ -24,7 +24,8 @@ from dsc_kernels.native.attention import (
 )
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.layers import Ffn, Linear, Moe
+from dsc_kernels.native.layers import Ffn, Linear
+from dsc_kernels.native.moe import Moe
 from dsc_kernels.native.packing import packed
 from dsc_kernels.native.tensors import address, check, is_bf16
 from dsc_kernels.quantised import Weight

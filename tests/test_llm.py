@@ -151,5 +151,8 @@ def test_it_takes_every_setting_of_the_engine() -> None:
 def test_a_name_that_is_no_setting_is_refused_with_the_one_that_was_meant() -> None:
     with pytest.raises(TypeError, match="max_runing is not a setting of the engine; did you mean max_running"):
         LLM(max_runing=2)
-    with pytest.raises(TypeError, match="colour is not a setting of the engine; known: model, context, dtype, device"):
+    with pytest.raises(
+        TypeError,
+        match="colour is not a setting of the engine; known: model, context, dtype, weights, keep, kv_dtype, device",
+    ):
         LLM(colour="red")

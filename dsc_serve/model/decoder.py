@@ -253,8 +253,12 @@ class Decoder:
             x = x * self.config.embedding_scale
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
-        for layer, ffn, cache in zip(self.layers, self._picking, kv_caches, strict=True):
-            x = layer(x, batch, cache) if picks is None else layer.picking(x, batch, cache, ffn, picks)
+        if picks is None:
+            for layer, cache in zip(self.layers, kv_caches, strict=True):
+                x = layer(x, batch, cache)
+        else:
+            for layer, ffn, cache in zip(self.layers, self._picking, kv_caches, strict=True):
+                x = layer.picking(x, batch, cache, ffn, picks)
         return x
 
     def _stacked(

@@ -67,7 +67,7 @@ def alive(script: str) -> bool:
     return any(script.encode() in file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.is_file())
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_systems_are_measured_in_turn_and_reported(tmp_path: Path, alone: bool) -> None:
     script = tmp_path / "answering_server.py"
     script.write_bytes(SERVER.read_bytes())

@@ -38,7 +38,7 @@ def present(path: str) -> bool:
     return path != "native" or bool(native.available())
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.full), "float32"])
 def test_the_command_prints_tables_and_writes_json_and_svg(dtype: str, tmp_path: Path) -> None:
     threads, kernels = torch.get_num_threads(), native.active()
     out, plot = tmp_path / "layer.json", tmp_path / "layer.svg"
@@ -100,7 +100,7 @@ def test_a_wrong_result_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "Traceback" not in result.output and not plot.exists()
 
 
-@pytest.mark.parametrize("swept", ["atoms", "picks"])
+@pytest.mark.parametrize("swept", ["atoms", pytest.param("picks", marks=pytest.mark.full)])
 def test_a_sweep_splits_time_and_bytes_by_part(swept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sweep.SWEEPS, swept, sweep.SWEEPS[swept][:2])
     out, plot = tmp_path / "sweep.json", tmp_path / "sweep.svg"

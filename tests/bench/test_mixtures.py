@@ -138,7 +138,9 @@ def test_a_mixture_and_its_two_dscs_are_measured_with_their_sizes_in_every_table
         assert any(label in table for label in labels), table
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.full] * bool(i)) for i, one in enumerate(MIXTURES)]
+)
 def test_the_layers_of_a_mixture_are_right_and_have_their_share_of_the_roofline(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

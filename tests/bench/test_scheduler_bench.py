@@ -71,6 +71,7 @@ def test_a_policy_or_size_that_cannot_be_is_named() -> None:
         assert done.exit_code == 1 and message in done.output
 
 
+@pytest.mark.full
 def test_the_engine_is_measured_with_and_without_the_prefix_cache(
     small_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -99,7 +99,8 @@ def test_what_is_refused_names_the_field_the_value_and_what_is_allowed(small_mod
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads weights fails."""
-    monkeypatch.setattr(ModelSource, "weights", lambda *_: pytest.fail("the weights were read"))
+    for name in ("weights", "stored_weights"):
+        monkeypatch.setattr(ModelSource, name, lambda *_: pytest.fail("the weights were read"))
 
 
 @pytest.mark.usefixtures("unread")

@@ -12,7 +12,7 @@ from dsc_serve.server.metrics.document import document, families
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 ALLOWED = {
     *("endpoint", "status", "finish_reason", "reason", "state", "part", "path", "order", "layer", "device", "le"),
-    *("version", "dtype", "kernels", "policy", "form", "source", "outcome", "adapter"),
+    *("version", "dtype", "kernels", "policy", "form", "held_in", "source", "outcome", "adapter"),
 }
 
 

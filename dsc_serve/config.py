@@ -48,10 +48,11 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="Compute in this dtype; auto: as stored (float16: bfloat16), where the device is fast in it."),
     ] = "auto"
     weights: Annotated[
-        Literal["auto", "bfloat16", "int8", "int4"],
+        Literal["auto", "stored", "bfloat16", "int8", "int4"],
         Meta(
-            description="Hold weights so: auto: as stored, quantised ones too; bfloat16: none quantised, in the dtype; "
-            "int8, int4: what takes more bits is rounded at load, by sane parts (quantisation.md)."
+            description="Hold weights so: stored: as they are, quantised ones too; auto: the same, but GGUF files "
+            "dequantised; bfloat16: none quantised, in the dtype; int8, int4: what takes more bits is rounded at load, "
+            "by sane parts (quantisation.md)."
         ),
     ] = "auto"
     keep: Annotated[

@@ -26,7 +26,7 @@ IN_FOUR_BITS: Forms = {
     "bank": "int8",
 }
 BY_SETTING: Mapping[str, Forms] = {
-    "auto": AS_STORED,
+    "stored": AS_STORED,
     "bfloat16": dict.fromkeys(PARTS, "bfloat16"),
     "int8": dict.fromkeys(PARTS, "int8"),
     "int4": IN_FOUR_BITS,

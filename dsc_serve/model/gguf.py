@@ -66,7 +66,7 @@ def gguf_source(file: Path) -> ModelSource:
     kinds = {entry.kind for entry in content.tensors if OUTER.get(entry.name) == EMBEDDING}
     dtype = FLOATS.get(kind_of(kinds.pop()), torch.bfloat16) if kinds else torch.bfloat16
     origin = Origin({**settings.content, "architectures": [family.architecture]}, file)
-    return ModelSource(file, config, tensors, dtype, partial(text_files, content), origin)
+    return ModelSource(file, config, tensors, dtype, partial(text_files, content), origin, auto_weights="bfloat16")
 
 
 def text_files(content: GgufFile) -> dict[str, str]:

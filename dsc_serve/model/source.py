@@ -65,6 +65,7 @@ class ModelSource:
 
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
     origin: the family's form that the tensors were brought from; None: they were made in the serving form.
+    auto_weights: the setting `weights` that "auto" is.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class ModelSource:
     dtype: torch.dtype
     texts: Callable[[], dict[str, str]]
     origin: Origin | None = None
+    auto_weights: str = "stored"
 
     def check(self) -> None:
         """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""

@@ -165,7 +165,7 @@ def test_greedy_tokens_of_the_file_are_those_of_its_values(weights: Path, import
     params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0, ignore_eos=True)
     found, logits = [], []
     for path in (imported, weights):
-        with LLM(str(path), dtype="float32") as llm:
+        with LLM(str(path), dtype="float32", weights="stored") as llm:
             given = prompts(llm)[:4]
             found.append([output.token_ids for output in llm.generate(given, params)])
             logits.append(torch.cat(llm.logits(given)))

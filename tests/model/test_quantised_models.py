@@ -84,12 +84,12 @@ def test_a_file_of_every_family_is_served_as_it_is(name: str, tmp_path: Path, mo
     monkeypatch.setattr("dsc_serve.model.gguf.stored", as_quantised)
     file = family_file(name, tmp_path / "m.gguf")
     want = logits_of(file, weights="bfloat16", kernels="plain")
-    assert error(logits_of(file, kernels="plain"), want) < 1e-4
-    got = logits_of(file)
+    assert error(logits_of(file, weights="stored", kernels="plain"), want) < 1e-4
+    got = logits_of(file, weights="stored")
     # A router whose logits nearly tie picks another expert for a token, and sharp attention magnifies what is rounded.
     rows = (got - want).norm(dim=1) / want.norm(dim=1)
     assert float(rows.median()) < 2 * NEAR and error(got, want) < 4 * NEAR
-    model = load_model(file, "float32", CPU)
+    model = load_model(file, "float32", CPU, weights="stored")
     held, c = model.held, model.config
     made = 0 if c.latent_size is None else 4 * c.num_hidden_layers * c.projected * c.hidden_size  # of two matrices each
     assert held["float32"] - made < 0.1 * sum(held.values())
@@ -100,15 +100,15 @@ def test_a_file_of_all_kinds_that_keep_their_values(tmp_path: Path, monkeypatch:
     write(tmp_path / "m.gguf", wide_tensors(model), model, byte_level_vocabulary(), quantised=False)
     assert len(named) == 15
     want = logits_of(tmp_path / "m.gguf", weights="bfloat16", kernels="plain")
-    assert error(logits_of(tmp_path / "m.gguf", kernels="plain"), want) < 1e-4
-    assert error(logits_of(tmp_path / "m.gguf"), want) < NEAR
+    assert error(logits_of(tmp_path / "m.gguf", weights="stored", kernels="plain"), want) < 1e-4
+    assert error(logits_of(tmp_path / "m.gguf", weights="stored"), want) < NEAR
 
 
 def test_no_copy_of_a_file_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantising(monkeypatch, (Kind.Q4_1,))
     model = config(**WIDE)
     write(tmp_path / "m.gguf", wide_tensors(model), model, byte_level_vocabulary(), quantised=False)
-    found = load_model(tmp_path / "m.gguf", "float32", CPU)
+    found = load_model(tmp_path / "m.gguf", "float32", CPU, weights="stored")
     assert found.held.keys() == {"int4 in groups of 32"}
     matrices = sum(
         torch.Size(own.shape).numel() for own in open_source(tmp_path / "m.gguf").tensors.values() if len(own.shape) > 1
@@ -129,7 +129,7 @@ def test_a_scale_that_is_not_finite_is_refused_by_its_tensors_name(
         stream.seek(entry.data_offset + 3 * gguf.GGML_QUANT_SIZES[kind][1])
         stream.write(np.array([number], dtype=np.float16).tobytes())
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight holds 1 scales"):
-        load_model(file, "float32", CPU)
+        load_model(file, "float32", CPU, weights="stored")
 
 
 # --- checkpoints of the serving form
@@ -228,10 +228,10 @@ def test_what_is_stored_in_fewer_bits_stays_and_bfloat16_is_none(
     write(tmp_path / "m.gguf", wide_tensors(model), model, byte_level_vocabulary(), quantised=False)
     held = {
         weights: load_model(tmp_path / "m.gguf", "float32", CPU, weights=weights).held
-        for weights in ("auto", "int8", "int4", "bfloat16")
+        for weights in ("auto", "stored", "int8", "int4", "bfloat16")
     }
-    assert held["auto"] == held["int8"] == held["int4"]
-    assert held["bfloat16"].keys() == {"float32"}
+    assert held["stored"] == held["int8"] == held["int4"]
+    assert held["auto"].keys() == held["bfloat16"].keys() == {"float32"}
 
 
 def test_exceptions_hold_by_parts(tmp_path: Path) -> None:

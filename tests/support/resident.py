@@ -19,7 +19,7 @@ def resident():
 torch.set_num_threads(1)
 load_model(resolve_model("dsc-tiny"), "float32", torch.device("cpu"))  # what is loaded once, by any model
 before = resident()
-model = load_model(Path(sys.argv[1]), "auto", torch.device("cpu"))
+model = load_model(Path(sys.argv[1]), "auto", torch.device("cpu"), weights="stored")
 print(resident() - before, sum(model.held.values()))
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +176,7 @@ def generate(
 @click.option("--kernels", default="auto", show_default=True, help="As in serve.")
 def inspect(model: str, dtype: Any, weights: Any, keep: str, kernels: str) -> None:
     """Describe MODEL: architecture, parameters, bank, certificate, and the kernels that would serve it here."""
-    from dsc_serve.engine.engine import prepare_model
+    from dsc_serve.engine.preparation import prepare_model
     from dsc_serve.model.description import describe
     from dsc_serve.text.tokenizer import Tokenizer
 
@@ -317,49 +316,10 @@ def kernels() -> None:
     """Look at the kernels themselves."""
 
 
-@kernels.command(short_help="Measure what the choice of kernels' paths depends on.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Compute threads  [default: all cores].")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-def calibrate(threads: int, dtype: str) -> None:
-    """Measure this machine's rates, keep them in the user's cache folder, and show what they decide."""
-    import torch
-
-    from dsc_kernels.plan import Shape, Sharing, choose, layer_seconds, size
-    from dsc_serve.config import calibration_file
-    from dsc_serve.machine import default_threads
-    from dsc_serve.model.calibration import key, measure
-
-    torch.set_num_threads(threads or default_threads())
-    kind = getattr(torch, dtype)
-    found = measure(kind)
-    click.echo(f"{key(kind)}, kept in {calibration_file()}")
-    for level in found.gather:
-        held = "more" if math.isinf(level.size) else f"up to {size(level.size)}"
-        click.echo(f"  gather from {held}: {1e-9 / level.seconds_per_byte:.1f} GB/s")
-    click.echo(f"  stream weights: {found.stream / 1e9:.1f} GB/s")
-    for name, rate in found.flops.items():
-        click.echo(f"  products in {name}: {rate / 1e12:.2f} TFLOP/s")
-    click.echo(f"  order a token: {1e9 * found.order_token:.0f} ns, and {1e9 * found.order_pick:.1f} ns per pick")
-    sharing = Sharing(0.95, 0.5, 0.5)
-    click.echo("for a layer of M, K, d, H and B tokens whose ρ would fall from 0.95 to 0.50:")
-    for shape in (
-        Shape(1523, 4, 384, 327, kind),
-        Shape(65536, 4, 1024, 1024, kind),
-        Shape(16384, 32, 4096, 4096, kind),
-    ):
-        for batch in (16, 512):
-            parts = layer_seconds(batch, shape, found, sharing)
-            share = parts["composition"] / sum(parts.values())
-            choice = choose(batch, shape, found, sharing)
-            click.echo(
-                f"  {shape.atoms}, {shape.k}, {shape.d}, {shape.hidden}, B {batch}: {choice.path}, {choice.reason}; "
-                f"the composition is {share:.0%} of the layer"
-            )
-
-
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
     from dsc_serve.bench.compare.command import compare_command, peer_model_command, report_command
+    from dsc_serve.bench.layer.calibrate_command import calibrate_command
     from dsc_serve.bench.layer.command import layer_command
     from dsc_serve.bench.load.command import overload_command, serve_command
     from dsc_serve.bench.step.batching_command import batching_command
@@ -384,6 +344,7 @@ def _attach_commands() -> None:
     bench.add_command(batching_command, "batching")
     bench.add_command(speculation_command, "speculation")
     kernels.add_command(aot_command, "aot")
+    kernels.add_command(calibrate_command, "calibrate")
     main.add_command(scale_model)
     main.add_command(adapter_group)
     main.add_command(adapt_command)

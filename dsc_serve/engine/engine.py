@@ -7,12 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from dsc_kernels import native, ops, plain
-from dsc_kernels.plan import Planner
 from dsc_serve.adapter_choice import AdapterChoice
-from dsc_serve.config import DTYPES, ConfigError, EngineConfig, resolve_model
+from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.arrivals import Arrivals, adapters_of, count_adapters, hold
@@ -30,7 +26,6 @@ from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
-from dsc_serve.engine.room import check_room
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.scheduler import Scheduler
@@ -38,9 +33,6 @@ from dsc_serve.engine.step_report import StepReport
 from dsc_serve.grammars.constraint import Constraint
 from dsc_serve.grammars.follower import GrammarLimits, Grammars
 from dsc_serve.grammars.schema import FIELD
-from dsc_serve.machine import default_threads
-from dsc_serve.model.calibration import constants
-from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.model.ffn.picks import picking_layers
 from dsc_serve.parameter_errors import ParameterError
@@ -54,12 +46,8 @@ from dsc_serve.sampling_params import (
 )
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
-from dsc_serve.weight_forms import KeepError
 
 log = logging.getLogger(__name__)
-
-DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
-INT8_KV = (native.name, plain.name)
 
 
 @dataclass
@@ -367,35 +355,3 @@ def blame(news: Delta, request: Request) -> Delta:
 def grammar_limits(config: EngineConfig) -> GrammarLimits:
     memory, together = config.grammar_memory_mb << 20, config.grammars_memory_mb << 20
     return GrammarLimits(config.grammar_timeout_s, memory, together, config.drafts)
-
-
-def prepare_model(config: EngineConfig) -> Decoder:
-    """Set the compute threads and load the configured model. Raises ConfigError or CheckpointError in one line."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch finds no CUDA device; allowed here: cpu")
-    try:
-        ops.use(config.kernels)
-        native.use_router(config.router_precision)
-        native.use_head(config.head_precision)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    device = DEVICES[config.device]
-    for name in ("router_precision", "head_precision"):
-        if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
-            what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
-            raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
-    if config.kv_dtype == "int8" and ops.backend(torch.float32, device).name not in INT8_KV:
-        what = "kv_dtype is 'int8', which native kernels and plain torch serve"
-        raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto")
-    torch.set_num_threads(config.threads or default_threads())
-    check_room(resolve_model(config.model), config)
-    try:
-        model = load_model(
-            resolve_model(config.model), DTYPES[config.dtype], device, config.context, config.weights, config.keep
-        )
-    except KeepError as error:
-        raise ConfigError(str(error)) from None
-    measured = constants(model.dtype) if model.device.type == "cpu" else None
-    for layer in dsc_layers(model):
-        layer.planner = Planner(config.grouping, layer.shape, measured)
-    return model

@@ -9,7 +9,6 @@ from itertools import compress
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dsc_kernels.plan import Planner
@@ -18,6 +17,7 @@ from dsc_serve.engine.adapter_runs import adapter_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
+from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.position import Further, Position, PositionAhead, agreed
@@ -34,7 +34,6 @@ HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
 ALIGNMENT = 16  # Triton compiles kernels apart for sizes that this divides
 
 Work = Sequence[tuple[Request, int]]
-Held = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # ids, positions, blocks, offsets, tables, contexts
 
 
 @dataclass
@@ -66,69 +65,6 @@ class StepResult:
         self.forward_s += other.forward_s
         self.waited_s += other.waited_s
         self.foreseen_s += other.foreseen_s
-
-
-class Inputs:
-    """A step's inputs, filled on the host in place and copied into buffers on the device that stay where they are.
-
-    tokens: int64 [3 + groups, step tokens], rows of ids, positions, offsets and each group's blocks; tables: int64
-    [groups, requests, width]; contexts: int64 [requests].
-    """
-
-    def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device, groups: int = 1) -> None:
-        on_host = device.type == "cpu"
-        shapes = ((3 + groups, step_tokens), (groups, requests, width), (requests,))
-        self.tokens, self.tables, self.contexts = (
-            torch.zeros(shape, dtype=torch.int64, pin_memory=not on_host) for shape in shapes
-        )
-        # The same memory for the host to write: to numpy each view of a tensor is a new array.
-        self.columns, self._tables, self.rows = tuple(self.tokens.numpy()), self.tables.numpy(), self.contexts.numpy()
-        self._held: list[NDArray[np.int64] | None] = [None] * requests
-        self._last: tuple[tuple[int, int], Held] | None = None  # steps of one size follow each other
-        self._copies = None if on_host else [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
-        self._copied = None if on_host else torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def hold(self, row: int, table: NDArray[np.int64]) -> None:
-        """Let a row of the tables begin with a request's, which is a new array whenever it changes."""
-        if self._held[row] is not table:
-            self._tables[:, row, : table.shape[1]] = table
-            self._held[row] = table
-
-    def wait(self) -> None:
-        """Until the last step's inputs have left the host's buffers, which may then be filled again."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def pad(self, start: int, end: int, block: int) -> None:
-        """Let rows and columns from `start` to `end` be sequences of one token, written to a block of nobody's."""
-        self.tokens[:, start:end] = 0
-        self.tokens[3:, start:end] = block
-        self._held[start:end] = [None] * len(self._held[start:end])
-        self.tables[:, start:end, 0] = block
-        self.contexts[start:end] = 1
-
-    def held(self, tokens: int, requests: int) -> Held:
-        """Where the model computes: the first `tokens` of each column, then `requests` rows of tables and contexts."""
-        if self._last is None or self._last[0] != (tokens, requests):
-            columns, tables, contexts = self._copies or (self.tokens, self.tables, self.contexts)
-            ids, positions, offsets = columns[:3, :tokens]
-            self._last = (
-                (tokens, requests),
-                (ids, positions, columns[3:, :tokens], offsets, tables[:, :requests], contexts[:requests]),
-            )
-        return self._last[1]
-
-    def on_device(self, tokens: int, requests: int) -> Held:
-        """The same, after copying them there."""
-        if self._copies is not None and self._copied is not None:
-            columns, tables, contexts = self._copies
-            for there, here in zip(columns, self.tokens, strict=True):  # what is in one piece needs no other memory
-                there[:tokens].copy_(here[:tokens], non_blocking=True)
-            for there, here in zip(tables, self.tables, strict=True):
-                there[:requests].copy_(here[:requests], non_blocking=True)
-            contexts[:requests].copy_(self.contexts[:requests], non_blocking=True)
-            self._copied.record()
-        return self.held(tokens, requests)
 
 
 class Runner:

@@ -22,8 +22,9 @@ import torch
 from dsc_kernels import ops
 from dsc_serve.config import ConfigError, resolve_model
 from dsc_serve.engine.adapter_report import AdapterReport
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.frames import read_frame
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.machine import default_threads

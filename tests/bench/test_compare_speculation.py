@@ -21,7 +21,7 @@ from dsc_serve.bench.step.scripted import ScriptedRunner
 from dsc_serve.bench.step.speculation import Task, engine_for, run
 from dsc_serve.cli import main
 from dsc_serve.config import EngineConfig, resolve_model
-from dsc_serve.engine.engine import prepare_model
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.structured_outputs import StructuredOutputs
 
 SMALL = SpeculationComparison(

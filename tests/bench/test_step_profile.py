@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from support.small_models import small_config, wide_tensors
 
 from dsc_kernels import native, ops
+from dsc_serve.bench.step.least import read_bytes, weight_bytes, work
 from dsc_serve.bench.step.profile import (
     BESIDE,
     OPERATORS,
@@ -19,9 +20,6 @@ from dsc_serve.bench.step.profile import (
     SAMPLINGS,
     context_needed,
     profile,
-    read_bytes,
-    weight_bytes,
-    work,
 )
 from dsc_serve.cli import main
 from dsc_serve.config import EngineConfig

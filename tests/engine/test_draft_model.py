@@ -15,8 +15,9 @@ from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
 from dsc_serve.engine.companion import difference
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.kv_size import pool_blocks
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.text.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 8, list(range(12)), [9]]

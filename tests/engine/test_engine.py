@@ -14,9 +14,9 @@ from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine import kv_size
-from dsc_serve.engine.engine import prepare_model
 from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.policies import POLICIES
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.scheduling_params import SchedulingParams
 

@@ -14,8 +14,8 @@ from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.engine import prepare_model
 from dsc_serve.engine.kv_size import pool_blocks
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.room import check_room
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -107,6 +107,6 @@ def test_the_pool_is_sized_by_real_bytes(folder: str, monkeypatch: pytest.Monkey
 
 
 def test_where_it_is_not_served_it_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsc_serve.engine.engine.INT8_KV", ())
+    monkeypatch.setattr("dsc_serve.engine.preparation.INT8_KV", ())
     with pytest.raises(ConfigError, match=r"kv_dtype is 'int8', which native kernels and plain torch serve; allowed"):
         prepare_model(EngineConfig(model=folder, kv_dtype="int8"))

@@ -18,7 +18,8 @@ from dsc_kernels.min_hash import scramble
 from dsc_kernels.sketch import BITS, Signature, Sketch
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.model.checkpoint import save_checkpoint

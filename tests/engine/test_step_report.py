@@ -10,8 +10,9 @@ import pytest
 from support.fake_runner import fake_engine
 
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.histogram import Histogram
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.sampling_params import SamplingParams
 
 FOUR = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)

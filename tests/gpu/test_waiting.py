@@ -18,8 +18,9 @@ from dsc_kernels import ops, plain
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine import engine as engine_module
 from dsc_serve.engine import sampler
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.sampling_params import SamplingParams

@@ -14,7 +14,7 @@ from dsc_kernels import native
 from dsc_kernels.plan import DeviceConstants, Level, Planner, Shape, Sharing, choose, layer_seconds
 from dsc_serve.cli import main
 from dsc_serve.config import EngineConfig, calibration_file
-from dsc_serve.engine.engine import prepare_model
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.decoder import dsc_layers
 
 NEAR, FAR = 1e-11, 5e-11

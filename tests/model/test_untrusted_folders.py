@@ -15,7 +15,7 @@ from support.small_models import SMALL_FFN
 
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine import room
-from dsc_serve.engine.engine import prepare_model
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.source import ModelSource
 from dsc_serve.text.tokenizer import Tokenizer, TokenizerError

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dsc_serve.config import EngineConfig, LifeConfig
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.server.admission import Permits
 from dsc_serve.server.extensions import GenerationTimes

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsc_kernels import ops
 from dsc_kernels.gpu import compiler
-from dsc_serve.engine import engine
+from dsc_serve.engine import preparation
 
 DEVICE = torch.device("meta")
 
@@ -142,6 +142,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Iterator[
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 2 * free_bytes))
     monkeypatch.setattr(compiler, "serves", serves)
     monkeypatch.setattr(ops, "triton_serves", serves)
-    monkeypatch.setitem(engine.DEVICES, "cuda", DEVICE)
+    monkeypatch.setitem(preparation.DEVICES, "cuda", DEVICE)
     with gpu:
         yield gpu

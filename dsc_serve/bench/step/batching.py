@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from dsc_kernels.plan import Mode, Planner
 from dsc_serve.bench.machine import describe_machine, load_average
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.decoder import Decoder, dsc_layers
 from dsc_serve.sampling_params import SamplingParams
 

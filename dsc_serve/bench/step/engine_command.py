@@ -57,7 +57,7 @@ def engine_command(
     cache.
     """
     resolve_model(model)
-    from dsc_serve.engine.engine import prepare_model
+    from dsc_serve.engine.preparation import prepare_model
 
     config = EngineConfig(model=model, threads=threads, dtype=dtype)  # type: ignore[arg-type]  # checked by the option
     loaded = prepare_model(config)

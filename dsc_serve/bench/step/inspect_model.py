@@ -19,9 +19,11 @@ from torch import Tensor
 
 from dsc_serve.bench.compare.peer_model import describe_foreign
 from dsc_serve.bench.layer.roofline import phases, screened
-from dsc_serve.bench.step.profile import PROMPT_TOKENS, context_needed, profile, screens_head, screens_router
+from dsc_serve.bench.step.least import screens_head, screens_router
+from dsc_serve.bench.step.profile import PROMPT_TOKENS, context_needed, profile
 from dsc_serve.config import EngineConfig, resolve_model
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.decoder import Decoder, parameter_counts, tensor_shapes

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from dsc_kernels import ops
-from dsc_serve.bench.layer.roofline import RooflinePhase, gemm_rate, phases, screened
+from dsc_serve.bench.layer.roofline import gemm_rate
+from dsc_serve.bench.step.least import read_bytes, weight_bytes, work
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.runner import Runner
-from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConfig
-from dsc_serve.model.decoder import Decoder, dsc_layers
+from dsc_serve.model.config import MoeConfig
+from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.text.stream import TextStream
 from dsc_serve.text.tokenizer import Tokenizer
@@ -304,78 +305,6 @@ def split_blocks(clock: PartTimer, model: Decoder) -> None:
     clock.spent["ffn waiting"] = max(0.0, ffn - sum(inside.values()))
     for name in ("embed", "norms", "projections", "kv writes", "attention"):
         clock.spent[name] = spent[name]
-
-
-def expected_distinct(config: ModelConfig, batch: int) -> float:
-    """Different atoms, adapters or experts of a step whose tokens pick uniformly."""
-    c = config.ffn
-    if isinstance(c, DscConfig):
-        among, k = c.num_atoms, c.atoms_per_token
-    elif isinstance(c, MoeConfig):
-        among, k = c.num_experts, c.experts_per_token
-    elif isinstance(c, MoloraConfig):
-        among, k = c.num_adapters, c.adapters_per_token
-    else:
-        return 0.0
-    return float(among * (1 - (1 - k / among) ** batch))
-
-
-def screens_router(model: Decoder) -> bool:
-    """Whether this model's FFN layers screen their routers in int8."""
-    return any(layer.layer.screened for layer in dsc_layers(model))
-
-
-def screens_head(model: Decoder) -> bool:
-    """Whether this model's head screens words in int8, where no logits are asked for."""
-    return model.head.screened
-
-
-def ffn_phases(model: Decoder, batch: int) -> list[RooflinePhase]:
-    """All FFN layers', one after the other, int8 routers counted as such."""
-    element, screening = model.dtype.itemsize, screens_router(model)
-    found: list[RooflinePhase] = []
-    for layer in model.config.layers:
-        own = phases(layer, batch, expected_distinct(layer, batch), element)
-        if screening:
-            router, static, again, bank = screened(own, element)
-            own = [RooflinePhase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
-        found += own
-    return found
-
-
-def work(model: Decoder, batch: int, context: float, greedy: bool) -> dict[str, tuple[float, float]]:
-    """Bytes read at least and FLOPs of a step's parts; a screened head's without the few panels multiplied again."""
-    c, e = model.config, model.dtype.itemsize
-    layers, d = c.num_hidden_layers, c.hidden_size
-    projections = layers * d * c.projected
-    seen = sum(min(context, layer.window or context) for layer in c.layers)
-    head = c.vocab_size * d / (e if greedy and screens_head(model) else 1)
-    names = {"bank": "compose"}
-    found = {
-        "projections": (projections * e, 2.0 * batch * projections),
-        "attention": (batch * seen * c.cached_size * e, batch * seen * 4.0 * c.query_size),
-        "head": (head * e, 2.0 * batch * head),
-    }
-    for phase in ffn_phases(model, batch):
-        name = names.get(phase.name, phase.name)
-        if isinstance(c.ffn, MoeConfig):
-            name = "experts"
-        size, flops = found.get(name, (0.0, 0.0))
-        found[name] = size + phase.bytes, flops + phase.flops
-    return found
-
-
-def weight_bytes(model: Decoder, batch: int) -> float:
-    """Of all weights that a step needs, each once, in the model's dtype."""
-    c, e = model.config, model.dtype.itemsize
-    ffn = sum(p.bytes for layer in c.layers for p in phases(layer, batch, expected_distinct(layer, batch), e))
-    attention = c.hidden_size * c.projected * e
-    return ffn + c.num_hidden_layers * attention + c.vocab_size * c.hidden_size * e
-
-
-def read_bytes(model: Decoder, batch: int, greedy: bool) -> float:
-    """Of all weights that a step reads, each once; of those that it screens, the int8."""
-    return sum(size for name, (size, _) in work(model, batch, 0.0, greedy).items() if name != "attention")
 
 
 def format_profiles(found: list[StepProfile]) -> str:

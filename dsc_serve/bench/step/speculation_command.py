@@ -49,7 +49,7 @@ def speculation_command(
     resolve_model(model)
     from dsc_serve.bench.step.engine_command import machine
     from dsc_serve.bench.step.speculation import Task, compare, format_rows, format_widths, step_times
-    from dsc_serve.engine.engine import prepare_model
+    from dsc_serve.engine.preparation import prepare_model
 
     config = EngineConfig(model=model, threads=threads, dtype=dtype, max_drafts=max_drafts)  # type: ignore[arg-type]
     loaded = prepare_model(config)

@@ -11,7 +11,8 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_serve.bench.step.speculation import Task, fixed_engine
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.decoder import Decoder
 
 STEPS = 6  # of each width

@@ -15,7 +15,8 @@ from dsc_serve.bench.step.known_drafts import known_kinds
 from dsc_serve.bench.step.speculation import Task, engine_for, run, step_times
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.drafts.drafter import Drafter
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.model.decoder import Decoder, parameter_counts
 
 Report = Callable[[str], None]

@@ -11,7 +11,8 @@ import msgspec
 from dsc_serve.bench.compare.comparison import ComparisonError
 from dsc_serve.bench.compare.speculation.found import SpeculationResults, TextRow
 from dsc_serve.config import EngineConfig, resolve_model
-from dsc_serve.engine.engine import Engine, prepare_model
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.text.tokenizer import Tokenizer

@@ -16,14 +16,16 @@ FIELD = "draft_model"
 
 
 def load_companion(config: EngineConfig, model: Decoder, tokenizer: Tokenizer | None) -> Decoder:
-    """The model of `draft_model`, on the served one's device and in its dtype.
+    """The model of `draft_model`, on the served one's device, in its dtype and with weights held as `weights` says.
+
+    What `keep` names is the served model's alone.
 
     Raises ConfigError where its tokens are not the served model's, ConfigError and CheckpointError where it cannot be
     loaded.
     """
     path = resolve_model(config.draft_model)
     dtype = "float32" if model.dtype == torch.float32 else DTYPES[config.dtype]
-    loaded = load_model(path, dtype, model.device)
+    loaded = load_model(path, dtype, model.device, weights=config.weights)
     ours, theirs = model.config.vocab_size, loaded.config.vocab_size
     if ours != theirs:
         raise ConfigError(

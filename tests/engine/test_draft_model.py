@@ -13,7 +13,7 @@ from support.drafts import FreeDrafts, all_there_are
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
-from dsc_serve.engine.companion import difference
+from dsc_serve.engine.companion import difference, load_companion
 from dsc_serve.engine.drafts.drafting import COMPANION
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.kv_size import pool_blocks
@@ -122,3 +122,12 @@ def test_what_it_drafts_is_counted_by_its_name() -> None:
         assert llm.engine.counters.steps < steps / 2
         assert drafter.report.accepted[COMPANION] > 20
     assert found.text == alone.text
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_its_weights_are_held_as_the_served_ones(weights: str) -> None:
+    config = EngineConfig(model="dsc-tiny", draft_model="dsc-tiny", speculation="auto", threads=1, weights=weights)
+    served = prepare_model(config)
+    loaded = load_companion(config, served, Tokenizer.load(resolve_model("dsc-tiny")))
+    assert loaded.held == served.held
+    assert any("int8" in form for form in loaded.held) == (weights == "int8")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from dsc_serve.engine.drafts import SourceKind
 from dsc_serve.engine.drafts.drafting import COMPANION, DraftSource
@@ -15,6 +17,8 @@ from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.request import NO_BLOCKS, Request
 from dsc_serve.kv_layout import blocks_for
 from dsc_serve.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
 
 CHANCE = 0.6  # that a draft is right, before any was tried
 CATCH_UP = 256  # tokens that are read before a step's drafts, at most: others wait meanwhile
@@ -85,6 +89,7 @@ class DraftModel:
         self._runner, self._block_size, self._context = runner, block_size, context
         self._step_tokens = step_tokens
         self._held: OrderedDict[int, CompanionSource] = OrderedDict()
+        self._failed = False  # which is told once
 
     def kind(self) -> SourceKind:
         """As the registry of sources knows it."""
@@ -93,14 +98,18 @@ class DraftModel:
     def draft(self, asked: Sequence[tuple[Request, int]]) -> None:
         """Draft for each of these requests, at most so many tokens; its source then has them.
 
-        Where memory runs out nobody has any, and all sequences are read anew.
+        Where the smaller model fails nobody has any, and all sequences are read anew: drafts are nobody's right. What a
+        device is broken by is told.
         """
         began = time.perf_counter()
         try:
             self._draft(asked)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, torch.AcceleratorError):
                 raise
+            if not is_out_of_memory(error) and not self._failed:
+                log.exception("the draft model failed; its drafts are left out where it does")
+                self._failed = True
             for source in list(self._held.values()):
                 self.release(source)
         self.spent_s = time.perf_counter() - began

@@ -109,6 +109,9 @@ class Renderer:
             return self._ask(asked)
         except UnicodeEncodeError:
             raise RendererError("the messages hold a lone surrogate, which is not valid Unicode") from None
+        except OverflowError:
+            what = "the messages, tools or chat_template_kwargs hold a whole number of more than 64 bits"
+            raise RendererError(what) from None
 
     def close(self) -> None:
         """Safe to call twice."""

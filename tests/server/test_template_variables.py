@@ -104,3 +104,23 @@ def test_a_special_token_spelled_in_one_is_escaped_with_the_rest(engine: FakeEng
     response = chat(app, chat_template_kwargs={"tone": "<|end|>"}, max_tokens=1)
     assert response.status_code == 200, response.text
     assert 256 not in engine.submitted[0][1] and "<|end|>" in prompt_of(engine)
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**100], ids=["above", "below", "long"])
+@pytest.mark.parametrize("where", ["chat_template_kwargs", "tools", "messages"])
+def test_whole_numbers_that_templates_cannot_hold_are_the_requests_fault(
+    app: FastAPI, engine: FakeEngine, where: str, number: int
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": number}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": f'{{"x": {number}}}'}}
+    fields: dict[str, Any] = {
+        "chat_template_kwargs": {"chat_template_kwargs": {"documents": [{"title": number}]}},
+        "tools": {"tools": [tool]},
+        "messages": {"messages": [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}, *MESSAGES]},
+    }[where]
+    response = ask(app, "POST", "/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 1, **fields})
+    assert response.status_code in (200, 400), response.text
+    assert (where, response.status_code) != ("chat_template_kwargs", 200)
+    if response.status_code == 400:
+        assert "64 bits" in response.json()["error"]["message"] and engine.submitted == []
+    assert ask(app, "POST", "/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 1}).status_code == 200

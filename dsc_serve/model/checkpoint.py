@@ -121,9 +121,11 @@ def load_model(
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
     weights = source.auto_weights if weights == "auto" else weights
     forms, computed = forms_for(config, weights, keep), choose_dtype(dtype, source.dtype, device)
+    dequantised = set(forms.values()) == {"bfloat16"}  # then nothing is brought into our forms first
     with LoadingProgress(source) as progress:
+        tensors = source.weights(progress) if dequantised else source.stored_weights(progress)
         try:
-            model = Decoder(config, source.stored_weights(progress), computed, device, forms)
+            model = Decoder(config, tensors, computed, device, forms)
         except CheckpointError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None

@@ -19,10 +19,11 @@ Form = Literal["sum", "product of sums"]
 
 
 class UnknownAdapterError(ParameterError):
-    """No adapter of this name is known."""
+    """No adapter of this name is known. known: what the text names besides; not everybody may hear of it."""
 
     def __init__(self, name: str, known: str = "") -> None:
-        super().__init__(FIELD, f"adapter {name!r} is not known{known}")
+        self.short = f"adapter {name!r} is not known"
+        super().__init__(FIELD, self.short + known)
         self.name = name
 
 
@@ -32,6 +33,13 @@ class BrokenAdapterError(ParameterError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(FIELD, f"adapter {name!r} cannot be used: {reason}")
         self.name, self.reason = name, reason
+
+
+class AdapterAccidentError(ParameterError):
+    """An adapter that could not be loaded, which is not its fault: it may be asked for again."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(FIELD, f"adapter {name!r} could not be loaded: {type(error).__name__}: {error}")
 
 
 class AdapterChoice(msgspec.Struct, frozen=True, array_like=True):

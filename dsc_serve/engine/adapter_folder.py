@@ -19,7 +19,7 @@ Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, time, size 
 class AdapterFolder:
     """Sub-folders are looked at again whenever they are asked for, once a second at most.
 
-    read: what a sub-folder holds; raises BrokenAdapterError. A name that begins with a dot is none.
+    read: what a sub-folder holds; raises BrokenAdapterError. A name that begins with a dot, or is not UTF-8, is none.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class AdapterFolder:
                 found = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
             except OSError:
                 found = []
-            self._names = now, sorted(name for name in found if not name.startswith("."))
+            self._names = now, sorted(name for name in found if not name.startswith(".") and is_text(name))
             for gone in self._stamps.keys() - set(found):
                 del self._stamps[gone]
         return self._names[1]
@@ -55,7 +55,7 @@ class AdapterFolder:
 
     def look(self, name: str) -> Stamp | None:
         """The same, now."""
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
+        if not name or name.startswith(".") or "/" in name or "\0" in name or not is_text(name):
             return None
         try:
             with os.scandir(self.path / name) as entries:
@@ -83,3 +83,19 @@ class AdapterFolder:
     def forget(self, name: str) -> None:
         """Look at it again when it is asked for."""
         self._stamps.pop(name, None)
+
+    def hold(self, name: str, stamp: Stamp | None) -> None:
+        """Take what another thread has found with `look` for what a sub-folder is now."""
+        if stamp is None:
+            self._stamps.pop(name, None)
+        else:
+            self._stamps[name] = self._clock(), stamp
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8, so that requests and answers can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dsc_kernels import backend
 from dsc_kernels.weights import LowRank, Place
-from dsc_serve.adapter_choice import FIELD, AdapterChoice, AdapterInfo, BrokenAdapterError
+from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
 from dsc_serve.model.adapter import MODULES, Adapter, composed, composition_digest
 from dsc_serve.parameter_errors import ParameterError
@@ -54,6 +54,13 @@ class Outcome:
     error: ParameterError | None = None
 
 
+@dataclass
+class Looked:
+    """Of a job: what some sub-folders are now."""
+
+    stamps: Mapping[str, Stamp | None]
+
+
 class AdapterJobs:
     """What takes time: nothing here changes what anybody else sees, so that any thread may do it.
 
@@ -62,6 +69,9 @@ class AdapterJobs:
 
     def __init__(self, folder: AdapterFolder, decoder: AdaptedDecoder, parent: str) -> None:
         self.folder, self.decoder, self.parent = folder, decoder, parent
+
+    def look(self, names: Sequence[str]) -> Looked:
+        return Looked({name: self.folder.look(name) for name in names})
 
     def load(self, choice: AdapterChoice, name: str, ready: bool) -> Outcome:
         """A folder that changes meanwhile is read again when it is asked for again."""
@@ -74,7 +84,7 @@ class AdapterJobs:
         except ParameterError as error:
             outcome.error = error
         except Exception as error:  # such as no memory: the next request may have better luck
-            outcome.error = failed(name, error)
+            outcome.error = AdapterAccidentError(name, error)
         if self.folder.look(name) != outcome.stamp:
             return Outcome(choice)
         return outcome
@@ -95,7 +105,7 @@ class AdapterJobs:
         except ParameterError as error:
             return Outcome(choice, error=error)
         except Exception as error:
-            return Outcome(choice, error=failed("+".join(choice.names), error))
+            return Outcome(choice, error=AdapterAccidentError("+".join(choice.names), error))
 
     def _summed(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
         digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
@@ -125,8 +135,3 @@ class AdapterJobs:
             modules=len(adapter.modules),
             nbytes=adapter.nbytes,
         )
-
-
-def failed(name: str, error: Exception) -> ParameterError:
-    """What to tell of an adapter that is not to blame itself."""
-    return ParameterError(FIELD, f"adapter {name!r} could not be loaded: {type(error).__name__}: {error}")

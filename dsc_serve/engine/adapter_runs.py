@@ -8,6 +8,15 @@ from dsc_kernels.weights import AdapterRun
 from dsc_serve.engine.request import Request
 
 
+def chunks_last(pair: tuple[Request, int]) -> bool:
+    """Where nobody has an adapter: single tokens come first."""
+    return pair[1] > 1
+
+
+def no_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:
+    return ()
+
+
 def place_in_step(pair: tuple[Request, int]) -> tuple[bool, int]:
     """Single tokens come first, and those of one adapter beside each other; of others the order stays."""
     request, count = pair

@@ -15,13 +15,15 @@ from functools import partial
 import msgspec
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
-from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.engine.adapter_jobs import AdaptedDecoder, AdapterJobs, Outcome
+from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder, Stamp
+from dsc_serve.engine.adapter_jobs import AdaptedDecoder, AdapterJobs, Looked, Outcome
 from dsc_serve.engine.leases import AdapterEntry, AdapterLease, Wanted
 from dsc_serve.engine.loader import Loader
 from dsc_serve.parameter_errors import ParameterError
 
 PATIENCE_S = 1.0  # that who waits for room lets others take hold of what is in memory
+LOOKED_AT = 32  # sub-folders, between two jobs that somebody waits for
+KEPT_COMPOSITIONS = 16  # in memory that nobody uses: there can be any number of weights
 
 
 @dataclass
@@ -61,13 +63,15 @@ class Adapters:
         self.jobs = AdapterJobs(folder, decoder, parent)
         self.surveys = False
         self.counts = AdapterCounts()
-        self.loader: Loader[Outcome] = Loader()
+        self.loader: Loader[Outcome | Looked] = Loader()
         self._entries: OrderedDict[AdapterChoice, AdapterEntry] = OrderedDict()  # the least recently used first
         self._retired: list[AdapterEntry] = []  # that requests still hold
         self._known: dict[str, Known] = {}
         self._wanted: deque[Wanted] = deque()
         self._unplaced: tuple[AdapterChoice, AdapterEntry] | None = None  # loaded, and there is no room yet
         self._composing: tuple[AdapterEntry, ...] = ()  # parts of the composition that the loader makes
+        self._looked = float("-inf")  # the clock's seconds, when all sub-folders were to be looked at
+        self._to_look: list[str] = []  # those of them that still are
         self._released = False
 
     @property
@@ -87,14 +91,15 @@ class Adapters:
         return self.folder.names()
 
     def infos(self) -> list[AdapterInfo]:
-        """What is known of each."""
+        """What is known of each, as its files were last seen; whether they have changed is looked at meanwhile."""
+        if self.surveys and not self._to_look and self.clock() - self._looked >= LOOK_S:
+            self._looked, self._to_look = self.clock(), list(self.names())
+            self._pump()
         found = []
         for name in self.names():
-            stamp = self.folder.stamp(name)
-            if stamp is None:
-                continue
-            known, loaded = self._look(name, stamp), AdapterChoice.of(name) in self._entries
-            info = known.info or AdapterInfo(name=name, parent=self.parent, error=known.error)
+            known, loaded = self._known.get(name), AdapterChoice.of(name) in self._entries
+            told = AdapterInfo(name=name, parent=self.parent, error="" if known is None else known.error)
+            info = told if known is None or known.info is None else known.info
             found.append(msgspec.structs.replace(info, loaded=loaded))
         return found
 
@@ -122,6 +127,7 @@ class Adapters:
         if outcome is not None:
             self._take(outcome)
         self._pump()
+        self._released = self._released and self._unplaced is not None  # else all that went has been given on
 
     def survey(self) -> None:
         """Begin to read all once, and go on with it in `settle`."""
@@ -188,6 +194,14 @@ class Adapters:
         if entry.retired and not entry.users:
             self._retired.remove(entry)
             self._drop(entry)
+        elif entry.parts and not entry.users:
+            self._forget_compositions()
+
+    def _forget_compositions(self) -> None:
+        """But for the last ones that nobody uses."""
+        unused = [choice for choice, entry in self._entries.items() if entry.parts and not entry.users]
+        for choice in unused[: -KEPT_COMPOSITIONS or None]:
+            self._retire(choice)
 
     def _retire(self, choice: AdapterChoice) -> None:
         entry = self._entries.pop(choice)
@@ -266,16 +280,30 @@ class Adapters:
         self.loader.start(lambda: self.jobs.load(choice, name, ready=True))
 
     def _survey(self) -> None:
-        if self.surveys:
-            for name in self.names():
+        """Begin what nobody waits for: to read what has not been read, or to look whether files have changed."""
+        if not self.surveys:
+            return
+        for name in self.names():
+            known = self._known.get(name)
+            if known is None or (known.info is None and not known.error):
                 stamp = self.folder.stamp(name)
-                known = None if stamp is None else self._look(name, stamp)
-                if known is not None and known.info is None and not known.error:
+                if stamp is not None:
+                    self._look(name, stamp)
                     self.loader.start(partial(self.jobs.load, AdapterChoice.of(name), name, ready=False))
                     return
+        if self._to_look:
+            names, self._to_look = self._to_look[:LOOKED_AT], self._to_look[LOOKED_AT:]
+            self.loader.start(lambda: self.jobs.look(names))
 
-    def _take(self, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome | Looked) -> None:
         """What a job has come to."""
+        if isinstance(outcome, Looked):
+            for name, stamp in outcome.stamps.items():
+                self.folder.hold(name, stamp)
+                known = self._known.get(name)
+                if known is not None and known.stamp != stamp:
+                    self._forget(name)
+            return
         parts, self._composing = self._composing, ()
         if not self._is_current(outcome, parts):
             self._let_go(parts)
@@ -328,11 +356,14 @@ class Adapters:
             self._drop(entry)
             self._unplaced = None
             return
-        first = self._wanted[0] if self._wanted else None
-        held = entry.parts or (() if first is None else first.pins)
-        if first is not None and sum(part.nbytes for part in held) + entry.nbytes > self.budget:
+        first = next((one for one in self._wanted if choice in parts_of(one.choice)), None)
+        beside = entry.parts or (() if first is None else first.pins)
+        if sum(part.nbytes for part in beside) + entry.nbytes > self.budget:
             told = f"its adapters take more than adapter_bytes, {self.budget}"
-            self._fail(first, BrokenAdapterError("+".join(first.choice.names), told))
+            if entry.parts:
+                self._refuse(choice, BrokenAdapterError("+".join(choice.names), told))
+            elif first is not None:
+                self._fail(first, BrokenAdapterError("+".join(first.choice.names), told))
             self._drop(entry)
             self._unplaced = None
             return

@@ -58,6 +58,12 @@ class Arrivals:
             return False
         return self.adapters.restless or any(self._late(arrival, one) for arrival, one in self._members())
 
+    @property
+    def patience_s(self) -> float | None:
+        """Until the next of them is out of time; None: nobody will be."""
+        left = [self._left(arrival, limit) for arrival, one in self._members() for limit in limits(one).values()]
+        return max(0.0, min(left)) if left else None
+
     def want(self, choice: AdapterChoice) -> Wanted:
         """Raises UnknownAdapterError or BrokenAdapterError."""
         if self.adapters is None:
@@ -142,12 +148,19 @@ class Arrivals:
 
     def _late(self, arrival: Arrival, request: Request) -> str:
         """The field of a request that says that it is out of time; "" where none does."""
-        limits = {name: getattr(request.scheduling, name) for name in TIMEOUTS}
-        age = self._clock() - arrival.since
-        return next((name for name, limit in limits.items() if limit is not None and age >= limit), "")
+        return next((name for name, limit in limits(request).items() if self._left(arrival, limit) <= 0), "")
+
+    def _left(self, arrival: Arrival, limit_s: float) -> float:
+        return arrival.since + limit_s - self._clock()
 
     def _members(self) -> Iterator[tuple[Arrival, Request]]:
         return ((arrival, one) for arrival in self._waiting for one in arrival.members)
+
+
+def limits(request: Request) -> dict[str, float]:
+    """Seconds that it may wait, by the field that says so."""
+    found = {name: getattr(request.scheduling, name) for name in TIMEOUTS}
+    return {name: limit for name, limit in found.items() if limit is not None}
 
 
 def adapters_of(model: Decoder, config: EngineConfig) -> Adapters | None:

@@ -21,7 +21,7 @@ from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner, compute
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.kv_size import pool_blocks
-from dsc_serve.engine.output import Delta
+from dsc_serve.engine.output import Delta, refusal
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
@@ -121,7 +121,9 @@ class Engine:
         )
         capture = capture_for(model.dtype, model.device)
         int8_kv = config.kv_dtype == "int8"
-        runner = Runner(model, capacity, config.step_tokens, config.max_running, capture, int8_kv)
+        runner = Runner(
+            model, capacity, config.step_tokens, config.max_running, capture, int8_kv, bool(config.adapters)
+        )
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
         engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters)
         if companion is not None:
@@ -232,10 +234,12 @@ class Engine:
         A request that makes its step fail ends with an error; the others go on.
         """
         started = time.perf_counter()
-        expired = self.scheduler.expire() + (self.arrivals.expire() if self.arrivals else [])
+        late = self.arrivals.expire() if self.arrivals else []
+        self.scheduler.timeouts += len(late)
+        expired = self.scheduler.expire() + late
         deltas = [self._expired(request, field) for request, field in expired]
         deltas += self._arrived() + self._settled()
-        if not self.has_work:
+        if not self.scheduler.running and not self.scheduler.waiting:
             return deltas
         plan = self.drafter.add(self.scheduler.plan(), self.scheduler.running, self.scheduler.step_time)
         if not plan.tokens and self.followers.wait():
@@ -269,7 +273,7 @@ class Engine:
             deltas += self._settled()
         self.followers.prune()
         self.report.add(started, scheduled, computed, result.forward_s, plan.computed())
-        if any(request.adapter is not None for request, _ in work):
+        if self.arrivals.adapters is not None and any(request.adapter is not None for request, _ in work):
             count_adapters(self.adapter_report, work, self.arrivals.names)
         return deltas
 
@@ -327,7 +331,7 @@ class Engine:
             if error is None:
                 self._queue(request, age_s)
             else:
-                failed.append(Delta(request.id, [], "error", error=str(error), error_field=error.field))
+                failed.append(refusal(request.id, error))
         return failed
 
     def _expired(self, request: Request, field: str) -> Delta:

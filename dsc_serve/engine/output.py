@@ -9,6 +9,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc_serve.adapter_choice import AdapterAccidentError, UnknownAdapterError
+from dsc_serve.parameter_errors import ParameterError
+
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
     """Log probability of one token, and the most likely alternatives in falling order."""
@@ -73,9 +76,20 @@ class Delta(msgspec.Struct, array_like=True):
     )
     error: str = ""  # of finish reasons timeout and error: what happened
     error_field: str = ""  # and the request's field that is to blame, if any
+    unknown: bool = False  # because there is nothing of the name that the field says
     cached_tokens: int = 0  # of the prompt, found in the prefix cache, once the request has begun
     queued_s: float = 0.0  # that it waited for that
     routing: RoutingSlice | None = None  # of the tokens that the step computed, where asked for
     unavailable: bool = False  # of an error: nothing is wrong with the request, which may be sent again
     embedding: bytes | None = None  # float32, little-endian, with the end of a request that asks for one
     prediction: tuple[int, int] = (0, 0)  # tokens of the predicted text that were tried: those that were right, and not
+
+
+def refusal(request_id: str, error: Exception) -> Delta:
+    """The end of a request that the engine does not take, for its client: whose fault it is, and no name of others."""
+    if isinstance(error, AdapterAccidentError):
+        return Delta(request_id, [], "error", error=str(error), unavailable=True)
+    unknown = isinstance(error, UnknownAdapterError)
+    text = error.short if isinstance(error, UnknownAdapterError) else str(error)
+    field = error.field if isinstance(error, ParameterError) else ""
+    return Delta(request_id, [], "error", error=text, error_field=field, unknown=unknown)

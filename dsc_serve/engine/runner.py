@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
-from dsc_serve.engine.adapter_runs import adapter_runs, place_in_step
+from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
@@ -72,7 +72,7 @@ class Runner:
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
     captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
-    more, which rows of padding write to.
+    more, which rows of padding write to. adapted: whether requests may have adapters.
     """
 
     def __init__(
@@ -83,12 +83,15 @@ class Runner:
         max_running: int,
         capture: Capture | None = None,
         int8_kv: bool = False,
+        adapted: bool = False,
     ) -> None:
         if capacity.kv_windows != model.groups.windows:
             raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
         self.model, self.block_size = model, capacity.block_size
         self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
         self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size, int8_kv)
+        self._place = place_in_step if adapted else chunks_last
+        self._adapter_runs = adapter_runs if adapted else no_runs
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
@@ -147,7 +150,7 @@ class Runner:
 
     def _run(self, work: Work) -> StepResult:
         started = time.perf_counter()
-        ordered = sorted(work, key=place_in_step)
+        ordered = sorted(work, key=self._place)
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
         if self.routing is not None:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
@@ -232,7 +235,7 @@ class Runner:
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
-        runs = adapter_runs(ordered)
+        runs = self._adapter_runs(ordered)
         replayable = self.graphs is not None and decodes == size and picks is None and not runs
         padded = self.graphs.bucket(size) if self.graphs is not None and replayable else 0
         if self.graphs is not None and padded:

@@ -130,7 +130,8 @@ class Scheduler:
             request.num_computed += count
             if request.num_computed % size < count and request.hash_seed is not None:
                 self._publish(request, count)
-            self._give_back(request)
+            if self._windowed:
+                self._give_back(request)
             token = tokens.get(request_id)
             if token is not None:
                 if request.begun_at is None:

@@ -152,12 +152,14 @@ def unknown(param: str, written: str, names: Sequence[str]) -> ApiError:
     return ApiError(404, message, param=param, code=NOT_FOUND)
 
 
-def refused_by_engine(asked: Asked, error: str) -> ApiError:
-    """What the engine says of adapters that were there when the request came, or that cannot be composed so."""
+def refused_by_engine(asked: Asked, error: str, unknown: bool) -> ApiError:
+    """What the engine says of adapters that were there when the request came, or that cannot be composed so.
+
+    unknown: one of them has gone meanwhile.
+    """
     if asked.choice is not None and not asked.choice.single:
         return bad_request("dsc.adapters", f"dsc.adapters cannot be used: {without_paths(error)}")
-    gone = " is not known" in error
-    return ApiError(404, without_paths(error), param="model", code=NOT_FOUND if gone else BROKEN)
+    return ApiError(404, without_paths(error), param="model", code=NOT_FOUND if unknown else BROKEN)
 
 
 def broken(param: str, name: str, reason: str) -> ApiError:

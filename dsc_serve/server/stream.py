@@ -302,7 +302,7 @@ class Generation(Response):
             return out_of_time(delta.error)
         log.error("request %s %s failed: %s", delta.request_id, self._whose, delta.error)
         if delta.error_field == ADAPTER:  # it was there when the request came
-            return refused_by_engine(self._formatter.asked, delta.error)
+            return refused_by_engine(self._formatter.asked, delta.error, delta.unknown)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
         if delta.unavailable or not self._service.engine.alive:

@@ -23,7 +23,7 @@ from dsc_kernels import ops
 from dsc_serve.config import ConfigError, resolve_model
 from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.output import Delta
+from dsc_serve.engine.output import Delta, refusal
 from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.frames import read_frame
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
@@ -159,7 +159,8 @@ class EngineProcess:
             adapters.survey()
         while True:
             try:
-                message = self._inbox.get(block=not self.engine.has_work)  # nothing to time out: idle until told
+                # Idle until told, or until one that waits for an adapter is out of time.
+                message = self._inbox.get(not self.engine.has_work, self.engine.arrivals.patience_s)
                 if message is None or isinstance(message, Shutdown):
                     return
                 if isinstance(message, GrammarChecked):
@@ -212,8 +213,7 @@ class EngineProcess:
                         adapter=message.adapter,
                     )
             except (ParameterError, ValueError, PanicError) as error:
-                field = error.field if isinstance(error, ParameterError) else ""
-                self.tell([Delta(one, [], "error", error=str(error), error_field=field) for one in message.ids])
+                self.tell([refusal(one, error) for one in message.ids])
             except (GrammarsFullError, GrammarsLostError) as error:  # it may be right, and was when it was checked
                 self.tell([Delta(one, [], "error", error=str(error), unavailable=True) for one in message.ids])
         elif isinstance(message, Finish):

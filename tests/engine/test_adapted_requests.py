@@ -11,8 +11,10 @@ from support.fake_runner import alone, fake_engine
 from support.made_adapters import MadeAdapters
 
 from dsc_serve.adapter_choice import AdapterChoice, UnknownAdapterError
+from dsc_serve.engine.adapter_folder import LOOK_S
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.kv_cache import hash_seed
+from dsc_serve.engine.output import Delta
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 
@@ -42,6 +44,16 @@ def run(engine: Engine, *ids: str) -> tuple[dict[str, list[int]], dict[str, str]
                 ends[delta.request_id] = delta.error or delta.finish_reason
         assert time.monotonic() < until
     return tokens, ends
+
+
+def first_news(engine: Engine) -> Delta:
+    """The first news that there is."""
+    until = time.monotonic() + 20
+    while True:
+        engine.arrivals.wait()
+        for delta in engine.step():
+            return delta
+        assert time.monotonic() < until
 
 
 def digest(made: MadeAdapters, choice: AdapterChoice) -> str:
@@ -145,3 +157,61 @@ def test_affinity_prefers_what_runs_already(made: MadeAdapters) -> None:
     engine.step()
     assert set(engine.scheduler.running) == {"first", "a"}
     run(engine, "first", "b", "a")
+
+
+def test_no_step_is_made_for_those_who_wait_alone(made: MadeAdapters) -> None:
+    held = [made.get(B), made.get(C)]
+    engine = fake_engine(adapters=made.adapters)
+    engine.add("a", [1], GREEDY, adapter=A)
+    for i in range(5):
+        engine.arrivals.wait()
+        engine.add(f"another {i}", [1], GREEDY, adapter=A)
+        assert engine.finish(f"another {i}") and engine.has_work  # something has been let go of
+        assert engine.step() == []
+    assert engine.counters.steps == 0 and not engine.runner.step_sizes and len(held) == 2
+
+
+def test_one_that_waits_says_how_long_it_may(made: MadeAdapters) -> None:
+    held = [made.get(B), made.get(C)]
+    engine = fake_engine(adapters=made.adapters)
+    arrivals = engine.arrivals
+    engine.scheduler.clock = made.clock
+    assert arrivals.patience_s is None
+    engine.add("no limit", [1], GREEDY, adapter=A)
+    assert arrivals.patience_s is None
+    engine.add("late", [1], GREEDY, adapter=A, scheduling=SchedulingParams(queue_timeout_s=5, timeout_s=3), age_s=1)
+    assert arrivals.patience_s == 2
+    made.clock.now += 9
+    assert arrivals.patience_s == 0
+    (delta,) = engine.step()
+    assert (delta.request_id, delta.finish_reason) == ("late", "timeout")
+    assert engine.scheduler.timeouts == 1 and arrivals.patience_s is None and len(held) == 2
+
+
+def test_who_is_refused_hears_of_no_other_adapter_and_whose_fault_it_is(
+    made: MadeAdapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, read = fake_engine(adapters=made.adapters), made.adapters.folder._read
+
+    def removed_meanwhile(folder: Path) -> object:
+        (folder / "file").unlink()
+        folder.rmdir()
+        made.clock.now += LOOK_S
+        return read(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.adapters.folder, "_read", removed_meanwhile)
+        engine.add("gone", [1], GREEDY, adapter=A)
+        told = first_news(engine)
+    assert (told.error, told.error_field, told.unknown) == ("adapter 'a' is not known", "adapter", True)
+    assert not told.unavailable
+
+    def fails(*parts: object) -> object:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(made.decoder, "adapter", fails)
+    made.put(d="4")
+    engine.add("accident", [1], GREEDY, adapter=AdapterChoice.of("d"))
+    told = first_news(engine)
+    assert "could not be loaded: MemoryError: no room" in told.error
+    assert told.unavailable and not told.error_field and not told.unknown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dsc_serve.adapter_choice import (
     choices_of,
 )
 from dsc_serve.engine.adapter_folder import LOOK_S
-from dsc_serve.engine.adapters import PATIENCE_S
+from dsc_serve.engine.adapters import KEPT_COMPOSITIONS, PATIENCE_S
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams
 
@@ -264,3 +265,93 @@ def test_choices_are_checked() -> None:
     for call, message in wrong:
         with pytest.raises(ParameterError, match=message):
             call()
+
+
+def test_compositions_that_nobody_uses_are_kept_in_a_bounded_number(made: MadeAdapters) -> None:
+    """Any client can make as many as there are weights; one that is in use stays however many others come."""
+    held = made.get(BOTH)
+    for i in range(3 * KEPT_COMPOSITIONS):
+        lease = made.get(AdapterChoice((("a", 1.0), ("b", 1 + i / 100)))).lease
+        assert lease is not None
+        lease.release()
+        del lease
+    assert len(made.decoder.made) == 2 + 1 + KEPT_COMPOSITIONS and held.lease is not None
+    assert made.adapters.want(BOTH).lease is not None
+
+
+def test_the_list_is_told_without_looking_at_files_and_changes_are_seen_by_another_thread(made: MadeAdapters) -> None:
+    made.adapters.survey()
+    until = time.monotonic() + 20
+    while any(not info.digest for info in made.adapters.infos()):
+        made.adapters.settle(0.05)
+        assert time.monotonic() < until
+    look, own = made.adapters.folder.look, threading.current_thread()
+    looked: list[threading.Thread] = []
+
+    def seen(name: str) -> object:
+        looked.append(threading.current_thread())
+        return look(name)
+
+    made.adapters.folder.look = seen  # type: ignore[assignment]
+    before = {info.name: info.digest for info in made.adapters.infos()}
+    made.put(b="22")
+    while {info.name: info.digest for info in made.adapters.infos() if info.digest}.keys() != before.keys() or (
+        made.adapters.infos()[1].digest == before["b"]
+    ):
+        made.adapters.settle(0.05)
+        made.clock.now += LOOK_S
+        assert time.monotonic() < until
+    assert [info.digest == before[info.name] for info in made.adapters.infos()] == [True, False, True]
+    assert len(looked) >= 3 and own not in looked[:3]
+
+
+def test_folders_whose_names_no_request_could_hold_are_none(made: MadeAdapters) -> None:
+    (Path(os.fsdecode(os.fsencode(made.path) + b"/\xff")) / "inside").mkdir(parents=True)
+    made.clock.now += LOOK_S
+    assert made.adapters.names() == ["a", "b", "c"]
+    with pytest.raises(UnknownAdapterError):
+        made.adapters.want(AdapterChoice.of("\udcff"))
+
+
+def test_a_composition_that_does_not_fit_is_refused_for_who_wants_it_and_nobody_else(made: MadeAdapters) -> None:
+    """Its first asker has gone while it was made, and one that wants something else waits before the second."""
+    product = AdapterChoice(BOTH.parts, "product of sums")
+    for choice in (A, B):
+        made.get(choice)
+    inside, gate = threading.Event(), threading.Event()
+    compose = made.adapters.jobs.compose
+
+    def slow(*what: object) -> object:
+        inside.set()
+        assert gate.wait(20)
+        return compose(*what)  # type: ignore[arg-type]
+
+    made.adapters.jobs.compose = slow  # type: ignore[assignment, method-assign]
+    gone = made.adapters.want(product)
+    other, second = made.adapters.want(C), made.adapters.want(product)
+    assert inside.wait(20)
+    made.adapters.cancel(gone)
+    gate.set()
+    made.settled(second)
+    assert isinstance(second.error, BrokenAdapterError) and "more than adapter_bytes, 200" in str(second.error)
+    assert other.error is None
+
+
+def test_one_that_waits_lets_the_engine_rest_once_all_that_went_has_been_given_on(made: MadeAdapters) -> None:
+    inside, gate = threading.Event(), threading.Event()
+    read = made.adapters.folder._read
+
+    def slow(folder: Path) -> object:
+        if folder.name == "c":
+            inside.set()
+            assert gate.wait(20)
+        return read(folder)
+
+    made.adapters.folder._read = slow
+    made.adapters.budget = 1000
+    both, c = made.adapters.want(BOTH), made.adapters.want(C)
+    made.settled(both)
+    assert inside.wait(20) and not c.settled
+    assert not made.adapters.restless, "there is nothing to do until the file has been read"
+    gate.set()
+    made.settled(c)

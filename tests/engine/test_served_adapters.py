@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 import pytest
@@ -11,9 +11,12 @@ import torch
 from support.adapters import CASES, adapter_folder, expected
 from support.families import NEW_TOKENS, PROMPTS, chosen, family_folder
 
+from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError, UnknownAdapterError
 from dsc_serve.config import ConfigError
+from dsc_serve.engine import runner
+from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.llm import RequestOutput
 from dsc_serve.parameter_errors import ParameterError
 
@@ -150,3 +153,27 @@ def test_more_adapters_than_fit_are_served_one_after_the_other(tmp_path: Path) -
         found = llm.generate([PROMPTS[1]] * 9, GREEDY, adapter=names)
         assert tokens(found) == [expected(QWEN[i % 2]).greedy[1] for i in range(9)]
         assert adapters.nbytes <= adapters.budget and adapters.counts.evictions > 0
+
+
+def test_where_there_are_no_adapters_steps_do_not_ask_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for windows that blocks could leave, where the model has none."""
+
+    def asked(*what: object) -> Never:
+        raise AssertionError("somebody pays for what nobody uses")
+
+    monkeypatch.setattr(runner, "place_in_step", asked)
+    monkeypatch.setattr(runner, "adapter_runs", asked)
+    monkeypatch.setattr(Scheduler, "_give_back", asked)
+    base = family_folder(CASES[QWEN[0]].base, tmp_path / "base")
+    with LLM(str(base), dtype="float32", threads=1) as llm:
+        assert all(output.token_ids for output in llm.generate(PROMPTS, GREEDY))
+
+
+def test_a_composition_counts_what_it_holds_itself(tmp_path: Path) -> None:
+    with served(tmp_path, QWEN[:2]) as llm:
+        llm.logits([PROMPTS[1]], adapter={"0": 1.0, "1": 1.0})
+        adapters = llm.engine.arrivals.adapters
+        assert adapters is not None
+        alone = sum(entry.nbytes for entry in adapters._entries.values() if not entry.parts)
+        assert 0 <= adapters.nbytes - alone < alone / 10
+        assert (adapters.nbytes > alone) == (native.active() is not None)

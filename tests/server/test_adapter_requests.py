@@ -113,6 +113,22 @@ def test_one_that_breaks_meanwhile_is_told_alike(app: FastAPI, engine: FakeEngin
     assert "its file has gone" in told["message"]
 
 
+def test_one_that_goes_meanwhile_is_told_as_one_that_never_was(app: FastAPI, engine: FakeEngine) -> None:
+    engine.fail_after = 0
+    engine.error = Delta("", [], "error", error="adapter 'law' is not known", error_field="adapter", unknown=True)
+    told = error(complete(app, model="law"), 404)
+    assert (told["code"], told["param"]) == ("model_not_found", "model")
+    odd = "adapter 'law' cannot be used: its base is not known"  # whatever a reason says
+    engine.error = Delta("", [], "error", error=odd, error_field="adapter")
+    assert error(complete(app, model="law"), 404)["code"] == "adapter_broken"
+
+
+def test_an_accident_is_nobodys_fault(app: FastAPI, engine: FakeEngine) -> None:
+    engine.fail_after = 0
+    engine.error = Delta("", [], "error", error="adapter 'law' could not be loaded: MemoryError", unavailable=True)
+    error(complete(app, model="law"), 503)
+
+
 def test_what_cannot_be_composed_is_the_requests_fault(app: FastAPI, engine: FakeEngine) -> None:
     said = "adapter 'law+ode' cannot be used: q of layer 0 has ranks [4, 8]; a product of sums needs one"
     engine.fail_after, engine.error = 0, Delta("", [], "error", error=said, error_field="adapter")

@@ -123,14 +123,15 @@ def unpacked(panels: Tensor, width: int) -> Tensor:
 
 
 def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
-    """The same matrices with weights: nothing but these is copied."""
+    """The same matrices with weights: nothing but these is copied, and counted."""
     joined: dict[Place, list[PackedUpdate]] = {}
     native = [(cast(NativeAdapter, part), weight) for part, weight in parts]
     for part, weight in native:
         for place, own in part.table.items():
             joined.setdefault(place, []).extend(one.scaled(weight) for one in own)
     first = native[0][0]
-    return NativeAdapter(joined, first.modules, first.dtype, 0)
+    own_bytes = sum(one.scale.nbytes for updates in joined.values() for one in updates)
+    return NativeAdapter(joined, first.modules, first.dtype, own_bytes)
 
 
 def checked(

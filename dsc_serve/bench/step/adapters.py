@@ -1,0 +1,311 @@
+"""What adapters cost in one process: who has none beside many in memory, steps of many tenants, and a cold start."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+
+from dsc_serve.adapter_choice import AdapterChoice
+from dsc_serve.bench.step.profile import Reading
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.files import CheckpointError
+from dsc_serve.model.adapter import module_shapes
+from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.peft import write_adapter
+from dsc_serve.model.peft.modules import Base
+from dsc_serve.model.peft.tensors import Matrices
+from dsc_serve.sampling_params import SamplingParams
+
+PROMPT_TOKENS = 48
+WARM_STEPS = 8
+SIZE = 0.02  # of the numbers of an update, beside which a base's own are small enough to stay what they are
+
+
+class BesideLoaded(msgspec.Struct, frozen=True):
+    """Streams without adapters, in an engine with so many in memory beside one that knows of none.
+
+    ratio: tokens per second of the first over the second, the median of the rounds' own; lowest, highest: of these.
+    """
+
+    streams: int
+    loaded: int
+    step_ms: float
+    without_ms: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+class ManyTenants(msgspec.Struct, frozen=True):
+    """Streams that have an adapter each, beside as many without, in one engine's steps.
+
+    added_ms: median of the rounds' own; bytes: of the distinct adapters that a step reads, taken at `bandwidth`,
+    bytes/s of reading as many of another weight; ratio: added_ms over that.
+    """
+
+    streams: int
+    distinct: int
+    step_ms: float
+    base_ms: float
+    added_ms: float
+    bytes: int
+    bandwidth: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+class ColdStart(msgspec.Struct, frozen=True):
+    """Median milliseconds to the first token of a prompt: without an adapter, with one in memory, with one on disk."""
+
+    base_ms: float
+    warm_ms: float
+    cold_ms: float
+    cold_p99_ms: float
+    adapter_bytes: int
+
+
+def write_random(model: Decoder, folder: Path, count: int, rank: int) -> list[str]:
+    """Write so many adapters of all modules, in PEFT's form; returns their names.
+
+    They are of four kinds of random numbers: content tells them apart by its scale, so that writing a thousand takes no
+    thousand times drawing. Raises CheckpointError where the model has no module that can be adapted.
+    """
+    modules = Base(model.config, model.origin).modules.values()
+    if not modules:
+        raise CheckpointError("no module of the model can be adapted")
+    drawn = []
+    for seed in range(min(count, 4)):
+        g = torch.Generator().manual_seed(seed)
+        drawn.append(
+            {
+                own.name: Matrices(
+                    SIZE * torch.randn(rank, own.into, generator=g), SIZE * torch.randn(own.out, rank, generator=g)
+                )
+                for own in modules
+            }
+        )
+    names = [f"tenant-{i:04d}" for i in range(count)]
+    for i, name in enumerate(names):
+        write_adapter(folder / name, "bench", rank * (1 + i / 1e6), drawn[i % 4])
+    return names
+
+
+def most_bytes(model: Decoder, rank: int) -> int:
+    """What an adapter of all modules takes in memory at most: panels are padded."""
+    element = model.dtype.itemsize
+    return sum(2 * (rank + 16) * (out + into + 64) * element for out, into in module_shapes(model.config).values())
+
+
+def context_needed(steps: int, rounds: int) -> int:
+    """Tokens of a request that decodes all the time."""
+    return PROMPT_TOKENS + WARM_STEPS + steps * rounds + 2
+
+
+class Streams:
+    """An engine in which streams decode, without end as far as anybody looks."""
+
+    def __init__(self, model: Decoder, config: EngineConfig, streams: int, steps: int) -> None:
+        tokens = context_needed(steps, 1)
+        needed = 2 * streams * (tokens + config.block_size)
+        self.engine = Engine.for_model(model, sized(config, needed, 2 * streams))
+        self._streams, self._tokens = streams, tokens - PROMPT_TOKENS
+        self._count = 0
+
+    def begin(self, choices: Sequence[AdapterChoice | None]) -> None:
+        """Let the streams decode with these adapters, in place of whatever decodes."""
+        self.end()
+        for i in range(self._streams):
+            self._count += 1
+            prompt = [(self._count * 7919 + 31 * j) % self.engine.capacity.vocab_size for j in range(PROMPT_TOKENS)]
+            self.engine.add(str(self._count), prompt, greedy(self._tokens), adapter=choices[i % len(choices)])
+        while self.engine.arrivals or len(self.engine.scheduler.running) < self._streams:
+            self.engine.arrivals.wait()
+            self.engine.step()
+        for _ in range(WARM_STEPS):
+            self.engine.step()
+
+    def step(self) -> float:
+        """Milliseconds of a step."""
+        began = time.perf_counter()
+        self.engine.step()
+        return 1e3 * (time.perf_counter() - began)
+
+    def end(self) -> None:
+        for request_id in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
+            self.engine.finish(request_id)
+
+
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+
+def sized(config: EngineConfig, tokens: int, running: int) -> EngineConfig:
+    running = max(running, config.max_running)
+    return msgspec.structs.replace(
+        config,
+        kv_tokens=tokens,
+        max_running=running,
+        step_tokens=max(config.step_tokens, running),
+        prefix_cache=False,
+    )
+
+
+@contextmanager
+def closing(*streams: Streams) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for own in streams:
+            own.end()
+            own.engine.close()
+
+
+def beside_loaded(
+    model: Decoder, config: EngineConfig, names: Sequence[str], streams: int, steps: int, rounds: int
+) -> BesideLoaded:
+    """Steps of the two engines in turn, in each of which nobody has an adapter.
+
+    config: with the folder of adapters of these names, and room for all of them.
+    """
+    with_them = Streams(model, config, streams, steps * rounds)
+    without = Streams(model, msgspec.structs.replace(config, adapters=""), streams, steps * rounds)
+    with closing(with_them, without):
+        with_them.engine.arrivals.check([AdapterChoice.of(name) for name in names], with_them.engine.step)
+        adapters = with_them.engine.arrivals.adapters
+        assert adapters is not None
+        loaded = adapters.in_memory
+        for own in (with_them, without):
+            own.begin([None])
+        times = [interleaved([with_them, without], steps) for _ in range(rounds)]
+    ratios = [alone / own for own, alone in times]
+    return BesideLoaded(
+        streams=streams,
+        loaded=loaded,
+        step_ms=statistics.median(own for own, _ in times),
+        without_ms=statistics.median(alone for _, alone in times),
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+    )
+
+
+def interleaved(systems: Sequence[Streams], steps: int) -> list[float]:
+    """Median milliseconds of each system's steps, one of each in turn, every second time backwards."""
+    spent: list[list[float]] = [[] for _ in systems]
+    for i in range(steps):
+        for place in (range(len(systems)), reversed(range(len(systems))))[i % 2]:
+            spent[place].append(systems[place].step())
+    return [statistics.median(own) for own in spent]
+
+
+def many_tenants(
+    model: Decoder, config: EngineConfig, names: Sequence[str], streams: int, steps: int, rounds: int
+) -> ManyTenants:
+    """Steps of streams with an adapter each, all different where there are as many names, and of ones without."""
+    choices = [AdapterChoice.of(name) for name in names[:streams]]
+    tenants, base = (Streams(model, config, streams, steps * rounds) for _ in range(2))
+    with closing(tenants, base):
+        tenants.begin(choices)
+        base.begin([None])
+        report = tenants.engine.adapter_report
+        before = report.read_bytes, tenants.engine.counters.steps
+        tenants.step()
+        size = (report.read_bytes - before[0]) // (tenants.engine.counters.steps - before[1])
+        reading, times = Reading(size, model), []
+        for _ in range(rounds):
+            times.append(interleaved([tenants, base], steps))
+            reading.sample()
+    least_ms = 1e3 * size / reading.bandwidth
+    ratios = [(own - alone) / least_ms for own, alone in times]
+    return ManyTenants(
+        streams=streams,
+        distinct=len(set(choices)),
+        step_ms=statistics.median(own for own, _ in times),
+        base_ms=statistics.median(alone for _, alone in times),
+        added_ms=statistics.median(own - alone for own, alone in times),
+        bytes=size,
+        bandwidth=reading.bandwidth,
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+    )
+
+
+def cold_start(model: Decoder, config: EngineConfig, names: Sequence[str]) -> ColdStart:
+    """One request after the other: each adapter is cold once and then warm, and the base is asked in between.
+
+    Files are in the system's cache, as they are for who has just written them.
+    """
+    engine = Engine.for_model(model, sized(config, 4 * (PROMPT_TOKENS + 2 + config.block_size), 1))
+    spent: dict[str, list[float]] = {"base": [], "warm": [], "cold": []}
+
+    def first_token(request_id: str, choice: AdapterChoice | None) -> float:
+        prompt = [len(request_id) % engine.capacity.vocab_size] * PROMPT_TOKENS
+        began = time.perf_counter()
+        engine.add(request_id, prompt, greedy(1), adapter=choice)
+        while True:
+            if engine.arrivals:
+                engine.arrivals.wait()
+            for delta in engine.step():
+                if delta.error:
+                    raise RuntimeError(delta.error)
+                if delta.token_ids:
+                    return 1e3 * (time.perf_counter() - began)
+
+    try:
+        first_token("first", None)
+        for name in names:
+            for kind, choice in (("base", None), ("cold", AdapterChoice.of(name)), ("warm", AdapterChoice.of(name))):
+                spent[kind].append(first_token(f"{kind} {name}", choice))
+        adapters = engine.arrivals.adapters
+        assert adapters is not None
+        size = adapters.nbytes // adapters.in_memory
+    finally:
+        engine.close()
+    cold = sorted(spent["cold"])
+    return ColdStart(
+        base_ms=statistics.median(spent["base"]),
+        warm_ms=statistics.median(spent["warm"]),
+        cold_ms=statistics.median(cold),
+        cold_p99_ms=cold[min(len(cold) - 1, int(0.99 * len(cold)))],
+        adapter_bytes=size,
+    )
+
+
+def format_beside(rows: Sequence[BesideLoaded]) -> str:
+    lines = ["| streams without | adapters in memory | ms a step | without any | tokens, ratio | lowest, highest |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        lines.append(
+            f"| {row.streams} | {row.loaded} | {row.step_ms:.3f} | {row.without_ms:.3f} | {row.ratio:.3f} | "
+            f"{row.lowest:.3f}, {row.highest:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def format_tenants(rows: Sequence[ManyTenants]) -> str:
+    lines = ["| streams | distinct | ms a step | base | added | MB read | at GB/s | times reading | lowest, highest |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        lines.append(
+            f"| {row.streams} | {row.distinct} | {row.step_ms:.3f} | {row.base_ms:.3f} | {row.added_ms:.3f} | "
+            f"{row.bytes / 1e6:.1f} | {row.bandwidth / 1e9:.1f} | {row.ratio:.2f} | "
+            f"{row.lowest:.2f}, {row.highest:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def format_cold(found: ColdStart) -> str:
+    return (
+        f"first token of {PROMPT_TOKENS} tokens: {found.base_ms:.2f} ms without an adapter, {found.warm_ms:.2f} ms "
+        f"with one in memory, {found.cold_ms:.2f} ms with one on disk (p99 {found.cold_p99_ms:.2f}), "
+        f"{found.adapter_bytes / 1e6:.1f} MB each"
+    )

@@ -1,0 +1,70 @@
+"""`dsc-serve bench adapters`: what many tenants cost on this machine, and what they cost who is none."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import msgspec
+
+from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
+from dsc_serve.output_file import OUTPUT_FILE
+
+
+@click.command("adapters", context_settings={"show_default": True})
+@click.argument("model", default=EMBEDDED_MODEL)
+@click.option("--rank", type=click.IntRange(1, 256), default=16, help="Of the adapters, which are of all modules.")
+@click.option("--loaded", type=click.IntRange(1, 1000), default=100, help="In memory beside streams without any.")
+@click.option("--streams", type=click.IntRange(1), multiple=True, default=(1, 8, 32), help="Requests at a time.")
+@click.option("--steps", type=click.IntRange(1), default=40, help="Of each system and round.")
+@click.option("--rounds", type=click.IntRange(1), default=9, help="Of which medians are taken.")
+@click.option("--cold", type=click.IntRange(1), default=30, help="Adapters whose first use is timed.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="As in serve.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="As in serve.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
+def adapters_command(
+    model: str,
+    rank: int,
+    loaded: int,
+    streams: tuple[int, ...],
+    steps: int,
+    rounds: int,
+    cold: int,
+    dtype: str,
+    threads: int,
+    json_file: Path | None,
+) -> None:
+    """Measure MODEL's engine with random adapters, in this process.
+
+    Streams without adapters, in an engine that has many in memory beside one that knows of none, step by step in turn.
+    Streams with an adapter each beside streams without, and what they add beside reading the adapters' bytes. And how
+    long the first token takes when the adapter is on disk.
+    """
+    resolve_model(model)
+    from dsc_serve.bench.step import adapters
+    from dsc_serve.bench.step.engine_command import machine
+    from dsc_serve.engine.preparation import prepare_model
+
+    config = EngineConfig(model=model, threads=threads, dtype=dtype)  # type: ignore[arg-type]  # checked by the option
+    prepared = prepare_model(config)
+    needed, context = adapters.context_needed(steps, rounds), prepared.config.max_position_embeddings
+    if needed > context:
+        message = f"--steps times --rounds needs a context of {needed} tokens; the model's is {context}"
+        raise click.ClickException(message)
+    found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(prepared)}
+    with TemporaryDirectory() as folder:
+        names = adapters.write_random(prepared, Path(folder), max(loaded, cold, *streams), rank)
+        room = len(names) * adapters.most_bytes(prepared, rank)
+        config = msgspec.structs.replace(config, adapters=folder, adapter_bytes=room)
+        beside = [adapters.beside_loaded(prepared, config, names[:loaded], own, steps, rounds) for own in streams]
+        click.echo(adapters.format_beside(beside) + "\n")
+        tenants = [adapters.many_tenants(prepared, config, names, own, steps, rounds) for own in streams]
+        click.echo(adapters.format_tenants(tenants) + "\n")
+        start = adapters.cold_start(prepared, config, names[:cold])
+        click.echo(adapters.format_cold(start))
+    found |= {"beside": beside, "tenants": tenants, "cold": start}
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(found)))

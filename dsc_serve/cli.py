@@ -324,6 +324,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.load.command import overload_command, serve_command
     from dsc_serve.bench.step.adapters_command import adapters_command
     from dsc_serve.bench.step.batching_command import batching_command
+    from dsc_serve.bench.step.context_command import context_command
     from dsc_serve.bench.step.engine_command import engine_command
     from dsc_serve.bench.step.forward_command import forward_command
     from dsc_serve.bench.step.scheduler_command import scheduler_command
@@ -345,6 +346,7 @@ def _attach_commands() -> None:
     bench.add_command(batching_command, "batching")
     bench.add_command(speculation_command, "speculation")
     bench.add_command(adapters_command, "adapters")
+    bench.add_command(context_command, "context")
     kernels.add_command(aot_command, "aot")
     kernels.add_command(calibrate_command, "calibrate")
     main.add_command(scale_model)

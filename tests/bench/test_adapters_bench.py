@@ -34,7 +34,7 @@ def test_the_command_reports_every_number_of_streams(small_model: Callable[..., 
 def test_what_the_context_does_not_hold_is_refused(small_model: Callable[..., Path]) -> None:
     done = CliRunner().invoke(main, ["bench", "adapters", str(small_model()), "--steps", "100"])
     assert done.exit_code != 0
-    assert "needs a context of 958 tokens; the model's is 48" in done.output
+    assert "needs a context of 990 tokens; the model's is 48" in done.output
 
 
 def test_nothing_is_measured_of_a_model_that_no_adapter_fits(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,6 +12,7 @@ import torch
 
 from dsc_serve.adapter_choice import AdapterChoice
 from dsc_serve.bench.step.profile import Reading
+from dsc_serve.bench.step.streams import Streams, closing, greedy, interleaved, needed_tokens, sized
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.files import CheckpointError
@@ -21,10 +21,8 @@ from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.peft import write_adapter
 from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
-from dsc_serve.sampling_params import SamplingParams
 
 PROMPT_TOKENS = 48
-WARM_STEPS = 8
 SIZE = 0.02  # of the numbers of an update, beside which a base's own are small enough to stay what they are
 
 
@@ -104,68 +102,9 @@ def most_bytes(model: Decoder, rank: int) -> int:
     return sum(2 * (rank + 16) * (out + into + 64) * element for out, into in module_shapes(model.config).values())
 
 
-def context_needed(steps: int, rounds: int) -> int:
+def context_needed(streams: int, steps: int, rounds: int) -> int:
     """Tokens of a request that decodes all the time."""
-    return PROMPT_TOKENS + WARM_STEPS + steps * rounds + 2
-
-
-class Streams:
-    """An engine in which streams decode, without end as far as anybody looks."""
-
-    def __init__(self, model: Decoder, config: EngineConfig, streams: int, steps: int) -> None:
-        tokens = context_needed(steps, 1)
-        needed = 2 * streams * (tokens + config.block_size)
-        self.engine = Engine.for_model(model, sized(config, needed, 2 * streams))
-        self._streams, self._tokens = streams, tokens - PROMPT_TOKENS
-        self._count = 0
-
-    def begin(self, choices: Sequence[AdapterChoice | None]) -> None:
-        """Let the streams decode with these adapters, in place of whatever decodes."""
-        self.end()
-        for i in range(self._streams):
-            self._count += 1
-            prompt = [(self._count * 7919 + 31 * j) % self.engine.capacity.vocab_size for j in range(PROMPT_TOKENS)]
-            self.engine.add(str(self._count), prompt, greedy(self._tokens), adapter=choices[i % len(choices)])
-        while self.engine.arrivals or len(self.engine.scheduler.running) < self._streams:
-            self.engine.arrivals.wait()
-            self.engine.step()
-        for _ in range(WARM_STEPS):
-            self.engine.step()
-
-    def step(self) -> float:
-        """Milliseconds of a step."""
-        began = time.perf_counter()
-        self.engine.step()
-        return 1e3 * (time.perf_counter() - began)
-
-    def end(self) -> None:
-        for request_id in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
-            self.engine.finish(request_id)
-
-
-def greedy(tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-
-
-def sized(config: EngineConfig, tokens: int, running: int) -> EngineConfig:
-    running = max(running, config.max_running)
-    return msgspec.structs.replace(
-        config,
-        kv_tokens=tokens,
-        max_running=running,
-        step_tokens=max(config.step_tokens, running),
-        prefix_cache=False,
-    )
-
-
-@contextmanager
-def closing(*streams: Streams) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for own in streams:
-            own.end()
-            own.engine.close()
+    return needed_tokens(PROMPT_TOKENS, streams, steps * rounds)
 
 
 def beside_loaded(
@@ -175,8 +114,8 @@ def beside_loaded(
 
     config: with the folder of adapters of these names, and room for all of them.
     """
-    with_them = Streams(model, config, streams, steps * rounds)
-    without = Streams(model, msgspec.structs.replace(config, adapters=""), streams, steps * rounds)
+    with_them = Streams(model, config, streams, PROMPT_TOKENS, steps * rounds)
+    without = Streams(model, msgspec.structs.replace(config, adapters=""), streams, PROMPT_TOKENS, steps * rounds)
     with closing(with_them, without):
         with_them.engine.arrivals.check([AdapterChoice.of(name) for name in names], with_them.engine.step)
         adapters = with_them.engine.arrivals.adapters
@@ -197,21 +136,12 @@ def beside_loaded(
     )
 
 
-def interleaved(systems: Sequence[Streams], steps: int) -> list[float]:
-    """Median milliseconds of each system's steps, one of each in turn, every second time backwards."""
-    spent: list[list[float]] = [[] for _ in systems]
-    for i in range(steps):
-        for place in (range(len(systems)), reversed(range(len(systems))))[i % 2]:
-            spent[place].append(systems[place].step())
-    return [statistics.median(own) for own in spent]
-
-
 def many_tenants(
     model: Decoder, config: EngineConfig, names: Sequence[str], streams: int, steps: int, rounds: int
 ) -> ManyTenants:
     """Steps of streams with an adapter each, all different where there are as many names, and of ones without."""
     choices = [AdapterChoice.of(name) for name in names[:streams]]
-    tenants, base = (Streams(model, config, streams, steps * rounds) for _ in range(2))
+    tenants, base = (Streams(model, config, streams, PROMPT_TOKENS, steps * rounds) for _ in range(2))
     with closing(tenants, base):
         tenants.begin(choices)
         base.begin([None])
@@ -244,11 +174,12 @@ def cold_start(model: Decoder, config: EngineConfig, names: Sequence[str]) -> Co
 
     Files are in the system's cache, as they are for who has just written them.
     """
-    engine = Engine.for_model(model, sized(config, 4 * (PROMPT_TOKENS + 2 + config.block_size), 1))
+    alone = msgspec.structs.replace(config, prefix_cache=False)
+    engine = Engine.for_model(model, sized(alone, 4 * (PROMPT_TOKENS + 2 + config.block_size), 1))
     spent: dict[str, list[float]] = {"base": [], "warm": [], "cold": []}
 
     def first_token(request_id: str, choice: AdapterChoice | None) -> float:
-        prompt = [len(request_id) % engine.capacity.vocab_size] * PROMPT_TOKENS
+        prompt = [sum(request_id.encode()) % engine.capacity.vocab_size] * PROMPT_TOKENS
         began = time.perf_counter()
         engine.add(request_id, prompt, greedy(1), adapter=choice)
         while True:

@@ -50,7 +50,7 @@ def adapters_command(
 
     config = EngineConfig(model=model, threads=threads, dtype=dtype)  # type: ignore[arg-type]  # checked by the option
     prepared = prepare_model(config)
-    needed, context = adapters.context_needed(steps, rounds), prepared.config.max_position_embeddings
+    needed, context = adapters.context_needed(max(streams), steps, rounds), prepared.config.max_position_embeddings
     if needed > context:
         message = f"--steps times --rounds needs a context of {needed} tokens; the model's is {context}"
         raise click.ClickException(message)

@@ -161,9 +161,9 @@ class LayerRuns(NamedTuple):
     """The runs of one layer's call, as that takes them, and what must outlive it."""
 
     runs: int = 0  # addresses
-    count: int = 0
+    run_count: int = 0
     run_of: int = 0
-    layer: int = 0
+    layer_index: int = 0
     kept: tuple[object, ...] = ()
 
 

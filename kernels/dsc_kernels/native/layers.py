@@ -284,9 +284,9 @@ class Ffn(PackedLayer):
                 signal=address(signal),
                 grouped=int(grouped),
                 runs=runs.runs,
-                run_count=runs.count,
+                run_count=runs.run_count,
                 run_of=runs.run_of,
-                layer_index=runs.layer,
+                layer_index=runs.layer_index,
             )
 
 

@@ -126,7 +126,7 @@ class Moe(PackedLayer):
                 picks=address(picks),
                 weights=address(weights),
                 runs=runs.runs,
-                run_count=runs.count,
+                run_count=runs.run_count,
                 run_of=runs.run_of,
-                layer_index=runs.layer,
+                layer_index=runs.layer_index,
             )

@@ -61,7 +61,7 @@ class RoutingReporter:
         if screened == 0:
             return reads * whole
         again = rescored / screened * self._sketch.tokens * len(self._layers) * whole / self._shape.atoms
-        return reads * whole // self._shape.dtype.itemsize + int(min(again, reads * whole))
+        return reads * self._shape.screen_bytes + int(min(again, reads * whole))
 
     def _look_at(self, layer: int, picks: Tensor, signal: float) -> None:
         report, planner = self._reports[layer], self._layers[layer].planner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,8 @@ class Decoder:
             for i, kind in enumerate(config.layers)
         ]
         described = [layer.described() for layer in self.layers]
-        self.stack = ops.stack(embedding, self.positions, described, config.embedding_scale)
+        with told_of("model"):
+            self.stack = ops.stack(embedding, self.positions, described, config.embedding_scale)
         # A stack owns what it looks words up in; floating point stays, for those who compute layer by layer.
         self.embedding = embedding if self.stack is None or isinstance(embedding, Tensor) else None
         picking = picking_layers(config)[1]
@@ -210,7 +212,9 @@ class Decoder:
         self._dsc = dsc_layers(self)
         self.norm = placed_norm(config, "model.norm", tensors, place)
         tied = config.tie_word_embeddings
-        self.head = ops.head(embedding if tied else place.weight("head", tensors["lm_head.weight"]))
+        head = embedding if tied else place.weight("head", tensors["lm_head.weight"])
+        with told_of("model.embed_tokens" if tied else "lm_head"):
+            self.head = ops.head(head)
 
     def kv_caches(self, blocks: int, block_size: int, int8: bool = False) -> list[KvCache]:
         """One per layer, of so many blocks, all zero; layers of the same place in other groups share theirs.
@@ -307,6 +311,17 @@ def angles_of(kind: ModelConfig) -> Angles | None:
     return Angles(kind.turned, kind.max_position_embeddings, kind.rope_theta, kind.rope_scaling)
 
 
+@contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """What tensors below a name are refused for, by a layer kind or by kernels, as CheckpointError with the name."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}.{error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
 def rotary_tables(config: ModelConfig, device: torch.device) -> Ropes:
     """The angles of all positions, once for all kinds of layers that have the same."""
     angles = {str(own): own for own in map(angles_of, config.kinds) if own is not None}
@@ -325,13 +340,12 @@ def transformer_layer(
     name, angles = f"model.layers.{index}", angles_of(kind)
     cos_sin_cache = None if angles is None else ropes[str(angles)].table
     weights = attention_weights(kind, f"{name}.self_attn.", tensors, place)
-    attention = Attention(kind, cos_sin_cache, *weights, group=group)
+    with told_of(f"{name}.self_attn"):
+        attention = Attention(kind, cos_sin_cache, *weights, group=group)
     prefix = f"{name}.mlp."
     own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-    try:
+    with told_of(f"{name}.mlp"):
         ffn = KINDS[kind.ffn.kind](kind, own, place)
-    except CheckpointError as error:
-        raise CheckpointError(f"{prefix}{error}") from None
     places, around = NORM_NAMES[kind.norms], BEHIND if kind.norms == "around" else ()
     norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys((*places, *around))}
     first, second = (norms[norm] for norm in places)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsc_kernels.memory import resident
 from dsc_kernels.quantised import Bits, QuantisedWeight, Weight
 from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
 from dsc_serve.model.rounding import OutOfRangeError, rounded
@@ -61,6 +62,11 @@ class Placement:
             except OutOfRangeError:  # numbers of millions, which only floating point holds
                 pass
         return self.tensor(stored, dtype)
+
+
+def in_place(weight: Weight) -> Weight:
+    """In memory that rows are picked from."""
+    return weight.map(resident) if isinstance(weight, QuantisedWeight) else resident(weight)
 
 
 def form_name(weight: Weight) -> str:

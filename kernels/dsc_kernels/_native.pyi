@@ -4,6 +4,7 @@ SCREEN_COUNTERS: tuple[str, ...]  # what int64 counters of a screen hold, in ord
 STACK_PHASES: tuple[str, ...]  # of the calling thread
 FFN_PHASES: tuple[str, ...]  # of every thread within FFN layers
 PHASE_ROOM: int  # numbers that a row of either has
+MAX_RANK: int  # of a compensation
 
 def supported() -> list[str]: ...
 def use(name: str) -> None: ...

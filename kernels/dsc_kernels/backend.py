@@ -137,7 +137,7 @@ class Moe(OwningLayer, Protocol):
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and what was picked: experts [B, k], the largest weight first, and weights float32 [B, k]."""
+        """The output, and what was picked: experts [B, k], the best choice first, and weights float32 [B, k]."""
 
 
 class Stack(Protocol):

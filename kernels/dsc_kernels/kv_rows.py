@@ -15,7 +15,8 @@ def narrow_rows(rows: Tensor) -> Tensor:
     wide = rows.float()
     most = wide.abs().amax(-1, keepdim=True)
     most = torch.where(most.isfinite(), torch.where(most < LEAST_SCALED, 0.0, most), torch.nan)
-    levels = (wide * torch.where(most > 0, 127 / most, 0.0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
+    inverse = most.new_full((), 127.0) / most  # `127 / most` is 127 times a rounded reciprocal: another level at times
+    levels = (wide * torch.where(most > 0, inverse, 0.0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
     return torch.cat((levels, (most / 127).view(torch.int8)), dim=-1)
 
 

@@ -223,13 +223,15 @@ def wide_router(router: Router) -> Router:
 class Shared:
     """The shared expert of a mixture."""
 
+    mlp = Mlp  # its products and what is between them
+
     def __init__(self, shared: SharedExpert, activation: Activation) -> None:
-        self.mlp = Mlp(shared.mlp, activation)
+        self.expert = self.mlp(shared.mlp, activation)
         self.gate = None if shared.gate is None else shared.gate.float()
 
     def __call__(self, x: Tensor, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → its output in float32, weighted by its gate where it has one."""
-        out = self.mlp(x, adapted).float()
+        out = self.expert(x, adapted).float()
         return out if self.gate is None else out * (x.float() @ self.gate).sigmoid()[:, None]
 
 
@@ -260,7 +262,7 @@ class Moe:
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and what was picked: experts int64 [B, k], the largest weight first, and weights [B, k]."""
+        """The output, and what was picked: experts int64 [B, k], the best choice first, and weights [B, k]."""
         weights, experts = self.route(x)
         flat = experts.flatten()
         order = flat.argsort(stable=True)

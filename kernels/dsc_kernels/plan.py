@@ -55,22 +55,32 @@ class DeviceConstants:
 
 @dataclass(frozen=True)
 class Shape:
-    """A DSC layer: atoms M, atoms per token K, width d, hidden units H of its static part, bytes of an element."""
+    """A DSC layer: atoms M, atoms per token K, width d, hidden units H of its static part, the dtype it computes in.
+
+    bank_row, router_row: bytes of an atom's rows of both banks, and of its row of the router, where they are quantised.
+    """
 
     atoms: int
     k: int
     d: int
     hidden: int
     dtype: torch.dtype
+    bank_row: int | None = None
+    router_row: int | None = None
 
     @property
     def row(self) -> int:
         """Bytes of an atom: its rows of both banks."""
-        return 2 * self.d * self.dtype.itemsize
+        return 2 * self.d * self.dtype.itemsize if self.bank_row is None else self.bank_row
 
     @property
     def router_bytes(self) -> int:
-        return self.atoms * self.d * self.dtype.itemsize
+        return self.atoms * (self.d * self.dtype.itemsize if self.router_row is None else self.router_row)
+
+    @property
+    def screen_bytes(self) -> int:
+        """Of a router's rows in int8, by which a screened one is read."""
+        return self.atoms * self.d
 
 
 @dataclass(frozen=True)

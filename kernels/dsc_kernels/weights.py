@@ -194,8 +194,9 @@ class LowRank:
 
     @property
     def coefficients(self) -> Tensor:
-        """scale · middle, float32 [rank]."""
-        middle = torch.ones(self.rank) if self.middle is None else self.middle.float().cpu()
+        """scale · middle, float32 [rank], where the matrices are."""
+        device = self.down.device
+        middle = torch.ones(self.rank, device=device) if self.middle is None else self.middle.to(device, torch.float32)
         return middle * self.scale
 
 

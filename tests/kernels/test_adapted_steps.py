@@ -12,9 +12,10 @@ from support.made_adapters import merged, random_adapter
 from support.small_models import small_config, wide_tensors
 from torch import Tensor
 
-from dsc_kernels import native, ops
+from dsc_kernels import native, ops, plain
+from dsc_kernels.adapters import add_updates
 from dsc_kernels.backend import Adapter as BoundAdapter
-from dsc_kernels.weights import AdapterRun, LowRank
+from dsc_kernels.weights import Adapted, AdapterRun, LowRank, Module
 from dsc_serve.model.adapter import Adapter, composed
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig
@@ -24,12 +25,16 @@ BLOCK = 8
 SETS = ["plain", *native.available()]
 GATED = {"mlp_gated": True, "hidden_act": "silu"}
 ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "hidden_size": 33}
+LATENT = {"num_key_value_heads": 1, "head_dim": 24, "latent_size": 16, "qk_norm": "latent", "rotary_dim": 8}
 SHARED = {"shared_expert": {"size": 23, "gated": True}}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dense": ("dense", {"size": 41}, GATED),
     "dense, plain, with biases": ("dense", {"bias": True}, {"attention_bias": True, "attention_output_bias": True}),
     "dense, odd": ("dense", {"size": 27}, {**GATED, **ODD, "norms": "after", "qk_norm": "head"}),
     "dense, parallel": ("dense", {}, {**ODD, "norms": "parallel"}),
+    "dense, around": ("dense", {"size": 41}, {**GATED, "norms": "around", "norm_type": "rmsnorm"}),
+    "dense, latent": ("dense", {"size": 41}, {**GATED, **LATENT}),  # attention's branches have no updates
+    "moe, latent": ("moe", {"shared_expert": {"size": 24, "gated": False}}, LATENT),
     "dsc": ("dsc", {}, GATED),
     "moe": ("moe", SHARED, GATED),
     "moe, plain": ("moe", {"shared_expert": {"size": 24, "gated": False}}, {}),
@@ -49,11 +54,16 @@ def decoder(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype 
     return Decoder(config, tensors, dtype, torch.device("cpu"))
 
 
-def step(model: Decoder, prompts: Sequence[list[int]], adapters: Sequence[BoundAdapter | None]) -> list[Tensor]:
-    """Logits of each prompt, all in one step: those of one token first."""
+def step(
+    model: Decoder, prompts: Sequence[list[int]], adapters: Sequence[BoundAdapter | None], joins: bool = False
+) -> list[Tensor]:
+    """Logits of each prompt, all in one step: those of one token first.
+
+    joins: neighbours of one adapter are one run, as the engine says them; else each prompt is one.
+    """
     singles = sum(len(prompt) == 1 for prompt in prompts)
     assert all(len(prompt) == 1 for prompt in prompts[:singles])
-    pages = 6
+    pages = max(6, -(-max(map(len, prompts)) // BLOCK))
     tables = torch.arange(len(prompts) * pages).view(len(prompts), pages)
     rows = [(i, position) for i, prompt in enumerate(prompts) for position in range(len(prompt))]
     owners, positions = torch.tensor(rows).unbind(1)
@@ -61,7 +71,12 @@ def step(model: Decoder, prompts: Sequence[list[int]], adapters: Sequence[BoundA
     chunks = tuple(Chunk(i, starts[i], len(p), len(p)) for i, p in enumerate(prompts) if i >= singles)
     runs: list[AdapterRun] = []
     for start, prompt, adapter in zip(starts, prompts, adapters, strict=True):
-        if adapter is not None:
+        if adapter is None:
+            continue
+        last = runs[-1] if runs else None
+        if joins and last is not None and last.adapter is adapter and last.first + last.length == start:
+            runs[-1] = AdapterRun(adapter, last.first, last.length + len(prompt))
+        else:
             runs.append(AdapterRun(adapter, start, len(prompt)))
     batch = StepBatch(
         torch.tensor([token for prompt in prompts for token in prompt]),
@@ -89,11 +104,15 @@ def bound(model: Decoder, adapter: Adapter) -> BoundAdapter:
     return model.adapter(adapter.modules)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1, 2, 3, 2), (1, 1, 1, 9, 30, 22), (1, 1, 5)], ids=["few", "many", "three"])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 1, 1, 2, 3, 2), (1, 1, 1, 9, 30, 22), (1, 1, 5), (1, 2, 3, 7, 130)],
+    ids=["few", "many", "three", "long"],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_each_sequence_is_as_with_a_model_of_its_own(kernels: str, name: str, lengths: Sequence[int]) -> None:
     kind, ffn, changes = MODELS[name]
-    config = small_config(kind, ffn, **changes)
+    config = small_config(kind, ffn, **changes, max_position_embeddings=144)
     tensors = wide_tensors(config)
     model = decoder(config, tensors)
     first = random_adapter("a", config, (3, 16, 1), 1)
@@ -136,8 +155,26 @@ def test_bfloat16_is_as_near_as_without_adapters(kernels: str, name: str) -> Non
     assert all(torch.equal(x, y) for x, y in zip(base[:3], alone[:3], strict=True))
 
 
+@pytest.mark.parametrize("lengths", [(1,) * 9, (1, 1, 1, 3, 2, 4, 1, 5, 3), (1, 1, 1, 30, 28, 41, 1, 37, 2)])
+@pytest.mark.parametrize("name", ["dense", "dense, around", "moe", "moe, latent"])
+def test_runs_that_are_joined_give_the_bits_of_those_that_are_not(
+    kernels: str, name: str, lengths: Sequence[int]
+) -> None:
+    kind, ffn, changes = MODELS[name]
+    config = small_config(kind, ffn, **changes)
+    model = decoder(config, wide_tensors(config))
+    a, b = (bound(model, random_adapter(name, config, (4, 18), i)) for i, name in enumerate("ab"))
+    both, prompts = model.summed([(a, 0.5), (b, 2.0)]), prompts_of(sorted(lengths, key=lambda length: length > 1))
+    adapters = [a, a, None, b, b, b, both, both, a]
+    apart, joined = (step(model, prompts, adapters, joins) for joins in (False, True))
+    if kernels == "plain":  # torch's products round differently in other company
+        torch.testing.assert_close(torch.cat(apart), torch.cat(joined), rtol=1e-4, atol=1e-4)
+    else:
+        assert all(map(torch.equal, apart, joined))
+
+
 def test_where_neighbours_stand_changes_nothing(kernels: str) -> None:
-    """Runs of one adapter, joined or not, give the same bits, beside whomever."""
+    """A token of an adapter has the same bits beside whomever."""
     config = small_config("dense", {"size": 41}, **GATED)
     model = decoder(config, wide_tensors(config))
     a, b = (bound(model, random_adapter(name, config, (4,), i)) for i, name in enumerate("ab"))
@@ -184,6 +221,18 @@ def test_what_is_ready_can_be_told_again(kernels: str) -> None:
         2 * adapters[0].modules[0, "q"].scale,
         adapters[1].modules[0, "q"].scale / 2,
     ]
+
+
+def test_what_is_added_is_computed_where_the_matrices_are() -> None:
+    """On a device that gives nothing back: numbers of an adapter that were fetched from it would raise."""
+    device = torch.device("meta")
+    for middle in (None, torch.rand(3, device=device)):
+        update = LowRank(torch.empty(3, 8, device=device), torch.empty(5, 3, device=device), 0.5, middle)
+        assert update.coefficients.device == device and update.coefficients.shape == (3,)
+        ready = plain.adapter({(0, "up"): update}, [{"up": Module(5, 8)}], torch.float32, device)
+        adapted = Adapted([AdapterRun(plain.summed([(ready, 2.0)]), 1, 2)], 0)
+        x, y = torch.empty(4, 8, device=device), torch.empty(4, 5, device=device)
+        assert add_updates(y, x, adapted, {"up": 0}).device == device
 
 
 def test_what_does_not_fit_is_refused(kernels: str) -> None:

@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from support.native_cases import random, routed_layer
 import dsc_kernels
 from dsc_kernels import native, plain
 from dsc_kernels.backend import Backend
-from dsc_kernels.weights import FfnOptions, MoeOptions
+from dsc_kernels.native.adapters import NO_RUNS, layer_runs
+from dsc_kernels.sketch import Sketch
+from dsc_kernels.weights import Adapted, FfnOptions, MoeOptions
 
 compiled = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 BACKENDS: list[Backend] = [plain, native]
@@ -55,6 +58,53 @@ def test_an_argument_that_is_missing_unknown_or_without_a_name_is_refused() -> N
     with pytest.raises(OverflowError, match="32 bits"):
         norm(**{**arguments, "threads": 2**40})
     norm(**dict(reversed(arguments.items())))  # their order means nothing
+
+
+CALLED = [native.Linear.__call__, native.Head.argmax, native.Ffn._run, native.Moe._run, native.Stack.__call__]
+CALLED += [native.norm, native.store_kv, native.decode_attention, native.chunk_attention, native.sample]
+CALLED += [native.min_hash_order, native.tile_unions, Sketch.observe]
+
+
+@pytest.mark.parametrize("function", CALLED, ids=lambda function: function.__qualname__)
+def test_names_of_arguments_stand_where_a_step_calls(function: Callable[..., object]) -> None:
+    """Of those out of a dict a new one is made at every call."""
+    parsed = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [node for node in ast.walk(parsed) if isinstance(node, ast.Call)]
+    into_cpp = [node for node in calls if ast.unparse(node.func).startswith("kernels.")]
+    assert into_cpp and all(keyword.arg is not None for node in into_cpp for keyword in node.keywords)
+
+
+@compiled
+def test_names_may_come_in_any_tuple_and_order() -> None:
+    """After a call with the same strings in another tuple, with others, and with one that is missing."""
+    order = list(native.kernels.signatures()["norm"])
+    x, weight = torch.randn(3, 8), torch.rand(8)
+    found = []
+    for names in (order, order, order[::-1], [*order[5:], *order[:5]], order):
+        out = torch.empty(3, 8)
+        given = {
+            "x": x.data_ptr(),
+            "weight": weight.data_ptr(),
+            "out": out.data_ptr(),
+            "batch": 3,
+            "d": 8,
+            "threads": 1,
+        }
+        values = {"is_bf16": 0, "bias": 0, "residual": 0, "eps": 1e-5, **given}
+        with pytest.raises(TypeError, match=f"lacks the argument '{names[-1]}'"):
+            native.kernels.norm(**{name: values[name] for name in names[:-1]})
+        for _ in range(2):
+            native.kernels.norm(**{name: values[name] for name in names})
+        native.kernels.norm(**{"".join(name): values[name] for name in names})  # equal strings, others
+        found.append(out)
+    assert all(torch.equal(out, found[0]) for out in found)
+    torch.testing.assert_close(found[0], torch.rms_norm(x, (8,), weight, 1e-5))
+
+
+def test_a_call_without_adapters_makes_nothing_for_them() -> None:
+    for adapted in (None, Adapted([], 3)):
+        assert layer_runs(adapted, 5, {"up": (4, 4)}, torch.float32) is NO_RUNS
+    assert NO_RUNS == (0, 0, 0, 0, ())
 
 
 @compiled

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import native, plain, reference
 from dsc_kernels.kv_rows import narrow_rows, widened_rows
-from dsc_kernels.weights import SCALE_BYTES, KvCache, Slots
+from dsc_kernels.weights import SCALE_BYTES, KvCache, QkNorm, Slots
 
+pytestmark = pytest.mark.usefixtures("instruction_set")
 BACKENDS = [
     pytest.param(plain, id="plain"),
     pytest.param(native, id="native", marks=pytest.mark.skipif(native.active() is None, reason="no C++ compiler")),
@@ -60,11 +61,52 @@ def test_native_kernels_write_what_plain_torch_writes(size: int, dtype: torch.dt
     for backend in (plain, native):
         cache = KvCache(*(torch.zeros(3, kv_heads, 4, size + SCALE_BYTES, dtype=torch.int8) for _ in "kv"))
         backend.store_kv(qkv.clone(), heads, None, slots, cache)
-        found.append([widened_rows(part, torch.float32) for part in cache])
+        found.append(cache)
     for want, got in zip(*found, strict=True):
-        assert torch.equal(want.isnan(), got.isnan()) and int(want.isnan().sum()) == size
-        step = want.nan_to_num().abs().amax(-1, keepdim=True) / 127
-        assert bool(((want - got).nan_to_num().abs() <= 1.01 * step).all())
+        assert int(widened_rows(want, torch.float32).isnan().sum()) == size
+        assert torch.equal(want[..., :size], got[..., :size])
+        wide = [part[..., size:].contiguous().view(torch.float32) for part in (want, got)]
+        assert torch.equal(wide[0].isnan(), wide[1].isnan()) and torch.equal(*(own.nan_to_num() for own in wide))
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 3e5])
+def test_levels_are_those_of_an_exact_division(factor: float) -> None:
+    """127 / 3 and the like lie where a rounded reciprocal of the largest number gives another level."""
+    x = (torch.arange(1, 4097)[:, None] * torch.arange(1, 255)[None] / 254).float() * factor
+    inverse = (torch.full((4096, 1), 127.0) / x.amax(1, keepdim=True)).double()
+    want = (x.double() * inverse).float().round()  # float32's product, rounded once
+    assert torch.equal(narrow_rows(x)[:, :-SCALE_BYTES].float(), want)
+
+
+def angles(positions: int, half: int) -> Tensor:
+    """Cosines and sines [positions, 2, half]."""
+    turns = torch.rand(positions, half, generator=generator(7)) * 6.3
+    return torch.stack((turns.cos(), turns.sin()), dim=1)
+
+
+def near_rows(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows in int8 are within half a step of float64 ones that were rounded twice to a dtype before."""
+    step, most = (want.abs().amax(-1, keepdim=True) / 127), want.norm(dim=-1, keepdim=True)
+    return bool(((got.double() - want).abs() <= 0.51 * step + torch.finfo(dtype).eps * most).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "turned"), [(64, 64), (24, 8), (6, 6)])
+def test_rows_are_normed_and_turned_before_they_are_rounded(backend, size, turned, dtype) -> None:  # type: ignore[no-untyped-def]
+    heads, kv_heads, tokens = 4, 2, 9
+    qkv = rows(tokens, heads + 2 * kv_heads, size).to(dtype)
+    norm = QkNorm(*(1 + 0.3 * rows(size, seed=s).to(dtype) for s in (3, 4)), 1e-5)
+    cos_sin, slots = (
+        angles(tokens, turned // 2),
+        Slots(*(torch.arange(tokens) for _ in "pb"), torch.zeros(tokens).long()),
+    )
+    cache = KvCache(*(torch.zeros(tokens, kv_heads, 1, size + SCALE_BYTES, dtype=torch.int8) for _ in "kv"))
+    wide = qkv.double()
+    keys = reference.prepared_heads(wide[:, heads : heads + kv_heads], norm.key.double(), 1e-5, cos_sin.double())
+    backend.store_kv(qkv.clone(), heads, cos_sin, slots, cache, norm)
+    for part, want in zip(cache, (keys, wide[:, heads + kv_heads :]), strict=True):
+        assert near_rows(widened_rows(part, torch.float32)[:, :, 0], want, dtype)
 
 
 def oracle(q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
-from test_scopes import BACKENDS, BLOCK, CONTEXTS, DTYPES, HEADS, Context, bound, error
+from test_int8_kv import angles, near_rows
+from test_scopes import BLOCK, CONTEXTS, DTYPES, HEADS, Context, backend, bound, error
 from torch import Tensor
 
-from dsc_kernels import native, plain
+from dsc_kernels import reference
 from dsc_kernels.kv_rows import narrow_rows, widened_rows
 from dsc_kernels.weights import SCALE_BYTES, KvCache, QkNorm, Scope, Slots
 
 WINDOWS = (0, 1, 16, 65)
 pytestmark = pytest.mark.usefixtures("instruction_set")
-NATIVE = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+__all__ = ["backend"]  # a fixture
 
 
 class NarrowContext(Context):
@@ -45,49 +48,45 @@ class NarrowContext(Context):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("cap", [0.0, 1.5])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_single_tokens_are_those_of_the_oracle(kind: str, dtype: torch.dtype, cap: float, name: str) -> None:
+def test_single_tokens_are_those_of_the_oracle(kind: str, dtype: torch.dtype, cap: float, backend: ModuleType) -> None:
     for window in WINDOWS:
         c, scope = NarrowContext(kind, dtype, CONTEXTS), Scope(window, cap)
         want = c.oracle(c.q, c.tables, c.contexts, scope)
         if window:
             for table, context in zip(c.tables, CONTEXTS, strict=True):
                 table[: max(0, context - window) // BLOCK] = 0
-        got = BACKENDS[name].decode_attention(c.q, c.cache, c.tables, c.contexts, max(CONTEXTS), c.scale, scope)
+        got = backend.decode_attention(c.q, c.cache, c.tables, c.contexts, max(CONTEXTS), c.scale, scope)
         assert error(got, want) < bound(dtype), window
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("cap", [0.0, 1.5])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_chunks_are_those_of_the_oracle(kind: str, dtype: torch.dtype, cap: float, name: str) -> None:
+def test_chunks_are_those_of_the_oracle(kind: str, dtype: torch.dtype, cap: float, backend: ModuleType) -> None:
     for window in WINDOWS:
         for new, context in ((1, 1), (7, 150), (100, 230)):
             c, scope = NarrowContext(kind, dtype, (context,), new), Scope(window, cap)
             seen = torch.arange(context - new + 1, context + 1)
             want = c.oracle(c.q, c.tables.expand(new, -1), seen, scope)
             c.forget(window)
-            got = BACKENDS[name].chunk_attention(c.q, c.cache, c.tables[0], context, c.scale, scope)
+            got = backend.chunk_attention(c.q, c.cache, c.tables[0], context, c.scale, scope)
             assert error(got, want) < bound(dtype), (window, new, context)
 
 
-@NATIVE
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_latent_rows_are_written_as_plain_torch_writes_them(dtype: torch.dtype) -> None:
+def test_latent_rows_are_normed_and_turned_before_they_are_rounded(dtype: torch.dtype, backend: ModuleType) -> None:
     """Normed but for what is turned, turned, and then rounded: one row for keys and values."""
     heads, size, value_size, tokens = 3, 40, 24, 9
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(tokens, heads + 1, size, generator=generator).to(dtype)
-    angles = torch.rand(20, 2, (size - value_size) // 2, generator=generator)
+    cos_sin = angles(20, (size - value_size) // 2)
     norm = QkNorm(None, torch.rand(value_size, generator=generator).to(dtype) + 0.5, 1e-5)
     slots = Slots(torch.arange(tokens), torch.arange(tokens) % 3, torch.arange(tokens) // 3)
-    found = []
-    for backend in (plain, native):
-        keys = torch.zeros(3, 1, 4, size + SCALE_BYTES, dtype=torch.int8)
-        backend.store_kv(qkv.clone(), heads, angles, slots, KvCache.within(keys, value_size), norm)
-        found.append(widened_rows(keys, torch.float32))
-    step = found[0].abs().amax(-1, keepdim=True) / 127
-    most = 1.01 if dtype == torch.float32 else 2.01  # of steps: what is rounded to bfloat16 before may differ, too
-    assert bool(((found[0] - found[1]).abs() <= most * step).all())
-    assert int(found[0].any(-1).sum()) == tokens
+    wide = qkv[:, heads:].double()
+    own = reference.norm(wide[..., -value_size:], norm.key.double(), None, 1e-5)
+    turned = reference.prepared_heads(wide, None, 1e-5, cos_sin[:tokens].double())[..., :-value_size]
+    keys = torch.zeros(3, 1, 4, size + SCALE_BYTES, dtype=torch.int8)
+    backend.store_kv(qkv.clone(), heads, cos_sin, slots, KvCache.within(keys, value_size), norm)
+    got = widened_rows(keys, torch.float32)[slots.blocks, :, slots.offsets]
+    assert near_rows(got, torch.cat((turned, own), dim=-1), dtype)
+    assert int(keys.any(-1).sum()) == tokens

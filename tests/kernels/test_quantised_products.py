@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.native_cases import CASES, DTYPES, Guarded, random
-from support.quantised_cases import bound, emulated, exact, quantised, steps_of
+from support.quantised_cases import bound, clear_of_ties, emulated, exact, quantised
 
 from dsc_kernels import native, ops, plain
 from dsc_kernels.quantised import Bits, QuantisedWeight, Weight
@@ -56,16 +56,10 @@ def test_products_are_within_half_a_step_of_each_input(
     got = native.Linear(weight)(x, out_dtype=torch.float32)
     assert bool(((got.double() - exact(x, weight)).abs() <= bound(x, weight)).all())
     # and what is left is rounding alone: the integer products are exact
-    if not ties(x):
-        atol = 3e-2 if rank and dtype == torch.bfloat16 else 3e-5
-        torch.testing.assert_close(got.double(), emulated(x, weight), rtol=0, atol=atol)
+    clear = clear_of_ties(x)
+    atol = 3e-2 if rank and dtype == torch.bfloat16 else 3e-5
+    torch.testing.assert_close(got[clear].double(), emulated(x, weight)[clear], rtol=0, atol=atol)
     guarded.check()
-
-
-def ties(x: torch.Tensor) -> bool:
-    """Whether an input lies so near the middle of two steps that float32 and float64 may round it apart."""
-    ratio = x.double() / steps_of(x).clamp_min(1e-300)
-    return bool(((ratio - ratio.floor() - 0.5).abs() < 1e-4).any())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 25, 64])
@@ -204,8 +198,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for message, change in refused:
         with pytest.raises(ValueError, match=message):
             replace(good, **change)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rank is 257; it may be at most 256"):
-        native.Linear(quantised(g, 8, 64, rank=257))
     mixed: list[Weight] = [good, good.dequantise()]
     with pytest.raises(ValueError, match="1 of 2 weights of one kind are quantised"):
         native.packing.packed(*mixed)

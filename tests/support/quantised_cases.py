@@ -78,3 +78,12 @@ def emulated(x: Tensor, weight: QuantisedWeight) -> Tensor:
         left, right = (side.double() for side in weight.compensation)
         y = y + (x.double() @ right.T) @ left.T
     return y
+
+
+def clear_of_ties(x: Tensor, within: float = 1e-4) -> Tensor:
+    """Of inputs [T, d], the tokens none of whose lies so near the middle of two steps that kernels may round it apart.
+
+    within: of a step; bool [T].
+    """
+    ratio = x.double() / steps_of(x).clamp_min(1e-300)
+    return ((ratio - ratio.floor() - 0.5).abs() >= within).all(dim=1)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
-from dsc_kernels.memory import resident
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import Picks
 from dsc_serve.model.ffn.router import folded_router
-from dsc_serve.model.placement import Placement
+from dsc_serve.model.placement import Placement, in_place
 from dsc_serve.model.quantised_tensor import as_tensor
 
 ROUNDING = torch.finfo(torch.float16).eps  # of scales
@@ -40,9 +39,10 @@ def within(bank: Weight) -> Weight:
     return replace(bank, scales=(bank.scales * factor).half(), minimums=minimums)
 
 
-def in_place(bank: Weight) -> Weight:
-    """In memory that rows are picked from."""
-    return bank.map(resident) if isinstance(bank, QuantisedWeight) else resident(bank)
+def quantised_row(*weights: Weight) -> int | None:
+    """Bytes of a row of all, where they are quantised; None elsewhere."""
+    quantised = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
+    return sum(weight.nbytes // weight.shape[0] for weight in quantised) if quantised else None
 
 
 class DscFfn:
@@ -62,10 +62,12 @@ class DscFfn:
         self.u, self.v = place.weights("bank", [self._bank(name, tensors[name]) for name in ("atoms_u", "atoms_v")])
         self.u, self.v = (in_place(within(bank)) for bank in (self.u, self.v))
         self.gamma = place.tensor(tensors["gamma"], torch.float32)
+        router = folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None)
+        self._router_row = quantised_row(router.weight)
         self.layer = ops.ffn(
             mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps),
-            folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None),
+            router,
             AtomBank(self.u, self.v, self.gamma),
         )
 
@@ -115,7 +117,8 @@ class DscFfn:
     @property
     def shape(self) -> plan.Shape:
         atoms, d = self.u.shape
-        return plan.Shape(atoms, self.config.atoms_per_token, d, self.config.static_size, self.u.dtype)
+        c, row = self.config, quantised_row(self.u, self.v)
+        return plan.Shape(atoms, c.atoms_per_token, d, c.static_size, self.u.dtype, row, self._router_row)
 
     @property
     def bank_bytes(self) -> int:

@@ -15,7 +15,7 @@ from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import GatedPicks
 from dsc_serve.model.ffn.router import folded_router
-from dsc_serve.model.placement import Placement
+from dsc_serve.model.placement import Placement, in_place
 
 
 class MoloraFfn(GatedPicks):
@@ -29,7 +29,7 @@ class MoloraFfn(GatedPicks):
         c = config.ffn
         assert isinstance(c, MoloraConfig)
         self.k = c.adapters_per_token
-        u, v = place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"])
+        u, v = map(in_place, place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"]))
         self.layer = ops.ffn(
             mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.adapters_per_token, rank=c.rank, tau=math.inf),

@@ -87,7 +87,8 @@ PyMODINIT_FUNC PyInit__native() {
            0 ||
        add_names(module, "STACK_PHASES", {"embed", "norms", "projections", "kv writes", "attention", "ffn"}) < 0 ||
        add_names(module, "FFN_PHASES", {"router", "static", "compose", "waiting"}) < 0 ||
-       PyModule_AddIntConstant(module, "PHASE_ROOM", STACK_PHASES) < 0))
+       PyModule_AddIntConstant(module, "PHASE_ROOM", STACK_PHASES) < 0 ||
+       PyModule_AddIntConstant(module, "MAX_RANK", MAX_RANK) < 0))
     Py_CLEAR(module);
   return module;
 }

@@ -10,12 +10,14 @@ namespace dsc {
 
 enum Activation { NONE = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
+constexpr int64_t MAX_RANK = 96 * 256;  // of what is added to a quantised weight: what a token contracts to has room
+
 // How a packed weight of 4 or 8 bits lies in memory, see quantised.h. Python fills it in as int64 numbers.
 struct Format {
   int64_t bits, group;
   int64_t centre;     // taken off each level of 4 bits
   int64_t minimums;   // whether each group has one
-  int64_t rank;       // of what is added, left · (right · x); 0: nothing
+  int64_t rank;       // of what is added, left · (right · x), at most MAX_RANK; 0: nothing
   const void* left;   // packed [n, rank] in the layer's dtype
   const void* right;  // packed [rank, d]
 };
@@ -172,7 +174,7 @@ struct Moe {
   const void* shared_scale;  // [d]: the shared output is multiplied by sigmoid(shared_scale · x); null: it is not
   const void* residual;      // [batch, d] or null
   void* out;                 // [batch, d]
-  int32_t* picks;            // [batch, k] or null: gets the experts picked, the largest weight first
+  int32_t* picks;            // [batch, k] or null: gets the experts picked, the best choice first
   float* weights;            // [batch, k] or null: gets their weights
   int64_t batch, d, hidden, experts, shared_hidden;
   float norm_eps;  // of the router's norm; < 0: it has none

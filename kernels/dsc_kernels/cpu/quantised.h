@@ -182,13 +182,19 @@ INLINE const QuantisedTile* tiles_of(const Format& f) {
   return f.group == 32 ? tiles_of_group<8, 32>(f) : tiles_of_group<8, 16>(f);
 }
 
-// right · x of a compensation, for the tokens of a product, and the panels of left that go with it.
+// right · x of a compensation, for some tokens of a product: as many as there is room for, the fewer the higher its rank.
 template <typename T>
 struct Compensation {
   typedef typename Input<T>::type I;
-  static constexpr int64_t MOST_TOKENS = 96, MOST_RANK = 256;
+  static constexpr int64_t MOST_TOKENS = 96, ROOM = MAX_RANK;
   int64_t stride;  // of a token's
-  I latent[MOST_TOKENS * MOST_RANK];
+  I latent[ROOM];
+
+  // How many tokens there may be at a time.
+  INLINE static int64_t tokens_of(const Format& f) {
+    int64_t fit = ROOM / (panel_count(f.rank) * LANES);
+    return fit < MOST_TOKENS ? fit : MOST_TOKENS;
+  }
 
   INLINE Compensation(const Format& f, const I* x, int64_t x_stride, const int32_t* rows, int64_t count, int64_t d)
       : stride(panel_count(f.rank) * LANES) {
@@ -240,8 +246,9 @@ INLINE void multiply_quantised(const uint8_t* w, const Format& f, const typename
                                const Bytes& bytes, const int32_t* rows, int64_t count, int64_t d, const Sink& sink,
                                int64_t first, int64_t last) {
   if (!f.rank) return multiply_tokens<T>(w, f, bytes, rows, 0, count, d, nullptr, sink, first, last);
-  for (int64_t t = 0; t < count && first < last; t += Compensation<T>::MOST_TOKENS) {
-    int64_t some = count - t < Compensation<T>::MOST_TOKENS ? count - t : Compensation<T>::MOST_TOKENS;
+  int64_t fit = Compensation<T>::tokens_of(f);
+  for (int64_t t = 0; t < count && first < last; t += fit) {
+    int64_t some = count - t < fit ? count - t : fit;
     Compensation<T> more(f, rows ? x : x + t * stride, stride, rows ? rows + t : nullptr, some, d);
     multiply_tokens<T>(w, f, bytes, rows, t, some, d, &more, sink, first, last);
   }

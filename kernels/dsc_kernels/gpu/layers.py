@@ -62,7 +62,7 @@ def decode_attention(
     scope: Scope = WHOLE,
 ) -> Tensor:
     """As `backend.Backend` says; the kernel attends to whole contexts by a plain softmax, torch where that differs."""
-    if scope != WHOLE or cache.latent:
+    if scope != WHOLE or cache.latent or cache.in_int8:
         return plain.decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
     return attention.decode_attention(q, cache, tables, contexts, max_context_len, scale)
 
@@ -99,6 +99,12 @@ class Mlp(plain.Mlp):
     """`MlpWeights` with their activation."""
 
     linear = Linear
+
+
+class Shared(plain.Shared):
+    """The shared expert of a mixture: few tokens read its quantised weights as they are."""
+
+    mlp = Mlp
 
 
 class Ffn:
@@ -215,7 +221,7 @@ class Moe:
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
     ) -> None:
         gates = gates_of(experts)
-        self.shared = None if shared is None else plain.Shared(shared, options.activation)
+        self.shared = None if shared is None else Shared(shared, options.activation)
         (hidden, self.d), self.dtype = experts[0].up.shape, experts[0].up.dtype
         if not 1 <= options.k <= router.weight.shape[0]:
             raise ValueError(f"k is {options.k}; it must be between 1 and {router.weight.shape[0]}")
@@ -241,7 +247,7 @@ class Moe:
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and what was picked: experts int64 [B, k], the largest weight first, and weights [B, k]."""
+        """The output, and what was picked: experts int64 [B, k], the best choice first, and weights [B, k]."""
         check("x", x, (x.shape[0], self.d), self.dtype)
         weights, experts = self.route(x)
         if self.shared is not None:

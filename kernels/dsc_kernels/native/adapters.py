@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def packed(update: LowRank, module: Module, dtype: torch.dtype, pieces: Sequence
     up[module.at - first : module.at - first + module.out] = update.up
     scale = pieces[2].view(torch.float32)
     scale.zero_()
-    scale[:rank] = update.coefficients
+    scale[:rank] = update.coefficients.cpu()
     placed: list[Tensor] = []
     for weight, piece in ((update.down.to(dtype).contiguous(), pieces[0]), (up, pieces[1])):
         n, d = weight.shape
@@ -158,34 +158,38 @@ def addresses(adapters: Sequence[tuple[NativeAdapter, int, int]]) -> array[int]:
     return array("q", [n for own, *tokens in adapters for n in (own.address, own.parts, *tokens)])
 
 
-class LayerRuns:
+class LayerRuns(NamedTuple):
     """The runs of one layer's call, as that takes them, and what must outlive it."""
 
-    def __init__(self, adapted: Adapted | None, tokens: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype):
-        """shapes: (out, into) of the layer's modules. Raises ValueError for runs that do not fit."""
-        self._runs, self._run_of = array("q"), torch.empty(0, dtype=torch.int32)
-        self.arguments = {"runs": 0, "run_count": 0, "run_of": 0, "layer_index": 0}
-        if adapted is None or not adapted.runs:
-            return
-        self._run_of, last, found = torch.full((tokens,), -1, dtype=torch.int32), 0, []
-        for i, run in enumerate(adapted.runs):
-            own = checked(run, None, dtype, len(run.adapter.modules) if isinstance(run.adapter, NativeAdapter) else 0)
-            if not 0 <= adapted.layer < len(own.modules):
-                raise ValueError(f"layer {adapted.layer} of an adapter for {len(own.modules)} layers")
-            other = {
-                name: own.modules[adapted.layer][name][:2] for name in shapes if name in own.modules[adapted.layer]
-            }
-            if other != dict(shapes):
-                raise ValueError(f"an adapter was made for modules {other}; this layer has {dict(shapes)}")
-            if run.first < last or run.length < 1 or run.first + run.length > tokens:
-                raise ValueError(f"tokens {run.first} and {run.length} following do not fit into {tokens}, in order")
-            last = run.first + run.length
-            self._run_of[run.first : last] = i
-            found.append((own, run.first, run.length))
-        self._runs = addresses(found)
-        self.arguments = {
-            "runs": self._runs.buffer_info()[0],
-            "run_count": len(found),
-            "run_of": self._run_of.data_ptr(),
-            "layer_index": adapted.layer,
-        }
+    runs: int = 0  # addresses
+    run_count: int = 0
+    run_of: int = 0
+    layer_index: int = 0
+    kept: tuple[object, ...] = ()
+
+
+NO_RUNS = LayerRuns()
+
+
+def layer_runs(
+    adapted: Adapted | None, tokens: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
+) -> LayerRuns:
+    """What adapters add in one layer; shapes: (out, into) of its modules. Raises ValueError for what does not fit."""
+    if adapted is None or not adapted.runs:
+        return NO_RUNS
+    run_of, last, found = torch.full((tokens,), -1, dtype=torch.int32), 0, []
+    for i, run in enumerate(adapted.runs):
+        own = checked(run, None, dtype, len(run.adapter.modules) if isinstance(run.adapter, NativeAdapter) else 0)
+        if not 0 <= adapted.layer < len(own.modules):
+            raise ValueError(f"layer {adapted.layer} of an adapter for {len(own.modules)} layers")
+        modules = own.modules[adapted.layer]
+        other = {name: modules[name][:2] for name in shapes if name in modules}
+        if other != dict(shapes):
+            raise ValueError(f"an adapter was made for modules {other}; this layer has {dict(shapes)}")
+        if run.first < last or run.length < 1 or run.first + run.length > tokens:
+            raise ValueError(f"tokens {run.first} and {run.length} following do not fit into {tokens}, in order")
+        last = run.first + run.length
+        run_of[run.first : last] = i
+        found.append((own, run.first, run.length))
+    runs = addresses(found)
+    return LayerRuns(runs.buffer_info()[0], len(found), run_of.data_ptr(), adapted.layer, (runs, run_of))

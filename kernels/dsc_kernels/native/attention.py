@@ -39,10 +39,15 @@ def store_kv(
     num_positions = UNLIMITED if cos_sin_cache is None else check_cos_sin(cos_sin_cache, size)
     norms = None if qk_norm is None else check_qk_norm(qk_norm, heads, kv_heads, size, value_size, qkv.dtype)
     if tokens:
+        norm = qk_norm_arguments(norms, size)
         kernels.store_kv(
             is_bf16=is_bf16(qkv.dtype),
             qkv=qkv.data_ptr(),
-            **qk_norm_arguments(norms, size),
+            query_norm=norm["query_norm"],
+            key_norm=norm["key_norm"],
+            key_norm_skipped=norm["key_norm_skipped"],
+            qk_norm_eps=norm["qk_norm_eps"],
+            qk_norm_together=norm["qk_norm_together"],
             turned=turned_numbers(cos_sin_cache),
             cos_sin_cache=address(cos_sin_cache),
             positions=positions.data_ptr(),

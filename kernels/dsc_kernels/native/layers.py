@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.backend import UNROUTED
-from dsc_kernels.native.adapters import LayerRuns, mlp_shapes
+from dsc_kernels.native.adapters import layer_runs, mlp_shapes
 from dsc_kernels.native.dispatch import screens, threads
 from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.packing import bank_rows, check_all, packed, rows_of
+from dsc_kernels.native.packing import bank_rows, packed, rows_of
 from dsc_kernels.native.screen import NO_SCREEN, Rows, padded_bias, screen
-from dsc_kernels.native.tensors import address, check, is_bf16
+from dsc_kernels.native.tensors import address, check, check_all, is_bf16
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
@@ -270,7 +270,7 @@ class Ffn(PackedLayer):
     ) -> None:
         batch = x.shape[0]
         self.check_outputs(batch, picks, weights, signal)
-        runs = LayerRuns(adapted, batch, self.module_shapes, self.dtype)
+        runs = layer_runs(adapted, batch, self.module_shapes, self.dtype)
         if batch:
             kernels.ffn(
                 self.capsule,
@@ -283,7 +283,10 @@ class Ffn(PackedLayer):
                 weights=address(weights),
                 signal=address(signal),
                 grouped=int(grouped),
-                **runs.arguments,
+                runs=runs.runs,
+                run_count=runs.run_count,
+                run_of=runs.run_of,
+                layer_index=runs.layer_index,
             )
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsc_kernels.native.adapters import LayerRuns, mlp_shapes
+from dsc_kernels.native.adapters import layer_runs, mlp_shapes
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.layers import ACTIVATIONS, PackedLayer
-from dsc_kernels.native.packing import check_all
-from dsc_kernels.native.tensors import address, is_bf16
+from dsc_kernels.native.tensors import address, check_all, is_bf16
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import MAX_PICKS, Adapted, MlpWeights, MoeOptions, Router, SharedExpert, gates_of
 
@@ -100,7 +99,7 @@ class Moe(PackedLayer):
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and what was picked: experts int32 [B, k], the largest weight first, and weights [B, k]."""
+        """The output, and what was picked: experts int32 [B, k], the best choice first, and weights [B, k]."""
         x, residual, out = self._ready(x, residual)
         picks, weights = torch.empty(x.shape[0], self.k, dtype=torch.int32), torch.empty(x.shape[0], self.k)
         self._run(x, residual, out, picks, weights, adapted)
@@ -115,7 +114,7 @@ class Moe(PackedLayer):
         weights: Tensor | None,
         adapted: Adapted | None,
     ) -> None:
-        runs = LayerRuns(adapted, x.shape[0], self.module_shapes, self.dtype)
+        runs = layer_runs(adapted, x.shape[0], self.module_shapes, self.dtype)
         if x.shape[0]:
             kernels.moe(
                 self.capsule,
@@ -126,5 +125,8 @@ class Moe(PackedLayer):
                 threads=threads(),
                 picks=address(picks),
                 weights=address(weights),
-                **runs.arguments,
+                runs=runs.runs,
+                run_count=runs.run_count,
+                run_of=runs.run_of,
+                layer_index=runs.layer_index,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from dsc_kernels.native.tensors import address, check, is_bf16
 from dsc_kernels.quantised import QuantisedWeight, Weight
 
 PIECE = 1 << 22  # levels that are rearranged at a time
-MAX_RANK = 256  # of a compensation
 MIDDLE = 8  # of 4 bits; where every minimum is that many steps below 0, none is stored
 
 
@@ -57,7 +56,7 @@ _made: weakref.WeakKeyDictionary[QuantisedWeight, weakref.ref[Packed]] = weakref
 def packed(*weights: Weight) -> Packed:
     """Weights of one shape and kind, in memory for weights. One that is packed twice shares its memory.
 
-    Raises ValueError where they differ in kind, and for a compensation of a rank beyond MAX_RANK.
+    Raises ValueError where they differ in kind, and for a compensation of a rank beyond `kernels.MAX_RANK`.
     """
     quantised = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
     if not quantised:
@@ -80,8 +79,8 @@ def pack_quantised(weights: Sequence[QuantisedWeight]) -> Packed:
     kinds = {(w.bits, w.group, w.shape, w.rank, w.dtype) for w in weights}
     if len(kinds) > 1:
         raise ValueError(f"weights of one kind differ in (bits, group, shape, rank, dtype): {sorted(map(str, kinds))}")
-    if first.rank > MAX_RANK:
-        raise ValueError(f"a compensation's rank is {first.rank}; it may be at most {MAX_RANK}")
+    if first.rank > kernels.MAX_RANK:
+        raise ValueError(f"a compensation's rank is {first.rank}; it may be at most {kernels.MAX_RANK}")
     if first.device.type != "cpu":
         raise ValueError(f"a quantised weight is on {first.device}; expected the CPU")
     is_bf16(first.dtype)  # raises for other dtypes
@@ -130,29 +129,22 @@ def panels_of(weight: QuantisedWeight, minimums: bool) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def rows_of(name: str, weight: Weight) -> Rows:
-    """A weight row after row, in memory for weights.
+def rows_of(name: str, weight: Weight, place: Callable[[Tensor], Tensor] = resident) -> Rows:
+    """A weight row after row, in memory for weights, or where else `place` puts its tensors.
 
     Raises ValueError where it is quantised to other than 8 bits, or has a compensation.
     """
     if isinstance(weight, Tensor):
-        return Rows(resident(weight))
+        return Rows(place(weight))
     if weight.bits != 8 or weight.compensation is not None:
         rank = f" with a compensation of rank {weight.rank}" if weight.rank else ""
         raise ValueError(f"{name} is quantised to {weight.bits} bits{rank}; rows read one by one may have 8 alone")
     numbers = [weight.scales] if weight.minimums is None else [weight.scales, weight.minimums]
-    kept = tuple(map(resident, numbers))
+    kept = tuple(map(place, numbers))
     addresses = [*(each.data_ptr() for each in kept), 0]
-    return Rows(resident(weight.values), torch.tensor([weight.group, *addresses[:2]], dtype=torch.int64), kept)
+    return Rows(place(weight.values), torch.tensor([weight.group, *addresses[:2]], dtype=torch.int64), kept)
 
 
 def bank_rows(name: str, weight: Weight) -> Rows:
-    """The same of a bank, whose rows are where they lie; they are in such memory already."""
-    return Rows(weight.contiguous()) if isinstance(weight, Tensor) else rows_of(name, weight)
-
-
-def check_all(shapes: Mapping[str, tuple[Weight | None, tuple[int, ...]]], dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError unless those tensors that there are have these shapes and, where it matters, this dtype."""
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            check(name, tensor, shape, dtype or tensor.dtype)
+    """The same of a bank, whose rows are read where they lie: they are in such memory already, and not held twice."""
+    return rows_of(name, weight, Tensor.contiguous)

@@ -17,6 +17,7 @@ from dsc_kernels.native.attention import (
     UNLIMITED,
     check_cache,
     check_cos_sin,
+    check_heads,
     check_qk_norm,
     check_scope,
     qk_norm_arguments,
@@ -86,8 +87,7 @@ class Stack:
         size = first.size or self._value_size
         self._cache_shape = (first.kv_heads, size)
         self._tables = 1 + max(layer.table for layer in layers)
-        if first.heads % first.kv_heads:
-            raise ValueError(f"{first.heads} heads are not a multiple of {first.kv_heads} key-value heads")
+        check_heads(first.heads, first.kv_heads)
         for table in (token_embedding, *(() if position_embedding is None else (position_embedding,))):
             check("an embedding", table, (table.shape[0], self.d), self.dtype)
         positions = [UNLIMITED if position_embedding is None else position_embedding.shape[0]]

@@ -32,7 +32,7 @@ def check(name: str, tensor: Weight, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")
 
 
-def check_all(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None = None) -> None:
+def check_all(shapes: Mapping[str, tuple[Weight | None, tuple[int, ...]]], dtype: torch.dtype | None = None) -> None:
     """Raise ValueError unless those tensors that there are have these shapes and, where it matters, this dtype."""
     for name, (tensor, shape) in shapes.items():
         if tensor is not None:

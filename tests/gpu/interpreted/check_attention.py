@@ -9,7 +9,8 @@ import torch
 from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
-from dsc_kernels.gpu import attention
+from dsc_kernels.gpu import attention, layers
+from dsc_kernels.kv_rows import narrow_rows, widened_rows
 from dsc_kernels.weights import KvCache
 
 
@@ -74,6 +75,21 @@ def test_an_empty_context_gives_zeros(max_context_len: int) -> None:
         torch.ones(2, 1, 16), KvCache(ones, ones), tables, torch.tensor([0, 5]), max_context_len, 0.25
     )
     assert bool((got[0] == 0).all()) and error(got[1], torch.ones(1, 16)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("latent", [False, True])
+def test_caches_in_int8_are_attended_to(dtype: torch.dtype, latent: bool) -> None:
+    """By the layer, which is what a step calls, in whatever way."""
+    g = torch.Generator().manual_seed(0)
+    kept = [narrow_rows(random(g, dtype, 40, 2, 8, 24)) for _ in "kv"]
+    tables, contexts = torch.randperm(40, generator=g)[:30].view(2, 15), torch.tensor([113, 37])
+    q = random(g, dtype, 2, 6, 24)
+    cache = KvCache.within(kept[0], 20) if latent else KvCache(*kept)
+    keys, values = (widened_rows(rows, dtype) for rows in (kept[0], kept[0] if latent else kept[1]))
+    got = layers.decode_attention(q, cache, tables, contexts, 113, 24**-0.5)
+    want = oracle(q, keys, values[..., -20:] if latent else values, tables, contexts, 24**-0.5)
+    assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
 
 
 def test_splits_fill_the_device_and_no_more() -> None:

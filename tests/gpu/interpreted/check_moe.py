@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
+from support.quantised_cases import exact, quantised
 from torch import Tensor
 
 from dsc_kernels import reference
 from dsc_kernels.gpu import layers, moe
+from dsc_kernels.gpu import quantised as narrow
 from dsc_kernels.plain import ACTIVATIONS
+from dsc_kernels.quantised import QuantisedWeight
 from dsc_kernels.weights import Activation, MlpWeights, MoeOptions, Router, SharedExpert
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -118,6 +121,43 @@ def test_a_layer_with_a_shared_expert(gated: bool, activation: Activation) -> No
     last = None, shared, None if scale is None else scale.double()
     want = reference.moe_layer(x.double(), residual.double(), router.double(), None, *wide, activation, 2, True, *last)
     assert error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("batch", [7, narrow.FEW + 1])
+@pytest.mark.parametrize("gated", [False, True])
+def test_few_tokens_read_a_quantised_shared_expert_as_it_is(
+    gated: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(batch)
+    read: list[QuantisedWeight] = []
+    multiply = narrow.multiply
+
+    def reading(x: Tensor, weight: QuantisedWeight) -> Tensor:
+        read.append(weight)
+        return multiply(x, weight)
+
+    monkeypatch.setattr(narrow, "multiply", reading)
+    up, gate, down = quantised(g, 28, 32, rank=2), quantised(g, 28, 32, 8), quantised(g, 32, 28)
+    experts = [MlpWeights(quantised(g, 20, 32), None, quantised(g, 32, 20)) for _ in range(3)]
+    router, scale = random(g, torch.float32, 3, 32), random(g, torch.float32, 32) if gated else None
+    x, residual = random(g, torch.float32, batch, 32), random(g, torch.float32, batch, 32)
+    layer = layers.Moe(
+        Router(router), experts, MoeOptions(activation="silu", k=2), SharedExpert(MlpWeights(up, gate, down), scale)
+    )
+    got, picks, weights = layer.routed(x, residual)
+    own = (torch.nn.functional.silu(exact(x, gate)) * exact(x, up)) @ down.whole(torch.float64).T
+    own = own if scale is None else own * (x.double() @ scale.double()).sigmoid()[:, None]
+    whole = [
+        torch.stack([one.whole(torch.float64) for one in part]) for part in zip(*map(matrices, experts), strict=True)
+    ]
+    want = oracle(x, weights, picks, whole[0], None, whole[1], "silu", residual.double() + own)
+    assert error(got, want) < 1e-5
+    assert sorted(map(id, read)) == (sorted(map(id, (up, gate, down))) if batch <= narrow.FEW else [])
+
+
+def matrices(expert: MlpWeights) -> tuple[QuantisedWeight, QuantisedWeight]:
+    assert isinstance(expert.up, QuantisedWeight) and isinstance(expert.down, QuantisedWeight)
+    return expert.up, expert.down
 
 
 def test_slots_are_sorted_by_expert_and_then_by_token() -> None:

@@ -20,7 +20,7 @@ from dsc_serve.model.ffn_config import MoloraConfig as MoloraConfig
 from dsc_serve.model.ffn_config import SharedExpertConfig as SharedExpertConfig
 from dsc_serve.model.ffn_config import is_plain
 from dsc_serve.model.quantised_config import QuantisedTensors
-from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling
+from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling, YarnRope
 from dsc_serve.model.schema import Layers, Size, Strict
 
 FORMAT = 3  # the newest that is read; one more whenever an older version would read it wrongly; without a number: 1
@@ -175,6 +175,8 @@ class ModelConfig(Strict):
             named = [name for name, value in given.items() if value is not None]
             if named:
                 raise ValueError(f"{named[0]} is given, but position_embedding_type is 'learned'")
+        if any(isinstance(layer.rope_scaling, YarnRope) and layer.rope_theta == 1 for layer in self.kinds):
+            raise ValueError("rope_theta is 1; with rope_scaling yarn it must be another number")
         scalings = [layer.rope_scaling for layer in self.kinds]
         for name, divisors in (divided for own in scalings if own is not None for divided in own.divided):
             if 2 * len(divisors) != turned:

@@ -1,4 +1,7 @@
-"""GGUF files of the families in `gguf_families`: their tensors, quantised as they are, and the tokenizer converted."""
+"""GGUF files of the families in `gguf_families`: their tensors, dequantised or as stored, and the tokenizer converted.
+
+A file gives its values, dequantised, under the default `weights`, "auto"; "stored" holds what it holds in few bits so.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def gguf_source(file: Path) -> ModelSource:
     metadata = Metadata(content)
     kind = metadata.get("general.type")
     if kind not in (None, "model"):
-        raise CheckpointError(f"{file}: general.type is {kind!r}; supported: 'model'" + OTHER_TYPES.get(kind, ""))
+        raise CheckpointError(f"{file}: general.type is {kind!r}; supported: 'model'" + OTHER_TYPES.get(str(kind), ""))
     family = family_of(metadata)
     tensors = {family.serving_name(entry.name): stored(entry) for entry in content.tensors}
     factors = {name: tensors.pop(name).read() for name in FACTORS if name in tensors}
@@ -85,7 +88,7 @@ def gguf_settings(metadata: Metadata, family: GgufFamily, tensors: Mapping[str, 
     """The metadata as a config of the family, but for positions, which are of llama.cpp's own kinds."""
     embedding, width = tensors.get(EMBEDDING), metadata.own("feed_forward_length")
     content = {
-        "vocab_size": None if embedding is None else embedding.shape[0],
+        "vocab_size": words(embedding) or None,
         "hidden_size": metadata.own("embedding_length"),
         "num_hidden_layers": metadata.own("block_count"),
         "num_attention_heads": metadata.own("attention.head_count"),
@@ -102,6 +105,11 @@ def gguf_settings(metadata: Metadata, family: GgufFamily, tensors: Mapping[str, 
         "tie_word_embeddings": HEAD not in tensors,
     }
     return Settings({**content, **family.settings(metadata, tensors)}, metadata.file)
+
+
+def words(embedding: Stored | None) -> int:
+    """Rows of the embedding; 0 where there is none, or one of no axes."""
+    return embedding.shape[0] if embedding is not None and embedding.shape else 0
 
 
 def gguf_config(
@@ -126,7 +134,7 @@ def gguf_config(
             raise CheckpointError(f"{metadata.file}: tensor {name} does not belong to this architecture")
     embedding = tensors.get(EMBEDDING)
     try:
-        bos, eos = start_and_ends(metadata.content.tokenizer, 0 if embedding is None else embedding.shape[0])
+        bos, eos = start_and_ends(metadata.content.tokenizer, words(embedding))
     except ConversionError as error:
         raise CheckpointError(f"{metadata.file}: {error}") from None
     fields = family.family.fields(settings)

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsc_serve.model.architectures.deepseek import absorbed
+from dsc_serve.files import CheckpointError
+from dsc_serve.model.architectures.deepseek import LARGEST_MAGNITUDE, Sizes, absorbed
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
@@ -71,7 +72,8 @@ def yarn(metadata: Metadata) -> Fields | None:
         return None
     if metadata.get(kind) != "yarn":
         metadata.refuse(kind, "none", "none, yarn")
-    magnitude = 10 * float(metadata.own("rope.scaling.yarn_log_multiplier", 0.0))
+    name = metadata.name("rope.scaling.yarn_log_multiplier")
+    magnitude = 10 * metadata.number(name, 0.0, LARGEST_MAGNITUDE / 10)
     found = {
         "rope_type": "yarn",
         "factor": metadata.own("rope.scaling.factor", 1.0),
@@ -84,14 +86,22 @@ def yarn(metadata: Metadata) -> Fields | None:
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+    """The tensors of the family, what makes keys and what makes values in one. Raises CheckpointError for shapes."""
+    size, heads = Sizes.of(s), config.num_attention_heads
+    shapes = {"k_b": (heads, size.latent, size.still), "v_b": (heads, size.value, size.latent)}
     found = {name.replace("choice_bias.bias", "choice_bias"): own for name, own in stored.items()}
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}.self_attn."
-        keys, values = found.pop(f"{at}k_b.weight", None), found.pop(f"{at}v_b.weight", None)
-        if keys is not None and values is not None and len(keys.shape) == len(values.shape) == 3:
-            rows = keys.shape[0] * (keys.shape[2] + values.shape[1])
-            read = partial(joined, keys, values)
-            found[f"{at}kv_b_proj.weight"] = Stored((rows, keys.shape[1]), torch.float32, read)
+        parts = {part: found.pop(name) for part in shapes if (name := f"{at}{part}.weight") in found}
+        for part, shape in shapes.items() if parts else ():
+            named = f"{s.path}: tensor blk.{i}.attn_{part}.weight"
+            if part not in parts:
+                raise CheckpointError(f"{named} is missing, its counterpart is there")
+            if parts[part].shape != shape:
+                raise CheckpointError(f"{named} has shape {list(parts[part].shape)}, expected {list(shape)}")
+        if parts:
+            read, rows = partial(joined, parts["k_b"], parts["v_b"]), heads * (size.still + size.value)
+            found[f"{at}kv_b_proj.weight"] = Stored((rows, size.latent), torch.float32, read)
     return absorbed(found, s, config)
 
 

@@ -146,7 +146,8 @@ def granite(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
     }
     found = {ours: metadata.own(theirs) for ours, theirs in names.items()}
     if not found["attention_multiplier"]:  # as llama.cpp takes it, 1 over the root of a head's size
-        found["attention_multiplier"] = metadata.head_dim**-0.5 if metadata.head_dim else 1.0
+        size = metadata.head_dim
+        found["attention_multiplier"] = size**-0.5 if type(size) is int and size > 0 else 1.0
     return {ours: value for ours, value in found.items() if value not in (None, 0)}
 
 

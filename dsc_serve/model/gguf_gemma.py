@@ -13,12 +13,11 @@ from dsc_serve.model.gguf_metadata import Metadata
 from dsc_serve.model.source import Stored
 
 WIDE_SCALE = {"gemma2": 46, "gemma3": 62}  # layers of those whose scores are scaled by the width over the heads
-CAPS = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def gemma2(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
-    caps = {ours: metadata.own(theirs) or None for ours, theirs in CAPS.items()}
-    return caps | {**shared(metadata), "rope_theta": metadata.own("rope.freq_base", 10000.0)}
+    return {**shared(metadata), "rope_theta": metadata.own("rope.freq_base", 10000.0)}
 
 
 def gemma3(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
@@ -40,7 +39,13 @@ def shared(metadata: Metadata) -> Fields:
     width, heads = metadata.own("embedding_length"), metadata.own("attention.head_count")
     if layers == WIDE_SCALE[metadata.architecture] and isinstance(width, int) and isinstance(heads, int) and heads:
         before = width // heads
-    return {"sliding_window": window_of(metadata), "query_pre_attn_scalar": before}
+    return {"sliding_window": window_of(metadata), "query_pre_attn_scalar": before, **caps(metadata)}
+
+
+def caps(metadata: Metadata) -> Fields:
+    """The bounds that a file names, of which 0 is none; the family has those that it leaves out."""
+    found = {name: metadata.own(name) for name in CAPS}
+    return {name: None if value == 0 else value for name, value in found.items() if value is not None}
 
 
 def window_of(metadata: Metadata) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.gguf_file import GgufFile
+from dsc_serve.model.config import shortened
 from dsc_serve.model.rope import lengthened
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,23 @@ class Metadata:
         value = self.get(name)
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else "number"
-            raise CheckpointError(f"{self.file}: {name} is {value!r}, expected {wanted}")
+            raise CheckpointError(f"{self.file}: {name} is {shortened(value)}, expected {wanted}")
         return value
+
+    def number(self, name: str, default: float, most: float) -> float:
+        """A field that must be a number from 0 to `most`. Raises CheckpointError."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            raise CheckpointError(f"{self.file}: {name} is {shortened(value)}; supported: a number from 0 to {most:g}")
+        return float(value)
 
     def refuse(self, name: str, neutral: Any, supported: str) -> None:
         """Raises CheckpointError unless the field is missing or has the neutral value."""
         value = self.get(name)
         if value is not None and value != neutral:
-            raise CheckpointError(f"{self.file}: {name} is {value!r}; supported: {supported}")
+            raise CheckpointError(f"{self.file}: {name} is {shortened(value)}; supported: {supported}")
 
 
 def positions(metadata: Metadata, factors: Mapping[str, Tensor], longrope: bool) -> dict[str, Any]:

@@ -14,12 +14,18 @@ from dsc_serve.model.schema import Size, Strict
 
 Positive = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(ge=1)]
+Magnitude = Annotated[float, Field(ge=0, le=1000)]
+Turns = Annotated[float, Field(ge=1e-3, le=1e6)]
+MOST_POSITIONS = 2**62
 AHEAD = 4096  # positions that are filled in together
 
 
 def lengthened(context: int, factor: float) -> int:
-    """The positions for which linear scaling and YaRN by this factor make a model that was trained with so many."""
-    return int(context * factor) if math.isfinite(factor) and factor > 1 else context
+    """The positions for which linear scaling and YaRN by this factor make a model that was trained with so many.
+
+    At most MOST_POSITIONS, which no configuration may have: what overflows is refused by it.
+    """
+    return int(min(context * factor, MOST_POSITIONS)) if math.isfinite(factor) and factor > 1 else context
 
 
 class Scaling(Strict):
@@ -97,11 +103,11 @@ class YarnRope(Scaling):
     rope_type: Literal["yarn"]
     factor: Factor
     original_max_position_embeddings: Size
-    beta_fast: Positive = 32.0
-    beta_slow: Positive = 1.0
+    beta_fast: Turns = 32.0
+    beta_slow: Turns = 1.0
     attention_factor: Positive | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    mscale: Magnitude | None = None
+    mscale_all_dim: Magnitude | None = None
     truncate: bool = True
 
     def stretched(self, frequencies: Tensor, theta: float, positions: int) -> Tensor:

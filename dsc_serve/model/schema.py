@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Far beyond any model, and far below what overflows or takes all memory before it is compared with the weights.
 Size = Annotated[int, Field(ge=1, le=2**27)]
-Layers = Annotated[int, Field(ge=1, le=2**12)]
+MOST_LAYERS = 2**12
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Parts = Annotated[int, Field(ge=1, le=2**14)]  # of a layer, each with tensors of its own
 
 

@@ -6,6 +6,7 @@ import re
 import time
 
 from dsc_serve.config import ConfigError
+from dsc_serve.train.settings import TrainError
 
 MARGIN_S = 15.0  # for the last checkpoint and the export
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -36,9 +37,20 @@ class TrainingClock:
     def spent(self) -> float:
         return self.before + time.monotonic() - self._start
 
+    def begin(self) -> None:
+        """Training itself begins. Raises TrainError where the limit leaves no time for it."""
+        self.began = self.spent
+        if self.share(0) >= 1:
+            raise TrainError(
+                f"the time limit of {self.limit:g} s leaves none to train: preparation took "
+                f"{self.spent:.0f} s, the end takes about {self.reserve + MARGIN_S:.0f} s"
+            )
+
     def share(self, step: int) -> float:
         """The part of the run that is done before this step; 1 or more when it is over."""
         if self.limit is None:
             return step / self.steps
         room = self.limit - self.reserve - self.longest - MARGIN_S - self.began
-        return (self.spent - self.began) / room if room > 0 else 1.0
+        if room <= 0:
+            return 1.0
+        return (self.spent - self.began) / room if step else 0.0  # so that a run that may begin takes a step

@@ -83,7 +83,7 @@ def merge_experts(model: Path, experts: int, calibration: str, texts: dict[str, 
     mixtures = {i: kind for i, kind in enumerate(source.config.layers) if isinstance(kind.ffn, MoeConfig)}
     check(model, mixtures, experts)
     weights = source.weights()
-    with LLM(str(model), dtype="float32") as llm:
+    with LLM(str(model), dtype="float32", weights="bfloat16") as llm:
         decoder = llm.engine.runner.model  # type: ignore[attr-defined]
         decoder.stack = None  # layers are called one by one, so that they can be listened to, and changed
         layers: list[TransformerLayer] = decoder.layers

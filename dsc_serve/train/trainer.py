@@ -17,8 +17,8 @@ from dsc_serve.machine import default_threads
 from dsc_serve.model.decoder import parameter_counts
 from dsc_serve.model.initial import initial_tensors
 from dsc_serve.train.allocator import keep_memory
-from dsc_serve.train.checkpoint import load_state, save_state, write_whole
-from dsc_serve.train.clock import MARGIN_S, TrainingClock
+from dsc_serve.train.checkpoint import Checkpoints, claim_folder, load_state, save_state, write_whole
+from dsc_serve.train.clock import TrainingClock
 from dsc_serve.train.corpus import Corpus, WindowSampler, prepare
 from dsc_serve.train.export import export_model
 from dsc_serve.train.ffn import Pass
@@ -72,8 +72,7 @@ class Trainer:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise TrainError("device is cuda, but torch sees no CUDA device here")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._claim_folder()
+        claim_folder(folder, LOG, settings.model_dump(mode="json"))
         state = load_state(folder / "state.pt", self.device)
         torch.set_num_threads(state["threads"] if state else settings.run.threads or default_threads())
         vocabulary = settings.model.get("vocab_size")
@@ -107,14 +106,9 @@ class Trainer:
             return summary
         if self.step == 0:
             self._evaluate()
-            self.clock.began = self.clock.spent
-            if self.clock.share(0) >= 1:
-                raise TrainError(
-                    f"the time limit of {self.clock.limit:g} s leaves none to train: preparation took "
-                    f"{self.clock.spent:.0f} s, the end takes about {self.clock.reserve + MARGIN_S:.0f} s"
-                )
+            self.clock.begin()
         run, progress = self.settings.run, Progress(self.clock.share(self.step))
-        saved = logged = self.clock.spent
+        checkpoints, logged = Checkpoints(self.clock, run.checkpoint_s, self._save), self.clock.spent
         counted = self.tokens
         losses: list[float] = []
         while (share := self.clock.share(self.step)) < 1:
@@ -137,9 +131,7 @@ class Trainer:
                 before = self.clock.spent
                 self._evaluate()
                 logged += self.clock.spent - before
-            if self.clock.spent - saved > run.checkpoint_s:
-                self._save()
-                saved = self.clock.spent
+            checkpoints.look()
             self.clock.longest = max(self.clock.longest, self.clock.spent - began)
         progress.close()
         self._save()
@@ -256,15 +248,6 @@ class Trainer:
             "used": self.recent.used,
             "signal": self.recent.signal,
         }
-
-    def _claim_folder(self) -> None:
-        """Keep the settings with the run. Raises TrainError when a run with others has begun in the folder."""
-        file = self.folder / "settings.json"
-        text = json.dumps(self.settings.model_dump(mode="json"), indent=2) + "\n"
-        if not (self.folder / LOG).is_file():
-            write_whole(file, text)
-        elif file.read_text("utf8") != text:
-            raise TrainError(f"{self.folder}: holds a run with other settings (settings.json); name another folder")
 
     def _resume(self, state: dict[str, Any]) -> None:
         for name, tensor in state["masters"].items():

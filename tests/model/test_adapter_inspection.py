@@ -93,6 +93,19 @@ def test_every_form_is_told(case: str, tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "kept", source.config, source.origin).rank == 1
 
 
+@pytest.mark.parametrize(("case", "part"), [("gpt2", "A"), ("gpt2", "B"), ("vblora", "A"), ("vblora", "B")])
+def test_matrices_without_numbers_are_named(case: str, part: str, tmp_path: Path) -> None:
+    tensors = adapter_tensors(case)
+    name = next(own for own in tensors if own.split(".")[-1 if case == "vblora" else -2].endswith(f"_{part}"))
+    shape = list(tensors[name].shape)
+    shape[0 if part == "B" else 1] = 0
+    tensors[name] = torch.zeros(shape)
+    folder = adapter_folder(case, tmp_path / "tenant", tensors)
+    result = CliRunner().invoke(main, ["adapter", "inspect", str(folder)])
+    assert result.exit_code == 1
+    assert result.output.endswith(f"tensor {name} has shape {shape}; it holds no numbers\n")
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     folder = adapter_folder("gpt2", tmp_path / "tenant", use_dora=True)
     result = CliRunner().invoke(main, ["adapter", "inspect", str(folder)])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from support.families import CASES, LENGTHS, NEW_TOKENS, PROMPTS, chosen, expected, family_folder
@@ -17,7 +18,7 @@ from torch import Tensor
 from dsc_kernels import native
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.model.architectures import ARCHITECTURES
-from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.checkpoint import load_model, open_source
 from dsc_serve.model.config import load_config
 from dsc_serve.model.gguf import import_gguf
 from dsc_serve.model.gguf_families import FAMILIES
@@ -114,6 +115,33 @@ def test_a_newer_file_of_latent_attention_gives_the_same(name: str, tmp_path: Pa
     with LLM(str(file), dtype="float32", threads=1) as llm:
         for i, logits in enumerate(llm.logits(PROMPTS)):
             assert error(logits[chosen(LENGTHS[i])], want.logits[i]) < ABSORBED
+
+
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "want"),
+    [
+        ("gemma2", (None, None), (50.0, 30.0)),  # the family's, as in files of before these fields
+        ("gemma2", (20.0, None), (20.0, 30.0)),
+        ("gemma2", (0.0, 0.0), (0.0, 0.0)),
+        ("gemma3", (None, None), (0.0, 0.0)),
+        ("gemma3", (None, 7.0), (0.0, 7.0)),
+        ("gemma3", (5.0, 7.0), (5.0, 7.0)),
+    ],
+)
+def test_the_bounds_of_a_file_are_what_it_names_or_the_familys(
+    name: str, said: tuple[float | None, ...], want: tuple[float, ...], tmp_path: Path
+) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        for field, value in zip(CAPS, said, strict=True):
+            writer.kv_data[-1].pop(f"{name}.{field}", None)
+            if value is not None:
+                writer.add_float32(f"{name}.{field}", value)
+
+    config = open_source(family_file(name, tmp_path / "m.gguf", change)).config
+    assert (config.attention_cap, config.logits_cap) == want
 
 
 EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}  # the first of each family

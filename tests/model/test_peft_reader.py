@@ -16,6 +16,7 @@ from support.families import NEW_TOKENS, PROMPTS, chosen, family_folder
 from support.family_files import family_file
 from support.small_models import small_config, wide_tensors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.adapter_choice import BrokenAdapterError
@@ -292,6 +293,28 @@ def test_a_mixture_that_names_vectors_beyond_its_bank_is_refused(tmp_path: Path)
     del tensors["base_model.vblora_vector_bank"]
     with pytest.raises(BrokenAdapterError, match="vblora_vector_bank is missing"):
         read_adapter(adapter_folder(case, tmp_path / "other", tensors), source.config, source.origin)
+
+
+@pytest.mark.parametrize("case", ["vblora", "vblora kept mixtures"])
+def test_mixtures_take_no_more_memory_for_more_picks(case: str, tmp_path: Path) -> None:
+    """Not so many times the matrix: no tensor that is made meanwhile is larger than what is kept, or what is stored."""
+    source = open_source(family_folder("qwen3", tmp_path / "base"))
+    folder = adapter_folder(case, tmp_path / "tenant")
+    with Largest() as made:
+        adapter = read_adapter(folder, source.config, source.origin)
+    assert made.floats <= max(max(own.up.numel(), own.down.numel()) for own in adapter.modules.values())
+
+
+class Largest(TorchDispatchMode):
+    """How many floating-point numbers with the length of a bank's vectors, 8, the largest tensor made meanwhile has."""
+
+    floats = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32 and out.dim() > 2 and out.shape[-1] == 8:
+            self.floats = max(self.floats, out.numel())
+        return out
 
 
 @pytest.mark.parametrize(("kind", "below"), [("dsc", "static."), ("molora", "static."), ("dense", "")])

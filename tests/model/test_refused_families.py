@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.families import CASES, family_folder
-from support.family_files import family_file
+from support.family_files import FILES, family_file
+from support.window_families import YARN
+from test_untrusted_folders import little_memory
 
 from dsc_serve.model.architectures import ARCHITECTURES
 from dsc_serve.model.checkpoint import open_source
@@ -126,6 +131,33 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("gptneox", {"rotary_pct": 0}, "rotary_pct is 0; supported: above 0, at most 1"),
     ("gptneox", {"use_parallel_residual": "yes"}, "use_parallel_residual is 'yes', expected true or false"),
     ("falcon", {"alibi": True}, "alibi is True; supported: False: rotary positions"),
+    # what no computation takes
+    ("mixtral", {"rope_theta": 10**400}, "rope_theta is 1000000000"),
+    ("granite", {"logits_scaling": 10**400}, "logits_scaling is 1000000000"),
+    ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier is nan, expected a finite number"),
+    ("gemma2", {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 1000000000"),
+    ("gemma2", {"hidden_size": 10**400}, "hidden_size is 1000000000"),
+    (
+        "gemma3 with layer types",
+        {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+        "rope_parameters.sliding_attention.rope_type is 'linear'; supported: default",
+    ),
+    ("deepseek2", {"topk_method": ["greedy"]}, "topk_method is ['greedy']; supported: greedy, group_limited_greedy"),
+    ("deepseek3", {"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is 1000000000; supported: a whole"),
+    ("deepseek3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1; supported: a whole number from"),
+    ("deepseek3", {"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers is '1'; supported: a whole number from"),
+    ("deepseek3", {"num_nextn_predict_layers": None, "num_mtp_layers": 65}, "num_mtp_layers is 65; supported: a whole"),
+    *(
+        ("deepseek2 stretched", {"rope_scaling": {**YARN, "mscale_all_dim": value}}, f"mscale_all_dim is {shown}")
+        for value, shown in (
+            ("0.7", "'0.7'"),
+            ([1], "[1]"),
+            (True, "True"),
+            (-1, "-1"),
+            (1e300, "1e+300"),
+            (10**400, "1000"),
+        )
+    ),
 ]
 
 
@@ -147,6 +179,17 @@ def test_a_field_of_every_family_is_tried() -> None:
 
 def scaled(kind: gguf.RopeScalingType) -> Change:
     return lambda writer: writer.add_rope_scaling_type(kind)
+
+
+def replaced(field: str, add: Callable[[gguf.GGUFWriter, str], None]) -> Change:
+    """A field of a file, written by `add` instead."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        name = f"{writer.arch}.{field}"
+        del writer.kv_data[-1][name]
+        add(writer, name)
+
+    return change
 
 
 FILE_FIELDS: list[tuple[str, Change, str]] = [
@@ -181,6 +224,27 @@ FILE_FIELDS: list[tuple[str, Change, str]] = [
     ("granitemoe", lambda w: w.add_expert_shared_feed_forward_length(8), "expert_shared_feed_forward_length is 8"),
     ("qwen3", scaled(gguf.RopeScalingType.LONGROPE), "qwen3.rope.scaling.type is 'longrope'; supported: none, lin"),
     ("phi3 longrope", scaled(gguf.RopeScalingType.YARN), "phi3.rope.scaling.type is 'yarn'; supported: none and lo"),
+    (
+        "deepseek2 stretched",
+        replaced("rope.scaling.factor", lambda w, name: w.add_float64(name, 1e308)),
+        "max_position_embeddings",
+    ),
+    ("gemma2", lambda w: w.add_final_logit_softcapping(-1.0), "final_logit_softcapping is -1.0; supported: above 0"),
+    ("gemma3", lambda w: w.add_attn_logit_softcapping(-1.0), "attn_logit_softcapping is -1.0; supported: above 0"),
+    *(
+        (
+            "deepseek2 stretched",
+            replaced("rope.scaling.yarn_log_multiplier", add),
+            f"deepseek2.rope.scaling.yarn_log_multiplier is {shown}; supported: a number from 0 to 100",
+        )
+        for add, shown in (
+            (lambda w, name: w.add_string(name, "0.1"), "'0.1'"),
+            (lambda w, name: w.add_bool(name, True), "True"),
+            (lambda w, name: w.add_float32(name, -1.0), "-1.0"),
+            (lambda w, name: w.add_float32(name, float("nan")), "nan"),
+            (lambda w, name: w.add_float32(name, 1e30), "1.0000000150474662e+30"),
+        )
+    ),
 ]
 
 
@@ -191,6 +255,54 @@ def test_a_field_of_a_file_that_is_not_supported_is_named(
     with pytest.raises(CheckpointError) as error:
         open_source(family_file(case, tmp_path / "m.gguf", change)).check()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("count", [2**12 + 1, 10**9, 10**30])
+@pytest.mark.parametrize("case", {case.config["model_type"]: name for name, case in CASES.items()}.values())
+def test_a_giant_number_of_layers_is_refused_before_memory_is_taken(case: str, count: int, tmp_path: Path) -> None:
+    name = "n_layer" if "n_layer" in CASES[case].config else "num_hidden_layers"
+    folder = family_folder(case, tmp_path / "m", **{name: count})
+    with little_memory(), pytest.raises(CheckpointError) as error:
+        open_source(folder).check()
+    assert re.search(rf"(n_layer|num_hidden_layers) is {count}\b|num_hidden_layers: .*{count}", str(error.value))
+
+
+@pytest.mark.parametrize("case", [name for name in FILES if CASES[name].features or "gemma" in name])
+def test_a_giant_number_of_layers_of_a_file_too(case: str, tmp_path: Path) -> None:
+    change = replaced("block_count", lambda writer, name: writer.add_uint32(name, 2**31))
+    with little_memory(), pytest.raises(CheckpointError, match=str(2**31)):
+        open_source(family_file(case, tmp_path / "m.gguf", change)).check()
+
+
+@pytest.mark.parametrize("part", ["k_b", "v_b"])
+def test_what_makes_keys_and_values_has_its_shape_and_its_counterpart(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, own = gguf.GGUFWriter.add_tensor, f"blk.1.attn_{part}.weight"
+
+    def without(writer: gguf.GGUFWriter, name: str, tensor: Any) -> None:
+        if name != own:
+            add(writer, name, tensor)
+
+    def cut(writer: gguf.GGUFWriter, name: str, tensor: Any) -> None:
+        add(writer, name, np.ascontiguousarray(tensor[:, :-1]) if name == own else tensor)
+
+    def flat(writer: gguf.GGUFWriter, name: str, tensor: Any) -> None:
+        add(writer, name, tensor[0] if name == own else tensor)
+
+    for change, told in ((without, "is missing"), (cut, "has shape"), (flat, "has shape")):
+        monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", change)
+        with pytest.raises(CheckpointError) as error:
+            open_source(family_file("deepseek2", tmp_path / "m.gguf", newer=True)).check()
+        assert f"tensor {own} {told}" in str(error.value)
+
+
+def test_a_tensor_without_a_dot_in_its_name_is_named(tmp_path: Path) -> None:
+    folder = family_folder("gemma2", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"norm": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tensor norm does not belong to this architecture"):
+        open_source(folder).check()
 
 
 def test_tensors_of_no_family_are_named(tmp_path: Path) -> None:

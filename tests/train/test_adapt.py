@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dsc_serve.model.checkpoint import open_source, save_checkpoint
 from dsc_serve.train.adapt.network import AdaptedNetwork
 from dsc_serve.train.adapt.settings import adapt_settings
 from dsc_serve.train.adapt.trainer import AdapterTrainer
+from dsc_serve.train.clock import MARGIN_S, TrainingClock
 from dsc_serve.train.corpus import train_tokenizer
 from dsc_serve.train.sentences import paragraphs
 from dsc_serve.train.settings import TrainError
@@ -198,6 +200,31 @@ def test_the_command_trains_and_tells(base: Path, texts: list[Path], tmp_path: P
     assert "3 steps, 576 tokens in float32" in result.output
     other = CliRunner().invoke(main, [*words, "--set", "rank=5"])
     assert other.exit_code == 1 and "holds a run with other settings" in other.output
+
+
+def test_a_time_limit_that_permits_no_step_writes_no_adapter(base: Path, texts: list[Path], tmp_path: Path) -> None:
+    words = ["adapt", "--base", str(base), "--out", str(tmp_path / "run"), "--time-limit", "2s"]
+    words += ["--text", str(texts[0]), *(word for change in ("dtype=float32", *SMALL) for word in ("--set", change))]
+    for _ in range(2):  # and when it is started again
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 1
+        assert "the time limit of 2 s leaves none to train: preparation took" in result.output
+    assert not (tmp_path / "run" / "adapters").exists() and not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_that_may_begin_takes_a_step() -> None:
+    clock = TrainingClock(None, 5)
+    clock.limit = clock.spent + MARGIN_S + 0.05
+    clock.begin()
+    time.sleep(0.1)
+    assert clock.share(0) == 0 and clock.share(1) > 1
+
+
+def test_the_log_of_a_finished_run_is_closed(base: Path, texts: list[Path], tmp_path: Path) -> None:
+    own = trainer(base, texts[:1], tmp_path, "steps=1")
+    own.run()
+    with pytest.raises(ValueError, match="closed file"):
+        own.record.write({"step": 2})
 
 
 @pytest.mark.parametrize("change", ["rnk=4", "rank", "rank=0", "modules=q,q", "modules=w", "rate=0", "kind=dora"])

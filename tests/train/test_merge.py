@@ -79,6 +79,20 @@ def test_the_losses_are_those_of_the_model_that_is_written(model: Path, tmp_path
     assert found.dropped["text"].loss != found.after["text"].loss
 
 
+def test_a_quantised_folder_is_merged_by_the_values_of_its_weights(model: Path, tmp_path: Path) -> None:
+    from dsc_serve.train.evaluation import evaluate
+    from dsc_serve.train.quantise.conversion import convert
+
+    convert(model, tmp_path / "eight", "int8", "", [], 0, 0)
+    text = paragraphs(6)
+    found = merge_experts(tmp_path / "eight", 3, text, {"text": text}, tmp_path / "out")
+    assert [(own.layer, own.clusters) for own in found.layers] == [(1, PAIRS), (2, PAIRS)]
+    assert not load_config(tmp_path / "out").quantised
+    for folder, told in ((tmp_path / "eight", found.before), (tmp_path / "out", found.after)):
+        with LLM(str(folder), dtype="float32", weights="bfloat16") as llm:
+            assert evaluate(llm, text).loss == pytest.approx(told["text"].loss, abs=1e-6)
+
+
 def test_clusters_join_those_that_are_most_alike() -> None:
     outputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0, 0.1]])]
     similar = similarities(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from dsc_serve import LLM
 from dsc_serve.cli import main
 from dsc_serve.config import resolve_model
 from dsc_serve.model.checkpoint import load_model, open_source, save_checkpoint
+from dsc_serve.model.folder import load_tensors, weight_files
 from dsc_serve.model.rounding import rounded
 from dsc_serve.text.tokenizer import Tokenizer
 from dsc_serve.train.evaluation import evaluate
+from dsc_serve.train.quantise.command import finite
 from dsc_serve.train.quantise.compensation import compensated, spectral_norm
-from dsc_serve.train.quantise.conversion import convert
+from dsc_serve.train.quantise.conversion import Conversion, convert
 from dsc_serve.train.quantise.feedback import rounded_with_feedback
 from dsc_serve.train.quantise.measure import layer_costs, others, picks
 from dsc_serve.train.quantise.walk import Products, Walk, plainly
@@ -163,7 +166,7 @@ def test_every_kind_is_calibrated_and_served(kind: str, tmp_path: Path) -> None:
     ids = [(37 * i * i + 11 * i) % 61 for i in range(900)]
     done = convert(tmp_path / "m", tmp_path / "out", "int4", "", ids, 2, 900)
     assert all(0 < own.error < 0.5 for own in done.matrices)
-    assert all(own.residual < own.norm for own in done.matrices if own.norm == own.norm)
+    check_norms(done, tmp_path / "out")
     mlp = [own for own in done.matrices if own.name.endswith("down_proj.weight")]
     assert mlp and all("compensated with rank 2" in own.form for own in mlp)
     found = load_model(tmp_path / "out", "float32", CPU)
@@ -171,6 +174,43 @@ def test_every_kind_is_calibrated_and_served(kind: str, tmp_path: Path) -> None:
     with LLM(str(tmp_path / "m"), dtype="float32") as before, LLM(str(tmp_path / "out"), dtype="float32") as after:
         want, got = (llm.logits([ids[:40]])[0] for llm in (before, after))
     assert float((got - want).norm() / want.norm()) < 0.5
+    source = open_source(tmp_path / "out")  # what the rounded values give, inputs not rounded
+    save_checkpoint(source.config, dict(source.weights()), tmp_path / "wide")
+    with (
+        LLM(str(tmp_path / "wide"), dtype="float32") as wide,
+        LLM(str(tmp_path / "out"), dtype="float32", weights="bfloat16") as plain,
+    ):
+        want, got = (llm.logits([ids[:40]])[0] for llm in (wide, plain))
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+def check_norms(done: Conversion, out: Path) -> None:
+    """What is told of each matrix is what float64 finds in the folders that were read and written."""
+    before, after = done.source.weights(), open_source(out).weights()
+    told = 0
+    for own in done.matrices:
+        wide, rounded_ = (weights[own.name].double().flatten(0, -2) for weights in (before, after))
+        if "atoms_" in own.name or "router" in own.name:  # which are projected, or have a norm folded in, before
+            continue
+        assert own.norm is not None and own.residual is not None and not own.estimated
+        assert own.norm == pytest.approx(float(torch.linalg.matrix_norm(wide, ord=2)), rel=1e-5)
+        assert own.residual == pytest.approx(float(torch.linalg.matrix_norm(wide - rounded_, ord=2)), rel=1e-3)
+        told += 1
+    assert told > 4
+
+
+def test_routers_stay_in_the_dtype_that_they_are_stored_in(tmp_path: Path) -> None:
+    """Families keep them in float32 beside bfloat16: rounding them to it would change picks."""
+    model = small_config("moe")
+    tensors = {name: own if "router" in name else own.bfloat16() for name, own in wide_tensors(model).items()}
+    save_checkpoint(model, tensors, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "out", "int8", "attention=bfloat16", [], 0, 0)
+    found = load_tensors(weight_files(tmp_path / "out"))
+    routers = [name for name in tensors if name.endswith("router.weight")]
+    assert len(routers) == 2
+    for name in routers:
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensors[name])
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
 def test_every_product_is_heard_with_its_name(tmp_path: Path) -> None:
@@ -206,12 +246,33 @@ def test_the_command_reports_what_it_did(tmp_path: Path) -> None:
     done = run(TINY, "--weights", "int4", "--out", out, *options)
     assert done.exit_code == 0, done.output
     assert "bits/byte" in done.output and "layer 5:" in done.output and "of picks" in done.output
-    found = json.loads(report.read_text())
+    found = json.loads(report.read_text(), parse_constant=pytest.fail)
+    norms = {own["name"]: (own["residual"], own["norm"], own["estimated"]) for own in found["matrices"]}
+    assert norms.pop("model.embed_tokens.weight") == (None, None, False)
+    assert all(0 < residual < norm and not estimated for residual, norm, estimated in norms.values())
     assert len(found["layers"]) == 6 and found["bits_per_byte"][1] > 0
     assert {own["form"].split()[0] for own in found["matrices"]} == {"int4", "int8"}
     assert (out / "tokenizer.json").is_file()
     again = run(TINY, "--weights", "int4", "--out", out)
     assert again.exit_code == 1 and "holds a checkpoint already" in again.output
+
+
+def test_norms_that_are_estimated_are_told_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsc_serve.train.quantise.compensation.EXACT", 33)
+    model = small_config("dense", num_hidden_layers=1)
+    save_checkpoint(model, wide_tensors(model), tmp_path / "m")
+    done = run(tmp_path / "m", "--weights", "int8", "--out", tmp_path / "o", "--json", tmp_path / "r")
+    assert done.exit_code == 0 and "from below" not in done.output
+    monkeypatch.setattr("dsc_serve.train.quantise.compensation.EXACT", 31)
+    done = run(tmp_path / "m", "--weights", "int8", "--out", tmp_path / "p", "--json", tmp_path / "s")
+    assert done.exit_code == 0 and done.output.count(", from below (int8") == 7
+    reports = [json.loads((tmp_path / name).read_text())["matrices"] for name in "rs"]
+    assert [{own["estimated"] for own in matrices} for matrices in reports] == [{False}, {True}]
+
+
+def test_numbers_that_are_not_finite_are_null_in_a_report() -> None:
+    report = {"change": math.nan, "layers": [{"loss": math.inf, "picks": 0.5}], "bits_per_byte": [-math.inf, 1]}
+    assert finite(report) == {"change": None, "layers": [{"loss": None, "picks": 0.5}], "bits_per_byte": [None, 1]}
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.experts import STACKED, mixture, unstacked
 from dsc_serve.model.architectures.family import LLAMA_MODULES, Architecture, by_layer, dense, frame
+from dsc_serve.model.architectures.positions import written
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, without
 from dsc_serve.model.config import ModelConfig
@@ -37,6 +38,8 @@ MODULES = {
     },
 }
 METHODS = {"greedy": False, "group_limited_greedy": True}
+MOST_PREDICTING = 64  # layers behind the last
+LARGEST_MAGNITUDE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def attention(s: Settings) -> Fields:
     fields = frame(Settings(named, s.path))
     if fields["rope_scaling"] is not None:
         fields["rope_scaling"] = magnified(s, fields["rope_scaling"])
+        score_scale(s)
     return fields | {
         "head_dim": size.latent + size.turned,
         "rotary_dim": size.turned,
@@ -81,12 +85,15 @@ def magnified(s: Settings, scaling: Fields) -> Fields:
 
 
 def score_scale(s: Settings) -> float:
-    """What scores are multiplied by beside 1 / √(head size): YaRN's magnitude, squared."""
-    rope = s.get("rope_scaling", "rope_parameters", default={})
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-    all_dim, factor = (rope.get(name) for name in ("mscale_all_dim", "factor")) if kind != "default" else (None, None)
-    if not all_dim or not isinstance(factor, int | float) or factor <= 1:
+    """What scores are multiplied by beside 1 / √(head size): YaRN's magnitude, squared. Raises CheckpointError."""
+    rope = written(s)
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
         return 1.0
+    all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor")
+    if all_dim is None or not isinstance(factor, int | float) or factor <= 1:
+        return 1.0
+    if isinstance(all_dim, bool) or not isinstance(all_dim, int | float) or not 0 <= all_dim <= LARGEST_MAGNITUDE:
+        s.refuse("mscale_all_dim", all_dim, f"a number from 0 to {LARGEST_MAGNITUDE:g}")
     return float((0.1 * all_dim * math.log(factor) + 1) ** 2)
 
 
@@ -100,7 +107,7 @@ def layered(s: Settings, routing: Fields) -> Fields:
     if shared:
         experts["shared_expert"] = {"size": shared * size, "gated": False}
     s.only("moe_layer_freq", 1)
-    first, layers = s.get("first_k_dense_replace", default=0), s.size("num_hidden_layers")
+    first, layers = s.get("first_k_dense_replace", default=0), s.layers()
     if type(first) is not int or first < 0:
         s.refuse("first_k_dense_replace", first, "a whole number of at least 0")
     fields = attention(s) | {"ffn": {**experts, **routing, "weight_scale": s.number("routed_scaling_factor", 1.0)}}
@@ -116,7 +123,7 @@ def v2(s: Settings) -> Fields:
     s.only("norm_topk_prob", False)
     s.only("scoring_func", "softmax")
     method = s.get("topk_method", default="greedy")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         s.refuse("topk_method", method, ", ".join(METHODS))
     return layered(s, {"normalize": False, **(groups(s, 1) if METHODS[method] else {})})
 
@@ -124,6 +131,7 @@ def v2(s: Settings) -> Fields:
 def v3(s: Settings) -> Fields:
     s.only("scoring_func", "sigmoid")
     s.only("topk_method", "noaux_tc")
+    predicting(s)
     s = Settings({"first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "n_shared_experts": 1, **s.content}, s.path)
     routing = {"scoring": "sigmoid", "choice_bias": True, "normalize": s.flag("norm_topk_prob", default=True)}
     return layered(s, routing | groups(s, 2, 8, 4))
@@ -142,10 +150,19 @@ def absorbed(found: Tensors, s: Settings, config: ModelConfig) -> Tensors:
 
 def v3_tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
     """Without the layers behind the last, which predict further tokens and are not used."""
-    later = s.get("num_nextn_predict_layers", "num_mtp_layers", default=0)
-    count = later if type(later) is int else 0
+    count = predicting(s)
     behind = "|".join(str(config.num_hidden_layers + i) for i in range(count))
     return tensors(without(stored, rf"^model\.layers\.({behind})\.") if count else stored, s, config)
+
+
+def predicting(s: Settings) -> int:
+    """How many layers behind the last predict further tokens. Raises CheckpointError."""
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    count = s.get(*names, default=0)
+    if type(count) is not int or not 0 <= count <= MOST_PREDICTING:
+        name = next(name for name in names if s.get(name) is not None)
+        s.refuse(name, count, f"a whole number from 0 to {MOST_PREDICTING}")
+    return count
 
 
 def absorb(tensors: Tensors, at: str, s: Settings, config: ModelConfig) -> None:

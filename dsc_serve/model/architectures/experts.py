@@ -35,8 +35,8 @@ def dense_layers(s: Settings) -> list[bool]:
     named, every = s.get("mlp_only_layers", default=[]), s.size("decoder_sparse_step", default=1)
     if not isinstance(named, list) or not all(type(layer) is int for layer in named):
         s.refuse("mlp_only_layers", named, "a list of layers' numbers")
-    layers = range(s.size("num_hidden_layers"))
-    return [layer in named or (layer + 1) % every > 0 for layer in layers]
+    chosen = set(named)
+    return [layer in chosen or (layer + 1) % every > 0 for layer in range(s.layers())]
 
 
 def expert_tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:

@@ -106,7 +106,7 @@ def windowed(s: Settings, fields: Fields, sliding: list[bool], default: int | No
 
 def sliding_layers(s: Settings, otherwise: Callable[[int], bool]) -> list[bool]:
     """Which layers see a window only: as `layer_types` says, or without it `otherwise` of a layer's number."""
-    layers, kinds = s.size("num_hidden_layers"), s.get("layer_types")
+    layers, kinds = s.layers(), s.get("layer_types")
     if kinds is None:
         return [otherwise(layer) for layer in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in KINDS for kind in kinds):
@@ -125,7 +125,7 @@ def later_layers(s: Settings) -> list[bool]:
 
 
 def every_layer(s: Settings) -> list[bool]:
-    return [True] * s.size("num_hidden_layers")
+    return [True] * s.layers()
 
 
 def by_layer(common: Mapping[str, Any], other: Mapping[str, Any], differs: list[bool]) -> Fields:

@@ -94,7 +94,7 @@ def turning(s: Settings) -> tuple[Fields, Fields]:
         if fields["rope_scaling"] is not None and fields["rope_scaling"]["rope_type"] != "linear":
             s.refuse("rope_type", fields["rope_scaling"]["rope_type"], "default, linear")
         if kind == "sliding_attention" and fields["rope_scaling"] is not None:
-            s.refuse(f"rope_parameters.{kind}.rope_type", own["rope_type"], "default")
+            s.refuse(f"rope_parameters.{kind}.rope_type", fields["rope_scaling"]["rope_type"], "default")
         found.append({name: fields[name] for name in ("rope_theta", "rope_scaling")})
     return found[0], found[1]
 
@@ -103,7 +103,7 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     """Norms are stored as what 1 lacks."""
     found = dict(stored)
     for name in stored:
-        if "norm" in name.split(".")[-2]:
+        if "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             raised(found, name)
     return scaled_queries(found, s, config)
 

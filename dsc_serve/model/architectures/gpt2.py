@@ -40,7 +40,7 @@ def fields(s: Settings) -> Fields:
     return {
         "vocab_size": s.get("vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": s.size("n_layer", "num_hidden_layers"),
+        "num_hidden_layers": s.layers("n_layer", "num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": width // heads,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.settings import Fields, Settings
+from dsc_serve.model.config import shortened
 from dsc_serve.model.rope import lengthened
 
 SCALINGS: dict[str, tuple[str, ...]] = {
@@ -42,11 +43,7 @@ class Positions:
         scaling and YaRN multiply the context that the model was trained with. Longrope's context is that of its first
         training until a longer one is asked for, since the angles of short texts change with it.
         """
-        rope = s.get("rope_scaling") or s.get("rope_parameters") or {}
-        if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
-            rope = rope["full_attention"]  # by the layers' kinds, of which one is served
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"{s.path}: rope_scaling is {rope!r}, expected an object")
+        rope = written(s)
         theta = rope.get("rope_theta", s.get(self.theta, default=self.default_theta))
         kind = rope.get("rope_type", rope.get("type", "default"))
         kind = OLDER.get(kind, kind) if isinstance(kind, str) else kind
@@ -71,6 +68,16 @@ class Positions:
         return int(head_dim * share) if type(head_dim) is int else None
 
 
+def written(s: Settings) -> Mapping[str, Any]:
+    """The object that says how positions are scaled; empty where there is none. Raises CheckpointError."""
+    rope = s.get("rope_scaling") or s.get("rope_parameters") or {}
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        rope = rope["full_attention"]  # by the layers' kinds, of which one is served
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{s.path}: rope_scaling is {shortened(rope)}, expected an object")
+    return rope
+
+
 def scaled(s: Settings, rope: Mapping[str, Any], kind: str) -> tuple[Fields | None, Any]:
     """The scaling of this kind, and the context that it gives."""
     context = s.get(CONTEXT)
@@ -85,7 +92,7 @@ def scaled(s: Settings, rope: Mapping[str, Any], kind: str) -> tuple[Fields | No
     trained: Any = context
     if kind == "longrope":
         scaling[CONTEXT] = context
-        return {"rope_type": kind, **scaling}, min(context, scaling[ORIGINAL]) if is_size(context) else context
+        return {"rope_type": kind, **scaling}, shorter(context, scaling[ORIGINAL])
     if kind == "yarn":
         trained = scaling[ORIGINAL]
         if "factor" not in scaling and is_size(context) and is_size(trained):
@@ -94,6 +101,10 @@ def scaled(s: Settings, rope: Mapping[str, Any], kind: str) -> tuple[Fields | No
     if kind in ("linear", "yarn") and is_size(trained) and isinstance(factor, int | float):
         context = lengthened(trained, factor)
     return {"rope_type": kind, **scaling}, context
+
+
+def shorter(context: Any, original: Any) -> Any:
+    return min(context, original) if is_size(context) and is_size(original) else context
 
 
 def is_size(value: object) -> bool:

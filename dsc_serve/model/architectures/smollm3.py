@@ -19,7 +19,7 @@ def fields(s: Settings) -> Fields:
 
 def unturned(s: Settings) -> list[bool]:
     """Which layers turn nothing: where `no_rope_layers` has a 0; without it the last of each interval."""
-    layers, turned = s.size("num_hidden_layers"), s.get("no_rope_layers")
+    layers, turned = s.layers(), s.get("no_rope_layers")
     if not turned:
         every = s.size("no_rope_layer_interval", default=4)
         return [(layer + 1) % every == 0 for layer in range(layers)]

@@ -93,6 +93,8 @@ class AdapterTensors:
                 raise CheckpointError(
                     f"{FILE}: tensor {name} has shape {list(own.shape)}; it has too few or too many axes"
                 )
+            if not own.shape[axis]:
+                raise CheckpointError(f"{FILE}: tensor {name} has shape {list(own.shape)}; it holds no numbers")
             sizes.append(own.shape[axis] * wide)
         return sizes[0], sizes[1]
 
@@ -133,7 +135,10 @@ class AdapterTensors:
             self._check(name, stored, (*tiles, vectors))
             logits, indices = self._finite(name, stored).float().topk(picked, dim=-1)
             weights = torch.softmax(logits, -1)
-        return (weights[..., None] * self._bank[indices]).sum(-2)
+        mixed = torch.zeros(*tiles, self._bank.shape[1])
+        for pick in range(picked):  # one by one: all together would be so many times the matrix
+            mixed.addcmul_(weights[..., pick, None], self._bank[indices[..., pick]])
+        return mixed
 
     def _read_bank(self, stored: dict[str, Stored]) -> Tensor:
         vectors, length = self._config.size("num_vectors"), self._config.size("vector_length")

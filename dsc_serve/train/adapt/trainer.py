@@ -24,7 +24,7 @@ from dsc_serve.train.adapt.network import AdaptedNetwork
 from dsc_serve.train.adapt.settings import AdaptSettings
 from dsc_serve.train.adapt.tenants import Key, clip, fresh_updates, tenants_of
 from dsc_serve.train.allocator import keep_memory
-from dsc_serve.train.checkpoint import load_state, save_state, write_whole
+from dsc_serve.train.checkpoint import Checkpoints, claim_folder, load_state, save_state, write_whole
 from dsc_serve.train.clock import TrainingClock
 from dsc_serve.train.plots import line_chart, write_plots
 from dsc_serve.train.record import Progress, Record, read_log
@@ -56,8 +56,8 @@ class AdapterTrainer:
         keep_memory()
         self.settings, self.folder, self.name = settings, folder, name
         self.clock = TrainingClock(time_limit, settings.steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._claim_folder(texts)
+        named = {"base": name, "texts": sorted(path.name for path in texts)}
+        claim_folder(folder, LOG, {**named, **settings.model_dump(mode="json")})
         source = open_source(base)
         check_base(source, settings.length)
         self.config, self.base = source.config, Base(source.config, source.origin)
@@ -91,11 +91,11 @@ class AdapterTrainer:
         if done.is_file():
             summary: dict[str, Any] = json.loads(done.read_text("utf8"))
             return summary
-        settings, progress = self.settings, Progress(self.clock.share(self.step))
         if self.step == 0:
             self._look()
-            self.clock.began = self.clock.spent
-        saved = logged = self.clock.spent
+            self.clock.begin()
+        settings, progress = self.settings, Progress(self.clock.share(self.step))
+        checkpoints, logged = Checkpoints(self.clock, settings.checkpoint_s, self._save), self.clock.spent
         counted, losses = self.tokens, []
         while (share := self.clock.share(self.step)) < 1:
             if until is not None and self.step >= until:
@@ -115,9 +115,7 @@ class AdapterTrainer:
                 before = self.clock.spent
                 self._look()
                 logged += self.clock.spent - before
-            if self.clock.spent - saved > settings.checkpoint_s:
-                self._save()
-                saved = self.clock.spent
+            checkpoints.look()
             self.clock.longest = max(self.clock.longest, self.clock.spent - began)
         progress.close()
         self._save()
@@ -217,20 +215,6 @@ class AdapterTrainer:
             "tokens_per_second": round(speed),
         }
 
-    def _claim_folder(self, texts: Sequence[Path]) -> None:
-        """Keep the settings with the run. Raises TrainError when a run with others has begun in the folder."""
-        file = self.folder / "settings.json"
-        content = {
-            "base": self.name,
-            "texts": sorted(path.name for path in texts),
-            **self.settings.model_dump(mode="json"),
-        }
-        text = json.dumps(content, indent=2) + "\n"
-        if not (self.folder / LOG).is_file():
-            write_whole(file, text)
-        elif file.read_text("utf8") != text:
-            raise TrainError(f"{self.folder}: holds a run with other settings (settings.json); name another folder")
-
     def _save(self) -> None:
         state = {
             "updates": {
@@ -269,6 +253,7 @@ class AdapterTrainer:
                 for key, (down, up) in self.updates.items()
             }
             write_adapter(self.folder / ADAPTERS / tenant.name, self.name, self.settings.alpha, modules)
+        self.record.close()
         self._plot()
         summary = {
             "base": self.name,

@@ -28,7 +28,7 @@ MOST_SHOWN = 8
 @click.option("--tokens", type=click.IntRange(512), default=16384, show_default=True, help="Of that text, at most.")
 @click.option("--compensate", type=click.IntRange(1, 1024), metavar="RANK", help="Add what is lost in this rank.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, help="Held-out text; repeatable.")
-@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the report to this file.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the report, of all matrices, to this file.")
 def quantize_command(
     model: str,
     weights: str,
@@ -44,8 +44,9 @@ def quantize_command(
 
     Without --calibration weights are rounded to the nearest levels; with it by GPTQ, each column's error made up for by
     those that follow. --compensate RANK adds a product of that rank to each matrix, EoRA's, and reports the residual's
-    norm, which bounds what is still wrong. Bits per byte are measured on --text or, without it, on a tenth of the
-    calibration text that nothing else sees, as served before and after.
+    norm, which bounds what is still wrong; of a matrix with both sides above 2048 it is estimated from below. Those of
+    the largest errors are printed, --json has all. Bits per byte are measured on --text or, without it, on a tenth of
+    the calibration text that nothing else sees, as served before and after.
     """
     from dsc_serve.text.tokenizer import Tokenizer
     from dsc_serve.train.corpus import read_text, source_name, split, text_files
@@ -73,7 +74,8 @@ def quantize_command(
     worst = sorted(conversion.matrices, key=lambda own: -own.error)
     click.echo(f"{out}: {len(worst)} matrices rounded; the largest errors of outputs, and ‖W − Ŵ‖ of ‖W‖:")
     for own in worst[:MOST_SHOWN]:
-        norms = "" if math.isnan(own.residual) else f", {own.residual:.3g} of {own.norm:.3g}"
+        told = ", from below" if own.estimated else ""
+        norms = "" if own.residual is None else f", {own.residual:.3g} of {own.norm:.3g}{told}"
         click.echo(f"  {own.name}: {own.error:.2%}{norms} ({own.form})")
     if not measured:
         click.echo("give --text or --calibration to see bits per byte")
@@ -93,4 +95,13 @@ def quantize_command(
             )
         report |= {"bits_per_byte": bits, "change": change, "layers": [asdict(cost) for cost in costs]}
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n", "utf8")
+        json_file.write_text(json.dumps(finite(report), indent=2, allow_nan=False) + "\n", "utf8")
+
+
+def finite(content: Any) -> Any:
+    """The same with null for numbers that JSON has no words for, which a model whose sums overflow gives."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

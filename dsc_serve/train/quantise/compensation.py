@@ -41,9 +41,14 @@ def compensated(weight: Tensor, rounded: QuantisedWeight, squares: Tensor | None
     return replace(rounded, compensation=(left.half().contiguous(), right.half().contiguous()))
 
 
+def norm_is_estimated(matrix: Tensor) -> bool:
+    """Whether `spectral_norm` estimates a matrix's norm, from below: both of its sides are above 2048."""
+    return min(matrix.shape) > EXACT
+
+
 def spectral_norm(matrix: Tensor) -> float:
-    """‖matrix‖₂; of a large one by power iteration, from below."""
-    if min(matrix.shape) <= EXACT:
+    """‖matrix‖₂; where `norm_is_estimated` by power iteration, which may end below it."""
+    if not norm_is_estimated(matrix):
         return float(torch.linalg.matrix_norm(matrix.double(), ord=2))
     x = torch.randn(matrix.shape[1], 1, generator=torch.Generator().manual_seed(0))
     wide = matrix.float()

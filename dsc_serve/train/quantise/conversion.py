@@ -24,7 +24,7 @@ from dsc_serve.model.quantised_folder import Saved
 from dsc_serve.model.quantised_tensor import QuantisedTensor
 from dsc_serve.model.rounding import OutOfRangeError, rounded
 from dsc_serve.model.source import ModelSource
-from dsc_serve.train.quantise.compensation import compensated, spectral_norm
+from dsc_serve.train.quantise.compensation import compensated, norm_is_estimated, spectral_norm
 from dsc_serve.train.quantise.feedback import rounded_with_feedback
 from dsc_serve.train.quantise.walk import Products, Walk, plainly
 from dsc_serve.weight_forms import Forms, KeepError, Part, part_of
@@ -38,14 +38,16 @@ class RoundedMatrix:
     """What became of one matrix.
 
     error: of its outputs over the calibration's inputs, or of itself without one, in parts of what it was, by 2-norm.
-    residual: ‖W − Ŵ‖₂, compensation and all: no input of length 1 is multiplied more wrongly. norm: ‖W‖₂.
+    residual: ‖W − Ŵ‖₂, compensation and all: no input of length 1 is multiplied more wrongly. norm: ‖W‖₂. None where
+    they say little: for an embedding. estimated: both are from below, and no bounds.
     """
 
     name: str
     form: str
     error: float
-    residual: float
-    norm: float
+    residual: float | None
+    norm: float | None
+    estimated: bool = False
 
 
 class Conversion:
@@ -128,10 +130,16 @@ class Conversion:
         """Round a tensor where it is to be, and keep it."""
         part = part_of(name)
         own = None if part is None else self._rounded(name, part, tensor, squares)
-        self.tensors[name] = self._floating(tensor) if own is None else own
+        self.tensors[name] = self._floating(name, tensor) if own is None else own
 
-    def _floating(self, tensor: Tensor) -> Tensor:
-        """As it is stored: matrices that come in float32 only because they are read so, in the source's dtype."""
+    def _floating(self, name: str, tensor: Tensor) -> Tensor:
+        """As it is stored: matrices that come in float32 only because they are read so, in the source's dtype.
+
+        Routers, which families keep in float32 beside narrower weights, stay in theirs.
+        """
+        stored = self.source.tensors.get(name)
+        if part_of(name) == "router" and stored is not None and stored.quantised is None:
+            return tensor.to(stored.dtype)
         return tensor.to(self.source.dtype) if tensor.dim() > 1 else tensor
 
     def _rounded(self, name: str, part: Part, tensor: Tensor, squares: Tensor | None) -> QuantisedTensor | None:
@@ -179,8 +187,9 @@ class Conversion:
             lost, all_of = (float(((w @ squares) * w).sum()) for w in (residual, wide))
             error = math.sqrt(max(lost, 0.0) / max(all_of, 1e-30))
         small = wide.shape[0] <= 4 * wide.shape[1]  # an embedding's norm says little and takes long
-        residual_norm, norm = (spectral_norm(w) for w in (residual, wide)) if small else (math.nan, math.nan)
-        self.matrices.append(RoundedMatrix(name, form_name(weight), error, residual_norm, norm))
+        residual_norm, norm = (spectral_norm(w) for w in (residual, wide)) if small else (None, None)
+        estimated = small and norm_is_estimated(wide)
+        self.matrices.append(RoundedMatrix(name, form_name(weight), error, residual_norm, norm, estimated))
 
     def save(self, out: Path) -> None:
         """Write a checkpoint folder. Raises CheckpointError, TokenizerError."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.cli import main
+from dsc_serve.train import clock
 from dsc_serve.train.clock import seconds
 from dsc_serve.train.evaluation import evaluate, windows_of
 from dsc_serve.train.record import read_log
@@ -108,13 +110,15 @@ def test_windows_share_their_edges() -> None:
     assert windows_of([4, 5], 3) == [[4, 5]]
 
 
-def test_a_time_limit_is_kept_and_ends_with_the_full_decay(tmp_path: Path) -> None:
-    result = run("train", "--preset", "smoke", "--out", tmp_path, "--time-limit", "24s", "--set", "run.log_steps=1")
+def test_a_time_limit_is_kept_and_ends_with_the_full_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by as much whenever it is looked at, whatever this machine does meanwhile."""
+    looks = itertools.count()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: 0.03 * next(looks)))
+    changes = ["--set", "run.log_steps=1", "--set", "schedule.warmup=4"]
+    result = run("train", "--preset", "smoke", "--out", tmp_path, "--time-limit", "24s", *changes)
     assert result.exit_code == 0, result.output
     lines = [line for line in read_log(tmp_path / "log.jsonl") if "rate" in line]
-    if max(b["seconds"] - a["seconds"] for a, b in itertools.pairwise(lines)) > 0.35:
-        pytest.skip("the machine stood still in the middle of the run")
-    assert lines[-1]["rate"] < 0.2
+    assert len(lines) > 10 and lines[-1]["rate"] < 0.2
     assert max(line["rate"] for line in lines) == 1.0
     assert json.loads((tmp_path / "summary.json").read_text())["seconds"] < 24
 

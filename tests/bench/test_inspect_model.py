@@ -21,7 +21,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(inspect_model, name, 3)
 
 
-@pytest.mark.parametrize("kind", SMALL_FFN)
+@pytest.mark.parametrize("kind", ["dsc", *(pytest.param(k, marks=pytest.mark.full) for k in SMALL_FFN if k != "dsc")])
 def test_a_step_is_taken_apart(tmp_path: Path, kind: str) -> None:
     config = small_config(kind, max_position_embeddings=256)
     save_checkpoint(config, wide_tensors(config), tmp_path)

@@ -111,6 +111,7 @@ def small(name: str) -> ModelConfig:
     return config.model_copy(update={**sizes, **heads, "max_position_embeddings": 256, "ffn": ffn})
 
 
+@pytest.mark.full
 @pytest.mark.timeout(400)  # six processes load torch, one after another
 def test_a_mixture_and_its_two_dscs_are_measured_with_their_sizes_in_every_table(tmp_path: Path) -> None:
     moe = small("qwen")

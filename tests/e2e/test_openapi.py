@@ -62,7 +62,7 @@ def test_every_route_with_a_body_has_examples(tiny: RunningServer) -> None:
     assert {path for path, item in paths.items() if "post" in item} == EXAMPLES.keys()
 
 
-SHORT = pytest.param("examples,fuzzing", 60, 250, marks=pytest.mark.timeout(600))
+SHORT = pytest.param("examples,fuzzing", 40, 160, marks=pytest.mark.timeout(600))
 LONG = pytest.param("examples,coverage,fuzzing", 2200, 10_000, marks=[pytest.mark.full, pytest.mark.timeout(3000)])
 
 

@@ -31,7 +31,7 @@ main()
 """
 
 
-@pytest.fixture(scope="module", params=["http", "https"])
+@pytest.fixture(scope="module", params=["http", pytest.param("https", marks=pytest.mark.full)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     arguments = ["--header-timeout-s", str(HEADER_TIMEOUT_S)]
     if request.param == "https":

@@ -105,7 +105,7 @@ def soak(server: RunningServer, count: int, seconds: float) -> None:
         assert server.metric(f"dsc_serve_{gauge}") == 0
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=[pytest.mark.full, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("count", [120, pytest.param(20_000, marks=[pytest.mark.full, pytest.mark.timeout(1500)])])
 def test_short_requests_leave_nothing(server: RunningServer, count: int) -> None:
     soak(server, count, 1200)
 

@@ -216,7 +216,7 @@ def test_what_is_ready_can_be_told_again(kernels: str) -> None:
         assert torch.allclose(told.coefficients, torch.full((one.rank,), one.scale))
     assert a.updates(1, "nothing") == [] or a.updates(1, "nothing") == ()
     both = model.summed([(a, 2.0), (b, 0.5)])
-    assert both.nbytes == 0 < adapters[0].nbytes <= a.nbytes
+    assert both.nbytes < a.nbytes / 10 and adapters[0].nbytes <= a.nbytes  # its own are scales alone
     assert [float(one.coefficients[0]) for one in both.updates(0, "q")] == [
         2 * adapters[0].modules[0, "q"].scale,
         adapters[1].modules[0, "q"].scale / 2,

@@ -84,7 +84,9 @@ def test_a_file_of_every_family_is_served_as_it_is(name: str, tmp_path: Path, mo
     monkeypatch.setattr("dsc_serve.model.gguf.stored", as_quantised)
     file = family_file(name, tmp_path / "m.gguf")
     want = logits_of(file, weights="bfloat16", kernels="plain")
-    assert error(logits_of(file, weights="stored", kernels="plain"), want) < 1e-4
+    # Granite's multipliers are rounded to float16 with the scales that they go into.
+    most = 1e-3 if name.startswith("granite") else 1e-4
+    assert error(logits_of(file, weights="stored", kernels="plain"), want) < most
     got = logits_of(file, weights="stored")
     # A router whose logits nearly tie picks another expert for a token, and sharp attention magnifies what is rounded.
     rows = (got - want).norm(dim=1) / want.norm(dim=1)

@@ -81,6 +81,7 @@ def test_eight_bits_cost_less_than_a_third_of_a_percent(full: float) -> None:
     assert abs(bits(TINY, weights="int8") / full - 1) < 0.003
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_four_bits_cost_less_where_more_is_done(full: float, converted: dict[str, Path]) -> None:
     cost = {name: bits(str(folder)) / full - 1 for name, folder in converted.items()}

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 
 import click
-import torch
 
-from dsc_kernels.plan import Shape, Sharing, choose, layer_seconds, size
 from dsc_serve.config import calibration_file
 from dsc_serve.machine import default_threads
-from dsc_serve.model.calibration import key, measure
 
 
 @click.command(short_help="Measure what the choice of kernels' paths depends on.")
@@ -18,6 +15,11 @@ from dsc_serve.model.calibration import key, measure
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 def calibrate_command(threads: int, dtype: str) -> None:
     """Measure this machine's rates, keep them in the user's cache folder, and show what they decide."""
+    import torch
+
+    from dsc_kernels.plan import Shape, Sharing, choose, layer_seconds, size
+    from dsc_serve.model.calibration import key, measure
+
     torch.set_num_threads(threads or default_threads())
     kind = getattr(torch, dtype)
     found = measure(kind)

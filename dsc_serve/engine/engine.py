@@ -245,21 +245,24 @@ class Engine:
         if not plan.tokens and self.followers.wait():
             return deltas + self._settled()
         work = self.scheduler.begin(plan)
-        self.runner.copy_blocks(self.scheduler.copies)
+        if self.scheduler.copies:  # most steps have none, and entering inference mode takes 1 % of a short step
+            self.runner.copy_blocks(self.scheduler.copies)
         scheduled = time.perf_counter()
         done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
         result = done.result
         computed = time.perf_counter()
         deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request, result.stuck[request.id]) for request, _ in work if request.id in result.stuck]
-        plan.shorten(done.fewer)
+        if done.fewer:
+            plan.shorten(done.fewer)
         for request_id in result.late:
             self.followers.hold(request_id)
-        for request_id in result.late & plan.tokens.keys():  # its last token is computed again when it can be sampled
-            plan.tokens[request_id] -= 1
+            if request_id in plan.tokens:  # its last token is computed again when it can be sampled
+                plan.tokens[request_id] -= 1
         told = [one for request, _ in work for one in (request, *request.siblings)]
         ended = self.scheduler.commit(plan, result.tokens, self._eos, result.further)
-        self.drafter.learn(plan, result.further)
+        if plan.drafts:
+            self.drafter.learn(plan, result.further)
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             waited_s = result.waited_s + result.foreseen_s + self.drafter.making_s
@@ -271,7 +274,8 @@ class Engine:
             add_further(deltas, result.further, plan.drafts)
         if result.late:
             deltas += self._settled()
-        self.followers.prune()
+        if self.followers:
+            self.followers.prune()
         self.report.add(started, scheduled, computed, result.forward_s, plan.computed())
         if self.arrivals.adapters is not None and any(request.adapter is not None for request, _ in work):
             count_adapters(self.adapter_report, work, self.arrivals.names)

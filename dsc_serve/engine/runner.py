@@ -222,8 +222,6 @@ class Runner:
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks, each pair's first to its second, as if all at once: one's source may be another's target."""
-        if not pairs:
-            return
         sources, targets = to_device(torch.tensor(pairs), self.model.device).unbind(1)
         for part in self._pools:
             part[targets] = part[sources]

@@ -104,7 +104,8 @@ class EngineConnection:
         asked[ticket] = answer
         try:
             self.send(question(ticket))
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await answer
         finally:
             asked.pop(ticket, None)
 

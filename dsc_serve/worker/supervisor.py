@@ -82,7 +82,8 @@ class EngineSupervisor:
             self._spare_files.hold()
         writer.write(frame(Start(self.config)))
         try:
-            model = await asyncio.wait_for(hello(reader), self.life.start_timeout_s)
+            async with asyncio.timeout(self.life.start_timeout_s):
+                model = await hello(reader)
             self._check_same(model)
         except BaseException as error:
             writer.close()
@@ -165,7 +166,8 @@ class EngineSupervisor:
         last: Stats | None = None
         while True:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(connection.lost), life.ping_s)
+                async with asyncio.timeout(life.ping_s):
+                    return await asyncio.shield(connection.lost)
             self._spare_files.hold()
             try:
                 stats = await connection.stats(life.ping_s)
@@ -187,7 +189,8 @@ class EngineSupervisor:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._process.wait()
             except TimeoutError:
                 log.error("the engine process %d cannot be killed", self._process.pid)
 
@@ -195,7 +198,8 @@ class EngineSupervisor:
         """Wait for the engine, which has been asked to end, and kill it if it does not in time."""
         if self._process is not None:
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._process.wait()
             except TimeoutError:
                 await self._kill()
 

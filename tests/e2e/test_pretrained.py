@@ -121,8 +121,9 @@ def test_json_follows_its_schema(url: str) -> None:
 
 @pytest.fixture(scope="module")
 def caller(weights: Path) -> Iterator[str]:
-    """Many requests at a time, in steps that are short on a busy machine too."""
-    server = start_server(str(weights), "--max-running", "8", "--step-tokens", "64", "--hang-s", "120")
+    """Many requests at a time, in steps that are short on a busy machine; float32: a cached prefix changes no draw."""
+    exact = "--dtype", "float32"
+    server = start_server(str(weights), *exact, "--max-running", "8", "--step-tokens", "64", "--hang-s", "120")
     yield server.url
     stop_server(server)
 

@@ -38,7 +38,9 @@ def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -
     async def run() -> None:
         streams = [Stream({"prompt": f"Chapter {i}", "max_tokens": 150}) for i in range(32)]
         tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
-        await all_begun(streams)
+        last = Stream({"prompt": "On and on", "max_tokens": 1000})  # holds the end back until all has been asked
+        holding = asyncio.create_task(last.run(server.url))
+        await all_begun([*streams, last])
         for pid in (server.engine_pid, server.pid):  # as service managers do
             os.kill(pid, signal.SIGTERM)
         await asyncio.to_thread(server.wait_until, lambda: server.get("/health/ready").status_code == 503)
@@ -46,6 +48,7 @@ def test_told_to_stop_under_load_the_server_cuts_no_stream_short(start: Start) -
         assert (late.status, late.error) == (503, "the server is shutting down")
         assert server.get("/health/live").status_code == 200
         await asyncio.gather(*tasks)
+        holding.cancel()
         assert all(stream.finished for stream in streams), [stream.error for stream in streams]
 
     asyncio.run(run())

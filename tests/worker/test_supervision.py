@@ -291,3 +291,27 @@ def test_the_end_of_the_server_ends_requests_and_the_process(supervised: Supervi
         assert not runs(pid)
 
     scenario(test())
+
+
+def test_an_end_that_comes_together_with_an_answer_is_no_less_an_end(supervised: Supervise) -> None:
+    """`asyncio.wait_for` of Python 3.11 would take the answer and go on; the server then never ends."""
+
+    async def run() -> None:
+        async with supervised(ping_s=20.0, stall_s=30.0, hang_s=40.0) as supervisor:
+            connection = supervisor.client._connection
+            assert connection is not None
+            asking = asyncio.create_task(connection.stats(20.0))
+            await asyncio.sleep(0)
+            (answer,) = connection._stats.values()
+            answer.set_result("an answer")
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            watching = asyncio.create_task(supervisor._broken(connection))
+            await asyncio.sleep(0)
+            connection.lose("gone")
+            watching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await watching
+
+    scenario(run())

@@ -91,7 +91,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = ""
     rank: int = 0  # the largest of its modules
     modules: int = 0
-    nbytes: int = 0  # that it takes in memory
+    nbytes: int = 0  # that it takes in memory, without its basis
+    basis: str = ""  # digest of what it shares with others; "": nothing
     loaded: bool = False  # whether it is in memory now
     error: str = ""  # why it cannot be used
 

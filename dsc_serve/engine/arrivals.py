@@ -13,8 +13,8 @@ from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import AdapterLease, Wanted
 from dsc_serve.engine.request import Request
+from dsc_serve.model.adapter_forms import read_adapter
 from dsc_serve.model.decoder import Decoder
-from dsc_serve.model.peft import read_adapter
 from dsc_serve.parameter_errors import ParameterError
 
 MOMENT_S = 0.05
@@ -181,7 +181,8 @@ def count_adapters(report: AdapterReport, work: Sequence[tuple[Request, int]], k
     for request, count in work:
         if request.adapter is not None:
             tokens[request.adapter.name] = tokens.get(request.adapter.name, 0) + count
-    report.count_step(tokens, [adapter.read_bytes for adapter in used], known)
+    shared = {id(basis): basis.nbytes for adapter in used for basis in adapter.weights.bases}
+    report.count_step(tokens, [adapter.read_bytes for adapter in used], known, sum(shared.values()))
 
 
 def hold(lease: AdapterLease, members: list[Request]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dsc_serve.adapter_choice import AdapterChoice
@@ -22,6 +22,15 @@ class AdapterEntry:
     @property
     def nbytes(self) -> int:
         return self.loaded.nbytes
+
+
+def bytes_of(entries: Iterable[AdapterEntry]) -> int:
+    """Of adapters in memory, all together: a basis counts once, however many stand on it."""
+    size, bases = 0, {}
+    for entry in entries:
+        size += entry.nbytes
+        bases.update({id(basis): basis.nbytes for basis in entry.loaded.weights.bases})
+    return size + sum(bases.values())
 
 
 class AdapterLease:

@@ -13,7 +13,7 @@ from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import AdapterLease, Wanted
 from dsc_serve.engine.request import Request
-from dsc_serve.model.adapter_forms import read_adapter
+from dsc_serve.model.adapter_kinds import read_adapter
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.parameter_errors import ParameterError
 

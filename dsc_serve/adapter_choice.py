@@ -14,6 +14,7 @@ FIELD = "adapter"
 MAX_ADAPTERS = 16  # in one request's composition
 MAX_WEIGHT = 1e4
 FORMS = ("sum", "product of sums")
+CORE_KINDS = ("shared", "lora-xs")  # of adapters on a basis: found in others, or the base's own singular vectors
 
 Form = Literal["sum", "product of sums"]
 

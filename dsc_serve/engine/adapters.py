@@ -77,10 +77,11 @@ class Adapters:
     @property
     def nbytes(self) -> int:
         """In memory."""
-        return bytes_of(self._held)
+        return bytes_of(self.held)
 
     @property
-    def _held(self) -> tuple[AdapterEntry, ...]:
+    def held(self) -> tuple[AdapterEntry, ...]:
+        """All in memory, those among them that nobody new gets."""
         return (*self._entries.values(), *self._retired)
 
     @property
@@ -357,7 +358,7 @@ class Adapters:
             return
         choice, entry = self._unplaced
         wanted = any(not one.cancelled and choice in (one.choice, *parts_of(one.choice)) for one in self._wanted)
-        if not wanted and bytes_of((*self._held, entry)) > self.budget:  # it would push others out for nobody
+        if not wanted and bytes_of((*self.held, entry)) > self.budget:  # it would push others out for nobody
             self._drop(entry)
             self._unplaced = None
             return
@@ -378,7 +379,7 @@ class Adapters:
 
     def _make_room(self, new: AdapterEntry) -> bool:
         """Give up what nobody uses, the least recently used first, if that is enough."""
-        while bytes_of((*self._held, new)) > self.budget:
+        while bytes_of((*self.held, new)) > self.budget:
             unused = next((choice for choice, entry in self._entries.items() if not entry.users), None)
             if unused is None:
                 return False

@@ -18,6 +18,7 @@ from dsc_serve.model.decoder import Decoder
 from dsc_serve.parameter_errors import ParameterError
 
 MOMENT_S = 0.05
+SPARED_S = 0.001
 TIMEOUTS = ("queue_timeout_s", "timeout_s")
 
 
@@ -77,6 +78,7 @@ class Arrivals:
                 wanted = self.want(choice)
                 while not wanted.settled:
                     step()
+                    self.wait(SPARED_S)  # for the thread that loads, which needs the interpreter, too
                 self.cancel(wanted)
                 if wanted.error is not None:
                     raise wanted.error
@@ -86,10 +88,10 @@ class Arrivals:
         if self.adapters is not None:
             self.adapters.cancel(wanted)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = MOMENT_S) -> None:
         """For a moment, until something has been loaded, if anything is being loaded."""
         if self.adapters is not None:
-            self.adapters.settle(MOMENT_S)
+            self.adapters.settle(timeout_s)
 
     def add(self, request: Request, wanted: Wanted, age_s: float) -> None:
         """Let a request and its siblings wait, which arrived so long ago."""

@@ -26,10 +26,12 @@ class AdapterEntry:
 
 def bytes_of(entries: Iterable[AdapterEntry]) -> int:
     """Of adapters in memory, all together: a basis counts once, however many stand on it."""
-    size, bases = 0, {}
+    size, bases = 0, dict[int, int]()
     for entry in entries:
-        size += entry.nbytes
-        bases.update({id(basis): basis.nbytes for basis in entry.loaded.weights.bases})
+        weights = entry.loaded.weights
+        size += weights.nbytes
+        for basis in weights.bases:
+            bases[id(basis)] = basis.nbytes
     return size + sum(bases.values())
 
 

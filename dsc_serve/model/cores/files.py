@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsc_kernels.weights import Pair
+from dsc_serve.adapter_choice import CORE_KINDS
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.folder import stored_tensors
 from dsc_serve.model.peft.config import MAX_RANK
@@ -29,7 +30,6 @@ from dsc_serve.model.peft.tensors import Matrices
 from dsc_serve.model.source import STORED_DTYPES, Stored, check_finite
 from dsc_serve.panics import PanicError, panics_as_errors
 
-KINDS = ("shared", "lora-xs")  # of bases: found in adapters, or the base model's own singular vectors
 FORM = "1"  # of the files
 SHOWN = 16  # digits of a digest, in names
 LARGEST, LARGEST_CORE = 1e4, 1e12  # of their numbers: an update can overflow float32 with none of these
@@ -205,8 +205,8 @@ def metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from None
     if told.get("form") != FORM:
         raise CheckpointError(f"{path.name}: its form is {told.get('form')!r}; this version reads {FORM!r}")
-    if told.get("kind") not in KINDS:
-        raise CheckpointError(f"{path.name}: its kind is {told.get('kind')!r}; supported: {', '.join(KINDS)}")
+    if told.get("kind") not in CORE_KINDS:
+        raise CheckpointError(f"{path.name}: its kind is {told.get('kind')!r}; supported: {', '.join(CORE_KINDS)}")
     if not re.fullmatch("[0-9a-f]{64}", told.get("digest", "")):
         raise CheckpointError(f"{path.name}: its digest is {told.get('digest')!r}; expected 64 digits in hex")
     return told

@@ -188,6 +188,18 @@ def test_a_basis_is_contracted_once_for_neighbours() -> None:
     assert not y[3].any()
 
 
+def test_what_cores_add_is_computed_where_the_matrices_are() -> None:
+    """On a device that gives nothing back: numbers of an adapter that were fetched from it would raise."""
+    device, modules = torch.device("meta"), [{"up": Module(5, 8)}]
+    pair = Pair(torch.empty(4, 8, device=device), torch.empty(5, 3, device=device))
+    basis = plain.basis({(0, "up"): pair}, modules, torch.float32, device)
+    core = Core(torch.empty(3, 4, device=device), 0.5)
+    a, b = (plain.adapter({(0, "up"): core}, modules, torch.float32, device, basis) for _ in range(2))
+    adapted = Adapted([AdapterRun(a, 0, 1), AdapterRun(plain.summed([(b, 2.0)]), 1, 2)], 0)
+    x, y = torch.empty(4, 8, device=device), torch.empty(4, 5, device=device)
+    assert add_updates(y, x, adapted, {"up": 0}).device == device
+
+
 def test_a_basis_is_held_once_and_told_again(kernels: str) -> None:
     config = small_config("dense", {"size": 27}, **{**GATED, **ODD})
     model = decoder(config, wide_tensors(config))

@@ -65,7 +65,7 @@ def read_cored(folder: Path, config: ModelConfig, origin: Origin | None = None) 
     sizes = {id(tensor): tensor.nbytes for one in modules.values() for tensor in tensors_of(one)}
     rank = max(one.rank for one in modules.values())
     digest = sha256(modules, own.basis)
-    return Adapter(folder.name, digest, own.kind, modules, sum(sizes.values()), rank, basis)
+    return Adapter(folder.name, digest, own.kind, modules, sum(sizes.values()), rank, basis=basis)
 
 
 def tensors_of(one: Update) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from dsc_serve.model.peft.inspection import Inspected, inspect_adapter
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedSet:
     """Adapters on one basis. alone: bytes of the LoRAs that they were."""
 
     digest: str
@@ -30,7 +30,7 @@ def share(
     rank: int,
     max_error: float | None,
     measure: Callable[[], Moments] | None = None,
-) -> Shared:
+) -> SharedSet:
     """Find a basis of so many directions a module and write it with the adapters' cores to `out`.
 
     measure: second moments of inputs, by which the basis is whitened. Raises CheckpointError.
@@ -44,7 +44,7 @@ def share(
     return written(out, (digest, "shared", base), pairs, shared, inspected)
 
 
-def project(folders: Sequence[Path], out: Path, onto: Path, max_error: float | None) -> Shared:
+def project(folders: Sequence[Path], out: Path, onto: Path, max_error: float | None) -> SharedSet:
     """The same on a basis that there is, which is copied where `out` is another folder. Raises CheckpointError."""
     stored, inspected = named_basis(onto), read_all(folders, out)
     pairs = stored.read()
@@ -119,13 +119,13 @@ def written(
     pairs: Mapping[str, Pair],
     adapters: Mapping[str, SharedAdapter],
     inspected: Mapping[str, Inspected],
-) -> Shared:
+) -> SharedSet:
     for name, own in adapters.items():
         write_cores(out / name, basis, own.cores, own.own, own.certificate)
-    return Shared(basis[0], pairs, adapters, {name: own.nbytes for name, own in inspected.items()})
+    return SharedSet(basis[0], pairs, adapters, {name: own.nbytes for name, own in inspected.items()})
 
 
-def report(found: Shared) -> Iterator[str]:
+def report(found: SharedSet) -> Iterator[str]:
     """Lines about the basis and each adapter on it."""
     ranks = sorted({rank for pair in found.pairs.values() for rank in (pair.down.shape[0], pair.up.shape[1])})
     nbytes = sum(part.nbytes for pair in found.pairs.values() for part in pair)

@@ -15,10 +15,10 @@ from dsc_serve.model.peft.config import MAX_RANK
 from dsc_serve.model.schema import Size, Strict
 from dsc_serve.train.settings import MAX_SEED, Count, Positive, Share
 
-R = TypeVar("R", bound="RunSettings")
+R = TypeVar("R", bound="AdapterRunSettings")
 
 
-class RunSettings(Strict):
+class AdapterRunSettings(Strict):
     """What runs of every kind have.
 
     steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
@@ -44,7 +44,7 @@ class RunSettings(Strict):
     checkpoint_s: Positive = 60.0
 
 
-class LowRankSettings(RunSettings):
+class LowRankSettings(AdapterRunSettings):
     """rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer."""
 
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16

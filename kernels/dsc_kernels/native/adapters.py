@@ -14,11 +14,11 @@ from dsc_kernels import backend
 from dsc_kernels.adapters import bases_of, check_updates
 from dsc_kernels.native.panels import (
     FIELDS,
-    Form,
     Modules,
     NativeBasis,
     PackedPair,
     PackedUpdate,
+    PanelForm,
     Room,
     packed_pair,
     pair_sizes,
@@ -76,7 +76,7 @@ def adapter(
             raise ValueError("a basis was made for another decoder")
         shared = basis.pairs
     check_updates(updates, modules, {place: (pair.rank, pair.inner) for place, pair in shared.items()})
-    form = Form(dtype)
+    form = PanelForm(dtype)
     sizes: list[int] = []
     for (layer, name), update in updates.items():
         if isinstance(update, Core):

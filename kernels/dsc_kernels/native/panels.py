@@ -25,7 +25,7 @@ def whole(size: int, unit: int = LANES) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Form:
+class PanelForm:
     """How matrices of a dtype lie in panels of 16 rows."""
 
     dtype: torch.dtype
@@ -113,7 +113,7 @@ class PackedUpdate:
         """[rank, inner], a copy."""
         if self.cores is None:
             return None
-        pair, form = self.pair, Form(self.pair.down.dtype)
+        pair, form = self.pair, PanelForm(self.pair.down.dtype)
         own = self.cores[self.core_at : self.core_at + form.nbytes(pair.rank, pair.inner)].view(form.dtype)
         return unpacked(own.view(whole(pair.rank) // LANES, -1), pair.inner)[: pair.rank].contiguous()
 
@@ -144,7 +144,7 @@ def basis(
 ) -> NativeBasis:
     """Raises ValueError for a pair of no module, or of another shape."""
     check_pairs(pairs, modules)
-    form = Form(dtype)
+    form = PanelForm(dtype)
     room = Room(size for (layer, name), pair in pairs.items() for size in pair_sizes(pair, modules[layer][name], form))
     packed = {
         (layer, name): packed_pair(pair, modules[layer][name], form, room) for (layer, name), pair in pairs.items()
@@ -152,13 +152,13 @@ def basis(
     return NativeBasis(packed, modules, dtype, room.nbytes)
 
 
-def pair_sizes(pair: Pair, module: Module, form: Form) -> tuple[int, int]:
+def pair_sizes(pair: Pair, module: Module, form: PanelForm) -> tuple[int, int]:
     """Bytes of either matrix."""
     rows = whole(module.at + module.out) - module.at // LANES * LANES
     return form.nbytes(*pair.down.shape), form.nbytes(rows, pair.up.shape[1])
 
 
-def packed_pair(pair: Pair, module: Module, form: Form, room: Room) -> PackedPair:
+def packed_pair(pair: Pair, module: Module, form: PanelForm, room: Room) -> PackedPair:
     first, end = module.at // LANES * LANES, whole(module.at + module.out)
     up = torch.zeros(end - first, pair.up.shape[1], dtype=form.dtype)
     up[module.at - first : module.at - first + module.out] = pair.up

@@ -14,6 +14,7 @@ FIELD = "adapter"
 MAX_ADAPTERS = 16  # in one request's composition
 MAX_WEIGHT = 1e4
 FORMS = ("sum", "product of sums")
+CORE_KINDS = ("shared", "lora-xs")  # of adapters on a basis: found in others, or the base's own singular vectors
 
 Form = Literal["sum", "product of sums"]
 
@@ -91,7 +92,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = ""
     rank: int = 0  # the largest of its modules
     modules: int = 0
-    nbytes: int = 0  # that it takes in memory
+    nbytes: int = 0  # that it takes in memory, without its basis
+    basis: str = ""  # digest of what it shares with others; "": nothing
     loaded: bool = False  # whether it is in memory now
     error: str = ""  # why it cannot be used
 

@@ -30,6 +30,12 @@ def available_memory() -> int:
     return available
 
 
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    pages = read_text("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
+
+
 def read_text(path: str) -> str:
     """A small file of the system's, or nothing where there is none."""
     try:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dsc_serve.adapter_choice import BrokenAdapterError, UnknownAdapterError
 from dsc_serve.model.adapter import Adapter
+from dsc_serve.model.cores.files import basis_beside
 
 LOOK_S = 1.0  # a sub-folder is looked at again no earlier than this
 MOST_NAMED = 8  # in an error
 
-Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, time, size and inode
+Stamp = tuple[tuple[str, int, int, int], ...]  # of each file, and of its basis's: name, time, size and inode
 
 
 class AdapterFolder:
@@ -62,6 +64,9 @@ class AdapterFolder:
                 files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
         except (OSError, ValueError):
             return None
+        for beside in filter(None, [basis_beside(file) for file, _ in files]):
+            with suppress(OSError):  # one that is missing is for who reads the adapter to say
+                files.append((beside, (self.path / beside).stat()))
         return tuple(sorted((file, own.st_mtime_ns, own.st_size, own.st_ino) for file, own in files))
 
     def get(self, name: str) -> Adapter:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from dsc_kernels import backend
-from dsc_kernels.weights import LowRank, Place
+from dsc_kernels.weights import Pair, Place, Update
 from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.model.adapter import MODULES, Adapter, composed, composition_digest
+from dsc_serve.model.adapter import MODULES, Adapter, SharedBasis, composed, composition_digest
 from dsc_serve.parameter_errors import ParameterError
 
 
@@ -20,7 +21,9 @@ class AdaptedDecoder(Protocol):
     @property
     def modules(self) -> Sequence[object]: ...
 
-    def adapter(self, updates: Mapping[Place, LowRank]) -> backend.Adapter: ...
+    def basis(self, pairs: Mapping[Place, Pair]) -> backend.Basis: ...
+
+    def adapter(self, updates: Mapping[Place, Update], basis: backend.Basis | None = None) -> backend.Adapter: ...
 
     def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
 
@@ -40,7 +43,14 @@ class LoadedAdapter:
 
     @property
     def nbytes(self) -> int:
+        """Without its bases, which others may have too."""
         return self.weights.nbytes
+
+    @property
+    def basis(self) -> int:
+        """By which neighbours in a step are found that share a basis: equal numbers; 0: it has none, or several."""
+        bases = self.weights.bases
+        return id(bases[0]) if len(bases) == 1 else 0
 
 
 @dataclass
@@ -69,6 +79,7 @@ class AdapterJobs:
 
     def __init__(self, folder: AdapterFolder, decoder: AdaptedDecoder, parent: str) -> None:
         self.folder, self.decoder, self.parent = folder, decoder, parent
+        self._bases: WeakValueDictionary[Hashable, backend.Basis] = WeakValueDictionary()  # that adapters hold
 
     def look(self, names: Sequence[str]) -> Looked:
         return Looked({name: self.folder.look(name) for name in names})
@@ -91,11 +102,19 @@ class AdapterJobs:
 
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
-            weights = self.decoder.adapter(adapter.modules)
+            basis = None if adapter.basis is None else self._basis(adapter.basis)
+            weights = self.decoder.adapter(adapter.modules, basis)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
         kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)
         return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes)
+
+    def _basis(self, shared: SharedBasis) -> backend.Basis:
+        """The one in memory, if there is any. Raises ValueError."""
+        ready = self._bases.get(shared.key)
+        if ready is None:
+            ready = self._bases[shared.key] = self.decoder.basis(shared.pairs())
+        return ready
 
     def compose(self, choice: AdapterChoice, weighted: Sequence[tuple[LoadedAdapter, float]]) -> Outcome:
         """Adapters with weights as one."""
@@ -134,4 +153,5 @@ class AdapterJobs:
             rank=adapter.rank,
             modules=len(adapter.modules),
             nbytes=adapter.nbytes,
+            basis="" if adapter.basis is None else adapter.basis.digest,
         )

@@ -27,17 +27,19 @@ class AdapterReport(msgspec.Struct, array_like=True):
     tokens: dict[str, int] = {}  # computed with each
     requests: dict[str, int] = {}  # that were queued with each
     distinct: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # in a step with any
-    read_bytes: int = 0  # of the distinct adapters of each step, summed over steps
+    read_bytes: int = 0  # of the distinct adapters of each step, and of their distinct bases, summed over steps
 
     def count_request(self, name: str, known: Collection[str]) -> None:
         """One with an adapter has been queued."""
         own = self._label(name, known)
         self.requests[own] = self.requests.get(own, 0) + 1
 
-    def count_step(self, tokens: Mapping[str, int], sizes: Collection[int], known: Collection[str]) -> None:
-        """A step with tokens of adapters, by name, and the bytes of each distinct one."""
+    def count_step(
+        self, tokens: Mapping[str, int], sizes: Collection[int], known: Collection[str], shared: int = 0
+    ) -> None:
+        """A step with tokens of adapters, by name, the bytes of each distinct one, and of all that they share."""
         self.distinct.observe(len(sizes))
-        self.read_bytes += sum(sizes)
+        self.read_bytes += sum(sizes) + shared
         for name, count in tokens.items():
             own = self._label(name, known)
             self.tokens[own] = self.tokens.get(own, 0) + count

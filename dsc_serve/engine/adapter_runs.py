@@ -17,10 +17,13 @@ def no_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:
     return ()
 
 
-def place_in_step(pair: tuple[Request, int]) -> tuple[bool, int]:
-    """Single tokens come first, and those of one adapter beside each other; of others the order stays."""
+def place_in_step(pair: tuple[Request, int]) -> tuple[bool, int, int]:
+    """Single tokens come first, those of one basis beside each other, and of these those of one adapter; of others the
+    order stays.
+    """
     request, count = pair
-    return count > 1, 0 if request.adapter is None else id(request.adapter)
+    adapter = request.adapter
+    return (count > 1, 0, 0) if adapter is None else (count > 1, adapter.basis, id(adapter))
 
 
 def adapter_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:

@@ -17,7 +17,7 @@ import msgspec
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder, Stamp
 from dsc_serve.engine.adapter_jobs import AdaptedDecoder, AdapterJobs, Looked, Outcome
-from dsc_serve.engine.leases import AdapterEntry, AdapterLease, Wanted
+from dsc_serve.engine.leases import AdapterEntry, AdapterLease, Wanted, bytes_of
 from dsc_serve.engine.loader import Loader
 from dsc_serve.parameter_errors import ParameterError
 
@@ -77,7 +77,12 @@ class Adapters:
     @property
     def nbytes(self) -> int:
         """In memory."""
-        return sum(entry.nbytes for entry in (*self._entries.values(), *self._retired))
+        return bytes_of(self.held)
+
+    @property
+    def held(self) -> tuple[AdapterEntry, ...]:
+        """All in memory, those among them that nobody new gets."""
+        return (*self._entries.values(), *self._retired)
 
     @property
     def in_memory(self) -> int:
@@ -315,12 +320,13 @@ class Adapters:
             self._let_go(parts)
             return
         self.counts.loads += 1
-        if outcome.loaded.nbytes > self.budget:
-            self._let_go(parts)
-            told = f"it takes {outcome.loaded.nbytes} bytes; adapter_bytes, for all together, is {self.budget}"
+        entry = AdapterEntry(outcome.loaded, parts)
+        if (size := bytes_of([entry])) > self.budget:
+            self._drop(entry)
+            told = f"it takes {size} bytes; adapter_bytes, for all together, is {self.budget}"
             self._refuse(outcome.choice, BrokenAdapterError(outcome.loaded.name, told))
             return
-        self._unplaced = outcome.choice, AdapterEntry(outcome.loaded, parts)
+        self._unplaced = outcome.choice, entry
 
     def _refuse(self, choice: AdapterChoice, error: ParameterError) -> None:
         """Tell all who wait for an adapter, or for a composition with it."""
@@ -352,13 +358,13 @@ class Adapters:
             return
         choice, entry = self._unplaced
         wanted = any(not one.cancelled and choice in (one.choice, *parts_of(one.choice)) for one in self._wanted)
-        if not wanted and self.nbytes + entry.nbytes > self.budget:  # it would push others out for nobody
+        if not wanted and bytes_of((*self.held, entry)) > self.budget:  # it would push others out for nobody
             self._drop(entry)
             self._unplaced = None
             return
         first = next((one for one in self._wanted if choice in parts_of(one.choice)), None)
         beside = entry.parts or (() if first is None else first.pins)
-        if sum(part.nbytes for part in beside) + entry.nbytes > self.budget:
+        if bytes_of((*beside, entry)) > self.budget:
             told = f"its adapters take more than adapter_bytes, {self.budget}"
             if entry.parts:
                 self._refuse(choice, BrokenAdapterError("+".join(choice.names), told))
@@ -367,13 +373,13 @@ class Adapters:
             self._drop(entry)
             self._unplaced = None
             return
-        if self._make_room(entry.nbytes):
+        if self._make_room(entry):
             self._unplaced = None
             self._entries[choice] = entry
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, new: AdapterEntry) -> bool:
         """Give up what nobody uses, the least recently used first, if that is enough."""
-        while self.nbytes + size > self.budget:
+        while bytes_of((*self.held, new)) > self.budget:
             unused = next((choice for choice, entry in self._entries.items() if not entry.users), None)
             if unused is None:
                 return False

@@ -13,11 +13,12 @@ from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import AdapterLease, Wanted
 from dsc_serve.engine.request import Request
+from dsc_serve.model.adapter_kinds import read_adapter
 from dsc_serve.model.decoder import Decoder
-from dsc_serve.model.peft import read_adapter
 from dsc_serve.parameter_errors import ParameterError
 
 MOMENT_S = 0.05
+SPARED_S = 0.001
 TIMEOUTS = ("queue_timeout_s", "timeout_s")
 
 
@@ -77,6 +78,7 @@ class Arrivals:
                 wanted = self.want(choice)
                 while not wanted.settled:
                     step()
+                    self.wait(SPARED_S)  # for the thread that loads, which needs the interpreter, too
                 self.cancel(wanted)
                 if wanted.error is not None:
                     raise wanted.error
@@ -86,10 +88,10 @@ class Arrivals:
         if self.adapters is not None:
             self.adapters.cancel(wanted)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = MOMENT_S) -> None:
         """For a moment, until something has been loaded, if anything is being loaded."""
         if self.adapters is not None:
-            self.adapters.settle(MOMENT_S)
+            self.adapters.settle(timeout_s)
 
     def add(self, request: Request, wanted: Wanted, age_s: float) -> None:
         """Let a request and its siblings wait, which arrived so long ago."""
@@ -181,7 +183,8 @@ def count_adapters(report: AdapterReport, work: Sequence[tuple[Request, int]], k
     for request, count in work:
         if request.adapter is not None:
             tokens[request.adapter.name] = tokens.get(request.adapter.name, 0) + count
-    report.count_step(tokens, [adapter.read_bytes for adapter in used], known)
+    shared = {id(basis): basis.nbytes for adapter in used for basis in adapter.weights.bases}
+    report.count_step(tokens, [adapter.read_bytes for adapter in used], known, sum(shared.values()))
 
 
 def hold(lease: AdapterLease, members: list[Request]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dsc_serve.adapter_choice import AdapterChoice
@@ -22,6 +22,17 @@ class AdapterEntry:
     @property
     def nbytes(self) -> int:
         return self.loaded.nbytes
+
+
+def bytes_of(entries: Iterable[AdapterEntry]) -> int:
+    """Of adapters in memory, all together: a basis counts once, however many stand on it."""
+    size, bases = 0, dict[int, int]()
+    for entry in entries:
+        weights = entry.loaded.weights
+        size += weights.nbytes
+        for basis in weights.bases:
+            bases[id(basis)] = basis.nbytes
+    return size + sum(bases.values())
 
 
 class AdapterLease:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dsc_kernels.weights import MODULES as MODULES
+from dsc_kernels.weights import Core, Pair, Place, Update
 from dsc_kernels.weights import LowRank as LowRank
-from dsc_kernels.weights import Place
 from dsc_serve.adapter_choice import BrokenAdapterError, Form
 from dsc_serve.adapter_choice import UnknownAdapterError as UnknownAdapterError
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
@@ -20,16 +20,32 @@ from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfi
 ModuleName = Place  # a layer and one of MODULES
 
 
+class SharedBasis(Protocol):
+    """What adapters share, by modules; read when it is asked for, since it may be in memory already."""
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of its content."""
+
+    @property
+    def key(self) -> Hashable:
+        """What changes when its file does."""
+
+    def pairs(self) -> Mapping[ModuleName, Pair]:
+        """Read it. Raises CheckpointError where its content is another than the digest says."""
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Updates of some modules of a model. Requests hold it; nothing changes it, so nobody needs to know who does."""
 
     name: str
-    digest: str  # sha256, in hex, of its content
-    kind: str  # "lora", or "composition"
-    modules: Mapping[ModuleName, LowRank]
-    nbytes: int  # of its tensors
+    digest: str  # sha256, in hex, of its content, its basis's among it
+    kind: str  # "lora", "composition", or of cores what their basis is: "shared" or "lora-xs"
+    modules: Mapping[ModuleName, Update]
+    nbytes: int  # of its tensors, without the basis's
     rank: int  # the largest of its modules
+    basis: SharedBasis | None = None  # on which its cores stand
 
 
 class AdapterStore(Protocol):
@@ -81,6 +97,8 @@ def check_fits(adapter: Adapter, config: ModelConfig) -> None:
         shape = shapes.get((layer, module))
         if shape is None:
             raise BrokenAdapterError(adapter.name, f"the model has no {module} in layer {layer} that can be adapted")
+        if isinstance(part, Core):
+            continue  # what its basis fits
         out, into = shape
         if part.down.shape != (part.rank, into) or part.up.shape != (out, part.rank):
             given = f"{list(part.down.shape)} and {list(part.up.shape)}"
@@ -97,11 +115,19 @@ def composed(parts: Sequence[tuple[Adapter, float]], form: Form = "sum") -> Adap
     names = dict.fromkeys(key for adapter, _ in parts for key in adapter.modules)
     modules = {}
     for key in names:
-        weighted = [(adapter.modules[key], weight) for adapter, weight in parts if key in adapter.modules]
+        weighted = [(low_rank(adapter, key), weight) for adapter, weight in parts if key in adapter.modules]
         modules[key] = summed(weighted) if form == "sum" else product_of_sums(weighted, key, name)
     digest = composition_digest([(adapter.digest, weight) for adapter, weight in parts], form)
     nbytes = sum(part.nbytes for part in modules.values())
     return Adapter(name, digest, "composition", modules, nbytes, max((p.rank for p in modules.values()), default=0))
+
+
+def low_rank(adapter: Adapter, key: ModuleName) -> LowRank:
+    """An update that is none on a shared basis. Raises BrokenAdapterError."""
+    own = adapter.modules[key]
+    if isinstance(own, Core) or own.core is not None:
+        raise BrokenAdapterError(adapter.name, "its matrices are a basis's, which others have too; compose it by a sum")
+    return own
 
 
 def composition_digest(parts: Sequence[tuple[str, float]], form: Form) -> str:

@@ -40,7 +40,7 @@ class CanonicalForm:
 def canonical(update: LowRank) -> CanonicalForm:
     """By two thin QRs and the SVD of a small matrix: no matrix of the base's size is ever made."""
     up = update.up.double() * update.coefficients.double()
-    q_up, r_up = torch.linalg.qr(up)
+    q_up, r_up = torch.linalg.qr(up if update.core is None else up @ update.core.double())
     q_down, r_down = torch.linalg.qr(update.down.double().T)
     u, sigma, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     return CanonicalForm(q_up @ u, sigma, v @ q_down.T)

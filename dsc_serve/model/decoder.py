@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.backend import Adapter
+from dsc_kernels.backend import Adapter, Basis
 from dsc_kernels.memory import zeros
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
@@ -19,11 +19,12 @@ from dsc_kernels.weights import (
     Adapted,
     DecoderLayer,
     KvCache,
-    LowRank,
     Module,
     NormWeights,
+    Pair,
     Place,
     QkNorm,
+    Update,
 )
 from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.attention import Attention
@@ -283,9 +284,13 @@ class Decoder:
             picks += [ffn.record(own.picked) for ffn, own in both if ffn is not None]
         return x
 
-    def adapter(self, updates: Mapping[Place, LowRank]) -> Adapter:
+    def basis(self, pairs: Mapping[Place, Pair]) -> Basis:
+        """What adapters of its modules share. Raises ValueError for what does not fit."""
+        return ops.basis(pairs, self.modules, self.dtype, self.device)
+
+    def adapter(self, updates: Mapping[Place, Update], basis: Basis | None = None) -> Adapter:
         """Updates of its modules, as `StepBatch.runs` takes them. Raises ValueError for what does not fit."""
-        return ops.adapter(updates, self.modules, self.dtype, self.device)
+        return ops.adapter(updates, self.modules, self.dtype, self.device, basis)
 
     def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
         """Such adapters with weights as one; it holds their memory."""

@@ -188,6 +188,7 @@ def adapter_card(service: Service, info: AdapterInfo) -> dict[str, Any]:
         "rank": info.rank,
         "modules": info.modules,
         "bytes": info.nbytes,
+        "basis": info.basis or None,
         "loaded": info.loaded,
         "error": info.error or None,
     }

@@ -24,12 +24,14 @@ from dsc_kernels.weights import (
     Module,
     MoeOptions,
     NormWeights,
+    Pair,
     Place,
     QkNorm,
     Router,
     Scope,
     SharedExpert,
     Slots,
+    Update,
 )
 
 UNROUTED = "a routed layer needs a router and a bank of atoms, another layer neither"
@@ -63,12 +65,24 @@ class Head(Linear, Protocol):
         """Where each row of x Wᵀ + bias has its largest output, the first of equal ones: x [B, d] → int64 [B]."""
 
 
+class Basis(Protocol):
+    """What many adapters of a decoder share, ready for its layers; they hold it. Nothing changes it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+
 class Adapter(Protocol):
     """Updates of a decoder's modules, ready for its layers. Nothing changes it, and it may go when nobody holds it."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds, without those of others that it is the sum of."""
+        """Bytes that it holds, without those of others that it is the sum of, and of its bases."""
+
+    @property
+    def bases(self) -> Sequence[Basis]:
+        """What it shares with others, each once."""
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         """What it adds to a module, as plain tensors: all of these."""
@@ -183,16 +197,29 @@ class Backend(Protocol):
         self, router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None
     ) -> Moe: ...
 
-    def adapter(
+    def basis(
         self,
-        updates: Mapping[Place, LowRank],
+        pairs: Mapping[Place, Pair],
         modules: Sequence[Mapping[str, Module]],
         dtype: torch.dtype,
         device: torch.device,
+    ) -> Basis:
+        """What adapters of a decoder whose layers have these modules share, for its dtype and device.
+
+        Raises ValueError for what does not fit.
+        """
+
+    def adapter(
+        self,
+        updates: Mapping[Place, Update],
+        modules: Sequence[Mapping[str, Module]],
+        dtype: torch.dtype,
+        device: torch.device,
+        basis: Basis | None = None,
     ) -> Adapter:
         """Updates of a decoder whose layers have these modules, for its dtype and device.
 
-        Raises ValueError for what does not fit.
+        basis: made for the same, of which there are cores. Raises ValueError for what does not fit.
         """
 
     def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:

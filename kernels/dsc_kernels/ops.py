@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import dequantised, native, plain
-from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, Moe, Stack
+from dsc_kernels.backend import Adapter, Backend, Basis, Ffn, Head, Layer, Linear, Moe, Stack
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
@@ -26,17 +26,18 @@ from dsc_kernels.weights import (
     DecoderLayer,
     FfnOptions,
     KvCache,
-    LowRank,
     MlpWeights,
     Module,
     MoeOptions,
     NormWeights,
+    Pair,
     Place,
     QkNorm,
     Router,
     Scope,
     SharedExpert,
     Slots,
+    Update,
 )
 
 __all__ = ["Ffn", "Head", "Layer", "Linear", "Stack"]
@@ -143,14 +144,25 @@ def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shar
     return chosen.Moe(router, experts, options, shared)
 
 
-def adapter(
-    updates: Mapping[Place, LowRank],
+def basis(
+    pairs: Mapping[Place, Pair],
     modules: Sequence[Mapping[str, Module]],
     dtype: torch.dtype,
     device: torch.device,
+) -> Basis:
+    """What adapters share of a decoder of this dtype and device, whose layers have these modules."""
+    return backend(dtype, device).basis(pairs, modules, dtype, device)
+
+
+def adapter(
+    updates: Mapping[Place, Update],
+    modules: Sequence[Mapping[str, Module]],
+    dtype: torch.dtype,
+    device: torch.device,
+    basis: Basis | None = None,
 ) -> Adapter:
     """An adapter's updates for a decoder of this dtype and device, whose layers have these modules."""
-    return backend(dtype, device).adapter(updates, modules, dtype, device)
+    return backend(dtype, device).adapter(updates, modules, dtype, device, basis)
 
 
 def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:

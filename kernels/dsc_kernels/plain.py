@@ -15,6 +15,7 @@ from torch import Tensor
 from dsc_kernels import min_hash, reference, scoped
 from dsc_kernels.adapters import adapted_product
 from dsc_kernels.adapters import adapter as adapter
+from dsc_kernels.adapters import basis as basis
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS

@@ -177,20 +177,22 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """ΔW = scale · up diag(middle) down, what an adapter adds to one module. Tensors are never written to."""
+    """ΔW = scale · up diag(middle) core down, what an adapter adds to one module. Tensors are never written to."""
 
-    down: Tensor  # A [rank, in], float32 or bfloat16
+    down: Tensor  # A [rank, in], with a core [inner, in]; float32 or bfloat16
     up: Tensor  # B [out, rank], the same
     scale: float = 1.0
     middle: Tensor | None = None  # float32 [rank]; None: all 1
+    core: Tensor | None = None  # [rank, inner]; None: 1
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.up.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes + (0 if self.middle is None else self.middle.nbytes)
+        parts = (self.down, self.up, self.middle, self.core)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def coefficients(self) -> Tensor:
@@ -200,6 +202,30 @@ class LowRank:
         return middle * self.scale
 
 
+class Pair(NamedTuple):
+    """Of a basis, what many adapters of one module share: ΔW = scale · up core down, each with a core of its own."""
+
+    down: Tensor  # [inner, in], float32 or bfloat16
+    up: Tensor  # [out, rank], the same
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """What an adapter adds to a module on the pair that its basis has there."""
+
+    matrix: Tensor  # [rank, inner], float32 or bfloat16
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+
+Update = LowRank | Core
 Place = tuple[int, str]  # a layer, and one of its modules that adapters may add to
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention, and of the MLP that every token takes
 

@@ -28,7 +28,30 @@ def test_the_command_reports_every_number_of_streams(small_model: Callable[..., 
     one, three = (row["bytes"] for row in found["tenants"])
     assert 0 < one == found["cold"]["adapter_bytes"] and three == 3 * one
     assert found["cold"]["cold_p99_ms"] >= found["cold"]["cold_ms"] > 0
+    kinds = [(row["streams"], row["kind"], row["rank"]) for row in found["kinds"]]
+    assert kinds == [(n, kind, rank) for n in (1, 3) for kind, rank in (("lora", 2), ("shared", 32), ("lora-xs", 2))]
+    for row in found["kinds"]:
+        assert row["lowest"] <= row["share"] <= row["highest"] and row["step_ms"] > 0 < row["base_ms"]
+    sizes = {(row["streams"], row["kind"]): row["bytes"] for row in found["kinds"]}
+    assert sizes[3, "lora"] == 3 * sizes[1, "lora"]
+    for row in found["memory"][1:]:
+        each = (row["bytes"] - row["shared_bytes"]) // 5
+        assert row["adapters"] == 5 and row["shared_bytes"] > 0 and row["bytes"] == row["shared_bytes"] + 5 * each
+        for streams in (1, 3):
+            assert sizes[streams, row["kind"]] == row["shared_bytes"] + streams * each, "a basis is read once"
+    assert found["memory"][0]["shared_bytes"] == 0 and "process grew" in done.output
     assert "| 3 | 5 |" in done.output and "with one on disk" in done.output and "machine" in found
+
+
+def test_one_kind_can_be_measured_alone(small_model: Callable[..., Path], tmp_path: Path) -> None:
+    file, folder = tmp_path / "found.json", small_model("dense", max_position_embeddings=80)
+    options = ["--streams", "2", "--loaded", "3", "--steps", "1", "--rounds", "1", "--cold", "1", "--threads", "1"]
+    words = ["bench", "adapters", str(folder), *options, "--kind", "lora-xs", "--json", str(file)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_bytes())
+    assert [row["kind"] for row in (*found["kinds"], *found["memory"])] == ["lora-xs", "lora-xs"]
+    assert found["beside"][0]["loaded"] == 3 and found["tenants"][0]["distinct"] == 2
 
 
 def test_what_the_context_does_not_hold_is_refused(small_model: Callable[..., Path]) -> None:

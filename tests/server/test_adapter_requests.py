@@ -202,6 +202,7 @@ def test_the_list_of_models_tells_all_of_them(app: FastAPI) -> None:
         "rank": 8,
         "modules": 210,
         "bytes": 4096,
+        "basis": None,
         "loaded": True,
         "error": None,
     }

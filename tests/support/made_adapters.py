@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Adapter as BoundAdapter
-from dsc_kernels.weights import LowRank, Place
+from dsc_kernels.backend import Basis
+from dsc_kernels.weights import LowRank, Pair, Place, Update
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
 from dsc_serve.engine.adapters import Adapters
@@ -55,8 +56,13 @@ def random_adapter(name: str, config: ModelConfig, ranks: Sequence[int] = (3,), 
 
 def delta(updates: Sequence[tuple[LowRank, float]]) -> Tensor:
     """Σ wᵢ sᵢ Bᵢ Aᵢ in float64."""
-    parts = [(one.up.double() * one.coefficients.double()) @ one.down.double() * weight for one, weight in updates]
-    return torch.stack(parts).sum(0)
+    return torch.stack([dense(one) * weight for one, weight in updates]).sum(0)
+
+
+def dense(one: LowRank) -> Tensor:
+    """s B A, or s B R A, in float64."""
+    down = one.down.double() if one.core is None else one.core.double() @ one.down.double()
+    return (one.up.double() * one.coefficients.double()) @ down
 
 
 def merged(
@@ -78,6 +84,7 @@ class Bound:
     """What a decoder that computes nothing makes of an adapter."""
 
     nbytes: int
+    bases: Sequence[Basis] = ()
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         return [LowRank(torch.ones(1, 1), torch.ones(1, 1))] if (layer, module) == (0, "q") else []
@@ -91,7 +98,10 @@ class PretendedDecoder:
     def __init__(self, nbytes: int = 100) -> None:
         self.nbytes, self.made = nbytes, weakref.WeakSet[Bound]()
 
-    def adapter(self, updates: Mapping[Place, LowRank]) -> Bound:
+    def basis(self, pairs: Mapping[Place, Pair]) -> Basis:
+        raise AssertionError("no adapter here has any")
+
+    def adapter(self, updates: Mapping[Place, Update], basis: Basis | None = None) -> Bound:
         return self._make(self.nbytes)
 
     def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> Bound:

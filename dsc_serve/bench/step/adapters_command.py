@@ -10,13 +10,18 @@ from tempfile import TemporaryDirectory
 import click
 import msgspec
 
+from dsc_serve.adapter_choice import CORE_KINDS
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
+
+KINDS = ("lora", *CORE_KINDS)
 
 
 @click.command("adapters", context_settings={"show_default": True})
 @click.argument("model", default=EMBEDDED_MODEL)
-@click.option("--rank", type=click.IntRange(1, 256), default=16, help="Of the adapters, which are of all modules.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, help="Of LoRAs and LoRA-XS, which are of all modules.")
+@click.option("--shared-rank", type=click.IntRange(1, 256), default=32, help="Of cores on a basis found in adapters.")
+@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, help="That are compared.")
 @click.option("--loaded", type=click.IntRange(1, 1000), default=100, help="In memory beside streams without any.")
 @click.option("--streams", type=click.IntRange(1), multiple=True, default=(1, 8, 32), help="Requests at a time.")
 @click.option("--steps", type=click.IntRange(1), default=40, help="Of each system and round.")
@@ -28,6 +33,8 @@ from dsc_serve.output_file import OUTPUT_FILE
 def adapters_command(
     model: str,
     rank: int,
+    shared_rank: int,
+    kinds: tuple[str, ...],
     loaded: int,
     streams: tuple[int, ...],
     steps: int,
@@ -40,11 +47,12 @@ def adapters_command(
     """Measure MODEL's engine with random adapters, in this process.
 
     Streams without adapters, in an engine that has many in memory beside one that knows of none, step by step in turn.
-    Streams with an adapter each beside streams without, and what they add beside reading the adapters' bytes. And how
-    long the first token takes when the adapter is on disk.
+    Streams with an adapter each beside streams without, and what they add beside reading the adapters' bytes. How long
+    the first token takes when the adapter is on disk. These are of the first --kind. And all kinds beside each other:
+    what tenants of each add to a step, and what --loaded of them take in memory.
     """
     resolve_model(model)
-    from dsc_serve.bench.step import adapters
+    from dsc_serve.bench.step import adapter_kinds, adapters
     from dsc_serve.bench.step.engine_command import machine
     from dsc_serve.engine.preparation import prepare_model
 
@@ -55,16 +63,30 @@ def adapters_command(
         message = f"--steps times --rounds needs a context of {needed} tokens; the model's is {context}"
         raise click.ClickException(message)
     found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(prepared)}
+    kinds = tuple(dict.fromkeys(kinds))
+    ranks = {kind: shared_rank if kind == "shared" else rank for kind in kinds}
+    count = max(loaded, cold, *streams)
     with TemporaryDirectory() as folder:
-        names = adapters.write_random(prepared, Path(folder), max(loaded, cold, *streams), rank)
-        room = len(names) * adapters.most_bytes(prepared, rank)
-        config = msgspec.structs.replace(config, adapters=folder, adapter_bytes=room)
-        beside = [adapters.beside_loaded(prepared, config, names[:loaded], own, steps, rounds) for own in streams]
+        names = {kind: adapter_kinds.write_kind(prepared, Path(folder), kind, count, ranks[kind]) for kind in kinds}
+        room = {kind: adapter_kinds.room_for(prepared, kind, count, ranks[kind]) for kind in kinds}
+        first, own = names[kinds[0]], msgspec.structs.replace(config, adapters=folder, adapter_bytes=room[kinds[0]])
+        beside = [adapters.beside_loaded(prepared, own, first[:loaded], each, steps, rounds) for each in streams]
         click.echo(adapters.format_beside(beside) + "\n")
-        tenants = [adapters.many_tenants(prepared, config, names, own, steps, rounds) for own in streams]
+        tenants = [adapters.many_tenants(prepared, own, first, each, steps, rounds) for each in streams]
         click.echo(adapters.format_tenants(tenants) + "\n")
-        start = adapters.cold_start(prepared, config, names[:cold])
-        click.echo(adapters.format_cold(start))
-    found |= {"beside": beside, "tenants": tenants, "cold": start}
+        start = adapters.cold_start(prepared, own, first[:cold])
+        click.echo(adapters.format_cold(start) + "\n")
+        all_of_them = msgspec.structs.replace(own, adapter_bytes=sum(room.values()))
+        costs = [
+            cost
+            for each in streams
+            for cost in adapter_kinds.compare(prepared, all_of_them, names, ranks, each, steps, rounds)
+        ]
+        click.echo(adapter_kinds.format_costs(costs) + "\n")
+        memory = [
+            adapter_kinds.in_memory(prepared, all_of_them, kind, names[kind][:loaded], ranks[kind]) for kind in kinds
+        ]
+        click.echo(adapter_kinds.format_memory(memory))
+    found |= {"beside": beside, "tenants": tenants, "cold": start, "kinds": costs, "memory": memory}
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(found)))

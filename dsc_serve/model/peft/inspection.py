@@ -30,6 +30,14 @@ class Inspected:
     def nbytes(self) -> int:
         return sum(own.nbytes for own in self.modules.values())
 
+    @property
+    def base(self) -> str:
+        return self.claims.base
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return self.claims.fan_in_fan_out
+
 
 def inspect_adapter(folder: Path) -> Inspected:
     """What can be known without the base. Raises CheckpointError."""
@@ -53,8 +61,14 @@ def report(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int 
     yield f"form      {inspected.claims.form}, for the base {inspected.claims.base or 'of no name'!r}"
     yield f"modules   {len(inspected.modules)}, ranks {shown(ranks)}, scales {shown(scales)}"
     yield f"bytes     {inspected.nbytes:,} in memory"
+    yield from norms_by_kind(forms)
+    if atoms is not None:
+        yield from certificate(forms, atoms)
+
+
+def norms_by_kind(forms: Mapping[str, CanonicalForm]) -> Iterator[str]:
     yield "spectral norms of the updates, by kind of module:"
-    for kind, names in by_kind(inspected.modules).items():
+    for kind, names in by_kind(forms).items():
         norms = {name: forms[name].norm for name in names}
         weakest, strongest = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
         median = statistics.median(norms.values())
@@ -62,8 +76,6 @@ def report(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int 
             f"  {kind}: {len(names)} modules, {norms[weakest]:.4g} ({place(weakest)}) to {norms[strongest]:.4g} "
             f"({place(strongest)}), median {median:.4g}"
         )
-    if atoms is not None:
-        yield from certificate(forms, atoms)
 
 
 def certificate(forms: Mapping[str, CanonicalForm], atoms: int) -> Iterator[str]:
@@ -77,14 +89,14 @@ def certificate(forms: Mapping[str, CanonicalForm], atoms: int) -> Iterator[str]
         yield f"  {kind}: at most {left[worst]:.4g} ({place(worst)}); of the update's own norm {share}"
 
 
-def canonical_forms(inspected: Inspected) -> dict[str, CanonicalForm]:
-    return {name: canonical(own) for name, own in inspected.modules.items()}
+def canonical_forms(modules: Mapping[str, LowRank]) -> dict[str, CanonicalForm]:
+    return {name: canonical(own) for name, own in modules.items()}
 
 
-def write_kept(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int, out: Path) -> None:
+def write_kept(base: str, fan_in_fan_out: bool, forms: Mapping[str, CanonicalForm], atoms: int, out: Path) -> None:
     """Write the adapter of the strongest atoms alone, in PEFT's form. Raises CheckpointError."""
     kept = {name: Matrices(*form.kept(atoms)) for name, form in forms.items()}
-    write_adapter(out, inspected.claims.base, float(atoms), kept, inspected.claims.fan_in_fan_out)
+    write_adapter(out, base, float(atoms), kept, fan_in_fan_out)
 
 
 def by_kind(modules: Mapping[str, object]) -> dict[str, list[str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from dsc_kernels.weights import LowRank
+from dsc_kernels.weights import Core, LowRank, Update
 from dsc_serve.adapter_choice import BrokenAdapterError
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.adapter import Adapter, ModuleName
@@ -87,12 +88,12 @@ def check_claims(names: list[str], claims: AdapterConfig, base: Base) -> list[Ba
     return found
 
 
-def sha256(modules: dict[ModuleName, LowRank]) -> str:
-    """Of what an adapter does: modules, scales and numbers, whatever files and names they came in."""
-    content = hashlib.sha256()
+def sha256(modules: Mapping[ModuleName, Update], basis: str = "") -> str:
+    """Of what an adapter does: modules, scales and numbers, whatever files and names they came in; basis: its own."""
+    content = hashlib.sha256(basis.encode())
     for (layer, module), own in sorted(modules.items()):
         content.update(struct.pack("<i5sd", layer, module.encode(), own.scale))
-        for tensor in (own.down, own.up):
+        for tensor in (own.matrix,) if isinstance(own, Core) else (own.down, own.up):
             content.update(struct.pack("<2q", *tensor.shape) + str(tensor.dtype).encode())
             content.update(tensor.view(torch.uint8).numpy().data)
     return content.hexdigest()

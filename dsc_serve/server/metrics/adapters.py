@@ -35,7 +35,9 @@ def store_families(report: AdapterReport) -> Families:
     yield counter("adapter_loads", "Adapters read into memory.", report.loads)
     yield counter("adapter_evictions", "Adapters that went from memory to make room.", report.evictions)
     yield counter("adapter_errors", "Adapters that were found not to be usable.", report.errors)
-    yield counter("adapter_read_bytes", "Bytes of the distinct adapters of each step, summed.", report.read_bytes)
+    yield counter(
+        "adapter_read_bytes", "Bytes of the distinct adapters and bases of each step, summed.", report.read_bytes
+    )
     yield histogram("step_adapters", "Distinct adapters in a step that has any.", report.distinct)
 
 

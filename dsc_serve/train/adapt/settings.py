@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,9 +15,11 @@ from dsc_serve.model.peft.config import MAX_RANK
 from dsc_serve.model.schema import Size, Strict
 from dsc_serve.train.settings import MAX_SEED, Count, Positive, Share
 
+R = TypeVar("R", bound="AdapterRunSettings")
 
-class AdaptSettings(Strict):
-    """One run. rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer.
+
+class AdapterRunSettings(Strict):
+    """What runs of every kind have.
 
     steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
     peak, after `warmup` steps; it falls to `final` of that by a cosine. clip: of each adapter's gradient. held_out: the
@@ -25,10 +27,6 @@ class AdaptSettings(Strict):
     `evaluate_windows` held-out windows of every text. checkpoint_s: seconds between checkpoints.
     """
 
-    kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
-    alpha: Positive = 32.0
-    modules: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = MODULES  # type: ignore[assignment]
     steps: Size = 200
     length: Size = 256
     rows: Size = 4
@@ -45,22 +43,46 @@ class AdaptSettings(Strict):
     evaluate_windows: Size = 4
     checkpoint_s: Positive = 60.0
 
+
+class LowRankSettings(AdapterRunSettings):
+    """rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer."""
+
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
+    alpha: Positive = 32.0
+    modules: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = MODULES  # type: ignore[assignment]
+
     @model_validator(mode="after")
-    def _modules(self) -> AdaptSettings:
+    def _modules(self) -> LowRankSettings:
         if not self.modules or len(set(self.modules)) < len(self.modules):
             raise ValueError(f"modules is {list(self.modules)}; expected different ones of {', '.join(MODULES)}")
         return self
 
 
+class AdaptSettings(LowRankSettings):
+    """One run of LoRA."""
+
+    kind: Literal["lora"] = "lora"
+
+
+class CoreSettings(LowRankSettings):
+    """One run of LoRA-XS: cores of rank² numbers on the first singular vectors of the base's own weights."""
+
+    kind: Literal["lora-xs"] = "lora-xs"
+    rate: Positive = 2e-3
+
+
 def adapt_settings(changes: Sequence[str]) -> AdaptSettings:
+    """Those of LoRA; see `settings_of`."""
+    return settings_of(AdaptSettings, changes)
+
+
+def settings_of(kind: type[R], changes: Sequence[str]) -> R:
     """The defaults with fields replaced by "field=value"; lists have commas. Raises ConfigError naming the field."""
     content: dict[str, Any] = {}
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in AdaptSettings.model_fields:
-            raise ConfigError(
-                f"--set {change}: expected FIELD=VALUE with one of {', '.join(AdaptSettings.model_fields)}"
-            )
+        if not equals or name not in kind.model_fields:
+            raise ConfigError(f"--set {change}: expected FIELD=VALUE with one of {', '.join(kind.model_fields)}")
         if name == "modules":
             content[name] = tuple(part.strip() for part in text.split(","))
             continue
@@ -69,6 +91,6 @@ def adapt_settings(changes: Sequence[str]) -> AdaptSettings:
         except DocumentError:
             content[name] = text
     try:
-        return AdaptSettings.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"--set: {one_line(error)}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.train.adapt.settings import AdaptSettings
+from dsc_serve.train.adapt.settings import AdapterRunSettings, LowRankSettings
 from dsc_serve.train.corpus import Corpus, WindowSampler, prepare, source_name
 from dsc_serve.train.settings import DataSettings
 
@@ -28,7 +28,7 @@ class Tenant:
 
 
 def tenants_of(
-    files: Sequence[Path], settings: AdaptSettings, tokenizer: Path, vocab_size: int, folder: Path
+    files: Sequence[Path], settings: AdapterRunSettings, tokenizer: Path, vocab_size: int, folder: Path
 ) -> list[Tenant]:
     """One for each text, in the order of their names. Raises TrainError."""
     data = DataSettings(held_out=settings.held_out, tokenizer=str(tokenizer))
@@ -40,7 +40,7 @@ def tenants_of(
 
 
 def fresh_updates(
-    config: ModelConfig, settings: AdaptSettings, tenants: Sequence[Tenant]
+    config: ModelConfig, settings: LowRankSettings, tenants: Sequence[Tenant]
 ) -> dict[Key, tuple[Tensor, Tensor]]:
     """By layer and module down [N, r, in], uniform as PEFT draws it, and up [N, out, r], zero; float32."""
     shapes = {key: shape for key, shape in module_shapes(config).items() if key[1] in settings.modules}
@@ -56,7 +56,7 @@ def fresh_updates(
     }
 
 
-def clip(updates: Mapping[Key, tuple[Tensor, Tensor]], most: float) -> Tensor:
+def clip(updates: Mapping[Key, tuple[Tensor, ...]], most: float) -> Tensor:
     """Shorten each tenant's gradient to a norm of at most `most`, by itself; returns the norms [N] before."""
     grads = [tensor.grad for pair in updates.values() for tensor in pair if tensor.grad is not None]
     norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()

@@ -1,5 +1,7 @@
 // What adapters add to a product, in float32 and before anything else happens to its sums: tokens of a run are contracted
-// by the panels of its updates first, and where the product's sums are stored, each is expanded into them.
+// by the panels of its updates first (contract.h), and where the product's sums are stored, each is expanded into them.
+// In between latents go through a core, where an update has one: what is contracted and expanded by then is a basis that
+// many adapters share.
 //
 // Nothing is rounded in between, and there is no buffer of what is added. A product without adapters knows nothing of this.
 #pragma once
@@ -36,11 +38,15 @@ INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* laten
   return even + odd;
 }
 
+// What an update takes of a row of latents: what its inputs are contracted to, and behind it what a core makes of that.
+INLINE int64_t latent_width(const LowRank& u) { return to_lanes(u.inner) + (u.core ? to_lanes(u.rank) : 0); }
+
 // What is added to a product of tokens `base` and following, of which row t of its inputs is token base + t.
 struct Branch {
   const Adapted* adapted = nullptr;  // null: nothing
   int module = 0, modules = 0;       // that the product consists of
   int is_bf16 = 0;                   // whether updates are
+  bool cored = false;                // whether any update has a core
   int64_t width = 0;                 // of a row of latents: those of all updates, each in whole panels
   int64_t base = 0;
   float* rows = nullptr;  // [tokens, width]
@@ -52,7 +58,10 @@ struct Branch {
     adapted = &a, this->module = module, this->modules = modules, this->is_bf16 = is_bf16;
     for (int64_t run = 0; run < a.run_count; run++) {
       int64_t own = 0;
-      for (int64_t i = 0; i < modules * a.runs[run].parts; i++) own += to_lanes(a.updates(run, module)[i].rank);
+      for (int64_t i = 0; i < modules * a.runs[run].parts; i++) {
+        const LowRank& update = a.updates(run, module)[i];
+        own += latent_width(update), cored |= update.core != nullptr;
+      }
       if (own > width) width = own;
     }
     rows = scratch.take<float>(tokens * width);
@@ -65,6 +74,37 @@ struct Branch {
     return later;
   }
 
+  // Whether update i of a run is contracted with that of the run before: its tokens follow, and the basis is the same.
+  INLINE bool continues(int64_t run, int64_t i) const {
+    if (run == 0) return false;
+    const AdapterRun &last = adapted->runs[run - 1], &own = adapted->runs[run];
+    if (last.first + last.count != own.first || i >= modules * last.parts) return false;
+    const LowRank *before = adapted->updates(run - 1, module), *updates = adapted->updates(run, module);
+    if (!updates[i].core || !before[i].core || updates[i].down != before[i].down) return false;
+    int64_t difference = 0;  // of where they stand in a row of latents
+    for (int64_t j = 0; j < i; j++) difference += latent_width(updates[j]) - latent_width(before[j]);
+    return difference == 0;
+  }
+
+  // What tokens first … last − 1 have been contracted to goes through the cores of their adapters.
+  void mix(int64_t first, int64_t last) const {
+    for (int64_t t = first; t < last; t++) {
+      int32_t run = adapted->run_of[base + t];
+      if (run < 0) continue;
+      const LowRank* update = adapted->updates(run, module);
+      float* latents = rows + t * width;
+      for (int64_t i = 0; i < modules * adapted->runs[run].parts; i++, update++) {
+        float* mixed = latents + to_lanes(update->inner);
+        for (int64_t p = 0; update->core && p < to_lanes(update->rank) / LANES; p++) {
+          vf v = is_bf16 ? expand((const bf16*)update->core, p, update->inner, latents)
+                         : expand((const float*)update->core, p, update->inner, latents);
+          store(mixed + p * LANES, v * load(update->scale + p * LANES));
+        }
+        latents += latent_width(*update);
+      }
+    }
+  }
+
   // Not inlined: sums are stored from many places, and there is more to do here than a call costs.
   __attribute__((noinline)) vf add(vf v, int64_t t, int64_t n) const {
     int32_t run = adapted->run_of[base + t];
@@ -75,21 +115,24 @@ struct Branch {
     for (int64_t i = 0; i < count; i++, update++) {
       if (update->rank && panel >= update->first && panel < update->end) {
         int64_t own = panel - update->first;
-        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, latents)
-                     : expand((const float*)update->up, own, update->rank, latents);
+        const float* given = update->core ? latents + to_lanes(update->inner) : latents;
+        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, given)
+                     : expand((const float*)update->up, own, update->rank, given);
       }
-      latents += to_lanes(update->rank);
+      latents += latent_width(*update);
     }
     return v;
   }
 };
 
-// Where latents go: scaled, in rows of a branch.
+// Where latents go: in rows of a branch, scaled where no core comes after them.
 struct Latents {
   float* rows;
   int64_t width;
-  const float* scale;
-  INLINE void operator()(vf v, int64_t t, int64_t n) const { store(rows + t * width + n, v * load(scale + n)); }
+  const float* scale;  // or null
+  INLINE void operator()(vf v, int64_t t, int64_t n) const {
+    store(rows + t * width + n, scale ? v * load(scale + n) : v);
+  }
 };
 
 DSC_KERNELS_END

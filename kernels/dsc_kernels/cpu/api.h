@@ -29,12 +29,15 @@ struct RowFormat {
   const uint16_t* minimums;  // the same, or null
 };
 
-// What an adapter adds to one product: up (scale ⊙ (down x)), of the product's dtype, to some of its panels.
+// What an adapter adds to one product, to some of its panels: up (scale ⊙ (core (down x))), all but the scale of the
+// product's dtype. Adapters on one basis have the same `down` and `up`, and each its own core; others have none.
 struct LowRank {
-  const void* down;     // packed [rank, d]
-  const void* up;       // packed [16 · (end − first), rank]: rows of these panels, 0 where they are none of the module's
-  const float* scale;   // [rank], to whole panels with zeros
-  int64_t rank;         // 0: nothing
+  const void* down;    // packed [inner, d]
+  const void* up;      // packed [16 · (end − first), rank]: rows of these panels, 0 where they are none of the module's
+  const float* scale;  // [rank], to whole panels with zeros
+  const void* core;    // packed [rank, inner]; null: there is none, and rank is inner
+  int64_t rank;        // 0: nothing
+  int64_t inner;
   int64_t first, end;  // panels
 };
 

@@ -59,8 +59,7 @@ INLINE void ffn_logits(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x,
 template <typename T>
 INLINE void ffn_contract(const Ffn& a, const FfnBuffers<T>& b, const typename Input<T>::type* x, int64_t count,
                          int64_t id, int64_t n) {
-  contract<T>(b.gate, x, row_stride<T>(a.d), count, a.d, id, n);
-  contract<T>(b.up, x, row_stride<T>(a.d), count, a.d, (id + 1) % n, n);
+  contract<T>(x, row_stride<T>(a.d), count, a.d, id, n, b.gate, b.up);
 }
 
 // Router logits and the static MLP's hidden layer: share `id` of `n` of all their panels together.
@@ -139,7 +138,7 @@ void ffn(const Ffn& a) {
       timer.end(WAITING);
       bool rounds = b.hidden_bytes.values;
       if (adapted) {
-        contract<T>(b.down, b.hidden, b.hidden_stride, a.batch, a.hidden, id, n);
+        contract<T>(b.hidden, b.hidden_stride, a.batch, a.hidden, id, n, b.down);
         timer.end(STATIC);
       }
       if (a.atoms > 0 || rounds) {
@@ -175,7 +174,7 @@ void ffn(const Ffn& a) {
       ffn_first<T>(a, b, x, count, 0, 1, timer);
       ffn_round<T>(a, b, 0, count);
       if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), timer.end(COMPOSE);
-      contract<T>(b.down, b.hidden, b.hidden_stride, count, a.hidden, 0, 1);
+      contract<T>(b.hidden, b.hidden_stride, count, a.hidden, 0, 1, b.down);
       ffn_second<T>(a, b, t, count, 0, 1);
       timer.end(STATIC);
     }

@@ -246,29 +246,6 @@ void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const in
   else multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
 }
 
-// Latents of a branch's first `count` tokens, whose inputs are x: share id of n of all their panels.
-template <typename T>
-void contract(const Branch& b, const typename Input<T>::type* x, int64_t stride, int64_t count, int64_t d, int64_t id,
-              int64_t n) {
-  if (!b.adapted) return;
-  int64_t unit = 0;
-  for (int64_t run = 0; run < b.adapted->run_count; run++) {
-    const AdapterRun& own = b.adapted->runs[run];
-    int64_t first = own.first > b.base ? own.first - b.base : 0, end = own.first + own.count - b.base;
-    if (end > count) end = count;
-    if (first >= end) continue;
-    float* rows = b.rows + first * b.width;
-    const LowRank* update = b.adapted->updates(run, b.module);
-    for (int64_t i = 0; i < b.modules * own.parts; i++, update++) {
-      Latents sink = {rows, b.width, update->scale};
-      for (int64_t p = 0; p < panel_count(update->rank); p++)
-        if (unit++ % n == id)
-          multiply<T>((const T*)update->down, x + first * stride, stride, nullptr, end - first, d, sink, p, p + 1);
-      rows += to_lanes(update->rank);
-    }
-  }
-}
-
 template <typename T>
 void pack(const T* w, int64_t size, int64_t d, T* out) {
   int64_t panel = Packed<T>::panel_size(d);

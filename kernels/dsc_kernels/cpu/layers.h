@@ -11,6 +11,7 @@
 
 #include "api.h"
 #include "attention.h"
+#include "contract.h"
 #include "namespace.h"
 #include "norm.h"
 #include "products.h"
@@ -109,7 +110,7 @@ INLINE void linear_as(const Linear& a) {
     if (!by_tokens) {
       if (branch.adapted) {
         e.branch = &branch;
-        contract<T>(branch, x.rows, x.stride, a.batch, a.d, id, n);
+        contract<T>(x.rows, x.stride, a.batch, a.d, id, n, branch);
 #pragma omp barrier
       }
       gemm<T, O>(w, x, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
@@ -122,7 +123,7 @@ INLINE void linear_as(const Linear& a) {
         const Branch own = branch.from(t);
         if (own.adapted) {
           e.branch = &own;
-          contract<T>(own, x.from(t).rows, x.stride, count, a.d, 0, 1);
+          contract<T>(x.from(t).rows, x.stride, count, a.d, 0, 1, own);
         }
         gemm<T, O>(w, x.from(t), nullptr, count, a.d, a.n, e, (O*)a.out + t * a.n, 0, panels);
       }

@@ -320,8 +320,7 @@ void moe(const Moe& a) {
     bool rounds = x.bytes.values && !alone;
     if (rounds) x.bytes.round_tokens((const T*)a.x, a.d, first, last, a.d);
     if (b.up.adapted) {
-      contract<T>(b.gate, x.rows, x.stride, a.batch, a.d, id, n);
-      contract<T>(b.up, x.rows, x.stride, a.batch, a.d, (id + 1) % n, n);
+      contract<T>(x.rows, x.stride, a.batch, a.d, id, n, b.gate, b.up);
     }
     if (rounds || b.up.adapted) {
 #pragma omp barrier
@@ -329,7 +328,7 @@ void moe(const Moe& a) {
     moe_route<T>(a, b, x, first, last);
     shared_first<T>(a, b, x, id, n);
 #pragma omp barrier
-    contract<T>(b.down, b.shared_hidden, b.shared_stride, a.batch, a.shared_hidden, id, n);
+    contract<T>(b.shared_hidden, b.shared_stride, a.batch, a.shared_hidden, id, n, b.down);
     if (b.shared_bytes.values)
       b.shared_bytes.round_tokens(b.shared_hidden, b.shared_stride, first, last, a.shared_hidden);
 #pragma omp single

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsc_kernels import min_hash, plain, reference
 from dsc_kernels.adapters import adapter as adapter
+from dsc_kernels.adapters import basis as basis
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.dequantised import dense

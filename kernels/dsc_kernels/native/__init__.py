@@ -26,6 +26,7 @@ from dsc_kernels.native.head import HEAD_PRECISIONS, Head, HeadPrecision, head_p
 from dsc_kernels.native.layers import NAME, Ffn, Linear, norm
 from dsc_kernels.native.moe import Moe
 from dsc_kernels.native.packing import pack
+from dsc_kernels.native.panels import basis
 from dsc_kernels.native.stack import Stack, stack
 from dsc_kernels.native.tokens import min_hash_order, sample, tile_unions
 
@@ -45,6 +46,7 @@ __all__ = [
     "active",
     "adapter",
     "available",
+    "basis",
     "chunk_attention",
     "decode_attention",
     "head_precision",

@@ -4,57 +4,49 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from dsc_kernels import backend
-from dsc_kernels.adapters import check_updates
-from dsc_kernels.memory import PAGE, mapped
-from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.screen import LANES
-from dsc_kernels.native.tensors import is_bf16
-from dsc_kernels.weights import MODULES, Adapted, AdapterRun, LowRank, MlpWeights, Module, Place
+from dsc_kernels.adapters import bases_of, check_updates
+from dsc_kernels.native.panels import (
+    FIELDS,
+    Modules,
+    NativeBasis,
+    PackedPair,
+    PackedUpdate,
+    PanelForm,
+    Room,
+    packed_pair,
+    pair_sizes,
+    whole,
+)
+from dsc_kernels.weights import (
+    MODULES,
+    Adapted,
+    AdapterRun,
+    Core,
+    LowRank,
+    MlpWeights,
+    Module,
+    Pair,
+    Place,
+    Update,
+)
 
-FIELDS = 6  # of an update in a table: down, up, scale, rank, first panel, the panel behind its last
-ALIGNMENT = 64
-Table = Mapping[Place, Sequence["PackedUpdate"]]
-
-
-def whole(size: int, unit: int = LANES) -> int:
-    return -(-size // unit) * unit
-
-
-class PackedUpdate:
-    """An update in panels: down [rank, into], up's rows where they stand in a product, and scale, padded with 0."""
-
-    def __init__(self, module: Module, rank: int, down: Tensor, up: Tensor, scale: Tensor) -> None:
-        self.module, self.rank, self.down, self.up, self.scale = module, rank, down, up, scale
-        self.first, self.end = module.at // LANES, whole(module.at + module.out) // LANES
-
-    @property
-    def fields(self) -> tuple[int, ...]:
-        return self.down.data_ptr(), self.up.data_ptr(), self.scale.data_ptr(), self.rank, self.first, self.end
-
-    def scaled(self, weight: float) -> PackedUpdate:
-        """The same matrices with other weights."""
-        return PackedUpdate(self.module, self.rank, self.down, self.up, self.scale * weight)
-
-    def unpacked(self) -> LowRank:
-        """Copies of the matrices."""
-        down = unpacked(self.down, self.module.into)[: self.rank]
-        skipped = self.module.at - self.first * LANES
-        up = unpacked(self.up, self.rank)[skipped : skipped + self.module.out]
-        return LowRank(down.contiguous(), up.contiguous(), 1.0, self.scale[: self.rank].clone())
+Table = Mapping[Place, Sequence[PackedUpdate]]
 
 
 class NativeAdapter:
     """Updates of one dtype for decoders whose layers have these modules; a sum reads the memory of its parts."""
 
-    def __init__(self, table: Table, modules: Sequence[Mapping[str, Module]], dtype: torch.dtype, nbytes: int) -> None:
-        self.table, self.modules, self.dtype, self.nbytes = table, modules, dtype, nbytes
+    def __init__(
+        self, table: Table, modules: Modules, dtype: torch.dtype, nbytes: int, bases: Sequence[backend.Basis] = ()
+    ) -> None:
+        self.table, self.modules, self.dtype, self.nbytes, self.bases = table, modules, dtype, nbytes, bases
         self.parts = max((len(own) for own in table.values()), default=1)
         nothing = (0,) * FIELDS
         numbers = array("q")
@@ -71,67 +63,52 @@ class NativeAdapter:
 
 
 def adapter(
-    updates: Mapping[Place, LowRank],
-    modules: Sequence[Mapping[str, Module]],
+    updates: Mapping[Place, Update],
+    modules: Modules,
     dtype: torch.dtype,
     device: torch.device,
+    basis: backend.Basis | None = None,
 ) -> NativeAdapter:
-    """Raises ValueError for an update of no module, or of another shape."""
-    check_updates(updates, modules)
-    group = 2 if is_bf16(dtype) else 1
-    sizes: list[tuple[int, int, int]] = []  # bytes of each part
+    """Raises ValueError for an update of no module, or of another shape, and for a core that has no basis."""
+    shared: Mapping[Place, PackedPair] = {}
+    if basis is not None:
+        if not isinstance(basis, NativeBasis) or basis.dtype != dtype or list(basis.modules) != list(modules):
+            raise ValueError("a basis was made for another decoder")
+        shared = basis.pairs
+    check_updates(updates, modules, {place: (pair.rank, pair.inner) for place, pair in shared.items()})
+    form = PanelForm(dtype)
+    sizes: list[int] = []
     for (layer, name), update in updates.items():
-        module, rank = modules[layer][name], update.rank
-        rows = whole(module.at + module.out) - module.at // LANES * LANES
-        down, up = whole(rank) * whole(module.into, group), rows * whole(rank, group)
-        sizes.append((whole(down * dtype.itemsize, ALIGNMENT), whole(up * dtype.itemsize, ALIGNMENT), 4 * whole(rank)))
-    size = sum(map(sum, sizes))
-    memory = mapped(size)[:size] if size >= PAGE else torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % ALIGNMENT :]
-    table, at = {}, 0
-    for ((layer, name), update), parts in zip(updates.items(), sizes, strict=True):
-        pieces = []
-        for part in parts:
-            pieces.append(memory[at : at + part])
-            at += part
-        table[layer, name] = [packed(update, modules[layer][name], dtype, pieces)]
-    return NativeAdapter(table, modules, dtype, size)
-
-
-def packed(update: LowRank, module: Module, dtype: torch.dtype, pieces: Sequence[Tensor]) -> PackedUpdate:
-    """An update in pieces of memory."""
-    rank, group = update.rank, 2 if is_bf16(dtype) else 1
-    first, end = module.at // LANES * LANES, whole(module.at + module.out)
-    up = torch.zeros(end - first, rank, dtype=dtype)
-    up[module.at - first : module.at - first + module.out] = update.up
-    scale = pieces[2].view(torch.float32)
-    scale.zero_()
-    scale[:rank] = update.coefficients.cpu()
-    placed: list[Tensor] = []
-    for weight, piece in ((update.down.to(dtype).contiguous(), pieces[0]), (up, pieces[1])):
-        n, d = weight.shape
-        out = piece.view(dtype)[: whole(n) * whole(d, group)].view(whole(n) // LANES, -1)
-        kernels.pack(is_bf16=is_bf16(dtype), w=weight.data_ptr(), n=n, d=d, out=out.data_ptr())
-        placed.append(out)
-    return PackedUpdate(module, rank, placed[0], placed[1], scale)
-
-
-def unpacked(panels: Tensor, width: int) -> Tensor:
-    """The rows [panels · 16, width] of what was packed into [panels, size]."""
-    group = 2 if is_bf16(panels.dtype) else 1
-    return panels.view(len(panels), -1, LANES, group).transpose(1, 2).reshape(len(panels) * LANES, -1)[:, :width]
+        if isinstance(update, Core):
+            sizes.append(form.nbytes(*update.matrix.shape))
+        else:
+            sizes.extend(pair_sizes(Pair(update.down, update.up), modules[layer][name], form))
+        sizes.append(4 * whole(update.rank))
+    room, table = Room(sizes), dict[Place, Sequence[PackedUpdate]]()
+    for (layer, name), update in updates.items():
+        cores, core_at = None, room.at
+        if isinstance(update, Core):
+            pair, cores, scale = shared[layer, name], room.memory, torch.full((update.rank,), update.scale)
+            form.pack(update.matrix, room.take(form.nbytes(*update.matrix.shape)))
+        else:
+            pair = packed_pair(Pair(update.down, update.up), modules[layer][name], form, room)
+            scale = update.coefficients
+        own = PackedUpdate(pair, room.memory, room.at, cores, core_at)
+        room.take(4 * whole(update.rank)).view(torch.float32).zero_()[: update.rank].copy_(scale)
+        table[layer, name] = [own]
+    return NativeAdapter(table, modules, dtype, room.nbytes, () if basis is None else (basis,))
 
 
 def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
     """The same matrices with weights: nothing but these is copied, and counted."""
-    joined: dict[Place, list[PackedUpdate]] = {}
     native = [(cast(NativeAdapter, part), weight) for part, weight in parts]
-    for part, weight in native:
-        for place, own in part.table.items():
-            joined.setdefault(place, []).extend(one.scaled(weight) for one in own)
+    every = [(place, one, weight) for part, weight in native for place, own in part.table.items() for one in own]
+    room, joined = Room(one.scale.nbytes for _, one, _ in every), dict[Place, list[PackedUpdate]]()
+    for place, one, weight in every:
+        joined.setdefault(place, []).append(replace(one, scales=room.memory, scale_at=room.at))
+        torch.mul(one.scale, weight, out=room.take(one.scale.nbytes).view(torch.float32))
     first = native[0][0]
-    own_bytes = sum(one.scale.nbytes for updates in joined.values() for one in updates)
-    return NativeAdapter(joined, first.modules, first.dtype, own_bytes)
+    return NativeAdapter(joined, first.modules, first.dtype, room.nbytes, bases_of([part for part, _ in native]))
 
 
 def checked(

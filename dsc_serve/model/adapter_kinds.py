@@ -1,0 +1,34 @@
+"""The kinds of adapters, by what a folder of one holds: a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dsc_serve.model.adapter import Adapter
+from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.cores.reader import holds_cores, read_cored
+from dsc_serve.model.origin import Origin
+from dsc_serve.model.peft import read_adapter as read_peft
+
+Reader = Callable[[Path, ModelConfig, Origin | None], Adapter]
+
+
+class AdapterKind(NamedTuple):
+    """holds: whether a folder holds an adapter of this kind."""
+
+    holds: Callable[[Path], bool]
+    read: Reader
+
+
+KINDS: dict[str, AdapterKind] = {"cores": AdapterKind(holds_cores, read_cored)}
+
+
+def read_adapter(folder: Path, config: ModelConfig, origin: Origin | None = None) -> Adapter:
+    """The adapter in a folder, of whatever kind, for a base of this configuration; what is of no other is PEFT's.
+
+    Raises BrokenAdapterError.
+    """
+    found = next((kind.read for kind in KINDS.values() if kind.holds(folder)), read_peft)
+    return found(folder, config, origin)

@@ -332,6 +332,7 @@ def _attach_commands() -> None:
     from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train import command as training
     from dsc_serve.train.adapter_command import adapt_command, adapter_group
+    from dsc_serve.train.graft_command import graft_command
     from dsc_serve.train.quantise.command import quantize_command
 
     bench.add_command(serve_command, "serve")
@@ -352,6 +353,7 @@ def _attach_commands() -> None:
     main.add_command(scale_model)
     main.add_command(adapter_group)
     main.add_command(adapt_command)
+    main.add_command(graft_command)
     main.add_command(training.train_command, "train")
     main.add_command(training.evaluate_command, "evaluate")
     main.add_command(training.prune_command, "prune")

@@ -10,7 +10,8 @@ from dsc_kernels import backend
 from dsc_kernels.weights import LowRank, Place
 from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.model.adapter import MODULES, Adapter, composed, composition_digest
+from dsc_serve.model.adapter import MODULES, Adapter, Tenant, composed, composition_digest
+from dsc_serve.model.tenant import KIND as TENANT
 from dsc_serve.parameter_errors import ParameterError
 
 
@@ -20,7 +21,7 @@ class AdaptedDecoder(Protocol):
     @property
     def modules(self) -> Sequence[object]: ...
 
-    def adapter(self, updates: Mapping[Place, LowRank]) -> backend.Adapter: ...
+    def adapter(self, updates: Mapping[Place, LowRank], tenant: Tenant | None = None) -> backend.Adapter: ...
 
     def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
 
@@ -91,10 +92,10 @@ class AdapterJobs:
 
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
-            weights = self.decoder.adapter(adapter.modules)
+            weights = self.decoder.adapter(adapter.modules, adapter.tenant)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
-        kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)
+        kind, rank, modules = adapter.kind, adapter.rank, adapter.changed
         return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes)
 
     def compose(self, choice: AdapterChoice, weighted: Sequence[tuple[LoadedAdapter, float]]) -> Outcome:
@@ -111,10 +112,16 @@ class AdapterJobs:
         digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
         rank, modules = sum(loaded.rank for loaded, _ in weighted), max(loaded.modules for loaded, _ in weighted)
         read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
+        tenants = [loaded.name for loaded, _ in weighted if loaded.kind == TENANT]
+        if len(tenants) > 1:
+            raise BrokenAdapterError(name, f"{' and '.join(tenants)} are tenants of a bank; a composition may have one")
         weights = self.decoder.summed([(loaded.weights, weight) for loaded, weight in weighted])
         return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes)
 
     def _product_of_sums(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
+        tenant = next((loaded.name for loaded, _ in weighted if loaded.kind == TENANT), None)
+        if tenant is not None:
+            raise BrokenAdapterError(name, f"{tenant} is a tenant of a bank and has no matrices; compose it by sum")
         return self._ready(
             composed([(self._unpacked(loaded), weight) for loaded, weight in weighted], "product of sums")
         )
@@ -132,6 +139,6 @@ class AdapterJobs:
             digest=adapter.digest,
             kind=adapter.kind,
             rank=adapter.rank,
-            modules=len(adapter.modules),
+            modules=adapter.changed,
             nbytes=adapter.nbytes,
         )

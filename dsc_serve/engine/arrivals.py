@@ -13,8 +13,8 @@ from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import AdapterLease, Wanted
 from dsc_serve.engine.request import Request
+from dsc_serve.model.adapter_kinds import read_adapter
 from dsc_serve.model.decoder import Decoder
-from dsc_serve.model.peft import read_adapter
 from dsc_serve.parameter_errors import ParameterError
 
 MOMENT_S = 0.05

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dsc_kernels.weights import MODULES as MODULES
 from dsc_kernels.weights import LowRank as LowRank
@@ -21,15 +22,36 @@ ModuleName = Place  # a layer and one of MODULES
 
 
 @dataclass(frozen=True, eq=False)
+class Tenant:
+    """What a tenant of a model's bank has of its own, by the layers that have one, in order; float32."""
+
+    bias: Tensor  # [layers, M], added to the router's
+    gamma: Tensor  # [layers, d]
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + self.gamma.nbytes
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """Updates of some modules of a model. Requests hold it; nothing changes it, so nobody needs to know who does."""
+    """Updates of some modules of a model, or a tenant of its bank.
+
+    Requests hold it; nothing changes it, so nobody needs to know who does.
+    """
 
     name: str
     digest: str  # sha256, in hex, of its content
-    kind: str  # "lora", or "composition"
+    kind: str  # "lora", "dsc", or "composition"
     modules: Mapping[ModuleName, LowRank]
     nbytes: int  # of its tensors
     rank: int  # the largest of its modules
+    tenant: Tenant | None = None
+
+    @property
+    def changed(self) -> int:
+        """How many modules it changes; of a bank each layer's is one."""
+        return len(self.modules) + (0 if self.tenant is None else len(self.tenant.bias))
 
 
 class AdapterStore(Protocol):

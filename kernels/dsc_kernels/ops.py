@@ -21,6 +21,7 @@ from dsc_kernels.backend import Adapter, Backend, Ffn, Head, Layer, Linear, Moe,
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
+    NOT_TUNED,
     WHOLE,
     AtomBank,
     DecoderLayer,
@@ -37,6 +38,7 @@ from dsc_kernels.weights import (
     Scope,
     SharedExpert,
     Slots,
+    Tuning,
 )
 
 __all__ = ["Ffn", "Head", "Layer", "Linear", "Stack"]
@@ -148,9 +150,10 @@ def adapter(
     modules: Sequence[Mapping[str, Module]],
     dtype: torch.dtype,
     device: torch.device,
+    tunings: Mapping[int, Tuning] = NOT_TUNED,
 ) -> Adapter:
-    """An adapter's updates for a decoder of this dtype and device, whose layers have these modules."""
-    return backend(dtype, device).adapter(updates, modules, dtype, device)
+    """An adapter's updates, and tunings by layer, for a decoder of this dtype and device with these modules."""
+    return backend(dtype, device).adapter(updates, modules, dtype, device, tunings)
 
 
 def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:

@@ -10,18 +10,15 @@ import torch
 from support import naive_decoder
 from support.made_adapters import merged, random_adapter
 from support.small_models import small_config, wide_tensors
-from torch import Tensor
+from support.whole_steps import BLOCK, decoder, prompts_of, step
 
 from dsc_kernels import native, ops, plain
 from dsc_kernels.adapters import add_updates
 from dsc_kernels.backend import Adapter as BoundAdapter
 from dsc_kernels.weights import Adapted, AdapterRun, LowRank, Module
 from dsc_serve.model.adapter import Adapter, composed
-from dsc_serve.model.batch import Chunk, StepBatch
-from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder
 
-BLOCK = 8
 SETS = ["plain", *native.available()]
 GATED = {"mlp_gated": True, "hidden_act": "silu"}
 ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "hidden_size": 33}
@@ -48,56 +45,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.use(request.param)
     yield request.param
     ops.use("auto")
-
-
-def decoder(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Decoder:
-    return Decoder(config, tensors, dtype, torch.device("cpu"))
-
-
-def step(
-    model: Decoder, prompts: Sequence[list[int]], adapters: Sequence[BoundAdapter | None], joins: bool = False
-) -> list[Tensor]:
-    """Logits of each prompt, all in one step: those of one token first.
-
-    joins: neighbours of one adapter are one run, as the engine says them; else each prompt is one.
-    """
-    singles = sum(len(prompt) == 1 for prompt in prompts)
-    assert all(len(prompt) == 1 for prompt in prompts[:singles])
-    pages = max(6, -(-max(map(len, prompts)) // BLOCK))
-    tables = torch.arange(len(prompts) * pages).view(len(prompts), pages)
-    rows = [(i, position) for i, prompt in enumerate(prompts) for position in range(len(prompt))]
-    owners, positions = torch.tensor(rows).unbind(1)
-    starts = [sum(map(len, prompts[:i])) for i in range(len(prompts))]
-    chunks = tuple(Chunk(i, starts[i], len(p), len(p)) for i, p in enumerate(prompts) if i >= singles)
-    runs: list[AdapterRun] = []
-    for start, prompt, adapter in zip(starts, prompts, adapters, strict=True):
-        if adapter is None:
-            continue
-        last = runs[-1] if runs else None
-        if joins and last is not None and last.adapter is adapter and last.first + last.length == start:
-            runs[-1] = AdapterRun(adapter, last.first, last.length + len(prompt))
-        else:
-            runs.append(AdapterRun(adapter, start, len(prompt)))
-    batch = StepBatch(
-        torch.tensor([token for prompt in prompts for token in prompt]),
-        positions.contiguous(),
-        tables[owners, positions // BLOCK][None],
-        positions % BLOCK,
-        tables[None],
-        torch.tensor([len(prompt) for prompt in prompts]),
-        singles,
-        1 if singles else 0,
-        chunks,
-        tuple(runs),
-    )
-    with torch.inference_mode():
-        hidden = model.hidden(batch, model.kv_caches(len(prompts) * pages, BLOCK))
-        return list(torch.split(model.logits(hidden), [len(prompt) for prompt in prompts]))
-
-
-def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(61, (length,), generator=generator).tolist() for length in lengths]
 
 
 def bound(model: Decoder, adapter: Adapter) -> BoundAdapter:

@@ -6,19 +6,19 @@ import hashlib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Adapter as BoundAdapter
-from dsc_kernels.weights import LowRank, Place
+from dsc_kernels.weights import LowRank, Place, Tuning
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import Wanted
-from dsc_serve.model.adapter import Adapter, module_shapes
+from dsc_serve.model.adapter import Adapter, Tenant, module_shapes
 from dsc_serve.model.config import ModelConfig
 
 TENSORS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
@@ -78,6 +78,7 @@ class Bound:
     """What a decoder that computes nothing makes of an adapter."""
 
     nbytes: int
+    tunings: Mapping[int, Tuning] = field(default_factory=dict)
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         return [LowRank(torch.ones(1, 1), torch.ones(1, 1))] if (layer, module) == (0, "q") else []
@@ -91,7 +92,7 @@ class PretendedDecoder:
     def __init__(self, nbytes: int = 100) -> None:
         self.nbytes, self.made = nbytes, weakref.WeakSet[Bound]()
 
-    def adapter(self, updates: Mapping[Place, LowRank]) -> Bound:
+    def adapter(self, updates: Mapping[Place, LowRank], tenant: Tenant | None = None) -> Bound:
         return self._make(self.nbytes)
 
     def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> Bound:

@@ -55,7 +55,8 @@ struct Branch {
       for (int64_t i = 0; i < modules * a.runs[run].parts; i++) own += to_lanes(a.updates(run, module)[i].rank);
       if (own > width) width = own;
     }
-    rows = scratch.take<float>(tokens * width);
+    if (!width) adapted = nullptr;  // tenants of a bank alone
+    else rows = scratch.take<float>(tokens * width);
   }
 
   // The same for the tokens from the t-th on.

@@ -11,16 +11,27 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import backend
-from dsc_kernels.adapters import check_updates
+from dsc_kernels.adapters import check_tunings, check_updates, tuned_part
 from dsc_kernels.memory import PAGE, mapped
 from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.screen import LANES
+from dsc_kernels.native.screen import LANES, SLACK, TINY, padded_bias
 from dsc_kernels.native.tensors import is_bf16
-from dsc_kernels.weights import MODULES, Adapted, AdapterRun, LowRank, MlpWeights, Module, Place
+from dsc_kernels.weights import (
+    MODULES,
+    NOT_TUNED,
+    Adapted,
+    AdapterRun,
+    LowRank,
+    MlpWeights,
+    Module,
+    Place,
+    Tuning,
+)
 
 FIELDS = 6  # of an update in a table: down, up, scale, rank, first panel, the panel behind its last
 ALIGNMENT = 64
 Table = Mapping[Place, Sequence["PackedUpdate"]]
+NO_TUNING: Mapping[int, PackedTuning] = {}
 
 
 def whole(size: int, unit: int = LANES) -> int:
@@ -50,10 +61,50 @@ class PackedUpdate:
         return LowRank(down.contiguous(), up.contiguous(), 1.0, self.scale[: self.rank].clone())
 
 
+class PackedTuning:
+    """A tuning as a layer reads it: the bias in whole panels, γ, and what bounds by this bias must allow for."""
+
+    def __init__(self, atoms: int, bias: Tensor, gamma: Tensor, slack: Tensor) -> None:
+        self.atoms, self.bias, self.gamma, self.slack = atoms, bias, gamma, slack
+
+    @classmethod
+    def of(cls, own: Tuning) -> PackedTuning:
+        atoms = own.bias.shape[0]
+        slack = own.bias.abs().max() * SLACK + TINY
+        return cls(atoms, padded_bias(own.bias, atoms), own.gamma.clone(), slack.reshape(1))
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + self.gamma.nbytes + self.slack.nbytes
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        return self.bias.data_ptr(), self.gamma.data_ptr(), self.slack.data_ptr()
+
+    def scaled(self, weight: float) -> PackedTuning:
+        """The same with γ times a weight."""
+        return PackedTuning(self.atoms, self.bias, self.gamma * weight, self.slack)
+
+    def unpacked(self) -> Tuning:
+        return Tuning(self.bias[: self.atoms], self.gamma)
+
+
 class NativeAdapter:
     """Updates of one dtype for decoders whose layers have these modules; a sum reads the memory of its parts."""
 
-    def __init__(self, table: Table, modules: Sequence[Mapping[str, Module]], dtype: torch.dtype, nbytes: int) -> None:
+    def __init__(
+        self,
+        table: Table,
+        modules: Sequence[Mapping[str, Module]],
+        dtype: torch.dtype,
+        nbytes: int,
+        tuned: Mapping[int, PackedTuning] = NO_TUNING,
+    ) -> None:
+        self.tuned = tuned
+        self._tunings = array("q")
+        for layer in range(len(modules) if tuned else 0):
+            self._tunings.extend(tuned[layer].fields if layer in tuned else (0, 0, 0))
+        self.tunings_address = self._tunings.buffer_info()[0] if tuned else 0
         self.table, self.modules, self.dtype, self.nbytes = table, modules, dtype, nbytes
         self.parts = max((len(own) for own in table.values()), default=1)
         nothing = (0,) * FIELDS
@@ -69,15 +120,21 @@ class NativeAdapter:
         """Copies, made anew at each call."""
         return [own.unpacked() for own in self.table.get((layer, module), ())]
 
+    @property
+    def tunings(self) -> Mapping[int, Tuning]:
+        return {layer: own.unpacked() for layer, own in self.tuned.items()}
+
 
 def adapter(
     updates: Mapping[Place, LowRank],
     modules: Sequence[Mapping[str, Module]],
     dtype: torch.dtype,
     device: torch.device,
+    tunings: Mapping[int, Tuning] = NOT_TUNED,
 ) -> NativeAdapter:
-    """Raises ValueError for an update of no module, or of another shape."""
+    """Raises ValueError for an update of no module, a tuning of no bank, or one of another shape."""
     check_updates(updates, modules)
+    check_tunings(tunings, modules)
     group = 2 if is_bf16(dtype) else 1
     sizes: list[tuple[int, int, int]] = []  # bytes of each part
     for (layer, name), update in updates.items():
@@ -95,7 +152,8 @@ def adapter(
             pieces.append(memory[at : at + part])
             at += part
         table[layer, name] = [packed(update, modules[layer][name], dtype, pieces)]
-    return NativeAdapter(table, modules, dtype, size)
+    tuned = {layer: PackedTuning.of(own) for layer, own in tunings.items()}
+    return NativeAdapter(table, modules, dtype, size + sum(own.nbytes for own in tuned.values()), tuned)
 
 
 def packed(update: LowRank, module: Module, dtype: torch.dtype, pieces: Sequence[Tensor]) -> PackedUpdate:
@@ -131,7 +189,10 @@ def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
             joined.setdefault(place, []).extend(one.scaled(weight) for one in own)
     first = native[0][0]
     own_bytes = sum(one.scale.nbytes for updates in joined.values() for one in updates)
-    return NativeAdapter(joined, first.modules, first.dtype, own_bytes)
+    tuned_part(parts)  # raises where two are tenants
+    tuned = {layer: own.scaled(weight) for part, weight in native for layer, own in part.tuned.items()}
+    own_bytes += sum(own.gamma.nbytes for own in tuned.values())
+    return NativeAdapter(joined, first.modules, first.dtype, own_bytes, tuned)
 
 
 def checked(
@@ -155,7 +216,8 @@ def mlp_shapes(mlp: MlpWeights) -> dict[str, tuple[int, int]]:
 
 def addresses(adapters: Sequence[tuple[NativeAdapter, int, int]]) -> array[int]:
     """What C++ knows as AdapterRun, one after the other, of adapters with first tokens and counts."""
-    return array("q", [n for own, *tokens in adapters for n in (own.address, own.parts, *tokens)])
+    numbers = ((own.address, own.tunings_address, own.parts, *tokens) for own, *tokens in adapters)
+    return array("q", [n for run in numbers for n in run])
 
 
 class LayerRuns(NamedTuple):

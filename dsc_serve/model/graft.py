@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,13 +54,36 @@ def graft(
         if stored.quantised is not None:
             own = stored.quantised() if source.auto_weights == "stored" else weights[name].to(dtype)
         tensors[renamed(name, chosen)] = weights[name] if own is None else own
-    tensors |= {name: tensor.to(source.dtype) if tensor.dim() > 1 else tensor for name, tensor in drawn.items()}
+    tensors |= {name: in_dtype(tensor, source.dtype) for name, tensor in drawn.items()}
     save_checkpoint(config, tensors, out, source.path, source.dtype)
     if source.origin is not None:
         write_origin(source.origin, out)
     for name, text in texts.items():
         (out / name).write_text(text, "utf8")
     return config
+
+
+def with_bank(source: ModelSource, bank: Mapping[str, Tensor], name: str, out: Path) -> None:
+    """Write a model with other numbers in its branches, under the name that their tenants call them by.
+
+    What is in `out` already is replaced. Raises CheckpointError.
+    """
+    part = out.with_name(f"{out.name}.part")
+    for old in (part, out):
+        shutil.rmtree(old, ignore_errors=True)
+    weights, tensors = source.weights(), dict[str, Saved]()
+    for key, stored in source.tensors.items():
+        own: Saved | None = None if key not in bank else in_dtype(bank[key], source.dtype)
+        if own is None and stored.quantised is not None and source.auto_weights == "stored":
+            own = stored.quantised()
+        tensors[key] = weights[key] if own is None else own
+    ffn = source.config.ffn.model_copy(update={"bank": name})
+    save_checkpoint(source.config.model_copy(update={"ffn": ffn}), tensors, part, source.path, source.dtype)
+    if source.origin is not None:
+        write_origin(source.origin, part)
+    for file, text in source.texts().items():
+        (part / file).write_text(text, "utf8")
+    part.rename(out)
 
 
 def layers_of(text: str, count: int) -> list[int]:
@@ -146,7 +170,12 @@ def empty_branches(config: ModelConfig, chosen: Iterable[int], seed: int) -> dic
     return drawn
 
 
-def name_of(drawn: dict[str, Tensor]) -> str:
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices of a branch in the model's dtype; vectors stay in float32."""
+    return tensor.to(dtype) if tensor.dim() > 1 else tensor
+
+
+def name_of(drawn: Mapping[str, Tensor]) -> str:
     """What tenants name a bank by: a digest of its numbers as they were made, whatever they are stored in later."""
     content = hashlib.sha256()
     for name, tensor in sorted(drawn.items()):

@@ -55,8 +55,9 @@ def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path
 
 
 @click.command("adapt", short_help="Train adapters of a model from texts.")
-@click.option("--kind", type=click.Choice(["lora"]), default="lora", show_default=True, help="What is trained.")
-@click.option("--base", required=True, metavar="MODEL", help="The model that stays as it is.")
+@click.option("--kind", type=click.Choice(["lora", "dsc"]), default="lora", show_default=True, help="What is trained.")
+@click.option("--base", default=None, metavar="MODEL", help="The model that stays as it is.")
+@click.option("--bank", default=None, metavar="MODEL", help="With --kind dsc, instead of --base: its bank stays, too.")
 @text_option
 @click.option("--out", type=FOLDER, required=True, help="The run's folder; an unfinished run in it goes on.")
 @limit_option
@@ -64,7 +65,13 @@ def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Any setting, e.g. rank=8 or steps=500; repeatable."
 )
 def adapt_command(
-    kind: str, base: str, texts: tuple[Path, ...], out: Path, time_limit: str | None, changes: tuple[str, ...]
+    kind: str,
+    base: str | None,
+    bank: str | None,
+    texts: tuple[Path, ...],
+    out: Path,
+    time_limit: str | None,
+    changes: tuple[str, ...],
 ) -> None:
     """Train an adapter of MODEL for each text, all in the same steps, and write them to OUT/adapters in PEFT's form,
     where `serve MODEL --adapters OUT/adapters` finds them.
@@ -72,15 +79,27 @@ def adapt_command(
     The base is frozen. The same command on the same folder goes on from the last checkpoint; at a fixed number of steps
     it then ends with the same numbers, bit for bit, as a run that was never stopped. Each adapter has a gradient, a
     clipping and an order of windows of its own: who is trained beside it does not matter.
+
+    With --kind dsc MODEL has a bank of atoms, such as `graft` makes: the bank is trained with a tenant of it for each
+    text, and OUT/model is the model with that bank, to be served with OUT/adapters. With --bank in place of --base the
+    bank stays too, and the tenants alone are trained.
     """
-    from dsc_serve.train.adapt.settings import adapt_settings
+    from dsc_serve.train.adapt.branch_trainer import BranchTrainer
+    from dsc_serve.train.adapt.settings import AdaptSettings, BranchSettings, settings_of
     from dsc_serve.train.adapt.trainer import ADAPTERS, AdapterTrainer
     from dsc_serve.train.clock import seconds
     from dsc_serve.train.corpus import text_files
 
     limit = None if time_limit is None else seconds(time_limit)
-    settings = adapt_settings((f"kind={kind}", *changes))
-    summary = AdapterTrainer(settings, resolve_model(base), text_files(texts), out, base, limit).run()
+    if (base is None) == (bank is None) or (bank is not None and kind != "dsc"):
+        raise click.UsageError("give --base, or with --kind dsc either --base or --bank")
+    name = base or bank or ""
+    model, files = resolve_model(name), text_files(texts)
+    if kind == "dsc":
+        own = settings_of(BranchSettings, changes)
+        summary = BranchTrainer(own, model, files, out, name, limit, frozen=bank is not None).run()
+    else:
+        summary = AdapterTrainer(settings_of(AdaptSettings, changes), model, files, out, name, limit).run()
     assert summary is not None
     for name, bits in summary["bits_per_byte"].items():
         click.echo(f"{out / ADAPTERS / name}: held out {bits['base']:.4f} to {bits['adapted']:.4f} bits/byte")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,9 +15,12 @@ from dsc_serve.model.peft.config import MAX_RANK
 from dsc_serve.model.schema import Size, Strict
 from dsc_serve.train.settings import MAX_SEED, Count, Positive, Share
 
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+R = TypeVar("R", bound="RunSettings")
 
-class AdaptSettings(Strict):
-    """One run. rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer.
+
+class RunSettings(Strict):
+    """What runs of every kind have.
 
     steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
     peak, after `warmup` steps; it falls to `final` of that by a cosine. clip: of each adapter's gradient. held_out: the
@@ -25,10 +28,6 @@ class AdaptSettings(Strict):
     `evaluate_windows` held-out windows of every text. checkpoint_s: seconds between checkpoints.
     """
 
-    kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
-    alpha: Positive = 32.0
-    modules: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = MODULES  # type: ignore[assignment]
     steps: Size = 200
     length: Size = 256
     rows: Size = 4
@@ -45,6 +44,15 @@ class AdaptSettings(Strict):
     evaluate_windows: Size = 4
     checkpoint_s: Positive = 60.0
 
+
+class AdaptSettings(RunSettings):
+    """One run of LoRA. rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
+    alpha: Positive = 32.0
+    modules: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = MODULES  # type: ignore[assignment]
+
     @model_validator(mode="after")
     def _modules(self) -> AdaptSettings:
         if not self.modules or len(set(self.modules)) < len(self.modules):
@@ -52,15 +60,37 @@ class AdaptSettings(Strict):
         return self
 
 
+class BranchSettings(RunSettings):
+    """One run of a DSC branch. rate: of the bank's atoms; its router's is ROUTER_FACTOR times that.
+
+    tenant_factor: times rate, of the tenants' biases and scales. gamma: what scales begin with. losses: factors of the
+    paper's terms of the branch, of which a bank that is frozen has the last two alone, each tenant its own.
+    """
+
+    kind: Literal["dsc"] = "dsc"
+    rows: Size = 1
+    rate: Positive = 6e-4
+    tenant_factor: Positive = 5.0
+    gamma: Positive = 0.1
+    load: Factor = 0.01
+    frame: Factor = 0.001
+    budget: Factor = 0.01
+    z: Factor = 1e-4
+    signal_floor: Factor = 1.0
+
+
 def adapt_settings(changes: Sequence[str]) -> AdaptSettings:
+    """Those of LoRA; see `settings_of`."""
+    return settings_of(AdaptSettings, changes)
+
+
+def settings_of(kind: type[R], changes: Sequence[str]) -> R:
     """The defaults with fields replaced by "field=value"; lists have commas. Raises ConfigError naming the field."""
     content: dict[str, Any] = {}
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in AdaptSettings.model_fields:
-            raise ConfigError(
-                f"--set {change}: expected FIELD=VALUE with one of {', '.join(AdaptSettings.model_fields)}"
-            )
+        if not equals or name not in kind.model_fields:
+            raise ConfigError(f"--set {change}: expected FIELD=VALUE with one of {', '.join(kind.model_fields)}")
         if name == "modules":
             content[name] = tuple(part.strip() for part in text.split(","))
             continue
@@ -69,6 +99,6 @@ def adapt_settings(changes: Sequence[str]) -> AdaptSettings:
         except DocumentError:
             content[name] = text
     try:
-        return AdaptSettings.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"--set: {one_line(error)}") from None

@@ -21,8 +21,8 @@ from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
 from dsc_serve.model.source import ModelSource
 from dsc_serve.train.adapt.network import AdaptedNetwork
-from dsc_serve.train.adapt.settings import AdaptSettings
-from dsc_serve.train.adapt.tenants import Key, clip, fresh_updates, tenants_of
+from dsc_serve.train.adapt.settings import AdaptSettings, RunSettings
+from dsc_serve.train.adapt.tenants import clip, fresh_updates, tenants_of
 from dsc_serve.train.allocator import keep_memory
 from dsc_serve.train.checkpoint import Checkpoints, claim_folder, load_state, save_state, write_whole
 from dsc_serve.train.clock import TrainingClock
@@ -46,7 +46,7 @@ class AdapterTrainer:
 
     def __init__(
         self,
-        settings: AdaptSettings,
+        settings: RunSettings,
         base: Path,
         texts: Sequence[Path],
         folder: Path,
@@ -59,28 +59,45 @@ class AdapterTrainer:
         named = {"base": name, "texts": sorted(path.name for path in texts)}
         claim_folder(folder, LOG, {**named, **settings.model_dump(mode="json")})
         source = open_source(base)
-        check_base(source, settings.length)
-        self.config, self.base = source.config, Base(source.config, source.origin)
+        self._take(source)
+        self.config = source.config
         state = load_state(folder / "state.pt", torch.device("cpu"))
         torch.set_num_threads(state["threads"] if state else settings.threads or default_threads())
         tokenizer = tokenizer_of(source, folder / "tokenizer")
         self.tenants = tenants_of(texts, settings, tokenizer, self.config.vocab_size, folder / "data")
         weights = {name: tensor.float() for name, tensor in source.weights().items()}
-        self.updates = {
-            key: (torch.nn.Parameter(down), torch.nn.Parameter(up))
-            for key, (down, up) in fresh_updates(self.config, settings, self.tenants).items()
-        }
-        if not self.updates:
-            raise TrainError(f"modules is {list(settings.modules)}, and the base has none of them")
+        self._draw(weights)
         self.network = self._network(weights, state["dtype"] if state else settings.dtype)
-        parameters = [tensor for pair in self.updates.values() for tensor in pair]
-        self.optimiser = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0, foreach=True)
+        self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.rate, weight_decay=0.0, foreach=True)
         self.step = self.tokens = 0
         if state is not None:
             self._resume(state)
         lost = max((line["seconds"] for line in read_log(folder / LOG)), default=0.0)
         self.clock.before = max(self.clock.before, lost)
         self.record = Record(folder / LOG, self.step or -1)
+
+    def _take(self, source: ModelSource) -> None:
+        """What is kept of a base. Raises TrainError for one that cannot be trained on."""
+        check_base(source, self.settings.length)
+        self.base = Base(source.config, source.origin)
+
+    def _draw(self, weights: Mapping[str, Tensor]) -> None:
+        """The numbers that are trained, as they begin."""
+        self.updates = {
+            key: (torch.nn.Parameter(down), torch.nn.Parameter(up))
+            for key, (down, up) in fresh_updates(self.config, self.lora, self.tenants).items()
+        }
+        if not self.updates:
+            raise TrainError(f"modules is {list(self.lora.modules)}, and the base has none of them")
+
+    @property
+    def lora(self) -> AdaptSettings:
+        assert isinstance(self.settings, AdaptSettings)
+        return self.settings
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained, with its rate as a part of the settings'."""
+        return [{"params": [tensor for pair in self.updates.values() for tensor in pair], "factor": 1.0}]
 
     def run(self, until: int | None = None) -> dict[str, Any] | None:
         """Train to the end and write the adapters; returns what summary.json says. A finished run only returns it.
@@ -123,34 +140,33 @@ class AdapterTrainer:
 
     def _network(self, weights: Mapping[str, Tensor], dtype: str) -> AdaptedNetwork:
         """In the dtype that is named, or under "auto" in the one in which a small step takes less time here."""
-        scale = self.settings.alpha / self.settings.rank
         made = {
-            name: AdaptedNetwork(self.config, weights, scale, getattr(torch, name), torch.device("cpu"))
+            name: self._made(weights, getattr(torch, name))
             for name in (("float32", "bfloat16") if dtype == "auto" else (dtype,))
         }
         if len(made) == 1:
             self.dtype = dtype
             return made[dtype]
         windows = torch.zeros(len(self.tenants), 1, self.settings.length + 1, dtype=torch.int64)[:PROBE_ROWS]
-        some = {key: (down[:PROBE_ROWS], up[:PROBE_ROWS]) for key, (down, up) in self.updates.items()}
         times = {}
         for name, network in made.items():
             for _ in range(2):  # the first warms
                 began = time.perf_counter()
-                self._backward(network, some, windows)
+                self._backward(network, windows)
                 times[name] = time.perf_counter() - began
-        for pair in self.updates.values():
-            for tensor in pair:
+        for group in self._groups():
+            for tensor in group["params"]:
                 tensor.grad = None
         self.dtype = min(times, key=times.__getitem__)
         return made[self.dtype]
 
-    def _backward(
-        self, network: AdaptedNetwork, updates: Mapping[Key, tuple[Tensor, Tensor]], windows: Tensor
-    ) -> Tensor:
-        """Adds to the gradients; returns each tenant's loss [N]."""
-        kind = network.weights["model.norm.weight"].dtype
-        used = {key: (down.to(kind), up.to(kind)) for key, (down, up) in updates.items()}
+    def _made(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> AdaptedNetwork:
+        return AdaptedNetwork(self.config, weights, self.lora.alpha / self.lora.rank, dtype, torch.device("cpu"))
+
+    def _backward(self, network: AdaptedNetwork, windows: Tensor) -> Tensor:
+        """Adds to the gradients; returns the loss of each of the first tenants, one for each of the windows' rows."""
+        kind, tenants = network.weights["model.norm.weight"].dtype, len(windows)
+        used = {key: (down[:tenants].to(kind), up[:tenants].to(kind)) for key, (down, up) in self.updates.items()}
         losses = torch.stack(network.losses(used, windows))
         losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach()
@@ -159,30 +175,38 @@ class AdapterTrainer:
         """One update of every tenant; returns the losses [N] and the gradients' norms [N] before clipping."""
         settings = self.settings
         windows = torch.stack([own.sampler.take(settings.rows, settings.length) for own in self.tenants])
-        losses = self._backward(self.network, self.updates, windows)
-        norms = clip(self.updates, settings.clip)
+        losses = self._backward(self.network, windows)
+        norms = self._clip()
         if not bool(torch.isfinite(norms).all()):
             name = self.tenants[int((~torch.isfinite(norms)).nonzero()[0])].name
             raise TrainError(f"{name}: the gradient at step {self.step} is not finite; lower the rate")
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.rate * factor
+            group["lr"] = settings.rate * factor * group["factor"]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += windows.shape[0] * settings.rows * settings.length
         return losses, norms
 
+    def _clip(self) -> Tensor:
+        return clip(self.updates, self.settings.clip)
+
+    def _loss(self, tenant: int, windows: Tensor, adapted: bool) -> Tensor:
+        """Of windows of one tenant alone. windows int64 [1, rows, T + 1]."""
+        kind, i = self.network.weights["model.norm.weight"].dtype, tenant
+        own = {k: (down[i : i + 1].to(kind), up[i : i + 1].to(kind)) for k, (down, up) in self.updates.items()}
+        (loss,) = self.network.losses(own if adapted else {}, windows)
+        return loss
+
     def held_out(self, windows: int, adapted: bool = True) -> dict[str, tuple[float, float]]:
         """Nats per token and bits per byte by text, of so many held-out windows at most; adapted: with the adapters."""
         found = {}
-        kind = self.network.weights["model.norm.weight"].dtype
         for i, tenant in enumerate(self.tenants):
-            own = {k: (down[i : i + 1].to(kind), up[i : i + 1].to(kind)) for k, (down, up) in self.updates.items()}
             nats, tokens, size = 0.0, 0, 0
             (text,) = tenant.corpus.sources
             for window, count in list(tenant.corpus.held_windows(text, self.settings.length))[:windows]:
                 with torch.no_grad():
-                    (loss,) = self.network.losses(own if adapted else {}, window[None, None])
+                    loss = self._loss(i, window[None, None], adapted)
                 nats += float(loss) * (len(window) - 1)
                 tokens, size = tokens + len(window) - 1, size + count
             found[tenant.name] = nats / tokens, nats / math.log(2) / size
@@ -217,9 +241,7 @@ class AdapterTrainer:
 
     def _save(self) -> None:
         state = {
-            "updates": {
-                f"{layer}.{module}": [t.detach() for t in pair] for (layer, module), pair in self.updates.items()
-            },
+            "updates": {name: [tensor.detach() for tensor in own] for name, own in self._numbers().items()},
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "tokens": self.tokens,
@@ -234,8 +256,8 @@ class AdapterTrainer:
         save_state(state, self.folder / "state.pt")
 
     def _resume(self, state: dict[str, Any]) -> None:
-        for (layer, module), pair in self.updates.items():
-            for own, stored in zip(pair, state["updates"][f"{layer}.{module}"], strict=True):
+        for name, tensors in self._numbers().items():
+            for own, stored in zip(tensors, state["updates"][name], strict=True):
                 own.data.copy_(stored)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.tokens = state["step"], state["tokens"]
@@ -244,15 +266,23 @@ class AdapterTrainer:
         self.clock.began, self.clock.reserve = state["began"], state["reserve"]
         self.clock.before, self.clock.longest = state["spent"], state["longest"]
 
-    def _finish(self) -> dict[str, Any]:
-        before, after = self.held_out(FINAL_WINDOWS, adapted=False), self.held_out(FINAL_WINDOWS)
+    def _numbers(self) -> dict[str, Sequence[Tensor]]:
+        """All that is trained, as checkpoints name it."""
+        return {f"{layer}.{module}": pair for (layer, module), pair in self.updates.items()}
+
+    def _write(self) -> None:
+        """The adapters, as `serve` takes them."""
         names = {parts[0]: own.name for own in self.base.modules.values() for parts in own.parts}
         for i, tenant in enumerate(self.tenants):
             modules = {
                 names[key]: Matrices(down[i].detach().clone(), up[i].detach().clone())
                 for key, (down, up) in self.updates.items()
             }
-            write_adapter(self.folder / ADAPTERS / tenant.name, self.name, self.settings.alpha, modules)
+            write_adapter(self.folder / ADAPTERS / tenant.name, self.name, self.lora.alpha, modules)
+
+    def _finish(self) -> dict[str, Any]:
+        before, after = self.held_out(FINAL_WINDOWS, adapted=False), self.held_out(FINAL_WINDOWS)
+        self._write()
         self.record.close()
         self._plot()
         summary = {
@@ -282,7 +312,7 @@ class AdapterTrainer:
         (self.folder / "texts.svg").write_text(chart, "utf8")
 
 
-def rate_factor(step: int, share: float, settings: AdaptSettings) -> float:
+def rate_factor(step: int, share: float, settings: RunSettings) -> float:
     rise = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     return rise * (settings.final + (1 - settings.final) * (1 + math.cos(math.pi * min(share, 1.0))) / 2)
 

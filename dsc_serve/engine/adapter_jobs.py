@@ -11,7 +11,6 @@ from dsc_kernels.weights import LowRank, Place
 from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
 from dsc_serve.model.adapter import MODULES, Adapter, Tenant, composed, composition_digest
-from dsc_serve.model.tenant import KIND as TENANT
 from dsc_serve.parameter_errors import ParameterError
 
 
@@ -38,6 +37,7 @@ class LoadedAdapter:
     weights: backend.Adapter
 
     read_bytes: int  # that a step with it reads, those of a composition's parts among them
+    tuned: bool = False  # whether it is a tenant of the model's bank, or has one among its parts
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,8 @@ class AdapterJobs:
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
         kind, rank, modules = adapter.kind, adapter.rank, adapter.changed
-        return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes)
+        tuned = adapter.tenant is not None
+        return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes, tuned)
 
     def compose(self, choice: AdapterChoice, weighted: Sequence[tuple[LoadedAdapter, float]]) -> Outcome:
         """Adapters with weights as one."""
@@ -112,14 +113,14 @@ class AdapterJobs:
         digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
         rank, modules = sum(loaded.rank for loaded, _ in weighted), max(loaded.modules for loaded, _ in weighted)
         read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
-        tenants = [loaded.name for loaded, _ in weighted if loaded.kind == TENANT]
+        tenants = [loaded.name for loaded, _ in weighted if loaded.tuned]
         if len(tenants) > 1:
             raise BrokenAdapterError(name, f"{' and '.join(tenants)} are tenants of a bank; a composition may have one")
         weights = self.decoder.summed([(loaded.weights, weight) for loaded, weight in weighted])
-        return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes)
+        return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes, bool(tenants))
 
     def _product_of_sums(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
-        tenant = next((loaded.name for loaded, _ in weighted if loaded.kind == TENANT), None)
+        tenant = next((loaded.name for loaded, _ in weighted if loaded.tuned), None)
         if tenant is not None:
             raise BrokenAdapterError(name, f"{tenant} is a tenant of a bank and has no matrices; compose it by sum")
         return self._ready(

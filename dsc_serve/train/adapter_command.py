@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from dsc_serve.config import resolve_model
 from dsc_serve.train.command import limit_option, text_option
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group("adapter", short_help="Look into an adapter.")
@@ -24,16 +26,37 @@ def adapter_group() -> None:
     "--atoms", type=click.IntRange(1), default=None, help="Tell what keeping so many atoms a module leaves out."
 )
 @click.option("--out", type=FOLDER, default=None, help="With --atoms: write the adapter of these atoms here.")
-def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path | None) -> None:
-    """Print the modules, ranks, bytes and spectral norms of the adapter in DIR, a folder of PEFT's form.
+@click.option("--text", type=TEXT, default=None, help="Of a tenant, with --base: tell what it picks on this text.")
+@click.option("--beside", multiple=True, metavar="NAME", help="With --text: a tenant beside DIR; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect_command(
+    folder: Path,
+    base: str | None,
+    atoms: int | None,
+    out: Path | None,
+    text: Path | None,
+    beside: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print the modules, ranks, bytes and spectral norms of the adapter in DIR, a folder of PEFT's form, or of a tenant
+    of a bank its certificate and, on a text, the atoms that it picks.
 
     An update of rank r is the sum of r atoms, its singular vectors with their singular values; those left out cost
     exactly the largest of them in the spectral norm.
     """
     from dsc_serve.files import CheckpointError
+    from dsc_serve.model.adapter_kinds import read_adapter
     from dsc_serve.model.checkpoint import open_source
-    from dsc_serve.model.peft import inspection, read_adapter
+    from dsc_serve.model.peft import inspection
+    from dsc_serve.train.tenant_inspection import is_tenant
 
+    if is_tenant(folder):
+        if atoms is not None or out is not None:
+            raise click.UsageError("--atoms and --out are for low-rank updates; DIR holds a tenant of a bank")
+        inspect_tenants(folder, base, text, beside, as_json)
+        return
+    if text is not None or beside:
+        raise click.UsageError("--text and --beside are for tenants of a bank; DIR holds none")
     if out is not None and atoms is None:
         raise click.UsageError("--out is given without --atoms; it takes both")
     if out is not None and out.exists() and any(out.iterdir()):
@@ -43,15 +66,42 @@ def inspect_command(folder: Path, base: str | None, atoms: int | None, out: Path
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {str(error).replace(f'{folder}/', '')}") from None
     forms = inspection.canonical_forms(found)
-    for line in inspection.report(found, forms, atoms):
+    if as_json:
+        click.echo(json.dumps(inspection.content(found, forms, atoms), indent=2))
+    for line in () if as_json else inspection.report(found, forms, atoms):
         click.echo(line)
     if base is not None:
         source = open_source(resolve_model(base))
         fitted = read_adapter(folder, source.config, source.origin)
-        click.echo(f"fits      {base}: {len(fitted.modules)} modules of it, digest {fitted.digest}")
+        click.echo(f"fits      {base}: {len(fitted.modules)} modules of it, digest {fitted.digest}", err=as_json)
     if out is not None and atoms is not None:
         inspection.write_kept(found, forms, atoms, out)
-        click.echo(f"written   {out}: {atoms} atoms of each module")
+        click.echo(f"written   {out}: {atoms} atoms of each module", err=as_json)
+
+
+def inspect_tenants(folder: Path, base: str | None, text: Path | None, beside: tuple[str, ...], as_json: bool) -> None:
+    from dsc_serve.model.adapter_kinds import read_adapter
+    from dsc_serve.model.checkpoint import open_source
+    from dsc_serve.train.corpus import read_text
+    from dsc_serve.train.tenant_inspection import inspect_tenant, picked_on, report
+
+    if text is None and beside:
+        raise click.UsageError("--beside is given without --text; it takes both")
+    if text is not None and base is None:
+        raise click.UsageError("--text is given without --base, the model that picks")
+    told = [inspect_tenant(folder)]
+    if base is not None:
+        source = open_source(resolve_model(base))
+        read_adapter(folder, source.config, source.origin)
+    if base is not None and text is not None:
+        told = picked_on(base, [folder, *(folder.parent / name for name in beside)], read_text(text))
+    if as_json:
+        click.echo(json.dumps(told[0] if len(told) == 1 else told, indent=2))
+        return
+    for line in report(told[0]):
+        click.echo(line)
+    if base is not None:
+        click.echo(f"fits      {base}")
 
 
 @click.command("adapt", short_help="Train adapters of a model from texts.")

@@ -111,7 +111,7 @@ def test_tenants_mixed_in_one_batch_get_what_each_gets_alone(
             assert tokens(found) == [alone[name][i] for i, name in order]
         if settings.get("kv_tokens"):
             assert llm.engine.scheduler.preemptions > 0
-        if settings.get("prefix_cache", True):
+        if settings.get("prefix_cache", True) and "kv_tokens" not in settings:
             assert llm.engine.scheduler.cached_tokens > 0
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsc_kernels.weights import LowRank
 from dsc_serve.files import CheckpointError
@@ -64,6 +65,17 @@ def report(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int 
         )
     if atoms is not None:
         yield from certificate(forms, atoms)
+
+
+def content(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int | None) -> dict[str, Any]:
+    """The same for programs: of each module rank, scale and spectral norm, and what the strongest atoms leave out."""
+    modules = {
+        name: {"rank": own.rank, "scale": own.scale, "norm": forms[name].norm}
+        | ({} if atoms is None else {"left_out": forms[name].left_out(atoms)})
+        for name, own in inspected.modules.items()
+    }
+    claims = inspected.claims
+    return {"kind": claims.form.lower(), "base": claims.base, "bytes": inspected.nbytes, "modules": modules}
 
 
 def certificate(forms: Mapping[str, CanonicalForm], atoms: int) -> Iterator[str]:

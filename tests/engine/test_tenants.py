@@ -186,3 +186,24 @@ def test_adapters_are_listed_as_tenants(folder: Path) -> None:
         (info,) = [info for info in adapters.infos() if info.name == "t1"]
         assert (info.kind, info.rank, info.modules, info.nbytes) == ("dsc", 0, 2, 2 * (50 + 32) * 4)
         assert 0 < adapters.nbytes < 3 * info.nbytes
+
+
+def test_hundreds_of_tenants_take_kilobytes_each(folder: Path, tmp_path: Path) -> None:
+    """All in memory at once and mixed in steps, each with tokens of its own."""
+    config, count = open_source(folder / "model").config, 200
+    ffn = config.ffn
+    assert isinstance(ffn, DscConfig)
+    for i in range(count):
+        tenant = random_tenant(config, i, gamma=3.0)
+        write_tenant(tmp_path / f"t{i}", tenant.bias, tenant.gamma, ffn.bank)
+    names = [f"t{i}" for i in range(count)]
+    params = msgspec.structs.replace(GREEDY, max_tokens=2)
+    with served(folder, adapters=tmp_path, max_running=64, kv_tokens=8192) as llm:
+        first = tokens(llm.generate([PROMPTS[1]] * count, params, adapter=names))
+        adapters = llm.engine.arrivals.adapters
+        assert adapters is not None and adapters.in_memory == count
+        assert adapters.nbytes <= count * 2 * (64 + 32 + 1) * 4, "biases lie in whole panels"
+        assert max(llm.engine.adapter_report.distinct.counts[4:]) > 0
+        for i in (0, 77, 199):
+            assert tokens(llm.generate([PROMPTS[1]], params, adapter=names[i])) == [first[i]]
+    assert len({tuple(own) for own in first}) > count / 4

@@ -130,7 +130,9 @@ def test_a_silent_layer_routes_the_tokens_of_tenants_alone(kernels: str, router:
     assert bool((picks.coefficients[routed] > 0).all()) and bool((picks.signal[routed] > 0).all())
     assert not bool(picks.coefficients[~routed].any()) and not bool(picks.signal[~routed].any())
     assert torch.equal(picks.atoms[~routed].long(), torch.arange(3).repeat(tokens - 3, 1))
+    routed_tokens = layer.rescored[1]  # type: ignore[attr-defined]
     base = layer(x)
+    assert layer.rescored[1] == routed_tokens, "a step of nobody's is that of a dense layer"  # type: ignore[attr-defined]
     same = [torch.equal(one, other) for one, other in zip(out, base, strict=True)]
     assert same == (~routed).tolist() or kernels == "plain"
     if kernels != "plain" and router == "int8-certified":

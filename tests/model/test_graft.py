@@ -130,6 +130,17 @@ def test_weights_in_fewer_bits_stay_as_they_are(tmp_path: Path) -> None:
     assert all(map(torch.equal, logits(tmp_path / "again", "float32"), logits(tmp_path / "int8", "float32")))
 
 
+def test_a_model_with_branches_beside_some_layers_is_quantised(tmp_path: Path) -> None:
+    config = graft(own_base(tmp_path / "base"), tmp_path / "grafted", 20, 2, "1")
+    result = CliRunner().invoke(
+        main, ["quantize", str(tmp_path / "grafted"), "--weights", "int8", "--out", str(tmp_path / "int8")]
+    )
+    assert result.exit_code == 0, result.output
+    kinds = [kind.ffn.kind for kind in load_config(tmp_path / "int8").layers]
+    assert kinds == [kind.ffn.kind for kind in config.layers] == ["dense", "dsc"]
+    assert all(one.isfinite().all() for one in logits(tmp_path / "int8", "float32"))
+
+
 def test_a_bank_has_a_name_and_comes_of_the_seed(tmp_path: Path) -> None:
     base = own_base(tmp_path / "base")
     names = []

@@ -10,7 +10,7 @@ from dsc_kernels import backend
 from dsc_kernels.weights import LowRank, Place
 from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.model.adapter import MODULES, Adapter, Tenant, composed, composition_digest
+from dsc_serve.model.adapter import MODULES, Adapter, BankTenant, composed, composition_digest
 from dsc_serve.parameter_errors import ParameterError
 
 
@@ -20,7 +20,7 @@ class AdaptedDecoder(Protocol):
     @property
     def modules(self) -> Sequence[object]: ...
 
-    def adapter(self, updates: Mapping[Place, LowRank], tenant: Tenant | None = None) -> backend.Adapter: ...
+    def adapter(self, updates: Mapping[Place, LowRank], tenant: BankTenant | None = None) -> backend.Adapter: ...
 
     def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
 

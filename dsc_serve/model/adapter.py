@@ -22,7 +22,7 @@ ModuleName = Place  # a layer and one of MODULES
 
 
 @dataclass(frozen=True, eq=False)
-class Tenant:
+class BankTenant:
     """What a tenant of a model's bank has of its own, by the layers that have one, in order; float32."""
 
     bias: Tensor  # [layers, M], added to the router's
@@ -46,7 +46,7 @@ class Adapter:
     modules: Mapping[ModuleName, LowRank]
     nbytes: int  # of its tensors
     rank: int  # the largest of its modules
-    tenant: Tenant | None = None
+    tenant: BankTenant | None = None
 
     @property
     def changed(self) -> int:

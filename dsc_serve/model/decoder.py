@@ -28,7 +28,7 @@ from dsc_kernels.weights import (
     QkNorm,
     Tuning,
 )
-from dsc_serve.model.adapter import Tenant, module_shapes
+from dsc_serve.model.adapter import BankTenant, module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
@@ -286,14 +286,14 @@ class Decoder:
             picks += [ffn.record(own.picked) for ffn, own in both if ffn is not None]
         return x
 
-    def adapter(self, updates: Mapping[Place, LowRank], tenant: Tenant | None = None) -> Adapter:
+    def adapter(self, updates: Mapping[Place, LowRank], tenant: BankTenant | None = None) -> Adapter:
         """Updates of its modules, and what a tenant of its bank has, as `StepBatch.runs` takes them.
 
         Raises ValueError for what does not fit.
         """
         return ops.adapter(updates, self.modules, self.dtype, self.device, self._tunings(tenant))
 
-    def _tunings(self, tenant: Tenant | None) -> Mapping[int, Tuning]:
+    def _tunings(self, tenant: BankTenant | None) -> Mapping[int, Tuning]:
         if tenant is None:
             return NOT_TUNED
         own = {layer.index: layer.ffn for layer in self.layers if isinstance(layer.ffn, DscFfn)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsc_serve.adapter_choice import BrokenAdapterError
 from dsc_serve.files import CheckpointError
-from dsc_serve.model.adapter import Adapter, Tenant
+from dsc_serve.model.adapter import Adapter, BankTenant
 from dsc_serve.model.config import DscConfig, ModelConfig
 from dsc_serve.model.folder import file_metadata, stored_tensors
 from dsc_serve.model.source import check_finite
@@ -37,7 +37,7 @@ def read_tenant(folder: Path, config: ModelConfig) -> Adapter:
     return Adapter(folder.name, digest_of(tenant), KIND, {}, tenant.nbytes, 0, tenant)
 
 
-def checked_tenant(path: Path, config: ModelConfig) -> Tenant:
+def checked_tenant(path: Path, config: ModelConfig) -> BankTenant:
     """Raises CheckpointError for what does not fit the model."""
     bank = bank_of(config)
     if bank is None:
@@ -59,10 +59,10 @@ def checked_tenant(path: Path, config: ModelConfig) -> Tenant:
     found = {name: stored[name].read() for name in expected}
     for name, tensor in found.items():
         check_finite(name, tensor, path)
-    return Tenant(found[BIAS], found[GAMMA].expand(layers, config.hidden_size).contiguous())
+    return BankTenant(found[BIAS], found[GAMMA].expand(layers, config.hidden_size).contiguous())
 
 
-def digest_of(tenant: Tenant) -> str:
+def digest_of(tenant: BankTenant) -> str:
     """Of what a tenant does, whatever it is called."""
     return sha256(KIND, {BIAS: tenant.bias, GAMMA: tenant.gamma})
 

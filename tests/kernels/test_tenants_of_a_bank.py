@@ -17,7 +17,7 @@ from torch import Tensor
 from dsc_kernels import native, ops
 from dsc_kernels.adapters import PlainAdapter
 from dsc_kernels.weights import Adapted, AdapterRun, Tuning
-from dsc_serve.model.adapter import Tenant
+from dsc_serve.model.adapter import BankTenant
 from dsc_serve.model.config import DscConfig, ModelConfig
 from dsc_serve.model.decoder import Decoder
 
@@ -56,7 +56,9 @@ def made(name: str, silent: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, silenced(config, tensors) if silent else tensors
 
 
-def alone(config: ModelConfig, tensors: dict[str, Tensor], tenant: Tenant, weight: float, prompt: list[int]) -> Tensor:
+def alone(
+    config: ModelConfig, tensors: dict[str, Tensor], tenant: BankTenant, weight: float, prompt: list[int]
+) -> Tensor:
     return naive_decoder.logits(*as_tenant(config, tensors, tenant, weight), prompt)
 
 
@@ -212,7 +214,7 @@ def test_what_does_not_fit_is_refused(kernels: str) -> None:
     model = decoder(config, tensors)
     tenant = random_tenant(config, 1)
     with pytest.raises(ValueError, match="a tenant of 1 layers' banks; the model has 2"):
-        model.adapter({}, Tenant(tenant.bias[:1], tenant.gamma[:1]))
+        model.adapter({}, BankTenant(tenant.bias[:1], tenant.gamma[:1]))
     with pytest.raises(ValueError, match="2 of the adapters are tenants of a bank; a sum may have one"):
         model.summed([(model.adapter({}, tenant), 0.5)] * 2)
     good = Tuning(torch.zeros(37), torch.zeros(32))
@@ -233,4 +235,4 @@ def test_a_model_without_a_bank_has_no_tenants(kernels: str) -> None:
     config = small_config("dense", {"size": 24}, **GATED)
     model: Decoder = decoder(config, wide_tensors(config))
     with pytest.raises(ValueError, match="a tenant of 1 layers' banks; the model has 0"):
-        model.adapter({}, Tenant(torch.zeros(1, 37), torch.zeros(1, 32)))
+        model.adapter({}, BankTenant(torch.zeros(1, 37), torch.zeros(1, 32)))

@@ -18,7 +18,7 @@ from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import Wanted
-from dsc_serve.model.adapter import Adapter, Tenant, module_shapes
+from dsc_serve.model.adapter import Adapter, BankTenant, module_shapes
 from dsc_serve.model.config import ModelConfig
 
 TENSORS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
@@ -92,7 +92,7 @@ class PretendedDecoder:
     def __init__(self, nbytes: int = 100) -> None:
         self.nbytes, self.made = nbytes, weakref.WeakSet[Bound]()
 
-    def adapter(self, updates: Mapping[Place, LowRank], tenant: Tenant | None = None) -> Bound:
+    def adapter(self, updates: Mapping[Place, LowRank], tenant: BankTenant | None = None) -> Bound:
         return self._make(self.nbytes)
 
     def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> Bound:

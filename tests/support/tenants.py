@@ -7,21 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dsc_serve.model.adapter import Adapter, Tenant
+from dsc_serve.model.adapter import Adapter, BankTenant
 from dsc_serve.model.config import DscConfig, ModelConfig
 from dsc_serve.model.tenant import bank_of, digest_of
 
 
-def random_tenant(config: ModelConfig, seed: int = 0, bias: float = 1.0, gamma: float = 1.0) -> Tenant:
+def random_tenant(config: ModelConfig, seed: int = 0, bias: float = 1.0, gamma: float = 1.0) -> BankTenant:
     """bias, gamma: their deviations."""
     layers, ffn = bank_of(config) or (0, None)
     assert isinstance(ffn, DscConfig)
     generator = torch.Generator().manual_seed(seed)
     b = bias * torch.randn(layers, ffn.num_atoms, generator=generator)
-    return Tenant(b, gamma * torch.randn(layers, config.hidden_size, generator=generator))
+    return BankTenant(b, gamma * torch.randn(layers, config.hidden_size, generator=generator))
 
 
-def adapter_of_tenant(name: str, tenant: Tenant) -> Adapter:
+def adapter_of_tenant(name: str, tenant: BankTenant) -> Adapter:
     return Adapter(name, digest_of(tenant), "dsc", {}, tenant.nbytes, 0, tenant)
 
 
@@ -31,7 +31,7 @@ def silenced(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def as_tenant(
-    config: ModelConfig, tensors: Mapping[str, Tensor], tenant: Tenant, weight: float = 1.0
+    config: ModelConfig, tensors: Mapping[str, Tensor], tenant: BankTenant, weight: float = 1.0
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model that a tenant sees, with its bias in the routers and its γ; weight: what γ is multiplied by."""
     ffn, found, place = config.ffn, dict(tensors), 0

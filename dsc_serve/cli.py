@@ -329,9 +329,11 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.forward_command import forward_command
     from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.bench.step.speculation_command import speculation_command
+    from dsc_serve.bench.step.tenants_command import tenants_command
     from dsc_serve.scale.estimate_command import scale_model
     from dsc_serve.train import command as training
     from dsc_serve.train.adapter_command import adapt_command, adapter_group
+    from dsc_serve.train.graft_command import graft_command
     from dsc_serve.train.quantise.command import quantize_command
 
     bench.add_command(serve_command, "serve")
@@ -346,12 +348,14 @@ def _attach_commands() -> None:
     bench.add_command(batching_command, "batching")
     bench.add_command(speculation_command, "speculation")
     bench.add_command(adapters_command, "adapters")
+    bench.add_command(tenants_command, "tenants")
     bench.add_command(context_command, "context")
     kernels.add_command(aot_command, "aot")
     kernels.add_command(calibrate_command, "calibrate")
     main.add_command(scale_model)
     main.add_command(adapter_group)
     main.add_command(adapt_command)
+    main.add_command(graft_command)
     main.add_command(training.train_command, "train")
     main.add_command(training.evaluate_command, "evaluate")
     main.add_command(training.prune_command, "prune")

@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 from support.random_adapters import random_adapters
 from support.running_server import RunningServer, start_server, stop_server
+from support.tenants import random_tenant
+
+from dsc_serve.config import EMBEDDED_MODEL, resolve_model
+from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.tenant import write_tenant
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = "routing_trace.py"
 LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
-PROGRAMS = ("offline", "streaming", "structured_output", "tools", "adapters", "routing_trace")
+PROGRAMS = ("offline", "streaming", "structured_output", "tools", "adapters", "tenants", "routing_trace")
 TESTED = {*(f"{name}.py" for name in PROGRAMS), "load_test.sh"}
 
 
@@ -89,6 +94,20 @@ def test_adapters(tmp_path: Path) -> None:
     told = dict(line.split(": ", 1) for line in lines)
     assert list(told) == ["dsc-tiny", "law", "ode", "0.5*law+0.5*ode"]
     assert len(set(told.values())) == 4
+
+
+def test_tenants(tmp_path: Path) -> None:
+    config = open_source(resolve_model(EMBEDDED_MODEL)).config
+    for i, name in enumerate(("law", "ode")):
+        tenant = random_tenant(config, i, gamma=4.0)
+        write_tenant(tmp_path / name, tenant.bias, tenant.gamma, "")
+    lines = output("tenants.py", EMBEDDED_MODEL, str(tmp_path), "Once upon a time", "12").splitlines()
+    told = dict(line.split(": ", 1) for line in lines[:3])
+    assert list(told) == ["base", "law", "ode"] and len(set(told.values())) == 3
+    assert all(
+        re.fullmatch(r"(law|ode) picked \d+ atoms a layer, signal \d+\.\d\d, most like (law|ode)", one)
+        for one in lines[3:]
+    )
 
 
 def test_routing_trace(server: RunningServer) -> None:

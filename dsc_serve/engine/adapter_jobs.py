@@ -11,7 +11,7 @@ from dsc_kernels import backend
 from dsc_kernels.weights import Pair, Place, Update
 from dsc_serve.adapter_choice import AdapterAccidentError, AdapterChoice, AdapterInfo, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import AdapterFolder, Stamp
-from dsc_serve.model.adapter import MODULES, Adapter, SharedBasis, composed, composition_digest
+from dsc_serve.model.adapter import MODULES, Adapter, BankTenant, SharedBasis, composed, composition_digest
 from dsc_serve.parameter_errors import ParameterError
 
 
@@ -23,7 +23,9 @@ class AdaptedDecoder(Protocol):
 
     def basis(self, pairs: Mapping[Place, Pair]) -> backend.Basis: ...
 
-    def adapter(self, updates: Mapping[Place, Update], basis: backend.Basis | None = None) -> backend.Adapter: ...
+    def adapter(
+        self, updates: Mapping[Place, Update], basis: backend.Basis | None = None, tenant: BankTenant | None = None
+    ) -> backend.Adapter: ...
 
     def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
 
@@ -40,6 +42,7 @@ class LoadedAdapter:
     weights: backend.Adapter
 
     read_bytes: int  # that a step with it reads, those of a composition's parts among them
+    tuned: bool = False  # whether it is a tenant of the model's bank, or has one among its parts
 
     @property
     def nbytes(self) -> int:
@@ -103,11 +106,12 @@ class AdapterJobs:
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
             basis = None if adapter.basis is None else self._basis(adapter.basis)
-            weights = self.decoder.adapter(adapter.modules, basis)
+            weights = self.decoder.adapter(adapter.modules, basis, adapter.tenant)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
-        kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)
-        return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes)
+        kind, rank, modules = adapter.kind, adapter.rank, adapter.changed
+        tuned = adapter.tenant is not None
+        return LoadedAdapter(adapter.name, adapter.digest, kind, rank, modules, weights, weights.nbytes, tuned)
 
     def _basis(self, shared: SharedBasis) -> backend.Basis:
         """The one in memory, if there is any. Raises ValueError."""
@@ -130,10 +134,16 @@ class AdapterJobs:
         digest = composition_digest([(loaded.digest, weight) for loaded, weight in weighted], "sum")
         rank, modules = sum(loaded.rank for loaded, _ in weighted), max(loaded.modules for loaded, _ in weighted)
         read_bytes = sum(loaded.read_bytes for loaded, _ in weighted)
+        tenants = [loaded.name for loaded, _ in weighted if loaded.tuned]
+        if len(tenants) > 1:
+            raise BrokenAdapterError(name, f"{' and '.join(tenants)} are tenants of a bank; a composition may have one")
         weights = self.decoder.summed([(loaded.weights, weight) for loaded, weight in weighted])
-        return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes)
+        return LoadedAdapter(name, digest, "sum", rank, modules, weights, read_bytes, bool(tenants))
 
     def _product_of_sums(self, name: str, weighted: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
+        tenant = next((loaded.name for loaded, _ in weighted if loaded.tuned), None)
+        if tenant is not None:
+            raise BrokenAdapterError(name, f"{tenant} is a tenant of a bank and has no matrices; compose it by sum")
         return self._ready(
             composed([(self._unpacked(loaded), weight) for loaded, weight in weighted], "product of sums")
         )
@@ -151,7 +161,7 @@ class AdapterJobs:
             digest=adapter.digest,
             kind=adapter.kind,
             rank=adapter.rank,
-            modules=len(adapter.modules),
+            modules=adapter.changed,
             nbytes=adapter.nbytes,
             basis="" if adapter.basis is None else adapter.basis.digest,
         )

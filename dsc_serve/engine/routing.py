@@ -17,6 +17,8 @@ from dsc_serve.engine.routing_predictor import PickPredictor
 from dsc_serve.engine.routing_recorder import PickRecorder
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.routing_reporter import RoutingReporter
+from dsc_serve.engine.tenant_report import TenantsReport
+from dsc_serve.engine.tenants import TenantWatch
 from dsc_serve.model.ffn.dsc import DscFfn
 
 WATCHED = 8  # of so many steps one is watched
@@ -24,16 +26,19 @@ WATCHED = 8  # of so many steps one is watched
 
 class RoutingWatch:
     """Watches the DSC layers of one model through steps of at most `step_tokens` tokens: says which steps are recorded,
-    and passes them on."""
+    and passes them on. indices: of the layers in the model; none: they are all of it."""
 
     predicts: bool = False  # whether a new request gets a signature of what it is expected to pick
     on_picks: Callable[[NDArray[np.int32]], None] | None = None  # if set: all steps, to it a copy int32 [layers, T, K]
 
-    def __init__(self, layers: Sequence[DscFfn], step_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, layers: Sequence[DscFfn], step_tokens: int, vocab_size: int, indices: Sequence[int] = ()
+    ) -> None:
         self.sketch = Sketch(len(layers), layers[0].shape.atoms, layers[0].shape.k, vocab_size)
         self._recorder = PickRecorder(layers, step_tokens)
         self._predictor = PickPredictor(self.sketch)
         self._reporter = RoutingReporter(layers, self.sketch)
+        self.tenants = TenantWatch(layers, indices or range(len(layers)))
         self._unwatched = WATCHED
 
     def expect(self, request: Request) -> None:
@@ -66,8 +71,13 @@ class RoutingWatch:
             return
         self._predictor.observe(step)
         self._reporter.observe(step)
+        self.tenants.observe(step)
         if self.on_picks is not None:
             self.on_picks(step.picks.numpy().copy())
+
+    def tenant_report(self) -> TenantsReport:
+        self.flush()
+        return self.tenants.report()
 
     def report(self) -> RoutingReport:
         self.flush()

@@ -33,7 +33,7 @@ class PickRecorder:
 
     def __init__(self, layers: Sequence[DscFfn], step_tokens: int) -> None:
         device, k = layers[0].u.device, layers[0].shape.k
-        self._layers = layers
+        self._layers, self._silent = layers, all(layer.silent for layer in layers)
         self._picks = torch.zeros(len(layers), step_tokens, k, dtype=torch.int32, device=device)
         self._signals = torch.zeros(len(layers), step_tokens, device=device)
         self._traces = [PickBuffers(*pair) for pair in zip(self._picks, self._signals, strict=True)]
@@ -74,6 +74,12 @@ class PickRecorder:
             picks, signals = self._copies.arrived(tokens)
         owners = np.arange(len(requests)) if tokens == len(requests) else np.repeat(range(len(requests)), counts)
         picks, signals = picks[:, :tokens], signals[:, :tokens]
+        if self._silent:  # nobody but tenants of the bank picks anything
+            tuned = np.array([request.adapter is not None and request.adapter.tuned for request in requests])
+            own = tuned[owners]
+            kept = np.flatnonzero(own) if kept is None else kept[own[kept]]
+            if not len(kept):
+                return None
         if kept is not None:
             owners, token_ids, picks, signals = owners[kept], token_ids[kept], picks[:, kept], signals[:, kept]
         return RecordedStep(requests, owners, token_ids, picks, signals)

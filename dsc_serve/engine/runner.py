@@ -98,7 +98,9 @@ class Runner:
         keys = {cache.keys.data_ptr(): cache for cache in self.kv_caches}.values()  # groups of layers share theirs
         self._pools = [part for cache in keys for part in ((cache.keys,) if cache.latent else cache)]
         self._layers = dsc_layers(model)
-        self.routing = RoutingWatch(self._layers, step_tokens, model.config.vocab_size) if self._layers else None
+        banks = [layer.index for layer in model.layers if layer.ffn in self._layers]
+        vocabulary = model.config.vocab_size
+        self.routing = RoutingWatch(self._layers, step_tokens, vocabulary, banks) if self._layers else None
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
             self._inputs.pad(0, max_running, self._spare_block)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dsc_kernels.weights import MODULES as MODULES
 from dsc_kernels.weights import Core, Pair, Place, Update
@@ -36,16 +37,37 @@ class SharedBasis(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class BankTenant:
+    """What a tenant of a model's bank has of its own, by the layers that have one, in order; float32."""
+
+    bias: Tensor  # [layers, M], added to the router's
+    gamma: Tensor  # [layers, d]
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + self.gamma.nbytes
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """Updates of some modules of a model. Requests hold it; nothing changes it, so nobody needs to know who does."""
+    """Updates of some modules of a model, or a tenant of its bank.
+
+    Requests hold it; nothing changes it, so nobody needs to know who does.
+    """
 
     name: str
     digest: str  # sha256, in hex, of its content, its basis's among it
-    kind: str  # "lora", "composition", or of cores what their basis is: "shared" or "lora-xs"
+    kind: str  # "lora", "dsc", "composition", or of cores what their basis is: "shared" or "lora-xs"
     modules: Mapping[ModuleName, Update]
     nbytes: int  # of its tensors, without the basis's
     rank: int  # the largest of its modules
     basis: SharedBasis | None = None  # on which its cores stand
+    tenant: BankTenant | None = None
+
+    @property
+    def changed(self) -> int:
+        """How many modules it changes; of a bank each layer's is one."""
+        return len(self.modules) + (0 if self.tenant is None else len(self.tenant.bias))
 
 
 class AdapterStore(Protocol):

@@ -11,6 +11,7 @@ from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.cores.reader import holds_cores, read_cored
 from dsc_serve.model.origin import Origin
 from dsc_serve.model.peft import read_adapter as read_peft
+from dsc_serve.model.tenant import holds_tenant, read_tenant
 
 Reader = Callable[[Path, ModelConfig, Origin | None], Adapter]
 
@@ -22,7 +23,10 @@ class AdapterKind(NamedTuple):
     read: Reader
 
 
-KINDS: dict[str, AdapterKind] = {"cores": AdapterKind(holds_cores, read_cored)}
+KINDS: dict[str, AdapterKind] = {
+    "cores": AdapterKind(holds_cores, read_cored),
+    "dsc": AdapterKind(holds_tenant, lambda folder, config, origin: read_tenant(folder, config)),
+}
 
 
 def read_adapter(folder: Path, config: ModelConfig, origin: Origin | None = None) -> Adapter:

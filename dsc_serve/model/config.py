@@ -132,8 +132,13 @@ class ModelConfig(Strict):
         if len(pattern) > layers:
             raise ValueError(f"layer_pattern has {len(pattern)} entries, more than num_hidden_layers, {layers}")
         ffns = [layer.ffn for layer in self.kinds]
-        if any(isinstance(own, DscConfig) for own in ffns) and any(own != ffns[0] for own in ffns):
-            raise ValueError("ffn differs between layers, of which some are of kind 'dsc'; then all must have the same")
+        banks = [own for own in ffns if isinstance(own, DscConfig)]
+        other = next((own for own in ffns if banks and own != banks[0] and not isinstance(own, DenseConfig)), None)
+        if other is not None:
+            raise ValueError(
+                f"ffn differs between layers, of which some are of kind 'dsc' and one of kind {other.kind!r}; those of "
+                "kind 'dsc' must have the same, and others be 'dense'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -349,6 +354,8 @@ def stored_fields(config: ModelConfig) -> dict[str, Any]:
         if content.get(name) == ModelConfig.model_fields[name].get_default(call_default_factory=True):
             content.pop(name, None)
     for ffn in (content["ffn"], *(kind["ffn"] for kind in content.get("layer_kinds", []) if "ffn" in kind)):
+        if not ffn.get("bank", "there is none"):
+            del ffn["bank"]
         for name in ROUTING if ffn["kind"] == "moe" else ():
             if ffn[name] == MoeConfig.model_fields[name].default:
                 del ffn[name]

@@ -14,6 +14,8 @@ from dsc_kernels.backend import Adapter, Basis
 from dsc_kernels.memory import zeros
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
+    ATOMS,
+    NOT_TUNED,
     OUTPUT_ONLY,
     SCALE_BYTES,
     Adapted,
@@ -24,12 +26,13 @@ from dsc_kernels.weights import (
     Pair,
     Place,
     QkNorm,
+    Tuning,
     Update,
 )
-from dsc_serve.model.adapter import module_shapes
+from dsc_serve.model.adapter import BankTenant, module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
-from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn import KINDS, Ffn
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.picks import PickingFfn, Picks, picking_layers
@@ -288,9 +291,23 @@ class Decoder:
         """What adapters of its modules share. Raises ValueError for what does not fit."""
         return ops.basis(pairs, self.modules, self.dtype, self.device)
 
-    def adapter(self, updates: Mapping[Place, Update], basis: Basis | None = None) -> Adapter:
-        """Updates of its modules, as `StepBatch.runs` takes them. Raises ValueError for what does not fit."""
-        return ops.adapter(updates, self.modules, self.dtype, self.device, basis)
+    def adapter(
+        self, updates: Mapping[Place, Update], basis: Basis | None = None, tenant: BankTenant | None = None
+    ) -> Adapter:
+        """Updates of its modules, and what a tenant of its bank has, as `StepBatch.runs` takes them.
+
+        Raises ValueError for what does not fit.
+        """
+        return ops.adapter(updates, self.modules, self.dtype, self.device, basis, self._tunings(tenant))
+
+    def _tunings(self, tenant: BankTenant | None) -> Mapping[int, Tuning]:
+        if tenant is None:
+            return NOT_TUNED
+        own = {layer.index: layer.ffn for layer in self.layers if isinstance(layer.ffn, DscFfn)}
+        if len(own) != len(tenant.bias):
+            raise ValueError(f"a tenant of {len(tenant.bias)} layers' banks; the model has {len(own)}")
+        rows = zip(own.items(), tenant.bias, tenant.gamma, strict=True)
+        return {index: ffn.tuning(bias, gamma) for (index, ffn), bias, gamma in rows}
 
     def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
         """Such adapters with weights as one; it holds their memory."""
@@ -386,6 +403,9 @@ def modules_of(config: ModelConfig) -> list[dict[str, Module]]:
     for (layer, name), shape in module_shapes(config).items():
         at = {"k": config.query_size, "v": config.query_size + config.kv_size}.get(name, 0)
         modules[layer][name] = Module(*shape, at)
+    for layer, kind in enumerate(config.layers):
+        if isinstance(kind.ffn, DscConfig):
+            modules[layer][ATOMS] = Module(kind.ffn.num_atoms, config.hidden_size)
     return modules
 
 

@@ -14,7 +14,7 @@ class DscConfig(Strict):
 
     Algorithm 2 of the paper (and its reference script) has router_norm, router_bias and a γ per channel; Algorithm 1
     has no norm, no bias and a scalar γ. atoms says whether the file holds raw rows or rows already projected to
-    norm ≤ 1.
+    norm ≤ 1. bank: what tenants of this bank name it by; "": it has none.
     """
 
     kind: Literal["dsc"] = "dsc"
@@ -27,6 +27,7 @@ class DscConfig(Strict):
     router_bias: bool = True
     gamma: Literal["vector", "scalar"] = "vector"
     atoms: Literal["raw", "projected"] = "raw"
+    bank: Annotated[str, Field(max_length=64)] = ""
 
     @model_validator(mode="after")
     def _enough_atoms(self) -> DscConfig:

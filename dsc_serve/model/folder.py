@@ -118,6 +118,16 @@ def read_tensor(file: Path, source: Any, name: str) -> Tensor:
         raise CheckpointError(f"{file}: tensor {name} is not readable: {error}") from None
 
 
+def file_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself. Raises CheckpointError for a file that cannot be read."""
+    refuse_pointer(file)
+    try:
+        with panics_as_errors(), safe_open(file, framework="pt") as source:
+            return dict(source.metadata() or {})
+    except (SafetensorError, OSError, PanicError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+
+
 def load_tensors(files: list[Path]) -> dict[str, Tensor]:
     """All tensors of safetensors files. Raises CheckpointError for a file that cannot be read."""
     return {name: stored.read() for name, stored in stored_tensors(files).items()}

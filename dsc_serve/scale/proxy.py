@@ -29,7 +29,8 @@ from dsc_serve.server.middleware import HEALTH, REQUEST_ID, Paths
 
 MAX_TRIES = 2  # a request that two replicas died with may be what kills them
 ALL_S = 5.0
-ASKED_OF_ALL = HEALTH | {"/metrics", "/admin/state"}
+BY_REPLICA = frozenset({"/admin/state", "/admin/tenants"})
+ASKED_OF_ALL = HEALTH | {"/metrics"} | BY_REPLICA
 REPLICA = b"x-dsc-replica"
 POSTED = GENERATIONS | {"/tokenize", "/detokenize"}
 
@@ -72,7 +73,7 @@ class Proxy:
         bodies = {name: part.body for name, part in well.items()}
         if well and call.path == "/metrics":
             return Response(merged(bodies), headers=headers_of(first))
-        if well and call.path == "/admin/state":
+        if well and call.path in BY_REPLICA:
             states = {name: msgspec.Raw(body) for name, body in bodies.items()}
             return errors.json_response({"replicas": states})
         return Response(first.body, first.status, headers=headers_of(first))

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,6 +29,7 @@ from dsc_serve.server.service import EngineHandle, Service
 from dsc_serve.server.tokens import detokenize, tokenize
 from dsc_serve.server.trace import create_trace
 from dsc_serve.text.tokenizer import Tokenizer
+from dsc_serve.worker.client import EngineDiedError
 
 
 def served_names(config: ServerConfig) -> tuple[str, ...]:
@@ -145,6 +147,14 @@ def create_app(
     async def state() -> Response:
         engine = {"alive": client.alive, "trouble": client.trouble, "restarts": client.restarts}
         return json_response({"engine": engine, **admission.state()})
+
+    @app.get("/admin/tenants")
+    async def tenants() -> Response:
+        try:
+            report = await client.tenants()
+        except (TimeoutError, EngineDiedError, ConnectionError) as error:
+            raise engine_down(client.trouble or "the engine does not answer") from error
+        return json_response(msgspec.to_builtins(report))
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

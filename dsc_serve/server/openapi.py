@@ -282,6 +282,26 @@ class State(Answer):
     generations_by_key: dict[str, int]
 
 
+class TenantUse(Answer):
+    name: str
+    digest: str
+    certificate: list[float]
+    bound: list[float]
+    tokens: int
+    signal: float
+    distinct: list[int]
+    overlap: dict[str, float]
+
+
+class Tenants(Answer):
+    layers: list[int]
+    atoms: int
+    atoms_per_token: int
+    bank: str
+    shared: list[int]
+    tenants: list[TenantUse]
+
+
 BODIES: dict[str, type[Fields]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -306,6 +326,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "/health/live": Health,
     "/health/ready": Health,
     "/admin/state": State,
+    "/admin/tenants": Tenants,
 }
 STREAMED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who?"}]}]

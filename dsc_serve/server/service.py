@@ -13,6 +13,7 @@ from fastapi import Request
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.config import LimitConfig
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.parameter_errors import ContextLengthError, ParameterError
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
@@ -81,6 +82,8 @@ class EngineHandle(Protocol):
     async def stats(self, timeout_s: float = 1.0) -> Stats: ...
 
     async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]: ...
+
+    async def tenants(self, timeout_s: float = 1.0) -> TenantsReport: ...
 
     async def check_grammar(self, asked: StructuredOutputs) -> GrammarChecked: ...
 

@@ -80,15 +80,17 @@ class _Compose(torch.autograd.Function):
         return F.embedding_bag(picked, v, per_sample_weights=scaled, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, Tensor]:
         (dy,) = grads
         x, u, v, picked, weights, latent, scaled = ctx.saved_tensors
         dscaled = (dy @ v.T).gather(1, picked)
         dlatent = dscaled * weights.to(x.dtype)
         dx = F.embedding_bag(picked, u, per_sample_weights=dlatent, mode="sum")
-        spread = torch.zeros(x.shape[0], u.shape[0], dtype=x.dtype, device=x.device)
-        du = spread.scatter_(1, picked, dlatent).T @ x
-        dv = spread.scatter_(1, picked, scaled).T @ dy
+        du = dv = None
+        if ctx.needs_input_grad[1]:  # a frozen bank takes none
+            spread = torch.zeros(x.shape[0], u.shape[0], dtype=x.dtype, device=x.device)
+            du = spread.scatter_(1, picked, dlatent).T @ x
+            dv = spread.scatter_(1, picked, scaled).T @ dy
         return dx, du, dv, None, dscaled.to(weights.dtype) * latent
 
 

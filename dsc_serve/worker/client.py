@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.structured_outputs import StructuredOutputs
@@ -208,6 +209,12 @@ class EngineClient:
         if self._connection is None:
             raise EngineDiedError(self.trouble)
         return await self._connection.adapters(timeout_s)
+
+    async def tenants(self, timeout_s: float = 1.0) -> TenantsReport:
+        """What tenants of the model's bank have picked. Raises as `stats`."""
+        if self._connection is None:
+            raise EngineDiedError(self.trouble)
+        return await self._connection.tenants(timeout_s)
 
     def take(self, delta: Delta) -> None:
         """News from the engine; those of requests that have ended are dropped."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dsc_serve.adapter_choice import AdapterInfo
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.frames import HEADER, FrameError, size_of
 from dsc_serve.structured_outputs import StructuredOutputs
 from dsc_serve.worker.messages import (
@@ -22,11 +23,13 @@ from dsc_serve.worker.messages import (
     FromEngine,
     GrammarChecked,
     ListAdapters,
+    ListTenants,
     ModelInfo,
     Shutdown,
     Stats,
     StatsRequest,
     StepDone,
+    TenantList,
     ToEngine,
     frame,
     from_engine_decoder,
@@ -77,6 +80,7 @@ class EngineConnection:
         self._stats: dict[int, asyncio.Future[Stats]] = {}
         self._checks: dict[int, asyncio.Future[GrammarChecked]] = {}
         self._lists: dict[int, asyncio.Future[AdapterList]] = {}
+        self._tenants: dict[int, asyncio.Future[TenantList]] = {}
         self._tickets = itertools.count()
         self._pump = asyncio.create_task(self._receive())
 
@@ -92,6 +96,10 @@ class EngineConnection:
     async def adapters(self, timeout_s: float) -> list[AdapterInfo]:
         """The adapters that there are. Raises as `stats`."""
         return (await self._ask(self._lists, ListAdapters, timeout_s)).adapters
+
+    async def tenants(self, timeout_s: float) -> TenantsReport:
+        """What tenants have picked. Raises as `stats`."""
+        return (await self._ask(self._tenants, ListTenants, timeout_s)).report
 
     async def _ask(
         self, asked: dict[int, asyncio.Future[T]], question: Callable[[int], ToEngine], timeout_s: float
@@ -129,7 +137,8 @@ class EngineConnection:
         if self.lost.done():
             return
         self.lost.set_result(reason)
-        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._checks.values(), *self._lists.values()]
+        asked: list[dict[int, asyncio.Future[Any]]] = [self._stats, self._checks, self._lists, self._tenants]
+        waiting = [answer for own in asked for answer in own.values()]
         for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineDiedError(reason))
@@ -155,6 +164,8 @@ class EngineConnection:
                     answer_with(self._checks, message.ticket, message)
                 elif isinstance(message, AdapterList):
                     answer_with(self._lists, message.ticket, message)
+                elif isinstance(message, TenantList):
+                    answer_with(self._tenants, message.ticket, message)
         except EngineDiedError as error:
             self.lose(str(error))
         except Exception as error:

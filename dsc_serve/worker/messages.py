@@ -15,6 +15,7 @@ from dsc_serve.engine.output import RoutingSlice as RoutingSlice
 from dsc_serve.engine.output import TokenLogprobs as TokenLogprobs
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.frames import framed
 from dsc_serve.pooling import Pooling
 from dsc_serve.sampling_params import EmbeddingParams, EngineCapacity, SamplingParams
@@ -80,6 +81,12 @@ class ForgetGrammar(msgspec.Struct, tag=True, array_like=True):
 
 class ListAdapters(msgspec.Struct, tag=True, array_like=True):
     """Ask for an `AdapterList`."""
+
+    ticket: int
+
+
+class ListTenants(msgspec.Struct, tag=True, array_like=True):
+    """Ask for a `TenantList`."""
 
     ticket: int
 
@@ -156,8 +163,15 @@ class AdapterList(msgspec.Struct, tag=True, array_like=True):
     adapters: list[AdapterInfo]
 
 
-ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | ListAdapters | Shutdown
-FromEngine = ModelInfo | StartFailed | StepDone | Stats | GrammarChecked | AdapterList
+class TenantList(msgspec.Struct, tag=True, array_like=True):
+    """What tenants of the model's bank have picked."""
+
+    ticket: int
+    report: TenantsReport
+
+
+ToEngine = Start | Submit | Finish | StatsRequest | CheckGrammar | ForgetGrammar | ListAdapters | ListTenants | Shutdown
+FromEngine = ModelInfo | StartFailed | StepDone | Stats | GrammarChecked | AdapterList | TenantList
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -25,6 +25,7 @@ from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta, refusal
 from dsc_serve.engine.preparation import prepare_model
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.frames import read_frame
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.machine import default_threads
@@ -45,6 +46,7 @@ from dsc_serve.worker.messages import (
     FromEngine,
     GrammarChecked,
     ListAdapters,
+    ListTenants,
     ModelInfo,
     Shutdown,
     Start,
@@ -52,6 +54,7 @@ from dsc_serve.worker.messages import (
     Stats,
     StatsRequest,
     Submit,
+    TenantList,
     ToEngine,
     frame,
     frames,
@@ -224,6 +227,9 @@ class EngineProcess:
         elif isinstance(message, ListAdapters):
             adapters = self.engine.arrivals.adapters
             self.send(AdapterList(message.ticket, [] if adapters is None else adapters.infos()))
+        elif isinstance(message, ListTenants):
+            routing = self.engine.routing
+            self.send(TenantList(message.ticket, TenantsReport() if routing is None else routing.tenant_report()))
         elif isinstance(message, CheckGrammar):
             self._check(message.ticket, message.asked)
         elif isinstance(message, ForgetGrammar):

@@ -76,6 +76,7 @@ def ffn_layer(
     k: int,
     rank: int,
     scalar_gamma: int,
+    silent: int,
     activation: int,
     screen_rows: int,
     screen_packed: int,

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Adapter, Basis, Linear
-from dsc_kernels.weights import Adapted, AdapterRun, Core, LowRank, Module, Pair, Place, Update
+from dsc_kernels.weights import (
+    ATOMS,
+    MODULES,
+    NOT_TUNED,
+    Adapted,
+    AdapterRun,
+    Core,
+    LowRank,
+    Module,
+    Pair,
+    Place,
+    Tuning,
+    Update,
+)
 
 Run = tuple[AdapterRun, Sequence[LowRank]]  # with what its adapter adds to a module
 
@@ -25,8 +38,14 @@ class PlainBasis:
 class PlainAdapter:
     """Updates as plain tensors in a decoder's dtype on its device; a sum holds those of its parts."""
 
-    def __init__(self, updates: Mapping[Place, Sequence[LowRank]], nbytes: int, bases: Sequence[Basis] = ()) -> None:
-        self._updates, self.nbytes, self.bases = updates, nbytes, bases
+    def __init__(
+        self,
+        updates: Mapping[Place, Sequence[LowRank]],
+        nbytes: int,
+        bases: Sequence[Basis] = (),
+        tunings: Mapping[int, Tuning] = NOT_TUNED,
+    ) -> None:
+        self._updates, self.nbytes, self.bases, self.tunings = updates, nbytes, bases, tunings
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         return self._updates.get((layer, module), ())
@@ -55,8 +74,10 @@ def adapter(
     dtype: torch.dtype,
     device: torch.device,
     basis: Basis | None = None,
+    tunings: Mapping[int, Tuning] = NOT_TUNED,
 ) -> Adapter:
-    """Raises ValueError for an update of no module, or of another shape, and for a core that has no basis."""
+    """Raises ValueError for an update of no module, a tuning of no bank, one of another shape, a core without basis."""
+    check_tunings(tunings, modules)
     pairs = {} if basis is None else cast(PlainBasis, basis).pairs
     check_updates(updates, modules, {place: (up.shape[1], down.shape[0]) for place, (down, up) in pairs.items()})
     ready, nbytes = {}, 0
@@ -69,7 +90,9 @@ def adapter(
         down, up = (part.to(device=device, dtype=dtype) for part in (update.down, update.up))
         ready[place] = [LowRank(down, up, 1.0, update.coefficients.to(device))]
         nbytes += ready[place][0].nbytes
-    return PlainAdapter(ready, nbytes, () if basis is None else (basis,))
+    own = {layer: Tuning(one.bias.to(device), one.gamma.to(device)) for layer, one in tunings.items()}
+    nbytes += sum(one.nbytes for one in own.values())
+    return PlainAdapter(ready, nbytes, () if basis is None else (basis,), own)
 
 
 def summed(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -79,7 +102,18 @@ def summed(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
         part = cast(PlainAdapter, part)
         for place in part.places:
             joined.setdefault(place, []).extend(replace(one, scale=one.scale * weight) for one in part.updates(*place))
-    return PlainAdapter(joined, 0, bases_of([part for part, _ in parts]))
+    own, weight = tuned_part(parts)
+    tunings = {layer: Tuning(one.bias, one.gamma * weight) for layer, one in own.items()}
+    nbytes = sum(one.gamma.nbytes for one in tunings.values())
+    return PlainAdapter(joined, nbytes, bases_of([part for part, _ in parts]), tunings)
+
+
+def tuned_part(parts: Sequence[tuple[Adapter, float]]) -> tuple[Mapping[int, Tuning], float]:
+    """The tunings of the one part that has any, and its weight. Raises ValueError where there are two."""
+    found = [(part.tunings, weight) for part, weight in parts if part.tunings]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} of the adapters are tenants of a bank; a sum may have one")
+    return found[0] if found else (NOT_TUNED, 1.0)
 
 
 def bases_of(adapters: Sequence[Adapter]) -> Sequence[Basis]:
@@ -90,7 +124,7 @@ def bases_of(adapters: Sequence[Adapter]) -> Sequence[Basis]:
 def module_at(place: Place, modules: Sequence[Mapping[str, Module]]) -> Module:
     """Raises ValueError where there is none."""
     layer, name = place
-    module = modules[layer].get(name) if 0 <= layer < len(modules) else None
+    module = modules[layer].get(name) if 0 <= layer < len(modules) and name in MODULES else None
     if module is None:
         raise ValueError(f"an adapter adds to {name!r} of layer {layer}, which is no module of this decoder")
     return module
@@ -127,6 +161,17 @@ def check_updates(
         middle = update.middle
         if middle is not None and middle.shape != (rank,):
             raise ValueError(f"an update of rank {rank} has a middle of {list(middle.shape)}")
+
+
+def check_tunings(tunings: Mapping[int, Tuning], modules: Sequence[Mapping[str, Module]]) -> None:
+    """Raise ValueError for a tuning of a layer without a bank, or of another shape."""
+    for layer, own in tunings.items():
+        bank = modules[layer].get(ATOMS) if 0 <= layer < len(modules) else None
+        if bank is None:
+            raise ValueError(f"an adapter is a tenant of the bank of layer {layer}, which has none")
+        shapes = tuple(own.bias.shape), tuple(own.gamma.shape)
+        if shapes != ((bank.out,), (bank.into,)) or {own.bias.dtype, own.gamma.dtype} != {torch.float32}:
+            raise ValueError(f"a tuning of layer {layer} has {shapes}; expected float32 [{bank.out}] and [{bank.into}]")
 
 
 def add_updates(y: Tensor, x: Tensor, adapted: Adapted, columns: Mapping[str, int]) -> Tensor:

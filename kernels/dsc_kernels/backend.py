@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
+    NOT_TUNED,
     WHOLE,
     Activation,
     Adapted,
@@ -31,6 +32,7 @@ from dsc_kernels.weights import (
     Scope,
     SharedExpert,
     Slots,
+    Tuning,
     Update,
 )
 
@@ -86,6 +88,10 @@ class Adapter(Protocol):
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         """What it adds to a module, as plain tensors: all of these."""
+
+    @property
+    def tunings(self) -> Mapping[int, Tuning]:
+        """By layer, what it has of its own of the banks."""
 
 
 class Layer(Protocol):
@@ -216,14 +222,15 @@ class Backend(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         basis: Basis | None = None,
+        tunings: Mapping[int, Tuning] = NOT_TUNED,
     ) -> Adapter:
-        """Updates of a decoder whose layers have these modules, for its dtype and device.
+        """Updates of a decoder whose layers have these modules, for its dtype and device; tunings by layer.
 
         basis: made for the same, of which there are cores. Raises ValueError for what does not fit.
         """
 
     def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
-        """Adapters of one decoder, made here, with weights as one."""
+        """Adapters of one decoder, made here, with weights as one. Raises ValueError where two of them have tunings."""
 
     def stack(
         self,

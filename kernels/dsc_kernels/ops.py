@@ -21,6 +21,7 @@ from dsc_kernels.backend import Adapter, Backend, Basis, Ffn, Head, Layer, Linea
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
+    NOT_TUNED,
     WHOLE,
     AtomBank,
     DecoderLayer,
@@ -37,6 +38,7 @@ from dsc_kernels.weights import (
     Scope,
     SharedExpert,
     Slots,
+    Tuning,
     Update,
 )
 
@@ -160,9 +162,10 @@ def adapter(
     dtype: torch.dtype,
     device: torch.device,
     basis: Basis | None = None,
+    tunings: Mapping[int, Tuning] = NOT_TUNED,
 ) -> Adapter:
-    """An adapter's updates for a decoder of this dtype and device, whose layers have these modules."""
-    return backend(dtype, device).adapter(updates, modules, dtype, device, basis)
+    """An adapter's updates, and tunings by layer, for a decoder of this dtype and device with these modules."""
+    return backend(dtype, device).adapter(updates, modules, dtype, device, basis, tunings)
 
 
 def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:

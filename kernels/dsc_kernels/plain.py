@@ -19,10 +19,15 @@ from dsc_kernels.adapters import basis as basis
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
-from dsc_kernels.dequantised import dense, product, rows_by, wide_product
+from dsc_kernels.dequantised import dense, product, wide_product
 from dsc_kernels.kv_rows import narrow_rows
+from dsc_kernels.picking import compose_add as compose_add
+from dsc_kernels.picking import order_keys as order_keys
+from dsc_kernels.picking import select as select
+from dsc_kernels.picking import top_k as top_k
 from dsc_kernels.quantised import Weight
 from dsc_kernels.scoped import gather_context
+from dsc_kernels.tunings import tuned_layer, tuned_runs
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
@@ -46,27 +51,6 @@ name = NAME
 ACTIVATIONS = reference.ACTIVATIONS
 
 
-def order_keys(values: Tensor) -> Tensor:
-    """int64 keys [B, M] of float32 values that sort like (value, −index): all different, so top-k is exact."""
-    bits = values.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    columns = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
-    return (ordered.to(torch.int64) << 32) | columns
-
-
-def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of float32 values [B, M], falling, and where they are, int64 [B, k]; ties in order."""
-    indices = (values.shape[1] - 1) - (order_keys(values).topk(k, dim=1).values & 0xFFFFFFFF)
-    return values.gather(1, indices), indices
-
-
-def select(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
-    """`reference.select` for float32 logits [B, M] without sorting a row; a NaN ranks below every number."""
-    clamped = logits.clamp(-tau, tau) + 0.0  # + 0.0 makes −0 and 0 tie, as numbers do
-    _, atoms = top_k(torch.where(clamped.isnan(), -torch.inf, clamped), k)
-    return clamped.gather(1, atoms), atoms
-
-
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, tau: float, eps: float, norm_eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,14 +63,6 @@ def route(
 def compose(static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor) -> Tensor:
     """`compose_add` in x's dtype."""
     return compose_add(static, x, atoms, weights, u, v, gamma).to(x.dtype)
-
-
-def compose_add(
-    static: Tensor, x: Tensor, atoms: Tensor, weights: Tensor, u: Weight, v: Weight, gamma: Tensor
-) -> Tensor:
-    """static [B, d] plus the dynamic part of the picked atoms, in float32."""
-    latent = torch.einsum("bd,bkd->bk", x.float(), rows_by(u, torch.float32)(atoms)) * weights
-    return static.float() + torch.einsum("bk,bkd->bd", latent, rows_by(v, torch.float32)(atoms)) * gamma
 
 
 class Linear:
@@ -194,6 +170,10 @@ class Ffn:
         if self.router is None or self.bank is None:
             raise ValueError("this layer has no router")
         r, bank, o = self.router, (self.bank.u, self.bank.v, self.bank.gamma), self.options
+        runs = tuned_runs(adapted)
+        if runs or o.silent:
+            out, atoms, weights, signal = tuned_layer(x, self.static(x, adapted), runs, r, self.bank, o)
+            return out if residual is None else out + residual, atoms, weights, signal
         rows_of_router = dense(r.weight, torch.float32)
         if o.rank:
             logits = reference.router_logits(x.float(), rows_of_router, r.bias, r.norm_eps)

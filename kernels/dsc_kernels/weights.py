@@ -6,7 +6,7 @@ layer which it is for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -88,6 +88,7 @@ class FfnOptions:
     rank: int = 0  # atoms of an adapter: a mixture of LoRAs; 0: atoms are picked by themselves, DSC
     tau: float = 0.0  # logits are truncated to ±tau
     eps: float = 0.0  # of the coefficients' denominator
+    silent: bool = False  # whether γ is 0 and nothing is composed, but for tokens with a `Tuning`: others pick nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,12 +227,33 @@ class Core:
 
 
 Update = LowRank | Core
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """What a tenant of a DSC layer's bank has of its own, instead of the layer's. Tensors are never written to."""
+
+    bias: Tensor  # float32 [atoms]: the router's, with what its folded norm adds
+    gamma: Tensor  # float32 [d]
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + self.gamma.nbytes
+
+
+NOT_TUNED: Mapping[int, Tuning] = {}  # by layer
+
+
 Place = tuple[int, str]  # a layer, and one of its modules that adapters may add to
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention, and of the MLP that every token takes
+ATOMS = "atoms"  # a layer's bank, of which a tenant has no matrices but a `Tuning`
 
 
 class Module(NamedTuple):
-    """What of a layer an adapter may add to: W [out, into], rows of a product from the row `at` on."""
+    """What of a layer an adapter may add to: W [out, into], rows of a product from the row `at` on.
+
+    Of a bank these are its atoms and their width.
+    """
 
     out: int
     into: int

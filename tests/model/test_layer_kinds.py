@@ -76,8 +76,12 @@ def test_a_pattern_is_repeated_over_the_layers() -> None:
         (LEARNED | TWO, "rotation is given, but position_embedding_type is 'learned'"),
         ({"rotary_dim": 18}, "rotary_dim is 18; it must be even and at most head_dim, 16"),
         (
-            {"ffn": {"kind": "dsc", "num_atoms": 9, "atoms_per_token": 2, "static_size": 4}, **TWO},
-            "some are of kind 'dsc'",
+            {
+                "ffn": {"kind": "dsc", "num_atoms": 9, "atoms_per_token": 2, "static_size": 4},
+                "layer_kinds": [{}, {"ffn": MOE}],
+                "layer_pattern": [1, 1, 0],
+            },
+            "some are of kind 'dsc' and one of kind 'moe'",
         ),
     ],
 )

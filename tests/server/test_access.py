@@ -35,7 +35,9 @@ def generate(app: FastAPI, key: str, **fields: Any) -> httpx.Response:
     return ask(app, "POST", "/v1/completions", headers=bearer(key), json={"prompt": [1], **fields})
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing", "/admin/state"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing", "/admin/state", "/admin/tenants"]
+)
 def test_without_a_valid_key_there_is_nothing_but_health(guarded: FastAPI, path: str) -> None:
     for headers in ({}, bearer("wrong"), bearer(""), {"authorization": ALICE}, bearer(ALICE + "x"), bearer("é")):
         encoded = {name: value.encode() for name, value in headers.items()}

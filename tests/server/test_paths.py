@@ -25,6 +25,7 @@ ROUTES = [
     ("GET", "/v1/models/fake"),
     ("GET", "/v1/models/other"),
     ("GET", "/admin/state"),
+    ("GET", "/admin/tenants"),
     ("GET", "/openapi.json"),
     ("GET", "/unknown"),
     ("GET", "/v1/completions"),

@@ -14,6 +14,7 @@ import numpy as np
 from dsc_serve.adapter_choice import AdapterChoice, AdapterInfo
 from dsc_serve.engine.routing_report import RoutingReport
 from dsc_serve.engine.step_report import PhaseReport, StepReport
+from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.grammars.compile import compiled
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.pooling import Pooling
@@ -107,12 +108,18 @@ class FakeEngine:
         self.prediction = (0, 0)  # of every delta of a request with a prediction
         self.pooling = Pooling()
         self.adapter_infos: list[AdapterInfo] = []
+        self.tenants_report = TenantsReport()
         self.adapters_asked: list[AdapterChoice | None] = []  # one for each that was submitted
 
     async def adapters(self, timeout_s: float = 1.0) -> list[AdapterInfo]:
         if not self.alive:
             raise EngineDiedError("the engine process has ended")
         return self.adapter_infos
+
+    async def tenants(self, timeout_s: float = 1.0) -> TenantsReport:
+        if not self.alive:
+            raise EngineDiedError("the engine process has ended")
+        return self.tenants_report
 
     @property
     def model(self) -> ModelInfo:

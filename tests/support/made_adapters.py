@@ -6,7 +6,7 @@ import hashlib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dsc_kernels.backend import Adapter as BoundAdapter
 from dsc_kernels.backend import Basis
-from dsc_kernels.weights import LowRank, Pair, Place, Update
+from dsc_kernels.weights import LowRank, Pair, Place, Tuning, Update
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import Wanted
-from dsc_serve.model.adapter import Adapter, module_shapes
+from dsc_serve.model.adapter import Adapter, BankTenant, module_shapes
 from dsc_serve.model.config import ModelConfig
 
 TENSORS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
@@ -85,6 +85,7 @@ class Bound:
 
     nbytes: int
     bases: Sequence[Basis] = ()
+    tunings: Mapping[int, Tuning] = field(default_factory=dict)
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         return [LowRank(torch.ones(1, 1), torch.ones(1, 1))] if (layer, module) == (0, "q") else []
@@ -101,7 +102,9 @@ class PretendedDecoder:
     def basis(self, pairs: Mapping[Place, Pair]) -> Basis:
         raise AssertionError("no adapter here has any")
 
-    def adapter(self, updates: Mapping[Place, Update], basis: Basis | None = None) -> Bound:
+    def adapter(
+        self, updates: Mapping[Place, Update], basis: Basis | None = None, tenant: BankTenant | None = None
+    ) -> Bound:
         return self._make(self.nbytes)
 
     def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> Bound:

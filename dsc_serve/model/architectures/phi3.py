@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dsc_serve.model.adapter import shared_size
 from dsc_serve.model.architectures.family import (
     ATTENTION,
     LLAMA_MODULES,
@@ -15,7 +16,7 @@ from dsc_serve.model.architectures.family import (
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
-from dsc_serve.model.config import DenseConfig, ModelConfig
+from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.source import Stored
 
 MODULES = {
@@ -33,13 +34,12 @@ def fields(s: Settings) -> Fields:
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
     found = dict(stored)
-    assert isinstance(config.ffn, DenseConfig)
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}."
         sizes = {"q": config.query_size, "k": config.kv_size, "v": config.kv_size}
         qkv = {f"{layer}self_attn.{part}_proj.weight": size for part, size in sizes.items()}
         split_rows(found, f"{layer}self_attn.qkv_proj.weight", qkv, s.path)
-        halves = {f"{layer}mlp.{part}_proj.weight": config.ffn.size for part in ("gate", "up")}
+        halves = {f"{layer}mlp.{part}_proj.weight": shared_size(config) for part in ("gate", "up")}
         split_rows(found, f"{layer}mlp.gate_up_proj.weight", halves, s.path)
     return found
 

@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsc_kernels.weights import LowRank
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.canonical import CanonicalForm
 from dsc_serve.model.cores.files import SHOWN, StoredBasis, StoredCores, read_cores
 from dsc_serve.model.cores.reader import find_basis
-from dsc_serve.model.peft.inspection import certificate, norms_by_kind, place, shown
+from dsc_serve.model.peft.inspection import certificate, contents, norms_by_kind, place, shown
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,15 @@ def report_cores(inspected: InspectedCores, forms: Mapping[str, CanonicalForm], 
     yield from norms_by_kind(forms)
     if atoms is not None:
         yield from certificate(forms, atoms)
+
+
+def content_of_cores(
+    inspected: InspectedCores, forms: Mapping[str, CanonicalForm], atoms: int | None
+) -> dict[str, Any]:
+    """The same for programs; error: the share of an update's spectral norm that the basis leaves out, where known."""
+    own, modules = inspected.own, contents(inspected.modules, forms, atoms)
+    for name, module in modules.items():
+        module["on_basis"] = name in own.cores
+        if name in own.certificate:
+            module["error"] = own.certificate[name].share
+    return {"kind": own.kind, "base": own.base, "basis": own.basis, "bytes": inspected.nbytes, "modules": modules}

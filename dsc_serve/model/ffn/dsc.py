@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
 from dsc_kernels.quantised import QuantisedWeight, Weight
-from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs
+from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs, Tuning
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import Picks
@@ -49,7 +49,7 @@ class DscFfn:
     """The bank is projected once, here, and the router's norm folded into its weight; both then stay where they are.
 
     u, v: the projected bank [M, d]; gamma float32 [d] or [1]. planner: decides which steps are grouped, None: none is.
-    trace: gets the picks of every step where it is set.
+    trace: gets the picks of every step where it is set. silent: γ is 0, and only tokens with a tuning are routed.
     """
 
     planner: plan.Planner | None = None
@@ -62,11 +62,13 @@ class DscFfn:
         self.u, self.v = place.weights("bank", [self._bank(name, tensors[name]) for name in ("atoms_u", "atoms_v")])
         self.u, self.v = (in_place(within(bank)) for bank in (self.u, self.v))
         self.gamma = place.tensor(tensors["gamma"], torch.float32)
+        self.silent = not bool(as_tensor(tensors["gamma"], torch.float32).any())
         router = folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None)
+        self._bias = router.bias
         self._router_row = quantised_row(router.weight)
         self.layer = ops.ffn(
             mlp_weights(config, tensors, place, "static."),
-            FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps),
+            FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps, silent=self.silent),
             router,
             AtomBank(self.u, self.v, self.gamma),
         )
@@ -104,6 +106,11 @@ class DscFfn:
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         grouped, picks, _, signal = self.outputs(x.shape[0])
         return self.layer(x, residual, grouped, picks, signal, adapted=adapted)
+
+    def tuning(self, bias: Tensor, gamma: Tensor) -> Tuning:
+        """What a tenant has of its own here: what it adds to the router's bias, [M], and its γ [d], both float32."""
+        own = bias.to(self.gamma.device)
+        return Tuning(own.clone() if self._bias is None else self._bias + own, gamma.to(self.gamma.device))
 
     def outputs(self, tokens: int, reporting: bool = False) -> LayerOutputs:
         """What the layer gives besides its output with so many tokens; reporting: to tell picks to `record`."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsc_kernels.weights import LowRank
 from dsc_serve.files import CheckpointError
@@ -76,6 +77,23 @@ def norms_by_kind(forms: Mapping[str, CanonicalForm]) -> Iterator[str]:
             f"  {kind}: {len(names)} modules, {norms[weakest]:.4g} ({place(weakest)}) to {norms[strongest]:.4g} "
             f"({place(strongest)}), median {median:.4g}"
         )
+
+
+def content(inspected: Inspected, forms: Mapping[str, CanonicalForm], atoms: int | None) -> dict[str, Any]:
+    """The same for programs."""
+    claims, modules = inspected.claims, contents(inspected.modules, forms, atoms)
+    return {"kind": claims.form.lower(), "base": claims.base, "bytes": inspected.nbytes, "modules": modules}
+
+
+def contents(
+    modules: Mapping[str, LowRank], forms: Mapping[str, CanonicalForm], atoms: int | None
+) -> dict[str, dict[str, Any]]:
+    """Of each module rank, scale and spectral norm, and what the strongest atoms leave out."""
+    return {
+        name: {"rank": own.rank, "scale": own.scale, "norm": forms[name].norm}
+        | ({} if atoms is None else {"left_out": forms[name].left_out(atoms)})
+        for name, own in modules.items()
+    }
 
 
 def certificate(forms: Mapping[str, CanonicalForm], atoms: int) -> Iterator[str]:

@@ -73,7 +73,7 @@ class Base:
             made = self._family.tensors(stored, self._settings, self._config)
             found = {name: own.read() for name, own in made.items()}
         for key, name, rows in module.parts:
-            part = found.pop(f"{name}.weight")
+            part = found.pop(f"{name if f'{name}.weight' in found else name.replace('.mlp.static.', '.mlp.')}.weight")
             assert part.shape == (rows, up.shape[1]), (module.name, name, part.shape)
             yield key, part.contiguous()
         assert not found, (module.name, sorted(found))
@@ -92,6 +92,10 @@ def linear_modules(config: ModelConfig, named: Mapping[str, tuple[str, ...]]) ->
     for layer in range(config.num_hidden_layers):
         for template, below in named.items():
             names = [f"model.layers.{layer}.{own}" for own in below]
+            if named is not OWN_MODULES:  # a layer that was grafted upon has its MLP at another name
+                names = [
+                    name if f"{name}.weight" in shapes else name.replace(".mlp.", ".mlp.static.") for name in names
+                ]
             found = [shapes.get(f"{name}.weight") for name in names]
             if all(shape is not None for shape in found):
                 sizes = [torch.Size(shape or ()) for shape in found]

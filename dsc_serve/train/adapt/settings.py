@@ -15,6 +15,7 @@ from dsc_serve.model.peft.config import MAX_RANK
 from dsc_serve.model.schema import Size, Strict
 from dsc_serve.train.settings import MAX_SEED, Count, Positive, Share
 
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 R = TypeVar("R", bound="AdapterRunSettings")
 
 
@@ -69,6 +70,25 @@ class CoreSettings(LowRankSettings):
 
     kind: Literal["lora-xs"] = "lora-xs"
     rate: Positive = 2e-3
+
+
+class BranchSettings(AdapterRunSettings):
+    """One run of a DSC branch. rate: of the bank's atoms; its router's is ROUTER_FACTOR times that.
+
+    tenant_factor: times rate, of the tenants' biases and scales. gamma: what scales begin with. losses: factors of the
+    paper's terms of the branch, of which a bank that is frozen has the last two alone, each tenant its own.
+    """
+
+    kind: Literal["dsc"] = "dsc"
+    rows: Size = 1
+    rate: Positive = 6e-4
+    tenant_factor: Positive = 5.0
+    gamma: Positive = 0.1
+    load: Factor = 0.01
+    frame: Factor = 0.001
+    budget: Factor = 0.01
+    z: Factor = 1e-4
+    signal_floor: Factor = 1.0
 
 
 def adapt_settings(changes: Sequence[str]) -> AdaptSettings:

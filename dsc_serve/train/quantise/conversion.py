@@ -95,16 +95,16 @@ class Conversion:
             squares = products.squares
             for part in "kv":
                 squares[f"{prefix}self_attn.{part}_proj.weight"] = squares[f"{prefix}self_attn.q_proj.weight"]
-        routed = self._folded(prefix, wide)
+        routed = self._folded(i, prefix, wide)
         for name, tensor in routed.items():
             self._take(name, read[name] if tensor is wide.get(name) else tensor, squares.get(name))
         if not inputs:
             return inputs
         return after.run(after.layer(i, {name: dequantised(self.tensors[name]) for name in routed}), inputs)
 
-    def _folded(self, prefix: str, wide: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _folded(self, i: int, prefix: str, wide: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same, where they are rounded with the router's norm folded into it and the bank's rows projected."""
-        found, c = dict(wide), self.config.ffn
+        found, c = dict(wide), self.config.layers[i].ffn
         if not isinstance(c, DscConfig):
             return found
         mlp = f"{prefix}mlp."

@@ -87,7 +87,8 @@ Signature ffn_layer_signature("ffn_layer",
                               {F(is_bf16), F(up), F(gate), F(down), F(up_bias), F(gate_bias), F(down_bias), F(router),
                                F(up_format), F(gate_format), F(down_format), F(router_format), F(u_format), F(v_format),
                                F(router_bias), F(u), F(v), F(gamma), F(d), F(hidden), F(atoms), F(tau), F(eps),
-                               F(norm_eps), F(k), F(rank), F(scalar_gamma), F(activation), SCREEN(FfnLayer)});
+                               F(norm_eps), F(k), F(rank), F(scalar_gamma), F(silent), F(activation),
+                               SCREEN(FfnLayer)});
 #undef F
 
 PyObject* ffn_layer(PyObject*, PyObject* const* values, Py_ssize_t given, PyObject* names) {

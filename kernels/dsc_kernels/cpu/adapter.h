@@ -64,7 +64,8 @@ struct Branch {
       }
       if (own > width) width = own;
     }
-    rows = scratch.take<float>(tokens * width);
+    if (!width) adapted = nullptr;  // tenants of a bank alone
+    else rows = scratch.take<float>(tokens * width);
   }
 
   // The same for the tokens from the t-th on.

@@ -44,9 +44,17 @@ struct LowRank {
 // The products of a layer that can be adapted: attention's projections, and those of the MLP that every token takes.
 enum AdaptedModule { Q, K, V, O, GATE, UP, DOWN, ADAPTED_MODULES };
 
+// What a tenant of a bank of atoms has of its own in one layer, instead of the layer's; without a bias it has nothing.
+struct Tuning {
+  const float* bias;   // of the router [panels · 16], −∞ behind the last atom
+  const float* gamma;  // [d]
+  const float* slack;  // one number: of a screened router's bounds, by this bias
+};
+
 // Neighbouring tokens with the same adapter, or the same sum of `parts` adapters.
 struct AdapterRun {
   const LowRank* updates;  // [layers, ADAPTED_MODULES, parts]
+  const Tuning* tunings;   // [layers] or null
   int64_t parts, first, count;
 };
 
@@ -60,6 +68,12 @@ struct Adapted {
   // The first of a run's updates of a module; those of the modules after it follow.
   const LowRank* updates(int64_t run, int module) const {
     return runs[run].updates + (layer * ADAPTED_MODULES + module) * runs[run].parts;
+  }
+
+  // What the tokens of a run have of their own of a bank; null: nothing.
+  const Tuning* tuning(int64_t run) const {
+    const Tuning* own = runs[run].tunings ? runs[run].tunings + layer : nullptr;
+    return own && own->bias ? own : nullptr;
   }
 };
 
@@ -149,6 +163,7 @@ struct Ffn {
   int k;             // atoms or adapters picked per token
   int rank;          // rows of an adapter; 0: atoms are picked
   int scalar_gamma;  // whether gamma is one number
+  int silent;        // whether gamma is 0: only tokens with a tuning of their own are routed
   int activation;    // an Activation
   int threads;
   int grouped;        // compose each thread's tokens in min-hash order, see grouping.h

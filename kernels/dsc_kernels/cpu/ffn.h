@@ -10,17 +10,18 @@
 
 DSC_KERNELS_BEGIN
 
-// What the first products need to know of tokens first … last − 1 (of the whole batch); buffers begin at token `base`.
+// What the first products need to know of the buffers' tokens, which begin at `base`: share `id` of `n` of `count`.
 template <typename T>
-INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last) {
-  for (int64_t t = first; t < last; t++) {
-    const T* x = (const T*)a.x + t * a.d;
-    if (b.x_bytes.values) b.x_bytes.round_token(t - base, x, a.d);
+INLINE void ffn_read(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t count, int64_t id, int64_t n) {
+  const T* rows = (const T*)a.x + base * a.d;
+  if (b.x_bytes.values)
+    for (int64_t t = split_point(count, id, n); t < split_point(count, id + 1, n); t++)
+      b.x_bytes.round_token(t, rows + t * a.d, a.d);
+  for (int64_t own = split_point(b.routed, id, n); own < split_point(b.routed, id + 1, n); own++) {
+    const T* x = rows + b.token(own) * a.d;
     if (b.wide)
-      for (int64_t i = 0; i < a.d; i++) b.wide[(t - base) * a.d + i] = to_float(x[i]);
-    if (a.atoms == 0) continue;
+      for (int64_t i = 0; i < a.d; i++) b.wide[own * a.d + i] = to_float(x[i]);
     float rstd = a.norm_eps >= 0 ? reciprocal_std(x, a.d, a.norm_eps) : 1.0f;
-    int64_t own = t - base;
     b.logit_scales[own] = a.screen.rows ? quantise(x, a.d, rstd, b.shifted + own * b.shifted_stride, b.outliers[own])
                                     : LogitScale{rstd, rstd, 0, 0};
   }
@@ -38,12 +39,13 @@ struct FirstShare {
 };
 
 // Panels first … last − 1 of the router's logits, which raise `peaks`.
-template <typename T>
-INLINE void ffn_logits(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x, int64_t count, float* peaks,
+template <typename T, typename Bias>
+INLINE void ffn_logits(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x, const Bias& bias, float* peaks,
                        int64_t worker, int64_t first, int64_t last) {
-  Logits logits = {b.logit_scales, a.router_bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
+  Logits<Bias> logits = {b.logit_scales, bias, b.logits, b.logit_stride, peaks, slots_of(a.k)};
+  int64_t count = b.routed;
   if (a.screen.rows) {
-    Bounds bounds = {logits, a.screen, b.outliers};
+    Bounds<Bias> bounds = {logits, a.screen, b.outliers};
     multiply<int8_t>(a.screen.packed, b.shifted, b.shifted_stride, nullptr, count, a.d, bounds, first, last);
   } else if (a.router_format) {
     // what is picked hangs on small differences: its inputs stay as they are
@@ -51,7 +53,7 @@ INLINE void ffn_logits(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x,
     multiply_dequantised((const uint8_t*)a.router, *a.router_format, wide, b.wide ? a.d : x.stride, count, a.d, logits,
                          first, last, b.panels + worker * a.d * LANES);
   } else {
-    multiply<T>((const T*)a.router, x.rows, x.stride, nullptr, count, a.d, logits, first, last);
+    multiply<T>((const T*)a.router, x.rows, x.stride, b.rows, count, a.d, logits, first, last);
   }
 }
 
@@ -69,13 +71,14 @@ INLINE void ffn_first(const Ffn& a, const FfnBuffers<T>& b, const Inputs<T>& x, 
   typedef typename Input<T>::type I;
   int64_t routed_cost = a.screen.rows ? 32 : cost_of<T>(a.router_format);
   int64_t width_cost = cost_of<T>(a.up_format) + (a.gate ? cost_of<T>(a.gate_format) : 0);
-  FirstShare share = {panel_count(a.atoms), panel_count(a.hidden), routed_cost, width_cost, id, n}, next = share;
+  FirstShare share = {b.routed > 0 ? panel_count(a.atoms) : 0, panel_count(a.hidden), routed_cost, width_cost, id, n}, next = share;
   next.i++;
-  float* peaks = a.atoms > 0 ? b.peaks + id * b.peaks_size : nullptr;
-  if (a.atoms > 0)
-    for (int64_t i = 0; i < count * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
+  float* peaks = b.routed > 0 ? b.peaks + id * b.peaks_size : nullptr;
+  for (int64_t i = 0; i < b.routed * slots_of(a.k) * LANES; i += LANES) store(peaks + i, splat(-INFINITY));
   if (share.router_panel() < next.router_panel()) {
-    ffn_logits<T>(a, b, x, count, peaks, id, share.router_panel(), next.router_panel());
+    int64_t first = share.router_panel(), last = next.router_panel();
+    if (b.tunings) ffn_logits<T>(a, b, x, TunedBias{b.tunings}, peaks, id, first, last);
+    else ffn_logits<T>(a, b, x, LayerBias{a.router_bias, a.screen.slack}, peaks, id, first, last);
     timer.end(ROUTER);
   }
   int64_t from = share.static_panel(), to = next.static_panel();
@@ -102,7 +105,7 @@ template <typename T>
 INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t count, int64_t id, int64_t n) {
   int64_t panels = panel_count(a.d);
   const T* residual = a.residual ? (const T*)a.residual + base * a.d : nullptr;
-  Epilogue e = {a.down_bias, NONE, nullptr, a.atoms > 0 ? b.dynamic : nullptr, residual, a.d};
+  Epilogue e = {a.down_bias, NONE, nullptr, b.routed > 0 ? b.dynamic : nullptr, residual, a.d};
   if (b.down.adapted) e.branch = &b.down;
   gemm<T, T>({a.down, a.down_format}, Inputs<T>{b.hidden, b.hidden_stride, b.hidden_bytes}, nullptr, count, a.hidden,
              a.d, e, (T*)a.out + base * a.d, split_point(panels, id, n), split_point(panels, id + 1, n));
@@ -112,18 +115,20 @@ template <typename T>
 void ffn(const Ffn& a) {
   if (a.batch <= SMALL_BATCH) {
     FfnBuffers<T> b(a, a.batch, a.threads);
+    b.bind(a, 0, a.batch);
     const Inputs<T> x = {pack_inputs<T>(a.x, 0, a.batch, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
     clear_padding(b.hidden, a.batch, a.hidden);
-    bool reads = a.atoms > 0 || b.x_bytes.values, alone = a.batch <= READ_ALONE, adapted = a.adapted.run_count > 0;
-    if (reads && alone) ffn_read<T>(a, b, 0, 0, a.batch);
+    bool routes = b.routed > 0, reads = routes || b.x_bytes.values;
+    bool alone = a.batch <= READ_ALONE, adapted = b.gate.adapted || b.up.adapted || b.down.adapted;
+    if (reads && alone) ffn_read<T>(a, b, 0, a.batch, 0, 1);
 #pragma omp parallel num_threads(a.threads)
     {
       int64_t id = omp_get_thread_num(), n = omp_get_num_threads();
       int64_t first = split_point(a.batch, id, n), last = split_point(a.batch, id + 1, n);
       PhaseTimer timer(a.phase_ns, FFN_PHASES, id);
       if (reads && !alone) {
-        ffn_read<T>(a, b, 0, first, last);
-        timer.end(a.atoms > 0 ? ROUTER : STATIC);
+        ffn_read<T>(a, b, 0, a.batch, id, n);
+        timer.end(routes ? ROUTER : STATIC);
       }
       if (adapted) {
         ffn_contract<T>(a, b, x.rows, a.batch, id, n);
@@ -141,12 +146,12 @@ void ffn(const Ffn& a) {
         contract<T>(b.hidden, b.hidden_stride, a.batch, a.hidden, id, n, b.down);
         timer.end(STATIC);
       }
-      if (a.atoms > 0 || rounds) {
+      if (routes || rounds) {
         ffn_round<T>(a, b, first, last);
-        if (a.atoms > 0) ffn_route<T>(a, b, 0, first, last, id, (int)n);
-        timer.end(a.atoms > 0 ? COMPOSE : STATIC);
+        if (routes) ffn_route<T>(a, b, 0, split_point(b.routed, id, n), split_point(b.routed, id + 1, n), id, (int)n);
+        timer.end(routes ? COMPOSE : STATIC);
       }
-      if (a.atoms > 0 || rounds || adapted) {
+      if (routes || rounds || adapted) {
 #pragma omp barrier
         timer.end(WAITING);
       }
@@ -166,14 +171,15 @@ void ffn(const Ffn& a) {
     for (int64_t t = 0; t < a.batch; t += chunk) {
       int64_t count = a.batch - t < chunk ? a.batch - t : chunk;
       PhaseTimer timer(a.phase_ns, FFN_PHASES, omp_get_thread_num());
-      ffn_read<T>(a, b, t, t, t + count);
-      timer.end(a.atoms > 0 ? ROUTER : STATIC);
+      b.bind(a, t, count);
+      ffn_read<T>(a, b, t, count, 0, 1);
+      timer.end(b.routed > 0 ? ROUTER : STATIC);
       const Inputs<T> x = {pack_inputs<T>(a.x, t, count, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
       b.gate.base = b.up.base = b.down.base = t;
       ffn_contract<T>(a, b, x.rows, count, 0, 1);
       ffn_first<T>(a, b, x, count, 0, 1, timer);
       ffn_round<T>(a, b, 0, count);
-      if (a.atoms > 0) ffn_route<T>(a, b, t, t, t + count, 0, 1), timer.end(COMPOSE);
+      if (b.routed > 0) ffn_route<T>(a, b, t, 0, b.routed, 0, 1), timer.end(COMPOSE);
       contract<T>(b.hidden, b.hidden_stride, count, a.hidden, 0, 1, b.down);
       ffn_second<T>(a, b, t, count, 0, 1);
       timer.end(STATIC);

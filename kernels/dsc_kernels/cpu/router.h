@@ -27,22 +27,39 @@ INLINE void raise(float* peaks, int64_t slots, int64_t t, int64_t n, vf v) {
   store(peak, v > held ? v : held);  // a NaN raises nothing
 }
 
+// The router's bias [panels · 16], −∞ behind the last atom, and what bounds by it need: the same of all tokens …
+struct LayerBias {
+  const float* bias;
+  float slack;
+  INLINE const float* of(int64_t) const { return bias; }
+  INLINE float slack_of(int64_t) const { return slack; }
+};
+
+// … or each token's own.
+struct TunedBias {
+  const Tuning* tunings;  // [tokens]
+  INLINE const float* of(int64_t t) const { return tunings[t].bias; }
+  INLINE float slack_of(int64_t t) const { return *tunings[t].slack; }
+};
+
+template <typename Bias>
 struct Logits {
   const LogitScale* logit_scales;
-  const float* bias;  // [panels · 16]; −∞ behind the last atom
+  Bias bias;
   float* logits;
   int64_t stride;
   float* peaks;
   int64_t slots;
   INLINE void operator()(vf v, int64_t t, int64_t n) const {
-    v = logit_scales[t].scale * v + load(bias + n);
+    v = logit_scales[t].scale * v + load(bias.of(t) + n);
     store(logits + t * stride + n, v);
     raise(peaks, slots, t, n, v);
   }
 };
 
+template <typename Bias>
 struct Bounds {
-  Logits to;
+  Logits<Bias> to;
   const Screen& screen;
   const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
@@ -50,8 +67,8 @@ struct Bounds {
     vi shift;
     memcpy(&shift, screen.shifts + n, sizeof shift);
     vf product = __builtin_convertvector(v - shift, vf) * load(screen.steps + n);
-    vf logit = r.scale * product + load(to.bias + n);
-    vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + screen.slack;
+    vf logit = r.scale * product + load(to.bias.of(t) + n);
+    vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + to.bias.slack_of(t);
     store(to.logits + t * to.stride + n, logit + error);
     raise(to.peaks, to.slots, t, n, logit - error);
   }
@@ -117,8 +134,8 @@ INLINE int64_t find_candidates(const float* logits, int64_t size, float bound, i
   return count;
 }
 
-template <int P, int TT>
-INLINE void start(const Bounds& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
+template <typename Bias, int P, int TT>
+INLINE void start(const Bounds<Bias>& sink, const int8_t* w, int64_t panel, int64_t t, vi (&acc)[P][TT]) {
   add_outliers(sink.outliers + t, w, panel, acc);
 }
 

@@ -14,6 +14,9 @@
 DSC_KERNELS_BEGIN
 
 // Intermediate results of an FFN for `tokens` tokens by `workers` threads, laid out in one piece of scratch.
+//
+// What is about routing has a place for each token that is routed, in their order: these are all, but in a layer that is
+// silent only those with a tuning of their own.
 template <typename T>
 struct FfnBuffers {
   typedef typename Input<T>::type I;
@@ -22,7 +25,7 @@ struct FfnBuffers {
   I* x = nullptr;                      // [tokens, round_up_2(d)]
   I* hidden = nullptr;                 // [tokens, hidden_stride]
   Bytes x_bytes, hidden_bytes;         // the same in int8, where weights are quantised
-  float* wide = nullptr;               // [tokens, d]: x in float32, where tiles read it otherwise and the router is quantised
+  float* wide = nullptr;               // [tokens, d]: x of the routed in float32, where the router is quantised
   float* panels = nullptr;             // [workers, d · 16]: the router's, where it is quantised
   float* logits = nullptr;             // [tokens, logit_stride]; screened, upper bounds
   float* peaks = nullptr;              // [workers, tokens, slots, 16]
@@ -36,6 +39,9 @@ struct FfnBuffers {
   int32_t* order = nullptr;            // [tokens]
   uint64_t* keys = nullptr;            // [tokens, 2]
   Branch gate, up, down;               // what adapters add to the static MLP's products
+  int32_t* rows = nullptr;             // [tokens]: the routed ones, from the buffers' first token on; null: all
+  Tuning* tunings = nullptr;           // [tokens], of the routed ones; null: all have the layer's
+  int64_t routed = 0;                  // how many there are
 
   INLINE FfnBuffers(const Ffn& a, int64_t tokens, int workers)
       : logit_stride(panel_count(a.atoms) * LANES), hidden_stride(round_up_2(a.hidden)),
@@ -48,9 +54,11 @@ struct FfnBuffers {
     down = Branch(a.adapted, DOWN, 1, sizeof(T) == 2, tokens, scratch);
     if (a.up_format || a.gate_format) x_bytes.take(scratch, tokens, a.d);
     if (a.down_format) hidden_bytes.take(scratch, tokens, a.hidden);
-    if (a.atoms == 0) return;
+    if (a.atoms == 0 || (a.silent && !tuned(a))) return;
+    if (tuned(a)) tunings = scratch.take<Tuning>(tokens);
+    if (a.silent) rows = scratch.take<int32_t>(tokens);
     if (a.router_format) {
-      if (sizeof(I) < sizeof(float)) wide = scratch.take<float>(tokens * a.d);
+      if (sizeof(I) < sizeof(float) || rows) wide = scratch.take<float>(tokens * a.d);
       panels = scratch.take<float>(workers * a.d * LANES);
     }
     logits = scratch.take<float>(tokens * logit_stride);
@@ -68,6 +76,49 @@ struct FfnBuffers {
     order = scratch.take<int32_t>(tokens);
     keys = scratch.take<uint64_t>(tokens * 2);
   }
+
+  // Whether any token has a tuning of its own.
+  static INLINE bool tuned(const Ffn& a) {
+    for (int64_t run = 0; run < a.adapted.run_count; run++)
+      if (a.adapted.tuning(run)) return true;
+    return false;
+  }
+
+  // Find which of the tokens base … base + count − 1 are routed, and how. Those that are not pick nothing.
+  INLINE void bind(const Ffn& a, int64_t base, int64_t count) {
+    routed = dynamic ? count : 0;
+    if (!tunings) {
+      if (a.silent)
+        for (int64_t t = base; t < base + count; t++) pick_nothing(a, t);
+      return;
+    }
+    const Tuning own = {a.router_bias, nullptr, &a.screen.slack};
+    routed = 0;
+    for (int64_t t = 0; t < count; t++) {
+      int32_t run = a.adapted.run_of[base + t];
+      const Tuning* tuning = run < 0 ? nullptr : a.adapted.tuning(run);
+      if (!tuning && rows) {
+        pick_nothing(a, base + t);
+        memset(dynamic + t * a.d, 0, a.d * sizeof *dynamic);
+        continue;
+      }
+      tunings[routed] = tuning ? *tuning : own;
+      if (rows) rows[routed] = (int32_t)t;
+      routed++;
+    }
+  }
+
+  static INLINE void pick_nothing(const Ffn& a, int64_t t) {
+    for (int j = 0; a.picks && j < a.k; j++) a.picks[t * a.k + j] = j;
+    for (int j = 0; a.weights && j < a.k; j++) a.weights[t * a.k + j] = 0;
+    if (a.signal) a.signal[t] = 0;
+  }
+
+  // The token of a place among the routed, from the buffers' first one on.
+  INLINE int64_t token(int64_t place) const { return rows ? rows[place] : place; }
+  INLINE const float* bias(const Ffn& a, int64_t place) const {
+    return tunings ? tunings[place].bias : a.router_bias;
+  }
 };
 
 // A token on its way from logits to its atoms. It has candidates, with their logits or, screened, upper bounds.
@@ -83,12 +134,13 @@ template <typename T>
 struct Routing {
   const Ffn& a;
   const FfnBuffers<T>& b;
-  int64_t base;          // the buffers' first token
+  int64_t base;          // the buffers' first token; below, tokens are named by their places among the routed
   int writers;           // threads that shared the router's panels
   Selection ring[4];     // of the tokens that are on their way
   int64_t rescored = 0;  // rows
 
-  INLINE const T* x(int64_t t) const { return (const T*)a.x + t * a.d; }
+  INLINE int64_t token(int64_t t) const { return base + b.token(t); }  // of the whole batch
+  INLINE const T* x(int64_t t) const { return (const T*)a.x + token(t) * a.d; }
   // What a function makes of rows in their format.
   template <typename Use>
   INLINE auto with_rows(const void* rows, const RowFormat* f, const Use& use) const {
@@ -101,7 +153,7 @@ struct Routing {
     float product = with_rows(a.screen.rows, a.screen.rows_format, [&](const auto& r) __attribute__((always_inline)) {
       return r.product(x(t), atom);
     });
-    return b.logit_scales[t - base].rstd * product + a.router_bias[atom];
+    return b.logit_scales[t].rstd * product + b.bias(a, t)[atom];
   }
 
   INLINE void select_best(Selection& c, float tau) const {
@@ -113,8 +165,8 @@ struct Routing {
   INLINE void scan_candidates(int64_t t) {
     Selection& c = ring[t & 3];
     int64_t slots = slots_of(a.k);
-    c.values = b.logits + (t - base) * b.logit_stride;
-    float bound = reached(b.peaks + (t - base) * slots * LANES, slots, writers, b.peaks_size, a.k, a.tau);
+    c.values = b.logits + t * b.logit_stride;
+    float bound = reached(b.peaks + t * slots * LANES, slots, writers, b.peaks_size, a.k, a.tau);
     c.count = find_candidates(c.values, a.atoms, bound, c.candidates);
     for (int64_t i = 0; i < c.count; i++) c.values[i] = c.values[c.candidates[i]];
     if (!a.screen.rows) return;
@@ -149,9 +201,10 @@ struct Routing {
     float signal = 0;
     if (a.rank > 0) softmax(c.weights, a.k);
     else signal = coefficients(c.weights, a.k, a.eps);
-    if (a.picks) memcpy(a.picks + t * a.k, c.atoms, a.k * sizeof *c.atoms);
-    if (a.weights) memcpy(a.weights + t * a.k, c.weights, a.k * sizeof *c.weights);
-    if (a.signal) a.signal[t] = signal;
+    int64_t row = token(t);
+    if (a.picks) memcpy(a.picks + row * a.k, c.atoms, a.k * sizeof *c.atoms);
+    if (a.weights) memcpy(a.weights + row * a.k, c.weights, a.k * sizeof *c.weights);
+    if (a.signal) a.signal[row] = signal;
   }
 
   // Picked adapters become the rows that they consist of, each with its adapter's weight.
@@ -170,9 +223,13 @@ struct Routing {
   }
 
   INLINE void compose_token(int64_t t, Selection& c) const {
+    const float* own = b.tunings ? b.tunings[t].gamma : nullptr;
+    const float* gamma = own ? own : a.gamma;
+    bool scalar = !own && a.scalar_gamma;
+    float* y = b.dynamic + b.token(t) * a.d;
     with_rows(a.u, a.u_format, [&](const auto& u) __attribute__((always_inline)) {
       with_rows(a.v, a.v_format, [&](const auto& v) __attribute__((always_inline)) {
-        compose(x(t), u, v, a.gamma, a.scalar_gamma, c.atoms, c.weights, picks(), a.d, b.dynamic + (t - base) * a.d);
+        compose(x(t), u, v, gamma, scalar, c.atoms, c.weights, picks(), a.d, y);
       });
     });
   }
@@ -180,7 +237,7 @@ struct Routing {
   INLINE int picks() const { return a.rank > 0 ? a.k * a.rank : a.k; }
 };
 
-// Tokens first … last − 1 (of the whole batch) follow each other a phase apart: rows travel from memory while others are
+// Routed tokens first … last − 1 follow each other a phase apart: rows travel from memory while others are
 // worked on.
 template <typename T>
 INLINE void route_in_order(Routing<T>& r, int64_t first, int64_t last) {
@@ -196,9 +253,9 @@ INLINE void route_in_order(Routing<T>& r, int64_t first, int64_t last) {
 template <typename T>
 INLINE void route_grouped(Routing<T>& r, int64_t first, int64_t last) {
   const Ffn& a = r.a;
-  int64_t own = first - r.base, count = last - first;
-  int32_t *picks = r.b.picks + own * a.k, *order = r.b.order + own;
-  float* weights = r.b.weights + own * a.k;
+  int64_t count = last - first;
+  int32_t *picks = r.b.picks + first * a.k, *order = r.b.order + first;
+  float* weights = r.b.weights + first * a.k;
   for (int64_t t = first; t < last + 2; t++) {
     if (t < last) r.scan_candidates(t);
     if (a.screen.rows && t - 1 >= first && t - 1 < last) r.prune(t - 1);
@@ -208,7 +265,7 @@ INLINE void route_grouped(Routing<T>& r, int64_t first, int64_t last) {
     memcpy(picks + (t - 2 - first) * a.k, c.atoms, a.k * sizeof *c.atoms);
     memcpy(weights + (t - 2 - first) * a.k, c.weights, a.k * sizeof *c.weights);
   }
-  min_hash_order(picks, count, a.k, r.b.keys + 2 * own, order);
+  min_hash_order(picks, count, a.k, r.b.keys + 2 * first, order);
   Selection& c = r.ring[0];
   for (int64_t i = 0; i < count; i++) {
     memcpy(c.atoms, picks + order[i] * a.k, a.k * sizeof *c.atoms);
@@ -218,7 +275,7 @@ INLINE void route_grouped(Routing<T>& r, int64_t first, int64_t last) {
   }
 }
 
-// Selection and composition of tokens first … last − 1 by one of the workers.
+// Selection and composition of the routed tokens first … last − 1 by one of the workers; the buffers begin at `base`.
 template <typename T>
 INLINE void ffn_route(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64_t first, int64_t last, int64_t worker,
                       int writers) {

@@ -30,6 +30,7 @@ from dsc_kernels.plain import norm as norm
 from dsc_kernels.plain import stack as stack
 from dsc_kernels.plain import store_kv as store_kv
 from dsc_kernels.quantised import QuantisedWeight, Weight
+from dsc_kernels.tunings import tuned_layer, tuned_runs
 from dsc_kernels.weights import (
     WHOLE,
     Activation,
@@ -186,6 +187,10 @@ class Ffn:
         r, o = self.router, self.options
         u, v = (dense(rows, self.dtype) for rows in (self.bank.u, self.bank.v))
         gamma = self.bank.gamma
+        runs = tuned_runs(adapted)
+        if runs or o.silent:
+            out, picked, *strengths = tuned_layer(x, self.static(x, adapted), runs, r, AtomBank(u, v, gamma), o)
+            return (out if residual is None else out + residual), (picked.int(), strengths[0], strengths[1])
         logits, maxima = router_logits(x, dense(r.weight, self.dtype), r.bias, o.tau, r.norm_eps)
         static = self.static(x, adapted)
         if not grouped and (self.d < WIDE or x.shape[0] > FEW_TOKENS):

@@ -9,9 +9,10 @@ from itertools import product
 from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from dsc_kernels import backend
-from dsc_kernels.adapters import bases_of, check_updates
+from dsc_kernels.adapters import bases_of, check_tunings, check_updates, tuned_part
 from dsc_kernels.native.panels import (
     FIELDS,
     Modules,
@@ -24,8 +25,10 @@ from dsc_kernels.native.panels import (
     pair_sizes,
     whole,
 )
+from dsc_kernels.native.screen import SLACK, TINY, padded_bias
 from dsc_kernels.weights import (
     MODULES,
+    NOT_TUNED,
     Adapted,
     AdapterRun,
     Core,
@@ -34,19 +37,60 @@ from dsc_kernels.weights import (
     Module,
     Pair,
     Place,
+    Tuning,
     Update,
 )
 
 Table = Mapping[Place, Sequence[PackedUpdate]]
+NO_TUNING: Mapping[int, PackedTuning] = {}
+
+
+class PackedTuning:
+    """A tuning as a layer reads it: the bias in whole panels, γ, and what bounds by this bias must allow for."""
+
+    def __init__(self, atoms: int, bias: Tensor, gamma: Tensor, slack: Tensor) -> None:
+        self.atoms, self.bias, self.gamma, self.slack = atoms, bias, gamma, slack
+
+    @classmethod
+    def of(cls, own: Tuning) -> PackedTuning:
+        atoms = own.bias.shape[0]
+        slack = own.bias.abs().max() * SLACK + TINY
+        return cls(atoms, padded_bias(own.bias, atoms), own.gamma.clone(), slack.reshape(1))
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias.nbytes + self.gamma.nbytes + self.slack.nbytes
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        return self.bias.data_ptr(), self.gamma.data_ptr(), self.slack.data_ptr()
+
+    def scaled(self, weight: float) -> PackedTuning:
+        """The same with γ times a weight."""
+        return PackedTuning(self.atoms, self.bias, self.gamma * weight, self.slack)
+
+    def unpacked(self) -> Tuning:
+        return Tuning(self.bias[: self.atoms], self.gamma)
 
 
 class NativeAdapter:
     """Updates of one dtype for decoders whose layers have these modules; a sum reads the memory of its parts."""
 
     def __init__(
-        self, table: Table, modules: Modules, dtype: torch.dtype, nbytes: int, bases: Sequence[backend.Basis] = ()
+        self,
+        table: Table,
+        modules: Modules,
+        dtype: torch.dtype,
+        nbytes: int,
+        bases: Sequence[backend.Basis] = (),
+        tuned: Mapping[int, PackedTuning] = NO_TUNING,
     ) -> None:
         self.table, self.modules, self.dtype, self.nbytes, self.bases = table, modules, dtype, nbytes, bases
+        self.tuned = tuned
+        self._tunings = array("q")
+        for layer in range(len(modules) if tuned else 0):
+            self._tunings.extend(tuned[layer].fields if layer in tuned else (0, 0, 0))
+        self.tunings_address = self._tunings.buffer_info()[0] if tuned else 0
         self.parts = max((len(own) for own in table.values()), default=1)
         nothing = (0,) * FIELDS
         numbers = array("q")
@@ -61,6 +105,10 @@ class NativeAdapter:
         """Copies, made anew at each call."""
         return [own.unpacked() for own in self.table.get((layer, module), ())]
 
+    @property
+    def tunings(self) -> Mapping[int, Tuning]:
+        return {layer: own.unpacked() for layer, own in self.tuned.items()}
+
 
 def adapter(
     updates: Mapping[Place, Update],
@@ -68,8 +116,10 @@ def adapter(
     dtype: torch.dtype,
     device: torch.device,
     basis: backend.Basis | None = None,
+    tunings: Mapping[int, Tuning] = NOT_TUNED,
 ) -> NativeAdapter:
-    """Raises ValueError for an update of no module, or of another shape, and for a core that has no basis."""
+    """Raises ValueError for an update of no module, a tuning of no bank, one of another shape, a core without basis."""
+    check_tunings(tunings, modules)
     shared: Mapping[Place, PackedPair] = {}
     if basis is not None:
         if not isinstance(basis, NativeBasis) or basis.dtype != dtype or list(basis.modules) != list(modules):
@@ -96,7 +146,9 @@ def adapter(
         own = PackedUpdate(pair, room.memory, room.at, cores, core_at)
         room.take(4 * whole(update.rank)).view(torch.float32).zero_()[: update.rank].copy_(scale)
         table[layer, name] = [own]
-    return NativeAdapter(table, modules, dtype, room.nbytes, () if basis is None else (basis,))
+    tuned = {layer: PackedTuning.of(own) for layer, own in tunings.items()}
+    nbytes = room.nbytes + sum(own.nbytes for own in tuned.values())
+    return NativeAdapter(table, modules, dtype, nbytes, () if basis is None else (basis,), tuned)
 
 
 def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
@@ -108,7 +160,10 @@ def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
         joined.setdefault(place, []).append(replace(one, scales=room.memory, scale_at=room.at))
         torch.mul(one.scale, weight, out=room.take(one.scale.nbytes).view(torch.float32))
     first = native[0][0]
-    return NativeAdapter(joined, first.modules, first.dtype, room.nbytes, bases_of([part for part, _ in native]))
+    tuned_part(parts)  # raises where two are tenants
+    tuned = {layer: own.scaled(weight) for part, weight in native for layer, own in part.tuned.items()}
+    nbytes = room.nbytes + sum(own.gamma.nbytes for own in tuned.values())
+    return NativeAdapter(joined, first.modules, first.dtype, nbytes, bases_of([part for part, _ in native]), tuned)
 
 
 def checked(
@@ -132,7 +187,8 @@ def mlp_shapes(mlp: MlpWeights) -> dict[str, tuple[int, int]]:
 
 def addresses(adapters: Sequence[tuple[NativeAdapter, int, int]]) -> array[int]:
     """What C++ knows as AdapterRun, one after the other, of adapters with first tokens and counts."""
-    return array("q", [n for own, *tokens in adapters for n in (own.address, own.parts, *tokens)])
+    numbers = ((own.address, own.tunings_address, own.parts, *tokens) for own, *tokens in adapters)
+    return array("q", [n for run in numbers for n in run])
 
 
 class LayerRuns(NamedTuple):

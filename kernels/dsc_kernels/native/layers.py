@@ -14,6 +14,7 @@ from dsc_kernels.native.screen import NO_SCREEN, Rows, padded_bias, screen
 from dsc_kernels.native.tensors import address, check, check_all, is_bf16
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
+    ATOMS,
     MAX_PICKS,
     Activation,
     Adapted,
@@ -150,6 +151,8 @@ class Ffn(PackedLayer):
         hidden, d = mlp.up.shape
         super().__init__(d, mlp.up.dtype)
         self.module_shapes = mlp_shapes(mlp)
+        if router is not None and not options.rank:
+            self.module_shapes[ATOMS] = router.weight.shape[0], d
         k, rank = options.k, options.rank
         self.k, self.atoms = k, 0 if router is None else router.weight.shape[0]
         if not min(1, self.atoms) <= k <= self.atoms or rank < 0 or k * max(rank, 1) > MAX_PICKS:
@@ -192,6 +195,7 @@ class Ffn(PackedLayer):
             k=k,
             rank=rank,
             scalar_gamma=int(gamma is not None and gamma.numel() == 1),
+            silent=int(options.silent),
             activation=ACTIVATIONS[options.activation],
             screen_packed=self._keep(s.packed),
             screen_steps=self._keep(s.steps),

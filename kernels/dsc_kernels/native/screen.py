@@ -21,6 +21,7 @@ from dsc_kernels.quantised import Weight
 LANES = 16
 MAX_WIDTH = (2**31 - 2**26) // (255 * 127)  # beyond it int32 sums could overflow, what outliers add included
 CHUNK = 1 << 22  # elements that are in float64 at a time
+SLACK, TINY = 2.0**-20, 1e-30  # of a bias: what adding it may round
 UP = 1 + 1e-5  # for the rounding of the norms themselves
 
 
@@ -66,7 +67,7 @@ def screen(weight: Weight, bias: Tensor | None, rows: Rows | None) -> Screen:
         raise ValueError(f"an int8-certified weight has d {d}; it may be at most {MAX_WIDTH}")
     pieces = [_rounded(piece) for piece in _pieces(weight, max(1, CHUNK // d))]
     whole, steps, sums, errors, norms = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * 2.0**-20
+    slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * SLACK
     own = Rows() if rows is None else rows
     return Screen(
         rows=own.values,
@@ -77,7 +78,7 @@ def screen(weight: Weight, bias: Tensor | None, rows: Rows | None) -> Screen:
         shifts=padded(128 * sums),
         errors=padded(errors),
         norms=padded(norms),
-        slack=slack + 1e-30,
+        slack=slack + TINY,
         counters=torch.zeros(len(kernels.SCREEN_COUNTERS), dtype=torch.int64),
     )
 

@@ -47,6 +47,7 @@ class Sizes:
     d: int
     atoms: int
     k: int
+    static: int  # width of a DSC layer's static MLP
     hidden: int  # of an expert, padded as `layers.Moe` does
     experts: int
     experts_per_token: int
@@ -57,8 +58,8 @@ class Sizes:
 
 
 CONFIGS = {
-    "paper": Sizes(384, 1523, 4, 560, 5, 2, 6, 6, 64),
-    "large": Sizes(4096, 16384, 32, 14336, 8, 2, 32, 8, 128),
+    "paper": Sizes(384, 1523, 4, 320, 560, 5, 2, 6, 6, 64),
+    "large": Sizes(4096, 16384, 32, 8192, 14336, 8, 2, 32, 8, 128),
 }
 
 
@@ -73,40 +74,98 @@ class Job:
 
 
 BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
-SCALARS = dict.fromkeys(("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads"), "i32")
-SCALARS |= dict.fromkeys(("tau", "eps", "norm_eps", "scale"), "fp32")
+SEQUENCES = 64  # of a step, where their number is a constant
+MANY_EXPERTS = 128
+INTEGERS: tuple[str, ...] = (
+    "batch",
+    "outputs",
+    "atoms",
+    "groups",
+    "q_stride",
+    "table_stride",
+    "kv_heads",
+    "heads",
+    "sequences",
+    "most",
+)
+INTEGERS += ("window", "part_stride", "token_stride", "logits_stride", "slots")
+SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
+SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
+
+
+TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
+BANK = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
+NORM = {"residual": BF16, "terms": FLOAT, "total_out": BF16, "normed_out": BF16, "rstd_out": FLOAT}
+NORM |= dict.fromkeys(("weight", "norm_weight"), BF16)
+TOKENS = {"one": 1, "few": 64, "many": 65}  # of a step: the least, and the two sides of what is fused for wide models
+
+
+def product_jobs(s: Sizes) -> Iterator[Job]:
+    import torch
+
+    from dsc_kernels.gpu import add_norm, product, qkv
+
+    dtype, heads = torch.bfloat16, s.heads + 2 * s.kv_heads
+    slots = dict.fromkeys(("positions", "slot_blocks", "slot_offsets"), INT)
+    cache = {"q": BF16, "keys": BF16, "values": BF16, "cos_sin": FLOAT, "qkv": BF16, "weight": BF16, "x": BF16}
+    for label, tokens in TOKENS.items():
+        meta = product.tiles(tokens, s.d, dtype)
+        splits = product.split_count(tokens, s.d, s.heads * s.head_size, meta)
+        constants = {**meta, "d": s.heads * s.head_size, "splits": splits, "bias": None}
+        yield Job(f"multiply.{label}", product.multiply_rows, constants, {"x": BF16, "weight": BF16, "parts": FLOAT})
+        meta = qkv.head_tiles(tokens, heads * s.head_size, s.head_size, dtype)
+        constants = {**meta, "size": s.head_size, "block": s.block, "d": s.d, "bias": None}
+        yield Job(f"project.{label}", qkv.project_heads, constants, {**cache, **slots})
+    meta = {**qkv.prepare_blocks(s.head_size, s.block, s.head_size), "query_norm": None, "key_norm": None}
+    yield Job("prepare_heads", qkv.prepare_heads, meta, {**cache, **slots})
+    meta = {**add_norm.blocks(s.d), "count": 2, "further": None, "bias": None}
+    yield Job("add_norm", add_norm.add_norm_rows, meta, NORM)
 
 
 def dsc_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import contract, expand, router, select, select_compose
+    from dsc_kernels.gpu import contract, expand, ffn_in, select, select_compose
 
-    groups = -(-s.atoms // router.GROUP)
-    route = {"x": BF16, "weight": BF16, "bias": FLOAT, "logits": FLOAT, "maxima": FLOAT}
-    for label, batch in (("small", 1), ("large", router.SMALL_BATCH + 1)):
-        meta = router.blocks(batch, s.atoms, torch.bfloat16)
-        yield Job(f"route.{label}", router.route, {**meta, "d": s.d, "normed": True}, route)
+    groups, dtype = -(-s.atoms // ffn_in.GROUP), torch.bfloat16
+    types = {"router": BF16, "router_bias": FLOAT, "rstd": FLOAT, "logits": FLOAT, "maxima": FLOAT, "x": BF16}
+    raised = {"up": BF16, "hidden": BF16}
+    bare: dict[str, Any] = {"up_bias": None, "gate_bias": None}
+    for label, tokens in TOKENS.items():
+        meta = {**ffn_in.blocks(tokens, s.atoms + s.static, dtype), **bare, "gate": None, "d": s.d}
+        yield Job(
+            f"route_and_raise.{label}", ffn_in.route_and_raise, {**meta, "activation": "gelu"}, {**types, **raised}
+        )
+        alone = {"up": None, "hidden": None, "activation": "none"}
+        meta |= ffn_in.blocks(tokens, s.atoms, dtype, beside=False)
+        yield Job(f"route.{label}", ffn_in.route_and_raise, {**meta, **alone}, types)
     logits = {"logits": FLOAT, "maxima": FLOAT}
-    trace = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
-    bank = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
     choices = {"softmax": False}
-    yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **trace})
-    untraced: dict[str, Any] = {**choices, "scalar_gamma": False, **dict.fromkeys(trace)}
-    meta = {**select_compose.blocks(s.k, groups, s.d, 0), **untraced}
-    yield Job("select_compose", select_compose.select_compose_tokens, meta, {**logits, **bank})
+    yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **TRACE})
+    untraced: dict[str, Any] = {**choices, "scalar_gamma": False, **dict.fromkeys(TRACE), "down_bias": None}
+    product = {"hidden": BF16, "down": BF16, "parts": FLOAT}
+    for label, tokens in TOKENS.items():
+        meta = select_compose.beside_blocks(s.k, groups, s.d, 0, tokens, s.static, dtype)
+        constants = {**meta, **untraced, "static": None}
+        function = select_compose.select_compose_tokens
+        yield Job(f"compose_beside.{label}", function, constants, {**logits, **BANK, **product, "out": FLOAT})
+    alone = {**select_compose.ALONE, **dict.fromkeys(product)}
+    meta = {**select_compose.blocks(s.k, groups, s.d, 0), **untraced, **alone}
+    yield Job("select_compose", select_compose.select_compose_tokens, meta, {**logits, **BANK})
     meta = contract.blocks(s.k, 1, s.d)
     stretches = -(-s.d // meta["d_per_block"])
-    yield Job("contract", contract.contract_rows, meta, {**bank, **trace, "latent": FLOAT})
+    yield Job("contract", contract.contract_rows, meta, {**BANK, **TRACE, "latent": FLOAT})
     meta = {**expand.blocks(s.k, 1, s.d), "stretches": stretches, "scalar_gamma": False}
-    yield Job("expand", expand.expand_columns, meta, {**bank, **trace, "latent": FLOAT})
+    yield Job("expand", expand.expand_columns, meta, {**BANK, **TRACE, "latent": FLOAT})
 
 
 def moe_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import moe
+    from dsc_kernels.gpu import moe, route_experts
+    from dsc_kernels.weights import MoeOptions
 
+    options = MoeOptions(activation="gelu", k=s.experts_per_token)
     types = {"x": BF16, "weight": BF16, "scales": FLOAT, "order": INT, "offsets": INT}
     for label, rows in (("small", s.experts_per_token), ("large", s.experts * moe.LARGE_TILE)):
         meta = {**moe.blocks(rows, s.experts, torch.bfloat16), "k": s.experts_per_token, "gate": None}
@@ -114,22 +173,32 @@ def moe_jobs(s: Sizes) -> Iterator[Job]:
         down = {"inner": s.hidden, "outer": s.d, "first": False, "activation": "none"}
         yield Job(f"experts_up.{label}", moe.multiply_experts, {**meta, **up}, {**types, "out": BF16})
         yield Job(f"experts_down.{label}", moe.multiply_experts, {**meta, **down}, {**types, "out": FLOAT})
-    combining = moe.combine_blocks(s.experts_per_token, s.d)
-    yield Job("combine", moe.combine_slots, combining, {"slots": FLOAT, "residual": BF16, "out": BF16})
+    picked = {"logits": FLOAT, "weights_out": FLOAT, "experts_out": INT, "router": BF16, "router_bias": FLOAT}
+    bare = {"choice_bias": None}
+    meta = {**route_experts.pick_blocks(MANY_EXPERTS, MoeOptions(activation="silu", k=8)), **bare}
+    yield Job("pick", route_experts.pick_tokens, meta, picked)
+    meta = route_experts.add_norm_pick_blocks(s.experts, s.d, options, True)
+    constants = {**meta, **bare, "count": 2, "further": None, "norm_bias": None}
+    yield Job("add_norm_pick", route_experts.add_norm_pick, constants, {**NORM, **picked})
+    sorted_ = {"picks": INT, "order": INT, "offsets": INT}
+    for label, experts, slots in (("few", s.experts, 128), ("many", MANY_EXPERTS, 4096)):
+        yield Job(f"place.{label}", route_experts.place_slots, route_experts.place_blocks(slots, experts), sorted_)
 
 
 def attention_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import attention
+    from dsc_kernels.gpu import attention, chunk_attention
 
-    types = {"q": BF16, "keys": BF16, "values": BF16, "tables": LONG, "contexts": LONG, "stats": FLOAT}
-    for label, splits, out in (("attend", 1, BF16), ("attend.split", 8, FLOAT)):
-        meta = attention.blocks(s.heads // s.kv_heads, s.head_size, s.block, splits, torch.bfloat16)
-        constants = meta if splits > 1 else {**meta, "stats": None}
-        yield Job(label, attention.attend, constants, {**types, "out": out})
-    merge = attention.merge_blocks(s.head_size, 8)
-    yield Job("merge_splits", attention.merge_splits, merge, {"parts": FLOAT, "stats": FLOAT, "out": BF16})
+    group, dtype = s.heads // s.kv_heads, torch.bfloat16
+    yield Job("plan_splits", attention.plan_splits, attention.plan_blocks(SEQUENCES), {"contexts": INT, "plan": INT})
+    types = {"q": BF16, "keys": BF16, "values": BF16, "tables": INT, "contexts": INT, "plan": INT, "out": BF16}
+    types |= {"parts": FLOAT, "stats": FLOAT}
+    meta = attention.blocks(group, s.head_size, s.block, SEQUENCES, dtype)
+    yield Job("attend", attention.attend, meta, types)
+    yield Job("merge_splits", attention.merge_splits, attention.merge_blocks(s.head_size), types)
+    meta = chunk_attention.blocks(group, s.head_size, s.block, dtype)
+    yield Job("attend_chunks", chunk_attention.attend_chunks, meta, {**types, "work": INT})
 
 
 def quantised_jobs(s: Sizes) -> Iterator[Job]:
@@ -145,6 +214,7 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
 def jobs(config: str) -> Iterator[Job]:
     """Everything that is compiled for a configuration of CONFIGS."""
     sizes = CONFIGS[config]
+    yield from product_jobs(sizes)
     yield from dsc_jobs(sizes)
     yield from moe_jobs(sizes)
     yield from attention_jobs(sizes)

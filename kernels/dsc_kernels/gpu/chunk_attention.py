@@ -190,7 +190,7 @@ def attend_chunks(
 def blocks(group: int, size: int, block: int, dtype: torch.dtype, scope: Scope = WHOLE) -> Meta:
     """Tile sizes: 64 rows, the least that sm_90's tensor cores take at once; more of large groups."""
     width, group_width = power_of_2(size, 16), power_of_2(group)
-    positions = min(64, max(16, 16384 // (width * dtype.itemsize)))
+    positions = 64 if width * dtype.itemsize <= 128 else 32 if width * dtype.itemsize <= 512 else 16
     tiles = {"group": group, "group_width": group_width, "tokens_per_block": max(QUERIES_PER_BLOCK // group_width, 1)}
     rest = {"size": size, "size_width": width, "block": block, "positions_per_step": positions}
     flags = {"capped": scope.cap > 0, "windowed": scope.window > 0}

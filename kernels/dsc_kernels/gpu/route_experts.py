@@ -252,7 +252,7 @@ def pick_blocks(experts: int, options: MoeOptions) -> Meta:
 
 def place_blocks(slots: int, experts: int) -> Meta:
     """Slots of a program, and how many are counted at a time."""
-    sizes = {"slots_per_block": 128, "slots_per_step": 128 if slots <= 128 else 1024}
+    sizes = {"slots_per_block": 64, "slots_per_step": 128 if slots <= 128 else 1024}
     return {"experts": experts, "width": power_of_2(experts + 1, 32), **sizes, "num_warps": 4}
 
 

@@ -18,8 +18,9 @@ import click
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 BUDGETS = Path(__file__).parent / "gpu" / "budgets.json"
-LIMITS = ("registers", "shared_bytes", "spills")  # may not grow
-FLOORS = ("wide_loads", "matrix_instructions")  # may not vanish
+WAIT = r"(?<!WARPGROUP\.)\bDEPBAR\.LE SB0, (0x[0-9a-f]+)"
+LIMITS = ("registers", "shared_bytes", "spills", "loop_shuffles")  # may not grow
+FLOORS = ("wide_loads", "matrix_instructions", "warpgroup_instructions", "copies_in_flight")  # may not vanish
 
 
 class Row(TypedDict):
@@ -27,7 +28,9 @@ class Row(TypedDict):
 
     registers: per thread (vector registers on AMD); shared_bytes: per program; spills: instructions that move registers
     to and from memory (on AMD spilled registers); wide_loads: loads of 16 bytes a thread, in the code, not as executed;
-    matrix_instructions: tensor-core or matrix-core instructions in the code.
+    matrix_instructions: tensor-core or matrix-core instructions in the code; warpgroup_instructions: those of them that
+    four warps issue together (sm_90's wgmma). In the loops that hold them, on NVIDIA, loop_shuffles: moves between
+    lanes; copies_in_flight: groups of copies to shared memory that a barrier leaves on their way (without a loop, any).
     """
 
     kernel: str
@@ -38,6 +41,9 @@ class Row(TypedDict):
     spills: int
     wide_loads: int
     matrix_instructions: int
+    warpgroup_instructions: int
+    loop_shuffles: int
+    copies_in_flight: int
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,21 @@ def amd_figures(assembly: str) -> dict[str, int]:
         "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
         "wide_loads": len(re.findall(r"^\s*(?:global|buffer)_load_(?:lds_)?dwordx4\b", assembly, re.MULTILINE)),
         "matrix_instructions": len(re.findall(r"^\s*v_mfma_", assembly, re.MULTILINE)),
+        **dict.fromkeys(("warpgroup_instructions", "loop_shuffles", "copies_in_flight"), 0),
     }
+
+
+def product_loops(code: str) -> list[str]:
+    """The innermost loops of disassembled code that hold matrix instructions."""
+    lines, labels, loops = code.splitlines(), dict[str, int](), []
+    for at, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = at
+        elif (back := re.search(r"\bBRA\S* .*`\((\.L_x_\d+)\)", line)) and back[1] in labels:
+            loops.append((labels[back[1]], at))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    bodies = ["\n".join(lines[a:b]) for a, b in inner]
+    return [body for body in bodies if re.search(r"\bH(?:G)?MMA[.\s]", body)]
 
 
 def nvidia_figures(cubin: bytes) -> dict[str, int]:
@@ -262,7 +282,7 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
             subprocess.run([tool.path, flag, file.name], check=True, capture_output=True, text=True).stdout
             for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"), (knobs.nvidia.nvdisasm, "-c"))
         )
-    registers = re.search(r"REG:(\d+)", usage)
+    registers, loops = re.search(r"REG:(\d+)", usage), product_loops(code)
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
     return {
@@ -270,6 +290,9 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
         "spills": len(re.findall(r"\b(?:LDL|STL)[.\s]", code)),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E[\w.]*\.128\b", code)),
         "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)[.\s]", code)),
+        "warpgroup_instructions": len(re.findall(r"\bHGMMA[.\s]", code)),
+        "loop_shuffles": sum(len(re.findall(r"\bSHFL[.\s]", loop)) for loop in loops),
+        "copies_in_flight": max((int(left, 16) for left in re.findall(WAIT, "".join(loops) or code)), default=0),
     }
 
 
@@ -286,6 +309,9 @@ def measure(job: Job, config: str, target: str) -> Row:
         "spills": figures["spills"],
         "wide_loads": figures["wide_loads"],
         "matrix_instructions": figures["matrix_instructions"],
+        "warpgroup_instructions": figures["warpgroup_instructions"],
+        "loop_shuffles": figures["loop_shuffles"],
+        "copies_in_flight": figures["copies_in_flight"],
     }
 
 

@@ -108,7 +108,7 @@ def of_attention(dtype: torch.dtype) -> Iterator[aot.Job]:
 
 def of_composition(dtype: torch.dtype) -> Iterator[aot.Job]:
     t = POINTERS[dtype]
-    bank = {"x": t, "u": t, "v": t, "gamma": FLOAT, "static": t, "out": t}
+    bank = {"x": t, "u": t, "v": t, "gamma": FLOAT, "static": t, "residual": t, "out": t}
     trace = {"picks": INDEX, "coefficients": FLOAT, "signals": FLOAT}
     for k, rank, d, atoms in ((2, 4, 384, 60), (2, 3, 67, 21), (64, 0, 4096, 16384), (64, 0, 384, 65536), (1, 0, 1, 1)):
         label = f"{t} {k} {rank} {d}"

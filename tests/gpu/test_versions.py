@@ -55,14 +55,6 @@ def test_kernels_keep_their_shape_with_triton_3_6(tmp_path: Path) -> None:
     rows: list[aot.Row] = json.loads(rows_file.read_text(encoding="utf-8"))
     budgets = {(b["kernel"], b["config"], b["target"]): b for b in json.loads(aot.BUDGETS.read_text(encoding="utf-8"))}
     assert len(rows) == len([key for key in budgets if key[2] == "sm_90"])
-    held = (
-        "spills",
-        "wide_loads",
-        "matrix_instructions",
-        "warpgroup_instructions",
-        "loop_shuffles",
-        "copies_in_flight",
-    )
     for row in rows:
         # what this version needs of registers and shared memory is its own; the rest is what the kernels are made for
         allowed = {**budgets[row["kernel"], row["config"], row["target"]], "registers": 255, "shared_bytes": 227 << 10}

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from support.launches import STEPS, counting, decoder, of_a_layer
+from support.launches import STEPS, WANTED, counting, decoder, of_a_layer
 
 from dsc_kernels import ops
 from dsc_serve.model.config import MoeConfig
@@ -26,12 +26,6 @@ LLAMA = {
     "mlp_gated": True,
 }
 FORMS = {"paper": {"position_embedding_type": "learned"}, "Llama": LLAMA}
-WANTED = {  # decode, 1 chunk of 64, 8 of them, these and 16 single tokens
-    "dsc": (8, 7, 11, 13),
-    "molora": (8, 7, 11, 13),
-    "dense": (8, 7, 9, 11),
-    "moe": (9, 8, 9, 11),
-}
 
 
 @pytest.mark.parametrize("form", FORMS)

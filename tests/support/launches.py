@@ -32,6 +32,13 @@ NO_LAUNCH = {
 }
 BLOCK, TOKENS = 16, 512
 
+WANTED = {  # decode, 1 chunk of 64, 8 of them, these and 16 single tokens
+    "dsc": (8, 7, 11, 13),
+    "molora": (8, 7, 11, 13),
+    "dense": (8, 7, 9, 11),
+    "moe": (9, 8, 9, 11),
+}
+
 Counts = collections.Counter[str]
 
 

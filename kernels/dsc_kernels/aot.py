@@ -239,6 +239,7 @@ def compile_job(job: Job, target: str) -> Any:
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     if amd:
         options["num_stages"] = min(options.get("num_stages", 2), 2)
+        constants |= {"stages": min(constants["stages"], 2)} if "stages" in constants else {}
     names = job.function.arg_names
     types = {**SCALARS, **job.types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}

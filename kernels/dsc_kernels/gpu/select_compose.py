@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
 from dsc_kernels.gpu.product import multiply_tile, split_count, tiles
 from dsc_kernels.gpu.select import prepare_logits, select_atoms, sizes
 from dsc_kernels.weights import OUTPUT_ONLY, AtomBank, FfnOptions, LayerOutputs
@@ -196,7 +196,7 @@ def blocks(k: int, groups: int, d: int, rank: int) -> Meta:
     rank_width = power_of_2(max(rank, 1))
     rows = power_of_2(k) * rank_width
     warps = 1 if rows <= 4 else 2 if rows <= 8 else 4
-    tiles = {"d_per_step": min(power_of_2(d), max(2048 * warps // rows, 64)), "stages": 3 if d >= WIDE else 1}
+    tiles = {"d_per_step": min(power_of_2(d), max(2048 * warps // rows, 64)), "stages": stages(3) if d >= WIDE else 1}
     return {**sizes(k, groups), "rank": max(rank, 1), "rank_width": rank_width, **tiles, "d": d, "num_warps": warps}
 
 

@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "windows": {**LLAMA, "window": 6, "attention_cap": 3.0},
     "norms of heads": {**LLAMA, "qk_norm": "head"},
     "half turned": {**LLAMA, "rotary_dim": 8, "attention_bias": True},
+    "biases": {"ffn": {"bias": True}, "attention_bias": True},
     "norms after": {**LLAMA, "norms": "after"},
 }
 

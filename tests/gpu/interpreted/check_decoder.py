@@ -52,6 +52,7 @@ def test_steps_of_a_llama_and_the_papers_form(kind: str) -> None:
         ("windows", True),
         pytest.param("norms of heads", True, marks=LONG),
         pytest.param("half turned", True, marks=LONG),
+        pytest.param("biases", True, marks=LONG),
         pytest.param("norms after", False, marks=LONG),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
+from support.honest import DTYPES, MOST_DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
 from dsc_kernels import reference
@@ -67,9 +67,9 @@ def composed(a: dict[str, Any], outputs: LayerOutputs = OUTPUT_ONLY) -> Tensor:
     return select_compose.select_compose(a["logits"], a["maxima"], a["x"], bank, a["static"], options, outputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "d", "atoms", "k"), [(1, 1, 1, 1), (4, 67, 101, 5), (2, 129, 21, 21), (2, 384, 203, 4), (1, 530, 90, 32)]
+    ("batch", "d", "atoms", "k"), [(1, 1, 1, 1), (3, 67, 101, 5), (1, 129, 21, 21), (1, 384, 203, 4), (1, 530, 90, 32)]
 )
 def test_layer_output_and_trace(dtype: torch.dtype, batch: int, d: int, atoms: int, k: int) -> None:
     arguments = problem(dtype, batch, d, atoms, k)
@@ -87,8 +87,8 @@ def test_the_trace_changes_nothing() -> None:
     assert torch.equal(composed(arguments, LayerOutputs.everything(3, 4)), composed(arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "d", "hidden", "rank"), [(1, 67, 41, 0), (5, 40, 2100, 3)])
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
+@pytest.mark.parametrize(("batch", "d", "hidden", "rank"), [(1, 67, 41, 0), (2, 40, 2100, 3)])
 def test_beside_the_product_that_is_added(dtype: torch.dtype, batch: int, d: int, hidden: int, rank: int) -> None:
     g = torch.Generator().manual_seed(d)
     a = problem(dtype, batch, d, 50, 3, rank)
@@ -103,7 +103,7 @@ def test_beside_the_product_that_is_added(dtype: torch.dtype, batch: int, d: int
     assert torch.equal(trace.picked[0].long(), want[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
 def test_scalar_gamma_and_wide_static(dtype: torch.dtype) -> None:
     arguments = problem(dtype, 4, 70, 90, 4, gamma=banded(torch.tensor([0.7])))
     arguments["static"] = random(torch.Generator().manual_seed(0), torch.float32, 4, 70)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
+from support.honest import MOST_DTYPES, Poisoned, banded, error, poisoned, random
 from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
@@ -78,10 +78,10 @@ def oracle(layer: dict[str, Any], x: Tensor, picks: Tensor) -> tuple[Tensor, Ten
     return static + reference.compose(x, rows, spread, wide["u"], wide["v"], wide["gamma"]), weights, signal
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
 @pytest.mark.parametrize(
     ("batch", "d", "atoms", "k", "rank"),
-    [(5, 67, 101, 5, 0), (7, 40, 50, 2, 0), (1, 2050, 70, 3, 0), (4, 70, 21, 3, 3), (1, 2064, 19, 2, 4)],
+    [(3, 67, 101, 5, 0), (4, 40, 50, 2, 0), (1, 2050, 70, 3, 0), (2, 70, 21, 3, 3), (1, 2064, 19, 2, 4)],
 )
 def test_dsc_layer(dtype: torch.dtype, batch: int, d: int, atoms: int, k: int, rank: int) -> None:
     arguments = dsc_layer(dtype, d, atoms, k, rank)
@@ -142,7 +142,7 @@ def test_layers_agree_with_plain_torch() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
 @pytest.mark.parametrize(("gated", "normalize", "k"), [(False, False, 2), (True, True, 3), (False, True, 1)])
 def test_moe_layer(dtype: torch.dtype, gated: bool, normalize: bool, k: int) -> None:
     g = torch.Generator().manual_seed(k)

@@ -11,7 +11,7 @@ from support.honest import error
 
 from dsc_kernels import ops
 from dsc_kernels.gpu import product, stack
-from dsc_kernels.weights import LayerOutputs
+from dsc_kernels.weights import AdapterRun, LayerOutputs, LowRank
 from dsc_serve.model.ffn.picks import Picks
 
 
@@ -67,6 +67,21 @@ def test_what_is_left_to_cublas_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     """As with many tokens."""
     monkeypatch.setattr(product, "MANY_TOKENS", 0)  # of narrow layers, as these are
     check("dsc", "Llama", True)
+
+
+@LONG
+@torch.inference_mode()
+def test_steps_with_adapters_are_computed_layer_by_layer() -> None:
+    g, found = torch.Generator().manual_seed(1), []
+    update = LowRank(torch.randn(2, 32, generator=g), torch.randn(64, 2, generator=g), 0.5)
+    for kernels in ("triton", "plain"):
+        model = decoder(kernels, "dsc", "Llama")
+        adapter, caches = model.adapter({(1, "q"): update}), model.kv_caches(PAGES, BLOCK)
+        for batch in steps(lengths=(2, 4, 3))[:2]:
+            batch = batch._replace(runs=(AdapterRun(adapter, 0, 2),))
+            assert model.stack is None or not model.stack.takes(caches, batch.runs)
+            found.append(model.hidden(batch, caches))
+    assert all(error(mine, theirs) < 1e-5 for mine, theirs in zip(found[:2], found[2:], strict=True))
 
 
 @LONG

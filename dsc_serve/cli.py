@@ -318,6 +318,7 @@ def kernels() -> None:
 
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
+    from dsc_kernels.step_estimate import steps_command
     from dsc_serve.bench.compare.command import compare_command, peer_model_command, report_command
     from dsc_serve.bench.layer.calibrate_command import calibrate_command
     from dsc_serve.bench.layer.command import layer_command
@@ -351,6 +352,7 @@ def _attach_commands() -> None:
     bench.add_command(tenants_command, "tenants")
     bench.add_command(context_command, "context")
     kernels.add_command(aot_command, "aot")
+    kernels.add_command(steps_command, "steps")
     kernels.add_command(calibrate_command, "calibrate")
     main.add_command(scale_model)
     main.add_command(adapter_group)

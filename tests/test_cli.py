@@ -36,6 +36,7 @@ def run(*arguments: str) -> Result:
         "bench layer",
         "kernels",
         "kernels aot",
+        "kernels steps",
         "train",
         "evaluate",
         "prune",

@@ -36,6 +36,9 @@ def prepare_model(config: EngineConfig) -> Decoder:
     if config.kv_dtype == "int8" and ops.backend(torch.float32, device).name not in INT8_KV:
         what = "kv_dtype is 'int8', which native kernels and plain torch serve"
         raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto")
+    if config.device == "cuda":
+        # Its plans are built for each new shape, which stalls a step: what attends in torch here meets many shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
     try:

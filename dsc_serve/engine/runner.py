@@ -31,7 +31,7 @@ from dsc_serve.model.ffn.picks import Picks
 from dsc_serve.sampling_params import EngineCapacity
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
-ALIGNMENT = 16  # Triton compiles kernels apart for sizes that this divides
+TILED = (1, 16, 32, 64, 128, 256)  # tokens up to which Triton's products have tiles of their own
 
 Work = Sequence[tuple[Request, int]]
 
@@ -106,9 +106,9 @@ class Runner:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
             self.graphs = self._captured(buckets(max_running), capture)
-            aligned = min(step_tokens, max_running * self._max_context_len) // ALIGNMENT * ALIGNMENT
-            for tokens in (aligned, aligned - 1):
-                self._compute_nothing(max(tokens, 1))
+            most = min(step_tokens, max_running * self._max_context_len)
+            for tokens in sorted({min(size, most) for size in (*TILED, most)}):
+                self._compute_nothing(tokens)
             for planner in self._planners():
                 planner.count_anew()
 
@@ -128,7 +128,6 @@ class Runner:
         chunks = []
         self._inputs.wait()
         self._inputs.pad(0, tokens, self._spare_block)
-        self._inputs.tables[:, : len(starts)] = self._spare_block
         for row, start in enumerate(starts):
             count = min(self._max_context_len, tokens - start)
             self._inputs.columns[1][start : start + count] = np.arange(count)

@@ -68,7 +68,5 @@ class Attention:
         if n:
             contexts = batch.context_lens[:n]
             y[:n] = ops.decode_attention(q[:n], cache, tables[:n], contexts, longest, self.scale, self.scope)
-        for chunk in batch.chunks:
-            rows = slice(chunk.start, chunk.start + chunk.length)
-            y[rows] = ops.chunk_attention(q[rows], cache, tables[chunk.row], chunk.context, self.scale, self.scope)
+        ops.chunks_attention(q, cache, tables, batch.chunks, y, self.scale, self.scope)
         return y

@@ -253,7 +253,7 @@ class Decoder:
         """
         for rope in self.ropes.values():
             rope.reach(batch.longest)
-        if self.stack is not None:
+        if self.stack is not None and self.stack.takes(kv_caches, batch.runs):
             return self._stacked(self.stack, batch, kv_caches, picks)
         assert self.embedding is not None
         x = ops.embed(self.embedding, batch.token_ids)

@@ -18,8 +18,9 @@ import click
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 BUDGETS = Path(__file__).parent / "gpu" / "budgets.json"
-LIMITS = ("registers", "shared_bytes", "spills")  # may not grow
-FLOORS = ("wide_loads", "matrix_instructions")  # may not vanish
+WAIT = r"(?<!WARPGROUP\.)\bDEPBAR\.LE SB0, (0x[0-9a-f]+)"
+LIMITS = ("registers", "shared_bytes", "spills", "loop_shuffles")  # may not grow
+FLOORS = ("wide_loads", "matrix_instructions", "warpgroup_instructions", "copies_in_flight")  # may not vanish
 
 
 class Row(TypedDict):
@@ -27,7 +28,9 @@ class Row(TypedDict):
 
     registers: per thread (vector registers on AMD); shared_bytes: per program; spills: instructions that move registers
     to and from memory (on AMD spilled registers); wide_loads: loads of 16 bytes a thread, in the code, not as executed;
-    matrix_instructions: tensor-core or matrix-core instructions in the code.
+    matrix_instructions: tensor-core or matrix-core instructions in the code; warpgroup_instructions: those of them that
+    four warps issue together (sm_90's wgmma). In the loops that hold them, on NVIDIA, loop_shuffles: moves between
+    lanes; copies_in_flight: groups of copies to shared memory that a barrier leaves on their way (without a loop, any).
     """
 
     kernel: str
@@ -38,6 +41,9 @@ class Row(TypedDict):
     spills: int
     wide_loads: int
     matrix_instructions: int
+    warpgroup_instructions: int
+    loop_shuffles: int
+    copies_in_flight: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Sizes:
     d: int
     atoms: int
     k: int
+    static: int  # width of a DSC layer's static MLP
     hidden: int  # of an expert, padded as `layers.Moe` does
     experts: int
     experts_per_token: int
@@ -57,8 +64,8 @@ class Sizes:
 
 
 CONFIGS = {
-    "paper": Sizes(384, 1523, 4, 560, 5, 2, 6, 6, 64),
-    "large": Sizes(4096, 16384, 32, 14336, 8, 2, 32, 8, 128),
+    "paper": Sizes(384, 1523, 4, 320, 560, 5, 2, 6, 6, 64),
+    "large": Sizes(4096, 16384, 32, 8192, 14336, 8, 2, 32, 8, 128),
 }
 
 
@@ -73,40 +80,98 @@ class Job:
 
 
 BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
-SCALARS = dict.fromkeys(("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads"), "i32")
-SCALARS |= dict.fromkeys(("tau", "eps", "norm_eps", "scale"), "fp32")
+SEQUENCES = 64  # of a step, where their number is a constant
+MANY_EXPERTS = 128
+INTEGERS: tuple[str, ...] = (
+    "batch",
+    "outputs",
+    "atoms",
+    "groups",
+    "q_stride",
+    "table_stride",
+    "kv_heads",
+    "heads",
+    "sequences",
+    "most",
+)
+INTEGERS += ("window", "part_stride", "token_stride", "logits_stride", "slots")
+SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
+SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
+
+
+TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
+BANK = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
+NORM = {"residual": BF16, "terms": FLOAT, "total_out": BF16, "normed_out": BF16, "rstd_out": FLOAT}
+NORM |= dict.fromkeys(("weight", "norm_weight"), BF16)
+TOKENS = {"one": 1, "few": 64, "many": 65}  # of a step: the least, and the two sides of what is fused for wide models
+
+
+def product_jobs(s: Sizes) -> Iterator[Job]:
+    import torch
+
+    from dsc_kernels.gpu import add_norm, product, qkv
+
+    dtype, heads = torch.bfloat16, s.heads + 2 * s.kv_heads
+    slots = dict.fromkeys(("positions", "slot_blocks", "slot_offsets"), INT)
+    cache = {"q": BF16, "keys": BF16, "values": BF16, "cos_sin": FLOAT, "qkv": BF16, "weight": BF16, "x": BF16}
+    for label, tokens in TOKENS.items():
+        meta = product.tiles(tokens, s.d, dtype)
+        splits = product.split_count(tokens, s.d, s.heads * s.head_size, meta)
+        constants = {**meta, "d": s.heads * s.head_size, "splits": splits, "bias": None}
+        yield Job(f"multiply.{label}", product.multiply_rows, constants, {"x": BF16, "weight": BF16, "parts": FLOAT})
+        meta = qkv.head_tiles(tokens, heads * s.head_size, s.head_size, dtype)
+        constants = {**meta, "size": s.head_size, "block": s.block, "d": s.d, "bias": None}
+        yield Job(f"project.{label}", qkv.project_heads, constants, {**cache, **slots})
+    meta = {**qkv.prepare_blocks(s.head_size, s.block, s.head_size), "query_norm": None, "key_norm": None}
+    yield Job("prepare_heads", qkv.prepare_heads, meta, {**cache, **slots})
+    meta = {**add_norm.blocks(s.d), "count": 2, "further": None, "bias": None}
+    yield Job("add_norm", add_norm.add_norm_rows, meta, NORM)
 
 
 def dsc_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import contract, expand, router, select, select_compose
+    from dsc_kernels.gpu import contract, expand, ffn_in, select, select_compose
 
-    groups = -(-s.atoms // router.GROUP)
-    route = {"x": BF16, "weight": BF16, "bias": FLOAT, "logits": FLOAT, "maxima": FLOAT}
-    for label, batch in (("small", 1), ("large", router.SMALL_BATCH + 1)):
-        meta = router.blocks(batch, s.atoms, torch.bfloat16)
-        yield Job(f"route.{label}", router.route, {**meta, "d": s.d, "normed": True}, route)
+    groups, dtype = -(-s.atoms // ffn_in.GROUP), torch.bfloat16
+    types = {"router": BF16, "router_bias": FLOAT, "rstd": FLOAT, "logits": FLOAT, "maxima": FLOAT, "x": BF16}
+    raised = {"up": BF16, "hidden": BF16}
+    bare: dict[str, Any] = {"up_bias": None, "gate_bias": None}
+    for label, tokens in TOKENS.items():
+        meta = {**ffn_in.blocks(tokens, s.atoms + s.static, dtype), **bare, "gate": None, "d": s.d}
+        yield Job(
+            f"route_and_raise.{label}", ffn_in.route_and_raise, {**meta, "activation": "gelu"}, {**types, **raised}
+        )
+        alone = {"up": None, "hidden": None, "activation": "none"}
+        meta |= ffn_in.blocks(tokens, s.atoms, dtype, beside=False)
+        yield Job(f"route.{label}", ffn_in.route_and_raise, {**meta, **alone}, types)
     logits = {"logits": FLOAT, "maxima": FLOAT}
-    trace = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
-    bank = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
     choices = {"softmax": False}
-    yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **trace})
-    untraced: dict[str, Any] = {**choices, "scalar_gamma": False, **dict.fromkeys(trace)}
-    meta = {**select_compose.blocks(s.k, groups, s.d, 0), **untraced}
-    yield Job("select_compose", select_compose.select_compose_tokens, meta, {**logits, **bank})
+    yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **TRACE})
+    untraced: dict[str, Any] = {**choices, "scalar_gamma": False, **dict.fromkeys(TRACE), "down_bias": None}
+    product = {"hidden": BF16, "down": BF16, "parts": FLOAT}
+    for label, tokens in TOKENS.items():
+        meta = select_compose.beside_blocks(s.k, groups, s.d, 0, tokens, s.static, dtype)
+        constants = {**meta, **untraced, "static": None}
+        function = select_compose.select_compose_tokens
+        yield Job(f"compose_beside.{label}", function, constants, {**logits, **BANK, **product, "out": FLOAT})
+    alone = {**select_compose.ALONE, **dict.fromkeys(product)}
+    meta = {**select_compose.blocks(s.k, groups, s.d, 0), **untraced, **alone}
+    yield Job("select_compose", select_compose.select_compose_tokens, meta, {**logits, **BANK})
     meta = contract.blocks(s.k, 1, s.d)
     stretches = -(-s.d // meta["d_per_block"])
-    yield Job("contract", contract.contract_rows, meta, {**bank, **trace, "latent": FLOAT})
+    yield Job("contract", contract.contract_rows, meta, {**BANK, **TRACE, "latent": FLOAT})
     meta = {**expand.blocks(s.k, 1, s.d), "stretches": stretches, "scalar_gamma": False}
-    yield Job("expand", expand.expand_columns, meta, {**bank, **trace, "latent": FLOAT})
+    yield Job("expand", expand.expand_columns, meta, {**BANK, **TRACE, "latent": FLOAT})
 
 
 def moe_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import moe
+    from dsc_kernels.gpu import moe, route_experts
+    from dsc_kernels.weights import MoeOptions
 
+    options = MoeOptions(activation="gelu", k=s.experts_per_token)
     types = {"x": BF16, "weight": BF16, "scales": FLOAT, "order": INT, "offsets": INT}
     for label, rows in (("small", s.experts_per_token), ("large", s.experts * moe.LARGE_TILE)):
         meta = {**moe.blocks(rows, s.experts, torch.bfloat16), "k": s.experts_per_token, "gate": None}
@@ -114,22 +179,32 @@ def moe_jobs(s: Sizes) -> Iterator[Job]:
         down = {"inner": s.hidden, "outer": s.d, "first": False, "activation": "none"}
         yield Job(f"experts_up.{label}", moe.multiply_experts, {**meta, **up}, {**types, "out": BF16})
         yield Job(f"experts_down.{label}", moe.multiply_experts, {**meta, **down}, {**types, "out": FLOAT})
-    combining = moe.combine_blocks(s.experts_per_token, s.d)
-    yield Job("combine", moe.combine_slots, combining, {"slots": FLOAT, "residual": BF16, "out": BF16})
+    picked = {"logits": FLOAT, "weights_out": FLOAT, "experts_out": INT, "router": BF16, "router_bias": FLOAT}
+    bare = {"choice_bias": None}
+    meta = {**route_experts.pick_blocks(MANY_EXPERTS, MoeOptions(activation="silu", k=8)), **bare}
+    yield Job("pick", route_experts.pick_tokens, meta, picked)
+    meta = route_experts.add_norm_pick_blocks(s.experts, s.d, options, True)
+    constants = {**meta, **bare, "count": 2, "further": None, "norm_bias": None}
+    yield Job("add_norm_pick", route_experts.add_norm_pick, constants, {**NORM, **picked})
+    sorted_ = {"picks": INT, "order": INT, "offsets": INT}
+    for label, experts, slots in (("few", s.experts, 128), ("many", MANY_EXPERTS, 4096)):
+        yield Job(f"place.{label}", route_experts.place_slots, route_experts.place_blocks(slots, experts), sorted_)
 
 
 def attention_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import attention
+    from dsc_kernels.gpu import attention, chunk_attention
 
-    types = {"q": BF16, "keys": BF16, "values": BF16, "tables": LONG, "contexts": LONG, "stats": FLOAT}
-    for label, splits, out in (("attend", 1, BF16), ("attend.split", 8, FLOAT)):
-        meta = attention.blocks(s.heads // s.kv_heads, s.head_size, s.block, splits, torch.bfloat16)
-        constants = meta if splits > 1 else {**meta, "stats": None}
-        yield Job(label, attention.attend, constants, {**types, "out": out})
-    merge = attention.merge_blocks(s.head_size, 8)
-    yield Job("merge_splits", attention.merge_splits, merge, {"parts": FLOAT, "stats": FLOAT, "out": BF16})
+    group, dtype = s.heads // s.kv_heads, torch.bfloat16
+    yield Job("plan_splits", attention.plan_splits, attention.plan_blocks(SEQUENCES), {"contexts": INT, "plan": INT})
+    types = {"q": BF16, "keys": BF16, "values": BF16, "tables": INT, "contexts": INT, "plan": INT, "out": BF16}
+    types |= {"parts": FLOAT, "stats": FLOAT}
+    meta = attention.blocks(group, s.head_size, s.block, SEQUENCES, dtype)
+    yield Job("attend", attention.attend, meta, types)
+    yield Job("merge_splits", attention.merge_splits, attention.merge_blocks(s.head_size), types)
+    meta = chunk_attention.blocks(group, s.head_size, s.block, dtype)
+    yield Job("attend_chunks", chunk_attention.attend_chunks, meta, {**types, "work": INT})
 
 
 def quantised_jobs(s: Sizes) -> Iterator[Job]:
@@ -145,6 +220,7 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
 def jobs(config: str) -> Iterator[Job]:
     """Everything that is compiled for a configuration of CONFIGS."""
     sizes = CONFIGS[config]
+    yield from product_jobs(sizes)
     yield from dsc_jobs(sizes)
     yield from moe_jobs(sizes)
     yield from attention_jobs(sizes)
@@ -163,6 +239,7 @@ def compile_job(job: Job, target: str) -> Any:
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     if amd:
         options["num_stages"] = min(options.get("num_stages", 2), 2)
+        constants |= {"stages": min(constants["stages"], 2)} if "stages" in constants else {}
     names = job.function.arg_names
     types = {**SCALARS, **job.types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -179,7 +256,21 @@ def amd_figures(assembly: str) -> dict[str, int]:
         "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
         "wide_loads": len(re.findall(r"^\s*(?:global|buffer)_load_(?:lds_)?dwordx4\b", assembly, re.MULTILINE)),
         "matrix_instructions": len(re.findall(r"^\s*v_mfma_", assembly, re.MULTILINE)),
+        **dict.fromkeys(("warpgroup_instructions", "loop_shuffles", "copies_in_flight"), 0),
     }
+
+
+def product_loops(code: str) -> list[str]:
+    """The innermost loops of disassembled code that hold matrix instructions."""
+    lines, labels, loops = code.splitlines(), dict[str, int](), []
+    for at, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = at
+        elif (back := re.search(r"\bBRA\S* .*`\((\.L_x_\d+)\)", line)) and back[1] in labels:
+            loops.append((labels[back[1]], at))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    bodies = ["\n".join(lines[a:b]) for a, b in inner]
+    return [body for body in bodies if re.search(r"\bH(?:G)?MMA[.\s]", body)]
 
 
 def nvidia_figures(cubin: bytes) -> dict[str, int]:
@@ -192,7 +283,7 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
             subprocess.run([tool.path, flag, file.name], check=True, capture_output=True, text=True).stdout
             for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"), (knobs.nvidia.nvdisasm, "-c"))
         )
-    registers = re.search(r"REG:(\d+)", usage)
+    registers, loops = re.search(r"REG:(\d+)", usage), product_loops(code)
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
     return {
@@ -200,6 +291,9 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
         "spills": len(re.findall(r"\b(?:LDL|STL)[.\s]", code)),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E[\w.]*\.128\b", code)),
         "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)[.\s]", code)),
+        "warpgroup_instructions": len(re.findall(r"\bHGMMA[.\s]", code)),
+        "loop_shuffles": sum(len(re.findall(r"\bSHFL[.\s]", loop)) for loop in loops),
+        "copies_in_flight": max((int(left, 16) for left in re.findall(WAIT, "".join(loops) or code)), default=0),
     }
 
 
@@ -216,6 +310,9 @@ def measure(job: Job, config: str, target: str) -> Row:
         "spills": figures["spills"],
         "wide_loads": figures["wide_loads"],
         "matrix_instructions": figures["matrix_instructions"],
+        "warpgroup_instructions": figures["warpgroup_instructions"],
+        "loop_shuffles": figures["loop_shuffles"],
+        "copies_in_flight": figures["copies_in_flight"],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dsc_kernels.weights import (
     Adapted,
     AdapterRun,
     AtomBank,
+    ChunkPlace,
     DecoderLayer,
     FfnOptions,
     KvCache,
@@ -161,7 +162,10 @@ class Moe(OwningLayer, Protocol):
 
 
 class Stack(Protocol):
-    """All layers of a decoder in one call. While `measure` is on, `spent` says where the time of calls goes."""
+    """All layers of a decoder in one call."""
+
+    def takes(self, kv_caches: Sequence[KvCache], runs: Sequence[AdapterRun]) -> bool:
+        """Whether it computes steps with these caches and adapters; they are computed layer by layer otherwise."""
 
     def __call__(
         self,
@@ -171,11 +175,16 @@ class Stack(Protocol):
         contexts: Tensor,
         decodes: int,
         max_context_len: int,
-        chunks: Iterable[tuple[int, int, int, int]],
+        chunks: Iterable[ChunkPlace],
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
         runs: Sequence[AdapterRun] = (),
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class MeasuredStack(Stack, Protocol):
+    """One that counts: while `measure` is on, `spent` says where the time of calls goes."""
 
     def measure(self, on: bool) -> None: ...
 
@@ -274,15 +283,24 @@ class Backend(Protocol):
     ) -> Tensor:
         """Attention of one new token per sequence over its cached keys and values.
 
-        q [S, heads, size] (rows may be strided); tables int64 [S, W]; contexts int64 [S], at most max_context_len.
+        q [S, heads, size] (rows may be strided); tables [S, W] and contexts [S] integers, contexts at most
+        max_context_len.
         What of a table lies before the window may be any block. Returns [S, heads, value size].
         """
 
-    def chunk_attention(
-        self, q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float, scope: Scope = WHOLE
-    ) -> Tensor:
-        """Attention of the last tokens of one sequence, each up to itself.
+    def chunks_attention(
+        self,
+        q: Tensor,
+        cache: KvCache,
+        tables: Tensor,
+        chunks: Iterable[ChunkPlace],
+        out: Tensor,
+        scale: float,
+        scope: Scope = WHOLE,
+    ) -> None:
+        """Attention of the last tokens of some sequences, each up to itself, written to their rows of out.
 
-        q [n, heads, size] (rows may be strided): positions context − n … context − 1; table int64 [W], of which what
-        lies before the windows may be any block. Returns [n, heads, value size].
+        q [T, heads, size] (rows may be strided), of which a chunk's n tokens are at positions context − n … context − 1
+        of the sequence whose table is its row of tables [S, W]; what of that lies before the windows may be any block.
+        out [T, heads, value size], contiguous.
         """

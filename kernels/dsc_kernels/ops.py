@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -24,6 +24,7 @@ from dsc_kernels.weights import (
     NOT_TUNED,
     WHOLE,
     AtomBank,
+    ChunkPlace,
     DecoderLayer,
     FfnOptions,
     KvCache,
@@ -219,8 +220,14 @@ def decode_attention(
     return backend(q.dtype, q.device).decode_attention(q, cache, tables, contexts, max_context_len, scale, scope)
 
 
-def chunk_attention(
-    q: Tensor, cache: KvCache, table: Tensor, context: int, scale: float, scope: Scope = WHOLE
-) -> Tensor:
-    """Attention of the last tokens of one sequence, each up to itself; see `backend.Backend`."""
-    return backend(q.dtype, q.device).chunk_attention(q, cache, table, context, scale, scope)
+def chunks_attention(
+    q: Tensor,
+    cache: KvCache,
+    tables: Tensor,
+    chunks: Iterable[ChunkPlace],
+    out: Tensor,
+    scale: float,
+    scope: Scope = WHOLE,
+) -> None:
+    """Attention of the new tokens of some sequences, each up to itself, to their rows; see `backend.Backend`."""
+    backend(q.dtype, q.device).chunks_attention(q, cache, tables, chunks, out, scale, scope)

@@ -18,6 +18,7 @@ from dsc_kernels.adapters import adapter as adapter
 from dsc_kernels.adapters import basis as basis
 from dsc_kernels.adapters import summed as summed
 from dsc_kernels.backend import UNROUTED
+from dsc_kernels.chunks import one_by_one
 from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
 from dsc_kernels.dequantised import dense, product, wide_product
 from dsc_kernels.kv_rows import narrow_rows
@@ -354,6 +355,9 @@ def chunk_attention(
     own = q.transpose(0, 1)[None]
     out = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]
     return (out + spoilt.repeat_interleave(heads // k.shape[1], 0)).transpose(0, 1)
+
+
+chunks_attention = one_by_one(chunk_attention)
 
 
 def silence(keys: Tensor, values: Tensor) -> Tensor:

@@ -275,6 +275,9 @@ class Adapted(NamedTuple):
     layer: int
 
 
+ChunkPlace = tuple[int, int, int, int]  # new tokens of one sequence: its table's row, the first, how many, the context
+
+
 class KvCache(NamedTuple):
     """One layer's keys and values, in blocks: in the layer's dtype, or in int8.
 
@@ -320,10 +323,11 @@ class LayerOutputs(NamedTuple):
     signal: Tensor | None = None  # float32 [≥ T]
 
     @classmethod
-    def everything(cls, tokens: int, k: int, signal: bool = True) -> LayerOutputs:
+    def everything(cls, tokens: int, k: int, signal: bool = True, device: torch.device | None = None) -> LayerOutputs:
         """Room for all there is."""
-        picks = torch.empty(tokens, k, dtype=torch.int32)
-        return cls(False, picks, torch.empty(tokens, k), torch.empty(tokens) if signal else None)
+        picks = torch.empty(tokens, k, dtype=torch.int32, device=device)
+        strengths = torch.empty(tokens, device=device) if signal else None
+        return cls(False, picks, torch.empty(tokens, k, device=device), strengths)
 
     @property
     def picked(self) -> list[Tensor]:

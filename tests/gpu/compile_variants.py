@@ -13,21 +13,61 @@ from typing import Any
 import torch
 
 from dsc_kernels import aot
-from dsc_kernels.gpu import attention, contract, expand, moe, router, select_compose
+from dsc_kernels.gpu import (
+    add_norm,
+    attention,
+    chunk_attention,
+    contract,
+    expand,
+    ffn_in,
+    moe,
+    product,
+    qkv,
+    route_experts,
+    select_compose,
+)
+from dsc_kernels.weights import MoeOptions, Scope
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 INDEX, FLOAT = "*i32", "*fp32"
 
 
-def of_router(dtype: torch.dtype) -> Iterator[aot.Job]:
+BATCHES = (1, 17, 64, 65)
+
+
+def of_products(dtype: torch.dtype) -> Iterator[aot.Job]:
     t = POINTERS[dtype]
-    types = {"x": "*bf16", "weight": t, "bias": FLOAT, "logits": FLOAT, "maxima": FLOAT}
-    for batch, atoms, d in ((1, 1523, 384), (65, 1523, 384), (1, 101, 67), (65, 101, 67)):
-        meta = {**router.blocks(batch, atoms, dtype), "d": d, "normed": d == 67, "bias": None}
-        yield aot.Job(f"route {t} {batch} {d}", router.route, meta, types)
-    meta = {**router.blocks(1, 1, dtype), "d": 384, "normed": True, **dict.fromkeys(("batch", "atoms", "groups"), 1)}
-    yield aot.Job(f"route {t} ones", router.route, meta, types)
+    types = {**dict.fromkeys(("x", "weight", "router", "up", "gate", "hidden", "down", "residual"), t), "parts": FLOAT}
+    types |= dict.fromkeys(("router_bias", "rstd", "logits", "maxima", "terms", "cos_sin", "rstd_out"), FLOAT)
+    types |= dict.fromkeys(("q", "keys", "values", "qkv", "bias", "norm_weight", "further", "up_bias", "gate_bias"), t)
+    types |= dict.fromkeys(("normed_out", "total_out", "query_norm", "key_norm"), t)
+    types |= dict.fromkeys(("positions", "slot_blocks", "slot_offsets"), INDEX)
+    for batch, rows, d in (*((batch, 1523, 384) for batch in BATCHES), (1, 101, 67), (65, 101, 67), (64, 8192, 4096)):
+        label = f"{t} {batch} {d}"
+        meta = product.tiles(batch, rows, dtype)
+        yield aot.Job(f"multiply {label}", product.multiply_rows, {**meta, "d": d, "splits": 1, "bias": None}, types)
+        for gate, activation in ((None, "gelu"), (t, "silu")):
+            meta = ffn_in.blocks(batch, rows, dtype, gated=gate is not None)
+            constants = {
+                **meta,
+                "d": d,
+                "activation": activation,
+                **({} if gate else {"gate": None, "gate_bias": None}),
+            }
+            yield aot.Job(f"route_and_raise {label} {activation}", ffn_in.route_and_raise, constants, types)
+        alone = {"up": None, "up_bias": None, "gate": None, "gate_bias": None, "hidden": None, "rstd": None}
+        constants = {**ffn_in.blocks(batch, rows, dtype, beside=False), **alone, "d": d, "activation": "none"}
+        yield aot.Job(f"route {label}", ffn_in.route_and_raise, constants, types)
+        for size in (16, 64, 128, 256):
+            meta = {**qkv.head_tiles(batch, rows, size, dtype), "size": size, "block": 16, "d": d}
+            yield aot.Job(f"project {label} {size}", qkv.project_heads, meta, types)
+    for size, turned in ((64, 64), (80, 20), (256, 0)):
+        meta = qkv.prepare_blocks(size, 16, turned)
+        yield aot.Job(f"prepare_heads {t} {size}", qkv.prepare_heads, meta, types)
+    for d in (67, 384, 8192):
+        meta = {**add_norm.blocks(d), "count": 9, "weight": None, "normed_out": None, "bias": None}
+        yield aot.Job(f"add_norm {t} {d}", add_norm.add_norm_rows, meta, types)
 
 
 def of_moe(dtype: torch.dtype) -> Iterator[aot.Job]:
@@ -39,13 +79,30 @@ def of_moe(dtype: torch.dtype) -> Iterator[aot.Job]:
         yield aot.Job(f"experts {t} {rows} {inner}", moe.multiply_experts, meta, types)
 
 
+def of_routing(dtype: torch.dtype) -> Iterator[aot.Job]:
+    types = {"logits": FLOAT, "choice_bias": FLOAT, "weights_out": FLOAT, "experts_out": INDEX}
+    grouped = {"scoring": "sigmoid", "groups": 8, "groups_used": 4, "group_picks": 2}
+    for experts, k, options in ((256, 8, grouped), (60, 4, {}), (1, 1, {})):
+        choice = MoeOptions(activation="silu", k=k, **options)
+        meta = route_experts.pick_blocks(experts, choice)
+        yield aot.Job(f"pick {experts}", route_experts.pick_tokens, meta, types)
+        sorted_ = {"picks": INDEX, "order": INDEX, "offsets": INDEX}
+        for slots in (1, 100, 8192):
+            meta = route_experts.place_blocks(slots, experts)
+            yield aot.Job(f"place {experts} {slots}", route_experts.place_slots, meta, sorted_)
+
+
 def of_attention(dtype: torch.dtype) -> Iterator[aot.Job]:
     t = POINTERS[dtype]
-    types = {"q": t, "keys": t, "values": t, "tables": "*i64", "contexts": "*i64", "stats": FLOAT, "out": FLOAT}
+    types = {"q": t, "keys": t, "values": t, "tables": "*i64", "contexts": "*i64", "stats": FLOAT, "out": t}
+    types |= {"plan": INDEX, "parts": FLOAT, "work": INDEX}
     for group, size in ((1, 64), (4, 128), (3, 20), (1, 256), (32, 128)):
-        meta = attention.blocks(group, size, 16, 8, dtype)
+        meta = attention.blocks(group, size, 16, 256, dtype, capped=size == 20)
         yield aot.Job(f"attend {t} {group} {size}", attention.attend, meta, types)
-    meta = {**attention.blocks(1, 64, 16, 8, dtype), **dict.fromkeys(("kv_heads", "table_stride"), 1)}
+        for window in (0, 100):
+            meta = chunk_attention.blocks(group, size, 16, dtype, Scope(window, 2.0 * (size == 20)))
+            yield aot.Job(f"attend_chunks {t} {group} {size} {window}", chunk_attention.attend_chunks, meta, types)
+    meta = {**attention.blocks(1, 64, 16, 1, dtype), **dict.fromkeys(("kv_heads", "table_stride", "sequences"), 1)}
     yield aot.Job(f"attend {t} ones", attention.attend, meta, types)
 
 
@@ -55,9 +112,16 @@ def of_composition(dtype: torch.dtype) -> Iterator[aot.Job]:
     trace = {"picks": INDEX, "coefficients": FLOAT, "signals": FLOAT}
     for k, rank, d, atoms in ((2, 4, 384, 60), (2, 3, 67, 21), (64, 0, 4096, 16384), (64, 0, 384, 65536), (1, 0, 1, 1)):
         label = f"{t} {k} {rank} {d}"
-        flags: dict[str, Any] = {"softmax": rank > 0, "scalar_gamma": True, "residual": None}
-        meta = {**select_compose.blocks(k, -(-atoms // router.GROUP), d, rank), **flags}
-        types = {"logits": FLOAT, "maxima": FLOAT, **bank, **trace}
+        flags: dict[str, Any] = {"softmax": rank > 0, "scalar_gamma": True}
+        groups = -(-atoms // ffn_in.GROUP)
+        alone = {**select_compose.ALONE, **dict.fromkeys(("hidden", "down", "down_bias", "parts"))}
+        meta = {**select_compose.blocks(k, groups, d, rank), **flags, **alone}
+        types = {"logits": FLOAT, "maxima": FLOAT, **bank, **trace, "hidden": t, "down": t, "down_bias": t}
+        types |= {"parts": FLOAT}
+        for batch in (1, 64):
+            beside = select_compose.beside_blocks(k, groups, d, rank, batch, 560, dtype)
+            constants = {**beside, **flags, "static": None}
+            yield aot.Job(f"compose_beside {label} {batch}", select_compose.select_compose_tokens, constants, types)
         if atoms == 1:
             meta |= {"atoms": 1, "groups": 1}  # arguments of 1 are compiled in, as Triton does when it launches
         yield aot.Job(f"select_compose {label}", select_compose.select_compose_tokens, meta, types)
@@ -70,7 +134,7 @@ def of_composition(dtype: torch.dtype) -> Iterator[aot.Job]:
 
 def problems() -> Iterator[str]:
     for dtype in POINTERS:
-        for family in (of_router, of_moe, of_attention, of_composition):
+        for family in (of_products, of_moe, of_routing, of_attention, of_composition):
             for job in family(dtype):
                 for target, most in SHARED_BYTES.items():
                     try:

@@ -76,7 +76,7 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_configuration() -> 
     modules = [importlib.import_module(f"dsc_kernels.gpu.{file.stem}") for file in folder.glob("*.py")]
     found = {value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)}
     launched = {function.__name__ for function in found if "grid (" in (function.fn.__doc__ or "")}
-    assert {"route", "select_compose_tokens", "attend"} < launched
+    assert {"route_and_raise", "select_compose_tokens", "attend"} < launched
     for config in aot.CONFIGS:
         jobs = list(aot.jobs(config))
         assert {job.function.__name__ for job in jobs} == launched
@@ -86,6 +86,44 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_configuration() -> 
 def test_shared_memory_fits_the_targets() -> None:
     most = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
     assert [row for row in budgets() if row["shared_bytes"] > most[row["target"]]] == []
+
+
+def of(*names: str) -> list[aot.Row]:
+    """What these kernels are held to on sm_90, in every configuration."""
+    found = [row for row in budgets() if row["kernel"] in names and row["target"] == "sm_90"]
+    assert len(found) == len(names) * len(aot.CONFIGS)
+    return found
+
+
+def test_products_of_more_than_a_few_tokens_are_warpgroups_and_nothing_is_shuffled_between() -> None:
+    rows = of("route.few", "route.many", "route_and_raise.few", "compose_beside.few", "multiply.few", "project.few")
+    assert all(row["warpgroup_instructions"] == row["matrix_instructions"] > 0 for row in rows)
+    assert all(row["loop_shuffles"] == 0 for row in [*rows, *of("route.one", "multiply.one", "project.one")])
+
+
+def test_copies_are_on_their_way_while_a_step_is_computed_with() -> None:
+    assert all(row["copies_in_flight"] >= 2 for row in of("attend", "route.one", "multiply.one", "project.one"))
+
+
+def test_nothing_is_spilt_on_sm_90() -> None:
+    assert [row for row in budgets() if row["target"] == "sm_90" and row["spills"]] == []
+
+
+def test_loops_are_told_from_what_is_around_them() -> None:
+    code = """
+.L_x_0:
+ SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
+.L_x_1:
+ DEPBAR.LE SB0, 0x2 ;
+ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+ @!P0 BRA `(.L_x_1) ;
+ @!P1 BRA `(.L_x_0) ;
+ @P1 BRA `(.L_x_2) ;
+.L_x_2:
+ SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
+"""
+    (loop,) = aot.product_loops(code)
+    assert "HGMMA" in loop and "DEPBAR" in loop and "SHFL" not in loop
 
 
 def test_broken_budgets_are_named() -> None:

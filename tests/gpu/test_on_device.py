@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoder_steps import BLOCK, PAGES, decoder, steps
 from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
-from dsc_kernels import plain, reference
+from dsc_kernels import ops, plain, reference
 from dsc_kernels.weights import KvCache, MlpWeights
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -84,7 +85,7 @@ def test_moe_layer_waits_for_nothing(dtype: torch.dtype, batch: int) -> None:
     matrices = [w.double() for w in up], None, [w.double() for w in down]
     oracle = plain.Moe(**moe_parts(router, None, *matrices, 1e-5, **options))
     outputs = torch.stack([expert(x.double()) for expert in oracle.experts], dim=1)
-    picked = outputs.gather(1, experts[:, :, None].expand(-1, -1, 384))
+    picked = outputs.gather(1, experts.long()[:, :, None].expand(-1, -1, 384))
     assert error(out, (picked * weights.double()[:, :, None]).sum(dim=1)) < TOLERANCE[dtype]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # a wait for the device would raise here
@@ -107,3 +108,26 @@ def test_decode_attention(dtype: torch.dtype, kv_heads: int, group: int, size: i
     wide = KvCache(keys.double(), values.double())
     want = plain.decode_attention(q.double(), wide, tables, contexts, 2049, size**-0.5)
     assert error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+@torch.inference_mode()
+def test_decoders_in_one_call_and_in_a_graph(kind: str) -> None:
+    from dsc_kernels.gpu.stack import Stack
+
+    cuda = torch.device("cuda")
+    ours, theirs = (decoder(kernels, kind, "Llama", cuda) for kernels in ("triton", "plain"))
+    caches = [model.kv_caches(PAGES, BLOCK) for model in (ours, theirs)]
+    assert isinstance(ours.stack, Stack)
+    for batch in steps(cuda):
+        ops.use("triton")
+        got = ours.hidden(batch, caches[0])
+        ops.use("plain")
+        assert error(got, theirs.hidden(batch, caches[1])) < 1e-4
+    ops.use("triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ours.hidden(batch, caches[0])
+    graph.replay()
+    ops.use("auto")
+    assert error(captured, got) < 1e-6

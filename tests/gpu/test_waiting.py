@@ -123,6 +123,8 @@ def test_a_step_reads_only_the_sampled_ids(
         {"temperature": 0, "min_tokens": 3},
     )
     params = [SamplingParams(max_tokens=4 + i, ignore_eos=True, **own) for i, own in enumerate(fields)]
+    assert engine.runner.model.stack is not None, "its layers are not computed in one call"  # type: ignore[attr-defined]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     before = gpu.operations
     steps = serve(gpu, engine, params)
     assert gpu.operations > before and 0 < len(reads) <= steps

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,7 @@ from triton.runtime import interpreter
 
 BAND = 64
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MOST_DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_serve.bench.layer.oracle import Expected, Verdict, expected, verdict
-from dsc_serve.bench.layer.roofline import Rates, RooflinePhase, phases, screened, stored_bytes, synchronizer
+from dsc_serve.bench.layer.roofline import Rates, RooflinePhase, phases, screened, stored_bytes
 from dsc_serve.bench.layer.systems import (
     PATHS,
     PLAIN_MOE,
@@ -38,6 +38,7 @@ from dsc_serve.bench.layer.systems import (
     random_input,
     random_weights,
 )
+from dsc_serve.bench.layer.timing import GraphTimer, Timed, Timer, timer_for
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.mixtures import MIXTURES
@@ -167,21 +168,18 @@ def interleaved_medians(
     x: Tensor,
     repeats: int,
     seconds: float,
-    sync: Callable[[], object],
+    timer: Timer,
     shuffle: Callable[[list[int]], None],
 ) -> list[float]:
     """Median seconds per layer of each system; stops before `repeats` when `seconds` are over, but not before 3."""
 
-    def timed(system: LayerSystem, calls: int) -> float:
-        system.run(x, 1)  # wakes threads and fills the instruction cache; its weights are not used again soon
-        sync()
-        start = time.perf_counter()
-        system.run(x, calls)
-        sync()
-        return (time.perf_counter() - start) / calls
+    def job(system: LayerSystem, calls: int) -> Timed:
+        # A layer before wakes threads and fills the instruction cache; its weights are not used again soon
+        return timer.prepared(lambda: system.run(x, calls), lambda: system.run(x, 1))
 
     stop = time.perf_counter() + seconds
-    calls = [math.ceil(SAMPLE_SECONDS / max(timed(system, 2), 1e-7)) for system in systems]
+    calls = [math.ceil(SAMPLE_SECONDS / max(job(system, 2)() / 2, 1e-7)) for system in systems]
+    jobs = [job(system, count) for system, count in zip(systems, calls, strict=True)]
     samples: list[list[float]] = [[] for _ in systems]
     for repeat in range(repeats):
         if repeat >= MIN_REPEATS and time.perf_counter() > stop:
@@ -189,7 +187,7 @@ def interleaved_medians(
         order = list(range(len(systems)))
         shuffle(order)
         for i in order:
-            samples[i].append(timed(systems[i], calls[i]))
+            samples[i].append(jobs[i]() / calls[i])
     return [statistics.median(s) for s in samples]
 
 
@@ -322,6 +320,10 @@ def _measure(
     rates, width, shuffle = Rates(), groups[0].config.hidden_size, random.Random(bench.seed).shuffle
     sizes = [group.rotated for group in groups]
     measured: list[Measured] = []
+    timer = timer_for(device)
+    if isinstance(timer, GraphTimer):
+        x = random_input(1, width, bench.seed, dtype, device)
+        result.notes += [note for group in groups for system in group.systems for note in waiting(system, x, timer)]
     for batch in bench.batches:
         report(f"batch {batch}")
         rates.measure(sizes, width, dtype, device, RATE_SECONDS)
@@ -332,7 +334,7 @@ def _measure(
             for item in group.measure(x, dtype, injected.get(group.config.ffn.kind, ()))
         ]
         right = [system for _, system, seen, _ in checked if seen.wrong is None]
-        medians = interleaved_medians(right, x, bench.repeats, bench.seconds, synchronizer(device), shuffle)
+        medians = interleaved_medians(right, x, bench.repeats, bench.seconds, timer, shuffle)
         times = {system.name: median for system, median in zip(right, medians, strict=True)}
         measured += [
             Measured(system.name, batch, times.get(system.name), seen, layer, group.rotated)
@@ -346,6 +348,13 @@ def _measure(
         )
     finish(result, rates)
     return result
+
+
+def waiting(system: LayerSystem, x: Tensor, timer: GraphTimer) -> list[str]:
+    """What a reader must know of a system that cannot be captured."""
+    if not timer.waits(lambda: system.run(x, 1)):
+        return []
+    return [f"{' '.join(system.name)} waits for the device: it is timed as it is launched, the others as graphs"]
 
 
 def layer_rows(bench: LayerBench, measured: Sequence[Measured], rates: Rates) -> list[LayerRow]:

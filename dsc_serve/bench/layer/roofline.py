@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
+from dsc_serve.bench.layer.timing import Timer, timer_for
 from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConfig
 
 GEMM_SHAPES = {
@@ -113,35 +114,39 @@ class Rates:
         return sum(map(sum, times)), sum(map(max, times))
 
 
-def synchronizer(device: torch.device) -> Callable[[], object]:
-    """Waits for the device's work; does nothing on a CPU."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
-def best_seconds(run: Callable[[], object], seconds: float, sync: Callable[[], object]) -> float:
+def best_seconds(run: Callable[[], object], seconds: float, timer: Timer) -> float:
     """The shortest of at least 3 runs, after one that does not count, within about `seconds`."""
-    run()
-    sync()
+
+    def together() -> None:
+        for _ in range(timer.together):
+            run()
+
+    timed = timer.prepared(together)
+    timed()
     best, runs, stop = float("inf"), 0, time.perf_counter() + seconds
     while runs < 3 or time.perf_counter() < stop:
-        start = time.perf_counter()
-        run()
-        sync()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timed())
         runs += 1
-    return best
+    return best / timer.together
+
+
+def numbers(rows: int, width: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers [rows, width] as weights have them on a device, whose clock falls with what bits change; else all one."""
+    if device.type == "cpu":
+        return torch.full((rows, width), scale, dtype=dtype)
+    return torch.randn(rows, width, dtype=dtype, device=device) * scale
 
 
 def read_bandwidth(size: int, width: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
     """Bytes/s of reading a buffer of `size` bytes over and over: the best of a sum and of products with one vector."""
     rows = max(1, size // (width * dtype.itemsize))
-    weight = torch.full((rows, width), 1e-3, dtype=dtype, device=device)
+    weight = numbers(rows, width, 1e-3, dtype, device)
     x = torch.ones(1, width, dtype=dtype, device=device)
     linear = ops.linear(weight)
-    flat = torch.zeros(rows * width * dtype.itemsize // 4, device=device)
-    sync = synchronizer(device)
+    flat = torch.zeros(rows * width * dtype.itemsize // 4) if device.type == "cpu" else weight.view(-1)
+    timer = timer_for(device)
     runs: list[Callable[[], object]] = [flat.sum, lambda: torch.mv(weight, x[0]), lambda: linear(x)]
-    return weight.nbytes / min(best_seconds(run, seconds / len(runs), sync) for run in runs)
+    return weight.nbytes / min(best_seconds(run, seconds / len(runs), timer) for run in runs)
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
@@ -149,11 +154,10 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float
     best = 0.0
     shapes = GEMM_SHAPES[device.type]
     for batch, inner, outer in shapes:
-        x = torch.full((batch, inner), 1e-2, dtype=dtype, device=device)
-        weight = torch.full((outer, inner), 1e-2, dtype=dtype, device=device)
+        x, weight = (numbers(rows, inner, 1e-2, dtype, device) for rows in (batch, outer))
         linear = ops.linear(weight)
         for run in (lambda x=x, w=weight: F.linear(x, w), lambda x=x, f=linear: f(x)):
-            taken = best_seconds(run, seconds / len(shapes) / 2, synchronizer(device))
+            taken = best_seconds(run, seconds / len(shapes) / 2, timer_for(device))
             best = max(best, 2 * batch * inner * outer / taken)
     return best
 

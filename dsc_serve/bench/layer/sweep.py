@@ -25,7 +25,7 @@ from dsc_serve.bench.layer.measurement import (
     rotation_layers,
     with_threads,
 )
-from dsc_serve.bench.layer.roofline import Rates, phases, stored_bytes, synchronizer
+from dsc_serve.bench.layer.roofline import Rates, phases, stored_bytes
 from dsc_serve.bench.layer.systems import (
     Layer,
     LayerSystem,
@@ -35,6 +35,7 @@ from dsc_serve.bench.layer.systems import (
     random_input,
     random_weights,
 )
+from dsc_serve.bench.layer.timing import timer_for
 from dsc_serve.model.config import DscConfig, ModelConfig
 
 ATOMS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -130,9 +131,9 @@ def _measure(
 
 def _row(bench: LayerBench, group: Group, parts: Sequence[LayerSystem], x: Tensor, rates: Rates) -> SweepRow:
     [(system, checked, layer)] = group.measure(x, bench.torch_dtype)
-    shuffle, sync = random.Random(bench.seed).shuffle, synchronizer(x.device)
+    shuffle, timer = random.Random(bench.seed).shuffle, timer_for(x.device)
     timed = [*parts, system] if checked.wrong is None else list(parts)
-    router, static, *whole = interleaved_medians(timed, x, bench.repeats, bench.seconds, sync, shuffle)
+    router, static, *whole = interleaved_medians(timed, x, bench.repeats, bench.seconds, timer, shuffle)
     seconds = whole[0] if whole else None
     item = Measured(system.name, x.shape[0], seconds, checked, layer, group.rotated)
     [row] = layer_rows(bench, [item], rates)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
+from dsc_serve.config import EMBEDDED_MODEL, ConfigError, EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ PARTS = ("profile", "prompts")
 @click.option("--own-tokens", type=click.IntRange(1), default=32, help="What each request adds to it.")
 @click.option("--requests", type=click.IntRange(1), default=20, help="Requests that share it.")
 @click.option("--itl-target-ms", type=click.FloatRange(0), default=0.0, help="As in serve.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="As in serve.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="As in serve.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="As in serve.")
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
@@ -44,6 +45,7 @@ def engine_command(
     only: str | None,
     running: tuple[int, ...],
     steps: int,
+    device: str,
     dtype: str,
     threads: int,
     json_file: Path | None,
@@ -54,16 +56,20 @@ def engine_command(
     Where the time of steps of single tokens goes, greedy and sampled, beside what their bytes and FLOPs take at least
     on this machine. How long running requests wait for their next token while a long prompt is computed, against the
     steps just before; and the time to the first token of requests with a common beginning, without and with the prefix
-    cache.
+    cache. On a CUDA device a step's parts are its captured graph and its head, by the device's clock, and the host.
     """
     resolve_model(model)
     from dsc_serve.engine.preparation import prepare_model
 
-    config = EngineConfig(model=model, threads=threads, dtype=dtype)  # type: ignore[arg-type]  # checked by the option
-    loaded = prepare_model(config)
+    config = EngineConfig(model=model, threads=threads, dtype=dtype, device=device)  # type: ignore[arg-type]  # checked
+    try:
+        loaded = prepare_model(config)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
     found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(loaded)}
     if only != "prompts":
-        found["profiles"] = profile_steps(loaded, config, running, steps)
+        parts = profile_steps if device == "cpu" else profile_device
+        found["profiles"] = parts(loaded, config, running, steps)
     if only != "profile":
         found |= measure_prompts(loaded, config, **prompts)
     if json_file is not None:
@@ -105,6 +111,18 @@ def profile_steps(model: Decoder, config: EngineConfig, running: tuple[int, ...]
         room = msgspec.structs.replace(room, step_tokens=max(room.step_tokens, room.max_running))
         found += [profile(model, room, tokenizer, count, sampling, steps) for sampling in SAMPLINGS]
     click.echo(format_profiles(found))
+    return found
+
+
+def profile_device(model: Decoder, config: EngineConfig, running: tuple[int, ...], steps: int) -> object:
+    from dsc_serve.bench.layer.timing import EventClock
+    from dsc_serve.bench.step.device_steps import NotCapturedError, device_steps, format_device_steps
+
+    try:
+        found = device_steps(model, config, running, steps, EventClock())
+    except NotCapturedError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(format_device_steps(found))
     return found
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dsc_kernels import ops
+from dsc_kernels.backend import MeasuredStack
 from dsc_serve.bench.layer.roofline import gemm_rate
 from dsc_serve.bench.step.least import read_bytes, weight_bytes, work
 from dsc_serve.config import EngineConfig
@@ -270,7 +271,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
             ),
         ):
             stack.enter_context(clock.on(owner, method, name))
-        if model.stack is not None:
+        if isinstance(model.stack, MeasuredStack):
             model.stack.measure(True)
             stack.callback(model.stack.measure, False)
         for i in range(steps):
@@ -292,7 +293,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
 def split_blocks(clock: PartTimer, model: Decoder) -> None:
     """The blocks' time by what the native stack counted; without one it is all "static"."""
     blocks = clock.spent.pop("blocks")
-    spent = {} if model.stack is None else model.stack.spent
+    spent = model.stack.spent if isinstance(model.stack, MeasuredStack) else {}
     if not spent:
         clock.spent["static"] = blocks
         return

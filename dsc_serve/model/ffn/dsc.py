@@ -115,7 +115,7 @@ class DscFfn:
     def outputs(self, tokens: int, reporting: bool = False) -> LayerOutputs:
         """What the layer gives besides its output with so many tokens; reporting: to tell picks to `record`."""
         if reporting:
-            return LayerOutputs.everything(tokens, self.config.atoms_per_token)
+            return LayerOutputs.everything(tokens, self.config.atoms_per_token, device=self.gamma.device)
         grouped = self.planner is not None and self.planner.grouped(tokens)
         if self.trace is None:
             return LayerOutputs(grouped) if grouped else OUTPUT_ONLY

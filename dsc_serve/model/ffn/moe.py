@@ -30,7 +30,7 @@ class MoeFfn(GatedPicks):
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoeConfig)
-        self.k = c.experts_per_token
+        self.k, self.device = c.experts_per_token, place.device
         router, options = router_of(config, tensors, place)
         self.layer = ops.moe(
             router,

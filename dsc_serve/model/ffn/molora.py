@@ -28,7 +28,7 @@ class MoloraFfn(GatedPicks):
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         c = config.ffn
         assert isinstance(c, MoloraConfig)
-        self.k = c.adapters_per_token
+        self.k, self.device = c.adapters_per_token, place.device
         u, v = map(in_place, place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"]))
         self.layer = ops.ffn(
             mlp_weights(config, tensors, place, "static."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from dsc_kernels.backend import Layer
@@ -81,6 +82,7 @@ class GatedPicks:
 
     layer: RoutedLayer
     k: int
+    device: torch.device
 
     def routed(
         self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None
@@ -89,7 +91,7 @@ class GatedPicks:
         return out, self.record((rows, gates))
 
     def outputs(self, tokens: int, reporting: bool = False) -> LayerOutputs:
-        return LayerOutputs.everything(tokens, self.k, signal=False) if reporting else OUTPUT_ONLY
+        return LayerOutputs.everything(tokens, self.k, signal=False, device=self.device) if reporting else OUTPUT_ONLY
 
     def record(self, picked: Sequence[Tensor]) -> Picks:
         rows, gates = picked

@@ -36,6 +36,15 @@ def tanh_positive(s: tl.tensor) -> tl.tensor:
 
 
 @kernel
+def bounded(scores: tl.tensor, cap: tl.tensor) -> tl.tensor:
+    """cap · tanh(scores / cap), with scores and cap in base 2."""
+    ratio = tl.abs(scores / cap) * 2.8853900817779268  # 2 / ln 2 of the exponent of e
+    decay = tl.exp2(-ratio)
+    tanh = (1.0 - decay) / (1.0 + decay)
+    return tl.where(scores < 0.0, -tanh, tanh) * cap
+
+
+@kernel
 def activate(x: tl.tensor, activation: tl.constexpr) -> tl.tensor:
     """x after "none", "gelu" (exact), "gelu_tanh" or "silu"."""
     if activation == "gelu_tanh":
@@ -73,11 +82,18 @@ def key_index(key: tl.tensor) -> tl.tensor:
 
 @kernel
 def largest(keys: tl.tensor, k: tl.constexpr, width: tl.constexpr) -> tl.tensor:
-    """The k largest of distinct keys [n], in descending order, in a vector of `width` ≥ k that empty keys fill."""
+    """The k largest of distinct keys [n], in descending order, in a vector of `width` ≥ k that empty keys fill.
+
+    `width` is a power of two, n one that is no smaller. A few are found one by one; more by a bitonic network, whose
+    steps are independent of k but for their logarithm.
+    """
     rank = tl.arange(0, width)
-    picked = tl.full((width,), EMPTY, tl.int64)
-    for i in range(k):
-        best = tl.max(keys, 0)
-        picked = tl.where(rank == i, best, picked)
-        keys = tl.where(keys == best, EMPTY, keys)
+    if width <= 2:
+        picked = tl.full((width,), EMPTY, tl.int64)
+        for i in range(k):
+            best = tl.max(keys, 0)
+            picked = tl.where(rank == i, best, picked)
+            keys = tl.where(keys == best, EMPTY, keys)
+    else:
+        picked = tl.where(rank < k, tl.topk(keys, width), EMPTY)
     return picked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import cache
@@ -16,9 +17,12 @@ Meta = dict[str, Any]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+COUNTS = {"batch", "sequences", "most", "slots"}  # that change from step to step
+
+
 def kernel(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, with a type that mypy accepts as a decorator."""
-    return triton.jit(function)
+    """`triton.jit`, with a type that mypy accepts as a decorator; it is not compiled anew for other COUNTS."""
+    return triton.jit(function, do_not_specialize=sorted(COUNTS & inspect.signature(function).parameters.keys()))
 
 
 def interpreted() -> bool:
@@ -49,9 +53,11 @@ def stages(wanted: int) -> int:
     return min(wanted, 2) if torch.version.hip else wanted
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | tuple[torch.dtype, ...] = FLOATS
+) -> None:
     """Raise ValueError unless the tensor has this shape and dtype (by default any floating one that kernels take)."""
-    allowed = FLOATS if dtype is None else (dtype,)
+    allowed = dtype if isinstance(dtype, tuple) else (dtype,)
     if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {expected} {list(shape)}")

@@ -1,4 +1,4 @@
-"""A mixture of experts: two grouped GEMMs over tokens sorted by expert, and the sum of each token's experts.
+"""A mixture of experts: two grouped GEMMs over tokens sorted by expert.
 
 Nothing waits for the device: tiles find their expert from offsets that stay there, and the grid is the most that any
 routing needs.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsc_kernels.gpu.arithmetic import activate
 from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.gpu.route_experts import sort_by_expert
 from dsc_kernels.weights import Activation
 
 SMALL_TILE = 16
@@ -83,29 +84,6 @@ def multiply_experts(
     tl.store(out_rows, sums.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@kernel
-def combine_slots(
-    slots: tl.tensor, residual: tl.tensor, out: tl.tensor, k: tl.constexpr, d: tl.constexpr, d_per_block: tl.constexpr
-) -> None:
-    """Sum of a token's k rows, in their order, and the residual: grid (batch, ⌈d / d per block⌉)."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * d_per_block + tl.arange(0, d_per_block)
-    inside = column < d
-    total = tl.zeros((d_per_block,), tl.float32)
-    for i in range(k):
-        total += tl.load(slots + (token * k + i) * d + column, mask=inside, other=0.0)
-    if residual is not None:
-        total += tl.load(residual + token * d + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=inside)
-
-
-def sort_by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Slots int32 [B · k] sorted by expert, in token order within one, and where each expert's begin, int32 [N + 1]."""
-    ordered, order = experts.flatten().sort(stable=True)
-    edges = torch.arange(count + 1, device=experts.device)
-    return order.int(), torch.searchsorted(ordered, edges, out_int32=True)
-
-
 def blocks(rows: int, experts: int, dtype: torch.dtype) -> Meta:
     """Tile sizes: small ones until an expert has a large tile's rows."""
     wide = 1 if dtype == torch.float32 else 2
@@ -121,12 +99,7 @@ def blocks(rows: int, experts: int, dtype: torch.dtype) -> Meta:
     }
 
 
-def combine_blocks(k: int, d: int) -> Meta:
-    """Tile sizes of the sum."""
-    return {"k": k, "d": d, "d_per_block": min(power_of_2(d), 1024), "num_warps": 4 if d >= 512 else 1}
-
-
-def run_experts(
+def expert_slots(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
@@ -134,33 +107,28 @@ def run_experts(
     gate: Tensor | None,
     down: Tensor,
     activation: Activation,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """Σ_j weights_j · W_2 act(W_1 x) over each token's experts, plus residual: [B, d] in x's dtype.
+    """weights_j · W_2 act(W_1 x) of each token's experts j: float32 [B, k, d].
 
-    x [B, d]; weights float32 and experts int64 [B, k]; up and gate [N, hidden, d], down [N, d, hidden] in x's dtype.
+    x [B, d]; weights float32 and experts int32 [B, k]; up and gate [N, hidden, d], down [N, d, hidden] in x's dtype.
     Activations between the products are rounded to x's dtype. A width that is a multiple of 16 loads fastest.
     """
     (batch, d), k = x.shape, experts.shape[1]
     count, hidden, _ = up.shape
     check("x", x, (batch, d))
     check("weights", weights, (batch, k), torch.float32)
-    check("experts", experts, (batch, k), torch.int64)
+    check("experts", experts, (batch, k), torch.int32)
     check("up", up, (count, hidden, d), x.dtype)
     check("down", down, (count, d, hidden), x.dtype)
     if gate is not None:
         check("gate", gate, (count, hidden, d), x.dtype)
         gate = gate.contiguous()
-    if residual is not None:
-        check("residual", residual, (batch, d))
-        residual = residual.contiguous()
     rows = batch * k
-    out = torch.empty(batch, d, dtype=x.dtype, device=x.device)
+    slots = torch.empty(batch, k, d, dtype=torch.float32, device=x.device)
     if not batch:
-        return out
+        return slots
     order, offsets = sort_by_expert(experts, count)
     middle = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
-    slots = torch.empty(rows, d, dtype=torch.float32, device=x.device)
     meta = blocks(rows, count, x.dtype)
     row_tiles = rows // meta["rows_per_block"] + min(count, rows)
     first = {"k": k, "inner": d, "outer": hidden, "first": True, "activation": activation}
@@ -175,6 +143,4 @@ def run_experts(
         **meta,
         **second,
     )
-    combining = combine_blocks(k, d)
-    combine_slots[(batch, triton.cdiv(d, combining["d_per_block"]))](slots, residual, out, **combining)
-    return out
+    return slots

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dsc_kernels.gpu.arithmetic import EMPTY, key_index, key_value, largest, order_key, softplus, tanh_positive
 from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
-from dsc_kernels.gpu.router import GROUP
+from dsc_kernels.gpu.ffn_in import GROUP
+from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs
 
 MAX_PICKS = 64
 
@@ -91,12 +92,13 @@ def select_tokens(
 
 def sizes(k: int, groups: int) -> Meta:
     """Vector widths of a selection."""
-    return {"k": k, "width": power_of_2(k), "group": GROUP, "groups_width": power_of_2(groups)}
+    width = power_of_2(k)
+    return {"k": k, "width": width, "group": GROUP, "groups_width": power_of_2(groups, width)}
 
 
 def blocks(k: int, groups: int) -> Meta:
-    """Widths, and warps: few, since every round ends in a reduction across them."""
-    return {**sizes(k, groups), "num_warps": 1 if k <= 8 else 4}
+    """Widths, and warps: few for few picks, since the network's widest steps go across them."""
+    return {**sizes(k, groups), "num_warps": 1 if k <= 4 else 4 if k <= 16 else 8}
 
 
 def prepare_logits(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, int, int]:
@@ -115,17 +117,20 @@ def prepare_logits(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, int,
     return logits, atoms, groups
 
 
-def select(logits: Tensor, maxima: Tensor, k: int, eps: float, softmax: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row, by (logit descending, index ascending), NaN last, from `router.router_logits`.
+def select(
+    logits: Tensor, maxima: Tensor, k: int, eps: float, softmax: bool = False, outputs: LayerOutputs = OUTPUT_ONLY
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of each row, by (logit descending, index ascending), NaN last, from `ffn_in.router_logits`.
 
     Returns atoms int32 [B, k], coefficients float32 [B, k] and the signal S [B]; with `softmax` (a mixture of LoRAs)
-    the coefficients are the softmax of what was picked, and the signal is 0.
+    the coefficients are the softmax of what was picked, and the signal is 0. They are written to what there is of
+    `outputs`.
     """
     logits, atoms, groups = prepare_logits(logits, maxima, k)
     batch = logits.shape[0]
-    picks = torch.empty(batch, k, dtype=torch.int32, device=logits.device)
-    coefficients = torch.empty(batch, k, dtype=torch.float32, device=logits.device)
-    signals = torch.empty(batch, dtype=torch.float32, device=logits.device)
+    picks = room(outputs.picks, torch.int32, logits, batch, k)
+    coefficients = room(outputs.weights, torch.float32, logits, batch, k)
+    signals = room(outputs.signal, torch.float32, logits, batch)
     if batch:
         select_tokens[(batch,)](
             *(logits, maxima.contiguous(), picks, coefficients, signals, atoms, groups, eps),
@@ -133,3 +138,10 @@ def select(logits: Tensor, maxima: Tensor, k: int, eps: float, softmax: bool = F
             softmax=softmax,
         )
     return picks, coefficients, signals
+
+
+def room(given: Tensor | None, dtype: torch.dtype, like: Tensor, *shape: int) -> Tensor:
+    """The first rows of what is given, or a tensor of its own."""
+    if given is None:
+        return torch.empty(*shape, dtype=dtype, device=like.device)
+    return given[: shape[0]]

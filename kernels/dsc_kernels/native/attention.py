@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsc_kernels.chunks import one_by_one
 from dsc_kernels.native.dispatch import threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.tensors import address, check, is_bf16
@@ -239,6 +240,9 @@ def chunk_attention(
             threads=threads(),
         )
     return out
+
+
+chunks_attention = one_by_one(chunk_attention)
 
 
 def in_rows(q: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from dsc_kernels.weights import (
     OUTPUT_ONLY,
     SCALE_BYTES,
     AdapterRun,
+    ChunkPlace,
     DecoderLayer,
     KvCache,
     LayerOutputs,
@@ -191,6 +192,10 @@ class Stack:
             check("a norm's vector", vector, (self.d,), self.dtype)
         return self._keep(vector)
 
+    def takes(self, kv_caches: Sequence[KvCache], runs: Sequence[AdapterRun]) -> bool:
+        """All that there are."""
+        return True
+
     def __call__(
         self,
         ids: Tensor,
@@ -199,7 +204,7 @@ class Stack:
         contexts: Tensor,
         decodes: int,
         max_context_len: int,
-        chunks: Iterable[tuple[int, int, int, int]],
+        chunks: Iterable[ChunkPlace],
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
         runs: Sequence[AdapterRun] = (),

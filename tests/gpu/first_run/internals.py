@@ -7,7 +7,7 @@ from common import CPU, DEVICE, DRY
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.gpu import attention, layers, moe, router, select_compose
+from dsc_kernels.gpu import add_norm, attention, ffn_in, layers, moe, select_compose
 from dsc_kernels.plan import Planner
 from dsc_kernels.weights import AtomBank, FfnOptions, KvCache, MlpWeights, MoeOptions, Router
 from dsc_serve import SamplingParams
@@ -18,7 +18,6 @@ from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder, dsc_layers, tensor_shapes
-from dsc_serve.model.ffn.dsc import PickBuffers
 from dsc_serve.model.ffn.picks import picking_layers
 from dsc_serve.model.initial import preset_config
 from dsc_serve.model.reference import import_reference
@@ -34,12 +33,12 @@ __all__ = [
     "StepBatch",
     "attention",
     "dsc_layers",
+    "ffn_in",
     "import_reference",
     "layers",
     "moe",
     "ops",
     "preset_config",
-    "router",
     "select_compose",
     "tensor_shapes",
 ]
@@ -77,17 +76,6 @@ def decoder_layers(model: Decoder) -> list:
     return model.layers
 
 
-def keep_layers(model: Decoder, count: int) -> list:
-    """Leave the model its first layers; returns those it had, for `restore_layers`."""
-    had = model.layers
-    model.layers = had[:count]
-    return had
-
-
-def restore_layers(model: Decoder, had: list) -> None:
-    model.layers = had
-
-
 def ffn_layer(layer):
     """The kernels' own layer in a decoder layer's FFN."""
     return layer.ffn.layer
@@ -105,14 +93,6 @@ def plan_dsc_layers(model: Decoder) -> None:
     """As the engine does when it loads a model."""
     for layer in dsc_layers(model):
         layer.planner = Planner("auto", layer.shape, None)
-
-
-def trace_dsc_layers(model: Decoder, tokens: int) -> None:
-    """As the runner does that watches routing."""
-    k = model.config.ffn.atoms_per_token
-    for layer in dsc_layers(model):
-        picks = torch.zeros(tokens, k, dtype=torch.int32, device=model.device)
-        layer.trace = PickBuffers(picks, torch.zeros(tokens, device=model.device))
 
 
 def ffn_kinds(runner: Runner) -> set[str]:
@@ -147,12 +127,24 @@ def router_weight(layer) -> Tensor:
 
 def route_logits(layer, x: Tensor) -> tuple[Tensor, Tensor]:
     router = layer.router
-    return layers.router_logits(x, router.weight, router.bias, layer.options.tau, router.norm_eps)
+    rstd = None if router.norm_eps is None else add_norm.rstd_of(x, router.norm_eps)
+    return ffn_in.router_logits(x, router.weight, router.bias, layer.options.tau, rstd)
 
 
 def compose(layer, x: Tensor, atoms: Tensor, weights: Tensor, static: Tensor) -> Tensor:
     u, v, gamma = bank(layer)
     return layers.expand(layers.contract(x, u, atoms, weights), v, atoms, gamma, static, x, x.dtype)
+
+
+def select_and_compose(layer, logits: Tensor, maxima: Tensor, x: Tensor, static: Tensor) -> Tensor:
+    return select_compose.select_compose(logits, maxima, x, layer.bank, static, layer.options)
+
+
+def compose_rows(
+    logits: Tensor, maxima: Tensor, x: Tensor, u: Tensor, v: Tensor, gamma: Tensor, static: Tensor, k: int
+) -> Tensor:
+    options = FfnOptions(activation="gelu", k=k, eps=1e-6)
+    return select_compose.select_compose(logits, maxima, x, AtomBank(u, v, gamma), static, options)
 
 
 def served(layer, x: Tensor, picks: Tensor, signal: Tensor) -> Tensor:
@@ -167,7 +159,15 @@ def decode_attention(
 
 
 def run_experts(layer, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    return moe.run_experts(x, weights, experts, layer.up, layer.gate, layer.down, layer.activation, x)
+    return sum_experts(x, weights, experts, layer.up, layer.gate, layer.down, layer.activation)
+
+
+def sum_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation
+) -> Tensor:
+    slots = moe.expert_slots(x, weights, experts.int(), up, gate, down, activation)
+    k, d = slots.shape[1:]
+    return add_norm.summed(x, add_norm.Parts(slots, k, d, k * d), x.dtype)
 
 
 # The runner's inputs and steps.
@@ -225,6 +225,7 @@ def fill(runner: Runner, contexts: list[int], seed: int = 0) -> None:
     inputs = runner._inputs
     inputs.wait()
     inputs._held[:] = [None] * len(inputs._held)
+    inputs._changed.update(range(len(contexts)))
     order = torch.randperm(sum(-(-context // BLOCK) for context in contexts), generator=generator)
     at = 0
     for row, context in enumerate(contexts):

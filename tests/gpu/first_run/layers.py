@@ -13,7 +13,6 @@ import torch
 from common import DEVICE, DRY, RESULTS, graph, left_s, save, say, table, time_us
 from internals import (
     ModelConfig,
-    bank,
     compose,
     decoder_layers,
     ffn_layer,
@@ -21,6 +20,7 @@ from internals import (
     route_logits,
     router_weight,
     run_experts,
+    select_and_compose,
     served,
 )
 from internals import layers as kernels
@@ -79,11 +79,11 @@ def dsc_jobs(layer, x: torch.Tensor, k: int) -> dict[str, Job]:
     atoms, weights, _ = kernels.select(logits, maxima, k, 1e-6)
     static = layer.static(x)
     jobs: dict[str, Job] = {
-        "dsc as served (picks copied)": lambda own: served(own, x, picks, signal),
+        "dsc as served (picks written)": lambda own: served(own, x, picks, signal),
         "  route": lambda own: route_logits(own, x),
         "  static": lambda own: own.static(x),
         "  select": lambda own: kernels.select(logits, maxima, k, 1e-6),
-        "  select_compose": lambda own: kernels.select_compose(logits, maxima, x, *bank(own), static, x, k, 1e-6),
+        "  select_compose": lambda own: select_and_compose(own, logits, maxima, x, static),
         "  contract and expand": lambda own: compose(own, x, atoms, weights, static),
     }
     if not DRY:

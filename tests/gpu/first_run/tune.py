@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from common import DEVICE, DRY, RESULTS, graph, left_s, save, say, sync, table, time_us
-from internals import attention, decode_attention, moe, router, select_compose
+from internals import attention, compose_rows, decode_attention, ffn_in, moe, select_compose, sum_experts
 
 WARM = "warm" in sys.argv
 FAMILIES = [word for word in sys.argv[1:] if word != "warm"] or ["route", "attend", "experts", "compose"]
@@ -20,8 +20,8 @@ ROUTE = {  # by batch: tokens and atoms per block, d per step, warps, stages
     256: [(64, 64, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 256, 64, 8, 3)],
 }
 ATTEND = [  # programs that suffice, positions per step (0: the default), warps, stages
-    *((256, 0, 4, 2), (1024, 0, 4, 2), (4096, 0, 4, 2), (1024, 64, 4, 3), (1024, 64, 4, 4)),
-    *((1024, 32, 4, 4), (1024, 128, 4, 2), (1024, 64, 2, 3), (1024, 64, 8, 2)),
+    *((264, 0, 4, 5), (132, 0, 4, 5), (528, 0, 4, 5), (1056, 0, 4, 5), (264, 64, 4, 3), (264, 64, 4, 7)),
+    *((264, 32, 4, 5), (264, 128, 4, 5), (264, 64, 2, 5), (264, 64, 8, 5)),
 ]
 EXPERTS = {  # few and many rows: rows and columns per block, inner per step, warps, stages
     False: [(16, 32, 64, 4, 3), (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 4), (16, 32, 128, 4, 4)],
@@ -70,20 +70,19 @@ def changed(module, **values: object) -> Iterator[None]:
 
 def route(d: int, atoms: int, batch: int, copies: int) -> None:
     weights = [bf16(atoms, d) for _ in range(1 if WARM else copies)]
-    x, bias, groups = bf16(batch, d), torch.zeros(atoms, device=DEVICE), -(-atoms // 16)
-    logits, maxima = torch.empty(batch, groups * 16, device=DEVICE), torch.empty(batch, groups, device=DEVICE)
+    x, bias, rstd = bf16(batch, d), torch.zeros(atoms, device=DEVICE), torch.ones(batch, device=DEVICE)
+    default = ffn_in.tiles
     for tokens, width, step, warps, stages in tried(ROUTE[batch]):
-        grid = (-(-batch // tokens), -(-atoms // width))
-        options = {"tokens_per_block": tokens, "atoms_per_block": width, "d_per_step": step, "group": 16}
-        if not DRY:
-            options |= {"num_warps": warps, "num_stages": stages}
 
-        def launch(copy: int, grid=grid, options=options) -> None:
-            weight = weights[copy % len(weights)]
-            sizes = (batch, atoms, groups, 20.0, 1e-5)
-            router.route[grid](x, weight, bias, logits, maxima, *sizes, d=d, normed=True, **options)
+        def tiles(*words, tile=(tokens, width, step, warps, stages)):
+            sizes = dict(zip(("tokens_per_block", "rows_per_block", "d_per_step"), tile, strict=False))
+            return {**default(*words), **sizes, **({} if DRY else {"num_warps": tile[3], "num_stages": tile[4]})}
 
-        measure(f"route d{d} M{atoms} B{batch} {(tokens, width, step, warps, stages)}", launch, copies)
+        def launch(copy: int) -> None:
+            ffn_in.router_logits(x, weights[copy % len(weights)], bias, 20.0, rstd)
+
+        with changed(ffn_in, tiles=tiles):
+            measure(f"route d{d} M{atoms} B{batch} {(tokens, width, step, warps, stages)}", launch, copies)
     if not (WARM or DRY):
         measure(
             f"route d{d} M{atoms} B{batch} cuBLAS mm",
@@ -109,7 +108,7 @@ def attend(kv: int, group: int, size: int, contexts: list[int], label: str) -> N
             step = positions or meta["positions_per_step"]
             return meta if DRY else {**meta, "positions_per_step": step, "num_warps": warps, "num_stages": stages}
 
-        with changed(attention, ENOUGH_PROGRAMS=enough, MAX_SPLITS=32 if enough == 256 else 64, blocks=tiles):
+        with changed(attention, ENOUGH_PROGRAMS=enough, blocks=tiles):
             measure(
                 f"attend {label}: programs {enough}, positions {positions or '-'}, warps {warps}, stages {stages}",
                 lambda _: decode_attention(query, keys, values, tables, lengths, max(contexts), size**-0.5),
@@ -131,7 +130,7 @@ def experts(d: int, hidden: int, count: int, k: int, batch: int) -> None:
         with changed(moe, blocks=tiles):
             measure(
                 f"experts d{d} h{hidden} {k} of {count} B{batch} {tile}",
-                lambda _: moe.run_experts(x, weights, picked, up, None, down, "gelu"),
+                lambda _: sum_experts(x, weights, picked, up, None, down, "gelu"),
                 1 if DRY else 2,
             )
 
@@ -152,7 +151,7 @@ def compose(d: int, atoms: int, k: int, batch: int) -> None:
         with changed(select_compose, blocks=tiles):
             measure(
                 f"select_compose d{d} M{atoms} K{k} B{batch} {(warps, step) if warps else 'default'}",
-                lambda _: select_compose.select_compose(logits[:, :atoms], maxima, x, u, v, gamma, x, x, k, 1e-6),
+                lambda _: compose_rows(logits[:, :atoms], maxima, x, u, v, gamma, x, k),
                 1 if DRY else 4,
             )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 from torch import Tensor
 
+from dsc_kernels import reference
 from dsc_kernels.gpu import attention, layers
 from dsc_kernels.kv_rows import narrow_rows, widened_rows
-from dsc_kernels.weights import KvCache
+from dsc_kernels.weights import KvCache, Scope
 
 
 @pytest.fixture(autouse=True)
@@ -92,19 +94,42 @@ def test_caches_in_int8_are_attended_to(dtype: torch.dtype, latent: bool) -> Non
     assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
 
 
-def test_splits_fill_the_device_and_no_more() -> None:
-    assert attention.split_count(1, 6, 100) == 1
-    assert attention.split_count(1, 6, 1100) == 4
-    assert attention.split_count(1, 1, 1 << 20) == attention.MAX_SPLITS
-    assert attention.split_count(256, 8, 1 << 20) == 1
+def planned(contexts: list[int], kv_heads: int, most: int, window: int = 0) -> tuple[list[int], int]:
+    """Splits of each sequence, and their length."""
+    *starts, length = attention.split_contexts(torch.tensor(contexts), kv_heads, most, window).plan.tolist()
+    return [end - begin for begin, end in pairwise(starts)], length
+
+
+def test_contexts_are_split_by_their_lengths() -> None:
+    assert planned([100], 6, 100) == ([1], 256)
+    assert planned([1100], 6, 1100) == ([5], 256)
+    assert planned([5000, 1, 0, 300], 8, 8192) == ([20, 1, 1, 2], 256)
+    long, length = planned([32768] + 63 * [200], 8, 32768)
+    assert long[0] >= 16 and long[1:] == 63 * [1] and length < 2048, "the long one is shared by many programs"
+    assert planned([32768, 900], 1, 1 << 17, window=512) == ([2, 2], 256)
+    for contexts in ([1 << 17] * 3, [1 << 17, 5, 70000], [1] * 256, [4096] * 64):
+        counts, _ = planned(contexts, 8, 1 << 17)
+        assert sum(counts) <= attention.most_splits(len(contexts), 8, 1 << 17)
+
+
+@pytest.mark.parametrize("scope", [Scope(40), Scope(0, 2.0), Scope(300, 1.5)])
+def test_windows_and_bounded_scores(scope: Scope) -> None:
+    g = torch.Generator().manual_seed(1)
+    keys, values = (random(g, torch.float32, 70, 2, 16, 24) for _ in "kv")
+    tables, contexts = torch.randperm(70, generator=g)[:66].view(3, 22), torch.tensor([30, 340, 41])
+    q = random(g, torch.float32, 3, 4, 24)
+    got = attention.decode_attention(q, KvCache(keys, values), tables.int(), contexts.int(), 352, 0.3, scope)
+    wide = (part.double() for part in (q, keys, values))
+    want = reference.decode_attention(*wide, tables, contexts, 352, 0.3, scope)
+    assert error(got, want) < TOLERANCE[torch.float32]
 
 
 def test_wrong_inputs_are_named() -> None:
     q, ones, tables = torch.ones(1, 3, 16), torch.ones(2, 2, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="3 heads are not a multiple of 2 key-value heads"):
         attention.decode_attention(q, KvCache(ones, ones), tables, torch.tensor([1]), 16, 1.0)
-    with pytest.raises(ValueError, match=r"contexts is torch\.int32"):
-        attention.decode_attention(q, KvCache(ones, ones), tables, torch.tensor([1]).int(), 16, 1.0)
+    with pytest.raises(ValueError, match=r"contexts is torch\.int16"):
+        attention.decode_attention(q, KvCache(ones, ones), tables, torch.tensor([1]).short(), 16, 1.0)
 
 
 @pytest.mark.full

@@ -11,18 +11,18 @@ from support.quantised_cases import exact, quantised
 from torch import Tensor
 
 from dsc_kernels import reference
-from dsc_kernels.gpu import layers, moe
+from dsc_kernels.gpu import add_norm, ffn_in, layers, moe, route_experts
 from dsc_kernels.gpu import quantised as narrow
 from dsc_kernels.plain import ACTIVATIONS
 from dsc_kernels.quantised import QuantisedWeight
-from dsc_kernels.weights import Activation, MlpWeights, MoeOptions, Router, SharedExpert
+from dsc_kernels.weights import Activation, MlpWeights, MoeOptions, NormWeights, Router, SharedExpert
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 @pytest.fixture(autouse=True)
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Poisoned]:
-    stand_in = poisoned(monkeypatch, moe)
+    stand_in = poisoned(monkeypatch, moe, route_experts, add_norm, ffn_in)
     yield stand_in
     stand_in.check()
 
@@ -46,6 +46,22 @@ def oracle(
             total = total + weight * (middle @ down[expert].double().T)
         out.append(total)
     return torch.stack(out)
+
+
+def run_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The slots of all tokens, summed as a layer does."""
+    slots = moe.expert_slots(x, weights, experts.int(), up, gate, down, activation)
+    k, d = slots.shape[1:]
+    return add_norm.summed(residual, add_norm.Parts(slots, k, d, k * d), x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +93,7 @@ def test_experts(
     residual = random(g, dtype, batch, d) if with_residual else None
     weights = banded(torch.rand(batch, k, generator=g))
     experts = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(batch)])
-    got = moe.run_experts(x, weights, experts, up, gate, down, activation, residual)
+    got = run_experts(x, weights, experts, up, gate, down, activation, residual)
     want = oracle(x, weights, experts, up, gate, down, activation, residual)
     assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
 
@@ -88,7 +104,7 @@ def test_uneven_routing(crowd: str) -> None:
     x, up = random(g, torch.float32, 35, 20), random(g, torch.float32, 4, 24, 20)
     down, weights = random(g, torch.float32, 4, 20, 24), banded(torch.rand(35, 1, generator=g))
     experts = torch.full((35, 1), 3) if crowd.startswith("all") else torch.arange(35)[:, None] % 3 + 1
-    got = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    got = run_experts(x, weights, experts, up, None, down, "gelu")
     assert error(got, oracle(x, weights, experts, up, None, down, "gelu", None)) < TOLERANCE[torch.float32]
 
 
@@ -96,9 +112,9 @@ def test_a_bad_token_touches_no_other() -> None:
     g = torch.Generator().manual_seed(0)
     x, up, down = (random(g, torch.bfloat16, *shape) for shape in ((8, 20), (3, 24, 20), (3, 20, 24)))
     weights, experts = torch.rand(8, 2, generator=g), torch.arange(16).view(8, 2) % 3
-    clean = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    clean = run_experts(x, weights, experts, up, None, down, "gelu")
     x[3, 4] = float("nan")
-    got = moe.run_experts(x, weights, experts, up, None, down, "gelu")
+    got = run_experts(x, weights, experts, up, None, down, "gelu")
     others = [i for i in range(8) if i != 3]
     assert torch.equal(got[others], clean[others]) and bool(got[3].isnan().all())
 
@@ -160,21 +176,62 @@ def matrices(expert: MlpWeights) -> tuple[QuantisedWeight, QuantisedWeight]:
     return expert.up, expert.down
 
 
-def test_slots_are_sorted_by_expert_and_then_by_token() -> None:
-    order, offsets = moe.sort_by_expert(torch.tensor([[2, 0], [0, 4], [2, 4]]), 5)
-    assert order.tolist() == [1, 2, 0, 4, 3, 5] and offsets.tolist() == [0, 2, 2, 4, 4, 6]
+@pytest.mark.parametrize(("tokens", "k", "count"), [(3, 2, 5), (70, 4, 130), (1, 1, 1), (300, 1, 3)])
+def test_slots_are_sorted_by_expert_and_then_by_token(tokens: int, k: int, count: int) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    picks = torch.rand(tokens, count, generator=g).topk(k, dim=1).indices.int()
+    order, offsets = route_experts.sort_by_expert(banded(picks), count)
+    assert torch.equal(order.long(), picks.flatten().long().sort(stable=True).indices)
+    assert offsets.tolist() == [0, *picks.flatten().bincount(minlength=count).cumsum(0).tolist()]
+
+
+PICKING = [
+    (5, MoeOptions(activation="silu", k=2)),
+    (16, MoeOptions(activation="silu", k=4, normalize=True, weight_scale=2.5)),
+    (130, MoeOptions(activation="silu", k=6)),
+    (24, MoeOptions(activation="silu", k=4, scoring="sigmoid", groups=6, groups_used=3, group_picks=2)),
+    (8, MoeOptions(activation="silu", k=3, groups=4, groups_used=2)),
+]
+
+
+@pytest.mark.parametrize(("experts", "options"), PICKING)
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_are_picked_as_the_reference_does(experts: int, options: MoeOptions, biased: bool) -> None:
+    g = torch.Generator().manual_seed(experts)
+    logits = torch.randn(5, experts, generator=g)
+    logits[1, 1:5] = logits[1, 0]  # the first of equals
+    bias = random(g, torch.float32, experts) if biased else None
+    weights, picked = route_experts.pick_experts(banded(logits), options, bias)
+    want_weights, want = reference.pick_experts(logits.double(), options, None if bias is None else bias.double())
+    assert torch.equal(picked.long(), want) and error(weights, want_weights) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_few_experts_are_picked_where_the_norm_is_computed(dtype: torch.dtype, norm_eps: float | None) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, terms = random(g, dtype, 4, 50), random(g, torch.float32, 2, 4, 50)
+    router = Router(random(g, dtype, 5, 50, scale=0.3), random(g, torch.float32, 5), norm_eps)
+    norm, options = NormWeights(random(g, dtype, 50), None, 1e-6), MoeOptions(activation="silu", k=2)
+    found, (weights, picked) = route_experts.norm_and_pick(x, add_norm.Parts.of(terms), norm, router, options)
+    apart = add_norm.add_norm(x, add_norm.Parts.of(terms), norm, norm_eps)
+    assert torch.equal(found.x, apart.x) and torch.equal(found.normed, apart.normed)
+    want = route_experts.pick_experts(
+        ffn_in.router_logits(apart.normed, router.weight, router.bias, torch.inf, apart.rstd)[0], options, None
+    )
+    assert torch.equal(picked, want[1]) and error(weights, want[0]) < 1e-5
 
 
 def test_no_tokens() -> None:
     none = torch.empty(0, 8)
     arguments = (none, torch.empty(0, 2), torch.empty(0, 2).long(), torch.ones(3, 4, 8), None, torch.ones(3, 8, 4))
-    assert moe.run_experts(*arguments, "gelu").shape == (0, 8)
+    assert run_experts(*arguments, "gelu").shape == (0, 8)
 
 
 def test_wrong_inputs_are_named() -> None:
     x, experts = torch.ones(2, 8), torch.zeros(2, 1).long()
     with pytest.raises(ValueError, match=r"down is torch.float32 \[3, 4, 8\]; expected torch.float32 \[3, 8, 4\]"):
-        moe.run_experts(x, torch.ones(2, 1), experts, torch.ones(3, 4, 8), None, torch.ones(3, 4, 8), "gelu")
+        run_experts(x, torch.ones(2, 1), experts, torch.ones(3, 4, 8), None, torch.ones(3, 4, 8), "gelu")
 
 
 @pytest.mark.full

@@ -31,7 +31,7 @@ def picked(logits: Tensor, k: int, softmax: bool = False) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize(
-    ("batch", "atoms", "k"), [(1, 1, 1), (5, 15, 15), (4, 17, 3), (6, 101, 5), (3, 96, 33), (2, 700, 64), (3, 1523, 4)]
+    ("batch", "atoms", "k"), [(1, 1, 1), (2, 15, 15), (2, 17, 3), (3, 101, 5), (1, 96, 33), (1, 700, 64), (2, 1523, 4)]
 )
 def test_selection_and_coefficients(batch: int, atoms: int, k: int) -> None:
     logits = torch.randn(batch, atoms, generator=torch.Generator().manual_seed(atoms)) * 3
@@ -46,8 +46,8 @@ def test_selection_and_coefficients(batch: int, atoms: int, k: int) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_ties_at_the_truncation_go_to_the_lowest_index(k: int, share: float) -> None:
     g = torch.Generator().manual_seed(k)
-    top = torch.where(torch.rand(8, 150, generator=g) < share, 20.0, -20.0)
-    some = torch.where(torch.rand(8, 150, generator=g) < 0.2, torch.randint(-2, 3, (8, 150), generator=g), top)
+    top = torch.where(torch.rand(3, 150, generator=g) < share, 20.0, -20.0)
+    some = torch.where(torch.rand(3, 150, generator=g) < 0.2, torch.randint(-2, 3, (3, 150), generator=g), top)
     picks, _, _ = picked(some, k)
     assert torch.equal(picks.long(), reference.select(some.double(), k, 20.0)[1])
 
@@ -60,7 +60,7 @@ def test_zeros_of_either_sign_tie() -> None:
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_winners_are_found_in_every_group(k: int) -> None:
-    places = range(0, 100, 5)
+    places = range(0, 100, 11)
     logits = torch.linspace(1, -1, 100).repeat(len(places), 1)
     winners = torch.tensor([[(place + 27 * j) % 100 for j in range(k)] for place in places])
     logits.scatter_(1, winners, torch.arange(10.0, 10 - k, -1).repeat(len(places), 1))

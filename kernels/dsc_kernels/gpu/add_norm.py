@@ -1,0 +1,187 @@
+"""The sum of a residual stream with what a branch gave, and the norm of it: all between two branches in one launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.weights import NormWeights
+
+
+class Parts(NamedTuple):
+    """What a branch gave, [B, d], as terms to be added: number i of a token's begins at i · part + token · `token`."""
+
+    terms: Tensor  # float32, or the layer's dtype
+    number: int
+    part_stride: int
+    token_stride: int
+    further: Tensor | None = None  # [B, d]: one more
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d = self.terms.shape[-1]
+        return self.terms.numel() // (self.number * d), d
+
+    @classmethod
+    def of(cls, terms: Tensor) -> Parts:
+        """Terms [number, B, d]."""
+        return cls(terms, terms.shape[0], terms.shape[1] * terms.shape[2], terms.shape[2])
+
+
+@kernel
+def add_norm_row(
+    residual: tl.tensor,
+    terms: tl.tensor,
+    further: tl.tensor,
+    total_out: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    normed_out: tl.tensor,
+    rstd_out: tl.tensor,
+    part_stride: tl.tensor,
+    token_stride: tl.tensor,
+    norm_eps: tl.tensor,
+    rstd_eps: tl.tensor,
+    token: tl.tensor,
+    count: tl.constexpr,
+    d: tl.constexpr,
+    width: tl.constexpr,
+) -> tl.tensor:
+    """The normed sum [width] of one token in float32, rounded as it is stored; see `add_norm`."""
+    column = tl.arange(0, width)
+    inside = column < d
+    at = token * d + column
+    total = tl.zeros((width,), tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(count):
+        own = terms + i * part_stride.to(tl.int64) + token * token_stride
+        total += tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+    if further is not None:
+        total += tl.load(further + at, mask=inside, other=0.0).to(tl.float32)
+    if total_out is not None:
+        rounded = total.to(total_out.dtype.element_ty)
+        tl.store(total_out + at, rounded, mask=inside)
+        total = rounded.to(tl.float32)
+    if weight is not None:
+        if bias is not None:
+            total -= tl.sum(total, 0) / d
+        square = tl.sum(tl.where(inside, total * total, 0.0), 0)
+        total *= 1.0 / tl.sqrt(square / d + norm_eps)
+        total *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(normed_out.dtype.element_ty)
+        tl.store(normed_out + at, rounded, mask=inside)
+        total = rounded.to(tl.float32)
+    if rstd_out is not None:
+        moved = tl.where(inside, total - tl.sum(total, 0) / d, 0.0)
+        tl.store(rstd_out + token, 1.0 / tl.sqrt(tl.sum(moved * moved, 0) / d + rstd_eps))
+    return total
+
+
+@kernel
+def add_norm_rows(
+    residual: tl.tensor,
+    terms: tl.tensor,
+    further: tl.tensor,
+    total_out: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    normed_out: tl.tensor,
+    rstd_out: tl.tensor,
+    part_stride: tl.tensor,
+    token_stride: tl.tensor,
+    norm_eps: tl.tensor,
+    rstd_eps: tl.tensor,
+    count: tl.constexpr,
+    d: tl.constexpr,
+    width: tl.constexpr,
+) -> None:
+    """One token: grid (batch,)."""
+    add_norm_row(
+        residual,
+        terms,
+        further,
+        total_out,
+        weight,
+        bias,
+        normed_out,
+        rstd_out,
+        part_stride,
+        token_stride,
+        norm_eps,
+        rstd_eps,
+        tl.program_id(0).to(tl.int64),
+        count,
+        d,
+        width,
+    )
+
+
+def blocks(d: int) -> Meta:
+    """Vector width, and warps: about 16 numbers a lane."""
+    width = power_of_2(d)
+    return {"d": d, "width": width, "num_warps": min(max(width // 512, 1), 8)}
+
+
+class Normed(NamedTuple):
+    """The stream x [B, d], what its norm gives, and 1 / standard deviation of that for a router, float32 [B]."""
+
+    x: Tensor
+    normed: Tensor
+    rstd: Tensor | None
+
+
+def summed(residual: Tensor | None, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """residual [B, d] and all of `parts`, in `dtype`."""
+    total = torch.empty(*parts.shape, dtype=dtype, device=parts.terms.device)
+    launch(residual, parts, total, None, None, None, 0.0)
+    return total
+
+
+def rstd_of(x: Tensor, eps: float) -> Tensor:
+    """1 / standard deviation of each row of x [B, d]: float32 [B]."""
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    launch(x, None, None, None, None, rstd, eps)
+    return rstd
+
+
+def add_norm(residual: Tensor, parts: Parts | None, norm: NormWeights, rstd_eps: float | None) -> Normed:
+    """x = residual + parts, rounded to residual's dtype, and the norm of that.
+
+    rstd_eps: where given, what is normed is normed once more by a router: its 1 / standard deviation is given, too.
+    """
+    batch, d = residual.shape
+    check("residual", residual, (batch, d))
+    x = residual if parts is None else torch.empty(batch, d, dtype=residual.dtype, device=residual.device)
+    normed = torch.empty(batch, d, dtype=residual.dtype, device=residual.device)
+    rstd = None if rstd_eps is None else torch.empty(batch, dtype=torch.float32, device=residual.device)
+    launch(residual, parts, None if parts is None else x, norm, normed, rstd, rstd_eps or 0.0)
+    return Normed(x, normed, rstd)
+
+
+def launch(
+    residual: Tensor | None,
+    parts: Parts | None,
+    total: Tensor | None,
+    norm: NormWeights | None,
+    normed: Tensor | None,
+    rstd: Tensor | None,
+    rstd_eps: float,
+) -> None:
+    first = next(tensor for tensor in (residual, total, normed) if tensor is not None)
+    batch, d = first.shape
+    terms, count, part_stride, token_stride, further = parts or (None, 0, 0, 0, None)
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    if batch:
+        add_norm_rows[(batch,)](
+            *(residual, terms, further, total, weight, bias, normed, rstd),
+            *(part_stride, token_stride, eps, rstd_eps),
+            count=count,
+            **blocks(d),
+        )

@@ -1,0 +1,203 @@
+"""Queries, keys and values of a step's tokens: their product, the turning of heads and the writing of the cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.product import rows_by_tokens, tiles
+from dsc_kernels.weights import KvCache, QkNorm, Slots
+
+
+@kernel
+def split_halves(sums: tl.tensor, half: tl.constexpr, tokens: tl.constexpr) -> tl.tensor:
+    """The first and the second `half` rows of sums [2 · half, tokens]."""
+    return tl.split(tl.permute(tl.reshape(sums, (2, half, tokens)), (1, 2, 0)))
+
+
+@kernel
+def project_heads(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    cos_sin: tl.tensor,
+    positions: tl.tensor,
+    slot_blocks: tl.tensor,
+    slot_offsets: tl.tensor,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    batch: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    size: tl.constexpr,
+    block: tl.constexpr,
+    d: tl.constexpr,
+    rows_per_block: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    d_per_step: tl.constexpr,
+) -> None:
+    """Rows of one head, as many of its first half as of its second: grid (⌈batch / tokens⌉, heads · size / rows)."""
+    half: tl.constexpr = rows_per_block // 2
+    per_head: tl.constexpr = size // rows_per_block
+    head, part = tl.program_id(1) // per_head, tl.program_id(1) % per_head
+    token = (tl.program_id(0) * tokens_per_block + tl.arange(0, tokens_per_block)).to(tl.int64)
+    is_token = token < batch
+    place = tl.arange(0, rows_per_block)
+    row = (head * size + (place // half) * (size // 2) + part * half + place % half).to(tl.int64)
+    sums = tl.zeros((rows_per_block, tokens_per_block), tl.float32)
+    every = place < rows_per_block
+    sums = rows_by_tokens(sums, weight, row, every, x, token, is_token, 0, 1, d, d_per_step)
+    if bias is not None:
+        sums += tl.load(bias + row).to(tl.float32)[:, None]
+    first, second = split_halves(sums, half, tokens_per_block)
+    column = part * half + tl.arange(0, half)
+    inside = is_token[None, :] & (column < size)[:, None]
+    if cos_sin is not None:
+        position = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
+        turned = inside & (head < heads + kv_heads)
+        angle = position[None, :] * size + column[:, None]
+        cos = tl.load(cos_sin + angle, mask=turned, other=1.0)
+        sin = tl.load(cos_sin + angle + size // 2, mask=turned, other=0.0)
+        moved = first * cos - second * sin
+        second = second * cos + first * sin
+        first = moved
+    if head < heads:
+        at = (token * heads + head) * size
+        tl.store(q + at[None, :] + column[:, None], first.to(q.dtype.element_ty), mask=inside)
+        tl.store(q + at[None, :] + column[:, None] + size // 2, second.to(q.dtype.element_ty), mask=inside)
+    else:
+        where = tl.load(slot_blocks + token, mask=is_token, other=0).to(tl.int64)
+        offset = tl.load(slot_offsets + token, mask=is_token, other=0).to(tl.int64)
+        own = (head - heads) % kv_heads
+        at = ((where * kv_heads + own) * block + offset) * size
+        if head < heads + kv_heads:
+            tl.store(keys + at[None, :] + column[:, None], first.to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + at[None, :] + column[:, None] + size // 2, second.to(keys.dtype.element_ty), mask=inside)
+        else:
+            tl.store(values + at[None, :] + column[:, None], first.to(values.dtype.element_ty), mask=inside)
+            tl.store(
+                values + at[None, :] + column[:, None] + size // 2, second.to(values.dtype.element_ty), mask=inside
+            )
+
+
+@kernel
+def prepare_heads(
+    qkv: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    cos_sin: tl.tensor,
+    positions: tl.tensor,
+    slot_blocks: tl.tensor,
+    slot_offsets: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    norm_eps: tl.tensor,
+    size: tl.constexpr,
+    size_width: tl.constexpr,
+    turned: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """One head of one token, normed, turned and, but for a query, written to the cache: grid (tokens, heads)."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, size_width)
+    inside = column < size
+    at = qkv + (token * (heads + 2 * kv_heads) + head) * size
+    if (head < heads + kv_heads) & ((key_norm is not None) | (turned > 0)):
+        partner = tl.where(column < turned // 2, column + turned // 2, column - turned // 2)
+        is_turned = column < turned
+        value = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(at + partner, mask=is_turned, other=0.0).to(tl.float32)
+        if key_norm is not None:
+            scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / size + norm_eps)
+            norm = key_norm
+            if query_norm is not None:  # noqa: SIM102  this is decided when the kernel is compiled
+                if head < heads:
+                    norm = query_norm
+            value = value * scale * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+            other = other * scale * tl.load(norm + partner, mask=is_turned, other=0.0).to(tl.float32)
+        if turned > 0:
+            angle = tl.load(positions + token).to(tl.int64) * turned + column % (turned // 2)
+            cos = tl.load(cos_sin + angle, mask=is_turned, other=1.0)
+            sin = tl.load(cos_sin + angle + turned // 2, mask=is_turned, other=0.0)
+            value = value * cos + tl.where(column < turned // 2, -other, other) * sin
+        tl.debug_barrier()  # a query goes back to where its other half has been read from
+        if head < heads:
+            tl.store(at + column, value.to(qkv.dtype.element_ty), mask=inside)
+        else:
+            where, offset = tl.load(slot_blocks + token).to(tl.int64), tl.load(slot_offsets + token)
+            row = ((where * kv_heads + head - heads) * block + offset) * size
+            tl.store(keys + row + column, value.to(keys.dtype.element_ty), mask=inside)
+    elif head >= heads:
+        where, offset = tl.load(slot_blocks + token).to(tl.int64), tl.load(slot_offsets + token)
+        row = ((where * kv_heads + (head - heads) % kv_heads) * block + offset) * size
+        raw = tl.load(at + column, mask=inside, other=0.0)
+        if head < heads + kv_heads:
+            tl.store(keys + row + column, raw, mask=inside)
+        else:
+            tl.store(values + row + column, raw, mask=inside)
+
+
+def head_tiles(tokens: int, rows: int, size: int, dtype: torch.dtype) -> Meta:
+    """Those of a product, its rows within one head."""
+    meta = tiles(tokens, rows, dtype)
+    return {**meta, "rows_per_block": min(meta["rows_per_block"], size)}
+
+
+def projects(size: int, cos_sin: Tensor | None) -> bool:
+    """Whether `project` serves heads of this size: they are turned whole, or not at all."""
+    turned = size if cos_sin is None else 2 * cos_sin.shape[2]
+    return size >= 16 and size == power_of_2(size) and turned == size
+
+
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, cos_sin: Tensor | None, slots: Slots, cache: KvCache
+) -> Tensor:
+    """Queries [T, heads, size], turned, of x [T, d]; keys, turned, and values are written to the cache.
+
+    weight [(heads + 2 · kv heads) · size, d]; cos_sin float32 [positions, 2, size / 2], None: nothing is turned.
+    """
+    (tokens, d), (_, kv_heads, block, size) = x.shape, cache.keys.shape
+    rows = (heads + 2 * kv_heads) * size
+    check("x", x, (tokens, d), weight.dtype)
+    check("weight", weight, (rows, d))
+    q = torch.empty(tokens, heads, size, dtype=x.dtype, device=x.device)
+    if tokens:
+        meta = head_tiles(tokens, rows, size, weight.dtype)
+        grid = (triton.cdiv(tokens, meta["tokens_per_block"]), rows // meta["rows_per_block"])
+        project_heads[grid](
+            *(x.contiguous(), weight, bias, cos_sin, *slots, q, cache.keys, cache.values),
+            *(tokens, heads, kv_heads),
+            size=size,
+            block=block,
+            d=d,
+            **meta,
+        )
+    return q
+
+
+def prepare_blocks(size: int, block: int, turned: int) -> Meta:
+    """Vector width of a head."""
+    return {"size": size, "size_width": power_of_2(size), "block": block, "turned": turned, "num_warps": 1}
+
+
+def store_kv(
+    qkv: Tensor, heads: int, cos_sin: Tensor | None, slots: Slots, cache: KvCache, qk_norm: QkNorm | None = None
+) -> None:
+    """As `backend.Backend` says, of heads that are normed each by itself: qkv [T, heads + 2 · kv heads, size]."""
+    tokens, all_heads, size = qkv.shape
+    _, kv_heads, block, _ = cache.keys.shape
+    check("qkv", qkv, (tokens, heads + 2 * kv_heads, size), cache.keys.dtype)
+    turned = 0 if cos_sin is None else 2 * cos_sin.shape[2]
+    query_norm, key_norm, eps = (None, None, 0.0) if qk_norm is None else (qk_norm.query, qk_norm.key, qk_norm.eps)
+    if tokens:
+        prepare_heads[(tokens, all_heads)](
+            *(qkv, query_norm, key_norm, cos_sin, *slots, cache.keys, cache.values),
+            *(heads, kv_heads, eps),
+            **prepare_blocks(size, block, turned),
+        )

@@ -1,0 +1,134 @@
+"""What a captured step of single tokens should take on a GPU, by arithmetic from stated inputs. Nothing is measured.
+
+Each launch of a layer takes a fixed time and the longer of reading its bytes and computing its products. `floor` is the
+same without the fixed time, `before` the same with as many launches as a layer needed when each operator was one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+
+BFLOAT16 = 2
+BATCHES = (1, 16, 64, 256)
+STEP_LAUNCHES = 7  # embedding, positions, plan of splits, last sum; norm, product and argmax of the head
+LAUNCHES_BEFORE = {"dsc": 27, "molora": 25, "moe": 32, "dense": 24}  # of a layer that turns heads, by operators
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """A decoder in the paper's notation; kv: key-value heads; hidden: width of an expert, of `experts`, k of them used.
+
+    dense: width of a dense FFN as large as all of it.
+    """
+
+    d: int
+    layers: int
+    vocabulary: int
+    heads: int
+    kv: int
+    size: int
+    atoms: int
+    k: int
+    static: int
+    experts: int
+    experts_used: int
+    hidden: int
+    dense: int
+    context: int
+    adapters: tuple[int, int, int, int] = (0, 0, 0, 0)  # how many, used, rank, width of the static MLP beside them
+
+
+MODELS = {
+    "paper": StepSizes(384, 6, 50_304, 6, 6, 64, 1523, 4, 327, 5, 2, 545, 2611, 128, (381, 2, 4, 894)),
+    "large": StepSizes(4096, 32, 50_304, 32, 8, 128, 16_384, 32, 8192, 4, 2, 8192, 20_480, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """read: weights and rows that are read, in numbers; products: multiplications of the whole step."""
+
+    name: str
+    read: float = 0
+    products: float = 0
+
+
+def distinct(rows: int, picks: int, tokens: int) -> float:
+    """Rows that so many tokens pick, each uniformly."""
+    return rows * (1 - (1 - picks / rows) ** tokens)
+
+
+def attention(s: StepSizes, tokens: int) -> list[Launch]:
+    projected, out = s.d * (s.heads + 2 * s.kv) * s.size, s.d * s.heads * s.size
+    seen = tokens * s.context * s.size
+    return [
+        Launch("add and norm"),
+        Launch("project", projected, tokens * projected),
+        Launch("attend", 2 * seen * s.kv, 2 * seen * s.heads),
+        Launch("merge"),
+        Launch("out", out, tokens * out),
+    ]
+
+
+def ffn(kind: str, s: StepSizes, tokens: int) -> list[Launch]:
+    if kind == "moe":
+        read = distinct(s.experts, s.experts_used, tokens) * s.hidden * s.d
+        products = tokens * s.experts_used * s.hidden * s.d
+        first = Launch("add, norm and pick", s.experts * s.d, tokens * s.experts * s.d)
+        return [first, Launch("place"), Launch("up", read, products), Launch("down", read, products)]
+    routed = {"dsc": (s.atoms, s.k, 1, s.static), "molora": s.adapters}
+    rows, picks, rank, width = routed.get(kind, (0, 0, 0, s.dense))
+    bank = 2 * distinct(rows, picks, tokens) * rank * s.d if rows else 0
+    return [
+        Launch("add and norm"),
+        Launch("route and raise", (rows + width) * s.d, tokens * (rows + width) * s.d),
+        Launch("compose and lower", width * s.d + bank, tokens * (width + 2 * picks * rank) * s.d),
+    ]
+
+
+def layer(kind: str, s: StepSizes, tokens: int) -> list[Launch]:
+    """The launches of a layer in a step of so many single tokens."""
+    return [*attention(s, tokens), *ffn(kind, s, tokens)]
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """Milliseconds of a step with its head."""
+
+    launches: int
+    before_ms: float
+    now_ms: float
+    floor_ms: float
+
+
+def estimate(kind: str, s: StepSizes, tokens: int, bandwidth: float, flops: float, launch_s: float) -> StepEstimate:
+    head = Launch("head", s.vocabulary * s.d, tokens * s.vocabulary * s.d)
+    launches = [*s.layers * layer(kind, s, tokens), head]
+    floor = sum(max(one.read * BFLOAT16 / bandwidth, 2 * one.products / flops) for one in launches)
+    now = s.layers * len(layer(kind, s, tokens)) + STEP_LAUNCHES
+    before = s.layers * LAUNCHES_BEFORE[kind] + STEP_LAUNCHES
+    return StepEstimate(now, 1e3 * (floor + before * launch_s), 1e3 * (floor + now * launch_s), 1e3 * floor)
+
+
+def lines(bandwidth: float, flops: float, launch_s: float) -> Iterator[str]:
+    yield f"| model | kind | launches | {' | '.join(map(str, BATCHES))} |"
+    yield "|---|---|---|" + "---|" * len(BATCHES)
+    for name, sizes in MODELS.items():
+        for kind in (kind for kind in LAUNCHES_BEFORE if kind != "molora" or sizes.adapters[0]):
+            found = [estimate(kind, sizes, tokens, bandwidth, flops, launch_s) for tokens in BATCHES]
+            cells = (f"{one.before_ms:.2f} → {one.now_ms:.2f} ({one.floor_ms:.3f})" for one in found)
+            yield f"| {name} | {kind} | {found[0].launches} | {' | '.join(cells)} |"
+
+
+@click.command("steps")
+@click.option("--bandwidth-tb", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="TB/s.")
+@click.option(
+    "--tflops", type=click.FloatRange(0, min_open=True), default=700, show_default=True, help="bf16 products."
+)
+@click.option("--launch-us", type=click.FloatRange(0), default=2.25, show_default=True, help="Fixed, of each launch.")
+def steps_command(bandwidth_tb: float, tflops: float, launch_us: float) -> None:
+    """Print estimates of a captured decode step: before → now (floor), in milliseconds. Nothing is measured."""
+    click.echo("\n".join(lines(bandwidth_tb * 1e12, tflops * 1e12, launch_us * 1e-6)))

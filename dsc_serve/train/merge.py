@@ -21,12 +21,12 @@ from dsc_kernels.weights import Adapted
 from dsc_serve.llm import LLM
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import ModelConfig, MoeConfig
-from dsc_serve.model.decoder import TransformerLayer
 from dsc_serve.model.ffn.moe import CHOICE_BIAS, MoeFfn, router_of
 from dsc_serve.model.folder import refuse_taken, write_source
 from dsc_serve.model.placement import Placement
 from dsc_serve.model.quantised_tensor import as_tensor
 from dsc_serve.model.source import ModelSource, Stored
+from dsc_serve.model.transformer_layer import TransformerLayer
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.settings import TrainError
 

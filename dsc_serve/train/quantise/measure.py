@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_serve.llm import LLM
 from dsc_serve.model.checkpoint import open_source
-from dsc_serve.model.decoder import TransformerLayer
+from dsc_serve.model.transformer_layer import TransformerLayer
 from dsc_serve.train.evaluation import Evaluation, evaluate
 from dsc_serve.train.quantise.walk import Walk, plainly, watch
 

@@ -16,8 +16,9 @@ from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import KvCache
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.decoder import TransformerLayer, placed_norm, rotary_tables, transformer_layer
+from dsc_serve.model.decoder import placed_norm, rotary_tables, transformer_layer
 from dsc_serve.model.placement import Placement
+from dsc_serve.model.transformer_layer import TransformerLayer
 
 CPU = torch.device("cpu")
 BLOCK = 16

@@ -1,0 +1,288 @@
+"""What endpoints answer, as the OpenAPI document describes it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from dsc_serve.server.tools.described import ToolCall
+
+FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorFacts(Answer):
+    """`param` names the field to blame, `code` says what is wrong with it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Answer):
+    error: ErrorFacts
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Routing(Answer):
+    """Lists over tokens, layers and picks: what the tokens from position `start` on picked, the strongest first.
+
+    Of DSC layers `atoms` with their `coefficients`; of a mixture `experts`, or `adapters`, with their `gates`, and
+    `signal` is the largest of these.
+    """
+
+    start: int
+    token_ids: list[int]
+    atoms: list[list[list[int]]] | None = None
+    coefficients: list[list[list[float]]] | None = None
+    experts: list[list[list[int]]] | None = None
+    adapters: list[list[list[int]]] | None = None
+    gates: list[list[list[float]]] | None = None
+    signal: list[list[float]]
+
+
+class Timings(Answer):
+    """null where there were too few tokens to tell."""
+
+    queue_ms: float
+    ttft_ms: float | None
+    mean_itl_ms: float | None
+    max_itl_ms: float | None
+    cached_tokens: int
+
+
+class Dsc(Answer):
+    """finish_reason: this server's own, where it may say more than OpenAI's five do."""
+
+    finish_reason: Literal["stop", "length", "timeout"] | None = None
+    routing: Routing | None = None
+    timings: Timings | None = None
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """`token_ids` where the model has no tokenizer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+    dsc: Dsc | None = None
+
+
+class Completion(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"]
+    """reasoning_content and tool_calls: only where there are some; content is null beside calls without text."""
+
+    content: str | None
+    refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason
+    stop_reason: str | int | None
+    dsc: Dsc | None = None
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Trace(Answer):
+    id: str
+    object: Literal["dsc.trace"]
+    created: int
+    model: str
+    dsc: Dsc
+    usage: Usage
+
+
+class Embedding(Answer):
+    """`embedding` is a list of numbers or, where `encoding_format` is base64, float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokens(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Answer):
+    """token_strs: where asked for."""
+
+    prompt: str
+    token_strs: list[str] | None = None
+
+
+class Version(Answer):
+    version: str
+
+
+class ModelDsc(Answer):
+    """What a token picks: `atoms_per_token` of the `atoms` in each of the `layers`."""
+
+    layers: int
+    atoms: int
+    atoms_per_token: int
+
+
+class ModelAdapter(Answer):
+    """bytes: in memory. Kind and sizes are known once an adapter has been read. error: why it cannot be used."""
+
+    kind: str | None
+    rank: int
+    modules: int
+    bytes: int
+    loaded: bool
+    error: str | None
+
+
+class ModelPicks(Answer):
+    """What a token picks: `per_token` of the `number` atoms, experts or adapters in each of these layers."""
+
+    of: Literal["atoms", "experts", "adapters"]
+    layers: list[int]
+    number: int
+    per_token: int
+
+
+class Model(Answer):
+    """dsc: null where the model has no DSC layers. picks: null where its tokens pick nothing.
+
+    parent: of an adapter, its base; root: the digest of its content.
+    """
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None
+    root: str | None
+    max_model_len: int
+    tool_calls: str
+    reasoning: bool
+    dsc: ModelDsc | None
+    picks: ModelPicks | None
+    adapter: ModelAdapter | None
+
+
+class Models(Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Answer):
+    status: Literal["ok"]
+
+
+class EngineState(Answer):
+    alive: bool
+    trouble: str
+    restarts: int
+
+
+class Places(Answer):
+    held: int
+    capacity: int
+
+
+class State(Answer):
+    engine: EngineState
+    draining: bool
+    places: Places
+    generations_by_key: dict[str, int]
+
+
+class TenantUse(Answer):
+    name: str
+    digest: str
+    certificate: list[float]
+    bound: list[float]
+    tokens: int
+    signal: float
+    distinct: list[int]
+    overlap: dict[str, float]
+
+
+class Tenants(Answer):
+    layers: list[int]
+    atoms: int
+    atoms_per_token: int
+    bank: str
+    shared: list[int]
+    tenants: list[TenantUse]

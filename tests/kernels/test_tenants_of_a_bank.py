@@ -72,7 +72,7 @@ def test_each_sequence_is_as_with_a_model_of_its_own(
     model = decoder(config, tensors)
     first, second = random_tenant(config, 1), random_tenant(config, 2, bias=3.0)
     lora = random_adapter("lora", config, (3, 16), 1)
-    a, b = (model.adapter({}, tenant) for tenant in (first, second))
+    a, b = (model.adapter({}, tenant=tenant) for tenant in (first, second))
     low = model.adapter(lora.modules)
     both = model.summed([(low, 0.5), (a, -0.75)])
     prompts = prompts_of(lengths)
@@ -109,7 +109,7 @@ def test_an_empty_branch_is_the_dense_model_bit_for_bit(kernels: str, router: st
     kept = {name: one for name, one in kept.items() if not name.endswith("gamma")}
     prompts = prompts_of(lengths)
     model, base = decoder(config, tensors), decoder(dense, kept)
-    tenant = model.adapter({}, random_tenant(config, 1))
+    tenant = model.adapter({}, tenant=random_tenant(config, 1))
     assert all(map(torch.equal, step(model, prompts, [None] * 3), step(base, prompts, [None] * 3)))
     if kernels != "plain":
         mixed = step(model, prompts, [tenant, None, None])
@@ -121,7 +121,7 @@ def test_a_silent_layer_routes_the_tokens_of_tenants_alone(kernels: str, router:
     config, tensors = made("gated", True)
     model = decoder(config, tensors)
     layer = model.layers[1].ffn
-    own = model.adapter({}, random_tenant(config, 1))
+    own = model.adapter({}, tenant=random_tenant(config, 1))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, config.hidden_size, generator=generator)
     runs = [AdapterRun(own, 1, 2), AdapterRun(own, tokens - 1, 1)]
@@ -145,7 +145,7 @@ def test_a_silent_layer_routes_the_tokens_of_tenants_alone(kernels: str, router:
 def test_grouped_composition_gives_the_same_bits(kernels: str, router: str, tokens: int) -> None:
     config, tensors = made("many picks", True)
     model = decoder(config, tensors)
-    a, b = (model.adapter({}, random_tenant(config, seed)) for seed in (1, 2))
+    a, b = (model.adapter({}, tenant=random_tenant(config, seed)) for seed in (1, 2))
     runs = [AdapterRun(a, 0, 2), AdapterRun(b, 3, tokens - 3)]
     layer = model.layers[0].ffn.layer
     x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -169,7 +169,7 @@ def test_the_screen_is_exact_with_biases_of_any_size(kernels: str, size: float) 
         native.use_router(precision)  # type: ignore[arg-type]
         model = decoder(config, tensors)
         native.use_router("auto")
-        a, b = (model.adapter({}, tenant) for tenant in tenants)
+        a, b = (model.adapter({}, tenant=tenant) for tenant in tenants)
         runs = [AdapterRun(a, 0, 15), AdapterRun(b, 20, 20)]
         layer = model.layers[0].ffn
         assert layer.layer.screened == (precision != "exact")  # type: ignore[attr-defined]
@@ -188,7 +188,7 @@ def test_bfloat16_tenants_are_as_near_as_the_base(kernels: str) -> None:
     model = decoder(config, tensors, torch.bfloat16)
     tenant = random_tenant(config, 1, gamma=0.3)
     prompts = prompts_of((1, 4, 30))
-    found = step(model, prompts, [None, model.adapter({}, tenant), None])
+    found = step(model, prompts, [None, model.adapter({}, tenant=tenant), None])
     for got, prompt in zip(found, prompts, strict=True):
         own = as_tenant(config, tensors, tenant) if prompt is prompts[1] else (config, tensors)
         want = naive_decoder.logits(*own, prompt)
@@ -199,7 +199,7 @@ def test_what_a_tenant_has_can_be_told_again(kernels: str) -> None:
     config, tensors = made("upper layers", True)
     model = decoder(config, tensors)
     tenant = random_tenant(config, 1)
-    own = model.adapter({}, tenant)
+    own = model.adapter({}, tenant=tenant)
     assert list(own.tunings) == [1, 3]
     for told, bias, gamma in zip(own.tunings.values(), tenant.bias, tenant.gamma, strict=True):
         assert torch.equal(told.gamma, gamma) and told.bias.shape == bias.shape
@@ -214,9 +214,9 @@ def test_what_does_not_fit_is_refused(kernels: str) -> None:
     model = decoder(config, tensors)
     tenant = random_tenant(config, 1)
     with pytest.raises(ValueError, match="a tenant of 1 layers' banks; the model has 2"):
-        model.adapter({}, BankTenant(tenant.bias[:1], tenant.gamma[:1]))
+        model.adapter({}, tenant=BankTenant(tenant.bias[:1], tenant.gamma[:1]))
     with pytest.raises(ValueError, match="2 of the adapters are tenants of a bank; a sum may have one"):
-        model.summed([(model.adapter({}, tenant), 0.5)] * 2)
+        model.summed([(model.adapter({}, tenant=tenant), 0.5)] * 2)
     good = Tuning(torch.zeros(37), torch.zeros(32))
     for layer, wrong, message in [
         (0, good, "tenant of the bank of layer 0, which has none"),
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused(kernels: str) -> None:
         (1, Tuning(torch.zeros(37).double(), torch.zeros(32)), "tuning of layer 1 has"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ops.adapter({}, model.modules, torch.float32, torch.device("cpu"), {layer: wrong})
+            ops.adapter({}, model.modules, torch.float32, torch.device("cpu"), tunings={layer: wrong})
 
 
 def test_plain_adapters_hold_what_they_are_given() -> None:
@@ -235,4 +235,4 @@ def test_a_model_without_a_bank_has_no_tenants(kernels: str) -> None:
     config = small_config("dense", {"size": 24}, **GATED)
     model: Decoder = decoder(config, wide_tensors(config))
     with pytest.raises(ValueError, match="a tenant of 1 layers' banks; the model has 0"):
-        model.adapter({}, BankTenant(torch.zeros(1, 37), torch.zeros(1, 32)))
+        model.adapter({}, tenant=BankTenant(torch.zeros(1, 37), torch.zeros(1, 32)))

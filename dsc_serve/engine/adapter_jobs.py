@@ -103,7 +103,7 @@ class AdapterJobs:
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
             basis = None if adapter.basis is None else self._basis(adapter.basis)
-            weights = self.decoder.adapter(adapter.modules, basis)
+            weights = self.decoder.adapter(adapter.modules, basis=basis)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
         kind, rank, modules = adapter.kind, adapter.rank, len(adapter.modules)

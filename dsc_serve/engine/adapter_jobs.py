@@ -106,7 +106,7 @@ class AdapterJobs:
     def _ready(self, adapter: Adapter) -> LoadedAdapter:
         try:
             basis = None if adapter.basis is None else self._basis(adapter.basis)
-            weights = self.decoder.adapter(adapter.modules, basis, adapter.tenant)
+            weights = self.decoder.adapter(adapter.modules, basis=basis, tenant=adapter.tenant)
         except ValueError as error:
             raise BrokenAdapterError(adapter.name, str(error)) from None
         kind, rank, modules = adapter.kind, adapter.rank, adapter.changed

@@ -64,8 +64,8 @@ def test_each_tenant_gets_what_merged_weights_give(
     a, b = (random_cores(one, first, i, own=3 * i) for i, one in enumerate("ab"))
     c = random_cores("c", second, 9, left_out=2)
     lora = random_adapter("lora", config, (4, 18), 1)
-    on_a, on_b = (model.adapter(one.updates, bases[0]) for one in (a, b))
-    on_c, own = model.adapter(c.updates, bases[1]), model.adapter(lora.modules)
+    on_a, on_b = (model.adapter(one.updates, basis=bases[0]) for one in (a, b))
+    on_c, own = model.adapter(c.updates, basis=bases[1]), model.adapter(lora.modules)
     everything: list[tuple[Any, list[tuple[Adapter, float]]]] = [
         (on_a, [(a.spelt, 1.0)]),
         (on_b, [(b.spelt, 1.0)]),
@@ -91,7 +91,7 @@ def test_in_float64_mixed_is_alone(name: str) -> None:
     model = decoder(config, {own: tensor.double() for own, tensor in wide_tensors(config).items()}, torch.float64)
     pairs = random_pairs(module_shapes(config), 9, 6, 1)
     basis = model.basis(pairs)
-    tenants = [model.adapter(random_cores(one, pairs, i, own=4).updates, basis) for i, one in enumerate("abc")]
+    tenants = [model.adapter(random_cores(one, pairs, i, own=4).updates, basis=basis) for i, one in enumerate("abc")]
     lora = model.adapter(random_adapter("lora", config, (3,), 1).modules)
     order = [tenants[0], tenants[1], None, lora, tenants[2], tenants[1]]
     prompts = prompts_of((1, 1, 1, 1, 5, 9))
@@ -112,7 +112,7 @@ def test_a_tenant_has_the_same_bits_in_whatever_company(kernels: str, name: str,
     pairs = random_pairs(module_shapes(config), 18, 7, 1)
     basis = model.basis(pairs)
     tenants = [
-        model.adapter(random_cores(one, pairs, i, own=5 * (i % 2)).updates, basis) for i, one in enumerate("abc")
+        model.adapter(random_cores(one, pairs, i, own=5 * (i % 2)).updates, basis=basis) for i, one in enumerate("abc")
     ]
     prompts = prompts_of(sorted(lengths, key=lambda length: length > 1))
     order = [(*tenants, tenants[0], None)[i % 5] for i in range(len(prompts))]
@@ -131,7 +131,7 @@ def test_threads_share_contractions_and_cores(dtype: torch.dtype) -> None:
     model = decoder(config, wide_tensors(config), dtype)
     pairs = random_pairs(module_shapes(config), 35, 40, 1)
     basis = model.basis(pairs)
-    tenants = [model.adapter(random_cores(one, pairs, i).updates, basis) for i, one in enumerate("abc")]
+    tenants = [model.adapter(random_cores(one, pairs, i).updates, basis=basis) for i, one in enumerate("abc")]
     for lengths in ((1, 1, 1, 1, 1), (1, 2, 9, 40, 48)):
         prompts, order = prompts_of(lengths), [*tenants, None, tenants[1]]
         before = torch.get_num_threads()
@@ -153,7 +153,7 @@ def test_in_bfloat16_cores_are_rounded_once(kernels: str) -> None:
     pairs = random_pairs(module_shapes(config), 6, 6, 3)
     own = random_cores("a", pairs, 4)
     prompt = prompts_of((12,))
-    (got,) = step(model, prompt, [model.adapter(own.updates, model.basis(pairs))])
+    (got,) = step(model, prompt, [model.adapter(own.updates, basis=model.basis(pairs))])
     want = naive_decoder.logits(config, merged(config, tensors, [(own.spelt, 1.0)]), prompt[0])
     assert float((got.double() - want).norm()) < 0.02 * float(want.norm())
 
@@ -164,7 +164,9 @@ def test_a_basis_is_contracted_once_for_neighbours() -> None:
     modules = [{"up": Module(5, 8)}]
     basis = plain.basis({(0, "up"): pair}, modules, torch.float32, torch.device("cpu"))
     own = [
-        plain.adapter({(0, "up"): Core(torch.randn(3, 4), 0.5)}, modules, torch.float32, torch.device("cpu"), basis)
+        plain.adapter(
+            {(0, "up"): Core(torch.randn(3, 4), 0.5)}, modules, torch.float32, torch.device("cpu"), basis=basis
+        )
         for _ in range(3)
     ]
     runs = [AdapterRun(own[0], 0, 2), AdapterRun(own[1], 2, 1), AdapterRun(own[2], 4, 2)]
@@ -194,7 +196,7 @@ def test_what_cores_add_is_computed_where_the_matrices_are() -> None:
     pair = Pair(torch.empty(4, 8, device=device), torch.empty(5, 3, device=device))
     basis = plain.basis({(0, "up"): pair}, modules, torch.float32, device)
     core = Core(torch.empty(3, 4, device=device), 0.5)
-    a, b = (plain.adapter({(0, "up"): core}, modules, torch.float32, device, basis) for _ in range(2))
+    a, b = (plain.adapter({(0, "up"): core}, modules, torch.float32, device, basis=basis) for _ in range(2))
     adapted = Adapted([AdapterRun(a, 0, 1), AdapterRun(plain.summed([(b, 2.0)]), 1, 2)], 0)
     x, y = torch.empty(4, 8, device=device), torch.empty(4, 5, device=device)
     assert add_updates(y, x, adapted, {"up": 0}).device == device
@@ -206,7 +208,7 @@ def test_a_basis_is_held_once_and_told_again(kernels: str) -> None:
     pairs = random_pairs(module_shapes(config), 17, 6, 1)
     basis = model.basis(pairs)
     cored = [random_cores(name, pairs, i) for i, name in enumerate("ab")]
-    a, b = (model.adapter(own.updates, basis) for own in cored)
+    a, b = (model.adapter(own.updates, basis=basis) for own in cored)
     assert basis.nbytes >= sum(own.down.nbytes + own.up.nbytes for own in pairs.values())
     cores = sum(own.nbytes for own in cored[0].updates.values())
     assert cores <= a.nbytes < 3 * cores < basis.nbytes
@@ -226,9 +228,9 @@ def test_cores_that_do_not_fit_are_refused(kernels: str) -> None:
     with pytest.raises(ValueError, match=r"core of 'q' in layer 0 is \[4, 5\]; there is no basis of it"):
         model.adapter({place: Core(torch.ones(4, 5))})
     with pytest.raises(ValueError, match=r"core of 'q' in layer 0 is \[5, 4\]; the basis there takes \[4, 5\]"):
-        model.adapter({place: Core(torch.ones(5, 4))}, basis)
+        model.adapter({place: Core(torch.ones(5, 4))}, basis=basis)
     with pytest.raises(ValueError, match="'w' of layer 0, which is no module"):
-        model.adapter({(0, "w"): Core(torch.ones(4, 5))}, basis)
+        model.adapter({(0, "w"): Core(torch.ones(4, 5))}, basis=basis)
     down, up = pairs[place]
     with pytest.raises(ValueError, match="update of 'q' in layer 0"):
         model.adapter({place: LowRank(down, up, core=torch.ones(4, 5))})
@@ -240,4 +242,4 @@ def test_cores_that_do_not_fit_are_refused(kernels: str) -> None:
     if kernels != "plain":
         other = decoder(small_config("dense", hidden_size=48), wide_tensors(small_config("dense", hidden_size=48)))
         with pytest.raises(ValueError, match="a basis was made for another decoder"):
-            other.adapter({place: Core(torch.ones(4, 5))}, basis)
+            other.adapter({place: Core(torch.ones(4, 5))}, basis=basis)

@@ -99,7 +99,7 @@ def test_adapters(tmp_path: Path) -> None:
 def test_tenants(tmp_path: Path) -> None:
     config = open_source(resolve_model(EMBEDDED_MODEL)).config
     for i, name in enumerate(("law", "ode")):
-        tenant = random_tenant(config, i, gamma=4.0)
+        tenant = random_tenant(config, i, gamma=16.0)
         write_tenant(tmp_path / name, tenant.bias, tenant.gamma, "")
     lines = output("tenants.py", EMBEDDED_MODEL, str(tmp_path), "Once upon a time", "12").splitlines()
     told = dict(line.split(": ", 1) for line in lines[:3])

@@ -197,7 +197,7 @@ def test_hundreds_of_tenants_take_kilobytes_each(folder: Path, tmp_path: Path) -
         tenant = random_tenant(config, i, gamma=3.0)
         write_tenant(tmp_path / f"t{i}", tenant.bias, tenant.gamma, ffn.bank)
     names = [f"t{i}" for i in range(count)]
-    params = msgspec.structs.replace(GREEDY, max_tokens=2)
+    params = msgspec.structs.replace(GREEDY, max_tokens=6)
     with served(folder, adapters=tmp_path, max_running=64, kv_tokens=8192) as llm:
         first = tokens(llm.generate([PROMPTS[1]] * count, params, adapter=names))
         adapters = llm.engine.arrivals.adapters

@@ -22,7 +22,7 @@ def random_tenant(config: ModelConfig, seed: int = 0, bias: float = 1.0, gamma: 
 
 
 def adapter_of_tenant(name: str, tenant: BankTenant) -> Adapter:
-    return Adapter(name, digest_of(tenant), "dsc", {}, tenant.nbytes, 0, tenant)
+    return Adapter(name, digest_of(tenant), "dsc", {}, tenant.nbytes, 0, tenant=tenant)
 
 
 def silenced(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

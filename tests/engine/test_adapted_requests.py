@@ -206,7 +206,7 @@ def test_who_is_refused_hears_of_no_other_adapter_and_whose_fault_it_is(
     assert (told.error, told.error_field, told.unknown) == ("adapter 'a' is not known", "adapter", True)
     assert not told.unavailable
 
-    def fails(*parts: object) -> object:
+    def fails(*parts: object, **others: object) -> object:
         raise MemoryError("no room")
 
     monkeypatch.setattr(made.decoder, "adapter", fails)

@@ -137,7 +137,7 @@ def test_whatever_a_reader_raises_is_the_adapters_fault(made: MadeAdapters) -> N
 def test_an_accident_is_told_and_the_next_may_have_better_luck(
     made: MadeAdapters, choice: AdapterChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*parts: object) -> object:
+    def fails(*parts: object, **others: object) -> object:
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:

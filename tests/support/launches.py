@@ -30,7 +30,7 @@ NO_LAUNCH = {
     *("permute", "_unsafe_view", "expand", "as_strided", "split", "chunk", "unbind", "empty", "empty_like"),
     *("new_empty", "reshape", "_reshape_alias", "split_with_sizes", "empty_strided", "diagonal", "narrow"),
 }
-BLOCK, TOKENS = 16, 512
+BLOCK, TOKENS = 16, 16 + 8 * 64  # tokens: of the largest of STEPS
 
 WANTED = {  # decode, 1 chunk of 64, 8 of them, these and 16 single tokens
     "dsc": (8, 7, 11, 13),
@@ -105,7 +105,7 @@ STEPS: dict[str, Callable[[], StepBatch]] = {
 def decoder(config: ModelConfig) -> Decoder:
     """One of two layers on the pretended GPU, its picks watched as the engine does."""
     config = config.model_copy(update={"num_hidden_layers": 2})
-    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in tensor_shapes(config).items()}
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensor_shapes(config).items()}
     model = Decoder(config, tensors, torch.bfloat16, DEVICE)
     for layer in dsc_layers(model):
         layer.planner = Planner("auto", layer.shape, None)

@@ -38,6 +38,10 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         cert, key = make_certificate(tmp_path_factory.mktemp("tls"))
         arguments += ["--tls-cert", cert, "--tls-key", key]
     server = start_server(*arguments, program=("-c", LIMITED, str(FILES)))
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    url = f"{server.url}/v1/chat/completions"
+    answer = server.client.post(url, json=chat, headers={"Connection": "close"}, timeout=60)
+    assert answer.status_code == 200, "by now the process that renders chats has its files"
     yield server
     assert stop_server(server) == 0
 

@@ -29,7 +29,7 @@ def test_chat(model: Any) -> None:
 def test_stream(model: Any) -> None:
     agent = pydantic_ai.Agent(model, model_settings={"max_tokens": 12, "temperature": 0})
     with agent.run_stream_sync(QUESTION) as result:
-        parts = list(result.stream_text(delta=True))
+        parts = list(result.stream_text(delta=True, debounce_by=None))
     assert len(parts) > 1 and "".join(parts) == agent.run_sync(QUESTION).output
 
 
@@ -58,7 +58,7 @@ def test_a_loop_of_tools(model: Any) -> None:
         tools=[pydantic_ai.Tool(note, prepare=once)],
         model_settings={"max_tokens": 100, "parallel_tool_calls": False},
     )
-    for _ in range(12):
+    for _ in range(60):
         result = agent.run_sync(QUESTION)
         assert isinstance(result.output, Report)
         if seen:

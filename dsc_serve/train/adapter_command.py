@@ -158,7 +158,8 @@ def adapt_command(
     limit = None if time_limit is None else seconds(time_limit)
     own = KINDS[kind]
     if (base is None) == (bank is None) or (bank is not None and own.of_bank is None):
-        raise click.UsageError("give --base, or with --kind dsc either --base or --bank")
+        given = f"--kind is {kind}, --base {base or 'not given'}, --bank {bank or 'not given'}"
+        raise click.UsageError(f"{given}; give --base, or with --kind dsc either --base or --bank")
     name, settings = base or bank or "", settings_of(own.settings, changes)
     trainer = own.trainer if own.of_bank is None or bank is None else own.of_bank
     summary = trainer(settings, resolve_model(name), text_files(texts), out, name, limit).run()

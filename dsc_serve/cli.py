@@ -319,7 +319,12 @@ def kernels() -> None:
 def _attach_commands() -> None:
     from dsc_kernels.aot import aot_command
     from dsc_kernels.step_estimate import steps_command
-    from dsc_serve.bench.compare.command import compare_command, peer_model_command, report_command
+    from dsc_serve.bench.compare.command import (
+        compare_command,
+        peer_adapters_command,
+        peer_model_command,
+        report_command,
+    )
     from dsc_serve.bench.layer.calibrate_command import calibrate_command
     from dsc_serve.bench.layer.command import layer_command
     from dsc_serve.bench.load.command import overload_command, serve_command
@@ -342,6 +347,7 @@ def _attach_commands() -> None:
     bench.add_command(compare_command, "compare")
     bench.add_command(report_command, "report")
     bench.add_command(peer_model_command, "peer-model")
+    bench.add_command(peer_adapters_command, "peer-adapters")
     bench.add_command(forward_command, "forward")
     bench.add_command(layer_command, "layer")
     bench.add_command(engine_command, "engine")

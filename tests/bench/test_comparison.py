@@ -29,7 +29,17 @@ at_most = 0.9
 
 
 def test_the_comparisons_that_come_with_the_package_can_be_run() -> None:
-    own = {"paper", "large-cpu", "quick", "vllm", "smollm2", "mixture-olmoe", "mixture-granite", "mixture-qwen"}
+    own = {
+        "paper",
+        "large-cpu",
+        "quick",
+        "vllm",
+        "smollm2",
+        "adapters",
+        "mixture-olmoe",
+        "mixture-granite",
+        "mixture-qwen",
+    }
     assert own == set(included())
     for name in included():
         comparison = load_comparison(name)

@@ -65,9 +65,16 @@ def test_requests_are_what_was_configured(serve: Serve) -> None:
         }
         assert exchange.headers["authorization"] == "Bearer secret"
     other = serve()
-    load(other.url + "/v1/", model="m", temperature=0.5, seed=11, ignore_eos=False)
+    load(other.url + "/v1/", models=("m",), temperature=0.5, seed=11, ignore_eos=False)
     assert [exchange.body["seed"] for exchange in other.exchanges] == [11, 12, 13]
     assert all(exchange.body["model"] == "m" and "ignore_eos" not in exchange.body for exchange in other.exchanges)
+
+
+def test_several_models_are_asked_for_in_turn(serve: Serve) -> None:
+    server = serve()
+    result = load(server.url, models=("law", "tax"), warmup=1)
+    names = [exchange.body["model"] for exchange in server.exchanges]
+    assert names == ["law", "tax", "law", "tax"] and result.model == "law, tax"
 
 
 def test_prompts_differ_between_requests_and_repeat_with_the_seed(serve: Serve) -> None:
@@ -286,7 +293,7 @@ def test_a_server_that_is_gone_is_counted_not_raised() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    result = load(url, model="m")
+    result = load(url, models=("m",))
     assert result.failures == {"cannot connect": 3}
     with pytest.raises(LoadError, match="does not answer GET /v1/models"):
         load(url)

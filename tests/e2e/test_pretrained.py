@@ -46,10 +46,9 @@ def imported(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts(llm: LLM) -> list[list[int]]:
-    """Ten stretches of the documentation in this repository, of the sizes above."""
-    folder = Path(__file__).parents[2] / "docs"
+    """Ten stretches of a text that stays, the licence's, of the sizes above."""
     assert llm.tokenizer is not None
-    ids = llm.tokenizer.encode("\n".join(file.read_text("utf8") for file in sorted(folder.glob("*.md"))))
+    ids = llm.tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text("utf8"))
     apart = (len(ids) - PROMPT_SIZES[-1]) // len(PROMPT_SIZES)
     return [ids[i * apart : i * apart + size] for i, size in enumerate(PROMPT_SIZES)]
 
@@ -162,7 +161,7 @@ def test_the_file_is_held_as_it_is(weights: Path) -> None:
 
 
 def test_greedy_tokens_of_the_file_are_those_of_its_values(weights: Path, imported: Path) -> None:
-    """Products of quantised weights may round their inputs to 8 bits: most tokens stay what they were."""
+    """Products of quantised weights may round their inputs to 8 bits: nearly all tokens stay what they were."""
     params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0, ignore_eos=True)
     found, logits = [], []
     for path in (imported, weights):
@@ -172,6 +171,8 @@ def test_greedy_tokens_of_the_file_are_those_of_its_values(weights: Path, import
             logits.append(torch.cat(llm.logits(given)))
     error = float((logits[0] - logits[1]).norm() / logits[0].norm())
     assert error < 0.05, error
+    same = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
+    assert same > 0.9, same
     assert sum(a[:4] == b[:4] for a, b in zip(*found, strict=True)) >= 3, found
 
 

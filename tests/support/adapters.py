@@ -84,6 +84,11 @@ CASES: dict[str, AdapterCase] = {
 }
 
 
+def apart(found: Tensor, want: Tensor) -> float:
+    """The largest difference of logits, as a share of the largest of them."""
+    return float((found - want).abs().max() / want.abs().max())
+
+
 def drawn(name: str, tensor: str, shape: list[int]) -> np.ndarray:
     """Random numbers wide enough that each of them matters."""
     random = np.random.RandomState(sum(f"{name} {tensor}".encode()))

@@ -1,4 +1,4 @@
-"""`dsc-serve bench compare`, `report` and `peer-model` on the command line."""
+"""`dsc-serve bench compare`, `report`, `peer-model` and `peer-adapters` on the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compare_command(
 ) -> None:
     """Measure the systems of COMPARISON side by side and write one report.
 
-    COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2,
+    COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2, adapters,
     mixture-olmoe, mixture-granite or mixture-qwen; mixture is these three, each in a folder of its own below OUT.
     speculation compares what several tokens a step are worth, in this process: with drafts that are right at given
     rates, steps by their width, and real work of --text-model.
@@ -248,3 +248,21 @@ def peer_model_command(out: Path, form: str, preset: str, seed: int) -> None:
 
     count = write_peer_model(form, preset, out, seed)
     click.echo(f"{out}: {form}, {count:,} parameters")
+
+
+@click.command("peer-adapters", context_settings={"show_default": True})
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=FOLDER, required=True, help="A folder of adapters, as in serve's --adapters.")
+@click.option("--count", type=click.IntRange(1, 10_000), default=8, help="Adapters.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, help="Of each.")
+def peer_adapters_command(model: Path, out: Path, count: int, rank: int) -> None:
+    """Write random LoRA adapters of all modules of MODEL to OUT, in PEFT's form, which other servers read as well."""
+    from dsc_serve.bench.step.adapters import write_random
+    from dsc_serve.files import CheckpointError
+    from dsc_serve.model.checkpoint import open_source
+
+    try:
+        names = write_random(open_source(model), out, count, rank)
+    except CheckpointError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{out}: {names[0]} to {names[-1]}")

@@ -36,8 +36,8 @@ class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     settings: flags of `dsc-serve serve`, by their names.
     command: how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its
         program is not installed. environment: added to this process's own.
-    model: the name to ask for; empty: the first that the server lists. ignore_eos: ask for all output tokens; false for
-        a server that does not know the field.
+    models: the names to ask for, in turn; none: the first that the server lists. ignore_eos: ask for all output tokens;
+        false for a server that does not know the field.
     weights: what to say of them in the report.
     """
 
@@ -49,7 +49,7 @@ class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     settings: dict[str, str | int | float | bool] = {}
     command: tuple[str, ...] = ()
     environment: dict[str, str] = {}
-    model: str = ""
+    models: tuple[str, ...] = ()
     ignore_eos: bool = True
     weights: str = "random"
 

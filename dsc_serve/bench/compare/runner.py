@@ -204,7 +204,7 @@ def load_config(
     streams = int(value) if closed else 1
     return LoadConfig(
         url=url,
-        model=system.model or None,
+        models=system.models,
         arrivals="closed" if closed else "poisson",
         concurrency=streams,
         request_rate=rate,

@@ -19,7 +19,13 @@ from dsc_serve.text.tokenizer import TokenizerError
 
 @click.command("serve", context_settings={"show_default": True})
 @click.argument("url")
-@click.option("--model", help="Model to ask for.  [default: the first that the server lists]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Model to ask for; of several, such as a server's adapters, requests name one after the other."
+    "  [default: the first that the server lists]",
+)
 @click.option("--arrivals", type=click.Choice(sorted(ARRIVALS)), default="closed", help="Load profile.")
 @click.option("--concurrency", default=8, help="Streams; each sends its next request when its last has ended.")
 @click.option("--request-rate", default=1.0, help="Requests per second, for open profiles such as poisson.")

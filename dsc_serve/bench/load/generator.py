@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,7 +27,7 @@ class LoadError(RuntimeError):
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to send, how much of it, and how fast.
 
-    url: of the server, such as http://127.0.0.1:8000. model: None takes the first that the server lists.
+    url: of the server, such as http://127.0.0.1:8000. models: asked for in turn; none: the first one listed.
     arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop. request_rate: requests per
         second of an open one. burstiness: of gamma arrivals; 1 is Poisson's. end_rate: what a ramp's rate has become
         after duration_s. max_in_flight: requests of an open profile that are sent at once; the others wait here, and
@@ -48,7 +48,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     url: str
-    model: str | None = None
+    models: tuple[str, ...] = ()
     arrivals: str = "closed"
     concurrency: int = 8
     request_rate: float = 1.0
@@ -160,8 +160,8 @@ async def measure(config: LoadConfig, watch: Callable[[RequestOutcome], None] = 
     )
     endpoint = Endpoint(config.url)
     with Connections(endpoint) as connections:
-        model = config.model or await first_model(connections, endpoint, config)
-        requests = encode_requests(endpoint, model, asks, config)
+        models = config.models or (await first_model(connections, endpoint, config),)
+        requests = encode_requests(endpoint, models, asks, config)
         warmup = config.concurrency if config.warmup is None else config.warmup
         await drive(connections, requests, config, warmup, lambda _: None)
         client = describe_machine() | {"load_average_start": load_average()}
@@ -185,7 +185,7 @@ async def measure(config: LoadConfig, watch: Callable[[RequestOutcome], None] = 
         limits=parse_limits(config.goodput),
         date=date,
         url=config.url,
-        model=model,
+        model=", ".join(models),
         max_concurrency=config.concurrency if config.arrivals == "closed" else None,
         request_rate=None if config.arrivals == "closed" else config.request_rate,
         config=config.describe(),
@@ -220,11 +220,12 @@ async def drive(
     await ARRIVALS[config.arrivals](send, RequestBudget(count, config.duration_s), pace)
 
 
-def encode_requests(endpoint: Endpoint, model: str, asks: Iterator[Ask], config: LoadConfig) -> Iterator[bytes]:
+def encode_requests(
+    endpoint: Endpoint, models: Sequence[str], asks: Iterator[Ask], config: LoadConfig
+) -> Iterator[bytes]:
     """The bytes of each request in turn."""
     encoder = msgspec.json.Encoder()
     fields: dict[str, object] = {
-        "model": model,
         "temperature": config.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -234,7 +235,8 @@ def encode_requests(endpoint: Endpoint, model: str, asks: Iterator[Ask], config:
     for index, ask in enumerate(asks):
         if config.temperature > 0:
             fields["seed"] = config.seed + index
-        body = encoder.encode(fields | {"prompt": ask.prompt, "max_tokens": ask.output_tokens})
+        own = {"model": models[index % len(models)], "prompt": ask.prompt, "max_tokens": ask.output_tokens}
+        body = encoder.encode(fields | own)
         yield endpoint.request("POST", "/v1/completions", body, config.api_key)
 
 
@@ -257,5 +259,5 @@ async def first_model(connections: Connections, endpoint: Endpoint, config: Load
     first = listed[0] if isinstance(listed, list) and listed else None
     name = first.get("id") if isinstance(first, dict) else None
     if not isinstance(name, str):
-        raise LoadError(f"{config.url} lists no model; name one with `model`")
+        raise LoadError(f"{config.url} lists no model; name one with `models`")
     return name

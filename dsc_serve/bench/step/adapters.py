@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -17,7 +18,9 @@ from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.adapter import module_shapes
+from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import Decoder
+from dsc_serve.model.origin import Origin
 from dsc_serve.model.peft import write_adapter
 from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
@@ -70,7 +73,17 @@ class ColdStart(msgspec.Struct, frozen=True):
     adapter_bytes: int
 
 
-def write_random(model: Decoder, folder: Path, count: int, rank: int) -> list[str]:
+class Adaptable(Protocol):
+    """A model, or where one comes from."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def origin(self) -> Origin | None: ...
+
+
+def write_random(model: Adaptable, folder: Path, count: int, rank: int) -> list[str]:
     """Write so many adapters of all modules, in PEFT's form; returns their names.
 
     They are of four kinds of random numbers: content tells them apart by its scale, so that writing a thousand takes no

@@ -333,6 +333,7 @@ def _attach_commands() -> None:
     from dsc_serve.bench.step.context_command import context_command
     from dsc_serve.bench.step.engine_command import engine_command
     from dsc_serve.bench.step.forward_command import forward_command
+    from dsc_serve.bench.step.quantised_command import quantised_command
     from dsc_serve.bench.step.scheduler_command import scheduler_command
     from dsc_serve.bench.step.speculation_command import speculation_command
     from dsc_serve.bench.step.tenants_command import tenants_command
@@ -354,6 +355,7 @@ def _attach_commands() -> None:
     bench.add_command(scheduler_command, "scheduler")
     bench.add_command(batching_command, "batching")
     bench.add_command(speculation_command, "speculation")
+    bench.add_command(quantised_command, "quantised")
     bench.add_command(adapters_command, "adapters")
     bench.add_command(tenants_command, "tenants")
     bench.add_command(context_command, "context")

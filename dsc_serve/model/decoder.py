@@ -51,6 +51,7 @@ class Decoder:
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
     origin: the family's form that they were brought from, for adapters of that form.
     forms: of the weights by parts of the model. held: the bytes of weights by their form.
+    embedding_bytes: of these, those of an embedding that is not the head, too.
     """
 
     origin: Origin | None = None
@@ -91,6 +92,7 @@ class Decoder:
         self.norm = placed_norm(config, "model.norm", tensors, place)
         tied = config.tie_word_embeddings
         head = embedding if tied else place.weight("head", tensors["lm_head.weight"])
+        self.embedding_bytes = 0 if tied else embedding.nbytes
         with told_of("model.embed_tokens" if tied else "lm_head"):
             self.head = ops.head(head)
 

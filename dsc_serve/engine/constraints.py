@@ -23,7 +23,9 @@ from dsc_serve.grammars.constraint import wait
 PATIENCE = 0.25  # of a step's forward pass, what others wait for late answers
 PATIENCE_S = 0.002  # but no longer
 ALONE_S = 0.02  # what a step waits that nobody else is in
+ORDINARY_S = 0.005  # after the step an answer that comes within it is not late
 DEMOTED_S = 0.05  # late for so long, a grammar is put behind all others
+BEHIND = 0.25  # of what it then waits counts even if others had the processor
 LATE_S = 1.0  # late for so long in all, a request ends
 
 
@@ -159,9 +161,10 @@ class Followers:
         assert constraint is not None
         late_s = max(0.0, until - self._held_since[request.id])
         before, used = self._used_before[request.id], constraint.used_s
-        if constraint.demoted or before is None or used is None:
-            return late_s
-        return min(late_s, max(0.0, used - before))
+        if before is not None and used is not None:
+            least = BEHIND * late_s if constraint.demoted else 0.0
+            late_s = max(least, min(late_s, used - before))
+        return max(0.0, late_s - ORDINARY_S)
 
     def _judge(self, request: Request) -> None:
         """What being late costs a request's grammar, and at last the request."""

@@ -132,7 +132,7 @@ def test_real_work_gives_the_same_answers(models: Path, tmp_path: Path) -> None:
     assert [(row.task, row.round) for row in found.texts] == [(task.name, n) for task in WORK for n in range(2)]
     assert all(row.same and row.gain > 0 for row in found.texts)
     predicted = [row for row in found.texts if row.task == "predicted"]
-    assert all(row.drafted["prediction"] >= row.accepted["prediction"] > 0 for row in predicted)
+    assert all(row.drafted["prediction"] >= row.accepted["prediction"] for row in predicted)
     assert any(row.drafted["grammar"] for row in found.texts if row.task == "shaped")
     kept = json.loads((tmp_path / "out" / RESULTS).read_bytes())
     assert kept["texts"][0]["tokens"] == 24

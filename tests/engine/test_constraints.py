@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsc_serve import LLM, SamplingParams
-from dsc_serve.engine.constraints import DEMOTED_S, LATE_S, Followers
+from dsc_serve.engine.constraints import BEHIND, DEMOTED_S, LATE_S, ORDINARY_S, Followers
 from dsc_serve.engine.output import Delta
 from dsc_serve.engine.request import Request
 
@@ -218,7 +218,7 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
         now[0] += 3  # until a step looks
         assert followers.settle() == [] and not request.held
         now[0] += 10
-    assert grammar.late_s == pytest.approx(1.5 * DEMOTED_S) and grammar.demotions >= 1
+    assert grammar.late_s == pytest.approx(1.5 * DEMOTED_S - 3 * ORDINARY_S) and grammar.demotions >= 1
     grammar.ready = False
     followers.hold("late")
     now[0] += LATE_S
@@ -238,7 +238,7 @@ def test_a_grammar_that_waits_for_a_processor_is_not_to_blame() -> None:
         grammar.ready = False
         followers.hold("starved")
         now[0] += 3
-        grammar.used_s += DEMOTED_S / 20
+        grammar.used_s += ORDINARY_S + DEMOTED_S / 20
         assert followers.settle() == []
         grammar.ready = True
         assert followers.settle() == []
@@ -246,11 +246,32 @@ def test_a_grammar_that_waits_for_a_processor_is_not_to_blame() -> None:
     grammar.ready = False
     followers.hold("starved")
     now[0] += 3
-    grammar.used_s += DEMOTED_S
+    grammar.used_s += ORDINARY_S + DEMOTED_S
     assert followers.settle() == [] and grammar.demotions == 1
-    now[0] += LATE_S  # which counts from now on, whoever has the processor
+    now[0] += LATE_S / BEHIND / 2
+    assert followers.settle() == []
+    now[0] += LATE_S / BEHIND / 2  # from now on a part of the time counts, whoever has the processor
     (end,) = followers.settle()
     assert end.finish_reason == "error" and "1 s later" in end.error
+
+
+def test_an_ordinary_grammar_is_followed_for_as_long_as_one_likes() -> None:
+    """Of a model whose steps take less than an answer does."""
+    now = [0.0]
+    request = Request("long", 1, [1, 2], SamplingParams(), 9)
+    grammar: Any = Grammar(8)
+    grammar.clock = lambda: now[0]
+    request.constraint = grammar
+    followers = Followers(lambda request: True, lambda: now[0])
+    followers.add(request)
+    for _ in range(10_000):
+        grammar.ready = False
+        followers.hold("long")
+        now[0] += 0.9 * ORDINARY_S
+        assert followers.settle() == []
+        grammar.ready = True
+        assert followers.settle() == []
+    assert grammar.late_s == 0 and grammar.demotions == 0
 
 
 def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:

@@ -82,21 +82,13 @@ class Job:
 BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
 SEQUENCES = 64  # of a step, where their number is a constant
 MANY_EXPERTS = 128
-INTEGERS: tuple[str, ...] = (
-    "batch",
-    "outputs",
-    "atoms",
-    "groups",
-    "q_stride",
-    "table_stride",
-    "kv_heads",
-    "heads",
-    "sequences",
-    "most",
-)
-INTEGERS += ("window", "part_stride", "token_stride", "logits_stride", "slots")
+INTEGERS: tuple[str, ...] = ("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads", "heads")
+INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logits_stride", "slots", "row_tiles")
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
+
+
+ALIGNED = "_stride", "groups"  # integers that 16 divides in both configurations, as Triton sees when it launches
 
 
 TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
@@ -168,27 +160,47 @@ def dsc_jobs(s: Sizes) -> Iterator[Job]:
 def moe_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import moe, route_experts
+    from dsc_kernels.gpu import moe, pick_experts, place_slots, route_experts
     from dsc_kernels.weights import MoeOptions
 
-    options = MoeOptions(activation="gelu", k=s.experts_per_token)
-    types = {"x": BF16, "weight": BF16, "scales": FLOAT, "order": INT, "offsets": INT}
-    for label, rows in (("small", s.experts_per_token), ("large", s.experts * moe.LARGE_TILE)):
-        meta = {**moe.blocks(rows, s.experts, torch.bfloat16), "k": s.experts_per_token, "gate": None}
-        up = {"inner": s.d, "outer": s.hidden, "first": True, "activation": "gelu", "scales": None}
-        down = {"inner": s.hidden, "outer": s.d, "first": False, "activation": "none"}
-        yield Job(f"experts_up.{label}", moe.multiply_experts, {**meta, **up}, {**types, "out": BF16})
-        yield Job(f"experts_down.{label}", moe.multiply_experts, {**meta, **down}, {**types, "out": FLOAT})
+    few, many = MoeOptions(activation="gelu", k=s.experts_per_token), MoeOptions(activation="silu", k=8)
+    types = {"x": BF16, "weight": BF16, "gate": BF16, "scales": FLOAT}
+    types |= {"shared_x": BF16, "shared_weight": BF16, "shared_gate": BF16, "shared_scales": FLOAT}
+    types |= dict.fromkeys(("picks", "order", "offsets"), INT)
+    alone = dict.fromkeys(("shared_x", "shared_weight", "shared_gate", "shared_scales", "shared_out"))
+    alone |= {"gate": None, "shared_inner": 0, "shared_outer": 0}
+    for label, batch, k, experts in (
+        ("small", 1, few.k, s.experts),
+        ("shared", 16, many.k, MANY_EXPERTS),  # gated, a shared expert beside them
+        ("large", 1024, few.k, s.experts),
+    ):
+        sorts = label == "large"
+        rows: dict[str, Any] = {"picks": None} if sorts else {"order": None, "offsets": None}
+        meta = {**moe.blocks(batch, k, experts, torch.bfloat16, sorts), **rows, "outputs_per_token": k}
+        up: dict[str, Any] = {"inner": s.d, "outer": s.hidden, "first": True, "activation": "gelu", "scales": None}
+        down: dict[str, Any] = {"inner": s.hidden, "outer": s.d, "first": False, "activation": "none", "gate": None}
+        if label == "shared":
+            meta |= {"outputs_per_token": k + 1}
+            up |= {"shared_inner": s.d, "shared_outer": s.static, "shared_scales": None}
+            down |= {"shared_inner": s.static, "shared_outer": s.d, "shared_gate": None}
+        else:
+            meta |= alone
+        for name, constants, out in (("up", up, BF16), ("down", down, FLOAT)):
+            outs = {"out": out, "shared_out": out}
+            yield Job(f"experts_{name}.{label}", moe.multiply_experts, {**meta, **constants}, {**types, **outs})
     picked = {"logits": FLOAT, "weights_out": FLOAT, "experts_out": INT, "router": BF16, "router_bias": FLOAT}
+    weighed = {"shared_gate": FLOAT, "shared_weights": FLOAT}
     bare = {"choice_bias": None}
-    meta = {**route_experts.pick_blocks(MANY_EXPERTS, MoeOptions(activation="silu", k=8)), **bare}
-    yield Job("pick", route_experts.pick_tokens, meta, picked)
-    meta = route_experts.add_norm_pick_blocks(s.experts, s.d, options, True)
-    constants = {**meta, **bare, "count": 2, "further": None, "norm_bias": None}
-    yield Job("add_norm_pick", route_experts.add_norm_pick, constants, {**NORM, **picked})
+    yield Job("pick", pick_experts.pick_tokens, {**pick_experts.pick_blocks(MANY_EXPERTS, many), **bare}, picked)
+    meta = {"count": 2, "further": None, "norm_bias": None, **bare, **dict.fromkeys(weighed)}
+    meta |= route_experts.add_norm_pick_blocks(s.experts, s.d, few, True)
+    yield Job("add_norm_pick", route_experts.add_norm_pick, meta, {**NORM, **picked})
+    meta = {"count": 2, "further": None, "norm_bias": None}
+    meta |= route_experts.score_blocks(SEQUENCES, MANY_EXPERTS, s.d, False)
+    yield Job("add_norm_score", route_experts.add_norm_score, meta, {**NORM, **picked, **weighed})
     sorted_ = {"picks": INT, "order": INT, "offsets": INT}
-    for label, experts, slots in (("few", s.experts, 128), ("many", MANY_EXPERTS, 4096)):
-        yield Job(f"place.{label}", route_experts.place_slots, route_experts.place_blocks(slots, experts), sorted_)
+    for label, experts in (("few", s.experts), ("many", MANY_EXPERTS)):
+        yield Job(f"place.{label}", place_slots.place_slots, place_slots.place_blocks(experts), sorted_)
 
 
 def attention_jobs(s: Sizes) -> Iterator[Job]:
@@ -217,14 +229,13 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
             yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
 
 
-def jobs(config: str) -> Iterator[Job]:
-    """Everything that is compiled for a configuration of CONFIGS."""
-    sizes = CONFIGS[config]
-    yield from product_jobs(sizes)
-    yield from dsc_jobs(sizes)
-    yield from moe_jobs(sizes)
-    yield from attention_jobs(sizes)
-    yield from quantised_jobs(sizes)
+def jobs(config: str, target: str = "sm_90") -> list[Job]:
+    """Everything that is compiled for a configuration of CONFIGS, with the tile sizes for a target."""
+    from dsc_kernels.gpu.compiler import tuned_for
+
+    with tuned_for(amd=target.startswith("gfx")):
+        families = (product_jobs, dsc_jobs, moe_jobs, attention_jobs, quantised_jobs)
+        return [job for family in families for job in family(CONFIGS[config])]
 
 
 def compile_job(job: Job, target: str) -> Any:
@@ -238,12 +249,13 @@ def compile_job(job: Job, target: str) -> Any:
     constants = dict(job.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     if amd:
-        options["num_stages"] = min(options.get("num_stages", 2), 2)
-        constants |= {"stages": min(constants["stages"], 2)} if "stages" in constants else {}
+        options.setdefault("num_stages", 2)
     names = job.function.arg_names
     types = {**SCALARS, **job.types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [name.endswith("_stride") or signature[name].startswith("*") for name in names]
+    aligned = [
+        signature[name].startswith("*") or (name.endswith(ALIGNED) and signature[name] == "i32") for name in names
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
     source = ASTSource(fn=job.function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=gpu, options=options)
@@ -325,8 +337,11 @@ def report(targets: Iterable[str] = TARGETS, configs: Iterable[str] = tuple(CONF
 
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted here and cannot be compiled; unset it")
-    targets = tuple(targets)
-    return [measure(job, config, target) for config in configs for job in jobs(config) for target in targets]
+    targets, rows = tuple(targets), []
+    for config in configs:
+        for same in zip(*(jobs(config, target) for target in targets), strict=True):
+            rows += [measure(job, config, target) for job, target in zip(same, targets, strict=True)]
+    return rows
 
 
 def broken_budgets(rows: Iterable[Row], budgets: Iterable[Row]) -> list[str]:

@@ -11,9 +11,21 @@ from dataclasses import dataclass
 
 import click
 
-BFLOAT16 = 2
+from dsc_kernels.launch_time import (
+    BANDWIDTH,
+    BFLOAT16,
+    FLOPS,
+    LAUNCH,
+    Launch,
+    beside_the_norm,
+    found_by_tiles,
+    in_a_product,
+    scored_beside,
+)
+
 BATCHES = (1, 16, 64, 256)
 STEP_LAUNCHES = 7  # embedding, positions, plan of splits, last sum; norm, product and argmax of the head
+FEW_EXPERTS = 16  # that are picked where the norm is computed
 LAUNCHES_BEFORE = {"dsc": 27, "molora": 25, "moe": 32, "dense": 24}  # of a layer that turns heads, by operators
 
 
@@ -39,21 +51,20 @@ class StepSizes:
     dense: int
     context: int
     adapters: tuple[int, int, int, int] = (0, 0, 0, 0)  # how many, used, rank, width of the static MLP beside them
+    gated: bool = False  # whether experts are
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those of LAUNCHES_BEFORE that there is an FFN of."""
+        has = {"dsc": self.atoms, "molora": self.adapters[0], "moe": self.experts, "dense": self.dense}
+        return [kind for kind in LAUNCHES_BEFORE if has[kind]]
 
 
 MODELS = {
     "paper": StepSizes(384, 6, 50_304, 6, 6, 64, 1523, 4, 327, 5, 2, 545, 2611, 128, (381, 2, 4, 894)),
     "large": StepSizes(4096, 32, 50_304, 32, 8, 128, 16_384, 32, 8192, 4, 2, 8192, 20_480, 1024),
+    "64 experts": StepSizes(2048, 16, 50_304, 16, 16, 128, 0, 0, 0, 64, 8, 1024, 0, 1024, gated=True),
 }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """read: weights and rows that are read, in numbers; products: multiplications of the whole step."""
-
-    name: str
-    read: float = 0
-    products: float = 0
 
 
 def distinct(rows: int, picks: int, tokens: int) -> float:
@@ -77,8 +88,15 @@ def ffn(kind: str, s: StepSizes, tokens: int) -> list[Launch]:
     if kind == "moe":
         read = distinct(s.experts, s.experts_used, tokens) * s.hidden * s.d
         products = tokens * s.experts_used * s.hidden * s.d
-        first = Launch("add, norm and pick", s.experts * s.d, tokens * s.experts * s.d)
-        return [first, Launch("place"), Launch("up", read, products), Launch("down", read, products)]
+        ups = 2 if s.gated else 1
+        rest = [Launch("up", ups * read, ups * products), Launch("down", read, products)]
+        columns = -(-s.hidden // 32) - (-s.d // 32)
+        if not found_by_tiles(s.experts, tokens, s.experts_used, columns):
+            rest = [Launch("sort"), *rest]
+        if s.experts <= FEW_EXPERTS:
+            return [Launch("add, norm and pick", s.experts * s.d, tokens * s.experts * s.d), *rest]
+        beside = scored_beside(s.experts, s.d, tokens)
+        return [*(beside_the_norm if beside else in_a_product)(s.experts, s.d, tokens), *rest]
     routed = {"dsc": (s.atoms, s.k, 1, s.static), "molora": s.adapters}
     rows, picks, rank, width = routed.get(kind, (0, 0, 0, s.dense))
     bank = 2 * distinct(rows, picks, tokens) * rank * s.d if rows else 0
@@ -108,27 +126,32 @@ def estimate(kind: str, s: StepSizes, tokens: int, bandwidth: float, flops: floa
     head = Launch("head", s.vocabulary * s.d, tokens * s.vocabulary * s.d)
     launches = [*s.layers * layer(kind, s, tokens), head]
     floor = sum(max(one.read * BFLOAT16 / bandwidth, 2 * one.products / flops) for one in launches)
+    working = sum(one.seconds(bandwidth, flops) for one in launches)
     now = s.layers * len(layer(kind, s, tokens)) + STEP_LAUNCHES
     before = s.layers * LAUNCHES_BEFORE[kind] + STEP_LAUNCHES
-    return StepEstimate(now, 1e3 * (floor + before * launch_s), 1e3 * (floor + now * launch_s), 1e3 * floor)
+    return StepEstimate(now, 1e3 * (floor + before * launch_s), 1e3 * (working + now * launch_s), 1e3 * floor)
 
 
 def lines(bandwidth: float, flops: float, launch_s: float) -> Iterator[str]:
     yield f"| model | kind | launches | {' | '.join(map(str, BATCHES))} |"
     yield "|---|---|---|" + "---|" * len(BATCHES)
     for name, sizes in MODELS.items():
-        for kind in (kind for kind in LAUNCHES_BEFORE if kind != "molora" or sizes.adapters[0]):
+        for kind in sizes.kinds:
             found = [estimate(kind, sizes, tokens, bandwidth, flops, launch_s) for tokens in BATCHES]
             cells = (f"{one.before_ms:.2f} → {one.now_ms:.2f} ({one.floor_ms:.3f})" for one in found)
             yield f"| {name} | {kind} | {found[0].launches} | {' | '.join(cells)} |"
 
 
 @click.command("steps")
-@click.option("--bandwidth-tb", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="TB/s.")
 @click.option(
-    "--tflops", type=click.FloatRange(0, min_open=True), default=700, show_default=True, help="bf16 products."
+    "--bandwidth-tb", type=click.FloatRange(0, min_open=True), default=BANDWIDTH / 1e12, show_default=True, help="TB/s."
 )
-@click.option("--launch-us", type=click.FloatRange(0), default=2.25, show_default=True, help="Fixed, of each launch.")
+@click.option(
+    "--tflops", type=click.FloatRange(0, min_open=True), default=FLOPS / 1e12, show_default=True, help="bf16 products."
+)
+@click.option(
+    "--launch-us", type=click.FloatRange(0), default=LAUNCH * 1e6, show_default=True, help="Fixed, of each launch."
+)
 def steps_command(bandwidth_tb: float, tflops: float, launch_us: float) -> None:
     """Print estimates of a captured decode step: before → now (floor), in milliseconds. Nothing is measured."""
     click.echo("\n".join(lines(bandwidth_tb * 1e12, tflops * 1e12, launch_us * 1e-6)))

@@ -1,13 +1,14 @@
 """Compiles what the configurations of `dsc_kernels.aot` leave out: other dtypes, odd sizes, gates, adapters, extremes.
 
 Prints one line for each kernel that does not compile, or needs more shared memory than its target has. A script, since
-it cannot share a process with interpreted kernels.
+it cannot share a process with interpreted kernels; its arguments name some of FAMILIES, all by default.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from dsc_kernels.gpu import (
     expand,
     ffn_in,
     moe,
+    pick_experts,
+    place_slots,
     product,
     qkv,
     route_experts,
     select_compose,
 )
+from dsc_kernels.gpu.compiler import tuned_for
 from dsc_kernels.weights import MoeOptions, Scope
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
@@ -72,24 +76,37 @@ def of_products(dtype: torch.dtype) -> Iterator[aot.Job]:
 
 def of_moe(dtype: torch.dtype) -> Iterator[aot.Job]:
     t = POINTERS[dtype]
-    types = {"x": t, "weight": t, "gate": t, "order": INDEX, "offsets": INDEX, "out": t}
-    for rows, inner, outer in ((2, 384, 560), (1280, 4096, 14336), (1280, 67, 41)):
-        sizes = {"k": 2, "inner": inner, "outer": outer, "first": True, "activation": "silu", "scales": None}
-        meta = {**moe.blocks(rows, 8, dtype), **sizes}
-        yield aot.Job(f"experts {t} {rows} {inner}", moe.multiply_experts, meta, types)
+    shared = {"shared_x": t, "shared_weight": t, "shared_gate": t, "shared_out": t}
+    types = {"x": t, "weight": t, "gate": t, "picks": INDEX, "order": INDEX, "offsets": INDEX, "out": t, **shared}
+    for batch, k, inner, outer in ((1, 2, 384, 560), (64, 8, 2048, 1408), (256, 2, 384, 560), (640, 2, 4096, 14336)):
+        own = {"shared_inner": inner, "shared_outer": outer, "shared_scales": None, "outputs_per_token": k + 1}
+        for label, options in (("beside", own), ("alone", {**dict.fromkeys(own, 0), **dict.fromkeys(shared)})):
+            constants = {"inner": inner, "outer": outer, "first": True, "activation": "silu", "scales": None, **options}
+            sorts = batch > moe.DIRECT_TOKENS
+            unsorted = ("picks",) if sorts else ("order", "offsets")
+            meta = {**moe.blocks(batch, k, 8, dtype, sorts), **constants, **dict.fromkeys(unsorted)}
+            meta |= {"shared_scales": None, "outputs_per_token": k + 1}
+            yield aot.Job(f"experts {t} {batch} {inner} {label}", moe.multiply_experts, meta, types)
 
 
 def of_routing(dtype: torch.dtype) -> Iterator[aot.Job]:
+    t = POINTERS[dtype]
     types = {"logits": FLOAT, "choice_bias": FLOAT, "weights_out": FLOAT, "experts_out": INDEX}
+    norm = dict.fromkeys(("residual", "further", "total_out", "norm_weight", "norm_bias", "normed_out", "router"), t)
+    norm |= dict.fromkeys(("terms", "router_bias", "shared_gate", "shared_weights"), FLOAT)
     grouped = {"scoring": "sigmoid", "groups": 8, "groups_used": 4, "group_picks": 2}
     for experts, k, options in ((256, 8, grouped), (60, 4, {}), (1, 1, {})):
         choice = MoeOptions(activation="silu", k=k, **options)
-        meta = route_experts.pick_blocks(experts, choice)
-        yield aot.Job(f"pick {experts}", route_experts.pick_tokens, meta, types)
+        meta = pick_experts.pick_blocks(experts, choice)
+        yield aot.Job(f"pick {experts}", pick_experts.pick_tokens, meta, types)
+        for d in (67, 2048, 7168):
+            meta = {**route_experts.score_blocks(17, experts, d, True), "count": 9}
+            yield aot.Job(f"add_norm_score {t} {experts} {d}", route_experts.add_norm_score, meta, {**types, **norm})
         sorted_ = {"picks": INDEX, "order": INDEX, "offsets": INDEX}
-        for slots in (1, 100, 8192):
-            meta = route_experts.place_blocks(slots, experts)
-            yield aot.Job(f"place {experts} {slots}", route_experts.place_slots, meta, sorted_)
+        yield aot.Job(f"place {experts}", place_slots.place_slots, place_slots.place_blocks(experts), sorted_)
+    for experts, d in ((5, 67), (16, 4096)):
+        meta = {**route_experts.add_norm_pick_blocks(experts, d, MoeOptions(activation="silu", k=2), True), "count": 9}
+        yield aot.Job(f"add_norm_pick {t} {experts} {d}", route_experts.add_norm_pick, meta, {**types, **norm})
 
 
 def of_attention(dtype: torch.dtype) -> Iterator[aot.Job]:
@@ -132,23 +149,27 @@ def of_composition(dtype: torch.dtype) -> Iterator[aot.Job]:
         yield aot.Job(f"expand {label}", expand.expand_columns, meta, {**bank, **trace, "latent": FLOAT})
 
 
-def problems() -> Iterator[str]:
-    for dtype in POINTERS:
-        for family in (of_products, of_moe, of_routing, of_attention, of_composition):
-            for job in family(dtype):
-                for target, most in SHARED_BYTES.items():
-                    try:
-                        row = aot.measure(job, "variant", target)
-                    except Exception as error:
-                        yield f"{job.name} for {target}: {type(error).__name__}: {error}"
-                        continue
-                    if row["shared_bytes"] > most:
-                        yield f"{job.name} for {target}: {row['shared_bytes']} bytes of shared memory, at most {most}"
+FAMILIES = {family.__name__: family for family in (of_products, of_moe, of_routing, of_attention, of_composition)}
+
+
+def problems(names: Sequence[str]) -> Iterator[str]:
+    for dtype, name in itertools.product(POINTERS, names):
+        for target, most in SHARED_BYTES.items():
+            with tuned_for(amd=target.startswith("gfx")):
+                jobs = list(FAMILIES[name](dtype))
+            for job in jobs:
+                try:
+                    row = aot.measure(job, "variant", target)
+                except Exception as error:
+                    yield f"{job.name} for {target}: {type(error).__name__}: {error}"
+                    continue
+                if row["shared_bytes"] > most:
+                    yield f"{job.name} for {target}: {row['shared_bytes']} bytes of shared memory, at most {most}"
 
 
 if __name__ == "__main__":
     count = 0
-    for problem in problems():
+    for problem in problems(sys.argv[1:] or list(FAMILIES)):
         print(problem, flush=True)
         count += 1
     sys.exit(count > 0)

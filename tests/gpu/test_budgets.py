@@ -33,9 +33,10 @@ def compiled(tmp_path: Path, *options: str) -> list[aot.Row]:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_variants_compile_and_fit_the_targets() -> None:
+@pytest.mark.parametrize("family", ["of_products", "of_moe", "of_routing", "of_attention", "of_composition"])
+def test_variants_compile_and_fit_the_targets(family: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "compile_variants.py")]
+    command = [sys.executable, str(Path(__file__).parent / "compile_variants.py"), family]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -78,7 +79,7 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_configuration() -> 
     launched = {function.__name__ for function in found if "grid (" in (function.fn.__doc__ or "")}
     assert {"route_and_raise", "select_compose_tokens", "attend"} < launched
     for config in aot.CONFIGS:
-        jobs = list(aot.jobs(config))
+        jobs = aot.jobs(config)
         assert {job.function.__name__ for job in jobs} == launched
         assert {job.name for job in jobs} == {row["kernel"] for row in budgets() if row["config"] == config}
 
@@ -105,8 +106,19 @@ def test_copies_are_on_their_way_while_a_step_is_computed_with() -> None:
     assert all(row["copies_in_flight"] >= 2 for row in of("attend", "route.one", "multiply.one", "project.one"))
 
 
-def test_nothing_is_spilt_on_sm_90() -> None:
-    assert [row for row in budgets() if row["target"] == "sm_90" and row["spills"]] == []
+def test_nothing_is_spilt() -> None:
+    assert [row for row in budgets() if row["spills"]] == []
+
+
+NARROW = {  # on sm_90, and why nothing of these is read 16 bytes at a time
+    "plan_splits": "contexts of as many sequences as there are, int32: one program, once a step, at most 1 KB",
+}
+
+
+def test_loads_are_wide_on_sm_90_but_for_what_is_named() -> None:
+    for config in aot.CONFIGS:
+        rows = [row for row in budgets() if row["target"] == "sm_90" and row["config"] == config]
+        assert {row["kernel"] for row in rows if not row["wide_loads"]} == NARROW.keys(), config
 
 
 def test_loops_are_told_from_what_is_around_them() -> None:

@@ -16,9 +16,9 @@ def budget(row: aot.Row) -> aot.Row:
     return {
         **row,
         "registers": min(registers, max(255, row["registers"])),
-        "wide_loads": row["wide_loads"] * 3 // 4,
-        "matrix_instructions": row["matrix_instructions"] * 3 // 4,
-        "warpgroup_instructions": row["warpgroup_instructions"] * 3 // 4,
+        "wide_loads": -(-row["wide_loads"] * 3 // 4),
+        "matrix_instructions": -(-row["matrix_instructions"] * 3 // 4),
+        "warpgroup_instructions": -(-row["warpgroup_instructions"] * 3 // 4),
     }
 
 

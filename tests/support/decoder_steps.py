@@ -27,6 +27,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "half turned": {**LLAMA, "rotary_dim": 8, "attention_bias": True},
     "biases": {"ffn": {"bias": True}, "attention_bias": True},
     "norms after": {**LLAMA, "norms": "after"},
+    "many experts": {
+        **LLAMA,
+        "ffn": {"num_experts": 20, "experts_per_token": 4, "shared_expert": {"size": 24, "gated": True}},
+    },
 }
 
 

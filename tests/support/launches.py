@@ -36,7 +36,8 @@ WANTED = {  # decode, 1 chunk of 64, 8 of them, these and 16 single tokens
     "dsc": (8, 7, 11, 13),
     "molora": (8, 7, 11, 13),
     "dense": (8, 7, 9, 11),
-    "moe": (9, 8, 9, 11),
+    "moe": (8, 7, 9, 11),
+    "many experts": (9, 8, 11, 13),  # more than a token's program reads by itself
 }
 
 Counts = collections.Counter[str]

@@ -47,13 +47,20 @@ def add_norm_row(
     norm_eps: tl.tensor,
     rstd_eps: tl.tensor,
     token: tl.tensor,
+    writes: tl.tensor,
     count: tl.constexpr,
     d: tl.constexpr,
     width: tl.constexpr,
 ) -> tl.tensor:
-    """The normed sum [width] of one token in float32, rounded as it is stored; see `add_norm`."""
+    """The normed sum [width] of one token in float32, rounded as it is stored; see `add_norm`.
+
+    writes: whether the sum and its norm are stored, where several programs compute them; None: they are.
+    """
     column = tl.arange(0, width)
     inside = column < d
+    stored = inside
+    if writes is not None:
+        stored = inside & writes
     at = token * d + column
     total = tl.zeros((width,), tl.float32)
     if residual is not None:
@@ -65,7 +72,7 @@ def add_norm_row(
         total += tl.load(further + at, mask=inside, other=0.0).to(tl.float32)
     if total_out is not None:
         rounded = total.to(total_out.dtype.element_ty)
-        tl.store(total_out + at, rounded, mask=inside)
+        tl.store(total_out + at, rounded, mask=stored)
         total = rounded.to(tl.float32)
     if weight is not None:
         if bias is not None:
@@ -76,7 +83,7 @@ def add_norm_row(
         if bias is not None:
             total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(normed_out.dtype.element_ty)
-        tl.store(normed_out + at, rounded, mask=inside)
+        tl.store(normed_out + at, rounded, mask=stored)
         total = rounded.to(tl.float32)
     if rstd_out is not None:
         moved = tl.where(inside, total - tl.sum(total, 0) / d, 0.0)
@@ -117,6 +124,7 @@ def add_norm_rows(
         norm_eps,
         rstd_eps,
         tl.program_id(0).to(tl.int64),
+        None,
         count,
         d,
         width,

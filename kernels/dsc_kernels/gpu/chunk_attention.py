@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_kernels.gpu.arithmetic import bounded
 from dsc_kernels.gpu.attention import INTEGERS, LOG2_E
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.gpu.compiler import Meta, check, kernel, on_amd, power_of_2, stages
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
 
 QUERIES_PER_BLOCK = 64  # rows of a tile: tokens times the query heads that share a key
@@ -188,9 +188,13 @@ def attend_chunks(
 
 
 def blocks(group: int, size: int, block: int, dtype: torch.dtype, scope: Scope = WHOLE) -> Meta:
-    """Tile sizes: 64 rows, the least that sm_90's tensor cores take at once; more of large groups."""
+    """Tile sizes: 64 rows, the least that sm_90's tensor cores take at once; more of large groups.
+
+    On AMD's GPUs more than 16 positions at a time would spill registers.
+    """
     width, group_width = power_of_2(size, 16), power_of_2(group)
     positions = 64 if width * dtype.itemsize <= 128 else 32 if width * dtype.itemsize <= 512 else 16
+    positions = 16 if on_amd() else positions
     tiles = {"group": group, "group_width": group_width, "tokens_per_block": max(QUERIES_PER_BLOCK // group_width, 1)}
     rest = {"size": size, "size_width": width, "block": block, "positions_per_step": positions}
     flags = {"capped": scope.cap > 0, "windowed": scope.window > 0}

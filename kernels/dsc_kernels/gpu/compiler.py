@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,7 @@ Meta = dict[str, Any]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-COUNTS = {"batch", "sequences", "most", "slots"}  # that change from step to step
+COUNTS = {"batch", "sequences", "most", "slots", "row_tiles"}  # that change from step to step
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -48,9 +50,28 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+AMD: ContextVar[bool | None] = ContextVar("AMD", default=None)  # asked for, whatever torch is built for
+
+
+@contextmanager
+def tuned_for(amd: bool) -> Iterator[None]:
+    """Inside, tile sizes are those for AMD's GPUs, or for NVIDIA's."""
+    before = AMD.set(amd)
+    try:
+        yield
+    finally:
+        AMD.reset(before)
+
+
+def on_amd() -> bool:
+    """Whether tile sizes are those for AMD's GPUs."""
+    asked = AMD.get()
+    return bool(torch.version.hip) if asked is None else asked
+
+
 def stages(wanted: int) -> int:
     """Pipeline stages: AMD GPUs have 64 KiB of local memory, enough for two."""
-    return min(wanted, 2) if torch.version.hip else wanted
+    return min(wanted, 2) if on_amd() else wanted
 
 
 def check(

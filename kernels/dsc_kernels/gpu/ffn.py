@@ -14,15 +14,16 @@ from torch import Tensor
 from dsc_kernels import min_hash, plain
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.dequantised import dense
-from dsc_kernels.gpu import route_experts
 from dsc_kernels.gpu.add_norm import Parts, add_norm, rstd_of, summed
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
 from dsc_kernels.gpu.ffn_in import route_beside, router_logits
-from dsc_kernels.gpu.moe import expert_slots
+from dsc_kernels.gpu.moe import Beside, expert_slots
+from dsc_kernels.gpu.pick_experts import pick_experts
 from dsc_kernels.gpu.product import fused, multiply
 from dsc_kernels.gpu.quantised import float_product, product
+from dsc_kernels.gpu.route_experts import norm_and_pick, scored_beside
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import WIDE, compose_beside, select_compose
 from dsc_kernels.quantised import QuantisedWeight, Weight
@@ -238,19 +239,22 @@ class Moe:
         self.up = padded([expert.up for expert in experts], (0, 0, 0, extra))
         self.gate = padded(gates, (0, 0, 0, extra)) if gates else None
         self.down = padded([expert.down for expert in experts], (0, extra))
+        self._shared = whole_shared(shared, bool(gates))
         self.router = contiguous_router(router, self.dtype)
         self.activation: Activation = options.activation
         options.check(len(experts))
         self.options = options
 
-    def route(self, x: Tensor, rstd: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, x: Tensor, rstd: Tensor | None = None, outputs: LayerOutputs = OUTPUT_ONLY
+    ) -> tuple[Tensor, Tensor]:
         """Weights float32 [B, k] and experts int32 [B, k]; rstd: of x [B, d], found here where it is not given."""
         r = self.router
         if rstd is None and r.norm_eps is not None:
             rstd = rstd_of(x, r.norm_eps)
         assert isinstance(r.weight, Tensor)
         logits, _ = router_logits(x, r.weight, r.bias, torch.inf, rstd)
-        return route_experts.pick_experts(logits, self.options, r.choice_bias)
+        return pick_experts(logits, self.options, r.choice_bias, outputs)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         """x [B, d] → the layer's output plus residual, [B, d]."""
@@ -270,21 +274,46 @@ class Moe:
         self, residual: Tensor, parts: Parts | None, norm: NormWeights, outputs: LayerOutputs = OUTPUT_ONLY
     ) -> tuple[Tensor, Parts]:
         """The stream x = residual + parts [B, d], and what the layer gives for the norm of it."""
-        if route_experts.few_experts(*self.router.weight.shape):
-            (x, normed, _), picked = route_experts.norm_and_pick(residual, parts, norm, self.router, self.options)
-        else:
-            x, normed, rstd = add_norm(residual, parts, norm, self.router.norm_eps)
-            picked = self.route(normed, rstd)
-        for room, found in ((outputs.weights, picked[0]), (outputs.picks, picked[1])):
-            if room is not None:
-                room[: x.shape[0]] = found
-        return x, self._experts(normed, *picked)
+        gate = None if self.shared is None else self.shared.gate
+        if scored_beside(residual.shape[0], *self.router.weight.shape):
+            (x, normed, _), picked, weighed = norm_and_pick(
+                residual, parts, norm, self.router, self.options, gate, outputs
+            )
+            beside = self._beside(x, weighed)
+            return x, self._experts(normed, *picked, beside=beside)
+        x, normed, rstd = add_norm(residual, parts, norm, self.router.norm_eps)
+        beside = None if gate is not None else self._beside(x, None)
+        return x, self._experts(normed, *self.route(normed, rstd, outputs), beside=beside)
 
-    def _experts(self, x: Tensor, weights: Tensor, experts: Tensor, adapted: Adapted | None = None) -> Parts:
-        slots = expert_slots(x, weights, experts, self.up, self.gate, self.down, self.activation)
-        further = None if self.shared is None else self.shared(x, adapted).contiguous()
-        k = experts.shape[1]
-        return Parts(slots, k, self.d, k * self.d, further)
+    def _beside(self, x: Tensor, weights: Tensor | None) -> Beside | None:
+        """The shared expert, where its products are launched with the others'; None: they are not."""
+        return None if self._shared is None or not fused(*x.shape) else Beside(self._shared, weights)
+
+    def _experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        adapted: Adapted | None = None,
+        beside: Beside | None = None,
+    ) -> Parts:
+        slots = expert_slots(x, weights, experts, self.up, self.gate, self.down, self.activation, beside)
+        further = None
+        if self.shared is not None and beside is None:
+            further = self.shared(x, adapted).contiguous()
+        number = slots.shape[1]
+        return Parts(slots, number, self.d, number * self.d, further)
+
+
+def whole_shared(shared: SharedExpert | None, gated: bool) -> MlpWeights | None:
+    """Its weights, contiguous, where the experts' kernels take them."""
+    if shared is None:
+        return None
+    mlp = shared.mlp
+    whole = not any(isinstance(weight, QuantisedWeight) for weight in (mlp.up, mlp.gate, mlp.down))
+    if not whole or (mlp.gate is not None) != gated or any(bias is not None for bias in mlp.biases):
+        return None
+    return MlpWeights(*(w.contiguous() if isinstance(w, Tensor) else None for w in (mlp.up, mlp.gate, mlp.down)))  # type: ignore[arg-type]
 
 
 def padded(matrices: Sequence[Weight], padding: tuple[int, ...]) -> Tensor:

@@ -85,6 +85,52 @@ def project_heads(
 
 
 @kernel
+def put_heads(
+    part: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    rows: tl.tensor,
+    qkv: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    cache_rows: tl.tensor,
+    head: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    changed: tl.constexpr,
+) -> None:
+    """Some columns of heads [heads, columns]: queries back to where they were, if changed, the others to the cache."""
+    is_query, is_key = head < heads, (head >= heads) & (head < heads + kv_heads)
+    is_value = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
+    stored = part.to(keys.dtype.element_ty)
+    if changed:
+        tl.store(qkv + rows[:, None] + column[None, :], stored, mask=is_query[:, None] & inside[None, :])
+    at = cache_rows[:, None] + column[None, :]
+    tl.store(keys + at, stored, mask=is_key[:, None] & inside[None, :])
+    tl.store(values + at, stored, mask=is_value[:, None] & inside[None, :])
+
+
+@kernel
+def norm_heads(
+    part: tl.tensor,
+    scale: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    head: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+) -> tl.tensor:
+    """Some columns of queries and keys times their scale and the norm's weight; values as they are."""
+    weight = tl.load(key_norm + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if query_norm is not None:
+        of_query = tl.load(query_norm + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        weight = tl.where((head < heads)[:, None], of_query, weight)
+    return tl.where((head < heads + kv_heads)[:, None], part * scale[:, None] * weight, part)
+
+
+@kernel
 def prepare_heads(
     qkv: tl.tensor,
     query_norm: tl.tensor,
@@ -99,48 +145,56 @@ def prepare_heads(
     kv_heads: tl.tensor,
     norm_eps: tl.tensor,
     size: tl.constexpr,
-    size_width: tl.constexpr,
+    half_width: tl.constexpr,
+    rest_width: tl.constexpr,
     turned: tl.constexpr,
     block: tl.constexpr,
+    heads_per_block: tl.constexpr,
 ) -> None:
-    """One head of one token, normed, turned and, but for a query, written to the cache: grid (tokens, heads)."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.arange(0, size_width)
-    inside = column < size
-    at = qkv + (token * (heads + 2 * kv_heads) + head) * size
-    if (head < heads + kv_heads) & ((key_norm is not None) | (turned > 0)):
-        partner = tl.where(column < turned // 2, column + turned // 2, column - turned // 2)
-        is_turned = column < turned
-        value = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(at + partner, mask=is_turned, other=0.0).to(tl.float32)
+    """Heads of one token, normed, turned and, but for queries, written to the cache: grid (tokens, blocks of heads).
+
+    A head is read as the two halves of what is turned, so that lanes hold what they turn, and the rest behind them.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * heads_per_block + tl.arange(0, heads_per_block)
+    is_head = head < heads + 2 * kv_heads
+    rows = (token * (heads + 2 * kv_heads) + head) * size
+    where, offset = tl.load(slot_blocks + token).to(tl.int64), tl.load(slot_offsets + token)
+    cache_rows = ((where * kv_heads + tl.where(head < heads, 0, (head - heads) % kv_heads)) * block + offset) * size
+    half: tl.constexpr = turned // 2
+    column, behind = tl.arange(0, half_width), turned + tl.arange(0, rest_width)
+    is_half, is_rest = column < half, behind < size
+    squares = tl.zeros((heads_per_block,), tl.float32)
+    if turned > 0:
+        at, mask = qkv + rows[:, None] + column[None, :], is_head[:, None] & is_half[None, :]
+        first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    if turned < size:
+        mask = is_head[:, None] & is_rest[None, :]
+        rest = tl.load(qkv + rows[:, None] + behind[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(rest * rest, 1)
+    scale = squares
+    if key_norm is not None:
+        scale = 1.0 / tl.sqrt(squares / size + norm_eps)
+    tl.debug_barrier()  # queries go back to where they have been read from
+    if turned > 0:
         if key_norm is not None:
-            scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / size + norm_eps)
-            norm = key_norm
-            if query_norm is not None:  # noqa: SIM102  this is decided when the kernel is compiled
-                if head < heads:
-                    norm = query_norm
-            value = value * scale * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
-            other = other * scale * tl.load(norm + partner, mask=is_turned, other=0.0).to(tl.float32)
-        if turned > 0:
-            angle = tl.load(positions + token).to(tl.int64) * turned + column % (turned // 2)
-            cos = tl.load(cos_sin + angle, mask=is_turned, other=1.0)
-            sin = tl.load(cos_sin + angle + turned // 2, mask=is_turned, other=0.0)
-            value = value * cos + tl.where(column < turned // 2, -other, other) * sin
-        tl.debug_barrier()  # a query goes back to where its other half has been read from
-        if head < heads:
-            tl.store(at + column, value.to(qkv.dtype.element_ty), mask=inside)
-        else:
-            where, offset = tl.load(slot_blocks + token).to(tl.int64), tl.load(slot_offsets + token)
-            row = ((where * kv_heads + head - heads) * block + offset) * size
-            tl.store(keys + row + column, value.to(keys.dtype.element_ty), mask=inside)
-    elif head >= heads:
-        where, offset = tl.load(slot_blocks + token).to(tl.int64), tl.load(slot_offsets + token)
-        row = ((where * kv_heads + (head - heads) % kv_heads) * block + offset) * size
-        raw = tl.load(at + column, mask=inside, other=0.0)
-        if head < heads + kv_heads:
-            tl.store(keys + row + column, raw, mask=inside)
-        else:
-            tl.store(values + row + column, raw, mask=inside)
+            first = norm_heads(first, scale, query_norm, key_norm, column, is_half, head, heads, kv_heads)
+            second = norm_heads(second, scale, query_norm, key_norm, column + half, is_half, head, heads, kv_heads)
+        angle = tl.load(positions + token).to(tl.int64) * turned + column
+        cos = tl.load(cos_sin + angle, mask=is_half, other=1.0)[None, :]
+        sin = tl.load(cos_sin + angle + half, mask=is_half, other=0.0)[None, :]
+        turns = (head < heads + kv_heads)[:, None]
+        moved = tl.where(turns, first * cos - second * sin, first)
+        second = tl.where(turns, second * cos + first * sin, second)
+        put_heads(moved, column, is_half, rows, qkv, keys, values, cache_rows, head, heads, kv_heads, True)
+        put_heads(second, column + half, is_half, rows, qkv, keys, values, cache_rows, head, heads, kv_heads, True)
+    if turned < size:
+        changed: tl.constexpr = key_norm is not None
+        if changed:
+            rest = norm_heads(rest, scale, query_norm, key_norm, behind, is_rest, head, heads, kv_heads)
+        put_heads(rest, behind, is_rest, rows, qkv, keys, values, cache_rows, head, heads, kv_heads, changed)
 
 
 def head_tiles(tokens: int, rows: int, size: int, dtype: torch.dtype) -> Meta:
@@ -182,8 +236,11 @@ def project(
 
 
 def prepare_blocks(size: int, block: int, turned: int) -> Meta:
-    """Vector width of a head."""
-    return {"size": size, "size_width": power_of_2(size), "block": block, "turned": turned, "num_warps": 1}
+    """Vector widths of a head's parts, and so many heads that a lane reads 16 bytes of one."""
+    widths = {"half_width": power_of_2(turned // 2), "rest_width": power_of_2(size - turned)}
+    part = max(turned // 2, size - turned)
+    per_block = max(256 // power_of_2(part), 1)
+    return {"size": size, **widths, "block": block, "turned": turned, "heads_per_block": per_block, "num_warps": 1}
 
 
 def store_kv(
@@ -196,8 +253,9 @@ def store_kv(
     turned = 0 if cos_sin is None else 2 * cos_sin.shape[2]
     query_norm, key_norm, eps = (None, None, 0.0) if qk_norm is None else (qk_norm.query, qk_norm.key, qk_norm.eps)
     if tokens:
-        prepare_heads[(tokens, all_heads)](
+        meta = prepare_blocks(size, block, turned)
+        prepare_heads[(tokens, triton.cdiv(all_heads, meta["heads_per_block"]))](
             *(qkv, query_norm, key_norm, cos_sin, *slots, cache.keys, cache.values),
             *(heads, kv_heads, eps),
-            **prepare_blocks(size, block, turned),
+            **meta,
         )

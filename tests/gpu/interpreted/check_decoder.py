@@ -61,6 +61,11 @@ def test_steps_of_other_forms(form: str, whole: bool) -> None:
     check("dense", form, whole, (5, 9, 7))
 
 
+@torch.inference_mode()
+def test_steps_of_many_experts_and_a_shared_one() -> None:
+    check("moe", "many experts", True, (2, 3, 2))
+
+
 @LONG
 @torch.inference_mode()
 def test_what_is_left_to_cublas_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

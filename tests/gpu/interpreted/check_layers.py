@@ -20,8 +20,9 @@ from dsc_kernels.gpu import (
     ffn_in,
     layers,
     moe,
+    pick_experts,
+    place_slots,
     product,
-    route_experts,
     select,
     select_compose,
 )
@@ -34,7 +35,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Poisoned]:
     stand_in = poisoned(
         monkeypatch,
-        *(add_norm, contract, expand, ffn_in, moe, product, route_experts, select, select_compose),
+        *(add_norm, contract, expand, ffn_in, moe, pick_experts, place_slots, product, select, select_compose),
     )
     yield stand_in
     stand_in.check()

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.honest import DTYPES, Poisoned, banded, error, poisoned, random
+from support.honest import DTYPES, MOST_DTYPES, Poisoned, banded, error, poisoned, random
 from support.quantised_cases import exact, quantised
 from torch import Tensor
 
-from dsc_kernels import reference
-from dsc_kernels.gpu import add_norm, ffn_in, layers, moe, route_experts
+from dsc_kernels import plain, reference
+from dsc_kernels.gpu import add_norm, ffn_in, layers, moe, pick_experts, place_slots, route_experts, select
 from dsc_kernels.gpu import quantised as narrow
 from dsc_kernels.plain import ACTIVATIONS
 from dsc_kernels.quantised import QuantisedWeight
-from dsc_kernels.weights import Activation, MlpWeights, MoeOptions, NormWeights, Router, SharedExpert
+from dsc_kernels.weights import Activation, LayerOutputs, MlpWeights, MoeOptions, NormWeights, Router, SharedExpert
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 @pytest.fixture(autouse=True)
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Poisoned]:
-    stand_in = poisoned(monkeypatch, moe, route_experts, add_norm, ffn_in)
+    stand_in = poisoned(monkeypatch, moe, route_experts, pick_experts, place_slots, select, add_norm, ffn_in)
     yield stand_in
     stand_in.check()
 
@@ -57,9 +57,10 @@ def run_experts(
     down: Tensor,
     activation: Activation,
     residual: Tensor | None = None,
+    shared: moe.Beside | None = None,
 ) -> Tensor:
     """The slots of all tokens, summed as a layer does."""
-    slots = moe.expert_slots(x, weights, experts.int(), up, gate, down, activation)
+    slots = moe.expert_slots(x, weights, experts.int(), up, gate, down, activation, shared)
     k, d = slots.shape[1:]
     return add_norm.summed(residual, add_norm.Parts(slots, k, d, k * d), x.dtype)
 
@@ -98,8 +99,42 @@ def test_experts(
     assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
+@pytest.mark.parametrize(("batch", "count", "k"), [(9, 5, 2), (70, 2, 2)])
+def test_experts_whose_slots_are_sorted(
+    dtype: torch.dtype, batch: int, count: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of many tokens are."""
+    monkeypatch.setattr(moe, "DIRECT_SLOTS", 0)
+    test_experts(dtype, batch, 33, 50, count, k, "silu", (True, True))
+
+
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
+@pytest.mark.parametrize(("batch", "count", "k", "sorts"), [(1, 3, 1, False), (21, 20, 4, False), (70, 2, 1, True)])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_shared_expert_beside_the_others(
+    dtype: torch.dtype, batch: int, count: int, k: int, sorts: bool, weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "DIRECT_SLOTS", 0 if sorts else moe.DIRECT_SLOTS)
+    g, d, hidden, width = torch.Generator().manual_seed(batch), 40, 24, 70
+    x = random(g, dtype, batch, d)
+    up, gate = (random(g, dtype, count, hidden, d, scale=d**-0.5) for _ in range(2))
+    down = random(g, dtype, count, d, hidden, scale=hidden**-0.5)
+    own = MlpWeights(*(random(g, dtype, width, d, scale=d**-0.5) for _ in range(2)), random(g, dtype, d, width))
+    weights, scales = banded(torch.rand(batch, k, generator=g)), banded(torch.rand(batch, generator=g))
+    experts = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(batch)])
+    beside = moe.Beside(own, scales if weighed else None)
+    got = run_experts(x, weights, experts, up, gate, down, "silu", shared=beside)
+    alone = reference.mlp(x.double(), own.up.double(), own.gate.double(), own.down.double(), "silu")
+    alone = alone * scales.double()[:, None] if weighed else alone
+    want = oracle(x, weights, experts, up, gate, down, "silu", alone)
+    assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("crowd", ["all tokens on the last expert", "the first expert alone idle"])
-def test_uneven_routing(crowd: str) -> None:
+@pytest.mark.parametrize("sorts", [False, True])
+def test_uneven_routing(crowd: str, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "DIRECT_SLOTS", 0 if sorts else moe.DIRECT_SLOTS)
     g = torch.Generator().manual_seed(0)
     x, up = random(g, torch.float32, 35, 20), random(g, torch.float32, 4, 24, 20)
     down, weights = random(g, torch.float32, 4, 20, 24), banded(torch.rand(35, 1, generator=g))
@@ -180,7 +215,7 @@ def matrices(expert: MlpWeights) -> tuple[QuantisedWeight, QuantisedWeight]:
 def test_slots_are_sorted_by_expert_and_then_by_token(tokens: int, k: int, count: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     picks = torch.rand(tokens, count, generator=g).topk(k, dim=1).indices.int()
-    order, offsets = route_experts.sort_by_expert(banded(picks), count)
+    order, offsets = place_slots.sort_by_expert(banded(picks), count)
     assert torch.equal(order.long(), picks.flatten().long().sort(stable=True).indices)
     assert offsets.tolist() == [0, *picks.flatten().bincount(minlength=count).cumsum(0).tolist()]
 
@@ -201,7 +236,7 @@ def test_experts_are_picked_as_the_reference_does(experts: int, options: MoeOpti
     logits = torch.randn(5, experts, generator=g)
     logits[1, 1:5] = logits[1, 0]  # the first of equals
     bias = random(g, torch.float32, experts) if biased else None
-    weights, picked = route_experts.pick_experts(banded(logits), options, bias)
+    weights, picked = pick_experts.pick_experts(banded(logits), options, bias)
     want_weights, want = reference.pick_experts(logits.double(), options, None if bias is None else bias.double())
     assert torch.equal(picked.long(), want) and error(weights, want_weights) < 1e-6
 
@@ -213,13 +248,74 @@ def test_few_experts_are_picked_where_the_norm_is_computed(dtype: torch.dtype, n
     x, terms = random(g, dtype, 4, 50), random(g, torch.float32, 2, 4, 50)
     router = Router(random(g, dtype, 5, 50, scale=0.3), random(g, torch.float32, 5), norm_eps)
     norm, options = NormWeights(random(g, dtype, 50), None, 1e-6), MoeOptions(activation="silu", k=2)
-    found, (weights, picked) = route_experts.norm_and_pick(x, add_norm.Parts.of(terms), norm, router, options)
+    found, (weights, picked), _ = route_experts.norm_and_pick(x, add_norm.Parts.of(terms), norm, router, options)
     apart = add_norm.add_norm(x, add_norm.Parts.of(terms), norm, norm_eps)
     assert torch.equal(found.x, apart.x) and torch.equal(found.normed, apart.normed)
-    want = route_experts.pick_experts(
+    want = pick_experts.pick_experts(
         ffn_in.router_logits(apart.normed, router.weight, router.bias, torch.inf, apart.rstd)[0], options, None
     )
     assert torch.equal(picked, want[1]) and error(weights, want[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", MOST_DTYPES)
+@pytest.mark.parametrize(("batch", "experts", "norm_eps", "enough"), [(3, 17, 1e-5, 264), (4, 60, None, 1)])
+def test_many_experts_are_scored_where_the_norm_is_computed(
+    dtype: torch.dtype, batch: int, experts: int, norm_eps: float | None, enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 8 experts of few tokens, of 16 of many."""
+    monkeypatch.setattr(route_experts, "ENOUGH_PROGRAMS", enough)
+    g, d = torch.Generator().manual_seed(experts), 50
+    assert not route_experts.few_experts(experts, d) and route_experts.scored_beside(batch, experts, d)
+    x, terms, further = random(g, dtype, batch, d), random(g, torch.float32, 2, batch, d), random(g, dtype, batch, d)
+    router = Router(random(g, dtype, experts, d, scale=0.3), random(g, torch.float32, experts), norm_eps)
+    norm, options = NormWeights(random(g, dtype, d), None, 1e-6), MoeOptions(activation="silu", k=4)
+    parts, gate = add_norm.Parts.of(terms)._replace(further=further), random(g, torch.float32, d)
+    weights, picks = banded(torch.zeros(50, 4)), banded(torch.full((50, 4), -1, dtype=torch.int32))
+    outputs = LayerOutputs(picks=picks, weights=weights)
+    found = route_experts.norm_and_pick(x, parts, norm, router, options, gate, outputs)
+    apart = add_norm.add_norm(x, parts, norm, norm_eps)
+    assert torch.equal(found.normed.x, apart.x) and torch.equal(found.normed.normed, apart.normed)
+    wide = apart.normed.double()
+    logits = reference.router_logits(wide, router.weight.double(), router.bias.double(), norm_eps)
+    want_weights, want = reference.pick_experts(logits, options)
+    assert torch.equal(found.picked[1].long(), want) and error(found.picked[0], want_weights) < 1e-5
+    assert found.shared_weights is not None
+    assert error(found.shared_weights, (wide @ gate.double()).sigmoid()) < 1e-5
+    assert found.picked[1].data_ptr() == picks.data_ptr() and bool((picks[batch:] == -1).all())
+
+
+MIXTURES = [  # experts, picked, whether there is a shared one and its gate
+    (8, 2, None),
+    (16, 2, "plain"),
+    (32, 4, None),
+    (60, 4, "gated"),
+    (64, 6, "plain"),
+    (64, 8, None),
+    (128, 8, None),
+]
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(17, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("count", "k", "own"), MIXTURES)
+def test_a_branch_of_a_real_mixture_equals_plain_torch(count: int, k: int, own: str | None, batch: int) -> None:
+    """The sum, its norm, the choice and all products, as a stack computes them."""
+    g, d, hidden = torch.Generator().manual_seed(count), 48, 32
+
+    def mlp(width: int) -> MlpWeights:
+        ups = (random(g, torch.float32, width, d, scale=d**-0.5) for _ in range(2))
+        return MlpWeights(*ups, random(g, torch.float32, d, width, scale=width**-0.5))
+
+    experts, router = [mlp(hidden) for _ in range(count)], Router(random(g, torch.float32, count, d))
+    shared = None if own is None else SharedExpert(mlp(80), random(g, torch.float32, d) if own == "gated" else None)
+    options = MoeOptions(activation="silu", k=k, normalize=count != 60)
+    x, terms = random(g, torch.float32, batch, d), random(g, torch.float32, 2, batch, d)
+    norm, parts = NormWeights(random(g, torch.float32, d), None, 1e-6), add_norm.Parts.of(terms)
+    stream, given = layers.Moe(router, experts, options, shared).after(x, parts, norm)
+    assert given.number == k + (own is not None) and given.further is None
+    total = x + terms.sum(0)
+    want, picks, _ = plain.Moe(router, experts, options, shared).routed(reference.norm(total, norm.weight, None, 1e-6))
+    assert error(stream, total) < 1e-6 and picks.shape == (batch, k)
+    assert error(add_norm.summed(None, given, torch.float32), want) < 1e-5
 
 
 def test_no_tokens() -> None:

@@ -148,6 +148,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
 
+    step_ahead: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
+    ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[
         int, Meta(ge=2**10, le=MOST, description="Bytes of adapters in memory; the least recently used go.")

@@ -55,20 +55,24 @@ class Sampler:
 
     def __call__(self, logits: Tensor, requests: Sequence[Position]) -> list[int]:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
+        return read(self.draw(logits, requests))
+
+    def draw(self, logits: Tensor, requests: Sequence[Position]) -> Tensor:
+        """The same where the logits are: int64 [R]."""
         for row, request in enumerate(requests):
             self._adjust(logits[row], request)
         backend = ops.backend(logits.dtype, logits.device)
         if backend.name == native.name:
-            return read(draw_natively(logits, requests))
+            return draw_natively(logits, requests)
         if backend.name != plain.name or logits.device.type != "cpu":
-            return read(draw_on_device(logits, requests))
+            return draw_on_device(logits, requests)
         random = [i for i, r in enumerate(requests) if not r.params.greedy]
         if not random:
-            return read(logits.argmax(dim=1))
+            return logits.argmax(dim=1)
         tokens = logits.argmax(dim=1) if len(random) < len(requests) else logits.new_zeros(len(requests)).long()
         chosen = [requests[i] for i in random]
         tokens[random] = draw(logits if len(random) == len(requests) else logits[random], chosen)
-        return read(tokens)
+        return tokens
 
     def _adjust(self, row: Tensor, request: Position) -> None:
         """Bias, penalties and the mask of early ends on one row [V], in place."""

@@ -124,6 +124,9 @@ class Event:
 
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool:
+        return True
+
 
 @contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Iterator[PretendedGpu]:

@@ -22,7 +22,7 @@ from dsc_serve.engine.isolation import Computed, StepRunner
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.output import Delta, refusal
-from dsc_serve.engine.pace import AheadRunner, Alternating, Step, StepAhead
+from dsc_serve.engine.pace import AheadRunner, Alternating, PacedStep, StepAhead
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
@@ -263,14 +263,14 @@ class Engine:
         work = self.scheduler.begin(plan)
         if self.scheduler.copies:  # most steps have none, and entering inference mode takes 1 % of a short step
             self.runner.copy_blocks(self.scheduler.copies)
-        step = Step(plan, work, started, time.perf_counter() - started)
+        step = PacedStep(plan, work, started, time.perf_counter() - started)
         return deltas + self._news(self.pace.compute(self.runner, step))
 
-    def _news(self, steps: Iterable[Step]) -> list[Delta]:
+    def _news(self, steps: Iterable[PacedStep]) -> list[Delta]:
         """Commit steps that have been computed; returns the news of the requests that they moved."""
         return [delta for step in steps for delta in self._commit(step)]
 
-    def _commit(self, step: Step) -> list[Delta]:
+    def _commit(self, step: PacedStep) -> list[Delta]:
         plan, work, done = step.plan, step.work, step.done
         result = done.result
         deltas = [self._failed(request_id, error) for request_id, error in done.errors.items()]

@@ -26,7 +26,7 @@ Work = Sequence[tuple[Request, int]]
 
 
 @dataclass
-class Step:
+class PacedStep:
     """A step on its way from its plan to its news. Times are perf_counter's."""
 
     plan: Plan
@@ -59,7 +59,7 @@ class AheadRunner(StepRunner, Protocol):
 class Alternating:
     """The host waits for each step before it plans the next one. strict: whether what a step raises is raised."""
 
-    in_flight: tuple[Step, InFlight] | None = None
+    in_flight: tuple[PacedStep, InFlight] | None = None
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -68,7 +68,7 @@ class Alternating:
         """Whether a planned step can be launched before the one in flight has been read, and be read later."""
         return False
 
-    def compute(self, runner: StepRunner, step: Step) -> Iterable[Step]:
+    def compute(self, runner: StepRunner, step: PacedStep) -> Iterable[PacedStep]:
         """The steps that are to be committed now, in order; each is before the next is asked for."""
         started = perf_counter()
         step.done = Computed(runner.run(step.work)) if self._strict else compute(runner, step.work)
@@ -76,7 +76,7 @@ class Alternating:
         step.computing_s = step.computed - started
         return (step,)
 
-    def land(self) -> Iterable[Step]:
+    def land(self) -> Iterable[PacedStep]:
         """The step in flight, if there is one, which is to be committed now."""
         return ()
 
@@ -100,7 +100,7 @@ class StepAhead(Alternating):
         requests = map(self._scheduler.get, plan.tokens)
         return not any(one is None or one.needs_host or self._drafts(one) for one in requests)
 
-    def compute(self, runner: StepRunner, step: Step) -> Iterator[Step]:
+    def compute(self, runner: StepRunner, step: PacedStep) -> Iterator[PacedStep]:
         """As `Alternating`; of two steps that need not wait for each other, the first while the second is computed."""
         if not self.may_fly(step.plan):
             yield from super().compute(runner, step)
@@ -115,7 +115,7 @@ class StepAhead(Alternating):
                 request.fly(count, launched.places.get(request.id, 0))
             self.in_flight = step, launched
 
-    def land(self, since: float = 0.0) -> Iterator[Step]:
+    def land(self, since: float = 0.0) -> Iterator[PacedStep]:
         if self.in_flight is None:
             return
         (step, launched), self.in_flight = self.in_flight, None

@@ -40,7 +40,7 @@ class PickRecorder:
         self._traces = [PickBuffers(*pair) for pair in zip(self._picks, self._signals, strict=True)]
         self._copies = None if device.type == "cpu" else PinnedCopies(self._picks, self._signals)
         self._watching = False
-        self._recorded: Recorded | None = None
+        self._recorded: WatchedStep | None = None
         self._kept: NDArray[np.int64] | None = None
         self._trace(self._copies is not None)  # captured steps write theirs always
 
@@ -63,7 +63,7 @@ class PickRecorder:
             return
         requests, counts = [request for request, _ in work], [count for _, count in work]
         ids = [request.num_computed for request in requests] if token_ids is None else token_ids[:tokens]
-        self._recorded = Recorded(requests, counts, tokens, ids)
+        self._recorded = WatchedStep(requests, counts, tokens, ids)
         if self._copies is not None:
             self._copies.fetch(tokens)
 
@@ -105,7 +105,7 @@ class PickRecorder:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class WatchedStep:
     """A step that was watched, where what it picked may not have arrived."""
 
     requests: list[Request]

@@ -85,6 +85,7 @@ class Runner:
             most = min(step_tokens, max_running * self._max_context_len)
             for tokens in sorted({min(size, most) for size in (*TILED, most)}):
                 self._compute_nothing(tokens)
+            sampler.prepare(vocabulary, model.device)
             for planner in self._planners():
                 planner.count_anew()
 

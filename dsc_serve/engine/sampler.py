@@ -133,12 +133,21 @@ def draw_on_device(logits: Tensor, requests: Sequence[Position]) -> Tensor:
         for r in requests
         for p in [r.params]
     ]
-    columns = to_device(torch.tensor(fields, dtype=torch.float64), logits.device)[:, :, None]
-    temperature, top_k, top_p, min_p, u = columns.unbind(1)
+    columns = to_device(torch.tensor(fields, dtype=torch.float64), logits.device)
+    temperature, top_k, top_p, min_p, u = columns[:, :, None].unbind(1)
     weights = relative_weights(logits, torch.where(temperature == 0, 1.0, temperature).float())
+    if ops.triton_serves(weights.dtype, weights.device):
+        return ops.sampled(weights, columns, tokens)
     if any(field[1:4] != (vocabulary, 1, 0) for field in fields):
         weights = keep_sorted(weights, top_k, top_p, min_p.float())
     return torch.where(temperature[:, 0] == 0, tokens, invert(weights, u))
+
+
+def prepare(vocabulary: int, device: torch.device) -> None:
+    """Compile what sampling needs, before requests wait for it."""
+    if ops.triton_serves(torch.float32, device):
+        one = torch.ones(1, vocabulary, device=device)
+        ops.sampled(one, torch.ones(1, 5, dtype=torch.float64, device=device), one.argmax(dim=1))
 
 
 def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ def keep(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def keep_sorted(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """As `keep`, by sorting each row: slow on a CPU, but a device that sorts fast is never waited for."""
+    """As `keep`, by sorting each row: slow, but a device without Triton's kernels is never waited for."""
     values, ids = weights.sort(dim=1, descending=True, stable=True)
     within = torch.arange(weights.shape[1], device=weights.device) < k
     reached = torch.where(within, values, 0.0).double().cumsum(dim=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
 from dsc_serve.engine.position import Further
-from dsc_serve.engine.token_feed import Reading
+from dsc_serve.engine.token_feed import TokenReading
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Launched:
     draws one, by id, in the order of `reading`."""
 
     places: dict[str, int]
-    reading: Reading
+    reading: TokenReading
     forward_s: float
 
     def read(self) -> StepResult:

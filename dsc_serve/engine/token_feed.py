@@ -15,13 +15,16 @@ class TokenFeed:
     def __init__(self, first: int, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self.first = first
         self._tokens = torch.arange(first + rows, device=device, dtype=dtype)  # each token itself, then what was drawn
-        self._readings = Reading(rows, device), Reading(rows, device)  # one is written to before the other is read
+        self._readings = (
+            TokenReading(rows, device),
+            TokenReading(rows, device),
+        )  # one is written to before the other is read
 
     def resolve(self, ids: Tensor) -> Tensor:
         """A step's token ids [T], known ones and such as stand for others, as tokens [T]."""
         return self._tokens.index_select(0, ids)
 
-    def keep(self, tokens: Tensor) -> Reading:
+    def keep(self, tokens: Tensor) -> TokenReading:
         """What a step has drawn, int64 [R], is what the next one is fed with; the host can read it meanwhile."""
         self._tokens[self.first : self.first + len(tokens)] = tokens
         self._readings = self._readings[::-1]
@@ -29,7 +32,7 @@ class TokenFeed:
         return self._readings[0]
 
 
-class Reading:
+class TokenReading:
     """A copy of a step's tokens on its way to the host, which no later step holds up."""
 
     def __init__(self, rows: int, device: torch.device) -> None:

@@ -79,7 +79,7 @@ class Job:
     types: dict[str, str]
 
 
-BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
+BF16, HALF, FLOAT, DOUBLE, INT, LONG = "*bf16", "*fp16", "*fp32", "*fp64", "*i32", "*i64"
 SEQUENCES = 64  # of a step, where their number is a constant
 MANY_EXPERTS = 128
 INTEGERS: tuple[str, ...] = (
@@ -94,7 +94,7 @@ INTEGERS: tuple[str, ...] = (
     "sequences",
     "most",
 )
-INTEGERS += ("window", "part_stride", "token_stride", "logits_stride", "slots")
+INTEGERS += ("window", "part_stride", "token_stride", "logits_stride", "slots", "vocabulary")
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 
@@ -217,6 +217,13 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
             yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
 
 
+def sampling_jobs() -> Iterator[Job]:
+    from dsc_kernels.gpu import sample
+
+    types = {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG}
+    yield Job("sample", sample.sample_rows, sample.blocks(), types)
+
+
 def jobs(config: str) -> Iterator[Job]:
     """Everything that is compiled for a configuration of CONFIGS."""
     sizes = CONFIGS[config]
@@ -225,6 +232,7 @@ def jobs(config: str) -> Iterator[Job]:
     yield from moe_jobs(sizes)
     yield from attention_jobs(sizes)
     yield from quantised_jobs(sizes)
+    yield from sampling_jobs()
 
 
 def compile_job(job: Job, target: str) -> Any:

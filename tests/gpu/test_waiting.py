@@ -23,7 +23,7 @@ from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
 from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.runner import Runner
-from dsc_serve.engine.token_feed import Reading
+from dsc_serve.engine.token_feed import TokenReading
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.sampling_params import SamplingParams
 
@@ -55,12 +55,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(tokens.shape))
         return [0] * len(tokens)
 
-    def tokens(reading: Reading) -> list[int]:
+    def tokens(reading: TokenReading) -> list[int]:
         seen.append((reading._count,))
         return [0] * reading._count
 
     monkeypatch.setattr(sampler, "read", read)
-    monkeypatch.setattr(Reading, "tokens", tokens)
+    monkeypatch.setattr(TokenReading, "tokens", tokens)
     return seen
 
 
@@ -157,7 +157,7 @@ def test_nothing_is_read_before_the_next_step_is_launched(
 
     told(Runner, "launch", "launch")
     told(Runner, "run", "run")
-    told(Reading, "tokens", "read")
+    told(TokenReading, "tokens", "read")
     monkeypatch.setattr(sampler, "read", lambda tokens: pytest.fail("a step has been waited for"))
     fields = ({"temperature": 0}, {"temperature": 0.7}, FILTERED, {"temperature": 0, "min_tokens": 3}, {"seed": 3})
     params = [SamplingParams(max_tokens=4 + i, ignore_eos=True, **own) for i, own in enumerate(fields)]

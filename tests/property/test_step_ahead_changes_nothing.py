@@ -24,7 +24,7 @@ SIZE = {"block_size": 4, "step_tokens": 16, "max_running": 4, "context": CONTEXT
 
 
 @dataclass
-class Sent:
+class SentChoices:
     prompt: list[int]
     params: SamplingParams
     choices: int
@@ -53,7 +53,7 @@ def varied(draw: Any) -> SamplingParams:
 
 REQUESTS = st.lists(
     st.builds(
-        lambda shared, tail, params, *rest: Sent(SHARED[:shared] + tail, params, *rest),
+        lambda shared, tail, params, *rest: SentChoices(SHARED[:shared] + tail, params, *rest),
         st.integers(0, 20),
         st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6),
         st.composite(varied)(),
@@ -65,7 +65,7 @@ REQUESTS = st.lists(
 )
 
 
-def answers(engine: Engine, requests: Sequence[Sent], between: int, aborting: bool = True) -> list[list[Answer]]:
+def answers(engine: Engine, requests: Sequence[SentChoices], between: int, aborting: bool = True) -> list[list[Answer]]:
     """What the choices of requests get that arrive every so many steps."""
     found = [[Answer() for _ in range(one.choices)] for one in requests]
     waiting, aborts = list(enumerate(requests)), dict[int, int]()
@@ -106,7 +106,7 @@ def answers(engine: Engine, requests: Sequence[Sent], between: int, aborting: bo
 )
 def test_the_same_tokens_with_and_without_the_step_ahead(
     grammars: Grammars,
-    requests: list[Sent],
+    requests: list[SentChoices],
     blocks: int,
     policy: str,
     prefix_cache: bool,

@@ -119,7 +119,7 @@ class FakeRunner:
 
 
 @dataclass(frozen=True)
-class Late:
+class LateStep:
     """A step of a `LateRunner`'s, whose tokens the host reads when it likes."""
 
     places: dict[str, int]
@@ -156,7 +156,7 @@ class LateRunner(FakeRunner):
         assert not any(token >= VOCABULARY for request, _ in work for token in request.tokens), "nobody has read it"
         return super().run(work)
 
-    def launch(self, work: Sequence[tuple[Request, int]]) -> Late:
+    def launch(self, work: Sequence[tuple[Request, int]]) -> LateStep:
         assert not any(request.needs_host or request.drafts for request, _ in work)
         self.events.append("launch")
         fed = [(request, request.tokens[-1]) for request, _ in work if request.tokens[-1] >= VOCABULARY]
@@ -169,7 +169,7 @@ class LateRunner(FakeRunner):
             for request, place in fed:
                 request.tokens[-1] = place
         self._drawn = list(result.tokens.values())
-        return Late({name: VOCABULARY + i for i, name in enumerate(result.tokens)}, result, self.events)
+        return LateStep({name: VOCABULARY + i for i, name in enumerate(result.tokens)}, result, self.events)
 
 
 class FixedStepTime(StepTime):

@@ -17,6 +17,7 @@ from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.drafts.drafting import COMPANION
+from dsc_serve.engine.graph_budget import GraphBudget
 from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner
 from dsc_serve.engine.kv_cache import BlockPool
@@ -94,7 +95,7 @@ class Engine:
         self.routing = routing
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
-        self.bank_bytes = 0
+        self.bank_bytes, self.captured = 0, ""
         self.pooling = Pooling()
         self._eos = frozenset(eos)
         self.grammars: Grammars | None = None
@@ -127,9 +128,9 @@ class Engine:
         )
         capture = capture_for(model.dtype, model.device)
         int8_kv, flies = config.kv_dtype == "int8", config.step_ahead == "auto" and model.device.type != "cpu"
-        runner = Runner(
-            model, capacity, config.step_tokens, config.max_running, capture, int8_kv, bool(config.adapters), flies
-        )
+        graphs = GraphBudget(config.graphs, config.graph_mb << 20, config.graph_capture_s)
+        options = capture, int8_kv, bool(config.adapters), flies, graphs
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, *options)
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
         ahead = runner if flies else None
         engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters, ahead)
@@ -137,6 +138,7 @@ class Engine:
             kinds = {**SOURCES, COMPANION: companion_drafts(config, companion, capacity).kind()}
             engine.drafter = Drafter(config.drafts, config.step_tokens, eos, kinds)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
+        engine.captured = runner.captured
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 

@@ -70,10 +70,9 @@ class Alternating:
 
     def compute(self, runner: StepRunner, step: PacedStep) -> Iterable[PacedStep]:
         """The steps that are to be committed now, in order; each is before the next is asked for."""
-        started = perf_counter()
         step.done = Computed(runner.run(step.work)) if self._strict else compute(runner, step.work)
         step.computed = perf_counter()
-        step.computing_s = step.computed - started
+        step.computing_s = step.computed - step.since - step.schedule_s
         return (step,)
 
     def land(self) -> Iterable[PacedStep]:

@@ -15,7 +15,8 @@ from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
-from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget, buckets, chosen, told
+from dsc_serve.engine.graphs import Capture, DecodeGraphs
 from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
@@ -43,7 +44,7 @@ class Runner:
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
     captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
     more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
-    launched before the tokens of the last one have been read.
+    launched before the tokens of the last one have been read. graph_budget: what capturing may take.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Runner:
         int8_kv: bool = False,
         adapted: bool = False,
         ahead: bool = False,
+        graph_budget: GraphBudget = USUAL,
     ) -> None:
         if capacity.kv_windows != model.groups.windows:
             raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
@@ -78,10 +80,11 @@ class Runner:
         vocabulary = model.config.vocab_size
         self.routing = RoutingWatch(self._layers, step_tokens, vocabulary, banks) if self._layers else None
         self.graphs: DecodeGraphs | None = None
+        self.captured = ""  # what was, in words
         if capture is not None:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
-            self.graphs = self._captured(buckets(max_running), capture)
+            self.graphs = self._captured(buckets(max_running), capture, graph_budget)
             most = min(step_tokens, max_running * self._max_context_len)
             for tokens in sorted({min(size, most) for size in (*TILED, most)}):
                 self._compute_nothing(tokens)
@@ -90,13 +93,17 @@ class Runner:
                 planner.count_anew()
 
     @torch.inference_mode()
-    def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
-        return DecodeGraphs(
-            sizes,
+    def _captured(self, sizes: Sequence[int], capture: Capture, budget: GraphBudget) -> DecodeGraphs:
+        config, itemsize = self.model.config, self.model.dtype.itemsize
+        graphs = DecodeGraphs(
+            chosen(config, sizes, itemsize, budget),
             lambda size: StepBatch(*self._inputs.held(size, size), size, self._max_context_len, ()),
             self._layers_of,
             capture,
+            budget.seconds,
         )
+        self.captured = told(config, graphs.sizes, itemsize, graphs.capture_s, sizes)
+        return graphs
 
     @torch.inference_mode()
     def _compute_nothing(self, tokens: int) -> None:

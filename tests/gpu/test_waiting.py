@@ -78,7 +78,7 @@ class Again:
 
 
 def engine_on(
-    gpu: PretendedGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str = "auto", **settings: str
+    gpu: PretendedGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str = "auto", **settings: Any
 ) -> tuple[Engine, list[Again]]:
     graphs: list[Again] = []
 
@@ -90,8 +90,8 @@ def engine_on(
         return capture if ops.triton_serves(dtype, device) else None
 
     monkeypatch.setattr(engine_module, "capture_for", capture_for)
-    sizes = {"max_running": 6, "step_tokens": 16, "block_size": 4}
-    config = EngineConfig(model=str(folder), device="cuda", kernels=kernels, **sizes, **settings)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"max_running": 6, "step_tokens": 16, "block_size": 4, **settings}
+    config = EngineConfig(model=str(folder), device="cuda", kernels=kernels, **sizes)
     model = prepare_model(config)
     engine = Engine.for_model(model, config, strict=True)
     assert all(on_device(pool) for pools in engine.runner.kv_caches for pool in pools)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plain
 from dsc_serve.engine.output import TokenLogprobs
+from dsc_serve.engine.penalties import adjust_together
 from dsc_serve.engine.position import Position
 
 CANDIDATES = 256  # most likely tokens looked at first; wider kept sets are found by their threshold
@@ -59,8 +60,11 @@ class Sampler:
 
     def draw(self, logits: Tensor, requests: Sequence[Position]) -> Tensor:
         """The same where the logits are: int64 [R]."""
-        for row, request in enumerate(requests):
-            self._adjust(logits[row], request)
+        if logits.device.type == "cpu":
+            for row, request in enumerate(requests):
+                self._adjust(logits[row], request)
+        else:
+            adjust_together(logits, requests, self.eos)
         backend = ops.backend(logits.dtype, logits.device)
         if backend.name == native.name:
             return draw_natively(logits, requests)
@@ -75,23 +79,22 @@ class Sampler:
         return tokens
 
     def _adjust(self, row: Tensor, request: Position) -> None:
-        """Bias, penalties and the mask of early ends on one row [V], in place."""
-        p, device = request.params, row.device
+        """Bias, penalties and the mask of early ends on one row [V] on the host, in place."""
+        p = request.params
         if p.logit_bias:
-            ids = to_device(torch.tensor(list(p.logit_bias)), device)
-            row[ids] += to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), device)
+            row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)
         if p.repetition_penalty != 1:
-            ids = to_device(torch.from_numpy(request.token_counts(0).tokens), device)
+            ids = torch.from_numpy(request.token_counts(0).tokens)
             values = row[ids]
             row[ids] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and request.output_size:
             output = request.token_counts(request.prompt_size)
             amount = torch.from_numpy(output.counts).to(row.dtype) * p.frequency_penalty + p.presence_penalty
-            row[to_device(torch.from_numpy(output.tokens), device)] -= to_device(amount, device)
+            row[torch.from_numpy(output.tokens)] -= amount
         if request.output_size < p.min_tokens:
             ends = [*p.stop_token_ids, *(() if p.ignore_eos else self.eos)]
             if ends:
-                row[to_device(torch.tensor(ends), device)] = -torch.inf
+                row[torch.tensor(ends)] = -torch.inf
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

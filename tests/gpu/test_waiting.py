@@ -21,7 +21,9 @@ from dsc_serve.engine import engine as engine_module
 from dsc_serve.engine import sampler
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
+from dsc_serve.engine.penalties import adjust_together
 from dsc_serve.engine.preparation import prepare_model
+from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import Runner
 from dsc_serve.engine.token_feed import TokenReading
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -174,6 +176,19 @@ def test_without_the_step_ahead_each_step_is_waited_for(
     engine, _ = engine_on(gpu, small_model(), monkeypatch, step_ahead="off")
     steps = serve(gpu, engine, [SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)] * 2)
     assert len(reads) == engine.counters.steps == steps
+
+
+def test_penalties_take_as_many_operations_however_many_rows_have_them(gpu: PretendedGpu) -> None:
+    params = SamplingParams(**PENALISED, min_tokens=9, stop_token_ids=(3,))  # type: ignore[arg-type]
+    counts = []
+    for rows in (1, 7):
+        logits = torch.zeros(rows, 61, device=DEVICE)
+        requests = [Request(str(i), 2, [1, 2, 3 + i, 3], params, 9) for i in range(rows)]
+        before = gpu.operations
+        with gpu.watched():
+            adjust_together(logits, requests, (5,))
+        counts.append(gpu.operations - before)
+    assert 8 < counts[1] <= counts[0] < 30
 
 
 @pytest.mark.parametrize("kind", ["moe", "dsc"])

@@ -148,6 +148,19 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
 
+    graphs: Annotated[
+        int, Meta(ge=1, le=512, description="On a GPU, most batch sizes whose steps are captured as graphs at start.")
+    ] = 40
+    graph_mb: Annotated[
+        int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")
+    ] = 512
+    graph_capture_s: Annotated[
+        float, Meta(ge=0, le=3600, description="Seconds of capturing after which no further one is begun.")
+    ] = 60.0
+    step_ahead: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
+    ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[
         int, Meta(ge=2**10, le=MOST, description="Bytes of adapters in memory; the least recently used go.")

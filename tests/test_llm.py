@@ -13,7 +13,7 @@ import torch
 from dsc_serve import LLM, GenerationError, SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.parameter_errors import ParameterError
 
 

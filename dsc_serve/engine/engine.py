@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsc_serve.adapter_choice import AdapterChoice
@@ -17,11 +17,13 @@ from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.drafts.drafting import COMPANION
+from dsc_serve.engine.graph_budget import GraphBudget
 from dsc_serve.engine.graphs import capture_for
-from dsc_serve.engine.isolation import Computed, StepRunner, compute
+from dsc_serve.engine.isolation import Computed, StepRunner
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.kv_size import pool_blocks
 from dsc_serve.engine.output import Delta, refusal
+from dsc_serve.engine.pace import AheadRunner, Alternating, PacedStep, StepAhead
 from dsc_serve.engine.policies import POLICIES, StepBudget
 from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
@@ -60,6 +62,7 @@ class Engine:
     """Continuous batching over one model. Not thread-safe: one thread calls everything.
 
     strict: raise when an invariant is broken after a step (tests) instead of counting and repairing (production).
+    ahead: the runner, where steps are launched before the last one's tokens have been read.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         routing: RoutingWatch | None = None,
         adapters: Adapters | None = None,
+        ahead: AheadRunner | None = None,
     ) -> None:
         if config.policy not in POLICIES:
             raise ConfigError(f"policy {config.policy!r} is not known; allowed: {', '.join(POLICIES)}")
@@ -82,13 +86,16 @@ class Engine:
         policy, windows = POLICIES[config.policy], capacity.kv_windows
         self.scheduler = Scheduler(policy, budget, pool, config.block_size, config.prefix_cache, windows=windows)
         self.arrivals = Arrivals(adapters, lambda: self.scheduler.clock())
+        self.pace = Alternating(strict)
+        if ahead is not None:
+            self.pace = StepAhead(ahead, self.scheduler, lambda request: self.drafter.may_draft(request), strict)
         self.counters = Counters()
         self.report = StepReport()
         self.adapter_report = AdapterReport()
         self.routing = routing
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
-        self.bank_bytes = 0
+        self.bank_bytes, self.captured = 0, ""
         self.pooling = Pooling()
         self._eos = frozenset(eos)
         self.grammars: Grammars | None = None
@@ -120,22 +127,29 @@ class Engine:
             hidden_size=model.config.hidden_size,
         )
         capture = capture_for(model.dtype, model.device)
-        int8_kv = config.kv_dtype == "int8"
-        runner = Runner(
-            model, capacity, config.step_tokens, config.max_running, capture, int8_kv, bool(config.adapters)
-        )
+        int8_kv, flies = config.kv_dtype == "int8", config.step_ahead == "auto" and model.device.type != "cpu"
+        graphs = GraphBudget(config.graphs, config.graph_mb << 20, config.graph_capture_s)
+        options = capture, int8_kv, bool(config.adapters), flies, graphs
+        runner = Runner(model, capacity, config.step_tokens, config.max_running, *options)
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
-        engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters)
+        ahead = runner if flies else None
+        engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters, ahead)
         if companion is not None:
             kinds = {**SOURCES, COMPANION: companion_drafts(config, companion, capacity).kind()}
             engine.drafter = Drafter(config.drafts, config.step_tokens, eos, kinds)
         engine.pooling = pooling_of(resolve_model(config.model), config.pooling)
+        engine.captured = runner.captured
         engine.bank_bytes = sum(layer.bank_bytes for layer in dsc_layers(model))
         return engine
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting) or self.arrivals.restless
+        return not self._is_idle or self.pace.in_flight is not None or self.arrivals.restless
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nobody to plan for."""
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def add(
         self,
@@ -239,19 +253,29 @@ class Engine:
         expired = self.scheduler.expire() + late
         deltas = [self._expired(request, field) for request, field in expired]
         deltas += self._arrived() + self._settled()
-        if not self.scheduler.running and not self.scheduler.waiting:
-            return deltas
-        plan = self.drafter.add(self.scheduler.plan(), self.scheduler.running, self.scheduler.step_time)
-        if not plan.tokens and self.followers.wait():
+        if self._is_idle:
+            return deltas + self._news(self.pace.land())
+        plan = self.scheduler.plan()
+        if self.pace.in_flight is not None and not self.pace.may_fly(plan):
+            deltas += self._news(self.pace.land())
+            started, plan = time.perf_counter(), self.scheduler.plan()
+        plan = self.drafter.add(plan, self.scheduler.running, self.scheduler.step_time)
+        if not plan.tokens and (self._is_idle or self.followers.wait()):
             return deltas + self._settled()
         work = self.scheduler.begin(plan)
         if self.scheduler.copies:  # most steps have none, and entering inference mode takes 1 % of a short step
             self.runner.copy_blocks(self.scheduler.copies)
-        scheduled = time.perf_counter()
-        done = Computed(self.runner.run(work)) if self.strict else compute(self.runner, work)
+        step = PacedStep(plan, work, started, time.perf_counter() - started)
+        return deltas + self._news(self.pace.compute(self.runner, step))
+
+    def _news(self, steps: Iterable[PacedStep]) -> list[Delta]:
+        """Commit steps that have been computed; returns the news of the requests that they moved."""
+        return [delta for step in steps for delta in self._commit(step)]
+
+    def _commit(self, step: PacedStep) -> list[Delta]:
+        plan, work, done = step.plan, step.work, step.done
         result = done.result
-        computed = time.perf_counter()
-        deltas += [self._failed(request_id, error) for request_id, error in done.errors.items()]
+        deltas = [self._failed(request_id, error) for request_id, error in done.errors.items()]
         deltas += [self._stuck(request, result.stuck[request.id]) for request, _ in work if request.id in result.stuck]
         if done.fewer:
             plan.shorten(done.fewer)
@@ -263,12 +287,14 @@ class Engine:
         ended = self.scheduler.commit(plan, result.tokens, self._eos, result.further)
         if plan.drafts:
             self.drafter.learn(plan, result.further)
+        self._check()
+        if not plan.tokens:  # all have ended since it was launched
+            return deltas
         self.counters.steps += 1
         if not done.errors and not done.fewer:
             waited_s = result.waited_s + result.foreseen_s + self.drafter.making_s
-            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - started - waited_s))
+            self.scheduler.step_time.observe(plan.load, 1e3 * (time.perf_counter() - step.since - waited_s))
             self.scheduler.step_time.drafts.observe_masks(plan.load.masks, 1e3 * result.foreseen_s)
-        self._check()
         deltas += [delta for request in told if (delta := self._progress(request, done, ended)) is not None]
         if result.further:
             add_further(deltas, result.further, plan.drafts)
@@ -276,7 +302,7 @@ class Engine:
             deltas += self._settled()
         if self.followers:
             self.followers.prune()
-        self.report.add(started, scheduled, computed, result.forward_s, plan.computed())
+        self.report.add(step.since, step.schedule_s, result.forward_s, step.computing_s, step.computed, plan.computed())
         if self.arrivals.adapters is not None and any(request.adapter is not None for request, _ in work):
             count_adapters(self.adapter_report, work, self.arrivals.names)
         return deltas

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -12,8 +14,6 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_serve.model.batch import StepBatch
 
-LARGEST = 256  # sequences; a larger step keeps the device busy without a graph
-
 
 class Graph(Protocol):
     """Work that can be done again with what now lies in the tensors it was captured with."""
@@ -22,13 +22,6 @@ class Graph(Protocol):
 
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
-
-
-def buckets(most: int) -> list[int]:
-    """The batch sizes that are captured for steps of up to `most` sequences."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, LARGEST + 1, 16)]
-    most = min(most, LARGEST)
-    return [*(size for size in sizes if size < most), most]
 
 
 class CudaCapture:
@@ -62,6 +55,8 @@ class DecodeGraphs:
     """The hidden states of decode steps, captured for each of `sizes`.
 
     batch_of: the batch of so many sequences in the buffers that stay where they are. compute: what a step computes.
+    sizes: in the order in which they are captured, the largest first: the others then fit into its memory. seconds:
+    after which no further one is begun; larger ones then serve.
     """
 
     def __init__(
@@ -70,11 +65,15 @@ class DecodeGraphs:
         batch_of: Callable[[int], StepBatch],
         compute: Callable[[StepBatch], Tensor],
         capture: Capture,
+        seconds: float = math.inf,
     ) -> None:
-        self.sizes = sorted(sizes)
         self._graphs: dict[int, tuple[Graph, Tensor]] = {}
-        for size in reversed(self.sizes):  # the largest first: the others then fit into its memory
+        began = time.perf_counter()
+        for size in sizes:
+            if self._graphs and time.perf_counter() - began > seconds:
+                break
             self._graphs[size] = self._captured(batch_of(size), compute, capture)
+        self.sizes, self.capture_s = sorted(self._graphs), time.perf_counter() - began
 
     @staticmethod
     def _captured(batch: StepBatch, compute: Callable[[StepBatch], Tensor], capture: Capture) -> tuple[Graph, Tensor]:

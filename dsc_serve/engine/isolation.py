@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.panics import panics_as_errors
 
 

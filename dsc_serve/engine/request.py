@@ -76,9 +76,14 @@ class Request:
     drafts: Sequence[int] = ()  # what this step computes after its tokens; they may prove wrong
     drafting: Drafting | None = None  # where its drafts come from, once it has been asked for some
     token_counts_from: dict[int, TokenCounts] = field(default_factory=dict)  # by first position, for penalties
+    host_bound: bool = False  # as its parameters say: see `needs_host`
+    landed: tuple[int, int] | None = None  # num_computed and num_tokens without the step in flight that computes it
 
     def __post_init__(self) -> None:
-        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed % 2**64
+        p = self.params
+        self.seed = secrets.randbits(64) if p.seed is None else p.seed % 2**64
+        penalised = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+        self.host_bound = penalised or p.logprobs is not None or p.routing != 0 or self.max_tokens == 0
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +133,30 @@ class Request:
         full = len(self.tokens) - self.prompt_size >= self.max_tokens  # it waits to hear whether its text is whole
         return self.constraint.ready and not self.constraint.complete and not full
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host makes something of its next token before the step after that, or reports more of a step
+        than the token: no step may be launched ahead of reading it."""
+        if self.host_bound or self.constraint is not None or self.siblings:
+            return True
+        return self.reads_prompt and self.reported < self.prompt_size
+
+    def fly(self, count: int, place: int) -> None:
+        """Stand as after a step of so many tokens that a device computes. If that draws a token, `place` stands for it
+        until it has been read, and the request sits out if it needs no more."""
+        self.landed = self.num_computed, len(self.tokens)
+        self.num_computed += count
+        if self.num_computed == len(self.tokens):
+            self.tokens.append(place)
+            self.held = self.output_size >= self.max_tokens
+
+    def land(self) -> None:
+        """Stand as before the step in flight, which is to be committed or has come to nothing."""
+        if self.landed is not None:
+            self.num_computed, known = self.landed
+            del self.tokens[known:]
+            self.landed, self.held = None, False
+
     def span(self, first: int, end: int) -> list[int]:
         """The tokens at positions first … end − 1, of which the last may be drafts."""
         own, known = self.tokens[first:end], len(self.tokens)
@@ -153,6 +182,7 @@ class Request:
 
     def close(self) -> None:
         """It has ended. Safe to call twice."""
+        self.land()
         if self.constraint is not None:
             self.constraint.close()
         if self.lease is not None:

@@ -52,12 +52,14 @@ class RoutingWatch:
         self._unwatched += 1
         prompts = self.predicts and tokens > requests
         watching = prompts or self._unwatched >= WATCHED or self.on_picks is not None
+        watching = watching and self._recorder.free
         if watching:
             self._unwatched = 0
         self._recorder.watch(watching)
 
-    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
-        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
+    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64] | None, tokens: int) -> None:
+        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins; None:
+        tokens that have been drawn on a device and not been read."""
         self._recorder.record(work, token_ids, tokens)
 
     def keep(self, rows: NDArray[np.int64]) -> None:
@@ -65,7 +67,7 @@ class RoutingWatch:
         self._recorder.keep(rows)
 
     def flush(self) -> None:
-        """Take in the step that was recorded last, if it has not been."""
+        """Take in the step that was recorded last, if it has not been and has arrived."""
         step = self._recorder.take()
         if step is None:
             return

@@ -1,6 +1,7 @@
 """What a step's tokens pick: the layers write it into buffers that stay where they are.
 
-It is read when the next step begins: by then it has long arrived, and nothing waits for it.
+It is read when the next step begins: by then it has long arrived, and nothing waits for it. Where steps are launched
+ahead it may not have; then it is read when a later one begins.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PickRecorder:
         self._traces = [PickBuffers(*pair) for pair in zip(self._picks, self._signals, strict=True)]
         self._copies = None if device.type == "cpu" else PinnedCopies(self._picks, self._signals)
         self._watching = False
-        self._recorded: tuple[list[Request], list[int], NDArray[np.int64]] | None = None
+        self._recorded: WatchedStep | None = None
         self._kept: NDArray[np.int64] | None = None
         self._trace(self._copies is not None)  # captured steps write theirs always
 
@@ -50,11 +51,19 @@ class PickRecorder:
             if self._copies is None:
                 self._trace(watching)
 
-    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64], tokens: int) -> None:
-        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins."""
+    @property
+    def free(self) -> bool:
+        """Whether a step can be recorded: none waits to arrive."""
+        return self._recorded is None
+
+    def record(self, work: Sequence[tuple[Request, int]], token_ids: NDArray[np.int64] | None, tokens: int) -> None:
+        """The layers have been told to compute this: the first `tokens` of token_ids, until the next step begins; None:
+        tokens that have been drawn on a device and not been read."""
         if not self._watching:
             return
-        self._recorded = [request for request, _ in work], [count for _, count in work], token_ids[:tokens]
+        requests, counts = [request for request, _ in work], [count for _, count in work]
+        ids = [request.num_computed for request in requests] if token_ids is None else token_ids[:tokens]
+        self._recorded = WatchedStep(requests, counts, tokens, ids)
         if self._copies is not None:
             self._copies.fetch(tokens)
 
@@ -63,12 +72,18 @@ class PickRecorder:
         self._kept = None if self._recorded is None else rows
 
     def take(self) -> RecordedStep | None:
-        """The step that was recorded last, once."""
-        if self._recorded is None:
+        """The step that was recorded last, once it has arrived, and once only."""
+        if self._recorded is None or (self._copies is not None and not self._copies.done):
             return None
-        (requests, counts, token_ids), self._recorded = self._recorded, None
+        recorded, self._recorded = self._recorded, None
+        requests, counts, tokens = recorded.requests, recorded.counts, recorded.tokens
         kept, self._kept = self._kept, None
-        tokens = len(token_ids)
+        if isinstance(recorded.ids, list):
+            token_ids, kept = recorded.read()
+            if not len(kept):
+                return None
+        else:
+            token_ids = recorded.ids
         picks, signals = self._picks, self._signals
         if self._copies is not None:
             picks, signals = self._copies.arrived(tokens)
@@ -89,6 +104,24 @@ class PickRecorder:
             layer.trace = trace if on else None
 
 
+@dataclass(frozen=True, slots=True)
+class WatchedStep:
+    """A step that was watched, where what it picked may not have arrived."""
+
+    requests: list[Request]
+    counts: list[int]
+    tokens: int
+    ids: NDArray[np.int64] | list[int]  # of the tokens; or where each request's begin, of a step launched ahead
+
+    def read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids of tokens that are known by now, and which rows count: not those of requests that had ended when the
+        step was launched, which was not known then."""
+        places = list(zip(self.requests, self.ids, self.counts, strict=True))
+        ids = np.concatenate([request.tokens[start : start + count] for request, start, count in places])
+        drawn = np.repeat([request.num_tokens > start + count for request, start, count in places], self.counts)
+        return ids, np.flatnonzero(drawn)
+
+
 class PinnedCopies:
     """Picks on a device, and the pinned copies of a step's that travel to the host while it goes on."""
 
@@ -102,6 +135,11 @@ class PinnedCopies:
             part = source[:, :tokens].reshape(-1)
             copy[: part.numel()].copy_(part, non_blocking=True)
         self._done.record()
+
+    @property
+    def done(self) -> bool:
+        """Whether what was fetched has arrived."""
+        return bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def arrived(self, tokens: int) -> tuple[Tensor, Tensor]:
         """What was fetched: picks [layers, tokens, K] and signals [layers, tokens] on the host."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import compress
 
 import numpy as np
@@ -16,14 +15,17 @@ from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
-from dsc_serve.engine.graphs import Capture, DecodeGraphs, buckets
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget, buckets, chosen, told
+from dsc_serve.engine.graphs import Capture, DecodeGraphs
 from dsc_serve.engine.inputs import Inputs
-from dsc_serve.engine.output import RoutingSlice, TokenLogprobs
+from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
-from dsc_serve.engine.position import Further, Position, PositionAhead, agreed
+from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.routing import RoutingWatch
 from dsc_serve.engine.sampler import Sampler, is_greedy, logprobs, to_device
+from dsc_serve.engine.step_result import Launched, StepResult
+from dsc_serve.engine.token_feed import TokenFeed
 from dsc_serve.kv_layout import blocks_for
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder, dsc_layers
@@ -36,43 +38,13 @@ TILED = (1, 16, 32, 64, 128, 256)  # tokens up to which Triton's products have t
 Work = Sequence[tuple[Request, int]]
 
 
-@dataclass
-class StepResult:
-    """What one step computed, by request id."""
-
-    tokens: dict[str, int] = field(default_factory=dict)  # sampled, for every request that is computed to its end
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of that token, where asked for
-    further: dict[str, Further] = field(default_factory=dict)  # after that token, of requests with drafts
-    prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)  # of those it reached
-    embeddings: dict[str, bytes] = field(default_factory=dict)  # float32, where asked for and complete
-    stuck: dict[str, str] = field(default_factory=dict)  # why a request cannot go on
-    late: set[str] = field(default_factory=set)  # computed and not sampled: the grammar has not answered, or is done
-    routing: dict[str, RoutingSlice] = field(default_factory=dict)  # what its tokens picked, where asked for
-    forward_s: float = 0.0  # until the layers' output
-    waited_s: float = 0.0  # for grammars to answer
-    foreseen_s: float = 0.0  # and then to say what may follow drafts
-
-    def add(self, other: StepResult) -> None:
-        """Take in what another part of the same step computed, of other requests."""
-        self.tokens |= other.tokens
-        self.logprobs |= other.logprobs
-        self.further |= other.further
-        self.prompt_logprobs |= other.prompt_logprobs
-        self.embeddings |= other.embeddings
-        self.stuck |= other.stuck
-        self.late |= other.late
-        self.routing |= other.routing
-        self.forward_s += other.forward_s
-        self.waited_s += other.waited_s
-        self.foreseen_s += other.foreseen_s
-
-
 class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
     captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
-    more, which rows of padding write to. adapted: whether requests may have adapters.
+    more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
+    launched before the tokens of the last one have been read. graph_budget: what capturing may take.
     """
 
     def __init__(
@@ -84,6 +56,8 @@ class Runner:
         capture: Capture | None = None,
         int8_kv: bool = False,
         adapted: bool = False,
+        ahead: bool = False,
+        graph_budget: GraphBudget = USUAL,
     ) -> None:
         if capacity.kv_windows != model.groups.windows:
             raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
@@ -95,6 +69,10 @@ class Runner:
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
         self._inputs = Inputs(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
+        self._feed: TokenFeed | None = None
+        if ahead:
+            ids = self._inputs.held(1, 1)[0]
+            self._feed = TokenFeed(model.config.vocab_size, max_running, model.device, ids.dtype)
         keys = {cache.keys.data_ptr(): cache for cache in self.kv_caches}.values()  # groups of layers share theirs
         self._pools = [part for cache in keys for part in ((cache.keys,) if cache.latent else cache)]
         self._layers = dsc_layers(model)
@@ -102,24 +80,30 @@ class Runner:
         vocabulary = model.config.vocab_size
         self.routing = RoutingWatch(self._layers, step_tokens, vocabulary, banks) if self._layers else None
         self.graphs: DecodeGraphs | None = None
+        self.captured = ""  # what was, in words
         if capture is not None:
             self._inputs.pad(0, max_running, self._spare_block)
             self._inputs.on_device(max_running, max_running)
-            self.graphs = self._captured(buckets(max_running), capture)
+            self.graphs = self._captured(buckets(max_running), capture, graph_budget)
             most = min(step_tokens, max_running * self._max_context_len)
             for tokens in sorted({min(size, most) for size in (*TILED, most)}):
                 self._compute_nothing(tokens)
+            sampler.prepare(vocabulary, model.device)
             for planner in self._planners():
                 planner.count_anew()
 
     @torch.inference_mode()
-    def _captured(self, sizes: Sequence[int], capture: Capture) -> DecodeGraphs:
-        return DecodeGraphs(
-            sizes,
+    def _captured(self, sizes: Sequence[int], capture: Capture, budget: GraphBudget) -> DecodeGraphs:
+        config, itemsize = self.model.config, self.model.dtype.itemsize
+        graphs = DecodeGraphs(
+            chosen(config, sizes, itemsize, budget),
             lambda size: StepBatch(*self._inputs.held(size, size), size, self._max_context_len, ()),
-            lambda batch: self.model.hidden(batch, self.kv_caches),
+            self._layers_of,
             capture,
+            budget.seconds,
         )
+        self.captured = told(config, graphs.sizes, itemsize, graphs.capture_s, sizes)
+        return graphs
 
     @torch.inference_mode()
     def _compute_nothing(self, tokens: int) -> None:
@@ -134,7 +118,7 @@ class Runner:
             self._inputs.rows[row] = count
             chunks.append(Chunk(row, start, count, count))
         inputs = self._inputs.on_device(tokens, len(chunks))
-        self.model.hidden(StepBatch(*inputs, 0, 0, tuple(chunks)), self.kv_caches)
+        self._layers_of(StepBatch(*inputs, 0, 0, tuple(chunks)))
 
     def _planners(self) -> list[Planner]:
         return [layer.planner for layer in self._layers if layer.planner is not None]
@@ -148,6 +132,42 @@ class Runner:
             return self._run(work)
         with torch.inference_mode():
             return self._run(work)
+
+    @property
+    def flies(self) -> bool:
+        """Whether steps may be launched now: made for it, and nobody looks at what every step picks."""
+        return self._feed is not None and (self.routing is None or self.routing.on_picks is None)
+
+    @torch.inference_mode()
+    def launch(self, work: Work) -> Launched:
+        """Have a device compute a step of requests none of which needs the host, and go on without waiting for it.
+
+        Their tokens may be those that the step launched before this one has not drawn yet.
+        """
+        assert self._feed is not None, "this runner was not made to launch steps ahead"
+        started = time.perf_counter()
+        ordered = sorted(work, key=self._place)
+        if self.routing is not None:
+            self.routing.begin(sum(count for _, count in ordered), len(ordered))
+        hidden = self._hidden(ordered, None)
+        if self.routing is not None:
+            self.routing.record(ordered, None, hidden.shape[0])
+        forward_s = time.perf_counter() - started
+        ends = np.cumsum([count for _, count in ordered]).tolist()
+        drawing = [i for i, (request, count) in enumerate(ordered) if count == request.num_uncomputed]
+        requests = [ordered[i][0] for i in drawing]
+        tokens = self._next_tokens(hidden, [ends[i] - 1 for i in drawing], requests)
+        places = {request.id: self._feed.first + i for i, request in enumerate(requests)}
+        return Launched(places, self._feed.keep(tokens), forward_s)
+
+    def _next_tokens(self, hidden: Tensor, rows: list[int], requests: Sequence[Request]) -> Tensor:
+        """Tokens int64 [R] that follow rows of hidden, where it lies."""
+        if not rows:
+            return torch.zeros(0, dtype=torch.int64, device=hidden.device)
+        needed = picked_rows(hidden, rows)
+        if all(map(is_greedy, requests)):
+            return self.model.argmax_tokens(needed)
+        return self.sampler.draw(self.model.logits(needed), requests)
 
     def _run(self, work: Work) -> StepResult:
         started = time.perf_counter()
@@ -204,8 +224,7 @@ class Runner:
         result: StepResult,
     ) -> None:
         """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
-        every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
-        needed = hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
+        needed = picked_rows(hidden, rows)
         positions: list[Position] = [*requests, *ahead]
         entries: dict[int, TokenLogprobs] = {}
         if all(map(is_greedy, positions)):
@@ -249,7 +268,12 @@ class Runner:
         )  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
             max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self.model.hidden(StepBatch(*inputs, decodes, max_context_len, chunks, runs), self.kv_caches, picks)
+        return self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs), picks)
+
+    def _layers_of(self, batch: StepBatch, picks: list[Picks] | None = None) -> Tensor:
+        if self._feed is not None:
+            batch = batch._replace(token_ids=self._feed.resolve(batch.token_ids))
+        return self.model.hidden(batch, self.kv_caches, picks)
 
     def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
         """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
@@ -327,6 +351,11 @@ class Runner:
             one.reported = max(request.reported, end)
             if one.params.prompt_logprobs is not None:
                 result.prompt_logprobs[one.id] = entries
+
+
+def picked_rows(hidden: Tensor, rows: list[int]) -> Tensor:
+    every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
+    return hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
 
 
 def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tuple[int, int]]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsc_kernels import native, ops, plain
 from dsc_serve.engine.output import TokenLogprobs
+from dsc_serve.engine.penalties import adjust_together
 from dsc_serve.engine.position import Position
 
 CANDIDATES = 256  # most likely tokens looked at first; wider kept sets are found by their threshold
@@ -55,39 +56,45 @@ class Sampler:
 
     def __call__(self, logits: Tensor, requests: Sequence[Position]) -> list[int]:
         """One token id per row of logits float32 [R, V]; the logits are changed in place."""
-        for row, request in enumerate(requests):
-            self._adjust(logits[row], request)
+        return read(self.draw(logits, requests))
+
+    def draw(self, logits: Tensor, requests: Sequence[Position]) -> Tensor:
+        """The same where the logits are: int64 [R]."""
+        if logits.device.type == "cpu":
+            for row, request in enumerate(requests):
+                self._adjust(logits[row], request)
+        else:
+            adjust_together(logits, requests, self.eos)
         backend = ops.backend(logits.dtype, logits.device)
         if backend.name == native.name:
-            return read(draw_natively(logits, requests))
+            return draw_natively(logits, requests)
         if backend.name != plain.name or logits.device.type != "cpu":
-            return read(draw_on_device(logits, requests))
+            return draw_on_device(logits, requests)
         random = [i for i, r in enumerate(requests) if not r.params.greedy]
         if not random:
-            return read(logits.argmax(dim=1))
+            return logits.argmax(dim=1)
         tokens = logits.argmax(dim=1) if len(random) < len(requests) else logits.new_zeros(len(requests)).long()
         chosen = [requests[i] for i in random]
         tokens[random] = draw(logits if len(random) == len(requests) else logits[random], chosen)
-        return read(tokens)
+        return tokens
 
     def _adjust(self, row: Tensor, request: Position) -> None:
-        """Bias, penalties and the mask of early ends on one row [V], in place."""
-        p, device = request.params, row.device
+        """Bias, penalties and the mask of early ends on one row [V] on the host, in place."""
+        p = request.params
         if p.logit_bias:
-            ids = to_device(torch.tensor(list(p.logit_bias)), device)
-            row[ids] += to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), device)
+            row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)
         if p.repetition_penalty != 1:
-            ids = to_device(torch.from_numpy(request.token_counts(0).tokens), device)
+            ids = torch.from_numpy(request.token_counts(0).tokens)
             values = row[ids]
             row[ids] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and request.output_size:
             output = request.token_counts(request.prompt_size)
             amount = torch.from_numpy(output.counts).to(row.dtype) * p.frequency_penalty + p.presence_penalty
-            row[to_device(torch.from_numpy(output.tokens), device)] -= to_device(amount, device)
+            row[torch.from_numpy(output.tokens)] -= amount
         if request.output_size < p.min_tokens:
             ends = [*p.stop_token_ids, *(() if p.ignore_eos else self.eos)]
             if ends:
-                row[to_device(torch.tensor(ends), device)] = -torch.inf
+                row[torch.tensor(ends)] = -torch.inf
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -129,12 +136,21 @@ def draw_on_device(logits: Tensor, requests: Sequence[Position]) -> Tensor:
         for r in requests
         for p in [r.params]
     ]
-    columns = to_device(torch.tensor(fields, dtype=torch.float64), logits.device)[:, :, None]
-    temperature, top_k, top_p, min_p, u = columns.unbind(1)
+    columns = to_device(torch.tensor(fields, dtype=torch.float64), logits.device)
+    temperature, top_k, top_p, min_p, u = columns[:, :, None].unbind(1)
     weights = relative_weights(logits, torch.where(temperature == 0, 1.0, temperature).float())
+    if ops.triton_serves(weights.dtype, weights.device):
+        return ops.sampled(weights, columns, tokens)
     if any(field[1:4] != (vocabulary, 1, 0) for field in fields):
         weights = keep_sorted(weights, top_k, top_p, min_p.float())
     return torch.where(temperature[:, 0] == 0, tokens, invert(weights, u))
+
+
+def prepare(vocabulary: int, device: torch.device) -> None:
+    """Compile what sampling needs, before requests wait for it."""
+    if ops.triton_serves(torch.float32, device):
+        one = torch.ones(1, vocabulary, device=device)
+        ops.sampled(one, torch.ones(1, 5, dtype=torch.float64, device=device), one.argmax(dim=1))
 
 
 def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -214,7 +230,7 @@ def keep(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def keep_sorted(weights: Tensor, k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """As `keep`, by sorting each row: slow on a CPU, but a device that sorts fast is never waited for."""
+    """As `keep`, by sorting each row: slow, but a device without Triton's kernels is never waited for."""
     values, ids = weights.sort(dim=1, descending=True, stable=True)
     within = torch.arange(weights.shape[1], device=weights.device) < k
     reached = torch.where(within, values, 0.0).double().cumsum(dim=1)

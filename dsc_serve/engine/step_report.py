@@ -16,7 +16,8 @@ HELD_BACK = ("preempted", "running", "blocks", "step")  # what requests wait for
 class StepReport(msgspec.Struct, array_like=True):
     """All steps since the start, and their parts, summed.
 
-    On a GPU, forward ends when the device has been told what to compute, and sample holds the wait for it.
+    On a GPU, forward ends when the device has been told what to compute, and sample holds the wait for it. A step that
+    is launched ahead counts from when the host came back to wait for it, so that its parts may be more than the whole.
     """
 
     schedule_s: float = 0.0  # from deadlines to allocated blocks
@@ -27,14 +28,23 @@ class StepReport(msgspec.Struct, array_like=True):
     tokens: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
     requests: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
 
-    def add(self, started: float, scheduled: float, computed: float, forward_s: float, tokens: Collection[int]) -> None:
-        """Count a step that ends now; the times are of perf_counter, the tokens those of its requests."""
+    def add(
+        self,
+        since: float,
+        schedule_s: float,
+        forward_s: float,
+        computing_s: float,
+        computed: float,
+        tokens: Collection[int],
+    ) -> None:
+        """Count a step that ends now; since when, and when it was computed, are of perf_counter, the tokens those of
+        its requests."""
         ended = time.perf_counter()
-        self.schedule_s += scheduled - started
+        self.schedule_s += schedule_s
         self.forward_s += forward_s
-        self.sample_s += computed - scheduled - forward_s
+        self.sample_s += computing_s - forward_s
         self.output_s += ended - computed
-        self.seconds.observe(ended - started)
+        self.seconds.observe(ended - since)
         self.tokens.observe(sum(tokens))
         self.requests.observe(len(tokens))
 

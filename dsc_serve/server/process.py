@@ -258,5 +258,6 @@ def announcement(
         f"dsc-serve: {here} serves {', '.join(served_names(config))}, {model.total_parameters / 1e6:.1f} M parameters, "
         f"{model.active_parameters / 1e6:.1f} M active (kernels: {model.kernels}; {model.dtype}, {model.device}, "
         f"{model.threads} threads)\n"
-        f"curl {there}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+        + (f"dsc-serve: {model.captured}\n" if model.captured else "")
+        + f"curl {there}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'"
     )

@@ -110,6 +110,7 @@ class ModelInfo(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     pooling: Pooling = Pooling()  # how prompts are embedded
     weight_bytes: dict[str, int] = {}  # of matrices, by the form that they are held in
     kv_token_bytes: int = 0  # what a token takes in the KV pool
+    captured: str = ""  # which steps are replayed from graphs, and what capturing took, in words
 
 
 class StartFailed(msgspec.Struct, tag=True, array_like=True):

@@ -90,6 +90,7 @@ def model_info(model: Decoder, engine: Engine, fingerprint: str) -> ModelInfo:
         pooling=engine.pooling,
         weight_bytes=dict(model.held),
         kv_token_bytes=model.kv_bytes(engine.config.kv_dtype == "int8"),
+        captured=engine.captured,
     )
 
 

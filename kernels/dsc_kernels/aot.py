@@ -79,11 +79,12 @@ class Job:
     types: dict[str, str]
 
 
-BF16, HALF, FLOAT, INT, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*i64"
+BF16, HALF, FLOAT, DOUBLE, INT, LONG = "*bf16", "*fp16", "*fp32", "*fp64", "*i32", "*i64"
 SEQUENCES = 64  # of a step, where their number is a constant
 MANY_EXPERTS = 128
 INTEGERS: tuple[str, ...] = ("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads", "heads")
 INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logits_stride", "slots", "row_tiles")
+INTEGERS += ("vocabulary",)
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 
@@ -229,12 +230,19 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
             yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
 
 
+def sampling_jobs(sizes: Sizes) -> Iterator[Job]:
+    from dsc_kernels.gpu import sample
+
+    types = {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG}
+    yield Job("sample", sample.sample_rows, sample.blocks(), types)
+
+
 def jobs(config: str, target: str = "sm_90") -> list[Job]:
     """Everything that is compiled for a configuration of CONFIGS, with the tile sizes for a target."""
     from dsc_kernels.gpu.compiler import tuned_for
 
     with tuned_for(amd=target.startswith("gfx")):
-        families = (product_jobs, dsc_jobs, moe_jobs, attention_jobs, quantised_jobs)
+        families = (product_jobs, dsc_jobs, moe_jobs, attention_jobs, quantised_jobs, sampling_jobs)
         return [job for family in families for job in family(CONFIGS[config])]
 
 

@@ -147,6 +147,13 @@ def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shar
     return chosen.Moe(router, experts, options, shared)
 
 
+def sampled(weights: Tensor, parameters: Tensor, tokens: Tensor) -> Tensor:
+    """A token of each row of weights, where Triton serves: see `gpu.sample.sample`."""
+    from dsc_kernels.gpu.sample import sample
+
+    return sample(weights, parameters, tokens)
+
+
 def basis(
     pairs: Mapping[Place, Pair],
     modules: Sequence[Mapping[str, Module]],

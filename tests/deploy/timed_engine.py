@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.worker.process import main
 
 STEP_S = 0.1

@@ -13,29 +13,21 @@ from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.graphs import LARGEST, buckets
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget, row_bytes
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
 from dsc_serve.sampling_params import EngineCapacity, SamplingParams
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8, 20, 64, 100, 256, 1000])
-def test_a_bucket_holds_every_step_up_to_the_largest(most: int) -> None:
-    sizes = buckets(most)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == min(most, LARGEST) and sizes[0] == 1
-    for sequences in range(1, sizes[-1] + 1):
-        holding = min(size for size in sizes if size >= sequences)
-        assert holding - sequences < max(2, 8 if holding <= 64 else 16)
-
-
-def engine_of(folder: Path, capture: Capture | None, max_running: int) -> Engine:
+def engine_of(folder: Path, capture: Capture | None, max_running: int, budget: GraphBudget = USUAL) -> Engine:
     model = load_model(folder, "float32", torch.device("cpu"))
     capacity = EngineCapacity(
         model.config.vocab_size, model.config.max_position_embeddings, num_blocks=60, block_size=4
     )
     config = EngineConfig(max_running=max_running, step_tokens=24, block_size=4)
-    return Engine(config, capacity, Runner(model, capacity, 24, max_running, capture), (), strict=True)
+    runner = Runner(model, capacity, 24, max_running, capture, graph_budget=budget)
+    return Engine(config, capacity, runner, (), strict=True)
 
 
 def generate(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -75,11 +67,11 @@ def test_replayed_steps_give_the_same_tokens_and_touch_no_other_block(
 
 
 def test_steps_beyond_the_buckets_and_steps_of_prompts_run_eagerly(
-    small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    small_model: Callable[..., Path],
 ) -> None:
-    monkeypatch.setattr("dsc_serve.engine.graphs.LARGEST", 4)
-    capture = Capture()
-    engine = engine_of(small_model(), capture, max_running=6)
+    folder, capture = small_model(), Capture()
+    row = row_bytes(load_model(folder, "float32", torch.device("cpu")).config)
+    engine = engine_of(folder, capture, 6, GraphBudget(nbytes=2 * 5 * row))  # the largest may take half
     greedy = SamplingParams(temperature=0, max_tokens=5)
     generate(engine, [[1, 2, 3]] * 6, [greedy] * 6)
     assert sum(graph.replays for graph in capture.graphs) == 0

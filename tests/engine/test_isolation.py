@@ -12,7 +12,7 @@ from support.fake_runner import FakeRunner, alone, fake_engine
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 
 Work = Sequence[tuple[Request, int]]
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"

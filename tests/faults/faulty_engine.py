@@ -13,7 +13,7 @@ from clock import let_the_clock_jump
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.isolation import StepRunner
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.worker.process import main
 
 RAISE, MEMORY, DIE, HANG = ([token] * 3 for token in (1001, 1002, 1003, 1004))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from dsc_serve.engine import engine as engine_module
 from dsc_serve.engine import sampler
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
+from dsc_serve.engine.penalties import adjust_together
 from dsc_serve.engine.preparation import prepare_model
+from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import Runner
+from dsc_serve.engine.token_feed import TokenReading
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.sampling_params import SamplingParams
 
@@ -53,7 +57,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(tokens.shape))
         return [0] * len(tokens)
 
+    def tokens(reading: TokenReading) -> list[int]:
+        seen.append((reading._count,))
+        return [0] * reading._count
+
     monkeypatch.setattr(sampler, "read", read)
+    monkeypatch.setattr(TokenReading, "tokens", tokens)
     return seen
 
 
@@ -71,7 +80,7 @@ class Again:
 
 
 def engine_on(
-    gpu: PretendedGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str = "auto"
+    gpu: PretendedGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str = "auto", **settings: Any
 ) -> tuple[Engine, list[Again]]:
     graphs: list[Again] = []
 
@@ -83,9 +92,8 @@ def engine_on(
         return capture if ops.triton_serves(dtype, device) else None
 
     monkeypatch.setattr(engine_module, "capture_for", capture_for)
-    config = EngineConfig(
-        model=str(folder), device="cuda", max_running=6, step_tokens=16, block_size=4, kernels=kernels
-    )
+    sizes: dict[str, Any] = {"max_running": 6, "step_tokens": 16, "block_size": 4, **settings}
+    config = EngineConfig(model=str(folder), device="cuda", kernels=kernels, **sizes)
     model = prepare_model(config)
     engine = Engine.for_model(model, config, strict=True)
     assert all(on_device(pool) for pools in engine.runner.kv_caches for pool in pools)  # type: ignore[attr-defined]
@@ -130,6 +138,57 @@ def test_a_step_reads_only_the_sampled_ids(
     assert gpu.operations > before and 0 < len(reads) <= steps
     assert sum(shape[0] for shape in reads) == sum(own.max_tokens or 0 for own in params)
     assert sum(graph.replays for graph in graphs) > 2
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe"])
+def test_nothing_is_read_before_the_next_step_is_launched(
+    kind: str, gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts in chunks and whole, greedy requests and such as sample, all of which draw tokens at least once."""
+    engine, graphs = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch)
+    order: list[str] = []
+
+    def told(owner: type, method: str, event: str) -> None:
+        original = getattr(owner, method)
+
+        def call(*args: Any) -> Any:
+            order.append(event)
+            return original(*args)
+
+        monkeypatch.setattr(owner, method, call)
+
+    told(Runner, "launch", "launch")
+    told(Runner, "run", "run")
+    told(TokenReading, "tokens", "read")
+    monkeypatch.setattr(sampler, "read", lambda tokens: pytest.fail("a step has been waited for"))
+    fields = ({"temperature": 0}, {"temperature": 0.7}, FILTERED, {"temperature": 0, "min_tokens": 3}, {"seed": 3})
+    params = [SamplingParams(max_tokens=4 + i, ignore_eos=True, **own) for i, own in enumerate(fields)]
+    steps = serve(gpu, engine, params)
+    assert order == ["launch", *["launch", "read"] * (steps - 2), "read"] and steps > 8
+    assert sum(graph.replays for graph in graphs) > 4
+    assert engine.counters.steps == steps - 1
+
+
+def test_without_the_step_ahead_each_step_is_waited_for(
+    gpu: PretendedGpu, reads: list[tuple[int, ...]], small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "launch", lambda runner, work: pytest.fail("a step was launched ahead"))
+    engine, _ = engine_on(gpu, small_model(), monkeypatch, step_ahead="off")
+    steps = serve(gpu, engine, [SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)] * 2)
+    assert len(reads) == engine.counters.steps == steps
+
+
+def test_penalties_take_as_many_operations_however_many_rows_have_them(gpu: PretendedGpu) -> None:
+    params = SamplingParams(**PENALISED, min_tokens=9, stop_token_ids=(3,))  # type: ignore[arg-type]
+    counts = []
+    for rows in (1, 7):
+        logits = torch.zeros(rows, 61, device=DEVICE)
+        requests = [Request(str(i), 2, [1, 2, 3 + i, 3], params, 9) for i in range(rows)]
+        before = gpu.operations
+        with gpu.watched():
+            adjust_together(logits, requests, (5,))
+        counts.append(gpu.operations - before)
+    assert 8 < counts[1] <= counts[0] < 30
 
 
 @pytest.mark.parametrize("kind", ["moe", "dsc"])

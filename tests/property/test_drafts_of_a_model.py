@@ -19,7 +19,7 @@ from dsc_serve.engine.drafts.model import CATCH_UP, DraftModel
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.policies import POLICIES
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.sampling_params import SamplingParams
 
 

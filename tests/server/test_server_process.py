@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from support.fake_engine import FakeEngine
 from support.serving import post_bytes
@@ -144,6 +145,17 @@ def test_where_keys_are_needed_the_command_to_try_it_has_a_place_for_one() -> No
     with bind("127.0.0.1", 0) as listener:
         texts = [announcement(ServerConfig(), listener, FakeEngine().model, True, needed) for needed in (True, False)]
     assert ["-H 'Authorization: Bearer KEY' -H 'Content-Type: " in text for text in texts] == [True, False]
+
+
+def test_what_was_captured_is_told_where_anything_was() -> None:
+    model = FakeEngine().model
+    with bind("127.0.0.1", 0) as listener:
+        one, other = (
+            announcement(ServerConfig(), listener, msgspec.structs.replace(model, captured=text), True, False)
+            for text in ("", "7 graphs for steps of 1 to 32 sequences")
+        )
+    assert "dsc-serve: 7 graphs for steps of 1 to 32 sequences\ncurl" in other
+    assert other.replace("dsc-serve: 7 graphs for steps of 1 to 32 sequences\n", "") == one
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

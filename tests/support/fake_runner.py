@@ -7,6 +7,7 @@ a missing token or a stale one changes the output, as it would with a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
 from dsc_serve.engine.sampler import Sampler, logprobs
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.engine.step_time import Estimate, Load, StepTime
 from dsc_serve.sampling_params import EngineCapacity
 
@@ -117,6 +118,60 @@ class FakeRunner:
             self.pool[target] = block
 
 
+@dataclass(frozen=True)
+class LateStep:
+    """A step of a `LateRunner`'s, whose tokens the host reads when it likes."""
+
+    places: dict[str, int]
+    result: StepResult
+    events: list[str]
+    forward_s: float = 0.0
+
+    def read(self) -> StepResult:
+        self.events.append("read")
+        return self.result
+
+
+class LateRunner(FakeRunner):
+    """As a device computes: what a step draws stays there, is fed to the next step, and is told when it is read.
+
+    events: launches and reads in their order, and steps that are waited for ("run"). flies: see `AheadRunner`.
+    """
+
+    flies = True
+
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        fail_on: frozenset[str] = frozenset(),
+        windows: tuple[int, ...] = (0,),
+    ) -> None:
+        super().__init__(blocks, block_size, fail_on, windows)
+        self.events: list[str] = []
+        self._drawn: list[int] = []
+
+    def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
+        self.events.append("run")
+        assert not any(token >= VOCABULARY for request, _ in work for token in request.tokens), "nobody has read it"
+        return super().run(work)
+
+    def launch(self, work: Sequence[tuple[Request, int]]) -> LateStep:
+        assert not any(request.needs_host or request.drafts for request, _ in work)
+        self.events.append("launch")
+        fed = [(request, request.tokens[-1]) for request, _ in work if request.tokens[-1] >= VOCABULARY]
+        for request, place in fed:
+            assert request.num_uncomputed == 1
+            request.tokens[-1] = self._drawn[place - VOCABULARY]
+        try:
+            result = super().run(work)
+        finally:
+            for request, place in fed:
+                request.tokens[-1] = place
+        self._drawn = list(result.tokens.values())
+        return LateStep({name: VOCABULARY + i for i, name in enumerate(result.tokens)}, result, self.events)
+
+
 class FixedStepTime(StepTime):
     """Learns nothing."""
 
@@ -141,10 +196,12 @@ def fake_engine(
     estimate: Estimate | None = None,
     windows: tuple[int, ...] = (0,),
     adapters: Adapters | None = None,
+    ahead: bool = False,
 ) -> Engine:
     """An engine whose scheduler, pool and commit are real and whose runner is fake; nothing depends on real time.
 
-    estimate: what steps are taken to cost, whatever they do. windows: of the groups of layers that keep blocks.
+    estimate: what steps are taken to cost, whatever they do. windows: of the groups of layers that keep blocks. ahead:
+    whether steps are launched before the last one's tokens have been read.
     """
     config = EngineConfig(
         block_size=block_size,
@@ -154,9 +211,10 @@ def fake_engine(
         policy=policy,
         prefix_cache=prefix_cache,
     )
-    runner = FakeRunner(blocks, block_size, fail_on, windows)
+    late = LateRunner(blocks, block_size, fail_on, windows) if ahead else None
+    runner = late or FakeRunner(blocks, block_size, fail_on, windows)
     capacity = EngineCapacity(VOCABULARY, context, blocks, block_size, kv_windows=windows, step_tokens=step_tokens)
-    engine = Engine(config, capacity, runner, (EOS,), strict, adapters=adapters)
+    engine = Engine(config, capacity, runner, (EOS,), strict, adapters=adapters, ahead=late)
     engine.scheduler.step_time = FixedStepTime(estimate)
     engine.scheduler.clock = lambda: 0.0
     return engine

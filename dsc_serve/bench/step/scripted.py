@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from dsc_serve.engine.isolation import StepRunner
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.runner import StepResult
+from dsc_serve.engine.step_result import StepResult
 
 
 class ScriptedRunner:

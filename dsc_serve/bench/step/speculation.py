@@ -99,6 +99,7 @@ def engine_for(
         max_running=running,
         step_tokens=max(config.step_tokens, running),
         speculation="off" if drafter is None else "auto",
+        step_ahead="auto" if scripts is None else "off",  # the scripted runner waits for each step
     )
     engine = Engine.for_model(model, sized)
     engine.drafter = drafter or engine.drafter

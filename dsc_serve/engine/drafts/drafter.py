@@ -66,6 +66,10 @@ class Drafter:
         )
         return plan
 
+    def may_draft(self, request: Request) -> bool:
+        """Whether a request may want drafts, which are made of all its tokens."""
+        return self.most > 0 and request.params.max_drafts != 0
+
     def learn(self, plan: Plan, further: Mapping[str, Further]) -> None:
         """Take in what became of a step's drafts."""
         for request_id, planned in plan.drafts.items():

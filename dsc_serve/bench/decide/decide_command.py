@@ -180,7 +180,7 @@ def decide(
 
 def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
     """Print the tables, and write page, chart and document where they are asked for. Raises ComparisonError."""
-    from dsc_serve.bench.compare.report import markdown_of, page, put_into
+    from dsc_serve.bench.compare.blocks import markdown_of, page, put_into
     from dsc_serve.bench.decide.decide_page import blocks, chart, title
 
     made = blocks(decision)

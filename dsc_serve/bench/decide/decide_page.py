@@ -6,8 +6,8 @@ import statistics
 
 import msgspec
 
+from dsc_serve.bench.compare.blocks import Chart, Element, Heading, Items, Paragraph, Table, figure
 from dsc_serve.bench.compare.findings import counted
-from dsc_serve.bench.compare.report import Chart, Element, Heading, Items, Paragraph, Table, figure
 from dsc_serve.bench.decide.answers import ExpectedFigures, Workload, best
 from dsc_serve.bench.decide.checked import CheckedFigure
 from dsc_serve.bench.decide.cost_law import FitError
@@ -112,8 +112,9 @@ def chart(decision: Decision) -> Chart:
         for system in decision.measured.systems(weights):
             name = " ".join((system, decision.label(weights), *(["(baseline)"] if system == BASELINE else [])))
             series[name] = [(one.streams, one.tokens_per_s) for one in decision.of(system, weights, False)]
+    note = f"{MODEL}; more is better; baseline: {BASELINE}; both axes logarithmic"
     heading = "Expected throughput without speculation (a model's)"
-    return Chart("decide", heading, line_chart(heading, "streams", "tokens per second, expected", series))
+    return Chart("decide", heading, line_chart(heading, "streams at once", "tokens per second, expected", series, note))
 
 
 def tables(decision: Decision, weights: str) -> list[Element]:

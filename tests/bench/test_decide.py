@@ -95,6 +95,18 @@ def test_noise_of_five_percent_moves_what_is_expected_by_no_more_than_that() -> 
     assert {error.count for error in fit_errors(measured, "stored", law).values()} == {4 * len(STEPS)}
 
 
+def test_steps_that_something_else_disturbed_are_not_followed() -> None:
+    measured = synthetic(noise=0.01)
+    rng = np.random.default_rng(2)
+    disturbed = [msgspec.structs.replace(row, ms=row.ms * (4 if rng.random() < 0.1 else 1)) for row in measured.steps]
+    measured = msgspec.structs.replace(measured, steps=disturbed)
+    law, step = fit(measured, "stored"), StepShape(singles=8, context=80)
+    for system, kind in SYSTEMS.items():
+        terms = step_terms(system, LARGE.config(kind.ffn), form(system), step)
+        true = sum(TRUE[name] * value for name, value in terms.items())
+        assert law.ms(system, LARGE, step) == pytest.approx(true, rel=0.08), system
+
+
 def test_terms_are_those_of_the_paper_s_layers() -> None:
     """At one token: all of the router and the static part, K atoms, twice; by hand at the paper's sizes."""
     frame = MEASURED_SIZES["paper"]

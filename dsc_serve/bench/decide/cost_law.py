@@ -18,6 +18,8 @@ from dsc_serve.bench.decide.sizes import DecideError, ModelFrame
 from dsc_serve.bench.decide.step_terms import SYSTEMS, ServedForm, StepShape, step_terms
 
 MOST_ROUNDS = 1000
+FITS = 6  # each by the errors of the one before
+FAR = 1.5  # times the median error, from which on a step counts for less: something else used the machine then
 LEAST_SHARE = 1e-9  # of the largest gradient, below which nothing more is gained
 
 
@@ -81,7 +83,10 @@ def terms_of(measured: MeasuredMachine, row: MeasuredStep) -> dict[str, float]:
 
 
 def fit(measured: MeasuredMachine, weights: str, without: str = "") -> CostLaw:
-    """By the least sum of squared relative errors. without: a size that is left out. Raises DecideError."""
+    """By the least sum of relative errors, squared where they are small (Huber's). without: a size that is left out.
+
+    Raises DecideError.
+    """
     rows = [row for row in measured.steps if row.form.weights == weights and row.size != without]
     if not rows:
         raise DecideError(f"no step was measured with weights {weights!r}; there are {', '.join(measured.weights())}")
@@ -89,7 +94,12 @@ def fit(measured: MeasuredMachine, weights: str, without: str = "") -> CostLaw:
     names = list(dict.fromkeys(name for own in terms for name in own))
     ms = np.array([row.ms for row in rows])
     a = np.array([[own.get(name, 0.0) for name in names] for own in terms]) / ms[:, None]
-    costs = nonnegative(a, np.ones(len(rows)))
+    weights_of = np.ones(len(rows))
+    for _ in range(FITS):
+        costs = nonnegative(a * weights_of[:, None], weights_of)
+        errors = np.abs(a @ costs - 1)
+        far = max(FAR * float(np.median(errors)), 1e-6)
+        weights_of = np.sqrt(np.minimum(1.0, far / np.maximum(errors, 1e-12)))
     forms = {name: measured.form_of(name, weights) for name in measured.systems(weights)}
     return CostLaw(dict(zip(names, costs.tolist(), strict=True)), forms)
 

@@ -13,6 +13,7 @@ from dsc_serve.bench.decide.checked import CheckedFigure
 from dsc_serve.bench.decide.cost_law import FitError
 from dsc_serve.bench.decide.measured_machine import MeasuredMachine
 from dsc_serve.bench.decide.sizes import ModelFrame
+from dsc_serve.bench.machine import IDLE_LOAD
 from dsc_serve.bench.plot import Point, line_chart
 
 BASELINE = "moe"
@@ -186,4 +187,8 @@ def checked_tables(decision: Decision) -> list[Element]:
 
 def circumstances(decision: Decision) -> list[str]:
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in decision.measured.machine.items())
-    return [f"Measured {decision.measured.date}", machine]
+    found = [f"Measured {decision.measured.date}", machine]
+    load = decision.measured.machine.get("load_before")
+    if load is not None and load > IDLE_LOAD:
+        found.append(f"Something else used the machine before (load average {load:g}): measure again when it is idle.")
+    return found

@@ -29,17 +29,17 @@ from dsc_serve.model.decoder import Decoder, tensor_shapes
 from dsc_serve.model.initial import GAMMA, STD
 from dsc_serve.sampling_params import SamplingParams
 
-CONTEXT = 48
+CONTEXT = 32
 STEPS = (
     *(StepShape(singles=singles, context=CONTEXT) for singles in (1, 2, 4, 8, 16, 32)),
-    StepShape(singles=8, context=224),
-    *(StepShape(chunk=tokens) for tokens in (4, 16, 64, 256)),
+    StepShape(singles=8, context=160),
+    *(StepShape(chunk=tokens) for tokens in (4, 16, 96)),
     StepShape(singles=8, context=CONTEXT, chunk=64),
 )
 ROUNDS = 3
-TIMED = 8  # steps of a round that decode
+TIMED = 6  # steps of a round that decode
 CHUNKS = 2  # steps of a round with a prompt
-WARM = 2
+WARM = 1  # steps of a round that do not count
 CPU = torch.device("cpu")
 
 Report = Callable[[str], None]
@@ -119,10 +119,12 @@ def missing_models(asked: AskedMachine, measured: MeasuredMachine) -> Iterator[t
 
 def measured_together(asked: AskedMachine, size: str, weights: str, systems: Sequence[str]) -> list[MeasuredStep]:
     """All systems of a size in memory, each step of one after the other, in rounds in which another is first."""
-    engines = {name: StepEngine(asked.sizes[size], name, weights, asked.steps) for name in systems}
+    engines = {name: StepEngine(asked, size, name, weights) for name in systems}
     found = []
     for step in asked.steps:
         times: dict[str, list[float]] = {name: [] for name in systems}
+        for engine in engines.values():
+            engine.prepare(step)
         for number in range(asked.rounds):
             for i in range(len(systems)):
                 name = systems[(number + i) % len(systems)]
@@ -138,13 +140,13 @@ def measured_together(asked: AskedMachine, size: str, weights: str, systems: Seq
 class StepEngine:
     """An engine around random weights of a size, whose steps hold what they are asked to."""
 
-    def __init__(self, frame: ModelFrame, system: str, weights: str, steps: Sequence[StepShape]) -> None:
-        ffn = SYSTEMS[system]
+    def __init__(self, asked: AskedMachine, size: str, system: str, weights: str) -> None:
+        frame, ffn, steps = asked.sizes[size], SYSTEMS[system], asked.steps
         native.use_router(ffn.router)  # type: ignore[arg-type]
         config, dtype = frame.config(ffn.ffn), choose_dtype("auto", torch.bfloat16, CPU)
         model = Decoder(config, random_tensors(config, dtype), dtype, CPU, forms_for(config, weights, ""))
         self.form = ServedForm(weights, dtype.itemsize, screens_router(model), screens_head(model))
-        self._room = 2 * TIMED + WARM + 2 * max(step.singles for step in steps)
+        self._room = 8 + asked.rounds * (TIMED + WARM + CHUNKS)  # tokens that a request draws while a shape is measured
         running = 1 + max(step.singles for step in steps)
         tokens = max(step.singles * (int(step.context) + self._room) + step.chunk for step in steps)
         self.engine = Engine.for_model(
@@ -159,21 +161,24 @@ class StepEngine:
         )
         self._vocabulary, self._requests = config.vocab_size, 0
 
-    def times(self, step: StepShape) -> list[float]:
-        """Milliseconds of a round's steps of this shape."""
+    def prepare(self, step: StepShape) -> None:
+        """Bring as many requests as a shape has to where each step adds a token to each."""
         self._clear()
         for _ in range(step.singles):
             self._add(int(step.context), self._room)
         scheduler = self.engine.scheduler
         while scheduler.waiting or any(request.num_uncomputed > 1 for request in scheduler.running.values()):
             self._step()
+
+    def times(self, step: StepShape) -> list[float]:
+        """Milliseconds of a round's steps of the shape that was prepared."""
         if not step.chunk:
             return [self._step() for _ in range(WARM + TIMED)][WARM:]
         found = []
-        for _ in range(1 + CHUNKS):
+        for _ in range(WARM + CHUNKS):
             self._add(step.chunk, 1)
             found.append(self._step())
-        return found[1:]
+        return found[WARM:]
 
     def close(self) -> None:
         self._clear()

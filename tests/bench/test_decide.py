@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dsc_serve.bench.compare.results import Contestant, ResultRow, Results, save_results
 from dsc_serve.bench.decide import measuring
-from dsc_serve.bench.decide.answers import Workload, expect, expect_all, tokens_a_step
+from dsc_serve.bench.decide.answers import ClosedLoad, expect, expect_all, tokens_a_step
 from dsc_serve.bench.decide.checked import checked_figures, served_as
 from dsc_serve.bench.decide.cost_law import fit, fit_errors, held_out_errors, nonnegative
 from dsc_serve.bench.decide.measured_machine import MeasuredMachine, MeasuredStep, load_machine, save_machine
@@ -143,14 +143,14 @@ def test_more_work_never_takes_less_time(system: str) -> None:
         times = [ms(**{name: value}) for value in values]
         assert times == sorted(times), name
     assert ms(MEASURED_SIZES["small"]) < ms(MEASURED_SIZES["paper"]) < ms(MEASURED_SIZES["middle"]) < ms()
-    load = Workload(streams=tuple(range(1, 65)))
+    load = ClosedLoad(streams=tuple(range(1, 65)))
     own = [expect(law, system, "stored", LARGE, load, streams, False) for streams in load.streams]
     assert [one.tokens_per_s for one in own] == sorted(one.tokens_per_s for one in own)
     assert [one.end for one in own] == sorted(one.end for one in own)
 
 
 def test_speculation_is_what_acceptance_makes_it() -> None:
-    law, load = fit(synthetic(), "stored"), Workload(streams=(1, 8))
+    law, load = fit(synthetic(), "stored"), ClosedLoad(streams=(1, 8))
     assert tokens_a_step(0.5, 2) == 1.75 and tokens_a_step(1.0, 7) == 8 and tokens_a_step(0.0, 7) == 1
 
     def at(acceptance: float) -> Any:
@@ -167,7 +167,7 @@ def test_speculation_is_what_acceptance_makes_it() -> None:
 
 
 def test_a_request_s_time_is_its_prompt_its_tokens_and_the_prompts_of_the_others() -> None:
-    law, load = fit(synthetic(), "stored"), Workload(streams=(4,), prompt_tokens=100, output_tokens=11)
+    law, load = fit(synthetic(), "stored"), ClosedLoad(streams=(4,), prompt_tokens=100, output_tokens=11)
     (one,) = (e for e in expect_all({"stored": law}, LARGE, load) if e.system == "moe" and not e.speculation)
 
     def ms(**shape: int) -> float:
@@ -252,7 +252,7 @@ def comparison(machine: dict[str, Any], factor: float) -> Results:
     ]
     asked = {"preset": "paper", "prompt_tokens": 48, "output_tokens": 64, "baseline": "moe", "system": systems}
     made = Results(title="", date="", client="", machine=machine, comparison=asked)
-    law, load, budget = fit(synthetic(), "stored"), Workload(), PRESETS["paper"].budget
+    law, load, budget = fit(synthetic(), "stored"), ClosedLoad(), PRESETS["paper"].budget
     frame = ModelFrame(budget.total, budget.active, budget.layers, budget.width, budget.vocab_size, budget.context)
     for name, system in (("dsc", "dsc exact"), ("moe", "moe"), ("other", "moe")):
         made.systems.append(Contestant(name=name))

@@ -14,7 +14,7 @@ ACCEPTANCE = 0.7  # of drafts, where nobody says another share
 MOST_DRAFTS = 7  # for each stream, as in serve
 
 
-class Workload(msgspec.Struct, frozen=True, kw_only=True):
+class ClosedLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A closed loop: streams of requests with prompts and answers of so many tokens. acceptance: the chance that a
     draft is right whose forerunners were."""
 
@@ -52,7 +52,7 @@ def tokens_a_step(acceptance: float, drafts: int) -> float:
 
 
 def expect(
-    law: CostLaw, system: str, weights: str, frame: ModelFrame, load: Workload, streams: int, speculation: bool
+    law: CostLaw, system: str, weights: str, frame: ModelFrame, load: ClosedLoad, streams: int, speculation: bool
 ) -> ExpectedFigures:
     """Each stream's prompt delays every other stream's tokens once in the time of a request."""
 
@@ -77,7 +77,7 @@ def expect(
     )
 
 
-def expect_all(laws: dict[str, CostLaw], frame: ModelFrame, load: Workload) -> list[ExpectedFigures]:
+def expect_all(laws: dict[str, CostLaw], frame: ModelFrame, load: ClosedLoad) -> list[ExpectedFigures]:
     """Of every system and form of weights that a law is of, at all streams, without and with speculation."""
     return [
         expect(law, system, weights, frame, load, streams, speculation)

@@ -11,7 +11,7 @@ import msgspec
 from dsc_serve.bench.compare.comparison import ComparisonError
 from dsc_serve.bench.compare.results import Results, load_results
 from dsc_serve.bench.compare.speculation import found
-from dsc_serve.bench.decide.answers import Workload, expect, tokens_a_step
+from dsc_serve.bench.decide.answers import ClosedLoad, expect, tokens_a_step
 from dsc_serve.bench.decide.cost_law import CostLaw
 from dsc_serve.bench.decide.sizes import ModelFrame
 from dsc_serve.bench.decide.step_terms import StepShape
@@ -97,7 +97,7 @@ def of_loads(file: Path, laws: Mapping[str, CostLaw], machine: Mapping[str, Any]
     if asked.get("preset") not in PRESETS:
         return
     frame = preset_frame(asked["preset"])
-    load = Workload(prompt_tokens=asked["prompt_tokens"], output_tokens=asked["output_tokens"])
+    load = ClosedLoad(prompt_tokens=asked["prompt_tokens"], output_tokens=asked["output_tokens"])
     known = {system["name"]: at for system in asked["system"] if (at := served_as(system)) is not None}
     for streams in results.points("closed"):
         rates = {}

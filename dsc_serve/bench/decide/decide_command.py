@@ -143,7 +143,7 @@ def decide(
     results: Path,
 ) -> Decision:
     """shape: layers, width, vocabulary. Raises DecideError."""
-    from dsc_serve.bench.decide.answers import Workload, expect_all
+    from dsc_serve.bench.decide.answers import ClosedLoad, expect_all
     from dsc_serve.bench.decide.checked import checked_figures
     from dsc_serve.bench.decide.cost_law import fit, fit_errors, held_out_errors
     from dsc_serve.bench.decide.decide_page import Decision
@@ -158,7 +158,7 @@ def decide(
     measured = load_machine(machine_file)
     if not measured.steps:
         raise DecideError(f"{machine_file} has no steps; `dsc-serve bench decide --measure {machine_file}` adds them")
-    load = Workload(
+    load = ClosedLoad(
         streams=tuple(sorted(set(streams))),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,

@@ -8,7 +8,7 @@ import msgspec
 
 from dsc_serve.bench.compare.blocks import Chart, Element, Heading, Items, Paragraph, Table, figure
 from dsc_serve.bench.compare.findings import counted
-from dsc_serve.bench.decide.answers import ExpectedFigures, Workload, best
+from dsc_serve.bench.decide.answers import ClosedLoad, ExpectedFigures, best
 from dsc_serve.bench.decide.checked import CheckedFigure
 from dsc_serve.bench.decide.cost_law import FitError
 from dsc_serve.bench.decide.measured_machine import MeasuredMachine
@@ -25,7 +25,7 @@ class Decision(msgspec.Struct, kw_only=True):
     """All that the page tells. errors, held_out: by form of weights and system."""
 
     frame: ModelFrame
-    load: Workload
+    load: ClosedLoad
     measured: MeasuredMachine
     figures: list[ExpectedFigures]
     errors: dict[str, dict[str, FitError]]

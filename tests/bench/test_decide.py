@@ -15,6 +15,7 @@ from dsc_serve.bench.decide import measuring
 from dsc_serve.bench.decide.answers import ClosedLoad, expect, expect_all, tokens_a_step
 from dsc_serve.bench.decide.checked import checked_figures, served_as
 from dsc_serve.bench.decide.cost_law import fit, fit_errors, held_out_errors, nonnegative
+from dsc_serve.bench.decide.decide_page import kept_block, load_decision
 from dsc_serve.bench.decide.measured_machine import MeasuredMachine, MeasuredStep, load_machine, save_machine
 from dsc_serve.bench.decide.measuring import STEPS, AskedMachine, measure_machine, missing_models
 from dsc_serve.bench.decide.sizes import MEASURED_SIZES, DecideError, ModelFrame, frame_for, parameters
@@ -293,7 +294,7 @@ def test_the_command_answers_with_tables_a_chart_and_errors(tmp_path: Path) -> N
         "| system | 1 stream | 8 streams |",
         "Tokens per second to moe's, bfloat16, a model's",
         "Tokens per second, int8 (drafts a step), a model's",
-        "| bfloat16 | dsc exact | 48 |",
+        f"| bfloat16 | dsc exact | {4 * len(STEPS)} |",
         "tokens per second on this kind of machine: median",
         "The largest model that was measured has 200 M parameters: all here lies beyond.",
     ):
@@ -310,7 +311,14 @@ def test_the_command_answers_with_tables_a_chart_and_errors(tmp_path: Path) -> N
     assert "moe bfloat16 (baseline)" in page and "tokens per second, expected" in page
     written = document.read_text(encoding="utf-8")
     assert "plots/decide-decide.svg" in written and (tmp_path / "plots" / "decide-decide.svg").is_file()
-    assert "≈" in written.partition("<!-- decide: begin -->")[2]
+    assert kept_block(load_decision(tmp_path / "decide.results.json"), "decide.results.json") in written
+
+
+def test_the_answer_in_the_documents_is_what_was_kept_beside_it() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text, raw = (docs / "benchmarks.md").read_text(encoding="utf-8"), docs / "decide.results.json"
+    block = text.partition("<!-- decide: begin -->\n")[2].partition("\n<!-- decide: end -->")[0]
+    assert block == (kept_block(load_decision(raw), raw.name) if raw.exists() else "Not measured yet.")
 
 
 TINY = {

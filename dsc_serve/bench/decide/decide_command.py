@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = Path("docs/results")
-NAME = "decide"
 MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # options that measure; others answer
 
 
@@ -33,7 +32,11 @@ MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # 
 @click.option("--width", type=click.IntRange(64), help="d, a multiple of 64; with --layers.")
 @click.option("--results", type=FOLDER, default=RESULTS, help="Comparisons to check the model with.")
 @click.option("--out", type=FOLDER, help="Also write report.html and the chart here.")
-@click.option("--into", type=FILE, help="Also put the tables into this Markdown file, between its marks for decide.")
+@click.option(
+    "--into",
+    type=FILE,
+    help="Also put the tables into this Markdown file, between its marks, and their data beside it.",
+)
 @click.option("--measure", type=OUTPUT_FILE, help="Measure this machine into this file; what it has is kept.")
 @click.option("--minutes", type=click.FloatRange(0), default=0.0, help="Of --measure; begin nothing after. 0: all.")
 @click.option("--size", "sizes", multiple=True, help="Of --measure: only this size; may be repeated.")
@@ -181,7 +184,7 @@ def decide(
 def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
     """Print the tables, and write page, chart and document where they are asked for. Raises ComparisonError."""
     from dsc_serve.bench.compare.blocks import markdown_of, page, put_into
-    from dsc_serve.bench.decide.decide_page import blocks, chart, title
+    from dsc_serve.bench.decide.decide_page import NAME, blocks, chart, kept_block, save_decision, title
 
     made = blocks(decision)
     click.echo(f"{title(decision)}\n\n{markdown_of(made)}")
@@ -190,9 +193,9 @@ def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
         (out / "report.html").write_text(page(title(decision), made), encoding="utf-8")
         (out / "decide.svg").write_text(chart(decision).svg, encoding="utf-8")
     if into is not None:
-        plots = into.parent / "plots"
-        text = f"{title(decision)}\n\n{markdown_of(made, f'plots/{NAME}', (NAME,))}"
-        document = put_into(into.read_text(encoding="utf-8"), NAME, text)
+        plots, raw = into.parent / "plots", into.with_name(f"{NAME}.results.json")
+        document = put_into(into.read_text(encoding="utf-8"), NAME, kept_block(decision, raw.name))
         plots.mkdir(exist_ok=True)
         (plots / f"{NAME}-{NAME}.svg").write_text(chart(decision).svg, encoding="utf-8")
+        save_decision(decision, raw)
         into.write_text(document, encoding="utf-8")

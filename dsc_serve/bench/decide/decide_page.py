@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import msgspec
 
-from dsc_serve.bench.compare.blocks import Chart, Element, Heading, Items, Paragraph, Table, figure
+from dsc_serve.bench.compare.blocks import (
+    Chart,
+    Element,
+    Heading,
+    Items,
+    Paragraph,
+    Table,
+    audited,
+    figure,
+    markdown_of,
+)
 from dsc_serve.bench.compare.findings import counted
+from dsc_serve.bench.compare.results import write_whole
 from dsc_serve.bench.decide.answers import ClosedLoad, ExpectedFigures, best
 from dsc_serve.bench.decide.checked import CheckedFigure
 from dsc_serve.bench.decide.cost_law import FitError
@@ -17,6 +29,7 @@ from dsc_serve.bench.machine import IDLE_LOAD
 from dsc_serve.bench.plot import Point, line_chart
 
 BASELINE = "moe"
+NAME = "decide"  # of its place in a document, and of its chart
 MARK = "≈"  # before every figure that a model made
 MODEL = "a model's figures, not measured"
 
@@ -42,6 +55,22 @@ class Decision(msgspec.Struct, kw_only=True):
         """A form of weights in words: stored ones by their dtype."""
         element = next(row.form.element for row in self.measured.steps)
         return weights if weights != "stored" else {2: "bfloat16", 4: "float32"}[element]
+
+
+def kept_block(decision: Decision, raw: str) -> str:
+    """What stands between a document's marks; raw: the file beside it that this is made of."""
+    tables = markdown_of(blocks(decision), f"plots/{NAME}", (NAME,))
+    return f"{audited(raw)}\n\n{title(decision)}.\n\n{tables}"
+
+
+def save_decision(decision: Decision, path: Path) -> None:
+    """With the measured steps, so that the page can be made again. Raises OSError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(decision), indent=1) + b"\n")
+
+
+def load_decision(path: Path) -> Decision:
+    """Raises OSError and DecodeError."""
+    return msgspec.json.decode(path.read_bytes(), type=Decision)
 
 
 def title(decision: Decision) -> str:
@@ -115,7 +144,7 @@ def chart(decision: Decision) -> Chart:
             series[name] = [(one.streams, one.tokens_per_s) for one in decision.of(system, weights, False)]
     note = f"{MODEL}; more is better; baseline: {BASELINE}; both axes logarithmic"
     heading = "Expected throughput without speculation (a model's)"
-    return Chart("decide", heading, line_chart(heading, "streams at once", "tokens per second, expected", series, note))
+    return Chart(NAME, heading, line_chart(heading, "streams at once", "tokens per second, expected", series, note))
 
 
 def tables(decision: Decision, weights: str) -> list[Element]:

@@ -314,6 +314,22 @@ def test_the_command_answers_with_tables_a_chart_and_errors(tmp_path: Path) -> N
     assert kept_block(load_decision(tmp_path / "decide.results.json"), "decide.results.json") in written
 
 
+def test_without_a_machine_the_one_that_the_documents_keep_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    question = ["bench", "decide", "--params", "100M", "--active", "70M"]
+    done = CliRunner().invoke(main, question)
+    assert done.exit_code == 1 and done.output.startswith("Error: no machine: `dsc-serve bench decide --measure FILE`")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("<!-- decide: begin -->\n<!-- decide: end -->\n", encoding="utf-8")
+    save_machine(synthetic(), tmp_path / "machine.json")
+    first = CliRunner().invoke(main, [*question, "--machine", "machine.json", "--into", str(page)])
+    assert first.exit_code == 0, first.output
+    assert CliRunner().invoke(main, question).output == first.output
+
+
 def test_the_answer_in_the_documents_is_what_was_kept_beside_it() -> None:
     docs = Path(__file__).parents[2] / "docs"
     text, raw = (docs / "benchmarks.md").read_text(encoding="utf-8"), docs / "decide.results.json"

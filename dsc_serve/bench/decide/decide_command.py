@@ -12,10 +12,12 @@ from dsc_serve.output_file import OUTPUT_FILE
 
 if TYPE_CHECKING:
     from dsc_serve.bench.decide.decide_page import Decision
+    from dsc_serve.bench.decide.measured_machine import MeasuredMachine
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = Path("docs/results")
+KEPT = Path("docs/decide.results.json")  # what --into docs/benchmarks.md wrote: its machine answers where none is given
 MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # options that measure; others answer
 
 
@@ -23,7 +25,9 @@ MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # 
 @click.option("--params", "params_text", metavar="COUNT", help="Parameters in all, such as 400M.")
 @click.option("--active", "active_text", metavar="COUNT", help="Parameters that a token uses, such as 250M.")
 @click.option("--streams", callback=numbers, metavar="LIST", default="1,8,32", help="Requests at once.")
-@click.option("--machine", "machine_file", type=FILE, help="What --measure wrote.")
+@click.option(
+    "--machine", "machine_file", type=FILE, help="What --measure wrote.  [default: what docs/decide.results.json keeps]"
+)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=48, help="Length of each prompt.")
 @click.option("--output-tokens", type=click.IntRange(2), default=64, help="Tokens of each answer.")
 @click.option("--acceptance", type=click.FloatRange(0, 1), default=0.7, help="Chance that a draft is right.")
@@ -84,8 +88,6 @@ def decide_command(
         if measure is not None:
             measure_here(measure, minutes, sizes, systems, weights, threads)
             return
-        if machine_file is None:
-            raise DecideError("no machine: `dsc-serve bench decide --measure FILE` first, then --machine FILE")
         if params_text is None or active_text is None:
             raise DecideError(f"--{'params' if params_text is None else 'active'} is missing, such as 400M")
         decision = decide(
@@ -133,8 +135,25 @@ def measure_here(
         click.echo(f"{minutes:g} minutes are over; the same command goes on")
 
 
+def machine_of(file: Path | None) -> MeasuredMachine:
+    """Raises DecideError."""
+    from dsc_serve.bench.decide.decide_page import load_decision
+    from dsc_serve.bench.decide.measured_machine import load_machine
+    from dsc_serve.bench.decide.sizes import DecideError
+
+    if file is not None:
+        measured = load_machine(file)
+    elif KEPT.is_file():
+        measured = load_decision(KEPT).measured
+    else:
+        raise DecideError("no machine: `dsc-serve bench decide --measure FILE` first, then --machine FILE")
+    if not measured.steps:
+        raise DecideError(f"{file or KEPT} has no steps; `dsc-serve bench decide --measure FILE` makes one that has")
+    return measured
+
+
 def decide(
-    machine_file: Path,
+    machine_file: Path | None,
     params_text: str,
     active_text: str,
     shape: tuple[int | None, int | None, int],
@@ -150,7 +169,6 @@ def decide(
     from dsc_serve.bench.decide.checked import checked_figures
     from dsc_serve.bench.decide.cost_law import fit, fit_errors, held_out_errors
     from dsc_serve.bench.decide.decide_page import Decision
-    from dsc_serve.bench.decide.measured_machine import load_machine
     from dsc_serve.bench.decide.sizes import DecideError, frame_for, parameters
 
     if min(streams) < 1:
@@ -158,9 +176,7 @@ def decide(
     total, active = parameters("--params", params_text), parameters("--active", active_text)
     layers, width, vocab = shape
     frame = frame_for(total, active, layers, width, vocab, max(256, prompt_tokens + output_tokens))
-    measured = load_machine(machine_file)
-    if not measured.steps:
-        raise DecideError(f"{machine_file} has no steps; `dsc-serve bench decide --measure {machine_file}` adds them")
+    measured = machine_of(machine_file)
     load = ClosedLoad(
         streams=tuple(sorted(set(streams))),
         prompt_tokens=prompt_tokens,

@@ -90,15 +90,22 @@ def blocks(decision: Decision) -> list[Element]:
 
 def answers(decision: Decision) -> list[str]:
     """Three sentences: with what, how it compares with the baseline, and how sure that is."""
-    parts = []
-    for streams in decision.load.streams:
-        one = best(decision.figures, streams)
-        parts.append(f"{said(decision, one)} at {counted(streams, 'stream')} ({MARK}{figure(one.tokens_per_s)})")
-    found = [f"The most tokens per second are expected of {', '.join(parts)}."]
-    ratios = ratios_to_baseline(decision, "dsc", "stored", False)
-    if ratios:
-        told_ratios = ", ".join(f"{MARK}{r:.2f} at {streams}" for streams, r in ratios.items())
-        found.append(f"DSC / MoE in tokens per second, weights as stored, no speculation, by streams: {told_ratios}.")
+    drafts = f"with drafts right {decision.load.acceptance:g} of the time"
+    most = {}
+    for name, speculation in (("without speculation", False), (drafts, True)):
+        own = [one for one in decision.figures if one.speculation == speculation]
+        best_ones = [best(own, streams) for streams in decision.load.streams]
+        most[name] = ", ".join(
+            f"{said(decision, one)} at {one.streams} ({MARK}{figure(one.tokens_per_s)})" for one in best_ones
+        )
+    found = [f"The most tokens per second, by streams: {'; '.join(f'{name} {told}' for name, told in most.items())}."]
+    pairs = {}
+    for name, speculation in (("without speculation", False), (drafts, True)):
+        ratios = ratios_to_baseline(decision, "dsc", "stored", speculation)
+        pairs[name] = ", ".join(f"{MARK}{ratio:.2f} at {streams}" for streams, ratio in ratios.items())
+    if all(pairs.values()):
+        told_pairs = "; ".join(f"{name} {told}" for name, told in pairs.items())
+        found.append(f"DSC / MoE in tokens per second, weights as stored, by streams: {told_pairs}.")
     worst = [error for own in decision.held_out.values() for error in own.values()]
     if worst:
         median = statistics.median(error.median for error in worst)
@@ -156,7 +163,9 @@ def tables(decision: Decision, weights: str) -> list[Element]:
             name = f"{system}, speculation" if speculation else system
             drafts = [f" ({one.drafts})" if speculation else "" for one in own]
             rows.append([name, *(f"{MARK}{figure(one.tokens_per_s)}{n}" for one, n in zip(own, drafts, strict=True))])
-            times.append([name, *(f"{MARK}{figure(one.token)}, {figure(one.first)}, {figure(one.end)}" for one in own)])
+            times.append(
+                [name, *(", ".join(f"{MARK}{figure(ms)}" for ms in (one.token, one.first, one.end)) for one in own)]
+            )
             to_base = ratios_to_baseline(decision, system, weights, speculation)
             ratios.append([name, *(f"{MARK}{ratio:.2f}" for ratio in to_base.values())])
     made: list[Element] = [

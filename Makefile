@@ -18,7 +18,7 @@ DEMO ?= build/demo-tenants
 DEMO_TEXTS ?=
 DEMO_TIME ?= 2h
 
-.PHONY: help install serve demo-tenants serve-ray test test-full test-deploy sanitize soak bench-quick lint format clean
+.PHONY: help install serve demo-tenants serve-ray test test-full test-deploy sanitize soak bench-quick results lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,10 @@ soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and ev
 
 bench-quick: install ## compare DSC, MoE and dense (under 5 minutes), and with the ratios kept of this kind of machine
 	-$(BIN)/dsc-serve bench compare quick --out build/bench-quick --ratios docs/benchmark-ratios.json
+
+results: install ## what README and docs say of speeds, sizes and ratios: from a generated block, or listed; what is owed
+	@$(BIN)/python tests/support/figures.py
+	@$(BIN)/pytest -q tests/test_figures.py tests/bench/test_result_pages.py
 
 format: install ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -325,11 +325,13 @@ def _attach_commands() -> None:
         peer_model_command,
         report_command,
     )
+    from dsc_serve.bench.decide.decide_command import decide_command
     from dsc_serve.bench.layer.calibrate_command import calibrate_command
     from dsc_serve.bench.layer.command import layer_command
     from dsc_serve.bench.load.command import overload_command, serve_command
     from dsc_serve.bench.step.adapters_command import adapters_command
     from dsc_serve.bench.step.batching_command import batching_command
+    from dsc_serve.bench.step.bursts_command import bursts_command
     from dsc_serve.bench.step.context_command import context_command
     from dsc_serve.bench.step.engine_command import engine_command
     from dsc_serve.bench.step.forward_command import forward_command
@@ -358,7 +360,9 @@ def _attach_commands() -> None:
     bench.add_command(quantised_command, "quantised")
     bench.add_command(adapters_command, "adapters")
     bench.add_command(tenants_command, "tenants")
+    bench.add_command(bursts_command, "bursts")
     bench.add_command(context_command, "context")
+    bench.add_command(decide_command, "decide")
     kernels.add_command(aot_command, "aot")
     kernels.add_command(steps_command, "steps")
     kernels.add_command(calibrate_command, "calibrate")

@@ -84,7 +84,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 0
     policy: Annotated[
-        str, Meta(description="Who is computed when: fcfs, affinity, shortest-prefill, priority or fair.")
+        str, Meta(description="Who is computed when: fcfs, bursts, affinity, shortest-prefill, priority or fair.")
     ] = "fcfs"
     itl_target_ms: Annotated[
         float,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 860, 520
-LEFT, RIGHT, TOP, BOTTOM = 80, 190, 56, 60
+LEFT, RIGHT, TOP, BOTTOM = 80, 230, 56, 60
 COLORS = ("#0b6e99", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#5f3dc4", "#087f5b", "#e67700", "#495057", "#1864ab")
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 
@@ -48,8 +48,10 @@ def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]) -> str:
+def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]], note: str = "") -> str:
     """An SVG of one line per series of positive (x, y), its x values as ticks; equal first words share a colour.
+
+    note: under the title, such as what is compared with what.
 
     Raises ValueError where there is no point, or one that has no logarithm.
     """
@@ -64,6 +66,7 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequ
         f'font-size="12" fill="#212529">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         text(LEFT, 28, title, "start", ' font-size="15" font-weight="bold"'),
+        text(LEFT, 45, note, "start", ' fill="#495057"'),
         text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 16, x_label),
         text(
             20, (TOP + HEIGHT - BOTTOM) / 2, y_label, extra=f' transform="rotate(-90 20 {(TOP + HEIGHT - BOTTOM) / 2})"'

@@ -302,6 +302,7 @@ class Engine:
             deltas += self._settled()
         if self.followers:
             self.followers.prune()
+        self.report.prompts += plan.load.tokens > 0
         self.report.add(step.since, step.schedule_s, result.forward_s, step.computing_s, step.computed, plan.computed())
         if self.arrivals.adapters is not None and any(request.adapter is not None for request, _ in work):
             count_adapters(self.adapter_report, work, self.arrivals.names)

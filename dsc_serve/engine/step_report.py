@@ -27,6 +27,7 @@ class StepReport(msgspec.Struct, array_like=True):
     seconds: Histogram = msgspec.field(default_factory=partial(Histogram, STEP_EDGES_S))  # of whole steps
     tokens: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
     requests: Histogram = msgspec.field(default_factory=partial(Histogram, COUNT_EDGES))  # computed in one
+    prompts: int = 0  # steps with a part of a prompt
 
     def add(
         self,

@@ -41,14 +41,18 @@ def preset_config(name: str, kind: str, context: int | None = None, equal: str |
     if equal is not None:
         raise ValueError(f"equal is {equal!r}; preset {name!r} is equal in both, and it must be left out")
     preset = PRESETS[name]
-    budget = preset.budget
+    return budget_config(preset.budget, preset.heads, kind, context)
+
+
+def budget_config(budget: ParameterBudget, heads: int, kind: str, context: int | None = None) -> ModelConfig:
+    """A model of a budget's sizes in the reference script's frame. Raises ValueError where it leaves FFNs no room."""
     return ModelConfig(
         vocab_size=budget.vocab_size,
         hidden_size=budget.width,
         num_hidden_layers=budget.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.heads,
-        head_dim=budget.width // preset.heads,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=budget.width // heads,
         max_position_embeddings=context or budget.context,
         position_embedding_type="learned",
         tie_word_embeddings=budget.tied,

@@ -230,7 +230,7 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
             yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
 
 
-def sampling_jobs(sizes: Sizes) -> Iterator[Job]:
+def sampling_jobs(_: Sizes) -> Iterator[Job]:
     from dsc_kernels.gpu import sample
 
     types = {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG}

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dsc_serve.bench.load.arrivals import Pace, RequestBudget, gamma_times, poisson, ramp_times
+from dsc_serve.bench.load.arrivals import Pace, RequestBudget, burst_times, gamma_times, poisson, ramp_times
 
 
 def test_poisson_arrivals_wait_for_no_answer_and_come_at_the_rate() -> None:
@@ -48,3 +48,8 @@ def test_a_ramp_changes_its_rate_evenly_and_then_stays(start: float, end: float)
         middle = min(begin + 2.5, 20.0)
         expected = 5 * (start + (end - start) * middle / 20)
         assert sum(begin <= at < begin + 5 for at in times) == pytest.approx(expected, rel=0.12)
+
+
+def test_bursts_come_at_once_and_together_at_the_rate() -> None:
+    times = list(itertools.islice(burst_times(Pace(8, rate=100.0)), 24))
+    assert times == pytest.approx([0.0] * 8 + [0.08] * 8 + [0.16] * 8)

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from dsc_serve.bench.compare.blocks import put_into
 from dsc_serve.bench.compare.command import report_command
 from dsc_serve.bench.compare.comparison import ComparisonError
 from dsc_serve.bench.compare.findings import checks, sentences, verdict
-from dsc_serve.bench.compare.ratios import keep, moved
-from dsc_serve.bench.compare.report import elements, html_page, markdown, put_into
+from dsc_serve.bench.compare.ratios import keep, machine_kind, moved, read_kept
+from dsc_serve.bench.compare.report import elements, html_page, markdown
 from dsc_serve.bench.compare.results import Contestant, Ratio, ResultRow, Results, load_results, save_results
 
 COMPLETED = 40
@@ -97,7 +98,9 @@ def test_sentences_say_where_the_subject_wins_and_where_not() -> None:
         "No difference that all rounds agree on, by streams: dsc against moe: median time between tokens at 16, "
         "tokens per second at 16, 99th percentile of the time to the first token at 16."
     ]
-    assert "<td>-20% (-20% to -15%) *</td><td>+0% (-10% to +10%)</td>" in html_page(made), "the table has both"
+    assert "<td>-20% (-20% to -15%) *</td><td>no difference (-10% to +10%)</td>" in html_page(made), (
+        "the table has both"
+    )
 
 
 def test_what_never_differs_is_said_once_and_nothing_where_all_differs() -> None:
@@ -245,17 +248,29 @@ def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
 def test_only_what_moved_by_more_than_a_tenth_is_said(tmp_path: Path) -> None:
     file = tmp_path / "ratios.json"
     assert moved(results({1: [8.0]}), file) == [
-        f"{file} has no ratios of a cpu, avx2, 2 threads; --keep-ratios adds them"
+        "machine kind: a cpu, avx2, 2 threads (a cpu)",
+        f"{file} has no ratios of this kind, but of no kind; --keep-ratios adds them",
     ]
     keep(results({1: [8.0], 4: [8.0]}), file)
     wider = moved(results({1: [8.0], 4: [8.0], 8: [8.0]}), file)
     assert "not kept: dsc / moe, median_itl_ms, 8 streams: 0.80 now" in wider
-    assert moved(results({1: [8.5], 4: [7.5]}), file) == ["nothing moved by more than 10% since 2026-01-02 (4 ratios)"]
+    same = moved(results({1: [8.5], 4: [7.5]}), file)
+    assert same[1:] == ["nothing moved by more than 10% since 2026-01-02 (4 ratios)"]
     lines = moved(results({1: [10.0]}), file)
-    assert lines[0] == "moved by +25%: dsc / moe, median_itl_ms, 1 streams: 0.80 on 2026-01-02, 1.00 now"
-    assert lines[1].startswith("moved by -20%: dsc / moe, output_throughput, 1 streams")
+    assert lines[1] == "moved by +25%: dsc / moe, median_itl_ms, 1 streams: 0.80 on 2026-01-02, 1.00 now"
+    assert lines[2].startswith("moved by -20%: dsc / moe, output_throughput, 1 streams")
     assert "not measured now: dsc / moe, median_itl_ms, 4 streams" in lines
     other = results({1: [10.0]})
     other.machine = {"cpu": "another", "instructions": "", "threads": 8}
     keep(other, file)
-    assert moved(results({1: [8.0], 4: [8.0]}), file)[0].startswith("nothing moved"), "kinds are kept apart"
+    assert moved(results({1: [8.0], 4: [8.0]}), file)[1].startswith("nothing moved"), "kinds are kept apart"
+
+
+def test_a_kind_of_machine_is_its_vendor_instructions_and_threads(tmp_path: Path) -> None:
+    made = results({1: [8.0]})
+    for cpu, kind in (("AMD EPYC 9R14", "AMD"), ("Intel(R) Xeon(R) Processor", "Intel"), ("a cpu", "a cpu")):
+        made.machine["cpu"] = cpu
+        assert machine_kind(made) == f"{kind}, avx2, 2 threads"
+    kept = read_kept(Path(__file__).parents[2] / "docs" / "benchmark-ratios.json")
+    made.machine |= {"cpu": "AMD EPYC", "instructions": "avx512_bf16"}
+    assert kept[machine_kind(made)].ratios

@@ -341,7 +341,7 @@ def test_the_result_tells_what_was_measured_where_but_not_the_key(serve: Serve) 
         ({"timeout_s": 0.0}, "timeout_s is 0.0; it must be a finite number above 0"),
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
-        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed, poisson, gamma, ramp"),
+        ({"arrivals": "bursty"}, "arrivals is 'bursty'; it must be one of closed, poisson, gamma, ramp, burst"),
         ({"tokenizer": "x"}, "tokenizer is 'x'; it is of use only together with prompt_file or sharegpt"),
         ({"sharegpt": "x", "prompt_file": "y"}, "sharegpt is 'x'; it is of use only without prompt_file"),
         ({"prefixes": 2}, "prefixes is 2; it is of use only together with prefix_tokens"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dsc_serve.bench.compare.blocks import audited
 from dsc_serve.bench.compare.command import report_command
-from dsc_serve.bench.compare.report import audited, markdown
+from dsc_serve.bench.compare.report import markdown
 from dsc_serve.bench.compare.results import load_results, save_results
 from dsc_serve.bench.step.forward import ForwardBench, ForwardResult, ForwardRow, format_forward
 

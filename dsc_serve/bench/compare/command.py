@@ -197,7 +197,8 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     charts are written as SVG into the folder plots beside the document, and the results as NAME.results.json, so that
     the tables can be made again and audited.
     """
-    from dsc_serve.bench.compare.report import audited, markdown, put_into, write_charts
+    from dsc_serve.bench.compare.blocks import audited, put_into
+    from dsc_serve.bench.compare.report import markdown, write_charts
     from dsc_serve.bench.compare.results import load_results, save_results
     from dsc_serve.bench.compare.speculation.found import is_kept_in
 
@@ -223,7 +224,7 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
 
 def report_speculation(folder: Path, into: Path | None, name: str) -> None:
     """The same of a comparison of speculation, which has no charts."""
-    from dsc_serve.bench.compare.report import audited, markdown_of, put_into
+    from dsc_serve.bench.compare.blocks import audited, markdown_of, put_into
     from dsc_serve.bench.compare.speculation import found, page, running
 
     results = found.load(folder / RESULTS)

@@ -43,6 +43,46 @@ def counted(number: float, noun: str) -> str:
     return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
+def answer(results: Results) -> list[str]:
+    """The comparison's question in three sentences: tokens per second, times, and what these are worth."""
+    subject, baseline = str(results.comparison["subject"]), str(results.comparison["baseline"])
+    measured = results.measured()
+    if missing := [name for name in dict.fromkeys((subject, baseline)) if name not in measured]:
+        return [f"{' and '.join(missing)} had no load, so that {subject} and {baseline} cannot be compared."]
+    parts = [f"{FIGURES[one][0]} {by_streams(results, subject, baseline, one)}" for one in ("median_itl_ms", P99)]
+    machine = f"{results.machine.get('cpu', 'an unknown processor')}, {results.machine.get('threads', '?')} threads"
+    rounds = counted(results.rounds, "round")
+    how = "Measured in one round, which cannot tell a difference from chance"
+    if results.rounds > 1:
+        how = f'Medians of {rounds}; a system "wins" where all agree, and a ratio whose rounds disagree is no finding'
+    return [
+        f"Tokens per second, {subject} to {baseline}: {by_streams(results, subject, baseline, 'output_throughput')}.",
+        f"Times, {subject} to {baseline}: {'; '.join(parts)}.",
+        f"{how} ({machine}; {most_tokens(results)}).",
+    ]
+
+
+def by_streams(results: Results, subject: str, baseline: str, figure: str) -> str:
+    """Where the subject wins, loses and neither, with the medians of the ratios."""
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "unknown": [], "even": []}
+    for value in results.points("closed"):
+        ratio = results.ratio(subject, baseline, "closed", value, figure)
+        if ratio is not None:
+            which = verdict(ratio, FIGURES[figure][1])
+            groups[which].append(f"{value:g}" if which == "even" else f"{ratio.median:.2f} at {value:g}")
+    named = {"better": "wins", "worse": "loses", "unknown": "by one round", "even": "no difference at"}
+    told = [f"{named[which]} {' and '.join(own)}" for which, own in groups.items() if own]
+    return f"{', '.join(told)} streams" if told else "not measured"
+
+
+def most_tokens(results: Results) -> str:
+    """Which system had the most tokens per second at the most streams."""
+    streams = max(results.points("closed"), default=0.0)
+    rates = {name: results.median(name, "closed", streams, "output_throughput") or 0.0 for name in results.measured()}
+    best = max(rates, key=lambda name: rates[name])
+    return f"the most tokens per second at {counted(streams, 'stream')}: {best}, {rates[best]:,.0f}"
+
+
 def sentences(results: Results) -> list[str]:
     """The subject against the baseline, then against every other system; other forms of it against the baseline."""
     subject, baseline = str(results.comparison["subject"]), str(results.comparison["baseline"])
@@ -128,10 +168,17 @@ def ratio_rows(results: Results) -> list[list[str]]:
         cells = []
         for value in results.points("closed"):
             ratio = results.ratio(subject, other, "closed", value, figure)
-            told = "" if ratio is None else percent(ratio).replace("rounds ", "")
-            cells.append(f"{told} *" if ratio and verdict(ratio, FIGURES[figure][1]) in ("better", "worse") else told)
+            cells.append("" if ratio is None else marked(ratio, FIGURES[figure][1]))
         rows.append([f"{results.label(subject)} / {results.label(other)}", FIGURES[figure][0], *cells])
     return rows
+
+
+def marked(ratio: Ratio, more_is_better: bool) -> str:
+    """How far from 1, with a star where all rounds agree; a median that its rounds do not bear out is not told."""
+    which = verdict(ratio, more_is_better)
+    if which == "even":
+        return f"no difference ({ratio.low - 1:+.0%} to {ratio.high - 1:+.0%})"
+    return percent(ratio).replace("rounds ", "") + (" *" if which != "unknown" else "")
 
 
 def few_requests(results: Results, system: str) -> str:

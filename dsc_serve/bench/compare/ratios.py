@@ -9,6 +9,7 @@ import msgspec
 from dsc_serve.bench.compare.results import Results
 
 KEPT = ("median_itl_ms", "output_throughput")
+VENDORS = ("AMD", "Intel", "Ampere", "Apple")  # by whose kinds ratios are kept; of others, by their processors
 MOVED = 0.1  # of a ratio, from which on it is said
 
 
@@ -20,9 +21,10 @@ class Kept(msgspec.Struct):
 
 
 def machine_kind(results: Results) -> str:
-    """What makes ratios comparable: the processor, its instruction set and the number of threads."""
-    parts = results.machine["cpu"], results.machine["instructions"], f"{results.machine['threads']} threads"
-    return ", ".join(filter(None, parts))
+    """What makes ratios comparable: the processor's vendor, its widest instruction set and the number of threads."""
+    cpu = str(results.machine["cpu"])
+    vendor = next((name for name in VENDORS if name.lower() in cpu.lower()), cpu)
+    return ", ".join(filter(None, (vendor, results.machine["instructions"], f"{results.machine['threads']} threads")))
 
 
 def ratios_of(results: Results) -> dict[str, float]:
@@ -50,10 +52,13 @@ def keep(results: Results, file: Path) -> None:
 
 
 def moved(results: Results, file: Path) -> list[str]:
-    """Lines that say what differs from the kept ratios by more than a tenth."""
-    known = read_kept(file).get(machine_kind(results))
+    """Lines that say of which kind this machine is, and what differs from the kept ratios by more than a tenth."""
+    kept, kind = read_kept(file), machine_kind(results)
+    found = f"machine kind: {kind} ({results.machine['cpu']})"
+    known = kept.get(kind)
     if known is None:
-        return [f"{file} has no ratios of {machine_kind(results)}; --keep-ratios adds them"]
+        others = "; ".join(kept) or "no kind"
+        return [found, f"{file} has no ratios of this kind, but of {others}; --keep-ratios adds them"]
     now = ratios_of(results)
     lines = [
         f"moved by {now[name] / was - 1:+.0%}: {name}: {was:.2f} on {known.date}, {now[name]:.2f} now"
@@ -62,4 +67,8 @@ def moved(results: Results, file: Path) -> list[str]:
     ]
     lines += [f"not measured now: {name}" for name in known.ratios if name not in now]
     lines += [f"not kept: {name}: {ratio:.2f} now" for name, ratio in now.items() if name not in known.ratios]
-    return lines or [f"nothing moved by more than {MOVED:.0%} since {known.date} ({len(known.ratios)} ratios)"]
+    return (
+        [found, *lines]
+        if lines
+        else [found, f"nothing moved by more than {MOVED:.0%} since {known.date} ({len(known.ratios)} ratios)"]
+    )

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparisonError
-from dsc_serve.bench.compare.findings import Check, checks, counted, ratio_rows, sentences
-from dsc_serve.bench.compare.results import Contestant, Results
+from dsc_serve.bench.compare.blocks import (
+    Cells,
+    Chart,
+    Element,
+    Heading,
+    Items,
+    Paragraph,
+    Table,
+    figure,
+    markdown_of,
+    page,
+)
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS
+from dsc_serve.bench.compare.findings import (
+    FIGURES,
+    Check,
+    answer,
+    checks,
+    counted,
+    ratio_rows,
+    sentences,
+    verdict,
+)
+from dsc_serve.bench.compare.prompt_steps import PROMPT_STEPS
+from dsc_serve.bench.compare.results import Contestant, Ratio, Results
 from dsc_serve.bench.plot import Point, line_chart
-
-Cells = Sequence[str]
 
 LATENCIES = {  # table title, figures
     "Time to the first token, ms (p50, p99)": ("median_ttft_ms", "p99_ttft_ms"),
-    "Time between tokens, ms (p50, p99)": ("median_itl_ms", "p99_itl_ms"),
+    "Time between tokens, ms (p50, p90, p99)": ("median_itl_ms", "p90_itl_ms", "p99_itl_ms"),
     "Time per output token, ms (p50, p99)": ("median_tpot_ms", "p99_tpot_ms"),
     "End to end, ms (p50, p99)": ("median_e2el_ms", "p99_e2el_ms"),
 }
-CHARTS = {  # file name: title, label of the y axis, load, figure
-    "throughput": ("Throughput", "tokens per second", "closed", "output_throughput"),
+CHARTS = {  # the first one before everything else; file name: title, label of the y axis, load, figure
+    "throughput": ("Throughput", "output tokens per second", "closed", "output_throughput"),
     "itl-p50": ("Time between tokens, median", "milliseconds", "closed", "median_itl_ms"),
     "itl-p99": ("Time between tokens, 99th percentile", "milliseconds", "closed", "p99_itl_ms"),
     "ttft-p50": ("Time to the first token, median", "milliseconds", "closed", "median_ttft_ms"),
@@ -31,55 +48,18 @@ CHARTS = {  # file name: title, label of the y axis, load, figure
     "goodput": ("Goodput", "requests per second within the limits", "open", "request_goodput"),
     "open-ttft-p99": ("Time to the first token, 99th percentile", "milliseconds", "open", "p99_ttft_ms"),
 }
+MORE = [name for name, (_, more) in FIGURES.items() if more]
 PARTS = ("router", "again", "bank", "experts", "static", "attention", "head")
 SPLIT = ("attention", "ffn", "norms", "head", "rest", "step")
 
 
-@dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    texts: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: Cells
-    rows: Sequence[Cells]
-
-
-@dataclass(frozen=True)
-class Chart:
-    name: str
-    title: str
-    svg: str
-
-
-Element = Heading | Paragraph | Items | Table | Chart
-
-
-def figure(value: float | None) -> str:
-    """Three significant digits, or a dash."""
-    if value is None:
-        return "–"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
 def elements(results: Results) -> list[Element]:
     """The whole report but its title."""
-    made: list[Element] = [Heading("What was found"), Items(sentences(results)), *expected(results)]
-    made += [Heading("Closed loops"), Paragraph(told(results)), *closed_tables(results), *charts(results, "closed")]
+    made: list[Element] = [Paragraph(text) for text in answer(results)]
+    shown = charts(results, "closed")
+    made += shown[:1]
+    made += [Heading("What was found"), Items(sentences(results)), *expected(results)]
+    made += [Heading("Closed loops"), Paragraph(told(results)), *shown[1:], *closed_tables(results)]
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
         text = (
@@ -87,7 +67,7 @@ def elements(results: Results) -> list[Element]:
             f"per second that {results.comparison['baseline']} completed in a closed loop of the first round; limits: "
             f"{limits or 'none'}. Rates of completed requests count until the last has ended, after the arrivals."
         )
-        made += [Heading("Open loads"), Paragraph(text), *open_tables(results), *charts(results, "open")]
+        made += [Heading("Open loads"), Paragraph(text), *charts(results, "open"), *open_tables(results)]
     made += [Heading("Where a step's time and bytes go"), *inside(results)]
     made += [Heading("What each system is"), systems_table(results), Items(commands(results))]
     return [*made, Heading("Machine and run"), Items(circumstances(results))]
@@ -147,7 +127,7 @@ def closed_tables(results: Results) -> list[Element]:
         rows = []
         for name in results.measured():
             found = [results.ratio(name, baseline, "closed", value, one) for value in points]
-            rows.append((results.label(name), *("–" if ratio is None else f"{ratio.median:.2f}" for ratio in found)))
+            rows.append((results.label(name), *(told_apart(ratio, one, name == baseline) for ratio in found)))
         return Table(title, head, rows)
 
     return [
@@ -156,13 +136,37 @@ def closed_tables(results: Results) -> list[Element]:
         ratios(f"Median time between tokens, to that of {results.label(baseline)}", "median_itl_ms"),
         ratios(f"Output tokens per second, to those of {results.label(baseline)}", "output_throughput"),
         *(table(title, figures) for title, figures in LATENCIES.items()),
+        *prompt_steps(results, points),
         used(results, points),
     ]
 
 
+def told_apart(ratio: Ratio | None, one: str, itself: bool) -> str:
+    """A median of ratios where its rounds agree; where they do not, or it is near to 1, no difference."""
+    if ratio is None:
+        return "–"
+    even = not itself and verdict(ratio, one in MORE) == "even"
+    return "no difference" if even else f"{ratio.median:.2f}"
+
+
+def prompt_steps(results: Results, points: Sequence[float]) -> list[Element]:
+    """The share of steps with a part of a prompt, which are longer than the others: times have two humps."""
+    rows = []
+    for name in results.measured():
+        shares = [results.median(name, "closed", value, PROMPT_STEPS) for value in points]
+        if any(share is not None for share in shares):
+            rows.append((results.label(name), *("–" if share is None else f"{share:.0%}" for share in shares)))
+    title = "Steps that computed a part of a prompt too, of all steps; their tokens come later than others"
+    return [Table(title, ("streams", *(f"{v:g}" for v in points)), rows)] if rows else []
+
+
 def compared_table(results: Results) -> Table:
     head = ("systems", "figure", *(counted(value, "stream") for value in results.points("closed")))
-    return Table("How far from equal, median (rounds); * where all rounds agree", head, ratio_rows(results))
+    return Table(
+        "How far from equal, median (rounds); * where all rounds agree, no difference where they do not",
+        head,
+        ratio_rows(results),
+    )
 
 
 def used(results: Results, points: Sequence[float]) -> Table:
@@ -197,7 +201,7 @@ def open_tables(results: Results) -> list[Element]:
             "request_goodput",
         ),
         "Time to the first token, ms (p50, p99)": ("median_ttft_ms", "p99_ttft_ms"),
-        "Time between tokens, ms (p50, p99)": ("median_itl_ms", "p99_itl_ms"),
+        "Time between tokens, ms (p50, p90, p99)": ("median_itl_ms", "p90_itl_ms", "p99_itl_ms"),
         "End to end, ms (p50, p99)": ("median_e2el_ms", "p99_e2el_ms"),
     }.items():
         rows = [
@@ -211,9 +215,12 @@ def open_tables(results: Results) -> list[Element]:
     return made
 
 
-def charts(results: Results, load: str) -> list[Element]:
-    made: list[Element] = []
-    label = "streams" if load == "closed" else "load, as a multiple of the baseline's peak"
+def charts(results: Results, load: str) -> list[Chart]:
+    """Each with its units, the systems by name, and the baseline named."""
+    made: list[Chart] = []
+    baseline = str(results.comparison["baseline"])
+    label = "streams at once" if load == "closed" else f"load, as a multiple of the peak of {baseline}"
+    note = f"medians of {counted(results.rounds, 'round')}; baseline: {baseline}; both axes logarithmic"
     for name, (title, y_label, own_load, one) in CHARTS.items():
         if own_load != load:
             continue
@@ -222,9 +229,11 @@ def charts(results: Results, load: str) -> list[Element]:
             for value in results.points(load):
                 median = results.median(system, load, value, one)
                 if median:  # an axis of logarithms has no place for 0
-                    series.setdefault(system, []).append((value, median))
+                    shown = f"{system} (baseline)" if system == baseline else system
+                    series.setdefault(shown, []).append((value, median))
         if series:
-            made.append(Chart(name, title, line_chart(title, label, y_label, series)))
+            better = "more is better" if one in MORE else "less is better"
+            made.append(Chart(name, title, line_chart(title, label, y_label, series, f"{better}; {note}")))
     return made
 
 
@@ -300,51 +309,9 @@ def circumstances(results: Results) -> list[str]:
     return [results.client, results.date, machine, f"seed {results.comparison['seed']}"]
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #212529 }
-table { border-collapse: collapse; margin: 0.5em 0 1.5em; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding: 0.3em 0 }
-th, td { padding: 0.25em 0.7em; border-bottom: 1px solid #dee2e6; text-align: right }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
-li { overflow-wrap: anywhere }
-"""
-
-
 def html_page(results: Results) -> str:
     """One self-contained page."""
     return page(results.title, elements(results))
-
-
-def page(title: str, made: Sequence[Element]) -> str:
-    """The same of any blocks."""
-    parts: list[str] = []
-    for at, block in enumerate(made):
-        if isinstance(block, Chart) and not isinstance(made[at - 1], Chart):
-            parts.append('<div class="charts">')
-        parts.append(html_block(block))
-        if isinstance(block, Chart) and not isinstance(made[at + 1], Chart):
-            parts.append("</div>")
-    name = escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def html_block(block: Element) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{escape(block.text)}</h2>"
-    if isinstance(block, Paragraph):
-        return f"<p>{escape(block.text)}</p>"
-    if isinstance(block, Items):
-        return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in block.texts) + "</ul>"
-    if isinstance(block, Chart):
-        return f"<div>{block.svg}</div>"
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in block.head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-    return f"<table><caption>{escape(block.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
@@ -352,42 +319,8 @@ def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
     return markdown_of(elements(results), plots, shown_charts)
 
 
-def markdown_of(made: Sequence[Element], plots: str = "", shown_charts: Sequence[str] = ()) -> str:
-    """The same of any blocks."""
-    parts = []
-    for block in made:
-        if isinstance(block, Heading):
-            parts.append(f"### {block.text}")
-        elif isinstance(block, Paragraph):
-            parts.append(block.text)
-        elif isinstance(block, Items):
-            parts.append("\n".join(f"- {text}" for text in block.texts))
-        elif isinstance(block, Chart):
-            if block.name in shown_charts:
-                parts.append(f"![{block.title}]({plots}-{block.name}.svg)")
-        else:
-            rows = [f"| {' | '.join(cells)} |" for cells in (block.head, *block.rows)]
-            rows.insert(1, "|" + "---|" * len(block.head))
-            parts.append(f"{block.title}:\n\n" + "\n".join(rows))
-    return "\n\n".join(parts)
-
-
-def audited(raw: str) -> str:
-    """The line that leads from a page of tables to the file of results that they were made from."""
-    return f"Every figure of every round: [{raw}]({raw})."
-
-
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:
     """Those charts as SVG files whose names begin with the stem's."""
     for block in elements(results):
         if isinstance(block, Chart) and block.name in names:
             stem.with_name(f"{stem.name}-{block.name}.svg").write_text(block.svg, encoding="utf-8")
-
-
-def put_into(document: str, name: str, text: str) -> str:
-    """The document with what stands between its marks of this name replaced. Raises ComparisonError without marks."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(document):
-        raise ComparisonError(f"the document has no place for {name}: lines {begin} and {end}")
-    return pattern.sub(lambda _: f"{begin}\n{text}\n{end}", document)

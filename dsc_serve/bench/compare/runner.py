@@ -27,6 +27,7 @@ from dsc_serve.bench.compare.processes import (
     memory_bytes,
     running,
 )
+from dsc_serve.bench.compare.prompt_steps import PROMPT_STEPS, share_between, step_counts
 from dsc_serve.bench.compare.results import Contestant, ResultRow, Results
 from dsc_serve.bench.compare.resuming import go_on_from, loads, missing
 from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
@@ -340,6 +341,7 @@ def measured_row(
     """One load on one system, with what the servers used meanwhile; None where its server does not answer or has ended,
     which skips the system from here on."""
     name = system.name
+    steps = step_counts(servers[name].url) if system.ours else None
     before, begun = {other: cpu_seconds(server.pids()) for other, server in servers.items()}, time.perf_counter()
     try:
         result = run_load(config)
@@ -353,6 +355,8 @@ def measured_row(
     used = {other: max(0.0, cpu_seconds(server.pids()) - before[other]) / taken for other, server in servers.items()}
     figures: dict[str, Any] = {key: value for key, value in result.to_dict().items() if key not in SHARED}
     figures["client_cpu"] = result.client["client_cpu"]
+    if steps is not None:  # of the requests that warm it up too
+        figures[PROMPT_STEPS] = share_between(steps, step_counts(servers[name].url))
     return ResultRow(
         system=name,
         load="closed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -33,6 +34,8 @@ class RequestBudget:
 @dataclass(frozen=True)
 class Pace:
     """How fast requests start: streams of a closed loop, requests per second of an open one, drawn from the seed.
+
+    concurrency: also how many a burst has.
 
     burstiness: of gamma arrivals; 1 is Poisson's, less comes in bursts, more at even distances.
     end_rate: what a ramp's rate has become after `duration_s`.
@@ -94,6 +97,12 @@ def ramp_times(pace: Pace) -> Iterator[float]:
             yield 2 * expected / (pace.rate + math.sqrt(pace.rate**2 + 2 * slope * expected))
 
 
+def burst_times(pace: Pace) -> Iterator[float]:
+    """`concurrency` at once, over and over, at such distances that they come to the rate."""
+    for number in itertools.count():
+        yield from itertools.repeat(number * pace.concurrency / pace.rate, pace.concurrency)
+
+
 async def poisson(send: Send, budget: RequestBudget, pace: Pace) -> None:
     """Requests at `rate`, each independent of the others and of how the server fares."""
     await start_at(send, budget, gamma_times(replace(pace, burstiness=1.0)))
@@ -109,5 +118,16 @@ async def ramp(send: Send, budget: RequestBudget, pace: Pace) -> None:
     await start_at(send, budget, ramp_times(pace))
 
 
+async def burst(send: Send, budget: RequestBudget, pace: Pace) -> None:
+    """`concurrency` requests at once, again and again at a mean rate."""
+    await start_at(send, budget, burst_times(pace))
+
+
 Arrivals = Callable[[Send, RequestBudget, Pace], Awaitable[None]]
-ARRIVALS: dict[str, Arrivals] = {"closed": closed_loop, "poisson": poisson, "gamma": gamma, "ramp": ramp}
+ARRIVALS: dict[str, Arrivals] = {
+    "closed": closed_loop,
+    "poisson": poisson,
+    "gamma": gamma,
+    "ramp": ramp,
+    "burst": burst,
+}

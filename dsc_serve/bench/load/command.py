@@ -27,7 +27,7 @@ from dsc_serve.text.tokenizer import TokenizerError
     "  [default: the first that the server lists]",
 )
 @click.option("--arrivals", type=click.Choice(sorted(ARRIVALS)), default="closed", help="Load profile.")
-@click.option("--concurrency", default=8, help="Streams; each sends its next request when its last has ended.")
+@click.option("--concurrency", default=8, help="Streams, each of which sends when its last has ended; size of bursts.")
 @click.option("--request-rate", default=1.0, help="Requests per second, for open profiles such as poisson.")
 @click.option("--burstiness", default=1.0, help="Of gamma arrivals: 1 is Poisson's, less comes in bursts.")
 @click.option("--end-rate", type=float, help="Requests per second at the end of a ramp, after --duration.")

@@ -28,7 +28,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to send, how much of it, and how fast.
 
     url: of the server, such as http://127.0.0.1:8000. models: asked for in turn; none: the first one listed.
-    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop. request_rate: requests per
+    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop, or requests of a
+        burst. request_rate: requests per
         second of an open one. burstiness: of gamma arrivals; 1 is Poisson's. end_rate: what a ramp's rate has become
         after duration_s. max_in_flight: requests of an open profile that are sent at once; the others wait here, and
         their times count from when they were due.

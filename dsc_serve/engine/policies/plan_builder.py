@@ -28,6 +28,7 @@ class PlanBuilder:
         self.free, self.left = view.pool.available, budget.tokens
         self.pressed = self._admitted = False
         self._spare_ms = math.inf
+        self._whole_ms = 0.0
         self._preempted: set[str] = set()
         self._given_up: Counter[int] = Counter()  # owners that blocks lose by planned preemptions
 
@@ -43,6 +44,15 @@ class PlanBuilder:
         self._advance_singles([request for request, num_uncomputed in uncomputed if num_uncomputed == 1][: self.left])
         self._protect_singles()
         return [request for request, num_uncomputed in uncomputed if num_uncomputed > 1]
+
+    @property
+    def spare_ms(self) -> float:
+        """What is left of the step's time for prompts; infinite where nobody decodes, or nothing is known of steps."""
+        return self._spare_ms
+
+    def allow(self, ms: float) -> None:
+        """Let the step take so much longer for prompts that it computes to their ends, and for no others."""
+        self._whole_ms = ms
 
     def advance_chunk(self, request: RequestView) -> None:
         """Plan for one that has run until now and has more than a token to compute."""
@@ -106,9 +116,17 @@ class PlanBuilder:
         estimate = self.budget.estimate
         if num_uncomputed == 1 or self._spare_ms == math.inf or estimate is None:
             return min(num_uncomputed, left)
+        if num_uncomputed <= left and self._is_whole(num_uncomputed, num_computed):
+            return num_uncomputed
         within = estimate.chunk_within(self._spare_ms, num_computed)
         least = LEAST_CHUNK if self.plan.load.tokens == 0 else 0
         return int(min(num_uncomputed, left, max(within, least)))
+
+    def _is_whole(self, num_uncomputed: int, num_computed: int) -> bool:
+        """Whether the rest of a prompt fits into what was allowed for such, with what is left of the step's time."""
+        estimate = self.budget.estimate
+        assert estimate is not None
+        return self._whole_ms > 0 and estimate.chunk_ms(num_uncomputed, num_computed) <= self._spare_ms + self._whole_ms
 
     def _compute(self, request: RequestView, count: int) -> None:
         """Plan tokens of a running request; when blocks run out, preempt from the end, at last the request itself."""
@@ -127,7 +145,9 @@ class PlanBuilder:
         self.plan.load.add(count, num_computed)
         self.left -= count
         if count > 1 and self.budget.estimate is not None:
-            self._spare_ms = max(0.0, self._spare_ms - self.budget.estimate.chunk_ms(count, num_computed))
+            ms = self.budget.estimate.chunk_ms(count, num_computed)
+            self._whole_ms = max(0.0, self._whole_ms - max(0.0, ms - self._spare_ms))
+            self._spare_ms = max(0.0, self._spare_ms - ms)
 
     def _preempt(self, request: RequestView) -> None:
         self.free += self._released(request, self._given_up) + self._planned_blocks(request)

@@ -97,6 +97,7 @@ def engine_families(stats: Stats) -> Families:
 def step_families(stats: Stats) -> Families:
     steps = stats.step_report
     yield counter("engine_steps", "Steps of the engine.", stats.steps)
+    yield counter("engine_prompt_steps", "Steps of the engine that computed a part of a prompt.", steps.prompts)
     yield histogram("step_seconds", "A step, without telling its results to the API process.", steps.seconds)
     yield counters(
         "step_part_seconds",

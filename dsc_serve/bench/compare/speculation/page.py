@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from dsc_serve.bench.compare.report import Element, Heading, Items, Paragraph, Table, figure
+from dsc_serve.bench.compare.blocks import Element, Heading, Items, Paragraph, Table, figure
 from dsc_serve.bench.compare.results import Ratio
+from dsc_serve.bench.compare.speculation.first_screen import first_screen
 from dsc_serve.bench.compare.speculation.found import SpeculationResults
 
 TITLE = "Several tokens a step: DSC, mixtures and dense models with the same drafts"
@@ -14,7 +15,7 @@ SUBJECT, BASELINE = "dsc", "moe"
 
 def blocks(results: SpeculationResults) -> list[Element]:
     """All but the title."""
-    made: list[Element] = []
+    made = first_screen(results, SUBJECT, BASELINE)
     measured = [row.preset for row in results.widths] + [row.preset for row in results.drafted]
     for preset in dict.fromkeys(measured):
         made += [Heading(f"Preset {preset}"), Paragraph(sizes(results, preset))]

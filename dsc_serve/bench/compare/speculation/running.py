@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsc_serve.bench.compare.report import markdown_of, page
+from dsc_serve.bench.compare.blocks import markdown_of, page
 from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
 from dsc_serve.bench.compare.speculation.drafted import Deadline, DraftedRun, OutOfTimeError
 from dsc_serve.bench.compare.speculation.found import SpeculationResults, go_on, load, save

@@ -63,7 +63,7 @@ def test_planning_is_cheap() -> None:
 
 def test_a_policy_or_size_that_cannot_be_is_named() -> None:
     for options, message in (
-        (["--policy", "nope"], "--policy nope is not known; allowed: fcfs, affinity"),
+        (["--policy", "nope"], "--policy nope is not known; allowed: fcfs, bursts, affinity"),
         (["--step-tokens", "8"], "--step-tokens 8 must be at least --max-running 64"),
         (["--blocks", "9"], "--blocks 9 must be at least 200"),
     ):

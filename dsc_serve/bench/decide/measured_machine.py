@@ -14,7 +14,7 @@ from dsc_serve.bench.decide.step_terms import SYSTEMS, ServedForm, StepShape
 
 
 class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
-    """The median milliseconds of a kind of step. size: a name of the machine's sizes."""
+    """The lower quartile of the milliseconds of a kind of step. size: a name of the machine's sizes."""
 
     size: str
     system: str

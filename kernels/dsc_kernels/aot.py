@@ -89,7 +89,7 @@ SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "nor
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 
 
-ALIGNED = "_stride", "groups", "vocabulary"  # integers that 16 divides in both configurations, as a launch would see
+ALIGNED = "_stride", "groups", "vocabulary"  # that 16 divides in these sizes, as Triton sees when it launches
 
 
 TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}

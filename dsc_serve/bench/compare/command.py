@@ -186,7 +186,7 @@ def write_report(results: Results, out: Path) -> None:
 
 
 @click.command("report", context_settings={"show_default": True})
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.option("--into", type=FILE, help="Put tables into this Markdown file, between its marks for --name.")
 @click.option("--name", help="Whose place in the file it is, such as paper.")
 @click.option("--chart", "charts", multiple=True, default=("throughput", "itl-p50"), help="Charts to put in as well.")
@@ -195,7 +195,8 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
 
     With --into, the tables replace what stands between the lines "<!-- NAME: begin -->" and "<!-- NAME: end -->";
     charts are written as SVG into the folder plots beside the document, and the results as NAME.results.json, so that
-    the tables can be made again and audited.
+    the tables can be made again and audited. FOLDER may also be a file that `bench adapters`, `context`, `quantised` or
+    `tenants` wrote by --json.
     """
     from dsc_serve.bench.compare.blocks import audited, put_into
     from dsc_serve.bench.compare.report import markdown, write_charts
@@ -204,6 +205,9 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
 
     if into is not None and not name:
         raise click.ClickException("--into needs --name")
+    if folder.is_file():
+        report_kept(folder, into, f"{name}")
+        return
     if is_kept_in(folder / RESULTS):
         report_speculation(folder, into, f"{name}")
         return
@@ -219,6 +223,24 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     plots.mkdir(exist_ok=True)
     write_charts(results, plots / name, charts)
     save_results(results, into.with_name(raw))
+    into.write_text(document, encoding="utf-8")
+
+
+def report_kept(file: Path, into: Path | None, name: str) -> None:
+    """The same of what one command kept."""
+    from dsc_serve.bench.compare.blocks import audited, put_into
+    from dsc_serve.bench.step.kept import UnknownResultsError, load_kept, markdown_of_kept
+
+    try:
+        text = markdown_of_kept(load_kept(file))
+    except UnknownResultsError as error:
+        raise click.ClickException(str(error)) from error
+    if into is None:
+        click.echo(text)
+        return
+    raw = into.with_name(f"{name}.{RESULTS}")
+    document = put_into(into.read_text(encoding="utf-8"), name, f"{audited(raw.name)}\n\n{text}")
+    raw.write_bytes(file.read_bytes())
     into.write_text(document, encoding="utf-8")
 
 

@@ -87,8 +87,6 @@ INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logi
 INTEGERS += ("vocabulary",)
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
-
-
 ALIGNED = "_stride", "groups", "vocabulary"  # that 16 divides in these sizes, as Triton sees when it launches
 
 
@@ -233,8 +231,7 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
 def sampling_jobs(_: Sizes) -> Iterator[Job]:
     from dsc_kernels.gpu import sample
 
-    types = {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG}
-    yield Job("sample", sample.sample_rows, sample.blocks(), types)
+    yield Job("sample", sample.sample_rows, sample.blocks(), {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG})
 
 
 def jobs(config: str, target: str = "sm_90") -> list[Job]:

@@ -19,7 +19,7 @@ from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
 from dsc_kernels.gpu.ffn_in import route_beside, router_logits
-from dsc_kernels.gpu.moe import Beside, expert_slots
+from dsc_kernels.gpu.moe import SharedBeside, expert_slots
 from dsc_kernels.gpu.pick_experts import pick_experts
 from dsc_kernels.gpu.product import fused, multiply
 from dsc_kernels.gpu.quantised import float_product, product
@@ -285,9 +285,9 @@ class Moe:
         beside = None if gate is not None else self._beside(x, None)
         return x, self._experts(normed, *self.route(normed, rstd, outputs), beside=beside)
 
-    def _beside(self, x: Tensor, weights: Tensor | None) -> Beside | None:
+    def _beside(self, x: Tensor, weights: Tensor | None) -> SharedBeside | None:
         """The shared expert, where its products are launched with the others'; None: they are not."""
-        return None if self._shared is None or not fused(*x.shape) else Beside(self._shared, weights)
+        return None if self._shared is None or not fused(*x.shape) else SharedBeside(self._shared, weights)
 
     def _experts(
         self,
@@ -295,7 +295,7 @@ class Moe:
         weights: Tensor,
         experts: Tensor,
         adapted: Adapted | None = None,
-        beside: Beside | None = None,
+        beside: SharedBeside | None = None,
     ) -> Parts:
         slots = expert_slots(x, weights, experts, self.up, self.gate, self.down, self.activation, beside)
         further = None

@@ -23,7 +23,7 @@ LARGE_TILE = 64
 DIRECT_SLOTS, DIRECT_TOKENS = 512, 256  # up to which a tile may find its rows by itself
 
 
-class Beside(NamedTuple):
+class SharedBeside(NamedTuple):
     """A shared expert: whole weights [H, d] and [d, H] without biases, and its outputs' weights float32 [B], if any."""
 
     mlp: MlpWeights
@@ -264,7 +264,7 @@ def expert_slots(
     gate: Tensor | None,
     down: Tensor,
     activation: Activation,
-    shared: Beside | None = None,
+    shared: SharedBeside | None = None,
 ) -> Tensor:
     """weights_j · W_2 act(W_1 x) of each token's experts j: float32 [B, k, d], or [B, k + 1, d] with a shared one.
 

@@ -57,7 +57,7 @@ def run_experts(
     down: Tensor,
     activation: Activation,
     residual: Tensor | None = None,
-    shared: moe.Beside | None = None,
+    shared: moe.SharedBeside | None = None,
 ) -> Tensor:
     """The slots of all tokens, summed as a layer does."""
     slots = moe.expert_slots(x, weights, experts.int(), up, gate, down, activation, shared)
@@ -123,7 +123,7 @@ def test_a_shared_expert_beside_the_others(
     own = MlpWeights(*(random(g, dtype, width, d, scale=d**-0.5) for _ in range(2)), random(g, dtype, d, width))
     weights, scales = banded(torch.rand(batch, k, generator=g)), banded(torch.rand(batch, generator=g))
     experts = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(batch)])
-    beside = moe.Beside(own, scales if weighed else None)
+    beside = moe.SharedBeside(own, scales if weighed else None)
     got = run_experts(x, weights, experts, up, gate, down, "silu", shared=beside)
     alone = reference.mlp(x.double(), own.up.double(), own.gate.double(), own.down.double(), "silu")
     alone = alone * scales.double()[:, None] if weighed else alone

@@ -20,7 +20,7 @@ PAUSE_S = 0.02  # until threads of the program that was just measured sleep
 READ_SAMPLES = 5
 
 
-class Form(msgspec.Struct, frozen=True):
+class HeldForm(msgspec.Struct, frozen=True):
     """A model with its weights held so."""
 
     name: str
@@ -81,7 +81,7 @@ def in_turn(systems: Sequence[Callable[[], float]], number: int) -> list[float]:
     return found
 
 
-def decode(forms: Sequence[Form], peer: Peer | None, streams: int, steps: int, rounds: int) -> list[StepRow]:
+def decode(forms: Sequence[HeldForm], peer: Peer | None, streams: int, steps: int, rounds: int) -> list[StepRow]:
     """Steps of all systems in turn, so many at a time."""
     running = [Streams(form.model, form.config, streams, PROMPT_TOKENS, steps * rounds) for form in forms]
     readings = [Reading(form.nbytes, form.model) for form in forms]
@@ -118,7 +118,7 @@ def decode(forms: Sequence[Form], peer: Peer | None, streams: int, steps: int, r
     return rows
 
 
-def prompts(forms: Sequence[Form], peer: Peer | None, tokens: int, rounds: int) -> list[PromptRow]:
+def prompts(forms: Sequence[HeldForm], peer: Peer | None, tokens: int, rounds: int) -> list[PromptRow]:
     """Prompts of all systems in turn, to their first token; nothing is found again of the one before."""
     engines = [Engine.for_model(form.model, sized(form.config, 2 * tokens + 64, 1)) for form in forms]
     asked = 0
@@ -152,7 +152,7 @@ def prompts(forms: Sequence[Form], peer: Peer | None, tokens: int, rounds: int) 
     return rows
 
 
-def names(forms: Sequence[Form], peer: Peer | None) -> list[str]:
+def names(forms: Sequence[HeldForm], peer: Peer | None) -> list[str]:
     return [form.name for form in forms] + (["llama.cpp"] if peer is not None else [])
 
 

@@ -59,7 +59,7 @@ def quantised_command(
     systems = []
     for form in dict.fromkeys(forms):
         config = EngineConfig(model=model, threads=threads, dtype=dtype, weights=form)  # type: ignore[arg-type]
-        systems.append(quantised.Form(form, prepare_model(config), config))
+        systems.append(quantised.HeldForm(form, prepare_model(config), config))
     context = systems[0].model.config.max_position_embeddings
     needed = max(prompt_tokens + 1, needed_tokens(quantised.PROMPT_TOKENS, max(streams), steps * rounds))
     if needed > context:

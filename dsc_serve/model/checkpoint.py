@@ -119,7 +119,7 @@ def load_model(
         raise CheckpointError(f"{path}: {error}") from None
     if config.max_position_embeddings > (most := source.config.longest_context):
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
-    weights = source.auto_weights(dtype) if weights == "auto" else weights
+    weights = source.auto_weights if weights == "auto" else weights
     forms, computed = forms_for(config, weights, keep), choose_dtype(dtype, source.dtype, device)
     dequantised = set(forms.values()) == {"bfloat16"}  # then nothing is brought into our forms first
     with LoadingProgress(source) as progress:

@@ -20,7 +20,15 @@ from dsc_serve.model.checkpoint import open_source
 from dsc_serve.train.adapt.trainer import AdapterTrainer
 from dsc_serve.train.adaptation_study import stages
 from dsc_serve.train.adaptation_study.matrix import HeldOut, Rows, expected_seconds, measure_rows
-from dsc_serve.train.adaptation_study.plan import STUDIED, StudyOptions, changes_of, kinds_of, run_settings
+from dsc_serve.train.adaptation_study.plan import (
+    STUDIED,
+    EqualLora,
+    StudyOptions,
+    changes_of,
+    equal_lora,
+    kinds_of,
+    run_settings,
+)
 from dsc_serve.train.adaptation_study.study import AdaptationStudy
 
 __all__ = ["base", "texts"]  # fixtures
@@ -103,13 +111,20 @@ def test_bytes_are_those_of_what_is_written(base: Path, whole: tuple[Path, Resul
             assert kind["shared_bytes"] == sum(part.nbytes for pair in pairs for part in pair) // 2
 
 
-def test_at_equal_bytes_stands_a_lora_of_the_nearest_rank(result: dict[str, Any]) -> None:
-    assert set(result["equal_bytes"]) == {"lora-xs", "shared", "dsc"}
-    one = result["kinds"]["lora"]["tenant_bytes"] // 4
-    for name, other in result["equal_bytes"].items():
-        rank = max(1, round(result["kinds"][name]["tenant_bytes"] / one))
-        assert other == ("lora" if rank == 4 else f"lora-r{rank}")
-        assert result["kinds"][other]["tenant_bytes"] == rank * one
+def test_at_equal_bytes_stands_the_lora_that_is_nearest(result: dict[str, Any]) -> None:
+    """Of rank 1 all modules take 440 numbers a layer, q and v 112, all of attention 224."""
+    assert result["equal_bytes"] == {"lora-xs": "lora-r1-qv", "shared": "lora-r1-qkvo", "dsc": "lora-r1-qv"}
+    size = {name: kind["tenant_bytes"] for name, kind in result["kinds"].items()}
+    assert (size["lora-r1-qv"], size["lora-r1-qkvo"], size["lora"]) == (448, 896, 4 * 1760)
+    assert (size["lora-xs"], size["shared"], size["dsc"]) == (448, 700, 576)
+
+
+def test_a_larger_tenant_has_a_lora_of_a_higher_rank_beside_it(base: Path) -> None:
+    config = open_source(base).config
+    assert equal_lora(config, StudyOptions(rank=4, basis=5, atoms=1000), "dsc").name == "lora-r5"
+    only = StudyOptions(rank=4, basis=5, atoms=1024, changes=("lora.modules=q,v",))
+    assert equal_lora(config, only, "dsc").title == "LoRA of rank 19"
+    assert equal_lora(config, only, "shared") == EqualLora(1, ("q",))
 
 
 def test_what_the_basis_leaves_out_is_told_and_unaligned_adapters_are_refused(result: dict[str, Any]) -> None:
@@ -275,6 +290,6 @@ def test_settings_go_to_the_kinds_that_have_them() -> None:
     assert changes_of(changes, "dsc") == ["rate=0.1", "gamma=0.2"]
     options = StudyOptions(tokens=1000, rank=8, changes=("length=100", "mixed.rows=2"))
     assert [run_settings(options, kind).steps for kind in ("lora", "mixed", "dsc")] == [3, 5, 10]
-    assert run_settings(options, "lora", 1).model_dump()["alpha"] == 2.0
+    assert run_settings(options, "lora", EqualLora(1, ("q",))).model_dump()["alpha"] == 2.0
     with pytest.raises(ConfigError, match="twice the rank"):
         changes_of(("lora.alpha=3",), "lora")

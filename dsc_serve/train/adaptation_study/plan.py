@@ -38,6 +38,7 @@ GIVEN = {
     "kind": "--kinds gives it",
 }
 FOR_ALL = ("length", "held_out", "seed", "threads")  # that kinds cannot differ in
+NARROW = (("q",), ("q", "v"), ("q", "k", "v", "o"))  # modules of LoRAs that are smaller than one of rank 1 of all
 STORED = 2  # bytes of a number of matrices: bfloat16
 WIDE = 4  # of biases and scales: float32
 
@@ -94,11 +95,14 @@ def changes_of(changes: Sequence[str], kind: str) -> list[str]:
     return found
 
 
-def run_settings(options: StudyOptions, kind: str, rank: int | None = None) -> AdapterRunSettings:
-    """Of a kind of TRAINED; rank: another than the options'. Raises ConfigError."""
+def run_settings(options: StudyOptions, kind: str, lora: EqualLora | None = None) -> AdapterRunSettings:
+    """Of a kind of TRAINED, or of a LoRA of another size. Raises ConfigError."""
     own, given = TRAINED[kind].settings, changes_of(options.changes, kind)
+    rank = options.rank if lora is None else lora.rank
     if issubclass(own, LowRankSettings):
-        given += [f"rank={rank or options.rank}", f"alpha={2 * (rank or options.rank)}"]
+        given += [f"rank={rank}", f"alpha={2 * rank}"]
+    if lora is not None and lora.modules:
+        given.append(f"modules={','.join(lora.modules)}")
     settings = settings_of(own, given)
     steps = math.ceil(options.tokens / (settings.rows * settings.length))
     return settings.model_copy(update={"steps": steps})
@@ -142,11 +146,35 @@ def shared_bytes(config: ModelConfig, options: StudyOptions, kind: str) -> int:
     return rank_bytes(config, settings.modules, options.basis if kind == SHARED else options.rank)
 
 
-def equal_rank(config: ModelConfig, options: StudyOptions, kind: str) -> int:
-    """The rank, at least 1, at which a LoRA takes about as many bytes as a tenant of a kind."""
+@dataclass(frozen=True, order=True)
+class EqualLora:
+    """A LoRA that takes about as many bytes as a tenant of another kind. modules: fewer than all, where rank is 1."""
+
+    rank: int
+    modules: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"lora-r{self.rank}{'-' if self.modules else ''}{''.join(self.modules)}"
+
+    @property
+    def title(self) -> str:
+        return f"LoRA of rank {self.rank}{' of ' if self.modules else ''}{', '.join(self.modules)}"
+
+
+def lora_bytes(config: ModelConfig, options: StudyOptions, lora: EqualLora) -> int:
     settings = run_settings(options, "lora")
     assert isinstance(settings, LowRankSettings)
-    return max(1, round(tenant_bytes(config, options, kind) / rank_bytes(config, settings.modules, 1)))
+    return rank_bytes(config, lora.modules or settings.modules, lora.rank)
+
+
+def equal_lora(config: ModelConfig, options: StudyOptions, kind: str) -> EqualLora:
+    """The nearest in bytes to a tenant of a kind: of a rank, and where rank 1 is too much already, of fewer modules."""
+    settings, size = run_settings(options, "lora"), tenant_bytes(config, options, kind)
+    assert isinstance(settings, LowRankSettings)
+    whole = EqualLora(max(1, round(size / rank_bytes(config, settings.modules, 1))))
+    fewer = [EqualLora(1, own) for own in NARROW if set(own) < set(settings.modules)]
+    return min([whole, *fewer], key=lambda lora: abs(math.log(lora_bytes(config, options, lora) / size)))
 
 
 def check_study(base: Path, texts: Sequence[Path], options: StudyOptions, kinds: Sequence[str], folder: Path) -> None:

@@ -13,7 +13,15 @@ from dsc_serve.machine import default_threads
 from dsc_serve.model.cores.files import read_cores
 from dsc_serve.train.adapt.trainer import ADAPTERS
 from dsc_serve.train.adaptation_study.matrix import BASE, Rows
-from dsc_serve.train.adaptation_study.plan import SHARED, STUDIED, run_settings, shared_bytes, tenant_bytes
+from dsc_serve.train.adaptation_study.plan import (
+    SHARED,
+    STUDIED,
+    EqualLora,
+    lora_bytes,
+    run_settings,
+    shared_bytes,
+    tenant_bytes,
+)
 from dsc_serve.train.adaptation_study.study import MATRIX, AdaptationStudy
 from dsc_serve.train.study_report import machine
 
@@ -45,13 +53,13 @@ def results(study: AdaptationStudy, missing: Sequence[str], command: str) -> Res
         "kinds": {},
         "equal_bytes": {},
     }
-    equal = study.equal()
-    for kind in (*study.kinds, *(f"lora-r{rank}" for rank in sorted(set(equal.values()) - {study.options.rank}))):
-        own = one_kind(study, kind)
+    further = {lora.name: lora for lora in study.further()}
+    for kind in (*study.kinds, *further):
+        own = one_kind(study, kind, further.get(kind))
         if own is not None:
             found["kinds"][kind] = own
-    for kind, rank in equal.items():
-        beside = "lora" if rank == study.options.rank else f"lora-r{rank}"
+    for kind, lora in study.equal().items():
+        beside = lora.name if lora.name in further else "lora"
         if kind in found["kinds"] and beside in found["kinds"]:
             found["equal_bytes"][kind] = beside
     if SHARED in found["kinds"]:
@@ -67,22 +75,20 @@ def sizes(study: AdaptationStudy) -> dict[str, int]:
     return {"layers": c.num_hidden_layers, "width": c.hidden_size, "vocabulary": c.vocab_size}
 
 
-def one_kind(study: AdaptationStudy, kind: str) -> Results | None:
-    """None where a row of its matrix is missing."""
+def one_kind(study: AdaptationStudy, kind: str, lora: EqualLora | None = None) -> Results | None:
+    """lora: what it is where it is none of the study's kinds. None where a row of its matrix is missing."""
     bits = Rows.read(study.folder / MATRIX / f"{kind}.json").bits
     names = [kind] if kind == "mixed" else study.place.names
     if set(names) - bits.keys():
         return None
-    of, _, rank = kind.partition("-r")
     trained = "lora" if kind == SHARED else kind
     summary = json.loads((study.folder / trained / "summary.json").read_text("utf8"))
-    title, options = f"{STUDIED[of]} of rank {rank}" if rank else STUDIED[kind], study.options
-    size = tenant_bytes(study.config, options, of)
+    config, options = study.config, study.options
     seconds = summary["seconds"] + (study.seconds_of("share a basis") if kind == SHARED else 0.0)
     return {
-        "title": title,
-        "tenant_bytes": size // options.rank * int(rank) if rank else size,
-        "shared_bytes": shared_bytes(study.config, options, of),
+        "title": STUDIED[kind] if lora is None else lora.title,
+        "tenant_bytes": tenant_bytes(config, options, kind) if lora is None else lora_bytes(config, options, lora),
+        "shared_bytes": shared_bytes(config, options, kind) if lora is None else 0,
         "steps": summary["steps"],
         "tokens": summary["tokens"],
         "training_seconds": round(seconds, 1),

@@ -26,7 +26,7 @@ from dsc_serve.train.adapt.settings import AdapterRunSettings
 from dsc_serve.train.adapt.trainer import ADAPTERS, AdapterTrainer
 from dsc_serve.train.adaptation_study.matrix import HeldOut, Rows, expected_seconds, measure_rows
 from dsc_serve.train.adaptation_study.mixed import MIXED
-from dsc_serve.train.adaptation_study.plan import SHARED, TRAINED, StudyOptions, run_settings
+from dsc_serve.train.adaptation_study.plan import SHARED, TRAINED, EqualLora, StudyOptions, run_settings
 from dsc_serve.train.checkpoint import write_whole
 
 GRAFTED = "grafted"
@@ -142,10 +142,10 @@ def import_stage(given: Path, place: StudyPlace) -> WrittenStage:
     return WrittenStage("import the base", place.model, lambda out: import_gguf(given, out, torch.bfloat16))
 
 
-def train_stage(place: StudyPlace, kind: str, base: Path | None = None, rank: int | None = None) -> TrainStage:
-    """rank: another than the options', in the name and the folder."""
-    name = kind if rank is None else f"{kind}-r{rank}"
-    settings = run_settings(place.options, kind, rank)
+def train_stage(place: StudyPlace, kind: str, base: Path | None = None, lora: EqualLora | None = None) -> TrainStage:
+    """lora: of another size, in a folder of its name."""
+    name = kind if lora is None else lora.name
+    settings = run_settings(place.options, kind, lora)
     return TrainStage(f"train {name}", place.folder / name, TRAINED[kind].trainer, settings, base or place.model, place)
 
 

@@ -16,7 +16,7 @@ from dsc_serve.train.adapt.tenants import Tenant, tenants_of
 from dsc_serve.train.adapt.trainer import ADAPTERS
 from dsc_serve.train.adaptation_study.matrix import BASE, HeldOut, held_out
 from dsc_serve.train.adaptation_study.mixed import MIXED
-from dsc_serve.train.adaptation_study.plan import SMALL, StudyOptions, check_study, equal_rank, run_settings
+from dsc_serve.train.adaptation_study.plan import SMALL, EqualLora, StudyOptions, check_study, equal_lora, run_settings
 from dsc_serve.train.adaptation_study.stages import (
     MADE_BY,
     MatrixStage,
@@ -89,11 +89,15 @@ class AdaptationStudy:
         length = run_settings(self.options, "lora").length
         return {own.name: held_out(own.corpus, length, self.options.windows) for own in self.tenants}
 
-    def equal(self) -> dict[str, int]:
-        """By kind the rank of the LoRA of as many bytes beside it."""
+    def equal(self) -> dict[str, EqualLora]:
+        """By kind the LoRA of about as many bytes beside it."""
         if "lora" not in self.kinds:
             return {}
-        return {kind: equal_rank(self.config, self.options, kind) for kind in self.kinds if kind in SMALL}
+        return {kind: equal_lora(self.config, self.options, kind) for kind in self.kinds if kind in SMALL}
+
+    def further(self) -> list[EqualLora]:
+        """Those of them that are not the study's LoRA itself."""
+        return sorted(set(self.equal().values()) - {EqualLora(self.options.rank)})
 
     def stages(self) -> list[Stage]:
         place = self.place
@@ -104,10 +108,9 @@ class AdaptationStudy:
             model = self.folder / kind / MODEL if kind == "dsc" else place.model
             names = [MIXED] if kind == MIXED else place.names
             found.append(self._matrix(kind, model, self.folder / kind / ADAPTERS, names))
-        for rank in sorted(set(self.equal().values()) - {self.options.rank}):
-            name = f"lora-r{rank}"
-            found.append(train_stage(place, "lora", rank=rank))
-            found.append(self._matrix(name, place.model, self.folder / name / ADAPTERS, place.names))
+        for lora in self.further():
+            found.append(train_stage(place, "lora", lora=lora))
+            found.append(self._matrix(lora.name, place.model, self.folder / lora.name / ADAPTERS, place.names))
         return found
 
     def _matrix(self, kind: str, model: Path, adapters: Path | None, names: Sequence[str]) -> MatrixStage:

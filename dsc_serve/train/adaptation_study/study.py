@@ -143,4 +143,4 @@ class AdaptationStudy:
 
     def seconds_of(self, stage: str) -> float:
         """That a stage has taken at all starts."""
-        return sum(line["seconds"] for line in read_log(self.folder / LOG) if line["stage"] == stage)
+        return sum((float(line["seconds"]) for line in read_log(self.folder / LOG) if line["stage"] == stage), 0.0)

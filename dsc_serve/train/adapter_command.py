@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from dsc_serve.config import resolve_model
+from dsc_serve.train.adaptation_study.command import study_adapters_command
 from dsc_serve.train.command import limit_option, text_option
 from dsc_serve.train.share_command import share_command
 
@@ -15,12 +16,13 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group("adapter", short_help="Look into an adapter; let several share a basis.")
+@click.group("adapter", short_help="Look into an adapter; let several share a basis; compare kinds.")
 def adapter_group() -> None:
-    """Look into an adapter, or let several share a basis."""
+    """Look into an adapter, let several share a basis, or compare kinds of adapters on texts."""
 
 
 adapter_group.add_command(share_command)
+adapter_group.add_command(study_adapters_command)
 
 
 @adapter_group.command("inspect", short_help="Print what an adapter changes, and how much.")

@@ -41,6 +41,7 @@ class AdapterTrainer:
 
     The folder holds settings.json, tokenizer/ and data/, state.pt, log.jsonl, *.svg, summary.json and, at the end, the
     adapters, one folder for each text. time_limit: seconds for everything, over all starts; it replaces `steps`.
+    final_windows: held-out windows of each text, at most, that the end is measured on.
     Raises TrainError, CheckpointError and ConfigError in one line.
     """
 
@@ -55,6 +56,7 @@ class AdapterTrainer:
     ) -> None:
         keep_memory()
         self.settings, self.folder, self.name = settings, folder, name
+        self.final_windows = FINAL_WINDOWS
         self.clock = TrainingClock(time_limit, settings.steps)
         named = {"base": name, "texts": sorted(path.name for path in texts)}
         claim_folder(folder, LOG, {**named, **settings.model_dump(mode="json")})
@@ -103,10 +105,11 @@ class AdapterTrainer:
         """What is trained, with its rate as a part of the settings'."""
         return [{"params": [tensor for pair in self.updates.values() for tensor in pair], "factor": 1.0}]
 
-    def run(self, until: int | None = None) -> dict[str, Any] | None:
+    def run(self, until: int | None = None, stop_at: float | None = None) -> dict[str, Any] | None:
         """Train to the end and write the adapters; returns what summary.json says. A finished run only returns it.
 
-        until: the step after which the run stops where it is, and nothing is returned.
+        until: the step after which the run stops where it is, and nothing is returned. stop_at: a time of
+        time.monotonic(); a run whose next step, or whose end, would go beyond it stops likewise.
         """
         done = self.folder / "summary.json"
         if done.is_file():
@@ -119,7 +122,8 @@ class AdapterTrainer:
         checkpoints, logged = Checkpoints(self.clock, settings.checkpoint_s, self._save), self.clock.spent
         counted, losses = self.tokens, []
         while (share := self.clock.share(self.step)) < 1:
-            if until is not None and self.step >= until:
+            if (until is not None and self.step >= until) or self._late(self.clock.longest, stop_at):
+                progress.close()
                 self._save()
                 return None
             began = self.clock.spent
@@ -140,7 +144,10 @@ class AdapterTrainer:
             self.clock.longest = max(self.clock.longest, self.clock.spent - began)
         progress.close()
         self._save()
-        return self._finish()
+        return None if self._late(self.clock.reserve, stop_at) else self._finish()
+
+    def _late(self, seconds: float, stop_at: float | None) -> bool:
+        return stop_at is not None and time.monotonic() + seconds > stop_at
 
     def _network(self, weights: Mapping[str, Tensor], dtype: str) -> AdaptedNetwork:
         """In the dtype that is named, or under "auto" in the one in which a small step takes less time here."""
@@ -219,7 +226,7 @@ class AdapterTrainer:
     def _look(self) -> None:
         began = self.clock.spent
         found = self.held_out(self.settings.evaluate_windows)
-        self.clock.reserve = 2.6 * (self.clock.spent - began) * FINAL_WINDOWS / self.settings.evaluate_windows
+        self.clock.reserve = 2.6 * (self.clock.spent - began) * self.final_windows / self.settings.evaluate_windows
         loss = sum(loss for loss, _ in found.values()) / len(found)
         self.record.write(
             {
@@ -285,7 +292,7 @@ class AdapterTrainer:
             write_adapter(self.folder / ADAPTERS / tenant.name, self.name, self.lora.alpha, modules)
 
     def _finish(self) -> dict[str, Any]:
-        before, after = self.held_out(FINAL_WINDOWS, adapted=False), self.held_out(FINAL_WINDOWS)
+        before, after = self.held_out(self.final_windows, adapted=False), self.held_out(self.final_windows)
         self._write()
         self.record.close()
         self._plot()

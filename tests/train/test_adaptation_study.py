@@ -19,7 +19,7 @@ from dsc_serve.model.adapter_kinds import read_adapter
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.train.adapt.trainer import AdapterTrainer
 from dsc_serve.train.adaptation_study import stages
-from dsc_serve.train.adaptation_study.matrix import HeldOut, Rows, expected_seconds, measure_rows
+from dsc_serve.train.adaptation_study.matrix import HeldOutText, Rows, expected_seconds, measure_rows
 from dsc_serve.train.adaptation_study.plan import (
     STUDIED,
     EqualLora,
@@ -220,7 +220,7 @@ def test_training_is_cut_at_a_checkpoint_and_goes_on(
 
 def test_rows_are_measured_as_long_as_they_fit(base: Path, tmp_path: Path) -> None:
     rows = Rows(tmp_path / "lora.json")
-    texts = {"one": HeldOut([[1, 2, 3]], 9)}
+    texts = {"one": HeldOutText([[1, 2, 3]], 9)}
     engine = {"dtype": "float32", "threads": 1, "context": 32}
     late = time.monotonic() + 5
     assert measure_rows(rows, base, None, ["base"], texts, engine, 10.0, late) is False and rows.bits == {}

@@ -20,7 +20,7 @@ SPEED = 1000.0  # tokens a second that are expected before any were measured
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutText:
     """Held-out windows of a text, at most length + 1 tokens each, and the bytes that they predict."""
 
     windows: Sequence[list[int]]
@@ -31,13 +31,13 @@ class HeldOut:
         return sum(len(window) - 1 for window in self.windows)
 
 
-def held_out(corpus: Corpus, length: int, most: int) -> HeldOut:
+def held_out(corpus: Corpus, length: int, most: int) -> HeldOutText:
     """Of the one text of a corpus: at most so many windows, evenly spaced over all that there are."""
     (source,) = corpus.sources
     every = list(corpus.held_windows(source, length))
     count = min(most, len(every))
     chosen = [every[i * len(every) // count] for i in range(count)]
-    return HeldOut([window.tolist() for window, _ in chosen], sum(size for _, size in chosen))
+    return HeldOutText([window.tolist() for window, _ in chosen], sum(size for _, size in chosen))
 
 
 @dataclass
@@ -73,7 +73,7 @@ def expected_seconds(files: Sequence[Path], tokens: int) -> float:
     return tokens * max((rows.seconds / rows.tokens for rows in measured), default=1 / SPEED)
 
 
-def measure_row(llm: LLM, adapter: str, texts: Mapping[str, HeldOut]) -> dict[str, float]:
+def measure_row(llm: LLM, adapter: str, texts: Mapping[str, HeldOutText]) -> dict[str, float]:
     """Bits per byte by text, all under one adapter."""
     found = {}
     for name, own in texts.items():
@@ -90,7 +90,7 @@ def measure_rows(
     model: Path,
     adapters: Path | None,
     names: Sequence[str],
-    texts: Mapping[str, HeldOut],
+    texts: Mapping[str, HeldOutText],
     engine: Mapping[str, Any],
     expected_s: float,
     stop_at: float | None,

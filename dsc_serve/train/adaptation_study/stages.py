@@ -24,7 +24,7 @@ from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
 from dsc_serve.train.adapt.settings import AdapterRunSettings
 from dsc_serve.train.adapt.trainer import ADAPTERS, AdapterTrainer
-from dsc_serve.train.adaptation_study.matrix import HeldOut, Rows, expected_seconds, measure_rows
+from dsc_serve.train.adaptation_study.matrix import HeldOutText, Rows, expected_seconds, measure_rows
 from dsc_serve.train.adaptation_study.mixed import MIXED
 from dsc_serve.train.adaptation_study.plan import SHARED, TRAINED, EqualLora, StudyOptions, run_settings
 from dsc_serve.train.checkpoint import write_whole
@@ -120,7 +120,7 @@ class MatrixStage:
     model: Path
     adapters: Path | None
     names: Sequence[str]
-    texts: Callable[[], Mapping[str, HeldOut]]
+    texts: Callable[[], Mapping[str, HeldOutText]]
     engine: Mapping[str, Any]
 
     def done(self) -> bool:

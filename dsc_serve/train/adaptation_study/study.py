@@ -14,7 +14,7 @@ from dsc_serve.model.checkpoint import open_source
 from dsc_serve.train.adapt.branch_trainer import MODEL
 from dsc_serve.train.adapt.tenants import Tenant, tenants_of
 from dsc_serve.train.adapt.trainer import ADAPTERS
-from dsc_serve.train.adaptation_study.matrix import BASE, HeldOut, held_out
+from dsc_serve.train.adaptation_study.matrix import BASE, HeldOutText, held_out
 from dsc_serve.train.adaptation_study.mixed import MIXED
 from dsc_serve.train.adaptation_study.plan import SMALL, EqualLora, StudyOptions, check_study, equal_lora, run_settings
 from dsc_serve.train.adaptation_study.stages import (
@@ -84,7 +84,7 @@ class AdaptationStudy:
         return tenants_of(self.place.texts, settings, tokenizer, self.config.vocab_size, self.folder / "data")
 
     @cached_property
-    def held(self) -> dict[str, HeldOut]:
+    def held(self) -> dict[str, HeldOutText]:
         """What the matrix is measured on."""
         length = run_settings(self.options, "lora").length
         return {own.name: held_out(own.corpus, length, self.options.windows) for own in self.tenants}

@@ -106,6 +106,7 @@ def test_a_late_request_sits_out_and_then_goes_on_where_it_was(llm: LLM) -> None
     computed = llm.engine.scheduler.step_time, late.num_computed
     steps(llm, 1)
     assert late.num_computed == computed[1] and other.output_size == 5, "it was computed although it sits out"
+    time.sleep(2 * ORDINARY_S)
     grammar.ready = True
     to_the_end(llm)
     assert late.tokens[3:] == other.tokens[3:] == alone

@@ -302,8 +302,8 @@ class Engine:
             deltas += self._settled()
         if self.followers:
             self.followers.prune()
-        self.report.prompts += plan.load.tokens > 0
-        self.report.add(step.since, step.schedule_s, result.forward_s, step.computing_s, step.computed, plan.computed())
+        parts = step.since, step.schedule_s, result.forward_s, step.computing_s, step.computed
+        self.report.add(*parts, plan.computed(), plan.load.tokens > 0)
         if self.arrivals.adapters is not None and any(request.adapter is not None for request, _ in work):
             count_adapters(self.adapter_report, work, self.arrivals.names)
         return deltas

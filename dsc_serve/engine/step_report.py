@@ -37,9 +37,10 @@ class StepReport(msgspec.Struct, array_like=True):
         computing_s: float,
         computed: float,
         tokens: Collection[int],
+        prompts: bool,
     ) -> None:
         """Count a step that ends now; since when, and when it was computed, are of perf_counter, the tokens those of
-        its requests."""
+        its requests. prompts: whether a part of a prompt is among them."""
         ended = time.perf_counter()
         self.schedule_s += schedule_s
         self.forward_s += forward_s
@@ -48,6 +49,7 @@ class StepReport(msgspec.Struct, array_like=True):
         self.seconds.observe(ended - since)
         self.tokens.observe(sum(tokens))
         self.requests.observe(len(tokens))
+        self.prompts += prompts
 
 
 class PhaseReport(msgspec.Struct, array_like=True):

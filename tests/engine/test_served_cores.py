@@ -16,7 +16,7 @@ from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.model.cores.files import read_basis, write_cores
 
-CLOSE = 1e-4  # of the largest logit
+CLOSE = 3e-5  # of the largest logit
 MARGIN = 4e-3  # between the two largest, of which the second is in no machine's rounding the first
 NEW = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
@@ -66,7 +66,7 @@ def test_cores_are_the_loras_that_they_were(tenants: Path) -> None:
             want, found = (llm.logits(PROMPTS, adapter=name) for llm in (before, after))
             for own, other, without in zip(found, want, base, strict=True):
                 assert apart(own, other) < CLOSE
-                assert len(own) == 1 or apart(own, without) > 20 * CLOSE
+                assert len(own) == 1 or apart(own, without) > 40 * CLOSE
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ Ids = npt.NDArray[Any]
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and the *.txt and *.txt.xz files of the folders named, sorted. Raises TrainError for none."""
+    """The files named, and the *.txt and *.txt.xz files of the folders named, sorted. Raises TrainError."""
     files: list[Path] = []
     for path in paths:
         found = sorted(f for f in path.iterdir() if f.name.endswith((".txt", ".txt.xz"))) if path.is_dir() else [path]
@@ -44,6 +44,9 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TrainError(f"two texts are called {twice[0]}; sources are told apart by their file names")
+    for file in files:
+        if not file.exists():
+            raise TrainError(f"{file}: no such file or folder")
     if not files:
         raise TrainError("no text given; name files or folders of *.txt or *.txt.xz with --text")
     return files

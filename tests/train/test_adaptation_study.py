@@ -259,6 +259,8 @@ def test_texts_that_make_no_study_are_named(base: Path, texts: list[Path], tmp_p
     words = ["adapter", "study", "--base", str(base), "--out", str(tmp_path / "runs")]
     none = CliRunner().invoke(main, words)
     assert none.exit_code == 1 and "no text given" in none.output
+    nowhere = CliRunner().invoke(main, [*words, "--text", str(tmp_path / "nowhere")])
+    assert nowhere.exit_code == 1 and "nowhere: no such file or folder" in nowhere.output
     one = CliRunner().invoke(main, [*words, "--text", str(texts[0]), "--set", "length=32"])
     assert one.exit_code == 1 and "1 text is given; a study of tenants compares at least 2" in one.output
     short = tmp_path / "short.txt"

@@ -51,8 +51,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "stored", "bfloat16", "int8", "int4"],
         Meta(
             description="Hold weights so: stored: as they are, quantised ones too; auto: the same, but GGUF files "
-            "dequantised; bfloat16: none quantised, in the dtype; int8, int4: what takes more bits is rounded at load, "
-            "by sane parts (quantisation.md)."
+            "dequantised where dtype is float32; bfloat16: none quantised, in the dtype; int8, int4: what takes more "
+            "bits is rounded at load, by sane parts (quantisation.md)."
         ),
     ] = "auto"
     keep: Annotated[
@@ -62,6 +62,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             "embedding, head, attention, mlp, experts, router, bank."
         ),
     ] = ""
+    activations: Annotated[
+        Literal["int16", "int8"],
+        Meta(description="Round inputs of quantised products so (on CPUs); int8: faster for many, and logits move."),
+    ] = "int16"
     kv_dtype: Annotated[
         Literal["auto", "int8"],
         Meta(

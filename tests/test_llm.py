@@ -153,6 +153,6 @@ def test_a_name_that_is_no_setting_is_refused_with_the_one_that_was_meant() -> N
         LLM(max_runing=2)
     with pytest.raises(
         TypeError,
-        match="colour is not a setting of the engine; known: model, context, dtype, weights, keep, kv_dtype, device",
+        match="colour is not a setting of the engine; known: model, context, dtype, weights, keep, activations,",
     ):
         LLM(colour="red")

@@ -16,7 +16,7 @@ FIELD = "draft_model"
 
 
 def load_companion(config: EngineConfig, model: Decoder, tokenizer: Tokenizer | None) -> Decoder:
-    """The model of `draft_model`, on the served one's device, in its dtype and with weights held as `weights` says.
+    """The model of `draft_model`, on the served one's device, in its dtype, with weights held as `weights` says.
 
     What `keep` names is the served model's alone.
 
@@ -25,7 +25,7 @@ def load_companion(config: EngineConfig, model: Decoder, tokenizer: Tokenizer | 
     """
     path = resolve_model(config.draft_model)
     dtype = "float32" if model.dtype == torch.float32 else DTYPES[config.dtype]
-    loaded = load_model(path, dtype, model.device, weights=config.weights)
+    loaded = load_model(path, dtype, model.device, weights=config.weights, activations=config.activations)
     ours, theirs = model.config.vocab_size, loaded.config.vocab_size
     if ours != theirs:
         raise ConfigError(

@@ -43,7 +43,13 @@ def prepare_model(config: EngineConfig) -> Decoder:
     check_room(resolve_model(config.model), config)
     try:
         model = load_model(
-            resolve_model(config.model), DTYPES[config.dtype], device, config.context, config.weights, config.keep
+            resolve_model(config.model),
+            DTYPES[config.dtype],
+            device,
+            config.context,
+            config.weights,
+            config.keep,
+            config.activations,
         )
     except KeepError as error:
         raise ConfigError(str(error)) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dsc_kernels.memory import trim
+from dsc_kernels.quantised import ActivationBits
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json
 from dsc_serve.model.decoder import Decoder, tensor_shapes
@@ -103,13 +104,22 @@ def forms_for(config: ModelConfig, weights: str, keep: str) -> Forms:
     return forms_of(weights, keep, ffn, config.tie_word_embeddings, present)
 
 
+ACTIVATION_BITS: dict[str, ActivationBits] = {"int16": 16, "int8": 8}
+
+
 def load_model(
-    path: Path, dtype: str, device: torch.device, context: int = 0, weights: str = "auto", keep: str = ""
+    path: Path,
+    dtype: str,
+    device: torch.device,
+    context: int = 0,
+    weights: str = "auto",
+    keep: str = "",
+    activations: str = "int16",
 ) -> Decoder:
     """Read, check and prepare the model at a path, tensor by tensor. Raises CheckpointError, TokenizerError.
 
-    dtype: "auto", "float32" or "bfloat16". context: positions to serve; 0: as many as the model is for. weights, keep:
-    as the settings say; raises KeepError for those that do not fit the model.
+    dtype: "auto", "float32" or "bfloat16". context: positions to serve; 0: as many as the model is for. weights, keep,
+    activations: as the settings say; raises KeepError for those that do not fit the model.
     """
     source = open_source(path)
     source.check()
@@ -119,13 +129,13 @@ def load_model(
         raise CheckpointError(f"{path}: {error}") from None
     if config.max_position_embeddings > (most := source.config.longest_context):
         log.warning("context is %d; the model is for %d, and may write nonsense beyond", context, most)
-    weights = source.auto_weights if weights == "auto" else weights
+    weights = source.auto_weights(dtype) if weights == "auto" else weights
     forms, computed = forms_for(config, weights, keep), choose_dtype(dtype, source.dtype, device)
     dequantised = set(forms.values()) == {"bfloat16"}  # then nothing is brought into our forms first
     with LoadingProgress(source) as progress:
         tensors = source.weights(progress) if dequantised else source.stored_weights(progress)
         try:
-            model = Decoder(config, tensors, computed, device, forms)
+            model = Decoder(config, tensors, computed, device, forms, ACTIVATION_BITS[activations])
         except CheckpointError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsc_kernels import ops
 from dsc_kernels.backend import Adapter, Basis
 from dsc_kernels.memory import zeros
-from dsc_kernels.quantised import Weight
+from dsc_kernels.quantised import ActivationBits, Weight
 from dsc_kernels.weights import (
     ATOMS,
     NOT_TUNED,
@@ -63,10 +63,11 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         forms: Forms = AS_STORED,
+        activation_bits: ActivationBits = 16,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.modules = modules_of(config)
-        place = Placement(dtype, device, forms)
+        place = Placement(dtype, device, forms, activation_bits)
         self.held = place.held
 
         embedding = place.weight("embedding", tensors["model.embed_tokens.weight"])

@@ -1,6 +1,6 @@
 """GGUF files of the families in `gguf_families`: their tensors, dequantised or as stored, and the tokenizer converted.
 
-A file gives its values, dequantised, under the default `weights`, "auto"; "stored" holds what it holds in few bits so.
+What a file holds in few bits is held so, too, under the default `weights`, "auto"; in float32, it gives its values.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gguf_source(file: Path) -> ModelSource:
     kinds = {entry.kind for entry in content.tensors if OUTER.get(entry.name) == EMBEDDING}
     dtype = FLOATS.get(kind_of(kinds.pop()), torch.bfloat16) if kinds else torch.bfloat16
     origin = Origin({**settings.content, "architectures": [family.architecture]}, file)
-    return ModelSource(file, config, tensors, dtype, partial(text_files, content), origin, auto_weights="bfloat16")
+    return ModelSource(file, config, tensors, dtype, partial(text_files, content), origin, exact_in_float32=True)
 
 
 def text_files(content: GgufFile) -> dict[str, str]:

@@ -52,7 +52,7 @@ def graft(
     for name, stored in source.tensors.items():
         own: Saved | None = None
         if stored.quantised is not None:
-            own = stored.quantised() if source.auto_weights == "stored" else weights[name].to(dtype)
+            own = stored.quantised() if not source.exact_in_float32 else weights[name].to(dtype)
         tensors[renamed(name, chosen)] = weights[name] if own is None else own
     tensors |= {name: in_dtype(tensor, source.dtype) for name, tensor in drawn.items()}
     save_checkpoint(config, tensors, out, source.path, source.dtype)
@@ -74,7 +74,7 @@ def with_bank(source: ModelSource, bank: Mapping[str, Tensor], name: str, out: P
     weights, tensors = source.weights(), dict[str, Saved]()
     for key, stored in source.tensors.items():
         own: Saved | None = None if key not in bank else in_dtype(bank[key], source.dtype)
-        if own is None and stored.quantised is not None and source.auto_weights == "stored":
+        if own is None and stored.quantised is not None and not source.exact_in_float32:
             own = stored.quantised()
         tensors[key] = weights[key] if own is None else own
     ffn = source.config.ffn.model_copy(update={"bank": name})

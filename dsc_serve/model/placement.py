@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dsc_kernels.memory import resident
-from dsc_kernels.quantised import Bits, QuantisedWeight, Weight
+from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight, Weight
 from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
 from dsc_serve.model.rounding import OutOfRangeError, rounded
 from dsc_serve.weight_forms import AS_STORED, EIGHT_AT_LEAST, Form, Forms, Part
@@ -22,12 +22,14 @@ BITS: dict[Form, Bits] = {"int8": 8, "int4": 4}
 class Placement:
     """dtype: what layers compute in. forms: of the parts of the model; int8 is of at most 8 bits, int4 of at most 4.
 
-    held: bytes of weights by their form, as they were placed.
+    activation_bits: of inputs of products with quantised weights. held: bytes of weights by their form, as they were
+    placed.
     """
 
     dtype: torch.dtype
     device: torch.device
     forms: Forms = field(default_factory=lambda: AS_STORED)
+    activation_bits: ActivationBits = 16
     held: Counter[str] = field(default_factory=Counter)
 
     def tensor(self, stored: Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,14 +56,18 @@ class Placement:
         if isinstance(stored, QuantisedWeight):
             if self.forms[part] == "stored" or (bits is not None and stored.bits <= bits):
                 own = widened(stored, 8, stored.group) if part in EIGHT_AT_LEAST else stored
-                return own.to(self.dtype).map(lambda tensor: tensor.to(self.device))
+                return self._on_device(own)
             stored = stored.whole()
         if bits is not None:
             try:
-                return rounded(stored.float(), bits, self.dtype).map(lambda tensor: tensor.to(self.device))
+                return self._on_device(rounded(stored.float(), bits, self.dtype))
             except OutOfRangeError:  # numbers of millions, which only floating point holds
                 pass
         return self.tensor(stored, dtype)
+
+    def _on_device(self, own: QuantisedWeight) -> QuantisedWeight:
+        there = replace(own, dtype=self.dtype, activation_bits=self.activation_bits)
+        return there.map(lambda tensor: tensor.to(self.device))
 
 
 def in_place(weight: Weight) -> Weight:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsc_kernels.quantised import Weight
+from dsc_serve.config import DTYPES
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.decoder import tensor_shapes
@@ -65,7 +66,7 @@ class ModelSource:
 
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
     origin: the family's form that the tensors were brought from; None: they were made in the serving form.
-    auto_weights: the setting `weights` that "auto" is.
+    exact_in_float32: whether nothing is held in few bits under `weights` "auto" where float32 is asked for.
     """
 
     path: Path
@@ -74,7 +75,11 @@ class ModelSource:
     dtype: torch.dtype
     texts: Callable[[], dict[str, str]]
     origin: Origin | None = None
-    auto_weights: str = "stored"
+    exact_in_float32: bool = False
+
+    def auto_weights(self, dtype: str) -> str:
+        """What the setting `weights` "auto" is under the setting `dtype`."""
+        return "bfloat16" if self.exact_in_float32 and DTYPES.get(dtype) == "float32" else "stored"
 
     def check(self) -> None:
         """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""

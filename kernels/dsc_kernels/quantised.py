@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
+ActivationBits = Literal[8, 16]
 GROUPS = (16, 32)
 
 
@@ -29,6 +30,7 @@ class QuantisedWeight:
     shape: tuple[int, int]  # (out, in)
     compensation: tuple[Tensor, Tensor] | None = None  # left [out, r], right [r, in]: y = W x + left (right x)
     dtype: torch.dtype = torch.bfloat16  # of the inputs and outputs of its products
+    activation_bits: ActivationBits = 16  # that native products round inputs to; other backends take them as they are
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -54,6 +56,8 @@ class QuantisedWeight:
             fits("compensation's right", right, (rank, columns))
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype is {self.dtype}; a layer computes in a floating-point one")
+        if self.activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits is {self.activation_bits}; allowed: 8 and 16")
 
     @property
     def device(self) -> torch.device:

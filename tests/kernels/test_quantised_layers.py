@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 import torch
 from support.native_cases import DTYPES, error, random, routed_layer
-from support.quantised_cases import bound, clear_of_ties, emulated, exact, quantised
+from support.quantised_cases import ACTIVATION_BITS, bound, clear_of_ties, emulated, exact, quantised
 from torch import Tensor
 
 from dsc_kernels import native, ops, plain, reference
-from dsc_kernels.quantised import Bits, QuantisedWeight
+from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight
 from dsc_kernels.weights import Activation, AtomBank, FfnOptions, MlpWeights, MoeOptions, Router, SharedExpert
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
     pytest.mark.usefixtures("instruction_set"),
 ]
-WITHIN = {torch.float32: 1.5e-2, torch.bfloat16: 2.5e-2}  # by norm: inputs and hidden activations are in int8
+# By norm, where inputs and hidden activations are in so many bits, beside those that the dtype has.
+WITHIN: dict[tuple[ActivationBits, torch.dtype], float] = {
+    (8, torch.float32): 1.5e-2,
+    (8, torch.bfloat16): 2.5e-2,
+    (16, torch.float32): 6e-5,
+    (16, torch.bfloat16): 6e-3,
+}
 ROUNDING = 3e-6  # of float32, by norm: all that is left beside the same with inputs in int8
 BATCHES = [1, 3, 8, 24, 25, 130]
 
@@ -33,9 +39,25 @@ def router_precision(request: pytest.FixtureRequest) -> Iterator[str]:
     native.use_router(before)
 
 
-def mlp(g: torch.Generator, d: int, hidden: int, bits: Bits, dtype: torch.dtype, gated: bool, rank: int) -> MlpWeights:
-    up, gate = (quantised(g, hidden, d, bits, dtype=dtype, rank=rank) for _ in range(2))
-    return MlpWeights(up, gate if gated else None, quantised(g, d, hidden, bits, 16, "centred", dtype, rank))
+@pytest.fixture(params=ACTIVATION_BITS, ids=lambda bits: f"int{bits}")
+def inputs(request: pytest.FixtureRequest) -> ActivationBits:
+    bits: ActivationBits = request.param
+    return bits
+
+
+def mlp(
+    g: torch.Generator,
+    d: int,
+    hidden: int,
+    bits: Bits,
+    dtype: torch.dtype,
+    gated: bool,
+    rank: int,
+    inputs: ActivationBits = 16,
+) -> MlpWeights:
+    up, gate = (quantised(g, hidden, d, bits, dtype=dtype, rank=rank, activation_bits=inputs) for _ in range(2))
+    down = quantised(g, d, hidden, bits, 16, "centred", dtype, rank, activation_bits=inputs)
+    return MlpWeights(up, gate if gated else None, down)
 
 
 def wide(weights: MlpWeights) -> MlpWeights:
@@ -71,15 +93,17 @@ def weights_of(weights: MlpWeights) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "gated", "rank"), [(4, True, 0), (4, False, 5), (8, True, 3), (8, False, 0)])
-def test_dense_layer(bits: Bits, gated: bool, rank: int, dtype: torch.dtype, batch: int) -> None:
+def test_dense_layer(
+    inputs: ActivationBits, bits: Bits, gated: bool, rank: int, dtype: torch.dtype, batch: int
+) -> None:
     g = torch.Generator().manual_seed(batch)
-    weights = mlp(g, 70, 150, bits, dtype, gated, rank)
+    weights = mlp(g, 70, 150, bits, dtype, gated, rank, inputs)
     x, residual = random(g, dtype, batch, 70), random(g, dtype, batch, 70)
     options = FfnOptions(activation="silu")
     want = plain.Ffn(wide(weights), options)(x.double()) + residual.double()
     for backend in (native, plain):
-        assert error(backend.Ffn(weights, options)(x, residual), want) < WITHIN[dtype]
-    if dtype == torch.float32:
+        assert error(backend.Ffn(weights, options)(x, residual), want) < WITHIN[inputs, dtype]
+    if inputs == 8 and dtype == torch.float32:
         in_int8 = InInt8("silu")
         assert in_int8.matches(native.Ffn(weights, options)(x, residual), in_int8(weights, x) + residual.double())
 
@@ -88,10 +112,12 @@ def test_dense_layer(bits: Bits, gated: bool, rank: int, dtype: torch.dtype, bat
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rank", [0, 5])
-def test_hidden_numbers_are_within_half_a_step_of_each_input(gated: bool, bits: Bits, rank: int, batch: int) -> None:
+def test_hidden_numbers_are_within_half_a_step_of_each_input(
+    inputs: ActivationBits, gated: bool, bits: Bits, rank: int, batch: int
+) -> None:
     """Where a last product by ones shows them, and no activation makes them smaller."""
     g = torch.Generator().manual_seed(batch)
-    up, gate = (quantised(g, 61, 70, bits, rank=rank) for _ in range(2))
+    up, gate = (quantised(g, 61, 70, bits, rank=rank, activation_bits=inputs) for _ in range(2))
     x, show = random(g, torch.float32, batch, 70), torch.eye(70, 61)
     got = native.Ffn(MlpWeights(up, gate if gated else None, show), FfnOptions(activation="none"))(x).double()
     want, most = exact(x, up), bound(x, up)
@@ -102,11 +128,13 @@ def test_hidden_numbers_are_within_half_a_step_of_each_input(gated: bool, bits: 
     assert bool(((got[:, :61] - want).abs() <= most + 1e-6 * want.abs()).all()) and not bool(got[:, 61:].any())
 
 
-def routed(g: torch.Generator, dtype: torch.dtype, rank: int, k: int = 5, atoms: int = 150) -> dict[str, Any]:
+def routed(
+    g: torch.Generator, dtype: torch.dtype, rank: int, inputs: ActivationBits = 16, k: int = 5, atoms: int = 150
+) -> dict[str, Any]:
     """A DSC layer or mixture of LoRAs of d 70 with everything in int8, or in int4 where that may be."""
     d, rows = 70, atoms * max(rank, 1)
     layer = routed_layer(g, dtype, d, atoms, k, 90, tau=20.0)
-    weights = mlp(g, d, 90, 4, dtype, False, 0)
+    weights = mlp(g, d, 90, 4, dtype, False, 0, inputs)
     bank = [quantised(g, rows, d, 8, 16, kind, dtype) for kind in ("none", "minimums")]
     router = Router(quantised(g, atoms, d, 8, 32, "none", dtype, size=3.0), layer["router_bias"], 1e-5)
     options = FfnOptions(activation="gelu", k=k, rank=rank, tau=20.0, eps=1e-6)
@@ -117,11 +145,11 @@ def routed(g: torch.Generator, dtype: torch.dtype, rank: int, k: int = 5, atoms:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_routed_layer_picks_by_the_routers_own_numbers(
-    router_precision: str, rank: int, dtype: torch.dtype, batch: int
+    router_precision: str, inputs: ActivationBits, rank: int, dtype: torch.dtype, batch: int
 ) -> None:
     """Picks are those of the float64 router wherever it sees a difference; the output is the oracle's for them."""
     g = torch.Generator().manual_seed(batch + rank)
-    parts = routed(g, dtype, rank)
+    parts = routed(g, dtype, rank, inputs)
     x = random(g, dtype, batch, 70)
     layer = native.Ffn(**parts)
     out, picks, weights, _ = layer.routed(x)
@@ -142,8 +170,8 @@ def test_routed_layer_picks_by_the_routers_own_numbers(
     static = plain.Ffn(wide(parts["mlp"]), FfnOptions(activation="gelu"))(x.double())
     u, v = bank.u.whole(torch.float64), bank.v.whole(torch.float64)
     composed = reference.compose(x.double(), rows, spread, u, v, bank.gamma.double())
-    assert error(out, static + composed) < WITHIN[dtype]
-    if dtype == torch.float32:
+    assert error(out, static + composed) < WITHIN[inputs, dtype]
+    if inputs == 8 and dtype == torch.float32:
         in_int8 = InInt8("gelu")
         assert in_int8.matches(out, in_int8(parts["mlp"], x) + composed)
 
@@ -170,13 +198,13 @@ def test_grouped_composition_of_quantised_rows() -> None:
 @pytest.mark.parametrize(("experts", "hidden", "k", "gated"), [(3, 50, 2, False), (40, 9, 6, True)])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_mixture_of_experts(
-    experts: int, hidden: int, k: int, gated: bool, rank: int, dtype: torch.dtype, batch: int
+    inputs: ActivationBits, experts: int, hidden: int, k: int, gated: bool, rank: int, dtype: torch.dtype, batch: int
 ) -> None:
     """Few experts and many small ones, with one that all tokens share."""
     g = torch.Generator().manual_seed(batch)
     d = 70
-    made = [mlp(g, d, hidden, 4, dtype, gated, rank) for _ in range(experts)]
-    shared = SharedExpert(mlp(g, d, 33, 8, dtype, gated, 0), random(g, dtype, d, scale=0.2))
+    made = [mlp(g, d, hidden, 4, dtype, gated, rank, inputs) for _ in range(experts)]
+    shared = SharedExpert(mlp(g, d, 33, 8, dtype, gated, 0, inputs), random(g, dtype, d, scale=0.2))
     router = Router(quantised(g, experts, d, 8, 32, "none", dtype, size=3.0), None, 1e-5)
     options = MoeOptions(activation="gelu", k=k, normalize=True)
     x, residual = random(g, dtype, batch, d), random(g, dtype, batch, d)
@@ -186,9 +214,9 @@ def test_mixture_of_experts(
     assert shared.gate is not None
     wide_shared = SharedExpert(wide(shared.mlp), shared.gate)
     want = mixture(as_numbers, [wide(each) for each in made], options, wide_shared, x, residual)
-    assert error(got, want) < WITHIN[dtype]
-    assert error(plain.Moe(router, made, options, shared)(x, residual), want) < WITHIN[dtype]
-    if dtype == torch.float32:
+    assert error(got, want) < WITHIN[inputs, dtype]
+    assert error(plain.Moe(router, made, options, shared)(x, residual), want) < WITHIN[inputs, dtype]
+    if inputs == 8 and dtype == torch.float32:
         in_int8 = InInt8("gelu")
         assert in_int8.matches(got, mixture(as_numbers, made, options, shared, x, residual, in_int8))
 
@@ -226,7 +254,19 @@ def test_quantised_and_other_weights_mix_in_one_layer() -> None:
     want = plain.Ffn(wide(weights), options)(x.double())
     for part in ("up", "gate", "down"):
         mixed = replace(weights, **{part: getattr(weights, part).whole()})
-        assert error(ops.ffn(mixed, options)(x), want) < 1.5e-2
+        assert error(ops.ffn(mixed, options)(x), want) < WITHIN[16, torch.float32]
+
+
+def test_inputs_that_two_weights_share_have_the_digits_that_either_asks_for() -> None:
+    g = torch.Generator().manual_seed(5)
+    weights, x = mlp(g, 70, 90, 4, torch.float32, True, 0), random(g, torch.float32, 30, 70)
+    options = FfnOptions(activation="silu")
+    want = plain.Ffn(wide(weights), options)(x.double())
+    assert isinstance(weights.up, QuantisedWeight) and isinstance(weights.gate, QuantisedWeight)
+    up, gate = (replace(one, activation_bits=8) for one in (weights.up, weights.gate))
+    for mixed in (replace(weights, up=up), replace(weights, gate=gate)):
+        assert error(native.Ffn(mixed, options)(x), want) < WITHIN[16, torch.float32]
+    assert error(native.Ffn(replace(weights, up=up, gate=gate), options)(x), want) > 1e-3
 
 
 def test_what_layers_do_not_take_is_refused() -> None:

@@ -35,8 +35,7 @@ CPU = torch.device("cpu")
 Kind = gguf.GGMLQuantizationType
 KINDS = (Kind.Q4_0, Kind.Q8_0, Kind.Q4_1, Kind.Q5_1, Kind.Q5_0)
 WIDE = {"hidden_size": 64, "head_dim": 16, "ffn": {"size": 96}}  # of which blocks of 32 are rows
-# Products of quantised weights may round their inputs to 8 bits; of small random models a tenth of a percent is left.
-NEAR = 0.03
+NEAR = 1e-3
 
 
 def logits_of(path: Path, **settings: Any) -> Tensor:
@@ -161,8 +160,9 @@ def test_a_checkpoint_carries_quantised_tensors(kind: str, bits: int, tmp_path: 
     save_checkpoint(model, values, tmp_path / "wide")
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["format"] == 1
     want = logits_of(tmp_path / "wide", kernels="plain")
-    assert error(logits_of(tmp_path / "m", kernels="plain"), want) < (1e-4 if kind == "dense" else 2 * NEAR)
-    assert error(logits_of(tmp_path / "m"), want) < 2 * NEAR
+    again = 0.06  # what a router loses that is rounded once more with its norm folded in
+    assert error(logits_of(tmp_path / "m", kernels="plain"), want) < (1e-4 if kind == "dense" else again)
+    assert error(logits_of(tmp_path / "m"), want) < (NEAR if kind == "dense" else again)
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -234,6 +234,8 @@ def test_what_is_stored_in_fewer_bits_stays_and_bfloat16_is_none(
     }
     assert held["stored"] == held["int8"] == held["int4"]
     assert held["auto"].keys() == held["bfloat16"].keys() == {"float32"}
+    by_default = load_model(tmp_path / "m.gguf", "bfloat16", CPU).held
+    assert by_default == held["stored"]
 
 
 def test_exceptions_hold_by_parts(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
-"""Quantised weights of any kind, and how far a product with inputs in int8 may be from the exact one."""
+"""Quantised weights of any kind, and how far a product with rounded inputs may be from the exact one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dsc_kernels.quantised import Bits, QuantisedWeight
+from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight
 
 INPUT_GROUP = 32
+STEPS: dict[ActivationBits, int] = {8: 127, 16: 127 * 254}  # from 0 to a group's largest
+ACTIVATION_BITS: tuple[ActivationBits, ...] = (8, 16)
 
 
 def quantised(
@@ -20,6 +22,7 @@ def quantised(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     size: float = 1.0,
+    activation_bits: ActivationBits = 16,
 ) -> QuantisedWeight:
     """Random levels of all values; kind: "minimums", "centred" (8 steps below 0) or "none"."""
     groups = -(-columns // group)
@@ -38,16 +41,17 @@ def quantised(
     if rank:
         left = torch.randn(rows, rank, generator=g) * rank**-0.5
         compensation = left.to(dtype), (torch.randn(rank, columns, generator=g) * columns**-0.5).to(dtype)
-    return QuantisedWeight(values, scales, minimums, bits, group, (rows, columns), compensation, dtype)
+    shape = (rows, columns)
+    return QuantisedWeight(values, scales, minimums, bits, group, shape, compensation, dtype, activation_bits)
 
 
-def steps_of(x: Tensor) -> Tensor:
-    """What 1 is worth in the int8 that kernels make of inputs [T, d], per input, in float64."""
+def steps_of(x: Tensor, bits: ActivationBits) -> Tensor:
+    """What 1 is worth in the integers that kernels make of inputs [T, d], per input, in float64."""
     d = x.shape[1]
     wide = torch.nn.functional.pad(x.double(), (0, -d % INPUT_GROUP)).view(
         x.shape[0], -(-d // INPUT_GROUP), INPUT_GROUP
     )
-    return (wide.abs().amax(dim=2) / 127).repeat_interleave(INPUT_GROUP, dim=1)[:, :d]
+    return (wide.abs().amax(dim=2) / STEPS[bits]).repeat_interleave(INPUT_GROUP, dim=1)[:, :d]
 
 
 def bound(x: Tensor, weight: QuantisedWeight) -> Tensor:
@@ -61,7 +65,9 @@ def bound(x: Tensor, weight: QuantisedWeight) -> Tensor:
     if weight.compensation is not None:
         left, right = (side.double().abs() for side in weight.compensation)
         rounding = rounding + (x.double().abs() @ right.T) @ left.T * (narrow + 3e-6)
-    return steps_of(x) @ levels.T / 2 * (1 + 1e-5) + rounding + 1e-30
+    # float32's x / step is off by some thousandths where there are 16 bits of it
+    half = 0.5 + (1e-5 if weight.activation_bits == 8 else 1e-2)
+    return steps_of(x, weight.activation_bits) @ levels.T * half + rounding + 1e-30
 
 
 def exact(x: Tensor, weight: QuantisedWeight) -> Tensor:
@@ -71,7 +77,7 @@ def exact(x: Tensor, weight: QuantisedWeight) -> Tensor:
 
 def emulated(x: Tensor, weight: QuantisedWeight) -> Tensor:
     """The same as kernels compute it, number by number: inputs rounded to int8, integer products, in float64."""
-    steps = steps_of(x)
+    steps = steps_of(x, 8)
     rounded = torch.where(steps > 0, x.double() / steps.clamp_min(1e-300), 0.0).round() * steps
     y = rounded @ weight.dequantise(torch.float64).T
     if weight.compensation is not None:
@@ -85,5 +91,5 @@ def clear_of_ties(x: Tensor, within: float = 1e-4) -> Tensor:
 
     within: of a step; bool [T].
     """
-    ratio = x.double() / steps_of(x).clamp_min(1e-300)
+    ratio = x.double() / steps_of(x, 8).clamp_min(1e-300)
     return ((ratio - ratio.floor() - 0.5).abs() >= within).all(dim=1)

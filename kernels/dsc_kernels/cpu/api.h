@@ -17,6 +17,7 @@ struct Format {
   int64_t bits, group;
   int64_t centre;     // taken off each level of 4 bits
   int64_t minimums;   // whether each group has one
+  int64_t digits;     // of inputs in int8: 1 or 2 (bytes.h)
   int64_t rank;       // of what is added, left · (right · x), at most MAX_RANK; 0: nothing
   const void* left;   // packed [n, rank] in the layer's dtype
   const void* right;  // packed [rank, d]

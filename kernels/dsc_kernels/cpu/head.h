@@ -128,7 +128,7 @@ struct HeadBuffers {
   INLINE HeadBuffers(const Head& a, bool screened) : shifted_stride(panel_count(a.d) * LANES) {
     Scratch& scratch = *a.scratch;
     x = pack_inputs<T>(a.x, 0, a.batch, a.d, scratch.take<I>(a.batch * round_up_2(a.d)));
-    if (a.w_format) bytes.take(scratch, a.batch, a.d);
+    bytes.take(scratch, a.batch, a.d, {a.w_format});
     if (screened) {
       logit_scales = scratch.take<LogitScale>(a.batch);
       outliers = scratch.take<Outliers>(a.batch);

@@ -91,7 +91,7 @@ INLINE void linear_as(const Linear& a) {
   typedef typename Input<T>::type I;
   const I* rows = pack_inputs<T>(a.x, 0, a.batch, a.d, a.scratch->take<I>(a.batch * round_up_2(a.d)));
   Inputs<T> x = {rows, row_stride<T>(a.d)};
-  if (a.w_format) x.bytes.take(*a.scratch, a.batch, a.d);
+  x.bytes.take(*a.scratch, a.batch, a.d, {a.w_format});
   bool alone = a.batch <= READ_ALONE;
   if (a.w_format && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
   int64_t panels = panel_count(a.n);

@@ -54,9 +54,9 @@ struct MoeBuffers {
     outputs = scratch.take<float>(picks * a.d);
     hidden = scratch.take<I>(picks * hidden_stride);
     starts = scratch.take<int32_t>(a.experts + 1);
-    if (a.up_format || a.gate_format || a.shared_up_format || a.shared_gate_format) x_bytes.take(scratch, a.batch, a.d);
-    if (a.down_format) hidden_bytes.take(scratch, picks, a.hidden);
-    if (a.shared_down_format) shared_bytes.take(scratch, a.batch, a.shared_hidden);
+    x_bytes.take(scratch, a.batch, a.d, {a.up_format, a.gate_format, a.shared_up_format, a.shared_gate_format});
+    hidden_bytes.take(scratch, picks, a.hidden, {a.down_format});
+    shared_bytes.take(scratch, a.batch, a.shared_hidden, {a.shared_down_format});
     if (a.router_format) {
       if (sizeof(I) < sizeof(float)) wide = scratch.take<float>(a.batch * a.d);
       panels = scratch.take<float>(a.threads * a.d * LANES);

@@ -22,7 +22,7 @@ INLINE int64_t levels_bytes(int64_t bits, int64_t group) { return group * LANES 
 INLINE int64_t group_bytes(const Format& f) { return levels_bytes(f.bits, f.group) + (f.minimums ? 4 : 2) * LANES; }
 INLINE int64_t panel_bytes(const Format& f, int64_t d) { return (d + f.group - 1) / f.group * group_bytes(f); }
 
-// One panel and at most TILE_TOKENS tokens.
+// One panel and at most so many tokens: sums of each, and of each of its digits, lie in registers.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr int TILE_TOKENS = 4;
 #else
@@ -44,11 +44,17 @@ INLINE int32_t four_at(const int8_t* x) {
   return four;
 }
 
+// Where a token's first digits of a weight's group g lie.
+template <int DIGITS, int GROUP>
+INLINE const int8_t* digits_of(const int8_t* x, int64_t g) {
+  return x + g * GROUP / INPUT_GROUP * INPUT_GROUP * DIGITS + g * GROUP % INPUT_GROUP;
+}
+
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 // Products of unsigned with signed bytes are summed by twos in 16 bits: eight levels of 4 bits fit, one of 8 bits does
 // once its sign has gone over to the input.
-template <int BITS, int GROUP, bool MINIMUMS, int T>
+template <int BITS, int GROUP, bool MINIMUMS, int DIGITS, int T>
 void quantised_tile(const TileCall& c) {
   constexpr int64_t LEVELS = GROUP * LANES * BITS / 8, STEP = LEVELS + (MINIMUMS ? 4 : 2) * LANES;
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
@@ -57,7 +63,7 @@ void quantised_tile(const TileCall& c) {
   const uint8_t* w = c.w;
   for (int64_t g = 0; g < c.groups; g++, w += STEP) {
     for (int64_t i = 0; i < STEP; i += 64) __builtin_prefetch(w + 4 * STEP + i, 0, 3);
-    __m256i dots[T][2] = {};
+    __m256i dots[T * DIGITS][2] = {};
     for (int u = 0; u < LEVELS / UNIT; u++) {
       __m256i q[2] = {_mm256_loadu_si256((const __m256i*)(const void*)(w + u * UNIT)),
                       _mm256_loadu_si256((const __m256i*)(const void*)(w + u * UNIT + 32))};
@@ -67,8 +73,8 @@ void quantised_tile(const TileCall& c) {
           first[h] = _mm256_and_si256(q[h], low);
           second[h] = _mm256_and_si256(_mm256_srli_epi16(q[h], 4), low);
         }
-        for (int t = 0; t < T; t++) {
-          const int8_t* x = c.x[t] + g * GROUP + 8 * u;
+        for (int t = 0; t < T * DIGITS; t++) {
+          const int8_t* x = digits_of<DIGITS, GROUP>(c.x[t / DIGITS], g) + t % DIGITS * INPUT_GROUP + 8 * u;
           __m256i four = _mm256_set1_epi32(four_at(x)), next = _mm256_set1_epi32(four_at(x + 4));
           for (int h = 0; h < 2; h++) {
             dots[t][h] = _mm256_add_epi16(dots[t][h], _mm256_maddubs_epi16(first[h], four));
@@ -77,8 +83,9 @@ void quantised_tile(const TileCall& c) {
         }
       } else {
         __m256i sizes[2] = {_mm256_abs_epi8(q[0]), _mm256_abs_epi8(q[1])};
-        for (int t = 0; t < T; t++) {
-          __m256i four = _mm256_set1_epi32(four_at(c.x[t] + g * GROUP + 4 * u));
+        for (int t = 0; t < T * DIGITS; t++) {
+          const int8_t* x = digits_of<DIGITS, GROUP>(c.x[t / DIGITS], g) + t % DIGITS * INPUT_GROUP + 4 * u;
+          __m256i four = _mm256_set1_epi32(four_at(x));
           for (int h = 0; h < 2; h++) {
             __m256i pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(four, q[h]));
             dots[t][h] = _mm256_add_epi32(dots[t][h], _mm256_madd_epi16(pairs, ones));
@@ -96,7 +103,12 @@ void quantised_tile(const TileCall& c) {
       int part = GROUP == INPUT_GROUP ? 2 : g & 1;
       __m256 scale = _mm256_set1_ps(input.scale);
       for (int h = 0; h < 2; h++) {
-        __m256i dot = BITS == 4 ? _mm256_madd_epi16(dots[t][h], ones) : dots[t][h];
+        __m256i digits[DIGITS];
+        for (int i = 0; i < DIGITS; i++)
+          digits[i] = BITS == 4 ? _mm256_madd_epi16(dots[t * DIGITS + i][h], ones) : dots[t * DIGITS + i][h];
+        __m256i dot = digits[0];
+        if constexpr (DIGITS == 2)
+          dot = _mm256_add_epi32(_mm256_mullo_epi32(dot, _mm256_set1_epi32(SECOND_DIGIT)), digits[1]);
         if constexpr (!MINIMUMS && BITS == 4) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(c.centre * input.sums[part]));
         totals[t][h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), scales[h], totals[t][h]);
         if constexpr (MINIMUMS)
@@ -119,8 +131,9 @@ INLINE vi dot_levels(vi sums, vi levels, int32_t four) {
 #endif
 }
 
-// Levels of 8 bits are made unsigned by adding 128, which the inputs' sums take off again.
-template <int BITS, int GROUP, bool MINIMUMS, int T>
+// Levels of 8 bits are made unsigned by adding 128, which the inputs' sums take off again. Sums of two digits are at most
+// 32 · 255 · 32258, which 32 bits hold.
+template <int BITS, int GROUP, bool MINIMUMS, int DIGITS, int T>
 void quantised_tile(const TileCall& c) {
   constexpr int64_t LEVELS = GROUP * LANES * BITS / 8, STEP = LEVELS + (MINIMUMS ? 4 : 2) * LANES;
   vf totals[T];
@@ -129,19 +142,22 @@ void quantised_tile(const TileCall& c) {
   const int32_t centre = BITS == 8 ? 128 : c.centre;
   for (int64_t g = 0; g < c.groups; g++, w += STEP) {
     for (int64_t i = 0; i < STEP; i += 64) __builtin_prefetch(w + 4 * STEP + i, 0, 3);
-    vi dots[T] = {};
+    vi dots[T * DIGITS] = {};
     for (int u = 0; u < LEVELS / UNIT; u++) {
       vi q;
       memcpy(&q, w + u * UNIT, sizeof q);
       if constexpr (BITS == 4) {
         vi first = q & 0x0f0f0f0f, second = (q >> 4) & 0x0f0f0f0f;
-        for (int t = 0; t < T; t++) {
-          const int8_t* x = c.x[t] + g * GROUP + 8 * u;
+        for (int t = 0; t < T * DIGITS; t++) {
+          const int8_t* x = digits_of<DIGITS, GROUP>(c.x[t / DIGITS], g) + t % DIGITS * INPUT_GROUP + 8 * u;
           dots[t] = dot_levels(dot_levels(dots[t], first, four_at(x)), second, four_at(x + 4));
         }
       } else {
         vi shifted = q ^ (int32_t)0x80808080;
-        for (int t = 0; t < T; t++) dots[t] = dot_levels(dots[t], shifted, four_at(c.x[t] + g * GROUP + 4 * u));
+        for (int t = 0; t < T * DIGITS; t++) {
+          const int8_t* x = digits_of<DIGITS, GROUP>(c.x[t / DIGITS], g) + t % DIGITS * INPUT_GROUP + 4 * u;
+          dots[t] = dot_levels(dots[t], shifted, four_at(x));
+        }
       }
     }
     const uint16_t* halves = (const uint16_t*)(const void*)(w + LEVELS);
@@ -149,8 +165,10 @@ void quantised_tile(const TileCall& c) {
     for (int t = 0; t < T; t++) {
       const InputGroup& input = c.inputs[t][g * GROUP / INPUT_GROUP];
       int part = GROUP == INPUT_GROUP ? 2 : g & 1;
-      if constexpr (!MINIMUMS || BITS == 8) dots[t] -= centre * input.sums[part];
-      totals[t] += __builtin_convertvector(dots[t], vf) * input.scale * scales;
+      vi dot = dots[t * DIGITS];
+      if constexpr (DIGITS == 2) dot = (dot << 8) - (dot << 1) + dots[t * DIGITS + 1];  // SECOND_DIGIT times
+      if constexpr (!MINIMUMS || BITS == 8) dot -= centre * input.sums[part];
+      totals[t] += __builtin_convertvector(dot, vf) * input.scale * scales;
       if constexpr (MINIMUMS) totals[t] += minimums * input.scaled[part];
     }
   }
@@ -162,24 +180,29 @@ void quantised_tile(const TileCall& c) {
 typedef void (*QuantisedTile)(const TileCall&);
 
 // The tile of each number of tokens, from 1 on.
-template <int BITS, int GROUP, bool MINIMUMS>
+template <int BITS, int GROUP, bool MINIMUMS, int DIGITS>
 constexpr QuantisedTile TILES[] = {
-    quantised_tile<BITS, GROUP, MINIMUMS, 1>, quantised_tile<BITS, GROUP, MINIMUMS, 2>,
-    quantised_tile<BITS, GROUP, MINIMUMS, 3>, quantised_tile<BITS, GROUP, MINIMUMS, 4>,
+    quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 1>, quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 2>,
+    quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 3>, quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 4>,
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)
-    quantised_tile<BITS, GROUP, MINIMUMS, 5>, quantised_tile<BITS, GROUP, MINIMUMS, 6>,
-    quantised_tile<BITS, GROUP, MINIMUMS, 7>, quantised_tile<BITS, GROUP, MINIMUMS, 8>,
+    quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 5>, quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 6>,
+    quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 7>, quantised_tile<BITS, GROUP, MINIMUMS, DIGITS, 8>,
 #endif
 };
 
-template <int BITS, int GROUP>
-INLINE const QuantisedTile* tiles_of_group(const Format& f) {
-  return f.minimums ? TILES<BITS, GROUP, true> : TILES<BITS, GROUP, false>;
+template <int BITS, int GROUP, bool MINIMUMS>
+INLINE const QuantisedTile* tiles_of_digits(int64_t digits) {
+  return digits == 2 ? TILES<BITS, GROUP, MINIMUMS, 2> : TILES<BITS, GROUP, MINIMUMS, 1>;
 }
 
-INLINE const QuantisedTile* tiles_of(const Format& f) {
-  if (f.bits == 4) return f.group == 32 ? tiles_of_group<4, 32>(f) : tiles_of_group<4, 16>(f);
-  return f.group == 32 ? tiles_of_group<8, 32>(f) : tiles_of_group<8, 16>(f);
+template <int BITS, int GROUP>
+INLINE const QuantisedTile* tiles_of_group(const Format& f, int64_t digits) {
+  return f.minimums ? tiles_of_digits<BITS, GROUP, true>(digits) : tiles_of_digits<BITS, GROUP, false>(digits);
+}
+
+INLINE const QuantisedTile* tiles_of(const Format& f, int64_t digits) {
+  if (f.bits == 4) return f.group == 32 ? tiles_of_group<4, 32>(f, digits) : tiles_of_group<4, 16>(f, digits);
+  return f.group == 32 ? tiles_of_group<8, 32>(f, digits) : tiles_of_group<8, 16>(f, digits);
 }
 
 // right · x of a compensation, for some tokens of a product: as many as there is room for, the fewer the higher its rank.
@@ -219,7 +242,7 @@ template <typename T, typename Sink>
 INLINE void multiply_tokens(const uint8_t* w, const Format& f, const Bytes& x, const int32_t* rows, int64_t base,
                             int64_t count, int64_t d, const Compensation<T>* more, const Sink& sink, int64_t first,
                             int64_t last) {
-  const QuantisedTile* tile_of = tiles_of(f);
+  const QuantisedTile* tile_of = tiles_of(f, x.digits);
   int64_t panel = panel_bytes(f, d);
   TileCall c;
   vf sums[TILE_TOKENS];
@@ -231,7 +254,7 @@ INLINE void multiply_tokens(const uint8_t* w, const Format& f, const Bytes& x, c
       group = (count - t + tiles - 1) / tiles;  // as even as they can be
       for (int64_t i = 0; i < group; i++) {
         int64_t at = rows ? rows[base + t + i] : base + t + i;
-        c.x[i] = x.values + at * x.count * INPUT_GROUP, c.inputs[i] = x.groups + at * x.count;
+        c.x[i] = x.values + at * x.token_bytes(), c.inputs[i] = x.groups + at * x.count;
         sums[i] = vf{};
         if (more) more->add(f, p, t + i, sums[i]);
       }

@@ -52,8 +52,8 @@ struct FfnBuffers {
     gate = Branch(a.adapted, GATE, a.gate ? 1 : 0, sizeof(T) == 2, tokens, scratch);
     up = Branch(a.adapted, UP, 1, sizeof(T) == 2, tokens, scratch);
     down = Branch(a.adapted, DOWN, 1, sizeof(T) == 2, tokens, scratch);
-    if (a.up_format || a.gate_format) x_bytes.take(scratch, tokens, a.d);
-    if (a.down_format) hidden_bytes.take(scratch, tokens, a.hidden);
+    x_bytes.take(scratch, tokens, a.d, {a.up_format, a.gate_format});
+    hidden_bytes.take(scratch, tokens, a.hidden, {a.down_format});
     if (a.atoms == 0 || (a.silent && !tuned(a))) return;
     if (tuned(a)) tunings = scratch.take<Tuning>(tokens);
     if (a.silent) rows = scratch.take<int32_t>(tokens);

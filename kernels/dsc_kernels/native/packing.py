@@ -76,9 +76,10 @@ def packed(*weights: Weight) -> Packed:
 def pack_quantised(weights: Sequence[QuantisedWeight]) -> Packed:
     """Quantised weights of one shape and format, one after the other; cpu/quantised.h shows how they lie."""
     first = weights[0]
-    kinds = {(w.bits, w.group, w.shape, w.rank, w.dtype) for w in weights}
+    kinds = {(w.bits, w.group, w.shape, w.rank, w.dtype, w.activation_bits) for w in weights}
     if len(kinds) > 1:
-        raise ValueError(f"weights of one kind differ in (bits, group, shape, rank, dtype): {sorted(map(str, kinds))}")
+        what = "(bits, group, shape, rank, dtype, activation_bits)"
+        raise ValueError(f"weights of one kind differ in {what}: {sorted(map(str, kinds))}")
     if first.rank > kernels.MAX_RANK:
         raise ValueError(f"a compensation's rank is {first.rank}; it may be at most {kernels.MAX_RANK}")
     if first.device.type != "cpu":
@@ -99,7 +100,8 @@ def pack_quantised(weights: Sequence[QuantisedWeight]) -> Packed:
     pairs = [w.compensation for w in weights if w.compensation is not None]
     if pairs:
         sides = tuple(resident(pack(*(pair[side].to(first.dtype) for pair in pairs))) for side in (0, 1))
-    fields = [first.bits, first.group, MIDDLE if centred else 0, int(minimums), first.rank]
+    digits = first.activation_bits // 8
+    fields = [first.bits, first.group, MIDDLE if centred else 0, int(minimums), digits, first.rank]
     fields += [side.data_ptr() for side in sides] or [0, 0]
     return Packed(out, torch.tensor(fields, dtype=torch.int64), sides)
 

@@ -39,6 +39,8 @@ def test_the_comparisons_that_come_with_the_package_can_be_run() -> None:
         "mixture-olmoe",
         "mixture-granite",
         "mixture-qwen",
+        "quantised-paper",
+        "quantised-large",
     }
     assert own == set(included())
     for name in included():

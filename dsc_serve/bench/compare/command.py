@@ -62,7 +62,8 @@ def compare_command(
     """Measure the systems of COMPARISON side by side and write one report.
 
     COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2, adapters,
-    mixture-olmoe, mixture-granite or mixture-qwen; mixture is these three, each in a folder of its own below OUT.
+    mixture-olmoe, mixture-granite, mixture-qwen, quantised-paper or quantised-large; mixture is these three and
+    quantised these two, each in a folder of its own below OUT.
     speculation compares what several tokens a step are worth, in this process: with drafts that are right at given
     rates, steps by their width, and real work of --text-model.
     """

@@ -20,7 +20,10 @@ FfnKind = Literal["dsc", "moe", "molora", "dense"]
 Form = Literal["mixtral", "llama"]
 PresetName = Literal["paper", "large", "olmoe", "granite", "qwen"]
 MIXTURES = ("olmoe", "granite", "qwen")  # presets at which a DSC is equal to the mixture in one way only
-GROUPS = {"mixture": tuple(f"mixture-{name}" for name in MIXTURES)}  # comparisons that one name stands for
+GROUPS = {  # comparisons that one name stands for
+    "mixture": tuple(f"mixture-{name}" for name in MIXTURES),
+    "quantised": ("quantised-paper", "quantised-large"),
+}
 
 
 class ComparisonError(ValueError):

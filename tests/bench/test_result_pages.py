@@ -107,6 +107,7 @@ KEPT: dict[str, dict[str, Any]] = {
         "bytes": {"stored": 98_000_000},
         "steps": [STEP, STEP | {"system": "llama.cpp", "read_ratio": None}],
         "prompts": [{"system": "stored", "tokens": 1000, "ms": 1500.0, **RATIOS}],
+        "quality": [{"system": "stored", "tokens": 512, "bits_per_byte": 1.5, "off": 0.0002, "argmax": 0.999}],
     },
 }
 

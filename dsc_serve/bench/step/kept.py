@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.step import adapter_kinds, adapters, context, quantised, tenants
+from dsc_serve.bench.step import adapter_kinds, adapters, context, quality, quantised, tenants
 
 Found = Mapping[str, Any]
 
@@ -26,7 +26,8 @@ def quantised_tables(found: Found) -> str:
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found["bytes"].items())
     steps = quantised.format_steps(msgspec.convert(found["steps"], list[quantised.StepRow]))
     prompts = quantised.format_prompts(msgspec.convert(found["prompts"], list[quantised.PromptRow]))
-    return f"Weights: {sizes}.\n\n{steps}\n\n{prompts}"
+    costs = quality.format_quality(msgspec.convert(found.get("quality", []), list[quality.QualityRow]))
+    return f"Weights: {sizes}.\n\n{steps}\n\n{prompts}" + (f"\n\n{costs}" if found.get("quality") else "")
 
 
 def adapters_tables(found: Found) -> str:

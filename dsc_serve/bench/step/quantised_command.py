@@ -13,6 +13,7 @@ import msgspec
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
+TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FORMS = ("stored", "bfloat16", "int8", "int4")
 
 
@@ -22,7 +23,13 @@ FORMS = ("stored", "bfloat16", "int8", "int4")
     "--weights", "forms", type=click.Choice(FORMS), multiple=True, default=("bfloat16", "stored"),
     help="As in serve; ratios are to the first.",
 )  # fmt: skip
+@click.option(
+    "--activations", "inputs", type=click.Choice(["int16", "int8"]), multiple=True, default=("int16",),
+    help="As in serve, of each form that is quantised.",
+)  # fmt: skip
 @click.option("--llama-cpp", is_flag=True, help="MODEL, a GGUF file, in llama.cpp too: pip install llama-cpp-python.")
+@click.option("--text", type=TEXT_FILE, help="Also its bits per byte, and its logits beside float32's.")
+@click.option("--text-tokens", type=click.IntRange(2), default=4096, help="Of the text, from its beginning.")
 @click.option("--streams", type=click.IntRange(1), multiple=True, default=(1, 8, 16), help="Requests at a time.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=1000, help="Of the prompts whose time is measured.")
 @click.option("--steps", type=click.IntRange(1), default=20, help="Of each system and round.")
@@ -33,7 +40,10 @@ FORMS = ("stored", "bfloat16", "int8", "int4")
 def quantised_command(
     model: str,
     forms: tuple[str, ...],
+    inputs: tuple[str, ...],
     llama_cpp: bool,
+    text: Path | None,
+    text_tokens: int,
     streams: tuple[int, ...],
     prompt_tokens: int,
     steps: int,
@@ -49,7 +59,7 @@ def quantised_command(
     first token.
     """
     resolve_model(model)
-    from dsc_serve.bench.step import quantised
+    from dsc_serve.bench.step import quality, quantised
     from dsc_serve.bench.step.engine_command import machine
     from dsc_serve.bench.step.llama_peer import Peer, PeerError
     from dsc_serve.bench.step.streams import needed_tokens
@@ -58,8 +68,10 @@ def quantised_command(
 
     systems = []
     for form in dict.fromkeys(forms):
-        config = EngineConfig(model=model, threads=threads, dtype=dtype, weights=form)  # type: ignore[arg-type]
-        systems.append(quantised.HeldForm(form, prepare_model(config), config))
+        for activations in dict.fromkeys(inputs[:1] if form == "bfloat16" else inputs):
+            config = EngineConfig(model=model, threads=threads, dtype=dtype, weights=form, activations=activations)  # type: ignore[arg-type]
+            name = form if activations == "int16" else f"{form}, {activations} activations"
+            systems.append(quantised.HeldForm(name, prepare_model(config), config))
     context = systems[0].model.config.max_position_embeddings
     needed = max(prompt_tokens + 1, needed_tokens(quantised.PROMPT_TOKENS, max(streams), steps * rounds))
     if needed > context:
@@ -70,6 +82,13 @@ def quantised_command(
         "machine": machine(systems[0].model),
         "bytes": {system.name: system.nbytes for system in systems},
     }
+    costs = []
+    if text is not None:
+        try:
+            named = [(system.name, system.config) for system in systems]
+            costs = quality.quality(named, text.read_text("utf-8"), text_tokens)
+        except (OSError, UnicodeError, quality.TextError) as error:
+            raise click.ClickException(f"--text: {error}") from error
     with ExitStack() as stack:
         peer = None
         try:
@@ -83,6 +102,8 @@ def quantised_command(
     for system in systems:
         click.echo(f"{system.name}: {system.nbytes / 1e6:.1f} MB of weights")
     click.echo("\n" + quantised.format_steps(rows) + "\n\n" + quantised.format_prompts(prompts))
+    if costs:
+        click.echo("\n" + quality.format_quality(costs))
     if json_file is not None:
-        found |= {"steps": rows, "prompts": prompts}
+        found |= {"steps": rows, "prompts": prompts, "quality": costs}
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(found)))

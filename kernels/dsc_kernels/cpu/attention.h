@@ -64,7 +64,7 @@ struct SoftmaxState {
 // Of one of several, each of which begins at a cache line.
 INLINE int64_t softmax_state_bytes(int64_t size) { return ((int64_t)sizeof(SoftmaxState) + size * 4 + 63) / 64 * 64; }
 
-// Of the keys or the values at hand, where they are widened.
+// Of the keys at hand, where they are widened.
 template <typename T>
 INLINE int64_t wide_bytes(int64_t size) {
   return (KEYS * size * (int64_t)sizeof(T) + 63) / 64 * 64;
@@ -170,6 +170,45 @@ INLINE void gather(const T* values, const int64_t* rows_at, const float* weights
   }
 }
 
+// Query heads whose sums are gathered at a time from values in int8, and vectors of each that lie in registers.
+constexpr int HEADS = 4;
+#if defined(__AVX512F__)
+constexpr int GATHERED = 4;
+#else
+constexpr int GATHERED = 1;
+#endif
+
+// The sums of H heads over values in int8; weights count what 1 is worth in their rows.
+template <int H>
+INLINE void gather_bytes(const int8_t* values, const int64_t* rows_at, const float (*weights)[KEYS], int64_t count,
+                         int64_t size, const float* rescale, float* const* sums) {
+  int64_t c = 0;
+  for (; c + GATHERED * LANES <= size; c += GATHERED * LANES) {
+    vf acc[H][GATHERED];
+    for (int h = 0; h < H; h++)
+      for (int p = 0; p < GATHERED; p++) acc[h][p] = rescale[h] * load(sums[h] + c + p * LANES);
+    for (int64_t i = 0; i < count; i++) {
+      vf row[GATHERED];
+      for (int p = 0; p < GATHERED; p++) row[p] = load_bytes(values + rows_at[i] + c + p * LANES);
+      for (int h = 0; h < H; h++)
+        for (int p = 0; p < GATHERED; p++) acc[h][p] += weights[h][i] * row[p];
+    }
+    for (int h = 0; h < H; h++)
+      for (int p = 0; p < GATHERED; p++) store(sums[h] + c + p * LANES, acc[h][p]);
+  }
+  for (; c < size; c += LANES) {
+    int64_t left = size - c;
+    vf acc[H];
+    for (int h = 0; h < H; h++) acc[h] = rescale[h] * load_up_to(sums[h] + c, left);
+    for (int64_t i = 0; i < count; i++) {
+      const int8_t* from = values + rows_at[i] + c;
+      vf row = left >= LANES ? load_bytes(from) : some_bytes(from, left);
+      for (int h = 0; h < H; h++) acc[h] += weights[h][i] * row;
+    }
+    for (int h = 0; h < H; h++) store_up_to(sums[h] + c, acc[h], left);
+  }
+}
+
 INLINE void write_pairs(const SoftmaxState&, int64_t, float*) {}
 
 INLINE void write_pairs(const SoftmaxState& g, int64_t size, bf16* out) {
@@ -179,8 +218,8 @@ INLINE void write_pairs(const SoftmaxState& g, int64_t size, bf16* out) {
 }
 
 template <typename T>
-INLINE void write(const SoftmaxState& g, int64_t size, T* out) {
-  if (paired<T>(size)) return write_pairs(g, size, out);
+INLINE void write(const SoftmaxState& g, int64_t size, bool pairs, T* out) {
+  if (pairs) return write_pairs(g, size, out);
   for (int64_t c = 0; c < size; c += LANES) {
     vf sum = load_up_to(g.sums + c, size - c) * inverse_of(g.total);
     store_up_to(out + c, sum, size - c);
@@ -188,7 +227,7 @@ INLINE void write(const SoftmaxState& g, int64_t size, T* out) {
 }
 
 // `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
-// room: for a group's states and, INT8, for the keys and values at hand as they are computed with.
+// room: for a group's states and, INT8, for the keys at hand as they are computed with.
 template <typename T, bool INT8>
 INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room) {
   typedef typename Stored<T, INT8>::type S;
@@ -199,10 +238,11 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
     int64_t from = first_seen(a.contexts[s] - 1, a.window);
     return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, row, from, a.contexts[s]);
   };
-  float scores[KEYS];
+  float key_scales[INT8 ? KEYS : 1], value_scales[INT8 ? KEYS : 1], weights[INT8 ? HEADS : 1][KEYS];
   int64_t rows_at[2][KEYS], held = 0, wide_at[INT8 ? KEYS : 1];
-  T *wide_keys = (T*)(room + a.group * softmax_state_bytes(a.value_size)),
-    *wide_values = (T*)((char*)wide_keys + wide_bytes<T>(a.size));
+  T* wide_keys = (T*)(room + a.group * softmax_state_bytes(a.value_size));
+  const bool apart = a.value_size == a.size;  // values from keys
+  const bool pairs = !(INT8 && apart) && paired<T>(a.value_size);
   if constexpr (INT8) in_order(wide_at, KEYS, a.size);
   auto gathered = [&](int64_t g)
                       __attribute__((always_inline)) { return (SoftmaxState*)(room + g * softmax_state_bytes(a.value_size)); };
@@ -224,26 +264,50 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
       const T *own_keys, *own_values;
       const int64_t* own_at;
       if constexpr (INT8) {
-        widen_rows(keys, rows_at[held], rows, a.size, wide_keys);
-        if (a.value_size == a.size) widen_rows(values, rows_at[held], rows, a.size, wide_values);
-        own_keys = wide_keys, own_at = wide_at;
-        own_values = a.value_size == a.size ? wide_values : wide_keys + (a.size - a.value_size);
+        widen_levels(keys, rows_at[held], rows, a.size == 64 ? 64 : a.size, wide_keys);
+        scales_of(keys, rows_at[held], rows, a.size, key_scales);
+        own_keys = wide_keys, own_at = wide_at, own_values = wide_keys + (a.size - a.value_size);
       } else {
         own_keys = keys, own_values = values, own_at = rows_at[held];
       }
-      for (int64_t g = 0; g < a.group; g++) {
+      auto weigh = [&](int64_t g, float* scores) __attribute__((always_inline)) {
         if (a.size == 64) score(q + g * 64, own_keys, own_at, rows, 64, a.scale, scores);
         else score(q + g * a.size, own_keys, own_at, rows, a.size, a.scale, scores);
+        if constexpr (INT8) scale_each(scores, key_scales, rows);
         if (a.cap > 0) cap_scores(scores, rows, a.cap);
         float rescale = softmax_step(scores, rows, *gathered(g));
+        if constexpr (INT8) scale_each(scores, apart ? value_scales : key_scales, rows);
+        return rescale;
+      };
+      if constexpr (INT8) {
+        if (apart) {
+          scales_of(values, rows_at[held], rows, a.size, value_scales);
+          for (int64_t g = 0, heads; g < a.group; g += heads) {
+            float rescale[HEADS], *sums[HEADS];
+            heads = a.group - g < HEADS ? a.group - g : HEADS;
+            for (int64_t h = 0; h < heads; h++) rescale[h] = weigh(g + h, weights[h]), sums[h] = gathered(g + h)->sums;
+            const int8_t* pool = values;
+            switch (heads) {
+              case 1: gather_bytes<1>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
+              case 2: gather_bytes<2>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
+              case 3: gather_bytes<3>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
+              default: gather_bytes<4>(pool, rows_at[held], weights, rows, a.size, rescale, sums);
+            }
+          }
+          continue;
+        }
+      }
+      float* scores = weights[0];
+      for (int64_t g = 0; g < a.group; g++) {
+        float rescale = weigh(g, scores);
         int64_t width = a.value_size;
-        if (paired<T>(width))
+        if (pairs)
           gather_pairs(own_values, own_at, scores, rows, width == 64 ? 64 : width, rescale, gathered(g)->sums);
         else gather(own_values, own_at, scores, rows, width, rescale, gathered(g)->sums);
       }
     }
     T* out = (T*)a.out + i * a.group * a.value_size;
-    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.value_size, out + g * a.value_size);
+    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.value_size, pairs, out + g * a.value_size);
   }
 }
 

@@ -164,7 +164,6 @@ INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
 
 template <int DIGITS, typename I>
 INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
-  typedef int8_t bytes __attribute__((vector_size(16)));
   vf v[2] = {load(x), load(x + LANES)};
   vi first = (vi)v[0] & 0x7fffffff, second = (vi)v[1] & 0x7fffffff, both = first > second ? first : second;
   int32_t most = 0, sums[2] = {0, 0};
@@ -174,8 +173,7 @@ INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
   for (int digit = 0; digit < DIGITS; digit++, out += INPUT_GROUP)
     for (int h = 0; h < 2; h++) {
       vi whole = (vi)(v[h] + 12582912.0f) - 0x4b400000;  // 1.5 · 2^23: the low bits are the integer
-      bytes rounded = __builtin_convertvector(whole, bytes);
-      memcpy(out + h * LANES, &rounded, sizeof rounded);
+      store_bytes(out + h * LANES, whole);
       for (int lane = 0; lane < LANES; lane++) sums[h] += whole[lane] * (digit + 1 < DIGITS ? SECOND_DIGIT : 1);
       v[h] = (v[h] - __builtin_convertvector(whole, vf)) * SECOND_DIGIT;
     }

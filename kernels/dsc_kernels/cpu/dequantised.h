@@ -102,10 +102,7 @@ struct LevelRows {
   INLINE float one(int64_t n, int64_t i) const { return rows[n * d + i] * scale(n, i) + minimum(n, i); }
   // i: a multiple of 16, so that one scale is that of all.
   INLINE vf at(int64_t n, int64_t i) const {
-    typedef int8_t bytes __attribute__((vector_size(16)));
-    bytes levels;
-    memcpy(&levels, rows + n * d + i, sizeof levels);
-    return __builtin_convertvector(levels, vf) * scale(n, i) + minimum(n, i);
+    return load_bytes(rows + n * d + i) * scale(n, i) + minimum(n, i);
   }
   template <typename T>
   INLINE float product(const T* x, int64_t n) const {

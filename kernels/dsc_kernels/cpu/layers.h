@@ -141,7 +141,7 @@ template <typename T>
 void attention(const Attention& a) {
   int64_t pairs = a.batch * a.kv_heads,
           runs = TASKS_PER_THREAD * a.threads < pairs ? TASKS_PER_THREAD * a.threads : pairs;
-  int64_t own_bytes = a.group * softmax_state_bytes(a.value_size) + (a.int8_kv ? 2 * wide_bytes<T>(a.size) : 0);
+  int64_t own_bytes = a.group * softmax_state_bytes(a.value_size) + (a.int8_kv ? wide_bytes<T>(a.size) : 0);
   char* room = a.scratch->take<char>(a.threads * own_bytes);
 #pragma omp parallel num_threads(a.threads)
   {

@@ -94,7 +94,6 @@ struct SecondDigits {
 // token too large or too small to be bounded gets bounds that are NaN, which screen nothing.
 template <typename T>
 INLINE LogitScale quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outliers& outliers) {
-  typedef uint8_t bytes __attribute__((vector_size(16)));
   vf highest = {}, squares = {}, sizes = {}, left = {};
   for (int64_t i = 0; i < d; i += LANES) {
     vf v = inputs_at(x, i, d), size = (vf)((vi)v & 0x7fffffff);
@@ -118,8 +117,7 @@ INLINE LogitScale quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outl
     vf shifted = v * inverse + 12582912.0f;  // 1.5 · 2^23: the low bits are the integer
     vf rest = v - (shifted - 12582912.0f) * step;
     left += rest * rest;
-    bytes rounded = __builtin_convertvector((vi)shifted - 0x4b400000 + 128, bytes);
-    memcpy(out + i, &rounded, sizeof rounded);
+    store_bytes(out + i, (vi)shifted - 0x4b400000 + 128);
   }
   if (!bounded) return {rstd, NAN, NAN, NAN};
   constexpr float UP = 1.00001f;  // for the rounding of the norms themselves

@@ -38,6 +38,34 @@ INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 
+// Sixteen numbers of 8 bits, and the low bytes of sixteen; gcc takes such conversions of vectors apart, byte by byte.
+INLINE vf load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadu_si128((const __m128i*)(const void*)p);
+  return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#else
+  vi whole;
+#if defined(__AVX2__)
+  __m256i halves[2] = {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)p)),
+                       _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)(p + 8)))};
+  memcpy(&whole, halves, sizeof whole);
+#else
+  for (int i = 0; i < LANES; i++) whole[i] = p[i];
+#endif
+  return __builtin_convertvector(whole, vf);
+#endif
+}
+
+INLINE void store_bytes(void* p, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#else
+  uint8_t bytes[LANES];
+  for (int i = 0; i < LANES; i++) bytes[i] = (uint8_t)v[i];
+  memcpy(p, bytes, sizeof bytes);
+#endif
+}
+
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 // The bits of bfloat16: to nearest even; a NaN stays one.

@@ -1,4 +1,4 @@
-"""Options that name a file to write."""
+"""Options that name a file: one to write, or a text to read."""
 
 from __future__ import annotations
 
@@ -23,3 +23,4 @@ class OutputFile(click.Path):
 
 
 OUTPUT_FILE = OutputFile()
+TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -62,7 +62,13 @@ def test_every_form_is_measured_beside_the_first_and_another_program(
     assert [row["step_ms"] for row in theirs] == [100, 300] and [row["tokens_per_s"] for row in theirs] == [10, 10]
     assert all((row["read_ratio"] is None) == (row["system"] == "llama.cpp") for row in found["steps"])
     assert found["bytes"]["int8"] < found["bytes"]["bfloat16"]
-    assert "| llama.cpp | 3 | 300.000 | 10.0 |" in done.output and "| llama.cpp | 20 | 7000.0 |" in done.output
+    assert "| llama.cpp | 3 | 300.000 |" in done.output and "| llama.cpp | 20 | 7000.0 |" in done.output
+    assert "| llama.cpp | 10.0 | 10.0 |" in done.output
+    for row in [*found["steps"], *found["prompts"]]:  # one step or prompt of theirs takes what it says, in every round
+        theirs_ms = 7000.0 if "ms" in row else 100.0 * row["streams"]
+        assert row["peer_ratio"] == pytest.approx((row.get("ms") or row["step_ms"]) / theirs_ms)
+    times = [1 / row["peer_ratio"] for row in found["steps"] if row["system"] == "int8"]
+    assert f"| int8, times llama.cpp's | {times[0]:.2f} | {times[1]:.2f} |" in done.output
 
 
 def test_an_embedding_of_its_own_is_not_among_the_bytes(small_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class ContextRow(msgspec.Struct, frozen=True):
 
     token_bytes: that a token takes as long as every layer keeps it; held_bytes: that the context of one stream takes,
     behind whose windows nothing is kept. ratio: step_ms beside the first system's, the median of the rounds' own.
+    bits_per_byte: of a text in windows of the context; None: of none.
     """
 
     model: str
@@ -30,6 +31,7 @@ class ContextRow(msgspec.Struct, frozen=True):
     ratio: float
     lowest: float
     highest: float
+    bits_per_byte: float | None = None
 
 
 class System(msgspec.Struct, frozen=True):
@@ -38,6 +40,7 @@ class System(msgspec.Struct, frozen=True):
     name: str
     model: Decoder
     config: EngineConfig
+    bits_per_byte: float | None = None
 
 
 def measure(systems: Sequence[System], streams: int, context: int, steps: int, rounds: int) -> list[ContextRow]:
@@ -64,17 +67,23 @@ def measure(systems: Sequence[System], streams: int, context: int, steps: int, r
                 ratio=statistics.median(ratios),
                 lowest=min(ratios),
                 highest=max(ratios),
+                bits_per_byte=system.bits_per_byte,
             )
         )
     return rows
 
 
 def format_rows(rows: Sequence[ContextRow]) -> str:
-    names = ("model", "keys and values", "streams", "context", "bytes a token", "MB a stream", "ms a step", "ratio")
-    lines = ["| " + " | ".join([*names, "lowest, highest"]) + " |", "|---" * 9 + "|"]
+    names = ["model", "keys and values", "streams", "context", "bytes a token", "MB a stream", "ms a step", "ratio"]
+    names.append("lowest, highest")
+    told = any(row.bits_per_byte is not None for row in rows)
+    names += ["bits per byte"] * told
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
+        bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         lines.append(
             f"| {row.model} | {row.kv_dtype} | {row.streams} | {row.context} | {row.token_bytes:,} | "
             f"{row.held_bytes / 1e6:.2f} | {row.step_ms:.3f} | {row.ratio:.3f} | {row.lowest:.3f}, {row.highest:.3f} |"
+            + f" {bits} |" * told
         )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from dsc_serve.config import EngineConfig, resolve_model
-from dsc_serve.output_file import OUTPUT_FILE
+from dsc_serve.output_file import OUTPUT_FILE, TEXT_FILE
 
 
 @click.command("context", context_settings={"show_default": True})
@@ -21,6 +21,8 @@ from dsc_serve.output_file import OUTPUT_FILE
     "--kv-dtype", "kv_dtypes", type=click.Choice(["auto", "int8"]), multiple=True, default=("auto",),
     help="Each of MODELS with each of these.",
 )  # fmt: skip
+@click.option("--text", type=TEXT_FILE, help="Also its bits per byte, in windows of --context tokens.")
+@click.option("--text-tokens", type=click.IntRange(2), default=16384, help="Of the text, from its beginning.")
 @click.option("--steps", type=click.IntRange(1), default=20, help="Of each system and round.")
 @click.option("--rounds", type=click.IntRange(1), default=9, help="Of which medians are taken.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="As in serve.")
@@ -31,6 +33,8 @@ def context_command(
     context: int,
     streams: int,
     kv_dtypes: tuple[str, ...],
+    text: Path | None,
+    text_tokens: int,
     steps: int,
     rounds: int,
     dtype: str,
@@ -43,6 +47,7 @@ def context_command(
     """
     for model in models:
         resolve_model(model)
+    from dsc_serve.bench.step import quality
     from dsc_serve.bench.step.context import System, format_rows, measure
     from dsc_serve.bench.step.engine_command import machine
     from dsc_serve.bench.step.streams import needed_tokens
@@ -58,7 +63,13 @@ def context_command(
             raise click.ClickException(message)
         for kv_dtype in kv_dtypes:
             own = msgspec.structs.replace(config, kv_dtype=kv_dtype)
-            systems.append(System(Path(model).name, prepared, own))
+            bits = None
+            if text is not None:
+                try:
+                    bits = quality.bits_per_byte(own, text.read_text("utf-8"), text_tokens, context)
+                except (OSError, UnicodeError, quality.TextError) as error:
+                    raise click.ClickException(f"--text: {error}") from error
+            systems.append(System(Path(model).name, prepared, own, bits))
     found: dict[str, object] = {
         "command": shlex.join(["dsc-serve", *sys.argv[1:]]),
         "machine": machine(systems[0].model),

@@ -24,7 +24,8 @@ def context_tables(found: Found) -> str:
 
 def quantised_tables(found: Found) -> str:
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found["bytes"].items())
-    steps = quantised.format_steps(msgspec.convert(found["steps"], list[quantised.StepRow]))
+    rows = msgspec.convert(found["steps"], list[quantised.StepRow])
+    steps = f"{quantised.format_tokens(rows)}\n\n{quantised.format_steps(rows)}"
     prompts = quantised.format_prompts(msgspec.convert(found["prompts"], list[quantised.PromptRow]))
     costs = quality.format_quality(msgspec.convert(found.get("quality", []), list[quality.QualityRow]))
     return f"Weights: {sizes}.\n\n{steps}\n\n{prompts}" + (f"\n\n{costs}" if found.get("quality") else "")

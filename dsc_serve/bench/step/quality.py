@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -33,14 +33,24 @@ class TextError(ValueError):
     """A text that no loss can be measured on; one line that says why."""
 
 
+def opened(config: EngineConfig) -> LLM:
+    """The model of a configuration, as it says."""
+    return LLM(
+        config.model,
+        dtype=DTYPES[config.dtype],  # type: ignore[arg-type]
+        weights=config.weights,
+        activations=config.activations,
+        kv_dtype=config.kv_dtype,
+        threads=config.threads,
+    )
+
+
 def quality(configs: Sequence[tuple[str, EngineConfig]], text: str, tokens: int) -> list[QualityRow]:
     """Of one model in several forms, one after the other. Raises TextError."""
-    first = configs[0][1]
-    with LLM(first.model, dtype="float32", weights="bfloat16", threads=first.threads) as llm:
-        windows = windows_of(llm, text, tokens)
-        assert llm.tokenizer is not None
-        size = sum(len(llm.tokenizer.token_bytes(token)) for window in windows for token in window[1:])
-        wanted = llm.logits(windows)
+    exact = msgspec.structs.replace(configs[0][1], dtype="float32", weights="bfloat16")
+    with opened(exact) as llm:
+        windows = windows_of(llm, text, tokens, WINDOW)
+        size, wanted = bytes_of(llm, windows), llm.logits(windows)
     return [measured(name, config, windows, size, wanted) for name, config in configs]
 
 
@@ -48,13 +58,7 @@ def measured(
     name: str, config: EngineConfig, windows: Sequence[list[int]], size: int, wanted: Sequence[Tensor]
 ) -> QualityRow:
     nats, apart, whole, same, count = 0.0, 0.0, 0.0, 0, 0
-    with LLM(
-        config.model,
-        dtype=DTYPES[config.dtype],  # type: ignore[arg-type]
-        weights=config.weights,
-        activations=config.activations,
-        threads=config.threads,
-    ) as llm:
+    with opened(config) as llm:
         for window, want in zip(windows, wanted, strict=True):
             got = llm.logits([window])[0]
             targets = torch.tensor(window[1:])
@@ -63,25 +67,32 @@ def measured(
             whole += float(want.square().sum(dtype=torch.float64))
             same += int((got.argmax(1) == want.argmax(1)).sum())
             count += len(window)
-    bits = nats / math.log(2) / size
-    return QualityRow(name, count, bits, math.sqrt(apart / whole), same / count)
+    return QualityRow(name, count, nats / math.log(2) / size, math.sqrt(apart / whole), same / count)
 
 
-def windows_of(llm: LLM, text: str, tokens: int) -> list[list[int]]:
-    """The first tokens of a text, as many as the windows hold that are at least two tokens long."""
+def bits_per_byte(config: EngineConfig, text: str, tokens: int, window: int) -> float:
+    """Of a text's first tokens, in windows of so many. Raises TextError."""
+    with opened(config) as llm:
+        windows = windows_of(llm, text, tokens, window)
+        nats = sum(float(llm.losses([own])[0].sum()) for own in windows)
+        return nats / math.log(2) / bytes_of(llm, windows)
+
+
+def windows_of(llm: LLM, text: str, tokens: int, length: int) -> list[list[int]]:
+    """The first tokens of a text, in windows of at least two tokens that do not overlap."""
     if llm.tokenizer is None:
         raise TextError("the model has no tokenizer; a text's loss needs one")
     ids = llm.tokenizer.encode(text, add_special_tokens=False)[:tokens]
-    return list(cut(ids, min(WINDOW, llm.engine.capacity.max_tokens)))
-
-
-def cut(ids: list[int], length: int) -> Iterator[list[int]]:
     if len(ids) < 2:
         raise TextError(f"the text has {len(ids)} tokens; a loss needs at least 2")
-    for start in range(0, len(ids) - 1, length):
-        window = ids[start : start + length]
-        if len(window) > 1:
-            yield window
+    length = min(length, llm.engine.capacity.max_tokens)
+    return [window for start in range(0, len(ids), length) if len(window := ids[start : start + length]) > 1]
+
+
+def bytes_of(llm: LLM, windows: Sequence[list[int]]) -> int:
+    """Of the tokens that are predicted."""
+    assert llm.tokenizer is not None
+    return sum(len(llm.tokenizer.token_bytes(token)) for window in windows for token in window[1:])
 
 
 def format_quality(rows: Sequence[QualityRow]) -> str:

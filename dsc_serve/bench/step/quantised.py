@@ -15,6 +15,7 @@ from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.model.decoder import Decoder
 
+PEER = "llama.cpp"
 PROMPT_TOKENS = 48
 PAUSE_S = 0.02  # until threads of the program that was just measured sleep
 READ_SAMPLES = 5
@@ -37,6 +38,7 @@ class StepRow(msgspec.Struct, frozen=True):
     """Steps of one system at a number of streams: medians, and of the rounds' ratios to the first system's the range.
 
     read_ratio: step_ms beside reading the weights' bytes once at this machine's rate; None: of another program.
+    peer_ratio: the median of the rounds' ratios to that program; None where none was measured.
     """
 
     system: str
@@ -47,10 +49,11 @@ class StepRow(msgspec.Struct, frozen=True):
     lowest: float
     highest: float
     read_ratio: float | None = None
+    peer_ratio: float | None = None
 
 
 class PromptRow(msgspec.Struct, frozen=True):
-    """Milliseconds of a prompt, and their ratio to the first system's."""
+    """Milliseconds of a prompt, and their ratio to the first system's, and to another program's where one was measured."""
 
     system: str
     tokens: int
@@ -58,6 +61,7 @@ class PromptRow(msgspec.Struct, frozen=True):
     ratio: float
     lowest: float
     highest: float
+    peer_ratio: float | None = None
 
 
 class Ratios(msgspec.Struct, frozen=True):
@@ -70,6 +74,11 @@ def ratios(rounds: Sequence[Sequence[float]], place: int) -> Ratios:
     """Of a system to the first, round by round."""
     found = [spent[place] / spent[0] for spent in rounds]
     return Ratios(statistics.median(found), min(found), max(found))
+
+
+def peer_ratio(rounds: Sequence[Sequence[float]], place: int, peer: Peer | None) -> float | None:
+    """Of a system to the peer, which is the last, where there is one: the median of the rounds'."""
+    return None if peer is None else statistics.median(spent[place] / spent[-1] for spent in rounds)
 
 
 def in_turn(systems: Sequence[Callable[[], float]], number: int) -> list[float]:
@@ -113,6 +122,7 @@ def decode(forms: Sequence[HeldForm], peer: Peer | None, streams: int, steps: in
                 lowest=ratio.lowest,
                 highest=ratio.highest,
                 read_ratio=None if least is None else ms / least,
+                peer_ratio=peer_ratio(found, place, peer),
             )
         )
     return rows
@@ -148,30 +158,53 @@ def prompts(forms: Sequence[HeldForm], peer: Peer | None, tokens: int, rounds: i
     for place, name in enumerate(names(forms, peer)):
         ratio = ratios(found, place)
         ms = statistics.median(spent[place] for spent in found)
-        rows.append(PromptRow(name, tokens, ms, ratio.median, ratio.lowest, ratio.highest))
+        beside = peer_ratio(found, place, peer)
+        rows.append(PromptRow(name, tokens, ms, ratio.median, ratio.lowest, ratio.highest, beside))
     return rows
 
 
 def names(forms: Sequence[HeldForm], peer: Peer | None) -> list[str]:
-    return [form.name for form in forms] + (["llama.cpp"] if peer is not None else [])
+    return [form.name for form in forms] + ([PEER] if peer is not None else [])
+
+
+def format_tokens(rows: Sequence[StepRow]) -> str:
+    """Tokens per second by streams, and how many times those of another program they are."""
+    streams = list(dict.fromkeys(row.streams for row in rows))
+    lines = ["| tokens per second | " + " | ".join(counted(n) for n in streams) + " |"]
+    lines.append("|---" * (1 + len(streams)) + "|")
+    beside = []
+    for name in dict.fromkeys(row.system for row in rows):
+        own = [row for row in rows if row.system == name]
+        lines.append(f"| {name} | " + " | ".join(f"{row.tokens_per_s:.1f}" for row in own) + " |")
+        if name != PEER and all(row.peer_ratio is not None for row in own):
+            times = (f"{1 / row.peer_ratio:.2f}" for row in own if row.peer_ratio)
+            beside.append(f"| {name}, times {PEER}'s | " + " | ".join(times) + " |")
+    return "\n".join([*lines, *beside])
+
+
+def counted(streams: int) -> str:
+    return f"{streams} stream{'s' * (streams > 1)}"
 
 
 def format_steps(rows: Sequence[StepRow]) -> str:
-    lines = ["| system | streams | ms a step | tokens/s | time beside the first's | lowest, highest | beside reading |"]
-    lines.append("|---" * 7 + "|")
+    lines = ["| system | streams | ms a step | time beside the first's | lowest, highest | beside reading |"]
+    lines.append("|---" * 6 + "|")
     for row in rows:
         reading = "" if row.read_ratio is None else f"{row.read_ratio:.2f}"
         lines.append(
-            f"| {row.system} | {row.streams} | {row.step_ms:.3f} | {row.tokens_per_s:.1f} | {row.ratio:.3f} | "
+            f"| {row.system} | {row.streams} | {row.step_ms:.3f} | {row.ratio:.3f} | "
             f"{row.lowest:.3f}, {row.highest:.3f} | {reading} |"
         )
     return "\n".join(lines)
 
 
 def format_prompts(rows: Sequence[PromptRow]) -> str:
-    lines = ["| system | prompt | ms | time beside the first's | lowest, highest |", "|---" * 5 + "|"]
-    lines += [
-        f"| {row.system} | {row.tokens} | {row.ms:.1f} | {row.ratio:.3f} | {row.lowest:.3f}, {row.highest:.3f} |"
-        for row in rows
-    ]
+    lines = ["| system | prompt | ms | time beside the first's | lowest, highest | beside llama.cpp's |"]
+    lines.append("|---" * 6 + "|")
+    for row in rows:
+        beside = "" if row.peer_ratio is None else f"{row.peer_ratio:.3f}"
+        lines.append(
+            f"| {row.system} | {row.tokens} | {row.ms:.1f} | {row.ratio:.3f} | {row.lowest:.3f}, {row.highest:.3f} | "
+            f"{beside} |"
+        )
     return "\n".join(lines)

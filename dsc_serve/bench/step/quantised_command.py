@@ -11,9 +11,8 @@ import click
 import msgspec
 
 from dsc_serve.config import EngineConfig, resolve_model
-from dsc_serve.output_file import OUTPUT_FILE
+from dsc_serve.output_file import OUTPUT_FILE, TEXT_FILE
 
-TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FORMS = ("stored", "bfloat16", "int8", "int4")
 
 
@@ -101,7 +100,8 @@ def quantised_command(
             raise click.ClickException(str(error)) from error
     for system in systems:
         click.echo(f"{system.name}: {system.nbytes / 1e6:.1f} MB of weights")
-    click.echo("\n" + quantised.format_steps(rows) + "\n\n" + quantised.format_prompts(prompts))
+    tables = quantised.format_tokens(rows), quantised.format_steps(rows), quantised.format_prompts(prompts)
+    click.echo("\n" + "\n\n".join(tables))
     if costs:
         click.echo("\n" + quality.format_quality(costs))
     if json_file is not None:

@@ -84,6 +84,7 @@ def format_rows(rows: Sequence[ContextRow]) -> str:
         lines.append(
             f"| {row.model} | {row.kv_dtype} | {row.streams} | {row.context} | {row.token_bytes:,} | "
             f"{row.held_bytes / 1e6:.2f} | {row.step_ms:.3f} | {row.ratio:.3f} | {row.lowest:.3f}, {row.highest:.3f} |"
-            + f" {bits} |" * told
+            + f" {bits} |"
+            * told
         )
     return "\n".join(lines)

@@ -53,7 +53,7 @@ class StepRow(msgspec.Struct, frozen=True):
 
 
 class PromptRow(msgspec.Struct, frozen=True):
-    """Milliseconds of a prompt, and their ratio to the first system's, and to another program's where one was measured."""
+    """Milliseconds of a prompt, their ratio to the first system's, and to another program's where one was measured."""
 
     system: str
     tokens: int

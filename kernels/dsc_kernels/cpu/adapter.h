@@ -38,6 +38,17 @@ INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* laten
   return even + odd;
 }
 
+// Panels that are asked for before they are needed: of many adapters at once the processor follows no stream by itself.
+constexpr int64_t PANELS_AHEAD = 4;
+
+template <typename T>
+INLINE void ask_ahead(const T* up, int64_t panel, int64_t panels, int64_t rank) {
+  if (panel + PANELS_AHEAD >= panels) return;
+  int64_t size = (sizeof(T) == 2 ? (rank + 1) / 2 * 2 : rank) * LANES;
+  const T* next = up + (panel + PANELS_AHEAD) * size;
+  for (int64_t i = 0; i < size; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(next + i, 0, 3);
+}
+
 // What an update takes of a row of latents: what its inputs are contracted to, and behind it what a core makes of that.
 INLINE int64_t latent_width(const LowRank& u) { return to_lanes(u.inner) + (u.core ? to_lanes(u.rank) : 0); }
 
@@ -111,14 +122,20 @@ struct Branch {
     int32_t run = adapted->run_of[base + t];
     if (run < 0) return v;
     int64_t panel = n / LANES, count = modules * adapted->runs[run].parts;
+    bool asks = base + t == adapted->runs[run].first;
     const LowRank* update = adapted->updates(run, module);
     const float* latents = rows + t * width;
     for (int64_t i = 0; i < count; i++, update++) {
       if (update->rank && panel >= update->first && panel < update->end) {
-        int64_t own = panel - update->first;
+        int64_t own = panel - update->first, panels = update->end - update->first, rank = update->rank;
         const float* given = update->core ? latents + to_lanes(update->inner) : latents;
-        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, given)
-                     : expand((const float*)update->up, own, update->rank, given);
+        if (is_bf16) {
+          if (asks) ask_ahead((const bf16*)update->up, own, panels, rank);
+          v += expand((const bf16*)update->up, own, rank, given);
+        } else {
+          if (asks) ask_ahead((const float*)update->up, own, panels, rank);
+          v += expand((const float*)update->up, own, rank, given);
+        }
       }
       latents += latent_width(*update);
     }

@@ -172,7 +172,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=1,
             le=512,
-            description="On a GPU, most batch sizes whose steps are captured as graphs at start; none with tensor_parallel.",
+            description="On a GPU, most batch sizes whose steps are captured as graphs; with tensor_parallel none is.",
         ),
     ] = 40
     graph_mb: Annotated[
@@ -184,8 +184,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     step_ahead: Annotated[
         Literal["auto", "off"],
         Meta(
-            description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md), but not "
-            "with tensor_parallel."
+            description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md), "
+            "without tensor_parallel."
         ),
     ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""

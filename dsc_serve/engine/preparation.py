@@ -13,7 +13,7 @@ from dsc_serve.model.calibration import constants
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, dsc_layers
-from dsc_serve.model.exchange import ALONE, Exchange
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.weight_forms import KeepError
 
@@ -21,7 +21,7 @@ DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the f
 INT8_KV = (native.name, plain.name)
 
 
-def prepare_model(config: EngineConfig, exchange: Exchange = ALONE) -> Decoder:
+def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decoder:
     """Set the compute threads and load the configured model. Raises ConfigError or CheckpointError in one line.
 
     exchange: with the ranks that share the model, as many as the configuration says; of it this one's part is loaded.

@@ -13,7 +13,7 @@ from dsc_kernels.quantised import ActivationBits
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json
 from dsc_serve.model.decoder import Decoder, tensor_shapes
-from dsc_serve.model.exchange import ALONE, Exchange
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.folder import (
     EMBEDDING,
     config_file,
@@ -116,7 +116,7 @@ def load_model(
     weights: str = "auto",
     keep: str = "",
     activations: str = "int16",
-    exchange: Exchange = ALONE,
+    exchange: RankExchange = ALONE,
 ) -> Decoder:
     """Read, check and prepare the model at a path, tensor by tensor. Raises CheckpointError, TokenizerError.
 

@@ -30,7 +30,7 @@ from dsc_serve.model.adapter import BankTenant, module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
-from dsc_serve.model.exchange import ALONE, Exchange
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.picks import PickingFfn, Picks, picking_layers
@@ -69,7 +69,7 @@ class Decoder:
         device: torch.device,
         forms: Forms = AS_STORED,
         activation_bits: ActivationBits = 16,
-        exchange: Exchange = ALONE,
+        exchange: RankExchange = ALONE,
     ) -> None:
         self.config, self.dtype, self.device, self.shard = config, dtype, device, exchange.shard
         self._own_config = rank_config(config, self.shard)  # of its layers, and of what it keeps of a token

@@ -24,7 +24,7 @@ class Shard:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
-class Exchange(Protocol):
+class RankExchange(Protocol):
     """Every rank calls the same methods in the same order with tensors of the same shapes."""
 
     @property

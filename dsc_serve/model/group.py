@@ -19,8 +19,8 @@ LIMIT_S = 300.0  # that a rank waits for the others: one of them may be compilin
 LOOPBACK = "127.0.0.1"  # ranks are of one host, and gloo listens to nobody else
 
 
-class Group:
-    """`Exchange` with other processes, once connected.
+class RankGroup:
+    """`RankExchange` with other processes, once connected.
 
     store: a file that all ranks can reach, and that nobody else writes to, for them to find each other by.
     reduced, gathered: bytes that this rank has given to sums, and to gathering.

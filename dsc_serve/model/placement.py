@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_kernels.memory import resident
 from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight, Weight
-from dsc_serve.model.exchange import ALONE, Exchange
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
 from dsc_serve.model.rounding import OutOfRangeError, rounded
 from dsc_serve.weight_forms import AS_STORED, EIGHT_AT_LEAST, Form, Forms, Part
@@ -31,7 +31,7 @@ class Placement:
     device: torch.device
     forms: Forms = field(default_factory=lambda: AS_STORED)
     activation_bits: ActivationBits = 16
-    exchange: Exchange = ALONE
+    exchange: RankExchange = ALONE
     held: Counter[str] = field(default_factory=Counter)
 
     def tensor(self, stored: Weight, dtype: torch.dtype | None = None) -> Tensor:

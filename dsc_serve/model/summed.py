@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.weights import Activation
-from dsc_serve.model.exchange import Exchange
+from dsc_serve.model.exchange import RankExchange
 
 
-def whole(exchange: Exchange, own: Tensor, residual: Tensor | None) -> Tensor:
+def whole(exchange: RankExchange, own: Tensor, residual: Tensor | None) -> Tensor:
     """The sum of what all ranks have, plus residual where one is given, which all have."""
     out = exchange.sum(own)
     return out if residual is None else out + residual
@@ -19,7 +19,7 @@ def whole(exchange: Exchange, own: Tensor, residual: Tensor | None) -> Tensor:
 class SummedLinear:
     """A product of which each rank has some of the inputs' columns, its bias at the first rank alone."""
 
-    def __init__(self, own: ops.Linear, exchange: Exchange) -> None:
+    def __init__(self, own: ops.Linear, exchange: RankExchange) -> None:
         self._own, self._exchange, self.backend = own, exchange, own.backend
 
     def __call__(

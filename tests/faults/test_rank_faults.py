@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from support.ranks import followers, runs
@@ -68,7 +69,7 @@ def test_either_rank_that_is_killed_is_replaced_with_the_other(start: Callable[.
         server = start()
         pids = [server.engine_pid, *followers(server.engine_pid)]
         assert len(pids) == 2
-        interrupted(server, lambda pid=pids[victim]: os.kill(pid, signal.SIGKILL), "the engine process has ended")  # type: ignore[misc]
+        interrupted(server, partial(os.kill, pids[victim], signal.SIGKILL), "the engine process has ended")
         gone(pids)
         serves(server)
 

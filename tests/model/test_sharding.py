@@ -20,9 +20,9 @@ from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.config import CheckpointError, ModelConfig
 from dsc_serve.model.decoder import Decoder, tensor_shapes
-from dsc_serve.model.exchange import ALONE, Exchange, GroupLostError, Shard
+from dsc_serve.model.exchange import ALONE, GroupLostError, RankExchange, Shard
 from dsc_serve.model.ffn.dsc import DscFfn
-from dsc_serve.model.group import Group
+from dsc_serve.model.group import RankGroup
 from dsc_serve.model.rounding import rounded
 from dsc_serve.model.sharding import rank_config, rank_tensors
 from dsc_serve.scale.estimate import ModelSizes, exchanges
@@ -55,7 +55,7 @@ CASES: dict[str, ModelConfig] = {
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
-def decoder(config: ModelConfig, tensors: Mapping[str, Weight], exchange: Exchange = ALONE) -> Decoder:
+def decoder(config: ModelConfig, tensors: Mapping[str, Weight], exchange: RankExchange = ALONE) -> Decoder:
     return Decoder(config, tensors, torch.float32, CPU, exchange=exchange)
 
 
@@ -159,7 +159,7 @@ def test_picks_are_traced_by_the_names_that_atoms_have_in_the_whole(tmp_path: Pa
     config = CASES["dsc"]
     tensors = wide_tensors(config)
 
-    def shape(group: Group) -> tuple[int, int]:
+    def shape(group: RankGroup) -> tuple[int, int]:
         ffn = decoder(config, tensors, group).layers[0].ffn
         assert isinstance(ffn, DscFfn)
         return ffn.shape.atoms, ffn.u.shape[0]
@@ -175,7 +175,7 @@ def test_a_layer_sends_the_bytes_that_the_estimate_of_a_bank_by_rows_says(
     config = small_config(num_key_value_heads=4, num_attention_heads=4, head_dim=8)
     tensors, x = wide_tensors(config), torch.randn(tokens, 32)
 
-    def sent(group: Group) -> float:
+    def sent(group: RankGroup) -> float:
         model, before = decoder(config, tensors, group), group.sent
         model.layers[0].ffn(x, x)
         return group.sent - before
@@ -191,7 +191,7 @@ def test_ranks_in_bfloat16_differ_from_one_by_rounding_alone(tmp_path: Path) -> 
     config = CASES["dense"]
     tensors, x = wide_tensors(config), torch.randn(8, 32).bfloat16()
 
-    def out(exchange: Exchange) -> Tensor:
+    def out(exchange: RankExchange) -> Tensor:
         model = Decoder(config, tensors, torch.bfloat16, CPU, exchange=exchange)
         return model.layers[0].ffn(x, x).float()
 
@@ -240,7 +240,7 @@ def test_what_ranks_cannot_share_is_refused_with_field_and_value(config: ModelCo
     assert words in str(error.value)
 
 
-class Unconnected(Group):
+class Unconnected(RankGroup):
     """The first of two ranks that nobody meets."""
 
     def __init__(self, folder: Path) -> None:
@@ -303,7 +303,7 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_rank_that_nobody_meets_says_so_in_time(tmp_path: Path) -> None:
-    group = Group(Shard(0, 2), tmp_path / "store", CPU, limit_s=0.2)
+    group = RankGroup(Shard(0, 2), tmp_path / "store", CPU, limit_s=0.2)
     with pytest.raises(GroupLostError, match="rank 0 of 2 could not meet the others"):
         group.connect()
     with pytest.raises(GroupLostError, match="is not connected"):

@@ -10,20 +10,20 @@ from typing import TypeVar
 import torch
 
 from dsc_serve.model.exchange import Shard
-from dsc_serve.model.group import Group
+from dsc_serve.model.group import RankGroup
 
 T = TypeVar("T")
 LIMIT_S = 60.0
 FOLLOWER = b"dsc_serve.engine.ranks.follower"
 
 
-def on_ranks(size: int, folder: Path, run: Callable[[Group], T]) -> list[T]:
+def on_ranks(size: int, folder: Path, run: Callable[[RankGroup], T]) -> list[T]:
     """What each of so many ranks returns, computed at the same time, in their order. folder: an empty one."""
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
     def one(rank: int) -> None:
-        group = Group(Shard(rank, size), folder / "store", torch.device("cpu"), LIMIT_S)
+        group = RankGroup(Shard(rank, size), folder / "store", torch.device("cpu"), LIMIT_S)
         try:
             group.connect()
             with torch.inference_mode():

@@ -35,7 +35,7 @@ from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.exchange import GroupLostError, Shard
-from dsc_serve.model.group import Group
+from dsc_serve.model.group import RankGroup
 from dsc_serve.panics import panics_as_errors
 from dsc_serve.sampling_params import EngineCapacity
 
@@ -77,7 +77,7 @@ def follow(connection: socket.socket, start: RankStart) -> int:
     device = device_of(config, shard.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched that name none
-    group = Group(shard, Path(start.store), device)
+    group = RankGroup(shard, Path(start.store), device)
     try:
         with panics_as_errors():
             model = prepare_model(config, group)

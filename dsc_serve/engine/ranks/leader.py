@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.exchange import GroupLostError, Shard
 from dsc_serve.model.ffn.picks import Picks
-from dsc_serve.model.group import Group
+from dsc_serve.model.group import RankGroup
 from dsc_serve.sampling_params import EngineCapacity
 
 # -P: the modules that this process has, not what lies in the working directory under their names.
@@ -60,11 +61,13 @@ class Ranks:
         size = config.tensor_parallel
         self._folder = tempfile.TemporaryDirectory(prefix="dsc-serve-ranks-")
         store = Path(self._folder.name) / "store"
-        self.group = Group(Shard(0, size), store, device_of(config, 0))
-        self._lock, self._lost, self._on_lost = threading.Lock(), "", lambda reason: None
+        self.group = RankGroup(Shard(0, size), store, device_of(config, 0))
+        self._lock, self._lost = threading.Lock(), ""
+        self._on_lost: Callable[[str], None] = lambda reason: None
         self._connections: dict[int, socket.socket] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._watch: threading.Thread | None = None
+        weakref.finalize(self, hang_up, self._connections)  # also where nobody closes it
         try:
             for rank in range(1, size):
                 self._start(config, rank, store)
@@ -129,7 +132,13 @@ class Ranks:
         self.tell(RankPool(capacity))
         self.group.connect()
         self._folder.cleanup()
-        self._watch = watch(self._connections, self._hung_up)
+        told = weakref.WeakMethod(self._hung_up)
+
+        def hung_up(rank: int) -> None:
+            if (tell := told()) is not None:
+                tell(rank)
+
+        self._watch = watch(self._connections, hung_up)
 
     def tell(self, message: ToRank) -> None:
         """Raises GroupLostError where they have ended."""
@@ -153,7 +162,7 @@ class Ranks:
             yield
         except BaseException as error:
             self._lose(f"the ranks that share the model have not computed the same: {type(error).__name__}: {error}")
-            self._hang_up()
+            hang_up(self._connections)
             if isinstance(error, Exception):
                 raise GroupLostError(self._lost) from error
             raise
@@ -163,7 +172,7 @@ class Ranks:
         with self._lock:
             self._on_lost = lambda reason: None
             self._lost = self._lost or "the ranks that share the model have been ended"
-        self._hang_up()
+        hang_up(self._connections)
         self.group.close()
         for process in self._processes.values():
             try:
@@ -177,11 +186,6 @@ class Ranks:
             connection.close()
         self._folder.cleanup()
 
-    def _hang_up(self) -> None:
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
     def _hung_up(self, rank: int) -> None:
         self._lose(f"rank {rank} of {self.group.shard.size} has ended")
 
@@ -190,6 +194,13 @@ class Ranks:
             first, self._lost = not self._lost, self._lost or reason
         if first:
             self._on_lost(reason)
+
+
+def hang_up(connections: Mapping[int, socket.socket]) -> None:
+    """Who is on the other sides ends then. Safe to call twice."""
+    for connection in connections.values():
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class LeadingInputs(Inputs):

@@ -18,7 +18,7 @@ from dsc_kernels.picking import select
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig, MoloraConfig
-from dsc_serve.model.exchange import Exchange
+from dsc_serve.model.exchange import RankExchange
 from dsc_serve.model.ffn import Ffn
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
@@ -37,7 +37,7 @@ class BankRows:
     rows: which of all they are. Every rank asks the same of its own at the same time.
     """
 
-    def __init__(self, router: Router, bank: AtomBank, options: FfnOptions, rows: range, exchange: Exchange) -> None:
+    def __init__(self, router: Router, bank: AtomBank, options: FfnOptions, rows: range, exchange: RankExchange) -> None:
         dtype, device = bank.u.dtype, bank.u.device
         # As layers that route by themselves hold it: `ops`.
         exact = torch.float32 if ops.backend(dtype, device).name == plain.NAME else dtype

@@ -37,7 +37,9 @@ class BankRows:
     rows: which of all they are. Every rank asks the same of its own at the same time.
     """
 
-    def __init__(self, router: Router, bank: AtomBank, options: FfnOptions, rows: range, exchange: RankExchange) -> None:
+    def __init__(
+        self, router: Router, bank: AtomBank, options: FfnOptions, rows: range, exchange: RankExchange
+    ) -> None:
         dtype, device = bank.u.dtype, bank.u.device
         # As layers that route by themselves hold it: `ops`.
         exact = torch.float32 if ops.backend(dtype, device).name == plain.NAME else dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -145,3 +146,11 @@ def test_what_a_rank_cannot_load_is_told_before_anything_is_served(small_model: 
     with pytest.raises((CheckpointError, ConfigError), match="num_key_value_heads is 1; tensor_parallel is 2"):
         LLM(str(folder), tensor_parallel=2, **SETTINGS)
     until(lambda: not followers(os.getpid()))
+
+
+def test_ranks_end_with_an_engine_that_nobody_closes(small_model: Folder) -> None:
+    llm = LLM(str(small_model()), tensor_parallel=2, **SETTINGS)
+    (other,) = ranks_of(llm)
+    del llm
+    gc.collect()
+    until(lambda: not runs(other))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,14 @@ from dsc_serve.model.exchange import GroupLostError, Shard
 
 LIMIT_S = 300.0  # that a rank waits for the others: one of them may be compiling kernels
 LOOPBACK = "127.0.0.1"  # ranks are of one host, and gloo listens to nobody else
+
+
+class Collectives(Protocol):
+    """What of torch's groups is used here."""
+
+    def allreduce(self, tensors: list[Tensor]) -> dist.Work: ...
+
+    def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor]) -> dist.Work: ...
 
 
 class RankGroup:
@@ -29,7 +38,7 @@ class RankGroup:
     def __init__(self, shard: Shard, store: Path, device: torch.device, limit_s: float = LIMIT_S) -> None:
         self.shard, self.reduced, self.gathered = shard, 0, 0
         self._store, self._device, self._limit = store, device, timedelta(seconds=limit_s)
-        self._backend: dist.Backend | None = None
+        self._backend: Collectives | None = None
 
     def connect(self) -> None:
         """Meet the other ranks, all of which call this. Raises GroupLostError when they do not come."""
@@ -66,7 +75,7 @@ class RankGroup:
         self._wait(lambda backend: backend.allgather([list(every.unbind(0))], [own.contiguous()]))
         return every
 
-    def _wait(self, collective: Callable[[dist.Backend], dist.Work]) -> None:
+    def _wait(self, collective: Callable[[Collectives], dist.Work]) -> None:
         if self._backend is None:
             raise GroupLostError(f"rank {self.shard.rank} of {self.shard.size} is not connected")
         try:
@@ -75,14 +84,14 @@ class RankGroup:
             raise GroupLostError(f"rank {self.shard.rank} has lost the others: {error}") from error
 
 
-def gloo_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> dist.Backend:
+def gloo_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> Collectives:
     options = dist.ProcessGroupGloo._Options()
     options._timeout = limit
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def nccl_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> dist.Backend:
+def nccl_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> Collectives:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, rank, size, options)

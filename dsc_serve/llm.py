@@ -22,8 +22,8 @@ from dsc_serve.adapter_choice import AdapterChoice, Asked, AskedEach, choice_of,
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
-from dsc_serve.engine.start import start_engine
 from dsc_serve.engine.request import Collect
+from dsc_serve.engine.start import start_engine
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, SamplingParams, check_embedding, resolve_max_tokens
 from dsc_serve.text.stream import TextStream

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is not in the list of its names
 
 from dsc_serve.model.exchange import GroupLostError, Shard
 
@@ -44,7 +45,7 @@ class RankGroup:
         """Meet the other ranks, all of which call this. Raises GroupLostError when they do not come."""
         rank, size = self.shard.rank, self.shard.size
         try:
-            store = dist.FileStore(str(self._store), size)
+            store = FileStore(str(self._store), size)
             store.set_timeout(self._limit)
             make = nccl_backend if self._device.type == "cuda" else gloo_backend
             self._backend = make(store, rank, size, self._limit)
@@ -84,14 +85,15 @@ class RankGroup:
             raise GroupLostError(f"rank {self.shard.rank} has lost the others: {error}") from error
 
 
-def gloo_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> Collectives:
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = limit
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+def gloo_backend(store: FileStore, rank: int, size: int, limit: timedelta) -> Collectives:
+    # These are the names that all versions of torch have.
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
+    options._timeout = limit  # noqa: SLF001
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]  # noqa: SLF001
+    return cast(Collectives, dist.ProcessGroupGloo(store, rank, size, options))
 
 
-def nccl_backend(store: dist.Store, rank: int, size: int, limit: timedelta) -> Collectives:
+def nccl_backend(store: FileStore, rank: int, size: int, limit: timedelta) -> Collectives:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = limit
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    options._timeout = limit  # noqa: SLF001
+    return cast(Collectives, dist.ProcessGroupNCCL(store, rank, size, options))

@@ -32,7 +32,7 @@ from dsc_serve.engine.ranks.messages import (
 )
 from dsc_serve.engine.ranks.watch import end_soon, watch
 from dsc_serve.engine.runner import Runner
-from dsc_serve.model.batch import Chunk, StepBatch
+from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.exchange import GroupLostError, Shard
 from dsc_serve.model.group import RankGroup
@@ -68,7 +68,7 @@ class FollowingRunner(Runner):
         for row, table in step.tables:
             inputs.hold(row, np.frombuffer(table, np.int64).reshape(groups, -1))
         held = inputs.on_device(tokens, requests)
-        return StepBatch(*held, step.decodes, step.decode_context, tuple(Chunk(*chunk) for chunk in step.chunks))
+        return StepBatch(*held, step.decodes, step.decode_context, step.chunks)
 
 
 def follow(connection: socket.socket, start: RankStart) -> int:

@@ -225,7 +225,7 @@ class LeadingInputs(Inputs):
             [(row, self._untold.pop(row).tobytes()) for row in rows],
             batch.decodes,
             batch.decode_context,
-            [tuple(chunk) for chunk in batch.chunks],
+            batch.chunks,
         )
 
 

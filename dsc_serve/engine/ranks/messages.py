@@ -12,6 +12,7 @@ import msgspec
 
 from dsc_serve.config import EngineConfig
 from dsc_serve.frames import framed, read_frame
+from dsc_serve.model.batch import Chunk
 from dsc_serve.sampling_params import EngineCapacity
 
 MAX_FRAME = 2**30  # a step's inputs; tables of blocks are told where they change
@@ -51,7 +52,7 @@ class StepInputs(msgspec.Struct, tag=True, array_like=True):
     tables: list[tuple[int, bytes]]  # rows that have changed, and what they begin with: [groups, blocks]
     decodes: int
     decode_context: int
-    chunks: list[tuple[int, int, int, int]]
+    chunks: tuple[Chunk, ...]
 
 
 class BlockCopies(msgspec.Struct, tag=True, array_like=True):

@@ -55,6 +55,7 @@ def test_composition(
         want = want + residual.double()
     assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
 
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_rows_that_were_picked_elsewhere(dtype: torch.dtype, rank: int) -> None:

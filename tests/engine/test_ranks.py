@@ -51,7 +51,8 @@ def test_two_ranks_give_the_reference_s_logits_and_ids(method: str, golden_folde
         scheduler = llm.engine.scheduler
         assert scheduler.preemptions > 0
         cached = scheduler.cached_tokens
-        assert [ids_of(llm, [prompt], params) for prompt in [*prompts, *prompts]] == [[ids] for ids in want * 2]
+        for prompt, ids in zip(prompts, want, strict=True):
+            assert [ids_of(llm, [prompt], params) for _ in range(2)] == [[ids]] * 2
         assert scheduler.cached_tokens > cached
         assert scheduler.fault() is None
     assert not any(map(runs, others))
@@ -133,7 +134,7 @@ def test_a_step_that_fails_before_it_is_told_ends_its_request_alone(
 ) -> None:
     runner = shared.engine.runner
     monkeypatch.setattr(runner, "pack", lambda *arguments: [][0])
-    with pytest.raises(GenerationError, match="the first failed for: the step failed: IndexError"):
+    with pytest.raises(GenerationError, match="the first for: the step failed: IndexError"):
         shared.generate([[1, 2]], SamplingParams(max_tokens=2))
     monkeypatch.undo()
     assert len(shared.generate([[1, 2]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2

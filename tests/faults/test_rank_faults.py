@@ -1,4 +1,4 @@
-"""One of the processes that share a model dies, or hangs, while it has work to do."""
+"""One of the processes that share a model dies, or hangs, while it has work to do or none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
 
 import pytest
 from support.ranks import followers, runs
@@ -16,22 +16,30 @@ from support.streams import Stream, all_begun
 
 PATIENCE = 3.0  # how much longer things may take than promised where others use the cores too
 LONG = {"prompt": "And then", "max_tokens": 900}
+RESTARTS = "dsc_serve_engine_restarts_total"
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., RunningServer]]:
-    servers: list[RunningServer] = []
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RunningServer]:
+    yield from running()
 
-    def run(*arguments: str) -> RunningServer:
-        servers.append(start_server("--tensor-parallel", "2", *arguments))
-        return servers[-1]
 
-    yield run
-    for server in servers:
-        others = followers(server.engine_pid)
-        assert len(others) == 1
-        assert stop_server(server) == 0
-        gone(others)
+def running(*arguments: str) -> Iterator[RunningServer]:
+    """A server whose model two ranks share, and of which nothing is left when it has been stopped."""
+    server = start_server("--tensor-parallel", "2", *arguments)
+    try:
+        yield server
+        pids = ranks(server)
+    finally:
+        status = stop_server(server)
+    assert status == 0
+    gone(pids)
+
+
+def ranks(server: RunningServer) -> list[int]:
+    pids = [server.engine_pid, *followers(server.engine_pid)]
+    assert len(pids) == 2
+    return pids
 
 
 def gone(pids: list[int]) -> None:
@@ -41,52 +49,47 @@ def gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-def serves(server: RunningServer) -> None:
+def check_replaced(server: RunningServer, restarts: float, before: list[int]) -> None:
+    gone(before)
+    server.wait_until(lambda: server.metric(RESTARTS) == restarts + 1)
     server.wait_until(lambda: server.get("/health/ready").status_code == 200)
+    assert not set(ranks(server)) & set(before)
     answer = server.post("/v1/completions", prompt="Once", max_tokens=5, temperature=0)
     assert answer.status_code == 200, answer.text
     server.wait_until(server.idle)
     assert server.metric('dsc_serve_kv_blocks{state="used"}') == 0
-    assert server.metric("dsc_serve_engine_restarts_total") == 1
 
 
-def interrupted(server: RunningServer, end: Callable[[], None], words: str) -> None:
-    """Streams that have begun are told; what is left is nothing."""
+def interrupt(server: RunningServer, harm: Callable[[], None], words: str) -> None:
+    """All streams that have begun are told."""
 
     async def run() -> None:
         streams = [Stream(LONG) for _ in range(4)]
         tasks = [asyncio.create_task(stream.run(server.url)) for stream in streams]
         await all_begun(streams)
-        end()
+        harm()
         await asyncio.gather(*tasks)
         assert all(words in stream.error and stream.done for stream in streams), [stream.error for stream in streams]
 
     asyncio.run(run())
 
 
-def test_either_rank_that_is_killed_is_replaced_with_the_other(start: Callable[..., RunningServer]) -> None:
-    for victim in (0, 1):
-        server = start()
-        pids = [server.engine_pid, *followers(server.engine_pid)]
-        assert len(pids) == 2
-        interrupted(server, partial(os.kill, pids[victim], signal.SIGKILL), "the engine process has ended")
-        gone(pids)
-        serves(server)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_told_to_clients_and_replaced_with_the_other(shared: RunningServer, rank: int) -> None:
+    pids, restarts = ranks(shared), shared.metric(RESTARTS)
+    interrupt(shared, lambda: os.kill(pids[rank], signal.SIGKILL), "the engine process has ended")
+    check_replaced(shared, restarts, pids)
 
 
-def test_a_rank_that_is_killed_while_nobody_asks_is_replaced_at_once(start: Callable[..., RunningServer]) -> None:
-    server = start()
-    pids = [server.engine_pid, *followers(server.engine_pid)]
+def test_a_rank_that_is_killed_while_nobody_asks_is_replaced_at_once(shared: RunningServer) -> None:
+    pids, restarts = ranks(shared), shared.metric(RESTARTS)
     os.kill(pids[1], signal.SIGKILL)
-    gone(pids)
-    server.wait_until(lambda: server.metric("dsc_serve_engine_restarts_total") == 1)
-    serves(server)
+    check_replaced(shared, restarts, pids)
 
 
 @pytest.mark.full
-def test_a_rank_that_is_stopped_is_noticed_and_both_are_replaced(start: Callable[..., RunningServer]) -> None:
-    server = start("--stall-s", "3", "--hang-s", "6")
-    pids = [server.engine_pid, *followers(server.engine_pid)]
-    interrupted(server, lambda: os.kill(pids[1], signal.SIGSTOP), "the engine hangs")
-    gone(pids)
-    serves(server)
+def test_a_rank_that_is_stopped_is_noticed_and_both_are_replaced() -> None:
+    with contextmanager(running)("--stall-s", "3", "--hang-s", "6") as server:
+        pids = ranks(server)
+        interrupt(server, lambda: os.kill(pids[1], signal.SIGSTOP), "the engine hangs")
+        check_replaced(server, 0, pids)

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from dsc_serve.addresses import wrong_origin, wrong_root_path
-from dsc_serve.life_settings import LONGEST_S
 from dsc_serve.life_settings import LifeConfig as LifeConfig
 from dsc_serve.life_settings import LogConfig as LogConfig
-from dsc_serve.sampling_params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from dsc_serve.limit_settings import LimitConfig as LimitConfig
+from dsc_serve.section import MOST as MOST
 from dsc_serve.section import ConfigError as ConfigError
 from dsc_serve.section import Section as Section
 from dsc_serve.section import allowed_values as allowed_values
@@ -26,11 +26,18 @@ from dsc_serve.weight_forms import KeepError, kept
 
 DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 EMBEDDED_MODEL = "dsc-tiny"
-# No setting overflows where it is used, and none is without any limit.
-MOST = 10**12
 # Two underscores: the variables that Kubernetes makes of a service named dsc-serve, such as DSC_SERVE_PORT, have one.
 PREFIX = "DSC_SERVE__"
 API_KEYS = f"{PREFIX}API_KEYS"
+# What goes with tensor_parallel above 1: rounding would cut groups of numbers, the others are made for one whole model.
+ALLOWED_SHARED: dict[str, tuple[str, ...]] = {
+    "weights": ("auto", "stored", "bfloat16"),
+    "keep": ("",),
+    "router_precision": ("auto", "exact"),
+    "grouping": ("auto", "off"),
+    "draft_model": ("",),
+    "adapters": ("",),
+}
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
@@ -74,6 +81,14 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Meta(description="Run here.")] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Compute threads; 0: all cores.")] = 0
+    tensor_parallel: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Share each layer between so many GPUs, or processes on the CPU, of this host (scale.md).",
+        ),
+    ] = 1
     max_running: Annotated[int, Meta(ge=1, le=2**14, description="Most requests in one step.")] = 64
     step_tokens: Annotated[
         int, Meta(ge=1, le=2**20, description="Most tokens computed in one step; longer prompts take several.")
@@ -153,7 +168,12 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = "auto"
 
     graphs: Annotated[
-        int, Meta(ge=1, le=512, description="On a GPU, most batch sizes whose steps are captured as graphs at start.")
+        int,
+        Meta(
+            ge=1,
+            le=512,
+            description="On a GPU, most batch sizes whose steps are captured as graphs; with tensor_parallel none is.",
+        ),
     ] = 40
     graph_mb: Annotated[
         int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")
@@ -163,7 +183,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = 60.0
     step_ahead: Annotated[
         Literal["auto", "off"],
-        Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
+        Meta(
+            description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md), "
+            "without tensor_parallel."
+        ),
     ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[
@@ -188,74 +211,15 @@ class EngineConfig(Section, frozen=True, kw_only=True):
                 f"step_tokens is {self.step_tokens} but max_running is {self.max_running}; a step must have room for "
                 "one token of every running request: raise step_tokens or lower max_running"
             )
+        self._check_shared()
 
-
-class LimitConfig(Section, frozen=True, kw_only=True):
-    """What the server lets in."""
-
-    max_waiting: Annotated[
-        int,
-        Meta(
-            ge=0, le=2**20, description="Requests that may queue; beyond them clients get 429. 0: as many as may run."
-        ),
-    ] = 0
-    max_connections: Annotated[
-        int, Meta(ge=0, le=2**20, description="Open connections; more are closed at once. 0: what open files allow.")
-    ] = 0
-    max_requests_per_connection: Annotated[
-        int,
-        Meta(ge=0, le=MOST, description="Requests on one connection, which then ends with the answer; 0: no limit."),
-    ] = 1000
-    max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24, description="Largest request line and headers.")] = 2**16
-    max_body_bytes: Annotated[int, Meta(ge=1024, le=2**30, description="Largest body; beyond it clients get 413.")] = (
-        8 * 2**20
-    )
-    max_body_values: Annotated[
-        int,
-        Meta(
-            ge=1024,
-            le=2**30,
-            description="Most values in a body; a quarter of them may be texts, an eighth lists and objects.",
-        ),
-    ] = 2**20
-    header_timeout_s: Annotated[
-        float, Meta(ge=0.1, le=LONGEST_S, description="Seconds for a request's headers to arrive.")
-    ] = 20.0
-    body_timeout_s: Annotated[
-        float, Meta(ge=0.1, le=LONGEST_S, description="Seconds for a request's body to arrive.")
-    ] = 60.0
-    keep_alive_s: Annotated[int, Meta(ge=1, le=LONGEST_S, description="Seconds that a connection may idle.")] = 30
-    send_timeout_s: Annotated[
-        float,
-        Meta(
-            ge=0.1,
-            le=LONGEST_S,
-            description="Seconds in which a client must read 48 KiB, or all; else it is hung up on.",
-        ),
-    ] = 30.0
-    send_buffer_bytes: Annotated[
-        int,
-        Meta(ge=4096, le=2**28, description="Bytes that the system may hold for a connection that reads too slowly."),
-    ] = 2**18
-    max_unread: Annotated[
-        int, Meta(ge=1, le=2**20, description="Steps' news that may wait for a slow reader; then its request is ended.")
-    ] = 4096
-    max_prompt_tokens: Annotated[int, Meta(ge=0, le=MOST, description="Longest prompt; 0: what the context holds.")] = 0
-    max_output_tokens: Annotated[
-        int, Meta(ge=0, le=MOST, description="Largest max_tokens; 0: what the context holds.")
-    ] = 0
-    max_choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Largest n.")] = MAX_CHOICES
-    max_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Most alternatives per token.")] = MAX_LOGPROBS
-    max_stops: Annotated[int, Meta(ge=0, le=MAX_STOPS, description="Most stop texts.")] = MAX_STOPS
-    streams_per_key: Annotated[
-        int, Meta(ge=0, le=MOST, description="Generations at a time for a key that says nothing else; 0: no limit.")
-    ] = 0
-    requests_per_minute: Annotated[
-        int, Meta(ge=0, le=MOST, description="Generations a minute for a key that says nothing else; 0: no limit.")
-    ] = 0
-    tokens_per_minute: Annotated[
-        int, Meta(ge=0, le=MOST, description="Prompt and output tokens a minute for such a key; 0: no limit.")
-    ] = 0
+    def _check_shared(self) -> None:
+        """Raises ConfigError for what cannot be had where ranks share a model."""
+        for name, allowed in ALLOWED_SHARED.items() if self.tensor_parallel > 1 else ():
+            value = getattr(self, name)
+            if value not in allowed:
+                what = f"{name} is {value!r} but tensor_parallel is {self.tensor_parallel}"
+                raise ConfigError(f"{what}; allowed with it: {', '.join(map(repr, allowed))}")
 
 
 class AccessConfig(Section, frozen=True, kw_only=True):

@@ -54,6 +54,12 @@ def read_exactly(source: socket.socket, size: int, end: float | None = None) -> 
     return bytes(parts)
 
 
+def limit_sending(connection: socket.socket, seconds: float) -> None:
+    """Let sending raise BlockingIOError where the other side reads nothing for so long."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # a C struct timeval
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 class Frames:
     """Cuts a stream into messages as it arrives."""
 

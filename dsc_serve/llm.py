@@ -22,8 +22,8 @@ from dsc_serve.adapter_choice import AdapterChoice, Asked, AskedEach, choice_of,
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
-from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.request import Collect
+from dsc_serve.engine.start import start_engine
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, SamplingParams, check_embedding, resolve_max_tokens
 from dsc_serve.text.stream import TextStream
@@ -93,7 +93,7 @@ class LLM:
         paths = {name: str(value) for name, value in settings.items() if isinstance(value, PurePath)}
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **{**settings, **paths})
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
-        self._engine: Engine | None = Engine.for_model(prepare_model(config), config)
+        self._engine: Engine | None = start_engine(config)[0]
         self._ids = itertools.count()
         self._tracks: dict[str, _Track] = {}
 

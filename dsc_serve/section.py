@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+# No setting overflows where it is used, and none is without any limit.
+MOST = 10**12
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the text names the setting, its value and what is allowed."""

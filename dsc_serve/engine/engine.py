@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsc_serve.adapter_choice import AdapterChoice
 from dsc_serve.config import ConfigError, EngineConfig, resolve_model
@@ -17,8 +18,6 @@ from dsc_serve.engine.constraints import End, Followers
 from dsc_serve.engine.drafts import SOURCES
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.drafts.drafting import COMPANION
-from dsc_serve.engine.graph_budget import GraphBudget
-from dsc_serve.engine.graphs import capture_for
 from dsc_serve.engine.isolation import Computed, StepRunner
 from dsc_serve.engine.kv_cache import BlockPool
 from dsc_serve.engine.kv_size import pool_blocks
@@ -29,7 +28,7 @@ from dsc_serve.engine.pooling import Pooler
 from dsc_serve.engine.position import add_further
 from dsc_serve.engine.request import Collect, Request
 from dsc_serve.engine.routing import RoutingWatch
-from dsc_serve.engine.runner import Runner
+from dsc_serve.engine.runner import runner_of
 from dsc_serve.engine.scheduler import Scheduler
 from dsc_serve.engine.step_report import StepReport
 from dsc_serve.grammars.constraint import Constraint
@@ -48,6 +47,9 @@ from dsc_serve.sampling_params import (
 )
 from dsc_serve.scheduling_params import SchedulingParams
 from dsc_serve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsc_serve.engine.ranks.leader import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class Engine:
         if routing is not None:
             routing.predicts = POLICIES[config.policy].by_picks
         self.bank_bytes, self.captured = 0, ""
+        self.ranks: Ranks | None = None  # the others that share the model
         self.pooling = Pooling()
         self._eos = frozenset(eos)
         self.grammars: Grammars | None = None
@@ -104,18 +107,21 @@ class Engine:
         self.followers = Followers(lambda request: self.scheduler.get(request.id) is request)
 
     @classmethod
-    def for_model(cls, model: Decoder, config: EngineConfig, strict: bool = False) -> Engine:
-        """An engine that runs a loaded model, with a KV pool of its own.
+    def for_model(
+        cls, model: Decoder, config: EngineConfig, strict: bool = False, ranks: Ranks | None = None
+    ) -> Engine:
+        """An engine that runs a loaded model, with a KV pool of its own. ranks: those that share it, which it then has.
 
-        Raises ConfigError and CheckpointError where its draft model cannot be used.
+        Raises ConfigError and CheckpointError where its draft model, or another rank's part, cannot be used.
         """
         picked, picking = picking_layers(model.config)
         tokenizer = Tokenizer.load(resolve_model(config.model))
         companion = load_companion(config, model, tokenizer) if config.draft_model else None
+        blocks = pool_blocks(model, config, companion)
         capacity = EngineCapacity(
             vocab_size=model.config.vocab_size,
             max_model_len=model.config.max_position_embeddings,
-            num_blocks=pool_blocks(model, config, companion),
+            num_blocks=blocks if ranks is None else ranks.blocks(blocks),
             kv_windows=model.groups.windows,
             step_tokens=config.step_tokens,
             block_size=config.block_size,
@@ -126,14 +132,11 @@ class Engine:
             max_drafts=config.drafts,
             hidden_size=model.config.hidden_size,
         )
-        capture = capture_for(model.dtype, model.device)
-        int8_kv, flies = config.kv_dtype == "int8", config.step_ahead == "auto" and model.device.type != "cpu"
-        graphs = GraphBudget(config.graphs, config.graph_mb << 20, config.graph_capture_s)
-        options = capture, int8_kv, bool(config.adapters), flies, graphs
-        runner = Runner(model, capacity, config.step_tokens, config.max_running, *options)
+        runner = runner_of(model, config, capacity) if ranks is None else ranks.runner(model, config, capacity)
         eos, adapters = model.config.eos_token_ids, adapters_of(model, config)
-        ahead = runner if flies else None
+        ahead = runner if runner.flies else None
         engine = cls(config, capacity, runner, eos, strict, tokenizer, runner.routing, adapters, ahead)
+        engine.ranks = ranks
         if companion is not None:
             kinds = {**SOURCES, COMPANION: companion_drafts(config, companion, capacity).kind()}
             engine.drafter = Drafter(config.drafts, config.step_tokens, eos, kinds)
@@ -230,11 +233,13 @@ class Engine:
         return self.grammars
 
     def close(self) -> None:
-        """End the processes of grammars. Safe to call twice."""
+        """End the processes of grammars and of other ranks. Safe to call twice."""
         if self.grammars is not None:
             self.grammars.close()
         if self.arrivals.adapters is not None:
             self.arrivals.adapters.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
     def finish(self, request_id: str) -> bool:
         """End a request wherever it stands. Returns whether there was one."""

@@ -14,6 +14,7 @@ import torch
 
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.step_result import StepResult
+from dsc_serve.model.exchange import GroupLostError
 from dsc_serve.panics import panics_as_errors
 
 
@@ -63,7 +64,7 @@ def attempt(runner: StepRunner, part: Sequence[tuple[Request, int]], result: Ste
     try:
         with panics_as_errors():
             result.add(runner.run(part))
-    except torch.AcceleratorError:  # the device is lost to this process, whatever it is asked next
+    except (torch.AcceleratorError, GroupLostError):  # the device, or another rank, is lost to this process for good
         raise
     except Exception as error:
         for request, reported, routed, rows in marks:

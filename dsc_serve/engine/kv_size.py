@@ -23,12 +23,14 @@ def block_bytes(model: Decoder, config: EngineConfig) -> int:
 
 def pool_blocks(model: Decoder, config: EngineConfig, companion: Decoder | None = None) -> int:
     """KV blocks for `kv_tokens` that all layers hold; where that is 0, for `max_running` full contexts, but at most
-    KV_SHARE of free memory and at least one context. companion: another model that keeps as many tokens.
+    KV_SHARE of free memory and at least one context. companion: another model that keeps as many tokens. Of ranks that
+    share a model, each has as many blocks, of its heads.
     """
     c, layout = model.config, KvLayout(config.block_size, model.groups.windows)
     if config.kv_tokens:
         return layout.groups * layout.pages(config.kv_tokens)
-    per_block = block_bytes(model, config)
+    ranks_here = config.tensor_parallel if config.device == "cpu" else 1  # which take from the same memory
+    per_block = ranks_here * block_bytes(model, config)
     if companion is not None:
         per_block += -(-len(companion.groups.windows) * block_bytes(companion, config) // layout.groups)
     torch.cuda.empty_cache()  # else what loading left there would count as used

@@ -11,8 +11,11 @@ from dsc_serve.kv_layout import KvLayout
 from dsc_serve.machine import available_memory
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.exchange import Shard
 from dsc_serve.model.layer_groups import layer_groups, token_bytes
+from dsc_serve.model.sharding import rank_config
 
+WHOLE = Shard()
 ANGLE_BYTES = 4
 KV_BYTES = 2  # at least, but in int8: with float32, as many again
 TABLE_BYTES = 8
@@ -22,10 +25,10 @@ def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def configured(path: Path, context: int) -> ModelConfig:
-    """Raises CheckpointError."""
+def configured(path: Path, context: int, shard: Shard = WHOLE) -> ModelConfig:
+    """The model at a path, or what a rank has of it. Raises CheckpointError."""
     try:
-        return open_source(path).config.with_context(context)
+        return rank_config(open_source(path).config.with_context(context), shard)
     except ValueError as error:
         raise CheckpointError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from None
 
@@ -35,10 +38,13 @@ def reserved_for_adapters(config: EngineConfig) -> int:
     return config.adapter_bytes if config.adapters else 0
 
 
-def check_room(folder: Path, config: EngineConfig) -> None:
-    """Raises ConfigError and CheckpointError."""
-    model = configured(folder, config.context)
-    free = torch.cuda.mem_get_info(0)[0] if config.device == "cuda" else available_memory()
+def check_room(folder: Path, config: EngineConfig, shard: Shard = WHOLE) -> None:
+    """For all ranks together on the CPU, where they share its memory; on GPUs for this one.
+
+    Raises ConfigError and CheckpointError.
+    """
+    model = configured(folder, config.context, shard if config.device == "cuda" else WHOLE)
+    free = torch.cuda.mem_get_info(shard.rank)[0] if config.device == "cuda" else available_memory()
     adapters = reserved_for_adapters(config)
     if adapters > free:
         raise ConfigError(f"adapter_bytes is {adapters}; {size(free)} of memory are free: lower it")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dsc_kernels.plan import Planner
+from dsc_serve.config import EngineConfig
 from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
 from dsc_serve.engine.graph_budget import USUAL, GraphBudget, buckets, chosen, told
-from dsc_serve.engine.graphs import Capture, DecodeGraphs
+from dsc_serve.engine.graphs import Capture, DecodeGraphs, capture_for
 from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
@@ -47,6 +48,8 @@ class Runner:
     launched before the tokens of the last one have been read. graph_budget: what capturing may take.
     """
 
+    inputs_kind: type[Inputs] = Inputs
+
     def __init__(
         self,
         model: Decoder,
@@ -68,7 +71,7 @@ class Runner:
         self._adapter_runs = adapter_runs if adapted else no_runs
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
-        self._inputs = Inputs(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
+        self._inputs = self.inputs_kind(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
         self._feed: TokenFeed | None = None
         if ahead:
             ids = self._inputs.held(1, 1)[0]
@@ -351,6 +354,15 @@ class Runner:
             one.reported = max(request.reported, end)
             if one.params.prompt_logprobs is not None:
                 result.prompt_logprobs[one.id] = entries
+
+
+def runner_of(model: Decoder, config: EngineConfig, capacity: EngineCapacity) -> Runner:
+    """A runner of a whole model, as the configuration says."""
+    capture = capture_for(model.dtype, model.device)
+    flies = config.step_ahead == "auto" and model.device.type != "cpu"
+    graphs = GraphBudget(config.graphs, config.graph_mb << 20, config.graph_capture_s)
+    options = capture, config.kv_dtype == "int8", bool(config.adapters), flies, graphs
+    return Runner(model, capacity, config.step_tokens, config.max_running, *options)
 
 
 def picked_rows(hidden: Tensor, rows: list[int]) -> Tensor:

@@ -13,6 +13,7 @@ from dsc_kernels.quantised import ActivationBits
 from dsc_serve.config import DTYPES
 from dsc_serve.model.config import CheckpointError, ModelConfig, load_config, read_json
 from dsc_serve.model.decoder import Decoder, tensor_shapes
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.folder import (
     EMBEDDING,
     config_file,
@@ -115,11 +116,13 @@ def load_model(
     weights: str = "auto",
     keep: str = "",
     activations: str = "int16",
+    exchange: RankExchange = ALONE,
 ) -> Decoder:
     """Read, check and prepare the model at a path, tensor by tensor. Raises CheckpointError, TokenizerError.
 
     dtype: "auto", "float32" or "bfloat16". context: positions to serve; 0: as many as the model is for. weights, keep,
-    activations: as the settings say; raises KeepError for those that do not fit the model.
+    activations: as the settings say; raises KeepError for those that do not fit the model. exchange: with ranks
+    that share the model, of which this one reads its part.
     """
     source = open_source(path)
     source.check()
@@ -135,7 +138,7 @@ def load_model(
     with LoadingProgress(source) as progress:
         tensors = source.weights(progress) if dequantised else source.stored_weights(progress)
         try:
-            model = Decoder(config, tensors, computed, device, forms, ACTIVATION_BITS[activations])
+            model = Decoder(config, tensors, computed, device, forms, ACTIVATION_BITS[activations], exchange)
         except CheckpointError as error:
             message = str(error)
             raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None

@@ -30,14 +30,18 @@ from dsc_serve.model.adapter import BankTenant, module_shapes
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.ffn import KINDS
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.picks import PickingFfn, Picks, picking_layers
+from dsc_serve.model.ffn.sharded import SHARDED
 from dsc_serve.model.layer_groups import layer_groups, token_bytes
 from dsc_serve.model.origin import Origin
 from dsc_serve.model.placement import Placement
 from dsc_serve.model.quantised_tensor import joined
 from dsc_serve.model.rope import Angles, RopeTable
+from dsc_serve.model.sharding import rank_config, rank_tensors
+from dsc_serve.model.summed import SummedLinear
 from dsc_serve.model.tensor_shapes import BEHIND, NORM_NAMES, projections
 from dsc_serve.model.tensor_shapes import parameter_counts as parameter_counts
 from dsc_serve.model.tensor_shapes import tensor_shapes as tensor_shapes
@@ -51,7 +55,8 @@ class Decoder:
     tensors: as `tensor_shapes` names them, checked; each is asked for once, so that they need not exist together.
     origin: the family's form that they were brought from, for adapters of that form.
     forms: of the weights by parts of the model. held: the bytes of weights by their form.
-    embedding_bytes: of these, those of an embedding that is not the head, too.
+    embedding_bytes: of these, those of an embedding that is not the head, too. exchange: with ranks that share
+    the model, each with its part of every layer (`sharding`), of tensors and of caches; config is the whole one.
     """
 
     origin: Origin | None = None
@@ -64,10 +69,13 @@ class Decoder:
         device: torch.device,
         forms: Forms = AS_STORED,
         activation_bits: ActivationBits = 16,
+        exchange: RankExchange = ALONE,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype, self.device, self.shard = config, dtype, device, exchange.shard
+        self._own_config = rank_config(config, self.shard)  # of its layers, and of what it keeps of a token
         self.modules = modules_of(config)
-        place = Placement(dtype, device, forms, activation_bits)
+        tensors = rank_tensors(config, tensors, self.shard)
+        place = Placement(dtype, device, forms, activation_bits, exchange)
         self.held = place.held
 
         embedding = place.weight("embedding", tensors["model.embed_tokens.weight"])
@@ -79,9 +87,7 @@ class Decoder:
             transformer_layer(kind, i, tensors, place, self.ropes, self.groups.group[i])
             for i, kind in enumerate(config.layers)
         ]
-        described = [layer.described() for layer in self.layers]
-        with told_of("model"):
-            self.stack = ops.stack(embedding, self.positions, described, config.embedding_scale)
+        self.stack = self._described(embedding) if self.shard.size == 1 else None  # ranks exchange between its parts
         # A stack owns what it looks words up in; floating point stays, for those who compute layer by layer.
         self.embedding = embedding if self.stack is None or isinstance(embedding, Tensor) else None
         picking = picking_layers(config)[1]
@@ -97,6 +103,11 @@ class Decoder:
         with told_of("model.embed_tokens" if tied else "lm_head"):
             self.head = ops.head(head)
 
+    def _described(self, embedding: Weight) -> ops.Stack | None:
+        described = [layer.described() for layer in self.layers]
+        with told_of("model"):
+            return ops.stack(embedding, self.positions, described, self.config.embedding_scale)
+
     def kv_caches(self, blocks: int, block_size: int, int8: bool = False) -> list[KvCache]:
         """One per layer, of so many blocks, all zero; layers of the same place in other groups share theirs.
 
@@ -104,7 +115,7 @@ class Decoder:
         """
         latent = self.config.latent_size
         width = self.config.head_dim + (SCALE_BYTES if int8 else 0)
-        shape = (blocks, self.config.num_key_value_heads, block_size, width)
+        shape = (blocks, self._own_config.num_key_value_heads, block_size, width)
 
         def part() -> Tensor:
             return zeros(shape, torch.int8 if int8 else self.dtype, self.device)
@@ -121,7 +132,7 @@ class Decoder:
 
     def group_bytes(self, int8: bool = False) -> int:
         """What a token takes in a block of one group."""
-        return token_bytes(self.config, self.dtype.itemsize, int8)
+        return token_bytes(self._own_config, self.dtype.itemsize, int8)
 
     def hidden(self, batch: StepBatch, kv_caches: Sequence[KvCache], picks: list[Picks] | None = None) -> Tensor:
         """The layers' output [T, d] for a step, before the final norm; its keys and values are written to the caches.
@@ -235,16 +246,22 @@ def placed_norm(config: ModelConfig, name: str, tensors: Mapping[str, Weight], p
 def transformer_layer(
     kind: ModelConfig, index: int, tensors: Mapping[str, Weight], place: Placement, ropes: Ropes, group: int = 0
 ) -> TransformerLayer:
-    """The layer of this index, which is of this kind; group: its own, of `LayerGroups`. Raises CheckpointError."""
+    """The layer of this index, which is of this kind, or a rank's part of it; group: its own, of `LayerGroups`.
+
+    Raises CheckpointError.
+    """
+    own_kind, shared = rank_config(kind, place.exchange.shard), place.exchange.shard.size > 1
     name, angles = f"model.layers.{index}", angles_of(kind)
     cos_sin_cache = None if angles is None else ropes[str(angles)].table
-    weights = attention_weights(kind, f"{name}.self_attn.", tensors, place)
+    weights = attention_weights(own_kind, f"{name}.self_attn.", tensors, place)
     with told_of(f"{name}.self_attn"):
-        attention = Attention(kind, cos_sin_cache, *weights, group=group)
+        attention = Attention(own_kind, cos_sin_cache, *weights, group=group)
+    if shared:
+        attention.out = SummedLinear(attention.out, place.exchange)
     prefix = f"{name}.mlp."
     own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
     with told_of(f"{name}.mlp"):
-        ffn = KINDS[kind.ffn.kind](kind, own, place)
+        ffn = (SHARDED if shared else KINDS)[kind.ffn.kind](kind, own, place)
     places, around = NORM_NAMES[kind.norms], BEHIND if kind.norms == "around" else ()
     norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys((*places, *around))}
     first, second = (norms[norm] for norm in places)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsc_kernels.memory import resident
 from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight, Weight
+from dsc_serve.model.exchange import ALONE, RankExchange
 from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
 from dsc_serve.model.rounding import OutOfRangeError, rounded
 from dsc_serve.weight_forms import AS_STORED, EIGHT_AT_LEAST, Form, Forms, Part
@@ -22,14 +23,15 @@ BITS: dict[Form, Bits] = {"int8": 8, "int4": 4}
 class Placement:
     """dtype: what layers compute in. forms: of the parts of the model; int8 is of at most 8 bits, int4 of at most 4.
 
-    activation_bits: of inputs of products with quantised weights. held: bytes of weights by their form, as they were
-    placed.
+    activation_bits: of inputs of products with quantised weights. exchange: with the ranks that share the model. held:
+    bytes of weights by their form, as they were placed.
     """
 
     dtype: torch.dtype
     device: torch.device
     forms: Forms = field(default_factory=lambda: AS_STORED)
     activation_bits: ActivationBits = 16
+    exchange: RankExchange = ALONE
     held: Counter[str] = field(default_factory=Counter)
 
     def tensor(self, stored: Weight, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,6 @@ import gc
 import queue
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -19,24 +18,24 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from dsc_kernels import ops
-from dsc_serve.config import ConfigError, resolve_model
+from dsc_serve.config import resolve_model
 from dsc_serve.engine.adapter_report import AdapterReport
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta, refusal
-from dsc_serve.engine.preparation import prepare_model
+from dsc_serve.engine.preparation import start_errors
+from dsc_serve.engine.ranks.watch import end_soon
+from dsc_serve.engine.start import start_engine
 from dsc_serve.engine.tenant_report import TenantsReport
-from dsc_serve.frames import read_frame
+from dsc_serve.frames import limit_sending, read_frame
 from dsc_serve.grammars.faults import GrammarsFullError, GrammarsLostError
 from dsc_serve.machine import default_threads
-from dsc_serve.model.config import CheckpointError
 from dsc_serve.model.decoder import Decoder, parameter_counts
 from dsc_serve.model.description import kernels
+from dsc_serve.model.exchange import GroupLostError
 from dsc_serve.model.fingerprint import Fingerprint
 from dsc_serve.panics import PanicError, panics_as_errors
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.structured_outputs import StructuredOutputs
-from dsc_serve.text.tokenizer import TokenizerError
 from dsc_serve.worker.messages import (
     MAX_FRAME,
     AdapterList,
@@ -161,6 +160,8 @@ class EngineProcess:
         if adapters is not None:
             adapters.loader.on_done = self._wake
             adapters.survey()
+        if self.engine.ranks is not None:
+            self.engine.ranks.on_lost = self._lose
         while True:
             try:
                 # Idle until told, or until one that waits for an adapter is out of time.
@@ -194,6 +195,12 @@ class EngineProcess:
     def _wake(self) -> None:
         """From the thread that loads adapters: there is something for `Engine.step` to take."""
         self._inbox.put(WAKE)
+
+    def _lose(self, reason: str) -> None:
+        """From the thread that watches the other ranks: the engine cannot go on without them."""
+        print(f"engine: {reason}", file=sys.stderr)
+        self._inbox.put(None)
+        end_soon()
 
     def _step(self) -> None:
         deltas = self.engine.step()
@@ -266,12 +273,11 @@ def main(descriptor: int) -> int:
     start = receive(connection)
     if not isinstance(start, Start):
         return 1
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_TIMEOUT_S))
+    limit_sending(connection, SEND_TIMEOUT_S)
     try:
         seal = Fingerprint(resolve_model(start.config.model))
         with panics_as_errors():
-            model = prepare_model(start.config)
-            engine = Engine.for_model(model, start.config)
+            engine, model = start_engine(start.config)
         fingerprint = seal.take()
     except start_errors() as error:
         connection.sendall(frame(StartFailed(str(error))))
@@ -281,26 +287,20 @@ def main(descriptor: int) -> int:
     freeze()
     process = EngineProcess(connection, engine)
     hung_up = contextlib.suppress(BrokenPipeError, ConnectionResetError)
-    with contextlib.closing(process), hung_up, torch.inference_mode():
-        process.send(model_info(model, engine, fingerprint))
-        process.run()
+    try:
+        with contextlib.closing(process), hung_up, torch.inference_mode():
+            process.send(model_info(model, engine, fingerprint))
+            process.run()
+    except GroupLostError as error:  # a new engine has new ranks
+        print(f"engine: {error}", file=sys.stderr)
+        return 1
     return 0
-
-
-def start_errors() -> tuple[type[Exception], ...]:
-    """What a start may fail with for a reason that its caller can mend."""
-    return (ConfigError, CheckpointError, TokenizerError, MemoryError, RuntimeError, *ops.compiler_errors())
 
 
 def freeze() -> None:
     """Leave what there is now out of every later garbage collection: a full one would hold a step up."""
     gc.collect()
     gc.freeze()
-
-
-def timeval(seconds: float) -> bytes:
-    """A C struct timeval."""
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -187,7 +189,8 @@ class EngineSupervisor:
     async def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                # With all that it has started: other ranks may be stopped, and not notice that it has ended.
+                os.killpg(self._process.pid, signal.SIGKILL)
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await self._process.wait()

@@ -253,6 +253,14 @@ class Backend(Protocol):
         embedding_scale: what tokens' embeddings are multiplied by.
         """
 
+    def compose_rows(
+        self, static: Tensor, x: Tensor, picked: Tensor, weights: Tensor, bank: AtomBank, rank: int = 0
+    ) -> Tensor:
+        """static [B, d] plus what picked rows make of x [B, d], in x's dtype: (Σ_j (x · u_j) w_j v_j) ⊙ γ.
+
+        picked integers and weights float32 [B, k]: atoms; with a rank adapters, each of so many atoms.
+        """
+
     def norm(self, x: Tensor, weights: NormWeights, residual: Tensor | None = None) -> Tensor:
         """Rows x [T, d] normed in float32, plus residual [T, d] where one is given."""
 

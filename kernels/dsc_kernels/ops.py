@@ -147,6 +147,11 @@ def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shar
     return chosen.Moe(router, experts, options, shared)
 
 
+def compose(static: Tensor, x: Tensor, picked: Tensor, weights: Tensor, bank: AtomBank, rank: int = 0) -> Tensor:
+    """static [B, d] plus what rows that were picked elsewhere make of x [B, d]; see `backend.Backend.compose_rows`."""
+    return backend(x.dtype, x.device).compose_rows(static, x, picked, weights, bank, rank)
+
+
 def sampled(weights: Tensor, parameters: Tensor, tokens: Tensor) -> Tensor:
     """A token of each row of weights, where Triton serves: see `gpu.sample.sample`."""
     from dsc_kernels.gpu.sample import sample

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsc_kernels.dequantised import rows_by
 from dsc_kernels.quantised import Weight
+from dsc_kernels.weights import AtomBank
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -36,3 +37,12 @@ def compose_add(
     """static [B, d] plus the dynamic part of the picked atoms, in float32."""
     latent = torch.einsum("bd,bkd->bk", x.float(), rows_by(u, torch.float32)(atoms)) * weights
     return static.float() + torch.einsum("bk,bkd->bd", latent, rows_by(v, torch.float32)(atoms)) * gamma
+
+
+def compose_rows(static: Tensor, x: Tensor, picked: Tensor, weights: Tensor, bank: AtomBank, rank: int = 0) -> Tensor:
+    """`backend.Backend.compose_rows` in torch."""
+    rows = picked
+    if rank:
+        rows = (picked[:, :, None] * rank + torch.arange(rank, device=x.device)).flatten(1)
+        weights = weights.repeat_interleave(rank, dim=1)
+    return compose_add(static, x, rows, weights, bank.u, bank.v, bank.gamma.float()).to(x.dtype)

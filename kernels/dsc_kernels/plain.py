@@ -23,6 +23,7 @@ from dsc_kernels.dequantised import WIDE_ROWS as WIDE_ROWS
 from dsc_kernels.dequantised import dense, product, wide_product
 from dsc_kernels.kv_rows import narrow_rows
 from dsc_kernels.picking import compose_add as compose_add
+from dsc_kernels.picking import compose_rows as compose_rows
 from dsc_kernels.picking import order_keys as order_keys
 from dsc_kernels.picking import select as select
 from dsc_kernels.picking import top_k as top_k

@@ -15,7 +15,7 @@ from dsc_serve.bench.step import harness
 from dsc_serve.bench.step.device_steps import NotCapturedError, device_steps, format_device_steps
 from dsc_serve.bench.step.engine_command import engine_command
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine import engine as engine_module
+from dsc_serve.engine import runner as runner_module
 from dsc_serve.engine.graphs import Graph
 from dsc_serve.engine.preparation import prepare_model
 
@@ -59,7 +59,7 @@ def test_a_step_is_its_graph_its_head_and_the_host(
     monkeypatch.setattr(harness, "WARM_STEPS", 4)
     with pytest.raises(NotCapturedError, match="steps are not captured here"):
         device_steps(model, config, (1,), 3, Clock())
-    monkeypatch.setattr(engine_module, "capture_for", lambda dtype, device: capture)
+    monkeypatch.setattr(runner_module, "capture_for", lambda dtype, device: capture)
     found = device_steps(model, config, (1, 3), 3, Clock())
     assert [(one.running, one.padded) for one in found] == [(1, 1), (3, 3)]
     for one in found:

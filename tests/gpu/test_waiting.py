@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsc_kernels import ops, plain
 from dsc_serve.config import EngineConfig
-from dsc_serve.engine import engine as engine_module
+from dsc_serve.engine import runner as runner_module
 from dsc_serve.engine import sampler
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
@@ -91,7 +91,7 @@ def engine_on(
     def capture_for(dtype: torch.dtype, device: torch.device) -> Capture | None:
         return capture if ops.triton_serves(dtype, device) else None
 
-    monkeypatch.setattr(engine_module, "capture_for", capture_for)
+    monkeypatch.setattr(runner_module, "capture_for", capture_for)
     sizes: dict[str, Any] = {"max_running": 6, "step_tokens": 16, "block_size": 4, **settings}
     config = EngineConfig(model=str(folder), device="cuda", kernels=kernels, **sizes)
     model = prepare_model(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,8 @@ from support.shapes import EPS, TAU, Shape, layer, shapes
 from torch import Tensor
 
 from dsc_kernels import native, ops, plain, reference
-from dsc_kernels.weights import MAX_PICKS
+from dsc_kernels.backend import Backend
+from dsc_kernels.weights import MAX_PICKS, AtomBank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,6 +86,25 @@ def test_keys_are_all_different_and_order_like_value_then_falling_index() -> Non
     keys = plain.order_keys(torch.tensor([row]))[0].tolist()
     assert len(set(keys)) == len(row)
     assert sorted(range(len(row)), key=lambda j: -keys[j]) == sorted(range(len(row)), key=lambda j: (-row[j], j))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("backend", [plain, native])
+def test_rows_that_were_picked_elsewhere_are_composed(backend: Backend, rank: int) -> None:
+    g = torch.Generator().manual_seed(rank)
+    b, d, m, k = 5, 33, 7, 3
+    static, x = torch.randn(b, d, generator=g).bfloat16(), torch.randn(b, d, generator=g).bfloat16()
+    u, v = (torch.randn(m * max(rank, 1), d, generator=g).bfloat16() for _ in range(2))
+    picked, weights, gamma = torch.randn(b, m, generator=g).argsort(1)[:, :k], torch.rand(b, k), torch.rand(d)
+    want = static.double()
+    for token, place in itertools.product(range(b), range(k)):
+        first = int(picked[token, place]) * max(rank, 1)
+        for row in range(first, first + max(rank, 1)):
+            latent = (x[token].double() @ u[row].double()) * weights[token, place].double()
+            want[token] += latent * v[row].double() * gamma.double()
+    got = backend.compose_rows(static, x, picked, weights, AtomBank(u, v, gamma), rank)
+    assert got.dtype == x.dtype
+    assert torch.linalg.vector_norm(got - want) < ROUNDING[x.dtype] * torch.linalg.vector_norm(want)
 
 
 @EMPTY_BATCH

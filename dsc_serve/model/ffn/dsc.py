@@ -11,7 +11,16 @@ from torch import Tensor
 
 from dsc_kernels import ops, plan, reference
 from dsc_kernels.quantised import QuantisedWeight, Weight
-from dsc_kernels.weights import OUTPUT_ONLY, Adapted, AtomBank, FfnOptions, LayerOutputs, Tuning
+from dsc_kernels.weights import (
+    OUTPUT_ONLY,
+    Adapted,
+    AtomBank,
+    FfnOptions,
+    LayerOutputs,
+    MlpWeights,
+    Router,
+    Tuning,
+)
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import Picks
@@ -66,12 +75,16 @@ class DscFfn:
         router = folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None)
         self._bias = router.bias
         self._router_row = quantised_row(router.weight)
-        self.layer = ops.ffn(
+        self.layer = self._layer(
             mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.atoms_per_token, tau=c.tau, eps=c.eps, silent=self.silent),
             router,
             AtomBank(self.u, self.v, self.gamma),
         )
+
+    def _layer(self, mlp: MlpWeights, options: FfnOptions, router: Router, bank: AtomBank) -> ops.Ffn:
+        """What computes it, or what of it needs no other rank."""
+        return ops.ffn(mlp, options, router, bank)
 
     def _bank(self, name: str, stored: Weight) -> Weight:
         """Rows of norm 1 at most. Raises CheckpointError where the checkpoint says that they are and they are not."""

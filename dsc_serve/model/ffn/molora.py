@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsc_kernels import ops
 from dsc_kernels.quantised import Weight
-from dsc_kernels.weights import Adapted, AtomBank, FfnOptions
+from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve.model.config import ModelConfig, MoloraConfig
 from dsc_serve.model.ffn.mlp import mlp_shapes, mlp_weights
 from dsc_serve.model.ffn.picks import GatedPicks
@@ -30,12 +30,16 @@ class MoloraFfn(GatedPicks):
         assert isinstance(c, MoloraConfig)
         self.k, self.device = c.adapters_per_token, place.device
         u, v = map(in_place, place.weights("bank", [in_atoms(tensors[f"adapters_{part}"]) for part in "ab"]))
-        self.layer = ops.ffn(
+        self.layer = self._layer(
             mlp_weights(config, tensors, place, "static."),
             FfnOptions(activation=config.hidden_act, k=c.adapters_per_token, rank=c.rank, tau=math.inf),
             folded_router(tensors, place, False, config.norm_eps),
             AtomBank(u, v, torch.ones(1, device=place.device)),
         )
+
+    def _layer(self, mlp: MlpWeights, options: FfnOptions, router: Router, bank: AtomBank) -> ops.Ffn:
+        """What computes it, or what of it needs no other rank."""
+        return ops.ffn(mlp, options, router, bank)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         return self.layer(x, residual, adapted=adapted)

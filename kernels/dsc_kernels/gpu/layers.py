@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from dsc_kernels import plain
@@ -23,10 +24,19 @@ from dsc_kernels.gpu.ffn_in import router_logits
 from dsc_kernels.gpu.select import select
 from dsc_kernels.gpu.stack import stack as stack
 from dsc_kernels.plain import norm as norm
-from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, QkNorm, Scope, Slots
+from dsc_kernels.weights import WHOLE, AtomBank, ChunkPlace, KvCache, QkNorm, Scope, Slots
 
 name = NAME
 Head = Linear
+
+
+def compose_rows(static: Tensor, x: Tensor, picked: Tensor, weights: Tensor, bank: AtomBank, rank: int = 0) -> Tensor:
+    """As `backend.Backend` says; rows of weight 0 are read, too, since which they are is not known to the host."""
+    u, v, gamma = bank.u, bank.v, bank.gamma.float().contiguous()
+    assert isinstance(u, Tensor) and isinstance(v, Tensor)
+    picks = picked.to(torch.int32)
+    latent = contract(x, u, picks, weights, rank)
+    return expand(latent, v, picks, gamma, static, None, x.dtype, rank)
 
 
 def served(cache: KvCache) -> bool:

@@ -29,6 +29,7 @@ from dsc_kernels.native.packing import pack
 from dsc_kernels.native.panels import basis
 from dsc_kernels.native.stack import Stack, stack
 from dsc_kernels.native.tokens import min_hash_order, sample, tile_unions
+from dsc_kernels.picking import compose_rows
 
 name = NAME
 
@@ -49,6 +50,7 @@ __all__ = [
     "basis",
     "chunk_attention",
     "chunks_attention",
+    "compose_rows",
     "decode_attention",
     "head_precision",
     "kernels",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.honest import DTYPES, TOLERANCE, Poisoned, banded, error, poisoned, random
 
-from dsc_kernels import reference
-from dsc_kernels.gpu import contract, expand
+from dsc_kernels import plain, reference
+from dsc_kernels.gpu import contract, expand, layers
+from dsc_kernels.weights import AtomBank
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,22 @@ def test_composition(
     if residual is not None:
         want = want + residual.double()
     assert got.dtype == dtype and error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_rows_that_were_picked_elsewhere(dtype: torch.dtype, rank: int) -> None:
+    """Of which some have no weight, as those of another rank."""
+    g = torch.Generator().manual_seed(rank)
+    static, x = random(g, dtype, 3, 70, scale=0.1), random(g, dtype, 3, 70)
+    u, v = (banded(random(g, dtype, 9 * max(rank, 1), 70)) for _ in range(2))
+    picked, weights = torch.tensor([[8, 0], [3, 8], [0, 0]]), torch.tensor([[0.5, 0.0], [0.2, 0.7], [0.0, 0.0]])
+    bank = AtomBank(u, v, torch.rand(70, generator=g))
+    got = layers.compose_rows(static, x, picked, weights, bank, rank)
+    assert got.dtype == dtype
+    wide = AtomBank(u.float(), v.float(), bank.gamma)
+    want = plain.compose_rows(static.float(), x.float(), picked, weights, wide, rank)
+    assert error(got, want.double()) < TOLERANCE[dtype]
 
 
 def test_no_tokens() -> None:

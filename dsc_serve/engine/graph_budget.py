@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from dsc_kernels.launch_time import FLOPS
 from dsc_serve.engine.graph_forms import FORMS, LAYERS, WITH_HEAD, LayersAlone
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn import KINDS
@@ -19,6 +20,8 @@ STEP_LAUNCHES = 10  # and of a step beside its layers
 NODE_BYTES = 4096  # of a node, in the driver: assumed, not measured
 COPIES = 3  # of what a layer makes of a token, in float32: sums come in parts, and some are kept twice
 HEAD_COPIES = 2  # of a token's logits, in float32: those of quantised words are put together
+LEAST_APART, MIXED_SIZES, MIXED_DECODES = 64, 8, 2  # tokens between sizes of steps with prompts, how many, of each
+HOST_LAUNCH = 4.5e-6  # seconds that a host takes for a launch: assumed, not measured
 FEW = 8  # graphs, with fewer of which each step is padded less if all of them serve all steps
 
 
@@ -36,15 +39,17 @@ USUAL = GraphBudget()
 
 
 class GraphKey(NamedTuple):
-    """A step that is captured: its form, of `graph_forms.FORMS`, and for how many sequences of one token."""
+    """A step that is captured: its form, of `graph_forms.FORMS`, for how many sequences of one token, and where it has
+    chunks of prompts, for how many tokens of all together."""
 
     form: str
     decodes: int
+    tokens: int = 0
 
     @property
     def rows(self) -> int:
         """Tokens of the step."""
-        return self.decodes
+        return self.tokens or self.decodes
 
 
 def buckets(most: int) -> list[int]:
@@ -103,11 +108,12 @@ class GraphSizes:
         return self.memory(key) + key.decodes * self._kept[key.form]
 
     def total(self, keys: Sequence[GraphKey]) -> int:
-        """Memory for the largest, what stays of the largest of each form, their outputs, nodes."""
+        """Memory for the largest with chunks and without, what stays of the largest of each form, outputs, nodes."""
         kept = sum(own * max((key.decodes for key in keys if key.form == name), default=0)
                    for name, own in self._kept.items())
         outputs = sum(key.rows for key in keys) * self._output
-        return max(map(self.memory, keys)) + kept + outputs + len(keys) * self._nodes
+        shared = [max((self.memory(key) for key in keys if bool(key.tokens) is own), default=0) for own in (True, False)]
+        return sum(shared) + kept + outputs + len(keys) * self._nodes
 
 
 def in_turn(queues: Iterable[Sequence[GraphKey]]) -> Iterator[GraphKey]:
@@ -115,10 +121,29 @@ def in_turn(queues: Iterable[Sequence[GraphKey]]) -> Iterator[GraphKey]:
     return (key for key in chain.from_iterable(zip_longest(*queues)) if key is not None)
 
 
-def wanted(sizes: Sequence[int], most: int, cost: GraphSizes) -> list[list[GraphKey]]:
+def mixed(sizes: Sequence[int], step_tokens: int) -> list[GraphKey]:
+    """Steps of up to so many tokens with chunks of prompts that are captured, the most needed first.
+
+    Single tokens of nobody's cost next to nothing there, so few numbers of them do; rows are a layer's work.
+    """
+    apart = max(LEAST_APART, -(-step_tokens // MIXED_SIZES))
+    tokens, few = sorted({*range(apart, step_tokens, apart), step_tokens}), ranked(sizes)[:MIXED_DECODES]
+    return [GraphKey(LAYERS.name, size, count) for count in ranked(tokens) for size in few if size < count]
+
+
+def idle_rows(config: ModelConfig) -> int:
+    """Most rows of padding with which a device is done no later than a host has launched the layers one by one."""
+    shapes = tensor_shapes(config)
+    every = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("model.layers."))
+    products = every - sum(KINDS[kind.ffn.kind].idle_parameters(kind) for kind in config.layers)
+    return int(LAUNCHES * len(config.layers) * HOST_LAUNCH * FLOPS / (2 * products))
+
+
+def wanted(sizes: Sequence[int], most: int, cost: GraphSizes, step_tokens: int = 0) -> list[list[GraphKey]]:
     """Those that would be captured if there were as many as one likes, by form, the most needed first.
 
-    most: bytes that the largest of each may take. Layers alone are captured of what is too large for them with a head.
+    most: bytes that the largest of each may take. Layers alone are captured of what is too large for them with a head,
+    and of steps with chunks of prompts; step_tokens: of the largest, 0: of none.
     """
     queues, reached = [], max(sizes)
     for form in WITH_HEAD:
@@ -126,7 +151,8 @@ def wanted(sizes: Sequence[int], most: int, cost: GraphSizes) -> list[list[Graph
         queues.append([GraphKey(form.name, size) for size in ranked(fitting)])
         reached = min(reached, max(fitting, default=0))
     alone = [size for size in sizes if size > reached and cost.largest(GraphKey(LAYERS.name, size)) <= most]
-    return [*queues, [GraphKey(LAYERS.name, size) for size in ranked(alone)]]
+    chunks = [key for key in mixed(sizes, step_tokens) if cost.largest(key) <= most] if step_tokens else []
+    return [*queues, [GraphKey(LAYERS.name, size) for size in ranked(alone)], chunks]
 
 
 def within(keys: Sequence[GraphKey], budget: GraphBudget, cost: GraphSizes) -> list[GraphKey]:
@@ -137,34 +163,47 @@ def within(keys: Sequence[GraphKey], budget: GraphBudget, cost: GraphSizes) -> l
     return kept
 
 
-def chosen(config: ModelConfig, sizes: Sequence[int], itemsize: int, budget: GraphBudget) -> list[GraphKey]:
-    """Steps of up to so many sequences that are captured, in order; one in any case.
+def chosen(
+    config: ModelConfig, sizes: Sequence[int], itemsize: int, budget: GraphBudget, step_tokens: int = 0
+) -> list[GraphKey]:
+    """Steps of up to so many sequences that are captured, in order; one of single tokens in any case.
 
     The largest of a form may take half of the memory, so that it leaves some for others. Where there is room for a few
-    only, layers alone are captured, which serve all steps.
+    only, layers alone are captured, which serve all steps of single tokens. step_tokens: of steps with chunks of
+    prompts, 0: none of these is.
     """
     cost, most = GraphSizes(config, itemsize), budget.nbytes // 2
-    every = list(in_turn(wanted(sizes, most, cost)))
+    every = list(in_turn(wanted(sizes, most, cost, step_tokens)))
     keys = within(every, budget, cost) if every else []
-    if len(keys) < min(FEW, len(every)) or not keys:
+    if len(keys) < min(FEW, len(every)) or all(key.tokens for key in keys):
         fitting = [size for size in sizes if cost.largest(GraphKey(LAYERS.name, size)) <= most] or sizes[:1]
         keys = within([GraphKey(LAYERS.name, size) for size in ranked(fitting)], budget, cost)
-    first = max(keys, key=cost.memory)  # so that the others fit into its memory
+    first = max((key for key in keys if not key.tokens), key=cost.memory)  # so that the others fit into its memory
     return [first, *(key for key in keys if key != first)]
 
 
 def told(
-    config: ModelConfig, captured: Sequence[GraphKey], itemsize: int, capture_s: float, sizes: Sequence[int]
+    config: ModelConfig,
+    captured: Sequence[GraphKey],
+    itemsize: int,
+    capture_s: float,
+    sizes: Sequence[int],
+    step_tokens: int = 0,
 ) -> str:
     """What was captured of the steps that would pad least, for who starts the engine."""
     cost = GraphSizes(config, itemsize)
     text = f"{len(captured)} graphs for steps of 1 to {max(key.decodes for key in captured)} sequences"
     parts = []
     for name in FORMS:
-        own = [key.decodes for key in captured if key.form == name]
+        own = [key.decodes for key in captured if key.form == name and not key.tokens]
         if own:
             parts.append(f"{len(own)} {name} to {max(own)}")
+    chunks = [key.tokens for key in captured if key.tokens]
+    if chunks:
+        parts.append(f"{len(chunks)} with prompts to {max(chunks)} tokens")
     text += f" ({', '.join(parts)}), captured in {capture_s:.1f} s; about {max(1, cost.total(captured) >> 20)} MiB"
-    forms = {key.form for key in captured}.difference({LAYERS.name}) or {LAYERS.name}
-    missing = len(forms) * len(sizes) - sum(key.form in forms for key in captured)
+    single = [key.form for key in captured if not key.tokens]
+    forms = set(single).difference({LAYERS.name}) or {LAYERS.name}
+    missing = len(forms) * len(sizes) - sum(form in forms for form in single)
+    missing += len(mixed(sizes, step_tokens)) - len(chunks) if step_tokens else 0
     return text if missing <= 0 else f"{text}. {missing} more would pad steps less: graphs, graph_mb, graph_capture_s"

@@ -56,13 +56,14 @@ class StepGraphs:
     """Steps that were captured, by their keys.
 
     keys: in the order in which they are captured, the one that takes most memory first: the others then fit into it.
-    compute: what the graph of a key computes, the output [rows, d] of a step's layers. seconds: after which no further
-    one is begun; larger ones then serve.
+    ready: lets the inputs of a key be some that can be computed with. compute: what the graph of a key computes, the
+    output [rows, d] of a step's layers. seconds: after which no further one is begun; larger ones then serve.
     """
 
     def __init__(
         self,
         keys: Sequence[GraphKey],
+        ready: Callable[[GraphKey], object],
         compute: Callable[[GraphKey], Tensor],
         capture: Capture,
         seconds: float = math.inf,
@@ -72,12 +73,15 @@ class StepGraphs:
         for key in keys:
             if self._graphs and time.perf_counter() - began > seconds:
                 break
+            ready(key)
             self._graphs[key] = capture(partial(compute, key))
         self.keys, self.capture_s = sorted(self._graphs), time.perf_counter() - began
-        self._sizes = {form: [key.decodes for key in self.keys if key.form == form] for form, *_ in self.keys}
+        single = [key for key in self.keys if not key.tokens]
+        self._sizes = {form: [key.decodes for key in single if key.form == form] for form, *_ in single}
+        self._mixed = sorted((key for key in self.keys if key.tokens), key=lambda key: (key.tokens, key.decodes))
 
     def most(self) -> int:
-        """Sequences of the largest step."""
+        """Sequences of the largest step of single tokens."""
         return max(sizes[-1] for sizes in self._sizes.values())
 
     def key(self, form: str, sequences: int) -> GraphKey | None:
@@ -85,6 +89,11 @@ class StepGraphs:
         sizes = self._sizes.get(form, [])
         at = bisect_left(sizes, sequences)
         return GraphKey(form, sizes[at]) if at < len(sizes) else None
+
+    def mixed(self, sequences: int, tokens: int) -> GraphKey | None:
+        """What a step of so many tokens, of which so many are single ones and the others chunks, is padded to."""
+        holding = (key for key in self._mixed if key.decodes >= sequences and key.tokens >= tokens)
+        return next(holding, None)
 
     def replay(self, key: GraphKey) -> Tensor:
         """Compute what lies in the buffers: [rows, d], overwritten by the next replay."""

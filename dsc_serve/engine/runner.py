@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
@@ -43,9 +44,9 @@ Work = Sequence[tuple[Request, int]]
 class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
-    Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
-    captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
-    more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
+    Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens, also
+    for drafts, and such with chunks of prompts are captured here and replayed later, and what other steps need is
+    compiled; the pools have one block more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
     launched before the tokens of the last one have been read. graph_budget: what capturing may take.
     """
 
@@ -83,7 +84,7 @@ class Runner:
         self.graphs: CapturedSteps | None = None
         self.captured = ""  # what was, in words
         if capture is not None:
-            self.graphs = self._captured(max_running, capture, graph_budget)
+            self.graphs = self._captured(max_running, step_tokens, capture, graph_budget)
             self.captured = self.graphs.told
             most = min(step_tokens, max_running * self._max_context_len)
             for tokens in sorted({min(size, most) for size in (*TILED, most)}):
@@ -93,14 +94,14 @@ class Runner:
                 planner.count_anew()
 
     @torch.inference_mode()
-    def _captured(self, max_running: int, capture: Capture, budget: GraphBudget) -> CapturedSteps:
-        self._inputs.pad(0, max_running, self._spare_block)
-        self._inputs.on_device(max_running, max_running)
+    def _captured(self, max_running: int, step_tokens: int, capture: Capture, budget: GraphBudget) -> CapturedSteps:
         if self._feed is None:
             drawn = torch.zeros(max_running, dtype=torch.int64, device=self.model.device)
         else:
             drawn = self._feed.drawn  # where the next step looks its token ids up
-        sizes = max_running, self._max_context_len, self._spare_block
+        backend = ops.backend(self.model.dtype, self.model.device)
+        placing = all(backend.places_chunks(cache) for cache in self.kv_caches)
+        sizes = max_running, step_tokens if placing else 0, self._max_context_len, self._spare_block
         work = self.model, self._layers_of, self._inputs
         return CapturedSteps(*work, *sizes, drawn, self._replayed, capture, budget)
 
@@ -257,9 +258,8 @@ class Runner:
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
         runs = self._adapter_runs(ordered)
-        if self.graphs is not None and decodes == size and picks is None and not runs:
-            drawing = [one for request, _ in ordered for one in (request, *request.siblings)]
-            replayed = self.graphs.step(drawing, size)
+        if self.graphs is not None and picks is None and not runs:
+            replayed = self.graphs.step(ordered, chunks)
             if replayed is not None:
                 return replayed
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)

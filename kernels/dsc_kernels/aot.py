@@ -80,7 +80,7 @@ class Job:
 
 
 BF16, HALF, FLOAT, DOUBLE, INT, LONG = "*bf16", "*fp16", "*fp32", "*fp64", "*i32", "*i64"
-SEQUENCES = 64  # of a step, where their number is a constant
+SEQUENCES, PLACES, CHUNK_TOKENS = 64, 8, 512  # of a step, its chunks and their tokens, where these are constants
 MANY_EXPERTS = 128
 INTEGERS: tuple[str, ...] = ("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads", "heads")
 INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logits_stride", "slots", "row_tiles")
@@ -88,7 +88,6 @@ INTEGERS += ("vocabulary",)
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 ALIGNED = "_stride", "groups", "vocabulary"  # that 16 divides in these sizes, as Triton sees when it launches
-
 
 TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
 BANK = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
@@ -214,6 +213,8 @@ def attention_jobs(s: Sizes) -> Iterator[Job]:
     meta = attention.blocks(group, s.head_size, s.block, SEQUENCES, dtype)
     yield Job("attend", attention.attend, meta, types)
     yield Job("merge_splits", attention.merge_splits, attention.merge_blocks(s.head_size), types)
+    meta = chunk_attention.plan_meta(PLACES, CHUNK_TOKENS, group)
+    yield Job("plan_tiles", chunk_attention.plan_tiles, meta, {"places": INT, "work": INT})
     meta = chunk_attention.blocks(group, s.head_size, s.block, dtype)
     yield Job("attend_chunks", chunk_attention.attend_chunks, meta, {**types, "work": INT})
 

@@ -20,7 +20,9 @@ from dsc_serve.engine.graph_budget import (
     buckets,
     chosen,
     head_bytes,
+    idle_rows,
     kept_bytes,
+    mixed,
     ranked,
     row_bytes,
     told,
@@ -140,13 +142,15 @@ def test_capturing_stops_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(graphs.time, "perf_counter", lambda: now)
     first = sorted(ranked(buckets(64))[:3])
-    found = StepGraphs(keys(*ranked(buckets(64))), compute, capture, 2.5)
+    readied: list[GraphKey] = []
+    found = StepGraphs(keys(*ranked(buckets(64))), readied.append, compute, capture, 2.5)
+    assert readied == keys(*ranked(buckets(64))[:3]), "not those that are captured, each before it is"
     assert found.keys == keys(*first) and found.capture_s == 3.0 and found.most() == 64
     assert [bucket(found, n) for n in (1, first[0] + 1, 64, 65)] == [*first, 0]
     assert found.key("sampled", 1) is None
-    one = StepGraphs(keys(8, 4), compute, capture, 0.0)
+    one = StepGraphs(keys(8, 4), readied.append, compute, capture, 0.0)
     assert one.keys == keys(8), "one is captured in any case"
-    every = StepGraphs(keys(*ranked(buckets(64))), compute, capture)
+    every = StepGraphs(keys(*ranked(buckets(64))), readied.append, compute, capture)
     assert every.keys == keys(*buckets(64)) and math.isfinite(every.capture_s)
 
 
@@ -163,3 +167,45 @@ def test_who_starts_the_engine_is_told_what_was_captured_and_what_was_not() -> N
     )
     assert "more" not in whole and f"{len(both) - 8} more would pad steps less: graphs, graph_mb" in less
     assert few.startswith("4 graphs") and "(4 layers to 256)" in few and f"{len(every) - 4} more" in few
+
+
+def test_steps_with_prompts_are_captured_for_few_sizes_within_the_same_budget() -> None:
+    config, sizes = large("dsc"), buckets(64)
+    cost, keys = GraphSizes(config, 2), mixed(sizes, 512)
+    assert keys[0] == (LAYERS.name, 64, 512) and len(keys) == len(set(keys)) == 15
+    assert {key.tokens for key in keys} == set(range(64, 513, 64)), "evenly apart: rows are a layer's work"
+    assert all(key.decodes < key.tokens for key in keys) and len({key.decodes for key in keys}) == 2
+    assert {key.tokens for key in mixed(sizes, 100)} == {64, 100} and {key.tokens for key in mixed([1], 2)} == {2}
+    assert mixed([1], 1) == []
+    most = chosen(config, sizes, 2, USUAL, 512)
+    assert {key for key in most if key.tokens} == set(keys) and not most[0].tokens
+    assert cost.total(most) <= USUAL.nbytes and len(most) == 2 * len(sizes) + len(keys)
+    single = [key for key in most if not key.tokens]
+    assert single == chosen(config, sizes, 2, USUAL)
+    assert cost.total(most) - cost.total(single) >= 512 * row_bytes(config), "what is shared is no smaller than both"
+    tight = GraphBudget(nbytes=USUAL.nbytes // 4)
+    less = chosen(config, sizes, 2, tight, 512)
+    assert cost.total(less) <= tight.nbytes and max(key.tokens for key in less) * row_bytes(config) <= tight.nbytes / 2
+    assert len(chosen(config, sizes, 2, GraphBudget(graphs=20), 512)) == 20
+    words = told(config, most, 2, 1.0, sizes, 512)
+    assert "11 greedy to 64, 11 sampled to 64, 15 with prompts to 512 tokens" in words and "more" not in words
+    assert "15 more would pad" in told(config, single, 2, 1.0, sizes, 512)
+
+
+def test_a_step_with_prompts_is_padded_to_the_least_rows_that_hold_it() -> None:
+    keys = mixed(buckets(8), 256)
+    graphs = StepGraphs(
+        [GraphKey("greedy", 8), *keys], lambda key: None, lambda key: torch.zeros(key.rows, 1), Capture()
+    )
+    few = min(key.decodes for key in keys)
+    assert graphs.mixed(0, 2) == graphs.mixed(few, 64) == (LAYERS.name, few, 64)
+    assert graphs.mixed(few + 1, 64) == (LAYERS.name, 8, 64) and graphs.mixed(1, 65) == (LAYERS.name, few, 128)
+    assert graphs.mixed(9, 100) is None and graphs.mixed(1, 257) is None
+    assert graphs.most() == 8 and graphs.key("layers", 1) is None, "one with prompts is none of single tokens"
+
+
+def test_padding_is_worth_what_launching_would_take() -> None:
+    """A narrow model's rows cost next to nothing, and a large one's some of a step."""
+    wide = idle_rows(large("dense"))
+    assert 16 < wide < 256 < 1024 < idle_rows(small_config())
+    assert idle_rows(large("moe")) > wide, "experts that a token does not use cost it nothing"

@@ -10,7 +10,7 @@ import torch
 from support.pretended import PretendedGpu
 from test_waiting import engine_on, gpu, pytestmark, reads  # noqa: F401
 
-from dsc_serve.engine.graph_budget import GraphKey, head_bytes, kept_bytes, row_bytes
+from dsc_serve.engine.graph_budget import GraphKey, buckets, head_bytes, kept_bytes, mixed, row_bytes
 from dsc_serve.engine.graph_forms import FORMS
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import StepBatch
@@ -59,7 +59,9 @@ def test_steps_of_more_than_256_sequences_are_replayed(
     folder = small_model(position_embedding_type="rope")
     engine, graphs = engine_on(gpu, folder, monkeypatch, max_running=400, step_tokens=800, graphs=12)
     assert len(graphs) == 12 and engine.captured.startswith("12 graphs for steps of 1 to 400 sequences")
-    assert "(6 greedy to 400, 6 sampled to 400)" in engine.captured and "40 more would pad steps less" in engine.captured
+    assert "(4 greedy to 400, 4 sampled to 400, 4 with prompts to 800 tokens)" in engine.captured
+    more = 2 * len(buckets(400)) + len(mixed(buckets(400), 800)) - 12
+    assert f"{more} more would pad steps less" in engine.captured
     for i in range(330):
         engine.add(str(i), [1, 2], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
     with gpu.watched():

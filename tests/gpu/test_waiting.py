@@ -179,7 +179,8 @@ def test_a_step_ahead_is_copies_and_one_replay(
     small_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of greedy requests nothing else is launched; others are sampled behind it, from logits that are there."""
+    """Of greedy requests nothing else is launched; others are sampled behind it, from logits that are there. Of steps
+    with prompts the layers are one replay, too."""
     from triton.runtime.jit import JITFunction
 
     monkeypatch.setattr(routing, "WATCHED", 10**6)  # but the first
@@ -206,8 +207,8 @@ def test_a_step_ahead_is_copies_and_one_replay(
             engine.step()
             steps.append(list(launched))
     replayed = [step for step in steps if "replay" in step]
-    assert len(replayed) == 19
-    behind = [step[step.index("replay") + 1 :] for step in replayed]
+    assert len(replayed) == 20 and all("sample_rows" in step or "argmax" in step for step in replayed[:1])
+    behind = [step[step.index("replay") + 1 :] for step in replayed[1:]]  # than that of the prompts
     before = {tuple(step[: step.index("replay")]) for step in replayed}
     assert before == {("copy_",), ("copy_", "_to_copy", "index_copy_")}, "the inputs; with rows of tables that are new"
     if fields["temperature"]:

@@ -16,6 +16,7 @@ from support.drafts import guess
 from support.fake_runner import EOS, VOCABULARY
 from support.small_models import small_config, wide_tensors
 
+from dsc_kernels import ops
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graph_budget import USUAL, GraphBudget
@@ -31,11 +32,18 @@ seen: Counter[str] = Counter()  # forms of graphs that were replayed in any exam
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[dict[str, Decoder]]:
+def models() -> Iterator[dict[tuple[str, str], Decoder]]:
+    """By kernels and kind. Plain torch takes chunks whose places are data, as kernels of a device do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    configs = {kind: small_config(kind, vocab_size=VOCABULARY) for kind in ("dsc", "moe")}
-    yield {kind: Decoder(config, wide_tensors(config), torch.float32, CPU) for kind, config in configs.items()}
+    made = {}
+    for kernels in ("auto", "plain"):
+        ops.use(kernels)
+        for kind in ("dsc", "moe"):
+            config = small_config(kind, vocab_size=VOCABULARY)
+            made[kernels, kind] = Decoder(config, wide_tensors(config), torch.float32, CPU)
+    yield made
+    ops.use("auto")
     torch.set_num_threads(threads)
 
 
@@ -54,6 +62,7 @@ def engine_of(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     requests=REQUESTS,
+    kernels=st.sampled_from(["auto", "plain"]),
     kind=st.sampled_from(["dsc", "moe"]),
     blocks=st.integers(14, 30),
     policy=st.sampled_from(sorted(POLICIES)),
@@ -63,9 +72,10 @@ def engine_of(
     ahead=st.booleans(),
 )
 def check(
-    models: dict[str, Decoder],  # noqa: F811
+    models: dict[tuple[str, str], Decoder],
     grammars: Grammars,  # noqa: F811
     requests: list[SentChoices],
+    kernels: str,
     kind: str,
     blocks: int,
     policy: str,
@@ -78,7 +88,8 @@ def check(
         engine.grammars = grammars
         return engine
 
-    model = models[kind]
+    ops.use(kernels)
+    model = models[kernels, kind]
     alone = [answers(following(engine_of(model, 200)), [one], 0, aborting=False)[0] for one in requests]
     tight = following(engine_of(model, blocks, policy, BUDGETS[budget], ahead))
     if drafts:
@@ -91,13 +102,13 @@ def check(
                 assert (choice.tokens, choice.reason) == (wanted.tokens, wanted.reason)
     runner = tight.runner
     assert isinstance(runner, Runner) and runner.graphs is not None and tight.pace.in_flight is None
-    seen.update(key.form for key in replays_of(runner.graphs.graphs))
+    seen.update(f"{key.form}{' with prompts' if key.tokens else ''}" for key in replays_of(runner.graphs.graphs))
 
 
 def test_the_same_tokens_with_and_without_graphs(
-    models: dict[str, Decoder],
+    models: dict[tuple[str, str], Decoder],
     grammars: Grammars,  # noqa: F811
 ) -> None:
     """Greedy and sampled, with penalties, grammars, drafts, choices, aborts and preemptions, ahead and not."""
     check(models, grammars)
-    assert {"greedy", "sampled", "layers"} <= seen.keys(), "not all forms were replayed"
+    assert {"greedy", "sampled", "layers", "layers with prompts"} <= seen.keys(), "not all forms were replayed"

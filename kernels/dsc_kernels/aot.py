@@ -245,19 +245,19 @@ def jobs(config: str, target: str = "sm_90") -> list[Job]:
 
 
 def compile_job(job: Job, target: str) -> Any:
-    """The compiled kernel; pointers are 16-byte aligned, as torch allocates them."""
+    """The compiled kernel, chained as `compiler.chain` says; pointers are 16-byte aligned, as torch allocates them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from dsc_kernels.gpu.compiler import chain_of
+
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    constants = dict(job.constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    if amd:
-        options.setdefault("num_stages", 2)
-    names = job.function.arg_names
-    types = {**SCALARS, **job.types}
+    constants = {**job.constants, **chain_of(None if amd else gpu.arch)}
+    options: dict[str, Any] = {"num_stages": 2} if amd else {}
+    options |= {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in constants}
+    names, types = job.function.arg_names, {**SCALARS, **job.types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [
         signature[name].startswith("*") or (name.endswith(ALIGNED) and signature[name] == "i32") for name in names

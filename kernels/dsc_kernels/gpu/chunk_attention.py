@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsc_kernels.chunks import PlacedChunks
-from dsc_kernels.gpu.arithmetic import bounded
+from dsc_kernels.gpu.arithmetic import begin, bounded
 from dsc_kernels.gpu.attention import INTEGERS, LOG2_E
-from dsc_kernels.gpu.compiler import Meta, check, kernel, on_amd, power_of_2, stages
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, on_amd, power_of_2, stages
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
 
 QUERIES_PER_BLOCK = 64  # rows of a tile: tokens times the query heads that share a key
@@ -41,8 +41,10 @@ def plan_tiles(
     tiles: tl.constexpr,
     tokens_per_block: tl.constexpr,
     tiles_per_block: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The tiles of all chunks, and behind them such as have no tokens: grid (⌈tiles / tiles per block⌉,)."""
+    begin(chained)
     tile = tl.program_id(0) * tiles_per_block + tl.arange(0, tiles_per_block)
     chunk = tl.arange(0, width)
     length = tl.load(places + chunk * 4 + 2, mask=chunk < chunks, other=0).to(tl.int32)
@@ -150,8 +152,10 @@ def attend_chunks(
     positions_per_step: tl.constexpr,
     capped: tl.constexpr,
     windowed: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The query heads of one key-value head of a tile of tokens: grid (tiles, kv heads). `scale` is in base 2."""
+    begin(chained)
     mine, kv_head = work + tl.program_id(0) * 4, tl.program_id(1)
     table = tables + tl.load(mine).to(tl.int64) * table_stride
     first_row, tokens, first = tl.load(mine + 1).to(tl.int64), tl.load(mine + 2), tl.load(mine + 3)
@@ -267,7 +271,7 @@ def tiles_of(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> 
     check("places", places, (count, FIELDS), INTEGERS)
     meta = plan_meta(count, chunks.tokens, group)
     work = torch.empty(meta["tiles"], FIELDS, dtype=torch.int32, device=device)
-    plan_tiles[(triton.cdiv(meta["tiles"], meta["tiles_per_block"]),)](places, work, **meta)
+    plan_tiles[(triton.cdiv(meta["tiles"], meta["tiles_per_block"]),)](places, work, **meta, **chain())
     return Tiles(work, meta["tokens_per_block"])
 
 
@@ -304,4 +308,5 @@ def chunk_attention(
         *(q, keys, values, tables, tiles.work, out),
         *(q.stride(0), tables.stride(0), kv_heads, scale * LOG2_E, scope.cap * LOG2_E, scope.window),
         **meta,
+        **chain(),
     )

@@ -153,8 +153,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = "auto"
 
     graphs: Annotated[
-        int, Meta(ge=1, le=512, description="On a GPU, most batch sizes whose steps are captured as graphs at start.")
-    ] = 40
+        int, Meta(ge=1, le=512, description="On a GPU, most steps that are captured as graphs at start.")
+    ] = 64
     graph_mb: Annotated[
         int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")
     ] = 512

@@ -165,6 +165,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "off"],
         Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
     ] = "auto"
+    dependent_launch: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: on NVIDIA's GPUs from 9.0 on each kernel begins while the one before it ends."),
+    ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[
         int, Meta(ge=2**10, le=MOST, description="Bytes of adapters in memory; the least recently used go.")

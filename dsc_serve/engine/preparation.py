@@ -39,6 +39,7 @@ def prepare_model(config: EngineConfig) -> Decoder:
     if config.device == "cuda":
         # Its plans are built for each new shape, which stalls a step: what attends in torch here meets many shapes
         torch.backends.cuda.enable_cudnn_sdp(False)
+        ops.use_dependent_launch(config.dependent_launch)
     torch.set_num_threads(config.threads or default_threads())
     check_room(resolve_model(config.model), config)
     try:

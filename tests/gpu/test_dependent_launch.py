@@ -65,9 +65,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     ops.use("auto")
 
 
+@pytest.mark.parametrize("choice", ["auto", "off"])
 @pytest.mark.parametrize("kind", ["dsc", "moe"])
-def test_all_launches_of_an_engine_are_chained(
-    kind: str, gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_all_launches_of_an_engine_are_chained_or_none_is(
+    kind: str, choice: str, gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is not told to wait, among such as may begin early, would read what is not there yet."""
     from triton.runtime.jit import JITFunction
@@ -82,9 +83,12 @@ def test_all_launches_of_an_engine_are_chained(
         launched.setdefault(function.fn.__name__, set()).add(told)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    engine, _ = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch, step_ahead="off")
+    monkeypatch.setattr(compiler, "_dependent_launch", "auto")
+    settings = {"step_ahead": "off", "dependent_launch": choice}
+    engine, _ = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch, **settings)
     monkeypatch.setattr("dsc_serve.engine.sampler.read", lambda tokens: [0] * len(tokens))
     params = [SamplingParams(temperature=0.7 * (i % 2), max_tokens=4, ignore_eos=True) for i in range(3)]
     serve(gpu, engine, params)
     assert {"add_norm_rows", "attend", "attend_chunks", "plan_tiles", "sample_rows"} < launched.keys()
-    assert all(told == {(True, True)} for told in launched.values()), launched
+    wanted = (True, True) if choice == "auto" else (False, None)
+    assert all(told == {wanted} for told in launched.values()), launched

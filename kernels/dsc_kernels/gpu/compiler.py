@@ -71,6 +71,8 @@ def on_amd() -> bool:
     return bool(torch.version.hip) if asked is None else asked
 
 
+_dependent_launch = "auto"
+
 CHAINED: Meta = {"chained": True, "launch_pdl": True}
 APART: Meta = {"chained": False}
 
@@ -92,7 +94,13 @@ def architecture() -> int | None:
 def chain() -> Meta:
     """What every launch of a kernel is told: to begin while the one before it ends, where the GPU can (programmatic
     dependent launch); it then waits in `arithmetic.begin`."""
-    return chain_of(architecture())
+    return chain_of(architecture()) if _dependent_launch == "auto" else APART
+
+
+def use_dependent_launch(choice: str) -> None:
+    """As `ops.use_dependent_launch` says."""
+    global _dependent_launch
+    _dependent_launch = choice
 
 
 def stages(wanted: int) -> int:

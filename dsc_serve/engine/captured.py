@@ -27,8 +27,9 @@ class CapturedSteps:
     """Steps of at most `max_running` single tokens, captured here and replayed when there is one like them, and such of
     at most `step_tokens` tokens with chunks of prompts; step_tokens: 0 where these cannot be.
 
-    layers: what computes the layers of a batch, [T, d]. inputs: where batches lie. spare_block: of the KV pools, which rows of padding write to. drawn: int64 [≥ max_running], where tokens
-    go that a graph draws. replays: is told of the rows of each step that is replayed.
+    layers: what computes the layers of a batch, [T, d]. inputs: where batches lie. spare_block: of the KV pools, which
+    rows of padding write to. drawn: int64 [≥ max_running], where tokens go that a graph draws. replays: is told of the
+    rows of each step that is replayed.
     """
 
     def __init__(

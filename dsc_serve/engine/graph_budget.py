@@ -109,11 +109,14 @@ class GraphSizes:
 
     def total(self, keys: Sequence[GraphKey]) -> int:
         """Memory for the largest with chunks and without, what stays of the largest of each form, outputs, nodes."""
-        kept = sum(own * max((key.decodes for key in keys if key.form == name), default=0)
-                   for name, own in self._kept.items())
+        kept = sum(
+            own * max((key.decodes for key in keys if key.form == name), default=0) for name, own in self._kept.items()
+        )
         outputs = sum(key.rows for key in keys) * self._output
-        shared = [max((self.memory(key) for key in keys if bool(key.tokens) is own), default=0) for own in (True, False)]
-        return sum(shared) + kept + outputs + len(keys) * self._nodes
+        single, chunks = (
+            max((self.memory(key) for key in keys if bool(key.tokens) is own), default=0) for own in (False, True)
+        )
+        return single + chunks + kept + outputs + len(keys) * self._nodes
 
 
 def in_turn(queues: Iterable[Sequence[GraphKey]]) -> Iterator[GraphKey]:

@@ -46,8 +46,9 @@ class Runner:
 
     Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens, also
     for drafts, and such with chunks of prompts are captured here and replayed later, and what other steps need is
-    compiled; the pools have one block more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
-    launched before the tokens of the last one have been read. graph_budget: what capturing may take.
+    compiled; the pools have one block more, which rows of padding write to. adapted: whether requests may have
+    adapters. ahead: whether steps may be launched before the tokens of the last one have been read. graph_budget: what
+    capturing may take.
     """
 
     def __init__(

@@ -162,8 +162,8 @@ def test_who_starts_the_engine_is_told_what_was_captured_and_what_was_not() -> N
     alone = [GraphKey(LAYERS.name, size) for size in some]
     whole, less, few = (told(config, keys, 2, 1.25, every) for keys in (both, part, alone))
     assert whole.startswith(
-        f"{len(both)} graphs for steps of 1 to 256 sequences ({len(every)} greedy to 256, {len(every)} sampled to 256), "
-        "captured in 1.2 s; about "
+        f"{len(both)} graphs for steps of 1 to 256 sequences ({len(every)} greedy to 256, "
+        f"{len(every)} sampled to 256), captured in 1.2 s; about "
     )
     assert "more" not in whole and f"{len(both) - 8} more would pad steps less: graphs, graph_mb" in less
     assert few.startswith("4 graphs") and "(4 layers to 256)" in few and f"{len(every) - 4} more" in few

@@ -97,7 +97,9 @@ SAMPLED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", SAMPLED, ids=str)
-def test_a_step_has_its_head_in_the_graph_as_it_needs_it(fields: dict[str, Any], small_model: Callable[..., Path]) -> None:
+def test_a_step_has_its_head_in_the_graph_as_it_needs_it(
+    fields: dict[str, Any], small_model: Callable[..., Path]
+) -> None:
     """Greedy ones the tokens, all others the logits; and nobody computes a head beside it."""
     folder = small_model()
     greedy = SamplingParams(temperature=0, max_tokens=9)

@@ -13,7 +13,7 @@ from typing import Any
 from dsc_kernels import aot
 
 WAIT, NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-MEMORY = re.compile(r"^\s*(?:@%p\d+\s+)?(?:ld\.global|st\.global|cp\.async|red\.|atom\.|ld\.volatile\.global)", re.MULTILINE)
+MEMORY = re.compile(r"^\s*(?:@%p\d+\s+)?(?:(?:ld|st)(?:\.volatile)?\.global|cp\.async|red\.|atom\.)", re.MULTILINE)
 
 
 def findings(compiled: Any) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def test_an_engine_says_the_same_with_graphs_and_without(kind: str, monkeypatch:
 
     cuda = torch.device("cuda")
     found = []
-    for capture, ahead, chained in ((False, False, False), (True, False, False), (True, False, True), (True, True, True)):
+    ways = (False, False, False), (True, False, False), (True, False, True), (True, True, True)
+    for capture, ahead, chained in ways:
         own = compiler.chain_of(compiler.architecture() if chained else None)
         monkeypatch.setattr(compiler, "chain", lambda own=own: own)
         for module in launching():

@@ -56,7 +56,7 @@ def engine_of(
     )
     capture = None if budget is None else Capture()
     runner = Runner(model, capacity, 16, 4, capture, ahead=ahead, graph_budget=budget or USUAL)
-    return Engine(config, capacity, runner, (EOS,), strict=True, routing=runner.routing, ahead=runner if ahead else None)
+    return Engine(config, capacity, runner, (EOS,), True, routing=runner.routing, ahead=runner if ahead else None)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

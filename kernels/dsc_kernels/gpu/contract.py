@@ -62,7 +62,6 @@ def contract(x: Tensor, u: Tensor, picks: Tensor, coefficients: Tensor, rank: in
     latent = torch.empty(batch, stretches, k * rank, dtype=torch.float32, device=x.device)
     if batch:
         contract_rows[(batch, triton.cdiv(k * rank, meta["rows_per_block"]), stretches)](
-            *(t.contiguous() for t in (x, u, picks, coefficients)), latent, **meta,
-            **chain(),
+            *(t.contiguous() for t in (x, u, picks, coefficients)), latent, **meta, **chain()
         )
     return latent

@@ -145,5 +145,7 @@ def pick_experts(
     picked = picked_like(logits, options.k, outputs)
     if batch:
         scale = options.weight_scale
-        pick_tokens[(batch,)](*(logits, choice_bias, *picked, logits.stride(0), scale), **pick_blocks(experts, options), **chain())
+        pick_tokens[(batch,)](
+            *(logits, choice_bias, *picked, logits.stride(0), scale), **pick_blocks(experts, options), **chain()
+        )
     return picked

@@ -65,5 +65,6 @@ def sort_by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(slots, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=experts.device)
     meta = place_blocks(count)
-    place_slots[(triton.cdiv(slots, meta["slots_per_block"]),)](experts.contiguous(), order, offsets, slots, **meta, **chain())
+    grid = (triton.cdiv(slots, meta["slots_per_block"]),)
+    place_slots[grid](experts.contiguous(), order, offsets, slots, **meta, **chain())
     return order, offsets

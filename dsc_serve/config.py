@@ -151,10 +151,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
-
-    graphs: Annotated[
-        int, Meta(ge=1, le=512, description="On a GPU, most steps that are captured as graphs at start.")
-    ] = 64
+    graphs: Annotated[int, Meta(ge=1, le=512, description="On a GPU, most steps captured as graphs at start.")] = 64
     graph_mb: Annotated[
         int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")
     ] = 512
@@ -166,8 +163,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
     ] = "auto"
     dependent_launch: Annotated[
-        Literal["auto", "off"],
-        Meta(description="auto: on NVIDIA's GPUs from 9.0 on each kernel begins while the one before it ends."),
+        Literal["auto", "off"], Meta(description="auto: on NVIDIA's GPUs from 9.0 on kernels begin while the last ends.")
     ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[

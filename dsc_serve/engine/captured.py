@@ -78,6 +78,11 @@ class CapturedSteps:
         FORMS[key.form].finish(self._model, hidden, self._room)
         return hidden
 
+    def key(self, form: LayersAlone, count: int) -> GraphKey | None:
+        """The graph that a step of so many single tokens is replayed with: of its form, or another one for its layers."""
+        found = (self.graphs.key(name, count) for name in dict.fromkeys((form.name, LAYERS.name, *FORMS)))
+        return next((key for key in found if key is not None), None)
+
     def step(self, ordered: Sequence[tuple[Request, int]], chunks: Sequence[Chunk]) -> StepOutput | None:
         """A step that the inputs hold, replayed; None where no graph holds it. chunks: of those of its requests that
         have several tokens, the last ones.
@@ -88,8 +93,7 @@ class CapturedSteps:
             return self._mixed(len(ordered) - len(chunks), chunks)
         count = len(ordered)
         form = form_of([one for request, _ in ordered for one in (request, *request.siblings)])
-        found = (self.graphs.key(name, count) for name in dict.fromkeys((form.name, LAYERS.name, *FORMS)))
-        key = next((key for key in found if key is not None), None)
+        key = self.key(form, count)
         if key is None:
             return None
         self._inputs.pad(count, key.decodes, self._spare_block)

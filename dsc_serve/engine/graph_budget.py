@@ -27,7 +27,7 @@ FEW = 8  # graphs, with fewer of which each step is padded less if all of them s
 
 @dataclass(frozen=True)
 class GraphBudget:
-    """graphs: most that are captured, at least 1; nbytes: that they may take, by `graph_bytes`; seconds: after which no
+    """graphs: most that are captured, at least 1; nbytes: that they may take, by `GraphSizes`; seconds: after which no
     further one is begun."""
 
     graphs: int = 64

@@ -112,7 +112,8 @@ class Sampled(LayersAlone):
 
 
 LAYERS = LayersAlone()
-WITH_HEAD: tuple[LayersAlone, ...] = (Greedy(), Sampled())  # a step is one of the first that serves it
+GREEDY = Greedy()
+WITH_HEAD: tuple[LayersAlone, ...] = (GREEDY, Sampled())  # a step is one of the first that serves it
 FORMS: Mapping[str, LayersAlone] = {form.name: form for form in (*WITH_HEAD, LAYERS)}
 
 

@@ -14,7 +14,7 @@ from dsc_serve import SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graph_budget import GraphKey
-from dsc_serve.engine.graph_forms import FORMS
+from dsc_serve.engine.graph_forms import FORMS, GREEDY
 from dsc_serve.engine.graphs import CudaCapture
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import Chunk, StepBatch
@@ -213,7 +213,9 @@ def running_ids(engine: Engine) -> list[str]:
 
 def graph_sizes(runner: Runner) -> list[int] | None:
     """Sequences of single tokens for which there is a graph of any form."""
-    return None if runner.graphs is None else sorted({key.decodes for key in runner.graphs.graphs.keys})
+    if runner.graphs is None:
+        return None
+    return sorted({key.decodes for key in runner.graphs.graphs.keys if not key.tokens})
 
 
 def fill_caches(runner: Runner, generator: torch.Generator) -> None:
@@ -255,8 +257,7 @@ def eager(runner: Runner, size: int) -> Tensor:
 
 def key_of(runner: Runner, size: int) -> GraphKey:
     """The graph of a greedy step, or what serves it."""
-    found = (runner.graphs.graphs.key(name, size) for name in FORMS)
-    return next(key for key in found if key is not None)
+    return runner.graphs.key(GREEDY, size)
 
 
 def has_head(runner: Runner, size: int) -> bool:

@@ -212,10 +212,11 @@ def running_ids(engine: Engine) -> list[str]:
 
 
 def graph_sizes(runner: Runner) -> list[int] | None:
-    """Sequences of single tokens for which there is a graph of any form."""
+    """Sequences of greedy steps that are replayed as they are."""
     if runner.graphs is None:
         return None
-    return sorted({key.decodes for key in runner.graphs.graphs.keys if not key.tokens})
+    keys = [key for key in runner.graphs.graphs.keys if not key.tokens]
+    return sorted({key.decodes for key in keys if key_of(runner, key.decodes) == key})
 
 
 def fill_caches(runner: Runner, generator: torch.Generator) -> None:

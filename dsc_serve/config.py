@@ -163,7 +163,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Meta(description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md)."),
     ] = "auto"
     dependent_launch: Annotated[
-        Literal["auto", "off"], Meta(description="auto: on NVIDIA's GPUs from 9.0 on kernels begin while the last ends.")
+        Literal["auto", "off"], Meta(description="auto: on NVIDIA's 9.0 and later kernels begin while the last ends.")
     ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[

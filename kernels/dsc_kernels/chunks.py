@@ -8,12 +8,13 @@ from torch import Tensor
 
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
 
+
 class PlacedChunks:
     """Chunks of which a tensor holds where they are, so that a captured step can have others in each replay.
 
-    places: integers [n, 4], contiguous, each as `weights.ChunkPlace` says; of one without tokens all are 0. tokens: rows
-    of the step that they lie in, one behind the other. context: the most that any has. Kernels read the tensor where it
-    is; on the host one can go through the chunks that there are.
+    places: integers [n, 4], contiguous, each as `weights.ChunkPlace` says; of one without tokens all are 0. tokens:
+    rows of the step that they lie in, one behind the other. context: the most that any has. Kernels read the tensor
+    where it is; on the host one can go through the chunks that there are.
     """
 
     def __init__(self, places: Tensor, tokens: int, context: int) -> None:

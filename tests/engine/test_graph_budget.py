@@ -96,7 +96,8 @@ def test_a_few_graphs_serve_all_steps_without_their_heads() -> None:
     assert padding([key.decodes for key in less]) < 8
     assert {key.form for key in usual} == {form.name for form in WITH_HEAD}, "what no step would ask for"
     two = chosen(config, buckets(2), 2, GraphBudget(graphs=4))
-    assert sorted(two) == [("greedy", 1), ("greedy", 2), ("sampled", 1), ("sampled", 2)], "these are all there are"
+    every = [GraphKey(form, size) for form in ("greedy", "sampled") for size in (1, 2)]
+    assert sorted(two) == every, "these are all there are"
 
 
 def test_steps_too_large_for_a_head_are_captured_without() -> None:
@@ -113,8 +114,8 @@ def test_steps_too_large_for_a_head_are_captured_without() -> None:
 
 
 def test_one_step_is_captured_however_little_there_is() -> None:
-    assert chosen(small_config(), buckets(64), 4, GraphBudget(nbytes=1)) == [(LAYERS.name, 1)]
-    assert chosen(small_config(), buckets(64), 4, GraphBudget(graphs=1)) == [(LAYERS.name, 64)]
+    assert chosen(small_config(), buckets(64), 4, GraphBudget(nbytes=1)) == [GraphKey(LAYERS.name, 1)]
+    assert chosen(small_config(), buckets(64), 4, GraphBudget(graphs=1)) == [GraphKey(LAYERS.name, 64)]
 
 
 def test_mixtures_count_the_experts_that_a_token_uses() -> None:

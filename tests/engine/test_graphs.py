@@ -14,7 +14,7 @@ from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.graph_budget import USUAL, GraphBudget, row_bytes
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget, GraphKey, row_bytes
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
@@ -110,7 +110,7 @@ def test_a_step_has_its_head_in_the_graph_as_it_needs_it(
     called = heads_called(runner)
     assert generate(engine, prompts, [greedy, own]) == want
     replays = replays_of(runner.graphs.graphs)
-    assert replays == {("sampled", 2): 4, ("greedy", 1): 4}
+    assert replays == {GraphKey("sampled", 2): 4, GraphKey("greedy", 1): 4}
     assert len(called) == 1 + 8, "that of the prompts' step, and one within each replay"
 
 
@@ -133,9 +133,9 @@ def test_only_the_layers_of_a_graph_are_of_use_to_steps_of_another_form(small_mo
     prompts = [[1, 2, 3], [4], [5, 6]]
     want = generate(engine_of(folder, None, 4), prompts, params)
     engine, runner = engine_with_forms(folder, GraphBudget(seconds=0.0))
-    assert runner.graphs is not None and runner.graphs.graphs.keys == [("greedy", 4)]
+    assert runner.graphs is not None and runner.graphs.graphs.keys == [GraphKey("greedy", 4)]
     assert generate(engine, prompts, params) == want
-    assert replays_of(runner.graphs.graphs) == {("greedy", 4): 6}
+    assert replays_of(runner.graphs.graphs) == {GraphKey("greedy", 4): 6}
     engine, runner = engine_with_forms(folder, GraphBudget(graphs=2))
     assert runner.graphs is not None and {key.form for key in runner.graphs.graphs.keys} == {"layers"}
     assert generate(engine, prompts, params) == want
@@ -145,7 +145,7 @@ def test_only_the_layers_of_a_graph_are_of_use_to_steps_of_another_form(small_mo
 def test_choices_of_one_prompt_differ_in_how_they_are_drawn(small_model: Callable[..., Path]) -> None:
     """The step of a prompt's last token is one of single tokens: its choices are looked at, too."""
     folder, found = small_model(), []
-    choices = [SamplingParams(temperature=t, seed=i, max_tokens=4) for i, t in enumerate((0.0, 1.5, 1.5))]
+    choices = [SamplingParams(temperature=t, seed=i, max_tokens=12) for i, t in enumerate((0.0, 2.0, 2.0))]
     for capture in (None, Capture()):
         engine = engine_of(folder, capture, max_running=4)
         engine.add("0", [7], choices[0], siblings=[("1", choices[1]), ("2", choices[2])])

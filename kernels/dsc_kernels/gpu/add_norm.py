@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.weights import NormWeights
 
@@ -112,7 +112,7 @@ def add_norm_rows(
     chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
-    begin(chained)
+    follow(chained)
     add_norm_row(
         residual,
         terms,

@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-(1 << 31) + 1)  # the upper half of a NaN's key, below th
 
 
 @kernel
-def begin(chained: tl.constexpr) -> None:
+def follow(chained: tl.constexpr) -> None:
     """The first line of every kernel that is launched; chained: see `compiler.chain`.
 
     Behind it lies all that earlier launches have written, and what they still read is read no more. The next launch may

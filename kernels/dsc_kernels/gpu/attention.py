@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin, bounded
+from dsc_kernels.gpu.arithmetic import bounded, follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.weights import WHOLE, KvCache, Scope
 
@@ -46,7 +46,7 @@ def plan_splits(
     chained: tl.constexpr = False,
 ) -> None:
     """The splits of all sequences: grid (1,)."""
-    begin(chained)
+    follow(chained)
     sequence = tl.arange(0, width)
     context = tl.load(contexts + sequence, mask=sequence < sequences, other=0).to(tl.int32)
     context = tl.where(window > 0, tl.minimum(context, window), context)
@@ -94,7 +94,7 @@ def attend(
     `scale` is in base 2. Of a sequence with several splits, parts [splits, H, size] holds sums that are not divided
     yet, and stats [splits, H, 2] the maximum and the sum of weights of each; the others are done.
     """
-    begin(chained)
+    follow(chained)
     split, kv_head = tl.program_id(0), tl.program_id(1)
     every = tl.arange(0, sequences_width)
     starts = tl.load(plan + every, mask=every <= sequences, other=0x7FFFFFFF)
@@ -157,7 +157,7 @@ def merge_splits(
     chained: tl.constexpr = False,
 ) -> None:
     """One head of one sequence from its splits, where it has several: grid (sequences, heads)."""
-    begin(chained)
+    follow(chained)
     sequence, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(plan + sequence), tl.load(plan + sequence + 1)
     if end - begin == 1:

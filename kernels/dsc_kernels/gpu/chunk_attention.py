@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsc_kernels.chunks import PlacedChunks
-from dsc_kernels.gpu.arithmetic import begin, bounded
+from dsc_kernels.gpu.arithmetic import bounded, follow
 from dsc_kernels.gpu.attention import INTEGERS, LOG2_E
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, on_amd, power_of_2, stages
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
@@ -44,7 +44,7 @@ def plan_tiles(
     chained: tl.constexpr = False,
 ) -> None:
     """The tiles of all chunks, and behind them such as have no tokens: grid (⌈tiles / tiles per block⌉,)."""
-    begin(chained)
+    follow(chained)
     tile = tl.program_id(0) * tiles_per_block + tl.arange(0, tiles_per_block)
     chunk = tl.arange(0, width)
     length = tl.load(places + chunk * 4 + 2, mask=chunk < chunks, other=0).to(tl.int32)
@@ -155,7 +155,7 @@ def attend_chunks(
     chained: tl.constexpr = False,
 ) -> None:
     """The query heads of one key-value head of a tile of tokens: grid (tiles, kv heads). `scale` is in base 2."""
-    begin(chained)
+    follow(chained)
     mine, kv_head = work + tl.program_id(0) * 4, tl.program_id(1)
     table = tables + tl.load(mine).to(tl.int64) * table_stride
     first_row, tokens, first = tl.load(mine + 1).to(tl.int64), tl.load(mine + 2), tl.load(mine + 3)

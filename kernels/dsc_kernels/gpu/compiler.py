@@ -93,7 +93,7 @@ def architecture() -> int | None:
 
 def chain() -> Meta:
     """What every launch of a kernel is told: to begin while the one before it ends, where the GPU can (programmatic
-    dependent launch); it then waits in `arithmetic.begin`."""
+    dependent launch); it then waits in `arithmetic.follow`."""
     return chain_of(architecture()) if _dependent_launch == "auto" else APART
 
 

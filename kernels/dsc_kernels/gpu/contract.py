@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
@@ -26,7 +26,7 @@ def contract_rows(
     chained: tl.constexpr = False,
 ) -> None:
     """Some rows of one token over one stretch of d: grid (batch, ⌈k · rank / rows⌉, ⌈d / d per block⌉)."""
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * rows_per_block + tl.arange(0, rows_per_block)
     column = tl.program_id(2) * d_per_block + tl.arange(0, d_per_block)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
@@ -30,7 +30,7 @@ def expand_columns(
     chained: tl.constexpr = False,
 ) -> None:
     """Some columns of one token: grid (batch, ⌈d / d per block⌉)."""
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, width)
     column = tl.program_id(1) * d_per_block + tl.arange(0, d_per_block)

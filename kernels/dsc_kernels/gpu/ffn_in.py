@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import activate, begin, clamp
+from dsc_kernels.gpu.arithmetic import activate, clamp, follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel
 from dsc_kernels.gpu.product import rows_by_tokens, tiles
 from dsc_kernels.weights import Activation, MlpWeights
@@ -42,7 +42,7 @@ def route_and_raise(
     chained: tl.constexpr = False,
 ) -> None:
     """One tile of logits, or behind those of hidden activations: grid (⌈batch / tokens⌉, tiles of rows of both)."""
-    begin(chained)
+    follow(chained)
     token = (tl.program_id(0) * tokens_per_block + tl.arange(0, tokens_per_block)).to(tl.int64)
     is_token = token < batch
     tile = tl.program_id(1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import activate, begin
+from dsc_kernels.gpu.arithmetic import activate, follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.gpu.place_slots import sort_by_expert
 from dsc_kernels.launch_time import found_by_tiles
@@ -160,7 +160,7 @@ def multiply_experts(
     The first product takes x's rows by token and leaves them where the second finds them, sorted by expert or by slot;
     the second leaves its rows by slot: pick j of token b is row b · outputs_per_token + j, the shared expert's behind.
     """
-    begin(chained)
+    follow(chained)
     program = tl.program_id(0)
     columns: tl.constexpr = (outer + columns_per_block - 1) // columns_per_block
     if program < row_tiles * columns:

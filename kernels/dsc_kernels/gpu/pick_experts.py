@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin, key_index, largest, order_key
+from dsc_kernels.gpu.arithmetic import follow, key_index, largest, order_key
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.select import room
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs, MoeOptions
@@ -91,7 +91,7 @@ def pick_tokens(
     chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, width)
     own = tl.load(logits + token * logits_stride + expert, mask=expert < experts, other=0.0)

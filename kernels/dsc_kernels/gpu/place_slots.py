@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
@@ -28,7 +28,7 @@ def place_slots(
     Each program counts all slots, and then finds the places of its own. Whole steps are read without a mask: one by
     slot would break up the wide loads.
     """
-    begin(chained)
+    follow(chained)
     expert, step = tl.arange(0, width), tl.arange(0, slots_per_step)
     begin = tl.program_id(0) * slots_per_block
     totals = tl.zeros((width,), tl.int32)

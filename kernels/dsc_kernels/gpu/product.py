@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, stages
 
 PROGRAMS = 132  # that fill a GPU: the multiprocessors of the largest one that is aimed at
@@ -64,7 +64,7 @@ def multiply_rows(
     chained: tl.constexpr = False,
 ) -> None:
     """One tile of parts [splits, batch, outputs]: grid (⌈batch / tokens⌉, ⌈outputs / rows⌉, splits)."""
-    begin(chained)
+    follow(chained)
     multiply_tile(
         x,
         weight,

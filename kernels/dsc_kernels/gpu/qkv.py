@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.product import rows_by_tokens, tiles
 from dsc_kernels.weights import KvCache, QkNorm, Slots
@@ -43,7 +43,7 @@ def project_heads(
     chained: tl.constexpr = False,
 ) -> None:
     """Rows of one head, as many of its first half as of its second: grid (⌈batch / tokens⌉, heads · size / rows)."""
-    begin(chained)
+    follow(chained)
     half: tl.constexpr = rows_per_block // 2
     per_head: tl.constexpr = size // rows_per_block
     head, part = tl.program_id(1) // per_head, tl.program_id(1) % per_head
@@ -159,7 +159,7 @@ def prepare_heads(
 
     A head is read as the two halves of what is turned, so that lanes hold what they turn, and the rest behind them.
     """
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_block + tl.arange(0, heads_per_block)
     is_head = head < heads + 2 * kv_heads

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsc_kernels.dequantised import wide_product
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, stages
 from dsc_kernels.quantised import QuantisedWeight, Weight
 
@@ -36,7 +36,7 @@ def multiply_levels(
 
     In 4 bits a byte holds an even input's level and the odd one's behind it: two products with every other input.
     """
-    begin(chained)
+    follow(chained)
     per_byte: tl.constexpr = 8 // bits
     row_bytes: tl.constexpr = (d + per_byte - 1) // per_byte
     groups: tl.constexpr = (d + group - 1) // group

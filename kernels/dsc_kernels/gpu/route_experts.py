@@ -12,7 +12,7 @@ from torch import Tensor
 from dsc_kernels import launch_time
 from dsc_kernels.gpu.add_norm import Normed, Parts, add_norm_row
 from dsc_kernels.gpu.add_norm import blocks as norm_blocks
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, kernel, power_of_2
 from dsc_kernels.gpu.pick_experts import Picked, pick_blocks, pick_experts, pick_of_token, picked_like
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs, MoeOptions, NormWeights, Router
@@ -94,7 +94,7 @@ def add_norm_pick(
     chained: tl.constexpr = False,
 ) -> None:
     """The sum, its norm and the choice of one token, where experts are few: grid (batch,)."""
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     normed = add_norm_row(
         residual,
@@ -178,7 +178,7 @@ def add_norm_score(
 
     Each program computes the norm by itself, and the first of a token stores it.
     """
-    begin(chained)
+    follow(chained)
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     normed = add_norm_row(
         residual,

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel
 
 BITS = 3  # of a threshold found at a time
@@ -95,7 +95,7 @@ def sample_rows(
     chained: tl.constexpr = False,
 ) -> None:
     """One row, left as it is where its temperature is 0: grid (rows,)."""
-    begin(chained)
+    follow(chained)
     index = tl.program_id(0).to(tl.int64)
     row, own = weights + index * vocabulary, parameters + index * 5
     if tl.load(own) > 0.0:

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import EMPTY, begin, key_index, key_value, largest, order_key, softplus, tanh_positive
+from dsc_kernels.gpu.arithmetic import EMPTY, follow, key_index, key_value, largest, order_key, softplus, tanh_positive
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.ffn_in import GROUP
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs
@@ -72,7 +72,7 @@ def select_tokens(
     chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
-    begin(chained)
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     atom, weights, signal = select_atoms(
         logits + token * groups * group,

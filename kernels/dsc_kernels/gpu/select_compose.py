@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import begin
+from dsc_kernels.gpu.arithmetic import follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.gpu.product import multiply_tile, split_count, tiles
 from dsc_kernels.gpu.select import prepare_logits, select_atoms, sizes
@@ -140,7 +140,7 @@ def select_compose_tokens(
     chained: tl.constexpr = False,
 ) -> None:
     """One token, or behind all of them a tile of hidden · W_2ᵀ: grid (batch + tiles,)."""
-    begin(chained)
+    follow(chained)
     program = tl.program_id(0)
     if program < batch:
         compose_token(

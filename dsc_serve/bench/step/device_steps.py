@@ -31,7 +31,8 @@ class NotCapturedError(ValueError):
 class DeviceStep(msgspec.Struct, frozen=True, kw_only=True):
     """Medians in milliseconds. step: the engine's, by the host's clock, the sampled ids read; host: what is not device.
 
-    head: by itself; inside: whether the graph has one of its own. least: what the step must read, at the rate that was measured here.
+    head: by itself; inside: whether the graph has one of its own. least: what the step must read, at the rate that was
+    measured here.
     """
 
     running: int

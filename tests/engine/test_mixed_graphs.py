@@ -15,12 +15,18 @@ from support.captures import Capture, replays_of
 from test_graphs import generate
 
 from dsc_kernels import ops
+from dsc_kernels.chunks import PlacedChunks
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine import captured, routing
+from dsc_serve.engine import runner as runner_module
+from dsc_serve.engine.device_inputs import DeviceInputs
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graph_budget import GraphKey
+from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.runner import Runner
+from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.checkpoint import load_model
+from dsc_serve.model.decoder import Decoder
 from dsc_serve.sampling_params import EngineCapacity, SamplingParams
 
 
@@ -89,6 +95,44 @@ def test_replayed_steps_with_prompts_give_the_same_tokens_and_touch_no_other_blo
         seen = [engine.routing.report() for engine in (eager, replayed)]  # type: ignore[union-attr]
         assert seen[0].tokens == seen[1].tokens > 86
         assert [layer.distinct for layer in seen[0].layers] == [layer.distinct for layer in seen[1].layers]
+
+
+class PackedInputs(Inputs):
+    """As those of a device, which lies on the host here."""
+
+    def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device, groups: int = 1) -> None:
+        super().__init__(step_tokens, requests, width, device, groups)
+        self._device = DeviceInputs(3 + groups, step_tokens, groups, requests, width, device)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_packed_inputs_are_where_each_graph_reads_them(
+    ahead: bool, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while it is captured: what lies there in another graph's order may be no context that any table holds."""
+    folder = small_model("moe", position_embedding_type="rope")
+    prompts, params = requests()
+    want = generate(engine_of(folder, None), prompts, params)
+    seen: list[StepBatch] = []
+    hidden = Decoder.hidden
+
+    def looked_at(self: Decoder, batch: StepBatch, *rest: Any) -> torch.Tensor:
+        if isinstance(batch.chunks, PlacedChunks) or batch.decodes == len(batch.token_ids):
+            assert int(batch.context_lens.max()) <= 48 and int(batch.slot_blocks.max()) <= 90
+            seen.append(batch)
+            if not generating:
+                assert batch.context_lens.tolist() == [1] * len(batch.context_lens)
+                assert bool((batch.slot_blocks == 90).all()) and bool((batch.block_tables == 90).all())
+        return hidden(self, batch, *rest)
+
+    generating = False
+    monkeypatch.setattr(runner_module, "Inputs", PackedInputs)
+    monkeypatch.setattr(Decoder, "hidden", looked_at)
+    engine = engine_of(folder, Capture(), ahead)
+    assert len(seen) >= 10 and seen[0].token_ids.dtype == (torch.int64 if ahead else torch.int32)
+    generating = True
+    assert generate(engine, prompts, params) == want
+    assert {bool(key.tokens) for key in replays(engine)} == {False, True}
 
 
 def test_a_step_with_more_chunks_than_are_told_of_runs_without_a_graph(

@@ -166,15 +166,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "always", "off"],
         Meta(description="Compose a step's tokens in an order in which neighbours share atoms; auto: where it pays."),
     ] = "auto"
-
     graphs: Annotated[
         int,
-        Meta(
-            ge=1,
-            le=512,
-            description="On a GPU, most batch sizes whose steps are captured as graphs; with tensor_parallel none is.",
-        ),
-    ] = 40
+        Meta(ge=1, le=512, description="On a GPU, most steps captured as graphs at start; with tensor_parallel none is."),
+    ] = 64
     graph_mb: Annotated[
         int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")
     ] = 512
@@ -187,6 +182,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
             description="auto: on a GPU each step is launched before the last one's tokens are read (engine.md), "
             "without tensor_parallel."
         ),
+    ] = "auto"
+    dependent_launch: Annotated[
+        Literal["auto", "off"], Meta(description="auto: on NVIDIA's 9.0 and later kernels begin while the last ends.")
     ] = "auto"
     adapters: Annotated[str, Meta(description="Folder of adapters, one in each sub-folder; watched.")] = ""
     adapter_bytes: Annotated[

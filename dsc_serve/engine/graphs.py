@@ -1,4 +1,4 @@
-"""Decode steps as captured graphs: one launch for a whole step, for batches padded to a few sizes."""
+"""Steps as captured graphs: one launch for a whole step, for batches padded to a few sizes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_serve.model.batch import StepBatch
+from dsc_serve.engine.graph_budget import GraphKey
 
 
 class Graph(Protocol):
@@ -51,41 +52,51 @@ def capture_for(dtype: torch.dtype, device: torch.device) -> Capture | None:
     return CudaCapture() if device.type == "cuda" and ops.triton_serves(dtype, device) else None
 
 
-class DecodeGraphs:
-    """The hidden states of decode steps, captured for each of `sizes`.
+class StepGraphs:
+    """Steps that were captured, by their keys.
 
-    batch_of: the batch of so many sequences in the buffers that stay where they are. compute: what a step computes.
-    sizes: in the order in which they are captured, the largest first: the others then fit into its memory. seconds:
-    after which no further one is begun; larger ones then serve.
+    keys: in the order in which they are captured, the one that takes most memory first: the others then fit into it.
+    ready: lets the inputs of a key be some that can be computed with. compute: what the graph of a key computes, the
+    output [rows, d] of a step's layers. seconds: after which no further one is begun; larger ones then serve.
     """
 
     def __init__(
         self,
-        sizes: Sequence[int],
-        batch_of: Callable[[int], StepBatch],
-        compute: Callable[[StepBatch], Tensor],
+        keys: Sequence[GraphKey],
+        ready: Callable[[GraphKey], object],
+        compute: Callable[[GraphKey], Tensor],
         capture: Capture,
         seconds: float = math.inf,
     ) -> None:
-        self._graphs: dict[int, tuple[Graph, Tensor]] = {}
+        self._graphs: dict[GraphKey, tuple[Graph, Tensor]] = {}
         began = time.perf_counter()
-        for size in sizes:
+        for key in keys:
             if self._graphs and time.perf_counter() - began > seconds:
                 break
-            self._graphs[size] = self._captured(batch_of(size), compute, capture)
-        self.sizes, self.capture_s = sorted(self._graphs), time.perf_counter() - began
+            ready(key)
+            self._graphs[key] = capture(partial(compute, key))
+        self.keys, self.capture_s = sorted(self._graphs), time.perf_counter() - began
+        single = [key for key in self.keys if not key.tokens]
+        self._sizes = {form: [key.decodes for key in single if key.form == form] for form, *_ in single}
+        self._mixed = sorted((key for key in self.keys if key.tokens), key=lambda key: (key.tokens, key.decodes))
 
-    @staticmethod
-    def _captured(batch: StepBatch, compute: Callable[[StepBatch], Tensor], capture: Capture) -> tuple[Graph, Tensor]:
-        return capture(lambda: compute(batch))
+    def most(self) -> int:
+        """Sequences of the largest step of single tokens."""
+        return max(sizes[-1] for sizes in self._sizes.values())
 
-    def bucket(self, sequences: int) -> int:
-        """The size that a step of so many single tokens is padded to; 0 where none holds it."""
-        at = bisect_left(self.sizes, sequences)
-        return self.sizes[at] if at < len(self.sizes) else 0
+    def key(self, form: str, sequences: int) -> GraphKey | None:
+        """What a step of so many single tokens is padded to, of this form; None where none holds it."""
+        sizes = self._sizes.get(form, [])
+        at = bisect_left(sizes, sequences)
+        return GraphKey(form, sizes[at]) if at < len(sizes) else None
 
-    def replay(self, size: int) -> Tensor:
-        """Compute what lies in the buffers: [size, d], overwritten by the next step of this size."""
-        graph, hidden = self._graphs[size]
+    def mixed(self, sequences: int, tokens: int) -> GraphKey | None:
+        """What a step of so many tokens, of which so many are single ones and the others chunks, is padded to."""
+        holding = (key for key in self._mixed if key.decodes >= sequences and key.tokens >= tokens)
+        return next(holding, None)
+
+    def replay(self, key: GraphKey) -> Tensor:
+        """Compute what lies in the buffers: [rows, d], overwritten by the next replay."""
+        graph, hidden = self._graphs[key]
         graph.replay()
         return hidden

@@ -48,6 +48,7 @@ def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decod
     if config.device == "cuda":
         # Its plans are built for each new shape, which stalls a step: what attends in torch here meets many shapes
         torch.backends.cuda.enable_cudnn_sdp(False)
+        ops.use_dependent_launch(config.dependent_launch)
     torch.set_num_threads(max(1, (config.threads or default_threads()) // shard.size))
     check_room(resolve_model(config.model), config, shard)
     try:

@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine import sampler
 from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
+from dsc_serve.engine.captured import CapturedSteps
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
-from dsc_serve.engine.graph_budget import USUAL, GraphBudget, buckets, chosen, told
-from dsc_serve.engine.graphs import Capture, DecodeGraphs, capture_for
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget
+from dsc_serve.engine.graph_forms import StepOutput
+from dsc_serve.engine.graphs import Capture, capture_for
 from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
@@ -42,10 +45,11 @@ Work = Sequence[tuple[Request, int]]
 class Runner:
     """Runs steps of at most `step_tokens` tokens of `max_running` requests over its own KV pools.
 
-    Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens are
-    captured here and replayed later, also for drafts, and what other steps need is compiled; the pools have one block
-    more, which rows of padding write to. adapted: whether requests may have adapters. ahead: whether steps may be
-    launched before the tokens of the last one have been read. graph_budget: what capturing may take.
+    Input buffers and pools are allocated once; a step fills them in place. With `capture`, steps of single tokens, also
+    for drafts, and such with chunks of prompts are captured here and replayed later, and what other steps need is
+    compiled; the pools have one block more, which rows of padding write to. adapted: whether requests may have
+    adapters. ahead: whether steps may be launched before the tokens of the last one have been read. graph_budget: what
+    capturing may take.
     """
 
     inputs_kind: type[Inputs] = Inputs
@@ -74,20 +78,18 @@ class Runner:
         self._inputs = self.inputs_kind(step_tokens, max_running, width, model.device, len(capacity.kv_windows))
         self._feed: TokenFeed | None = None
         if ahead:
-            ids = self._inputs.held(1, 1)[0]
-            self._feed = TokenFeed(model.config.vocab_size, max_running, model.device, ids.dtype)
+            self._feed = TokenFeed(model.config.vocab_size, max_running, model.device)
         keys = {cache.keys.data_ptr(): cache for cache in self.kv_caches}.values()  # groups of layers share theirs
         self._pools = [part for cache in keys for part in ((cache.keys,) if cache.latent else cache)]
         self._layers = dsc_layers(model)
         banks = [layer.index for layer in model.layers if layer.ffn in self._layers]
         vocabulary = model.config.vocab_size
         self.routing = RoutingWatch(self._layers, step_tokens, vocabulary, banks) if self._layers else None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: CapturedSteps | None = None
         self.captured = ""  # what was, in words
         if capture is not None:
-            self._inputs.pad(0, max_running, self._spare_block)
-            self._inputs.on_device(max_running, max_running)
-            self.graphs = self._captured(buckets(max_running), capture, graph_budget)
+            self.graphs = self._captured(max_running, step_tokens, capture, graph_budget)
+            self.captured = self.graphs.told
             most = min(step_tokens, max_running * self._max_context_len)
             for tokens in sorted({min(size, most) for size in (*TILED, most)}):
                 self._compute_nothing(tokens)
@@ -96,17 +98,16 @@ class Runner:
                 planner.count_anew()
 
     @torch.inference_mode()
-    def _captured(self, sizes: Sequence[int], capture: Capture, budget: GraphBudget) -> DecodeGraphs:
-        config, itemsize = self.model.config, self.model.dtype.itemsize
-        graphs = DecodeGraphs(
-            chosen(config, sizes, itemsize, budget),
-            lambda size: StepBatch(*self._inputs.held(size, size), size, self._max_context_len, ()),
-            self._layers_of,
-            capture,
-            budget.seconds,
-        )
-        self.captured = told(config, graphs.sizes, itemsize, graphs.capture_s, sizes)
-        return graphs
+    def _captured(self, max_running: int, step_tokens: int, capture: Capture, budget: GraphBudget) -> CapturedSteps:
+        if self._feed is None:
+            drawn = torch.zeros(max_running, dtype=torch.int64, device=self.model.device)
+        else:
+            drawn = self._feed.drawn  # where the next step looks its token ids up
+        backend = ops.backend(self.model.dtype, self.model.device)
+        placing = all(backend.places_chunks(cache) for cache in self.kv_caches)
+        sizes = max_running, step_tokens if placing else 0, self._max_context_len, self._spare_block
+        work = self.model, self._layers_of, self._inputs
+        return CapturedSteps(*work, *sizes, drawn, self._replayed, capture, budget)
 
     @torch.inference_mode()
     def _compute_nothing(self, tokens: int) -> None:
@@ -125,6 +126,11 @@ class Runner:
 
     def _planners(self) -> list[Planner]:
         return [layer.planner for layer in self._layers if layer.planner is not None]
+
+    def _replayed(self, rows: int) -> None:
+        """A replay asks no planner, but it is a step that counts."""
+        for planner in self._planners():
+            planner.grouped(rows)
 
     def run(self, work: Work) -> StepResult:
         """Compute the given number of new tokens of each request and sample where that is all of them.
@@ -152,25 +158,24 @@ class Runner:
         ordered = sorted(work, key=self._place)
         if self.routing is not None:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
-        hidden = self._hidden(ordered, None)
+        output = self._output(ordered, None)
         if self.routing is not None:
-            self.routing.record(ordered, None, hidden.shape[0])
+            self.routing.record(ordered, None, output.hidden.shape[0])
         forward_s = time.perf_counter() - started
         ends = np.cumsum([count for _, count in ordered]).tolist()
         drawing = [i for i, (request, count) in enumerate(ordered) if count == request.num_uncomputed]
         requests = [ordered[i][0] for i in drawing]
-        tokens = self._next_tokens(hidden, [ends[i] - 1 for i in drawing], requests)
+        tokens = self._next_tokens(output, [ends[i] - 1 for i in drawing], requests)
         places = {request.id: self._feed.first + i for i, request in enumerate(requests)}
-        return Launched(places, self._feed.keep(tokens), forward_s)
+        return Launched(places, self._feed.keep(tokens, placed=tokens is output.tokens), forward_s)
 
-    def _next_tokens(self, hidden: Tensor, rows: list[int], requests: Sequence[Request]) -> Tensor:
-        """Tokens int64 [R] that follow rows of hidden, where it lies."""
+    def _next_tokens(self, output: StepOutput, rows: list[int], requests: Sequence[Request]) -> Tensor:
+        """Tokens int64 [R] that follow rows of a step, where they lie."""
         if not rows:
-            return torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        needed = picked_rows(hidden, rows)
-        if all(map(is_greedy, requests)):
-            return self.model.argmax_tokens(needed)
-        return self.sampler.draw(self.model.logits(needed), requests)
+            return torch.zeros(0, dtype=torch.int64, device=output.hidden.device)
+        if output.tokens is not None or all(map(is_greedy, requests)):
+            return output.greedy(self.model, rows)
+        return self.sampler.draw(output.rows_of_logits(self.model, rows), requests)
 
     def _run(self, work: Work) -> StepResult:
         started = time.perf_counter()
@@ -178,7 +183,8 @@ class Runner:
         picks: list[Picks] | None = [] if any(request.params.routing for request, _ in ordered) else None
         if self.routing is not None:
             self.routing.begin(sum(count for _, count in ordered), len(ordered))
-        hidden = self._hidden(ordered, picks)
+        output = self._output(ordered, picks)
+        hidden = output.hidden
         if self.routing is not None:
             self.routing.record(ordered, self._inputs.columns[0], hidden.shape[0])
         result = StepResult(forward_s=time.perf_counter() - started)
@@ -210,7 +216,7 @@ class Runner:
             ahead = [(row, position) for row, position in ahead if position.known]
         if requests:
             rows += [row for row, _ in ahead]
-            self._draw(hidden, rows, requests, [position for _, position in ahead], drafted, result)
+            self._draw(output, rows, requests, [position for _, position in ahead], drafted, result)
         if picks is not None:
             self._report_picks(ordered, StepPicks(picks), result)
         if drafted and self.routing is not None:
@@ -219,21 +225,20 @@ class Runner:
 
     def _draw(
         self,
-        hidden: Tensor,
+        output: StepOutput,
         rows: list[int],
         requests: list[Request],
         ahead: list[PositionAhead],
         drafted: dict[str, int],
         result: StepResult,
     ) -> None:
-        """Draw the next token of each request, and one after each draft: hidden's rows are theirs, then those ahead."""
-        needed = picked_rows(hidden, rows)
+        """Draw the next token of each request, and one after each draft: the rows are theirs, then those ahead."""
         positions: list[Position] = [*requests, *ahead]
         entries: dict[int, TokenLogprobs] = {}
-        if all(map(is_greedy, positions)):
-            tokens = sampler.read(self.model.argmax_tokens(needed))
+        if output.tokens is not None or all(map(is_greedy, positions)):
+            tokens = sampler.read(output.greedy(self.model, rows))
         else:
-            tokens, entries = self._sample(self.model.logits(needed), positions, result)
+            tokens, entries = self._sample(output.rows_of_logits(self.model, rows), positions, result)
         count = len(requests)
         result.tokens = {request.id: token for request, token in zip(requests, tokens[:count], strict=True)}
         if entries:
@@ -249,29 +254,25 @@ class Runner:
         for part in self._pools:
             part[targets] = part[sources]
 
-    def _hidden(self, ordered: Work, picks: list[Picks] | None) -> Tensor:
-        """The layers' output [T, d] for a step, replayed where its size was captured."""
+    def _output(self, ordered: Work, picks: list[Picks] | None) -> StepOutput:
+        """What a step gave, replayed where one like it was captured."""
         if self.graphs is not None and picks is None:
-            ordered = single_rows(ordered, self.graphs.sizes[-1])
+            ordered = single_rows(ordered, self.graphs.most)
         size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
         self._inputs.wait()
         chunks = self.pack(ordered, decodes)
         runs = self._adapter_runs(ordered)
-        replayable = self.graphs is not None and decodes == size and picks is None and not runs
-        padded = self.graphs.bucket(size) if self.graphs is not None and replayable else 0
-        if self.graphs is not None and padded:
-            self._inputs.pad(size, padded, self._spare_block)
-            self._inputs.on_device(padded, padded)
-            for planner in self._planners():
-                planner.grouped(padded)  # a replay asks nobody, but it is a step that counts
-            return self.graphs.replay(padded)[:size]
+        if self.graphs is not None and picks is None and not runs:
+            replayed = self.graphs.step(ordered, chunks)
+            if replayed is not None:
+                return replayed
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
         max_context_len = (
             self._max_context_len
         )  # as it was captured: another one may need another kernel, and so a compiler
         if self.graphs is None:
             max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs), picks)
+        return StepOutput(self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs), picks))
 
     def _layers_of(self, batch: StepBatch, picks: list[Picks] | None = None) -> Tensor:
         if self._feed is not None:
@@ -363,11 +364,6 @@ def runner_of(model: Decoder, config: EngineConfig, capacity: EngineCapacity) ->
     graphs = GraphBudget(config.graphs, config.graph_mb << 20, config.graph_capture_s)
     options = capture, config.kv_dtype == "int8", bool(config.adapters), flies, graphs
     return Runner(model, capacity, config.step_tokens, config.max_running, *options)
-
-
-def picked_rows(hidden: Tensor, rows: list[int]) -> Tensor:
-    every = len(rows) == hidden.shape[0] and rows == list(range(len(rows)))
-    return hidden if every else hidden[to_device(torch.tensor(rows), hidden.device)]
 
 
 def kept_rows(ordered: Work, result: StepResult) -> Iterator[tuple[Request, tuple[int, int]]]:

@@ -9,24 +9,30 @@ from torch import Tensor
 class TokenFeed:
     """In the inputs of a step `first` + i stands for the token that row i of the step launched before it drew.
 
-    first: the size of the vocabulary. rows: most tokens that a step draws. dtype: of a step's token ids.
+    first: the size of the vocabulary. rows: most tokens that a step draws. drawn: int64 [rows], what the last step
+    drew; a captured step writes it by itself.
     """
 
-    def __init__(self, first: int, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, first: int, rows: int, device: torch.device) -> None:
         self.first = first
-        self._tokens = torch.arange(first + rows, device=device, dtype=dtype)  # each token itself, then what was drawn
+        self._tokens = torch.arange(first + rows, device=device)  # each token itself, then what was drawn
+        self.drawn = self._tokens[first:]
         self._readings = (
             TokenReading(rows, device),
             TokenReading(rows, device),
         )  # one is written to before the other is read
 
     def resolve(self, ids: Tensor) -> Tensor:
-        """A step's token ids [T], known ones and such as stand for others, as tokens [T]."""
+        """A step's token ids [T], known ones and such as stand for others, as tokens int64 [T]."""
         return self._tokens.index_select(0, ids)
 
-    def keep(self, tokens: Tensor) -> TokenReading:
-        """What a step has drawn, int64 [R], is what the next one is fed with; the host can read it meanwhile."""
-        self._tokens[self.first : self.first + len(tokens)] = tokens
+    def keep(self, tokens: Tensor, placed: bool = False) -> TokenReading:
+        """What a step has drawn, int64 [R], is what the next one is fed with; the host can read it meanwhile.
+
+        placed: whether it lies in `drawn` already.
+        """
+        if not placed:
+            self.drawn[: len(tokens)] = tokens
         self._readings = self._readings[::-1]
         self._readings[0].fetch(tokens)
         return self._readings[0]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dsc_kernels.chunks import PlacedChunks
 from dsc_kernels.weights import AdapterRun, Slots
 
 
@@ -19,7 +20,11 @@ class Chunk(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1."""
+    """T new tokens of S sequences. The first `decodes` tokens are the only new ones of sequences 0 … decodes − 1.
+
+    Where chunks are placed they may begin before that: the last of these sequences then have empty contexts, and what
+    attention gives for them is overwritten.
+    """
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
@@ -29,12 +34,14 @@ class StepBatch(NamedTuple):
     context_lens: Tensor  # int64 [S], tokens cached after the step
     decodes: int
     decode_context: int  # the largest context of the one-token sequences
-    chunks: tuple[Chunk, ...]  # the sequences with several new tokens
+    chunks: tuple[Chunk, ...] | PlacedChunks  # the sequences with several new tokens
     runs: tuple[AdapterRun, ...] = ()  # of the tokens whose requests have adapters, in their order
 
     @property
     def longest(self) -> int:
         """The largest context after the step."""
+        if isinstance(self.chunks, PlacedChunks):
+            return max(self.decode_context, self.chunks.context)
         return max((self.decode_context, *(chunk.context for chunk in self.chunks)))
 
     @property

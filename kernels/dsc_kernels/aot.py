@@ -80,7 +80,7 @@ class Job:
 
 
 BF16, HALF, FLOAT, DOUBLE, INT, LONG = "*bf16", "*fp16", "*fp32", "*fp64", "*i32", "*i64"
-SEQUENCES = 64  # of a step, where their number is a constant
+SEQUENCES, PLACES, CHUNK_TOKENS = 64, 8, 512  # of a step, its chunks and their tokens, where these are constants
 MANY_EXPERTS = 128
 INTEGERS: tuple[str, ...] = ("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads", "heads")
 INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logits_stride", "slots", "row_tiles")
@@ -88,7 +88,6 @@ INTEGERS += ("vocabulary",)
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 ALIGNED = "_stride", "groups", "vocabulary"  # that 16 divides in these sizes, as Triton sees when it launches
-
 
 TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
 BANK = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
@@ -214,6 +213,8 @@ def attention_jobs(s: Sizes) -> Iterator[Job]:
     meta = attention.blocks(group, s.head_size, s.block, SEQUENCES, dtype)
     yield Job("attend", attention.attend, meta, types)
     yield Job("merge_splits", attention.merge_splits, attention.merge_blocks(s.head_size), types)
+    meta = chunk_attention.plan_meta(PLACES, CHUNK_TOKENS, group)
+    yield Job("plan_tiles", chunk_attention.plan_tiles, meta, {"places": INT, "work": INT})
     meta = chunk_attention.blocks(group, s.head_size, s.block, dtype)
     yield Job("attend_chunks", chunk_attention.attend_chunks, meta, {**types, "work": INT})
 
@@ -244,19 +245,19 @@ def jobs(config: str, target: str = "sm_90") -> list[Job]:
 
 
 def compile_job(job: Job, target: str) -> Any:
-    """The compiled kernel; pointers are 16-byte aligned, as torch allocates them."""
+    """The compiled kernel, chained as `compiler.chain` says; pointers are 16-byte aligned, as torch allocates them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from dsc_kernels.gpu.compiler import chain_of
+
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    constants = dict(job.constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    if amd:
-        options.setdefault("num_stages", 2)
-    names = job.function.arg_names
-    types = {**SCALARS, **job.types}
+    constants = {**job.constants, **chain_of(None if amd else gpu.arch)}
+    options: dict[str, Any] = {"num_stages": 2} if amd else {}
+    options |= {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in constants}
+    names, types = job.function.arg_names, {**SCALARS, **job.types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [
         signature[name].startswith("*") or (name.endswith(ALIGNED) and signature[name] == "i32") for name in names

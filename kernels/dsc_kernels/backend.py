@@ -296,6 +296,10 @@ class Backend(Protocol):
         What of a table lies before the window may be any block. Returns [S, heads, value size].
         """
 
+    def places_chunks(self, cache: KvCache) -> bool:
+        """Whether attention over such a cache, and a stack, take `chunks.PlacedChunks` for chunks, which lie where
+        they like behind single tokens of which the last may have empty contexts."""
+
     def chunks_attention(
         self,
         q: Tensor,

@@ -1,12 +1,30 @@
-"""Chunks of prompts of a step, one after the other, where no kernel takes all of them."""
+"""Chunks of prompts of a step: one after the other, where no kernel takes all of them, and such as can be captured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
+
+
+class PlacedChunks:
+    """Chunks of which a tensor holds where they are, so that a captured step can have others in each replay.
+
+    places: integers [n, 4], contiguous, each as `weights.ChunkPlace` says; of one without tokens all are 0. tokens:
+    rows of the step that they lie in, one behind the other. context: the most that any has. Kernels read the tensor
+    where it is; on the host one can go through the chunks that there are.
+    """
+
+    def __init__(self, places: Tensor, tokens: int, context: int) -> None:
+        self.places, self.tokens, self.context = places, tokens, context
+
+    def __iter__(self) -> Iterator[ChunkPlace]:
+        for row, start, length, context in self.places.tolist():
+            if length:
+                yield row, start, length, context
+
 
 ChunkAttention = Callable[[Tensor, KvCache, Tensor, int, float, Scope], Tensor]
 

@@ -69,6 +69,14 @@ def chosen() -> str:
     return _choice
 
 
+def use_dependent_launch(choice: str) -> None:
+    """Whether kernels for a GPU begin while the one before them ends, from now on: "auto", where it can, or "off"."""
+    if triton_installed():
+        from dsc_kernels.gpu import compiler
+
+        compiler.use_dependent_launch(choice)
+
+
 @functools.cache
 def triton_installed() -> bool:
     return find_spec("triton") is not None

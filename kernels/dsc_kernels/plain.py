@@ -361,6 +361,11 @@ def chunk_attention(
 chunks_attention = one_by_one(chunk_attention)
 
 
+def places_chunks(cache: KvCache) -> bool:
+    """As `backend.Backend` says: it goes through them on the host."""
+    return cache.keys.device.type == "cpu"
+
+
 def silence(keys: Tensor, values: Tensor) -> Tensor:
     """Set what is not finite in new tokens' keys and values [heads, T, size] to 0; returns what it does to each token.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -64,7 +65,9 @@ def test_a_step_is_its_graph_its_head_and_the_host(
     assert [(one.running, one.padded) for one in found] == [(1, 1), (3, 3)]
     for one in found:
         assert (one.graph_ms, one.head_ms) == (4.0, 1.0) and one.step_ms > 0 and one.least_ms > 0
-        assert one.host_ms == pytest.approx(max(one.step_ms - one.graph_ms - one.head_ms, 0))
+        assert one.inside and one.host_ms == pytest.approx(max(one.step_ms - one.graph_ms, 0))
+        apart = msgspec.structs.replace(one, inside=False)
+        assert apart.host_ms == pytest.approx(max(one.step_ms - one.graph_ms - one.head_ms, 0))
     assert len(format_device_steps(found).splitlines()) == 3
 
 

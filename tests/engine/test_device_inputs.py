@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsc_serve.engine.device_inputs import ALIGNMENT, DeviceInputs
+from dsc_serve.engine.device_inputs import ALIGNMENT, CHUNKS, DeviceInputs
 from dsc_serve.engine.inputs import Inputs
 
 CPU = torch.device("cpu")
@@ -66,3 +66,31 @@ def test_only_rows_that_changed_are_copied() -> None:
     inputs.pad(2, 4, 50)
     inputs.on_device(4, 4)
     assert copied == [[0, 1, 2], [], [1, 3], [2, 3], []]
+
+
+def test_the_places_of_chunks_lie_where_nothing_else_does() -> None:
+    """Of every size of step, with rows of tables behind them and without; on the host, too."""
+    rng = np.random.default_rng(1)
+    for tokens, requests in ((9, 6), (9, 1), (5, 3), (1, 1)):
+        inputs, _ = pair()
+        inputs.tokens[:] = torch.from_numpy(rng.integers(0, 99, inputs.tokens.shape))
+        inputs.rows[:] = rng.integers(1, 50, REQUESTS)
+        table = rng.integers(0, 99, (GROUPS, WIDTH))
+        for row in range(requests):
+            inputs.hold(row, table + row)
+        chunks = [(2, 3, 4, 5), (6, 7, 8, 9)]
+        inputs.place(chunks)
+        ids, positions, blocks, offsets, tables, contexts = inputs.on_device(tokens, requests, placed=True)
+        places = inputs.places(tokens, requests)
+        assert places.tolist() == [*map(list, chunks), *[[0] * 4] * (CHUNKS - 2)]
+        assert places.data_ptr() % (4 * ALIGNMENT) == ids.data_ptr() % (4 * ALIGNMENT)
+        assert torch.equal(torch.stack((ids, positions, offsets, *blocks)).long(), inputs.tokens[:, :tokens])
+        assert torch.equal(contexts.long(), inputs.contexts[:requests])
+        assert torch.equal(tables.long(), inputs.tables[:, :requests])
+        inputs.place(())
+        inputs.hold(0, table + 9)
+        inputs.on_device(tokens, requests, placed=True)
+        assert not places.any() and torch.equal(tables.long(), inputs.tables[:, :requests])
+    host = Inputs(TOKENS, REQUESTS, WIDTH, CPU, GROUPS)
+    host.place([(1, 2, 3, 4)])
+    assert host.places(9, 6)[0].tolist() == [1, 2, 3, 4] and host.places(1, 1) is host.places(9, 6)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.captures import Capture
+from support.captures import Capture, replays_of
 
 from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
-from dsc_serve.engine.graph_budget import USUAL, GraphBudget, row_bytes
+from dsc_serve.engine.graph_budget import USUAL, GraphBudget, GraphKey, row_bytes
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.checkpoint import load_model
 from dsc_serve.model.decoder import dsc_layers
@@ -78,6 +79,82 @@ def test_steps_beyond_the_buckets_and_steps_of_prompts_run_eagerly(
     generate(engine, [[1, 2, 3]] * 3, [greedy] * 3)
     assert [len(g.out) for g in capture.graphs if g.replays] == [4]
     assert sum(graph.replays for graph in capture.graphs) == 4, "one step for the prompts, four for what follows"
+
+
+def engine_with_forms(folder: Path, budget: GraphBudget = USUAL) -> tuple[Engine, Runner]:
+    engine = engine_of(folder, Capture(), max_running=4, budget=budget)
+    assert isinstance(engine.runner, Runner) and engine.runner.graphs is not None
+    return engine, engine.runner
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 0.8},
+    {"temperature": 0, "presence_penalty": 0.5},
+    {"temperature": 0, "logit_bias": {3: 4.0}},
+    {"temperature": 0, "logprobs": 2},
+    {"temperature": 0, "min_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("fields", SAMPLED, ids=str)
+def test_a_step_has_its_head_in_the_graph_as_it_needs_it(
+    fields: dict[str, Any], small_model: Callable[..., Path]
+) -> None:
+    """Greedy ones the tokens, all others the logits; and nobody computes a head beside it."""
+    folder = small_model()
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    own = SamplingParams(seed=3, max_tokens=5, **fields)
+    prompts, want = [[1, 2, 3], [4, 5]], generate(engine_of(folder, None, 4), [[1, 2, 3], [4, 5]], [greedy, own])
+    engine, runner = engine_with_forms(folder)
+    assert runner.graphs is not None
+    called = heads_called(runner)
+    assert generate(engine, prompts, [greedy, own]) == want
+    replays = replays_of(runner.graphs.graphs)
+    assert replays == {GraphKey("sampled", 2): 4, GraphKey("greedy", 1): 4}
+    assert len(called) == 1 + 8, "that of the prompts' step, and one within each replay"
+
+
+def heads_called(runner: Runner) -> list[int]:
+    """The rows of each head that is computed from now on, in graphs or behind them."""
+    called: list[int] = []
+    norm = runner.model.norm
+
+    def counted(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        called.append(len(hidden))
+        return norm(hidden, *rest)
+
+    runner.model.norm = counted  # type: ignore[assignment]
+    return called
+
+
+def test_only_the_layers_of_a_graph_are_of_use_to_steps_of_another_form(small_model: Callable[..., Path]) -> None:
+    folder = small_model()
+    params = [SamplingParams(temperature=0.9 * (i % 2), seed=i, max_tokens=7) for i in range(3)]
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    want = generate(engine_of(folder, None, 4), prompts, params)
+    engine, runner = engine_with_forms(folder, GraphBudget(seconds=0.0))
+    assert runner.graphs is not None and runner.graphs.graphs.keys == [GraphKey("greedy", 4)]
+    assert generate(engine, prompts, params) == want
+    assert replays_of(runner.graphs.graphs) == {GraphKey("greedy", 4): 6}
+    engine, runner = engine_with_forms(folder, GraphBudget(graphs=2))
+    assert runner.graphs is not None and {key.form for key in runner.graphs.graphs.keys} == {"layers"}
+    assert generate(engine, prompts, params) == want
+    assert sum(replays_of(runner.graphs.graphs).values()) == 6
+
+
+def test_choices_of_one_prompt_differ_in_how_they_are_drawn(small_model: Callable[..., Path]) -> None:
+    """The step of a prompt's last token is one of single tokens: its choices are looked at, too."""
+    folder, found = small_model(), []
+    choices = [SamplingParams(temperature=t, seed=i, max_tokens=12) for i, t in enumerate((0.0, 2.0, 2.0))]
+    for capture in (None, Capture()):
+        engine = engine_of(folder, capture, max_running=4)
+        engine.add("0", [7], choices[0], siblings=[("1", choices[1]), ("2", choices[2])])
+        tokens: dict[str, list[int]] = {}
+        while engine.has_work:
+            for delta in engine.step():
+                tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+        found.append(tokens)
+    assert found[0] == found[1] and len({own[0] for own in found[0].values()}) > 1
 
 
 def test_replayed_steps_count_and_captured_ones_do_not(small_model: Callable[..., Path]) -> None:

@@ -95,13 +95,23 @@ def test_preempted_requests_are_computed_again_from_tokens_that_were_read(small_
 
 
 def test_a_step_is_fed_with_what_the_last_one_drew() -> None:
-    feed = TokenFeed(50, 4, CPU, torch.int32)
+    feed = TokenFeed(50, 4, CPU)
     first = feed.keep(torch.tensor([7, 8, 9]))
     ids = torch.tensor([3, 52, 50, 0, 49], dtype=torch.int32)
-    assert feed.resolve(ids).tolist() == [3, 9, 7, 0, 49] and feed.resolve(ids).dtype == ids.dtype
+    assert feed.resolve(ids).tolist() == [3, 9, 7, 0, 49] and feed.resolve(ids).dtype == torch.int64
     second = feed.keep(torch.tensor([1]))
     assert feed.resolve(ids).tolist() == [3, 9, 1, 0, 49]
     assert first.tokens() == [7, 8, 9] and second.tokens() == [1], "a later step has written over what was not read"
+
+
+def test_what_a_graph_has_written_to_the_feed_is_read_from_there() -> None:
+    feed = TokenFeed(50, 4, CPU)
+    feed.drawn[:3] = torch.tensor([4, 5, 6])
+    first = feed.keep(feed.drawn[:2], placed=True)
+    assert feed.resolve(torch.tensor([51, 50, 2])).tolist() == [5, 4, 2]
+    feed.drawn[:3] = torch.tensor([7, 8, 9])
+    second = feed.keep(feed.drawn[:3], placed=True)
+    assert first.tokens() == [4, 5] and second.tokens() == [7, 8, 9]
 
 
 def test_where_the_host_waits_nothing_is_kept_for_feeding(small_model: Callable[..., Path]) -> None:

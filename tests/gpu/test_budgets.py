@@ -111,6 +111,7 @@ def test_nothing_is_spilt() -> None:
 
 
 NARROW = {  # on sm_90, and why nothing of these is read 16 bytes at a time
+    "plan_tiles": "four numbers of each of a few chunks, int32: one program, once a step, 128 bytes",
     "plan_splits": "contexts of as many sequences as there are, int32: one program, once a step, at most 1 KB",
 }
 

@@ -10,12 +10,15 @@ import torch
 from support.pretended import PretendedGpu
 from test_waiting import engine_on, gpu, pytestmark, reads  # noqa: F401
 
-from dsc_serve.engine.graph_budget import row_bytes
+from dsc_serve.engine.graph_budget import GraphKey, buckets, head_bytes, kept_bytes, mixed, row_bytes
+from dsc_serve.engine.graph_forms import FORMS
 from dsc_serve.engine.runner import Runner
+from dsc_serve.model.batch import StepBatch
 from dsc_serve.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+@torch.inference_mode()
 def test_a_layer_of_a_step_makes_no_more_than_is_estimated(
     kind: str,
     gpu: PretendedGpu,  # noqa: F811
@@ -33,8 +36,17 @@ def test_a_layer_of_a_step_makes_no_more_than_is_estimated(
     runner, model = engine.runner, engine.runner.model  # type: ignore[attr-defined]
     assert isinstance(runner, Runner) and runner.graphs is not None
     before = gpu.nbytes
-    runner.graphs.replay(32)
-    assert 0 < (gpu.nbytes - before) / 3 <= 32 * row_bytes(model.config)
+    held = runner._inputs.held(32, 32)
+    runner._layers_of(StepBatch(*held, 32, runner._max_context_len, ()))
+    layers = gpu.nbytes - before
+    assert 0 < layers / 3 <= 32 * row_bytes(model.config)
+    for name in ("greedy", "sampled"):
+        before = gpu.nbytes
+        runner.graphs.graphs.replay(GraphKey(name, 32))
+        head = gpu.nbytes - before - layers
+        assert 32 * 4 * model.config.vocab_size <= head <= 32 * head_bytes(model.config), name
+    kept = sum(kept_bytes(model.config, form) for form in FORMS.values())
+    assert runner.graphs._room.logits.nbytes == 32 * kept
 
 
 @torch.inference_mode()
@@ -47,7 +59,9 @@ def test_steps_of_more_than_256_sequences_are_replayed(
     folder = small_model(position_embedding_type="rope")
     engine, graphs = engine_on(gpu, folder, monkeypatch, max_running=400, step_tokens=800, graphs=12)
     assert len(graphs) == 12 and engine.captured.startswith("12 graphs for steps of 1 to 400 sequences")
-    assert "14 more would pad steps less" in engine.captured
+    assert "(4 greedy to 400, 4 sampled to 400, 4 with prompts to 800 tokens)" in engine.captured
+    more = 2 * len(buckets(400)) + len(mixed(buckets(400), 800)) - 12
+    assert f"{more} more would pad steps less" in engine.captured
     for i in range(330):
         engine.add(str(i), [1, 2], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
     with gpu.watched():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,11 @@ from torch import Tensor
 
 from dsc_kernels import ops, plain, reference
 from dsc_kernels.weights import KvCache, MlpWeights
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.graphs import capture_for
+from dsc_serve.engine.runner import Runner
+from dsc_serve.sampling_params import EngineCapacity, SamplingParams
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -131,3 +138,42 @@ def test_decoders_in_one_call_and_in_a_graph(kind: str) -> None:
     graph.replay()
     ops.use("auto")
     assert error(captured, got) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
+def test_an_engine_says_the_same_with_graphs_and_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads, feeds, chunks of prompts and dependent launches in real graphs; greedy and sampled, ahead and not."""
+    from dsc_kernels.gpu import compiler
+
+    cuda = torch.device("cuda")
+    found = []
+    ways = (False, False, False), (True, False, False), (True, False, True), (True, True, True)
+    for capture, ahead, chained in ways:
+        own = compiler.chain_of(compiler.architecture() if chained else None)
+        monkeypatch.setattr(compiler, "chain", lambda own=own: own)
+        for module in launching():
+            monkeypatch.setattr(module, "chain", lambda own=own: own)
+        model = decoder("triton", kind, "Llama", cuda)
+        capacity = EngineCapacity(61, 48, 60, 4)
+        config = EngineConfig(max_running=6, step_tokens=24, block_size=4, prefix_cache=False)
+        runner = Runner(model, capacity, 24, 6, capture_for(model.dtype, cuda) if capture else None, ahead=ahead)
+        engine = Engine(config, capacity, runner, (), True, ahead=runner if ahead else None)
+        for i in range(6):
+            params = SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=12 - i, ignore_eos=True)
+            engine.add(str(i), [(7 * i + j) % 61 for j in range(2 + 5 * i)], params)
+        tokens: dict[str, list[int]] = {}
+        while engine.has_work:
+            for delta in engine.step():
+                tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+        found.append(tokens)
+    ops.use("auto")
+    assert all(tokens == found[0] for tokens in found[1:])
+
+
+def launching() -> list[Any]:
+    """The modules that launch kernels."""
+    from dsc_kernels import gpu
+
+    names = [file.stem for file in Path(str(gpu.__file__)).parent.glob("[!_]*.py")]
+    modules = [importlib.import_module(f"dsc_kernels.gpu.{name}") for name in names]
+    return [module for module in modules if hasattr(module, "chain") and module.__name__ != "dsc_kernels.gpu.compiler"]

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.launches import NO_LAUNCH
 from support.pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
 from torch import Tensor
 
 from dsc_kernels import ops, plain
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine import routing, sampler
 from dsc_serve.engine import runner as runner_module
-from dsc_serve.engine import sampler
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.graphs import Capture, Graph
 from dsc_serve.engine.penalties import adjust_together
@@ -167,6 +168,53 @@ def test_nothing_is_read_before_the_next_step_is_launched(
     assert order == ["launch", *["launch", "read"] * (steps - 2), "read"] and steps > 8
     assert sum(graph.replays for graph in graphs) > 4
     assert engine.counters.steps == steps - 1
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, FILTERED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["dsc", "moe"])
+def test_a_step_ahead_is_copies_and_one_replay(
+    kind: str,
+    fields: dict[str, Any],
+    gpu: PretendedGpu,
+    small_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of greedy requests nothing else is launched; others are sampled behind it, from logits that are there. Of steps
+    with prompts the layers are one replay, too."""
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(routing, "WATCHED", 10**6)  # but the first
+    engine, _ = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch)
+    launched: list[str] = []
+    watch = PretendedGpu._watch
+
+    def seen(self: PretendedGpu, func: Any, *rest: Any) -> None:
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        if name not in NO_LAUNCH:
+            launched.append(name)
+        watch(self, func, *rest)
+
+    monkeypatch.setattr(PretendedGpu, "_watch", seen)
+    monkeypatch.setattr(JITFunction, "run", lambda function, *args, **options: launched.append(function.fn.__name__))
+    monkeypatch.setattr(Again, "replay", lambda graph: launched.append("replay"))
+    monkeypatch.setattr(TokenReading, "tokens", lambda reading: [0] * reading._count)
+    for i in range(3):
+        engine.add(str(i), [1] * 5, SamplingParams(max_tokens=20, ignore_eos=True, **fields))
+    steps = []
+    with gpu.watched():
+        while engine.has_work:
+            launched.clear()
+            engine.step()
+            steps.append(list(launched))
+    replayed = [step for step in steps if "replay" in step]
+    assert len(replayed) == 20 and all("sample_rows" in step or "argmax" in step for step in replayed[:1])
+    behind = [step[step.index("replay") + 1 :] for step in replayed[1:]]  # than that of the prompts
+    before = {tuple(step[: step.index("replay")]) for step in replayed}
+    assert before == {("copy_",), ("copy_", "_to_copy", "index_copy_")}, "the inputs; with rows of tables that are new"
+    if fields["temperature"]:
+        assert all("sample_rows" in step and not {"mm", "addmm"} & set(step) for step in behind)
+    else:
+        assert all(step == ["copy_"] for step in behind), "the tokens, for the host"
 
 
 def test_without_the_step_ahead_each_step_is_waited_for(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dsc_serve.engine.graphs import Graph
+from dsc_serve.engine.graph_budget import GraphKey
+from dsc_serve.engine.graphs import Graph, StepGraphs
 
 
 class Recorded:
@@ -32,3 +33,9 @@ class Capture:
     def replayed(self) -> list[int]:
         """The sizes of the graphs that were replayed."""
         return sorted(len(graph.out) for graph in self.graphs if graph.replays)
+
+
+def replays_of(graphs: StepGraphs) -> dict[GraphKey, int]:
+    """How often each graph has been replayed, of those that were."""
+    found = {key: getattr(graph, "replays", 0) for key, (graph, _) in graphs._graphs.items()}
+    return {key: count for key, count in found.items() if count}

@@ -15,6 +15,7 @@ from dsc_serve.bench.layer.timing import DeviceClock, Timed
 from dsc_serve.bench.step.harness import DECODED, Harness
 from dsc_serve.bench.step.least import work
 from dsc_serve.config import EngineConfig
+from dsc_serve.engine.graph_forms import FORMS, GREEDY
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.decoder import Decoder
 
@@ -30,19 +31,21 @@ class NotCapturedError(ValueError):
 class DeviceStep(msgspec.Struct, frozen=True, kw_only=True):
     """Medians in milliseconds. step: the engine's, by the host's clock, the sampled ids read; host: what is not device.
 
-    least: what the step must read, at the rate that was measured here.
+    head: by itself; inside: whether the graph has one of its own. least: what the step must read, at the rate that was
+    measured here.
     """
 
     running: int
     padded: int  # to so many sequences
     graph_ms: float
     head_ms: float
+    inside: bool
     step_ms: float
     least_ms: float
 
     @property
     def host_ms(self) -> float:
-        return max(self.step_ms - self.graph_ms - self.head_ms, 0.0)
+        return max(self.step_ms - self.graph_ms - (0.0 if self.inside else self.head_ms), 0.0)
 
 
 @torch.inference_mode()
@@ -64,13 +67,16 @@ def device_steps(
     for count in counts:
         harness.decode(count)
         times = [harness.step()[0] for _ in range(steps)]
-        size = graphs.bucket(count)
-        hidden = graphs.replay(size)[:count]
-        graph = median_ms(partial(graphs.replay, size), clock, steps)
+        key = graphs.key(GREEDY, count)
+        if key is None:
+            raise NotCapturedError(f"steps of {count} are not captured here: graphs, graph_mb, graph_capture_s")
+        replay = partial(graphs.graphs.replay, key)
+        hidden = replay()[:count]
+        graph = median_ms(replay, clock, steps)
         head = median_ms(partial(model.argmax_tokens, hidden), clock, steps)
         least = sum(read for read, _ in work(model, count, CONTEXT, True).values()) / rate
         own = {"graph_ms": graph, "head_ms": head, "step_ms": statistics.median(times), "least_ms": 1e3 * least}
-        found.append(DeviceStep(running=count, padded=size, **own))
+        found.append(DeviceStep(running=count, padded=key.decodes, inside=FORMS[key.form].has_head, **own))
         harness.clear()
     return found
 
@@ -95,7 +101,7 @@ def repeated(timed: Timed, steps: int) -> list[float]:
 
 
 def format_device_steps(found: Sequence[DeviceStep]) -> str:
-    names = ("running", "padded to", "graph ms", "head ms", "host ms", "step ms", "least ms")
+    names = ("running", "padded to", "graph ms", "a head ms", "host ms", "step ms", "least ms")
     lines = ["".join(f"{name:>11}" for name in names)]
     for one in found:
         times = (one.graph_ms, one.head_ms, one.host_ms, one.step_ms, one.least_ms)

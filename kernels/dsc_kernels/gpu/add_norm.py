@@ -8,7 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.weights import NormWeights
 
 
@@ -108,8 +109,10 @@ def add_norm_rows(
     count: tl.constexpr,
     d: tl.constexpr,
     width: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
+    follow(chained)
     add_norm_row(
         residual,
         terms,
@@ -192,4 +195,5 @@ def launch(
             *(part_stride, token_stride, eps, rstd_eps),
             count=count,
             **blocks(d),
+            **chain(),
         )

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsc_kernels.gpu.compiler import kernel
 
 EMPTY = tl.constexpr(-(1 << 63))  # sorts below every key of an atom
 LOWEST = tl.constexpr(-(1 << 31) + 1)  # the upper half of a NaN's key, below that of −∞
+
+
+@kernel
+def follow(chained: tl.constexpr) -> None:
+    """The first line of every kernel that is launched; chained: see `compiler.chain`.
+
+    Behind it lies all that earlier launches have written, and what they still read is read no more. The next launch may
+    begin when all programs of this one have: it waits here in its turn.
+    """
+    if chained:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @kernel

@@ -15,8 +15,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import bounded
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.gpu.arithmetic import bounded, follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.weights import WHOLE, KvCache, Scope
 
 LOG2_E = 1.4426950408889634
@@ -43,8 +43,10 @@ def plan_splits(
     window: tl.tensor,
     width: tl.constexpr,
     unit: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The splits of all sequences: grid (1,)."""
+    follow(chained)
     sequence = tl.arange(0, width)
     context = tl.load(contexts + sequence, mask=sequence < sequences, other=0).to(tl.int32)
     context = tl.where(window > 0, tl.minimum(context, window), context)
@@ -85,12 +87,14 @@ def attend(
     block: tl.constexpr,
     positions_per_step: tl.constexpr,
     capped: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The query heads of one key-value head over one split of a context: grid (splits, kv heads).
 
     `scale` is in base 2. Of a sequence with several splits, parts [splits, H, size] holds sums that are not divided
     yet, and stats [splits, H, 2] the maximum and the sum of weights of each; the others are done.
     """
+    follow(chained)
     split, kv_head = tl.program_id(0), tl.program_id(1)
     every = tl.arange(0, sequences_width)
     starts = tl.load(plan + every, mask=every <= sequences, other=0x7FFFFFFF)
@@ -150,8 +154,10 @@ def merge_splits(
     size: tl.constexpr,
     size_width: tl.constexpr,
     parts_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One head of one sequence from its splits, where it has several: grid (sequences, heads)."""
+    follow(chained)
     sequence, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(plan + sequence), tl.load(plan + sequence + 1)
     if end - begin == 1:
@@ -188,7 +194,7 @@ def split_contexts(contexts: Tensor, kv_heads: int, max_context_len: int, window
     (sequences,) = contexts.shape
     most = most_splits(sequences, kv_heads, max_context_len)
     plan = torch.empty(sequences + 2, dtype=torch.int32, device=contexts.device)
-    plan_splits[(1,)](contexts, plan, sequences, most, window, **plan_blocks(sequences))
+    plan_splits[(1,)](contexts, plan, sequences, most, window, **plan_blocks(sequences), **chain())
     return Splits(plan, most, window)
 
 
@@ -271,5 +277,6 @@ def attend_into(
         *(q, keys, values, tables, contexts.contiguous(), splits.plan, out, parts, stats),
         *(q.stride(0), tables.stride(0), sequences, kv_heads, scale * LOG2_E, scope.cap * LOG2_E, scope.window),
         **blocks(heads // kv_heads, size, block, sequences, q.dtype, scope.cap > 0),
+        **chain(),
     )
-    merge_splits[(sequences, heads)](parts, stats, splits.plan, out, heads, **merge_blocks(size))
+    merge_splits[(sequences, heads)](parts, stats, splits.plan, out, heads, **merge_blocks(size), **chain())

@@ -6,26 +6,64 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import bounded
+from dsc_kernels.chunks import PlacedChunks
+from dsc_kernels.gpu.arithmetic import bounded, follow
 from dsc_kernels.gpu.attention import INTEGERS, LOG2_E
-from dsc_kernels.gpu.compiler import Meta, check, kernel, on_amd, power_of_2, stages
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, on_amd, power_of_2, stages
 from dsc_kernels.weights import WHOLE, ChunkPlace, KvCache, Scope
 
 QUERIES_PER_BLOCK = 64  # rows of a tile: tokens times the query heads that share a key
-FIELDS = 4  # of a tile
+FIELDS = 4  # of a tile, and of a chunk's place
+TILES_PER_PROGRAM = 128  # of a plan
 
 
 class Tiles(NamedTuple):
     """The tiles that chunks are cut into, on the device: int32 [tiles, FIELDS].
 
-    Of each the row of the tables, the first row of queries, how many tokens, and the first one's position.
+    Of each the row of the tables, the first row of queries, how many tokens, and the first one's position. A tile of
+    no tokens is no work.
     """
 
     work: Tensor
     tokens: int  # of a tile, at most
+
+
+@kernel
+def plan_tiles(
+    places: tl.tensor,
+    work: tl.tensor,
+    chunks: tl.constexpr,
+    width: tl.constexpr,
+    tiles: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    tiles_per_block: tl.constexpr,
+    chained: tl.constexpr = False,
+) -> None:
+    """The tiles of all chunks, and behind them such as have no tokens: grid (⌈tiles / tiles per block⌉,)."""
+    follow(chained)
+    tile = tl.program_id(0) * tiles_per_block + tl.arange(0, tiles_per_block)
+    chunk = tl.arange(0, width)
+    length = tl.load(places + chunk * 4 + 2, mask=chunk < chunks, other=0).to(tl.int32)
+    count = (length + tokens_per_block - 1) // tokens_per_block
+    end = tl.cumsum(count, 0)
+    own = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)
+    found = own < chunks
+    mine = chunk[None, :] == own[:, None]
+    first_tile = tl.sum(tl.where(mine, (end - count)[None, :], 0), 1)
+    at = tl.where(found, (tile - first_tile) * tokens_per_block, 0)
+    row = tl.load(places + own * 4, mask=found, other=0).to(tl.int32)
+    start = tl.load(places + own * 4 + 1, mask=found, other=0).to(tl.int32)
+    whole = tl.load(places + own * 4 + 2, mask=found, other=0).to(tl.int32)
+    context = tl.load(places + own * 4 + 3, mask=found, other=0).to(tl.int32)
+    inside = tile < tiles
+    tl.store(work + tile * 4, row, mask=inside)
+    tl.store(work + tile * 4 + 1, start + at, mask=inside)
+    tl.store(work + tile * 4 + 2, tl.minimum(whole - at, tokens_per_block), mask=inside)
+    tl.store(work + tile * 4 + 3, context - whole + at, mask=inside)
 
 
 @kernel
@@ -114,8 +152,10 @@ def attend_chunks(
     positions_per_step: tl.constexpr,
     capped: tl.constexpr,
     windowed: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The query heads of one key-value head of a tile of tokens: grid (tiles, kv heads). `scale` is in base 2."""
+    follow(chained)
     mine, kv_head = work + tl.program_id(0) * 4, tl.program_id(1)
     table = tables + tl.load(mine).to(tl.int64) * table_stride
     first_row, tokens, first = tl.load(mine + 1).to(tl.int64), tl.load(mine + 2), tl.load(mine + 3)
@@ -215,6 +255,26 @@ def cut(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> Tiles
     return Tiles(work, tokens)
 
 
+def plan_meta(chunks: int, tokens: int, group: int) -> Meta:
+    """Sizes of a plan: tiles for so many chunks that have together up to so many tokens."""
+    tile = max(QUERIES_PER_BLOCK // power_of_2(group), 1)
+    sizes = {"tiles": tokens // tile + chunks, "tokens_per_block": tile, "tiles_per_block": TILES_PER_PROGRAM}
+    return {"chunks": chunks, "width": power_of_2(chunks), **sizes, "num_warps": 4}
+
+
+def tiles_of(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> Tiles:
+    """Chunks in tiles: cut where it is known what they are."""
+    if not isinstance(chunks, PlacedChunks):
+        return cut(chunks, group, device)
+    places = chunks.places
+    count = places.shape[0]
+    check("places", places, (count, FIELDS), INTEGERS)
+    meta = plan_meta(count, chunks.tokens, group)
+    work = torch.empty(meta["tiles"], FIELDS, dtype=torch.int32, device=device)
+    plan_tiles[(triton.cdiv(meta["tiles"], meta["tiles_per_block"]),)](places, work, **meta, **chain())
+    return Tiles(work, meta["tokens_per_block"])
+
+
 def chunk_attention(
     q: Tensor, cache: KvCache, tables: Tensor, tiles: Tiles, out: Tensor, scale: float, scope: Scope = WHOLE
 ) -> None:
@@ -248,4 +308,5 @@ def chunk_attention(
         *(q, keys, values, tables, tiles.work, out),
         *(q.stride(0), tables.stride(0), kv_heads, scale * LOG2_E, scope.cap * LOG2_E, scope.window),
         **meta,
+        **chain(),
     )

@@ -19,6 +19,8 @@ Meta = dict[str, Any]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+CHAINED_FROM = 90  # the architecture, of NVIDIA's
+
 COUNTS = {"batch", "sequences", "most", "slots", "row_tiles"}  # that change from step to step
 
 
@@ -67,6 +69,38 @@ def on_amd() -> bool:
     """Whether tile sizes are those for AMD's GPUs."""
     asked = AMD.get()
     return bool(torch.version.hip) if asked is None else asked
+
+
+_dependent_launch = "auto"
+
+CHAINED: Meta = {"chained": True, "launch_pdl": True}
+APART: Meta = {"chained": False}
+
+
+def chain_of(architecture: int | None) -> Meta:
+    """What kernels for an architecture of NVIDIA's are told, 90 for sm_90; None: another's."""
+    return CHAINED if architecture is not None and architecture >= CHAINED_FROM else APART
+
+
+@cache
+def architecture() -> int | None:
+    """Of the GPU of NVIDIA's that is there, if one is."""
+    if torch.version.cuda is None or interpreted() or not torch.cuda.device_count():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def chain() -> Meta:
+    """What every launch of a kernel is told: to begin while the one before it ends, where the GPU can (programmatic
+    dependent launch); it then waits in `arithmetic.follow`."""
+    return chain_of(architecture()) if _dependent_launch == "auto" else APART
+
+
+def use_dependent_launch(choice: str) -> None:
+    """As `ops.use_dependent_launch` says."""
+    global _dependent_launch
+    _dependent_launch = choice
 
 
 def stages(wanted: int) -> int:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
 @kernel
@@ -22,8 +23,10 @@ def contract_rows(
     d: tl.constexpr,
     rows_per_block: tl.constexpr,
     d_per_block: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """Some rows of one token over one stretch of d: grid (batch, ⌈k · rank / rows⌉, ⌈d / d per block⌉)."""
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * rows_per_block + tl.arange(0, rows_per_block)
     column = tl.program_id(2) * d_per_block + tl.arange(0, d_per_block)
@@ -59,6 +62,6 @@ def contract(x: Tensor, u: Tensor, picks: Tensor, coefficients: Tensor, rank: in
     latent = torch.empty(batch, stretches, k * rank, dtype=torch.float32, device=x.device)
     if batch:
         contract_rows[(batch, triton.cdiv(k * rank, meta["rows_per_block"]), stretches)](
-            *(t.contiguous() for t in (x, u, picks, coefficients)), latent, **meta
+            *(t.contiguous() for t in (x, u, picks, coefficients)), latent, **meta, **chain()
         )
     return latent

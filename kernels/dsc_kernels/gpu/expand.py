@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
 @kernel
@@ -26,8 +27,10 @@ def expand_columns(
     stretches: tl.constexpr,
     scalar_gamma: tl.constexpr,
     d_per_block: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """Some columns of one token: grid (batch, ⌈d / d per block⌉)."""
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, width)
     column = tl.program_id(1) * d_per_block + tl.arange(0, d_per_block)
@@ -89,5 +92,6 @@ def expand(
             **meta,
             stretches=stretches,
             scalar_gamma=gamma.numel() == 1,
+            **chain(),
         )
     return out

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import activate, clamp
-from dsc_kernels.gpu.compiler import Meta, check, kernel
+from dsc_kernels.gpu.arithmetic import activate, clamp, follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel
 from dsc_kernels.gpu.product import rows_by_tokens, tiles
 from dsc_kernels.weights import Activation, MlpWeights
 
@@ -39,8 +39,10 @@ def route_and_raise(
     rows_per_block: tl.constexpr,
     tokens_per_block: tl.constexpr,
     d_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One tile of logits, or behind those of hidden activations: grid (⌈batch / tokens⌉, tiles of rows of both)."""
+    follow(chained)
     token = (tl.program_id(0) * tokens_per_block + tl.arange(0, tokens_per_block)).to(tl.int64)
     is_token = token < batch
     tile = tl.program_id(1)
@@ -153,6 +155,7 @@ def route_beside(
             d=d,
             activation=activation,
             **meta,
+            **chain(),
         )
     return scores, hidden
 

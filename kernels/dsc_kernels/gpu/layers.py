@@ -44,6 +44,11 @@ def served(cache: KvCache) -> bool:
     return not (cache.latent or cache.in_int8)
 
 
+def places_chunks(cache: KvCache) -> bool:
+    """As `backend.Backend` says."""
+    return served(cache)
+
+
 def store_kv(
     qkv_rows: Tensor,
     heads: int,
@@ -88,7 +93,7 @@ def chunks_attention(
     if not served(cache):
         plain.chunks_attention(q, cache, tables, chunks, out, scale, scope)
     else:
-        tiles = chunk_attention.cut(chunks, q.shape[1] // cache.keys.shape[1], q.device)
+        tiles = chunk_attention.tiles_of(chunks, q.shape[1] // cache.keys.shape[1], q.device)
         chunk_attention.chunk_attention(q, cache, tables, tiles, out, scale, scope)
 
 

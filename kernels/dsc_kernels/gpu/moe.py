@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import activate
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.gpu.arithmetic import activate, follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.gpu.place_slots import sort_by_expert
 from dsc_kernels.launch_time import found_by_tiles
 from dsc_kernels.weights import Activation, MlpWeights
@@ -153,12 +153,14 @@ def multiply_experts(
     shared_rows_per_block: tl.constexpr,
     columns_per_block: tl.constexpr,
     inner_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One tile of an expert's product, or behind those of the shared expert's: grid (tiles of both,).
 
     The first product takes x's rows by token and leaves them where the second finds them, sorted by expert or by slot;
     the second leaves its rows by slot: pick j of token b is row b · outputs_per_token + j, the shared expert's behind.
     """
+    follow(chained)
     program = tl.program_id(0)
     columns: tl.constexpr = (outer + columns_per_block - 1) // columns_per_block
     if program < row_tiles * columns:
@@ -319,11 +321,13 @@ def expert_slots(
         **{**meta, "inner": d, "outer": hidden, "shared_inner": d, "shared_outer": width},
         first=True,
         activation=activation,
+        **chain(),
     )
     multiply_experts[programs(d, d)](
         *(middle, down.contiguous(), None, weights.contiguous(), *found, slots, *downs, batch, row_tiles),
         **{**meta, "inner": hidden, "outer": d, "shared_inner": width, "shared_outer": d},
         first=False,
         activation="none",
+        **chain(),
     )
     return slots

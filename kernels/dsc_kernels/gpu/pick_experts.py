@@ -6,8 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import key_index, largest, order_key
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow, key_index, largest, order_key
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.select import room
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs, MoeOptions
 
@@ -88,8 +88,10 @@ def pick_tokens(
     groups: tl.constexpr,
     groups_used: tl.constexpr,
     group_picks: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, width)
     own = tl.load(logits + token * logits_stride + expert, mask=expert < experts, other=0.0)
@@ -143,5 +145,7 @@ def pick_experts(
     picked = picked_like(logits, options.k, outputs)
     if batch:
         scale = options.weight_scale
-        pick_tokens[(batch,)](*(logits, choice_bias, *picked, logits.stride(0), scale), **pick_blocks(experts, options))
+        pick_tokens[(batch,)](
+            *(logits, choice_bias, *picked, logits.stride(0), scale), **pick_blocks(experts, options), **chain()
+        )
     return picked

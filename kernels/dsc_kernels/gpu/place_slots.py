@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 
 
 @kernel
@@ -20,12 +21,14 @@ def place_slots(
     width: tl.constexpr,
     slots_per_block: tl.constexpr,
     slots_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """A counting sort of slots by expert, stable: grid (⌈slots / slots per block⌉,).
 
     Each program counts all slots, and then finds the places of its own. Whole steps are read without a mask: one by
     slot would break up the wide loads.
     """
+    follow(chained)
     expert, step = tl.arange(0, width), tl.arange(0, slots_per_step)
     begin = tl.program_id(0) * slots_per_block
     totals = tl.zeros((width,), tl.int32)
@@ -62,5 +65,6 @@ def sort_by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(slots, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=experts.device)
     meta = place_blocks(count)
-    place_slots[(triton.cdiv(slots, meta["slots_per_block"]),)](experts.contiguous(), order, offsets, slots, **meta)
+    grid = (triton.cdiv(slots, meta["slots_per_block"]),)
+    place_slots[grid](experts.contiguous(), order, offsets, slots, **meta, **chain())
     return order, offsets

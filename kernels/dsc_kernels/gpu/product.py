@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, stages
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, stages
 
 PROGRAMS = 132  # that fill a GPU: the multiprocessors of the largest one that is aimed at
 FEW_TOKENS = 64  # with more, a product is bound by arithmetic where weights are large: cuBLAS is better at that
@@ -60,8 +61,10 @@ def multiply_rows(
     rows_per_block: tl.constexpr,
     tokens_per_block: tl.constexpr,
     d_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One tile of parts [splits, batch, outputs]: grid (⌈batch / tokens⌉, ⌈outputs / rows⌉, splits)."""
+    follow(chained)
     multiply_tile(
         x,
         weight,
@@ -150,5 +153,5 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     parts = torch.empty(splits, batch, n, dtype=torch.float32, device=x.device)
     if batch:
         grid = (triton.cdiv(batch, meta["tokens_per_block"]), triton.cdiv(n, meta["rows_per_block"]), splits)
-        multiply_rows[grid](x.contiguous(), weight, bias, parts, batch, n, d=d, splits=splits, **meta)
+        multiply_rows[grid](x.contiguous(), weight, bias, parts, batch, n, d=d, splits=splits, **meta, **chain())
     return parts

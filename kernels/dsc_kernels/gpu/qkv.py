@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.product import rows_by_tokens, tiles
 from dsc_kernels.weights import KvCache, QkNorm, Slots
 
@@ -39,8 +40,10 @@ def project_heads(
     rows_per_block: tl.constexpr,
     tokens_per_block: tl.constexpr,
     d_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """Rows of one head, as many of its first half as of its second: grid (⌈batch / tokens⌉, heads · size / rows)."""
+    follow(chained)
     half: tl.constexpr = rows_per_block // 2
     per_head: tl.constexpr = size // rows_per_block
     head, part = tl.program_id(1) // per_head, tl.program_id(1) % per_head
@@ -150,11 +153,13 @@ def prepare_heads(
     turned: tl.constexpr,
     block: tl.constexpr,
     heads_per_block: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """Heads of one token, normed, turned and, but for queries, written to the cache: grid (tokens, blocks of heads).
 
     A head is read as the two halves of what is turned, so that lanes hold what they turn, and the rest behind them.
     """
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_block + tl.arange(0, heads_per_block)
     is_head = head < heads + 2 * kv_heads
@@ -231,6 +236,7 @@ def project(
             block=block,
             d=d,
             **meta,
+            **chain(),
         )
     return q
 
@@ -258,4 +264,5 @@ def store_kv(
             *(qkv, query_norm, key_norm, cos_sin, *slots, cache.keys, cache.values),
             *(heads, kv_heads, eps),
             **meta,
+            **chain(),
         )

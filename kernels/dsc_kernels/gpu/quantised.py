@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsc_kernels.dequantised import wide_product
-from dsc_kernels.gpu.compiler import Meta, check, kernel, stages
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, stages
 from dsc_kernels.quantised import QuantisedWeight, Weight
 
 FEW = 64  # tokens up to which weights are read once and little else; beyond, torch's product of the numbers is faster
@@ -29,11 +30,13 @@ def multiply_levels(
     tokens_per_block: tl.constexpr,
     outputs_per_block: tl.constexpr,
     bytes_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One tile of out [batch, outputs] float32: grid (⌈batch / tokens⌉, ⌈outputs / outputs per block⌉).
 
     In 4 bits a byte holds an even input's level and the odd one's behind it: two products with every other input.
     """
+    follow(chained)
     per_byte: tl.constexpr = 8 // bits
     row_bytes: tl.constexpr = (d + per_byte - 1) // per_byte
     groups: tl.constexpr = (d + group - 1) // group
@@ -84,6 +87,7 @@ def multiply(x: Tensor, weight: QuantisedWeight) -> Tensor:
             bits=weight.bits,
             group=weight.group,
             **meta,
+            **chain(),
         )
     if weight.compensation is not None:
         left, right = (side.to(x.dtype) for side in weight.compensation)

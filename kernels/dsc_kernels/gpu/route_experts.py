@@ -12,7 +12,8 @@ from torch import Tensor
 from dsc_kernels import launch_time
 from dsc_kernels.gpu.add_norm import Normed, Parts, add_norm_row
 from dsc_kernels.gpu.add_norm import blocks as norm_blocks
-from dsc_kernels.gpu.compiler import Meta, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, kernel, power_of_2
 from dsc_kernels.gpu.pick_experts import Picked, pick_blocks, pick_experts, pick_of_token, picked_like
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs, MoeOptions, NormWeights, Router
 
@@ -90,8 +91,10 @@ def add_norm_pick(
     groups: tl.constexpr,
     groups_used: tl.constexpr,
     group_picks: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The sum, its norm and the choice of one token, where experts are few: grid (batch,)."""
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     normed = add_norm_row(
         residual,
@@ -169,11 +172,13 @@ def add_norm_score(
     experts: tl.constexpr,
     experts_per_block: tl.constexpr,
     experts_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """The sum, its norm and some logits of one token, where experts are many: grid (batch, ⌈experts / per block⌉).
 
     Each program computes the norm by itself, and the first of a token stores it.
     """
+    follow(chained)
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     normed = add_norm_row(
         residual,
@@ -269,6 +274,7 @@ def norm_and_pick(
                 *(*strides, *epsilons, options.weight_scale),
                 count=count,
                 **add_norm_pick_blocks(experts, d, options, folded),
+                **chain(),
             )
         return Routed(found, picked, weighed)
     # Rows of whole 16s: then each is aligned, and wide loads read it
@@ -280,5 +286,6 @@ def norm_and_pick(
             *(*sums, router.weight, router.bias, logits, shared_gate, weighed, *strides, *epsilons, width),
             count=count,
             **meta,
+            **chain(),
         )
     return Routed(found, pick_experts(logits, options, router.choice_bias, outputs), weighed)

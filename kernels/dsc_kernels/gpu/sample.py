@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel
 
 BITS = 3  # of a threshold found at a time
 BELOW_2 = 30  # bits that tell apart floats from 0 up to 2
@@ -91,8 +92,10 @@ def sample_rows(
     width: tl.constexpr,
     bits: tl.constexpr,
     all_bits: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One row, left as it is where its temperature is 0: grid (rows,)."""
+    follow(chained)
     index = tl.program_id(0).to(tl.int64)
     row, own = weights + index * vocabulary, parameters + index * 5
     if tl.load(own) > 0.0:
@@ -150,5 +153,5 @@ def sample(weights: Tensor, parameters: Tensor, tokens: Tensor) -> Tensor:
     check("weights", weights, (rows, vocabulary), torch.float32)
     check("parameters", parameters, (rows, PARAMETERS), torch.float64)
     check("tokens", tokens, (rows,), torch.int64)
-    sample_rows[(rows,)](weights, parameters, tokens, vocabulary, **blocks())
+    sample_rows[(rows,)](weights, parameters, tokens, vocabulary, **blocks(), **chain())
     return tokens

@@ -6,8 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.arithmetic import EMPTY, key_index, key_value, largest, order_key, softplus, tanh_positive
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2
+from dsc_kernels.gpu.arithmetic import EMPTY, follow, key_index, key_value, largest, order_key, softplus, tanh_positive
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2
 from dsc_kernels.gpu.ffn_in import GROUP
 from dsc_kernels.weights import OUTPUT_ONLY, LayerOutputs
 
@@ -69,8 +69,10 @@ def select_tokens(
     group: tl.constexpr,
     groups_width: tl.constexpr,
     softmax: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One token: grid (batch,)."""
+    follow(chained)
     token = tl.program_id(0).to(tl.int64)
     atom, weights, signal = select_atoms(
         logits + token * groups * group,
@@ -136,6 +138,7 @@ def select(
             *(logits, maxima.contiguous(), picks, coefficients, signals, atoms, groups, eps),
             **blocks(k, groups),
             softmax=softmax,
+            **chain(),
         )
     return picks, coefficients, signals
 

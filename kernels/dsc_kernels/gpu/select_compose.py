@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsc_kernels.gpu.compiler import Meta, check, kernel, power_of_2, stages
+from dsc_kernels.gpu.arithmetic import follow
+from dsc_kernels.gpu.compiler import Meta, chain, check, kernel, power_of_2, stages
 from dsc_kernels.gpu.product import multiply_tile, split_count, tiles
 from dsc_kernels.gpu.select import prepare_logits, select_atoms, sizes
 from dsc_kernels.weights import OUTPUT_ONLY, AtomBank, FfnOptions, LayerOutputs
@@ -136,8 +137,10 @@ def select_compose_tokens(
     rows_per_block: tl.constexpr,
     tokens_per_block: tl.constexpr,
     inner_per_step: tl.constexpr,
+    chained: tl.constexpr = False,
 ) -> None:
     """One token, or behind all of them a tile of hidden · W_2ᵀ: grid (batch + tiles,)."""
+    follow(chained)
     program = tl.program_id(0)
     if program < batch:
         compose_token(
@@ -240,6 +243,7 @@ def select_compose(
             **ALONE,
             softmax=options.rank > 0,
             scalar_gamma=scalar,
+            **chain(),
         )
     return out
 
@@ -274,6 +278,7 @@ def compose_beside(
             **meta,
             softmax=options.rank > 0,
             scalar_gamma=scalar,
+            **chain(),
         )
     return parts
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsc_kernels.chunks import PlacedChunks
 from dsc_kernels.gpu import attention, qkv
 from dsc_kernels.gpu.add_norm import Parts, add_norm, summed
 from dsc_kernels.gpu.attention import Splits, split_contexts
-from dsc_kernels.gpu.chunk_attention import Tiles, chunk_attention, cut
+from dsc_kernels.gpu.chunk_attention import Tiles, chunk_attention, tiles_of
 from dsc_kernels.gpu.ffn import Ffn, Linear, Moe
 from dsc_kernels.gpu.product import fused
 from dsc_kernels.quantised import Weight
@@ -72,7 +73,8 @@ class Step:
         chunks: Iterable[ChunkPlace],
     ) -> None:
         self.slots, self.tables, self.contexts = slots, tables, contexts[:decodes]
-        self.decodes, self.max_context_len, self.chunks = decodes, max_context_len, list(chunks)
+        self.decodes, self.max_context_len = decodes, max_context_len
+        self.chunks: PlacedChunks | list[ChunkPlace] = chunks if isinstance(chunks, PlacedChunks) else list(chunks)
         self._splits: dict[tuple[int, int], Splits] = {}
         self._tiles: dict[int, Tiles] = {}
 
@@ -87,7 +89,7 @@ class Step:
 
     def tiles(self, group: int) -> Tiles:
         if group not in self._tiles:
-            self._tiles[group] = cut(self.chunks, group, self.tables.device)
+            self._tiles[group] = tiles_of(self.chunks, group, self.tables.device)
         return self._tiles[group]
 
 

@@ -7,7 +7,7 @@ Tensors are float32 or bfloat16 on the CPU. A layer keeps the tensors whose addr
 from __future__ import annotations
 
 from dsc_kernels.native.adapters import adapter, summed
-from dsc_kernels.native.attention import chunk_attention, chunks_attention, decode_attention, store_kv
+from dsc_kernels.native.attention import chunk_attention, chunks_attention, decode_attention, places_chunks, store_kv
 from dsc_kernels.native.dispatch import (
     ROUTER_PRECISIONS,
     SCREENING_SETS,
@@ -58,6 +58,7 @@ __all__ = [
     "name",
     "norm",
     "pack",
+    "places_chunks",
     "router_precision",
     "sample",
     "screens",

@@ -16,6 +16,11 @@ from dsc_kernels.weights import SCALE_BYTES, WHOLE, KvCache, QkNorm, Scope, Slot
 UNLIMITED = 2**62  # positions, where none is looked up
 
 
+def places_chunks(cache: KvCache) -> bool:
+    """As `backend.Backend` says: chunks begin behind all single tokens here."""
+    return False
+
+
 def store_kv(
     qkv: Tensor,
     heads: int,

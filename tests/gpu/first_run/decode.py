@@ -31,12 +31,12 @@ CONTEXTS = [40] if DRY else [128, 1024]
 CONTEXT = 128 if DRY else 2048
 STEPS = 5 if DRY else 60
 LENGTHS = [10, 11] if DRY else [100 + more for more in range(6)]
-STEP_COLUMNS = ["kind", "batch", "context", "graph", "head", "engine step (short contexts)"]
+STEP_COLUMNS = ["kind", "batch", "context", "graph with its head", "a head", "engine step (short contexts)"]
 PROMPT_COLUMNS = ["kind", "new lengths", "worst", "same again", "16 of 31 at once", "new, no cuDNN", "worst"]
 
 
 def graph_rows(runner, kind: str) -> list[list[object]]:
-    """Device microseconds of a captured step and of the head, by batch and context."""
+    """Device microseconds of a captured step, head and argmax in it, and of these alone, by batch and context."""
     rows = []
     for batch in BATCHES:
         for context in CONTEXTS:

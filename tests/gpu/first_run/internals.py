@@ -13,6 +13,8 @@ from dsc_kernels.weights import AtomBank, FfnOptions, KvCache, MlpWeights, MoeOp
 from dsc_serve import SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.graph_budget import GraphKey
+from dsc_serve.engine.graph_forms import FORMS, GREEDY
 from dsc_serve.engine.graphs import CudaCapture
 from dsc_serve.engine.runner import Runner
 from dsc_serve.model.batch import Chunk, StepBatch
@@ -210,7 +212,11 @@ def running_ids(engine: Engine) -> list[str]:
 
 
 def graph_sizes(runner: Runner) -> list[int] | None:
-    return None if runner.graphs is None else runner.graphs.sizes
+    """Sequences of greedy steps that are replayed as they are."""
+    if runner.graphs is None:
+        return None
+    keys = [key for key in runner.graphs.graphs.keys if not key.tokens]
+    return sorted({key.decodes for key in keys if key_of(runner, key.decodes) == key})
 
 
 def fill_caches(runner: Runner, generator: torch.Generator) -> None:
@@ -250,8 +256,22 @@ def eager(runner: Runner, size: int) -> Tensor:
     return runner.model.hidden(StepBatch(*held, size, runner._max_context_len, ()), runner.kv_caches)
 
 
+def key_of(runner: Runner, size: int) -> GraphKey:
+    """The graph of a greedy step, or what serves it."""
+    return runner.graphs.key(GREEDY, size)
+
+
+def has_head(runner: Runner, size: int) -> bool:
+    return FORMS[key_of(runner, size).form].has_head
+
+
 def bucket(runner: Runner, size: int) -> int:
-    return runner.graphs.bucket(size)
+    return key_of(runner, size).decodes
+
+
+def drawn(runner: Runner, size: int) -> Tensor:
+    """What the last replay of a greedy step has drawn."""
+    return runner.graphs._room.tokens[:size]
 
 
 def copy_inputs(runner: Runner, size: int) -> None:
@@ -259,4 +279,4 @@ def copy_inputs(runner: Runner, size: int) -> None:
 
 
 def replay(runner: Runner, size: int) -> Tensor:
-    return runner.graphs.replay(size)
+    return runner.graphs.graphs.replay(key_of(runner, size))

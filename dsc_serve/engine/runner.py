@@ -267,9 +267,8 @@ class Runner:
             if replayed is not None:
                 return replayed
         inputs = self._inputs.on_device(sum(count for _, count in ordered), size)
-        max_context_len = (
-            self._max_context_len
-        )  # as it was captured: another one may need another kernel, and so a compiler
+        # As it was captured: another one may need another kernel, and so a compiler.
+        max_context_len = self._max_context_len
         if self.graphs is None:
             max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
         return StepOutput(self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs), picks))

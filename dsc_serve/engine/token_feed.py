@@ -17,10 +17,8 @@ class TokenFeed:
         self.first = first
         self._tokens = torch.arange(first + rows, device=device)  # each token itself, then what was drawn
         self.drawn = self._tokens[first:]
-        self._readings = (
-            TokenReading(rows, device),
-            TokenReading(rows, device),
-        )  # one is written to before the other is read
+        # One is written to before the other is read.
+        self._readings = TokenReading(rows, device), TokenReading(rows, device)
 
     def resolve(self, ids: Tensor) -> Tensor:
         """A step's token ids [T], known ones and such as stand for others, as tokens int64 [T]."""

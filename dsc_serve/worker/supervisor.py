@@ -113,9 +113,8 @@ class EngineSupervisor:
     def _check_same(self, model: ModelInfo) -> None:
         """Raises ModelChangedError."""
         if self._fingerprint not in (None, model.fingerprint):
-            what = (
-                "the model in its folder is not the one that this server was started with"  # clients hear it: no path
-            )
+            # Clients hear it: no path.
+            what = "the model in its folder is not the one that this server was started with"
             raise ModelChangedError(f"{what}; start the server again to serve it")
         self._fingerprint = model.fingerprint
 

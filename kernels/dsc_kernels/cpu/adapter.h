@@ -28,14 +28,14 @@ INLINE vf expand(const float* up, int64_t panel, int64_t rank, const float* late
 INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* latents) {
   int64_t groups = (rank + 1) / 2;
   const bf16* w = up + panel * groups * 2 * LANES;
-  vf even = {}, odd = {};
+  vf even[2] = {}, odd[2] = {};
   for (int64_t j = 0; j < groups; j++) {
     vu pairs;
     memcpy(&pairs, w + j * 2 * LANES, sizeof pairs);
-    even += (vf)(pairs << 16) * splat(latents[2 * j]);
-    odd += (vf)(pairs & 0xffff0000u) * splat(latents[2 * j + 1]);
+    even[j & 1] += (vf)(pairs << 16) * splat(latents[2 * j]);
+    odd[j & 1] += (vf)(pairs & 0xffff0000u) * splat(latents[2 * j + 1]);
   }
-  return even + odd;
+  return even[0] + even[1] + (odd[0] + odd[1]);
 }
 
 // Panels that are asked for before they are needed: of many adapters at once the processor follows no stream by itself.

@@ -126,7 +126,7 @@ def test_packed_inputs_are_where_each_graph_reads_them(
         return hidden(self, batch, *rest)
 
     generating = False
-    monkeypatch.setattr(runner_module, "Inputs", PackedInputs)
+    monkeypatch.setattr(runner_module.Runner, "inputs_kind", PackedInputs)
     monkeypatch.setattr(Decoder, "hidden", looked_at)
     engine = engine_of(folder, Capture(), ahead)
     assert len(seen) >= 10 and seen[0].token_ids.dtype == (torch.int64 if ahead else torch.int32)

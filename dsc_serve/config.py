@@ -168,7 +168,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ] = "auto"
     graphs: Annotated[
         int,
-        Meta(ge=1, le=512, description="On a GPU, most steps captured as graphs at start; with tensor_parallel none is."),
+        Meta(ge=1, le=512, description="On a GPU, most steps captured as graphs at start; none with tensor_parallel."),
     ] = 64
     graph_mb: Annotated[
         int, Meta(ge=1, le=2**20, description="MiB that these may take, estimated; larger steps then run without one.")

@@ -218,6 +218,7 @@ class LeadingInputs(Inputs):
     def told(self, batch: StepBatch) -> StepInputs:
         """The inputs of this step, once all are in the buffers."""
         tokens, requests = batch.token_ids.shape[0], batch.context_lens.shape[0]
+        assert isinstance(batch.chunks, tuple), "steps that ranks share are not captured"
         rows = [row for row in self._untold if row < requests]
         return StepInputs(
             self.tokens[:, :tokens].numpy().tobytes(),

@@ -76,20 +76,27 @@ class BankRows:
         return logits if self._bias is None else logits + self._bias
 
 
-class ShardedDsc(DscFfn):
+class WithBankRows:
+    """What layers have in common whose bank is divided by rows; count: of the rows, atoms or adapters, of all ranks."""
+
+    _exchange: RankExchange
+    _count: int
+
+    def _layer(self, mlp: MlpWeights, options: FfnOptions, router: Router, bank: AtomBank) -> ops.Ffn:
+        rows = self._exchange.shard.part(self._count)
+        self._own = BankRows(router, bank, options, rows, self._exchange)
+        return ops.ffn(mlp, FfnOptions(activation=options.activation))
+
+
+class ShardedDsc(WithBankRows, DscFfn):
     """A DSC layer of which this rank has some atoms; u, v and gamma are its own. config: of the whole model."""
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         assert isinstance(config.ffn, DscConfig)
-        self._exchange, self._atoms = place.exchange, config.ffn.num_atoms
+        self._exchange, self._count = place.exchange, config.ffn.num_atoms
         super().__init__(rank_config(config, place.exchange.shard), tensors, place)
         if self.silent:
             raise CheckpointError("gamma: 0 throughout, of a bank for its tenants alone, which ranks do not share")
-
-    def _layer(self, mlp: MlpWeights, options: FfnOptions, router: Router, bank: AtomBank) -> ops.Ffn:
-        rows = self._exchange.shard.part(self._atoms)
-        self._own = BankRows(router, bank, options, rows, self._exchange)
-        return ops.ffn(mlp, FfnOptions(activation=options.activation))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         return self.routed(x, residual, adapted=adapted)[0]
@@ -105,21 +112,16 @@ class ShardedDsc(DscFfn):
     @property
     def shape(self) -> plan.Shape:
         """Of all ranks' together, as picks name their atoms."""
-        return replace(super().shape, atoms=self._atoms)
+        return replace(super().shape, atoms=self._count)
 
 
-class ShardedMolora(MoloraFfn):
+class ShardedMolora(WithBankRows, MoloraFfn):
     """A mixture of LoRAs of which this rank has some adapters. config: of the whole model."""
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight], place: Placement) -> None:
         assert isinstance(config.ffn, MoloraConfig)
-        self._exchange, self._adapters = place.exchange, config.ffn.num_adapters
+        self._exchange, self._count = place.exchange, config.ffn.num_adapters
         super().__init__(rank_config(config, place.exchange.shard), tensors, place)
-
-    def _layer(self, mlp: MlpWeights, options: FfnOptions, router: Router, bank: AtomBank) -> ops.Ffn:
-        rows = self._exchange.shard.part(self._adapters)
-        self._own = BankRows(router, bank, options, rows, self._exchange)
-        return ops.ffn(mlp, FfnOptions(activation=options.activation))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor:
         return self.routed(x, residual, adapted=adapted)[0]

@@ -42,6 +42,9 @@ def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decod
         if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
             what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
+    if config.activations == "int8" and ops.backend(torch.float32, device).name != native.name:
+        what = "activations is 'int8', which native kernels on the CPU round to"
+        raise ConfigError(f"{what}; allowed with {ops.description(device)}: int16, and nothing is rounded")
     if config.kv_dtype == "int8" and ops.backend(torch.float32, device).name not in INT8_KV:
         what = "kv_dtype is 'int8', which native kernels and plain torch serve"
         raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto")

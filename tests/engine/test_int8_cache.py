@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.drafts import FreeDrafts, all_there_are
 
-from dsc_kernels import native
+from dsc_kernels import native, ops
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.config import ConfigError, EngineConfig
 from dsc_serve.engine.drafts.drafting import COMPANION
@@ -104,6 +104,14 @@ def test_the_pool_is_sized_by_real_bytes(folder: str, monkeypatch: pytest.Monkey
     check_room(Path(folder), EngineConfig(model=folder, kv_dtype="int8", kv_tokens=1024, max_running=1))
     with pytest.raises(ConfigError, match="kv_tokens is 1024"):
         check_room(Path(folder), EngineConfig(model=folder, kv_tokens=1024, max_running=1))
+
+
+def test_inputs_of_products_in_int8_are_refused_where_nothing_rounds_them(folder: str) -> None:
+    try:
+        with pytest.raises(ConfigError, match=r"activations is 'int8', which native .* allowed with plain .*: int16"):
+            prepare_model(EngineConfig(model=folder, activations="int8", kernels="plain"))
+    finally:
+        ops.use("auto")
 
 
 def test_where_it_is_not_served_it_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ SANITIZERS = (
     " -O1 -g1 -fno-omit-frame-pointer"
 )
 TESTS = Path(__file__).parent
+FOUND = BUILD / "found"
+LOG = f"log_path={FOUND / 'report'}"
 NOT_OF_KERNELS = {
     "built",
     "headers",
@@ -56,15 +58,22 @@ def run(arguments: list[str]) -> int:
         "PYTHONPATH": str(BUILD / "kernels"),
         "LD_PRELOAD": " ".join(preloaded),
         # Python and torch keep memory until they end; torch's own code is not instrumented
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:detect_odr_violation=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        # findings go to files: what a test process writes as it dies is lost
+        "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:detect_odr_violation=0:{LOG}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:{LOG}",
         "PYTHONMALLOC": "malloc",
     }
     others = {TESTS / f"test_{name}.py" for name in NOT_OF_KERNELS}
     tests = sorted(str(test) for test in set(TESTS.glob("test_*.py")) - others)
     limits = ["-m", "not full", "-o", "timeout=1200", "-p", "no:cacheprovider"]
+    shutil.rmtree(FOUND, ignore_errors=True)
+    FOUND.mkdir(parents=True)
     command = [sys.executable, "-m", "pytest", "-q", *limits, *tests, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    reports = sorted(FOUND.iterdir())
+    for report in reports:
+        print(report.read_text(errors="replace"))
+    return status or bool(reports)
 
 
 if __name__ == "__main__":

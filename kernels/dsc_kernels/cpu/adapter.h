@@ -15,27 +15,37 @@
 
 DSC_KERNELS_BEGIN
 
-INLINE int64_t to_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t to_lanes(int64_t n) { return (n + LANES - 1) & -(int64_t)LANES; }
 
-// Rows of up, of which `panel` is one of its own, times an update's latents.
+// Rows of up, of which `panel` is one of its own, times an update's latents. Each sum has a name, so that it is a register.
 INLINE vf expand(const float* up, int64_t panel, int64_t rank, const float* latents) {
   const float* w = up + panel * rank * LANES;
-  vf sums[2] = {};
-  for (int64_t j = 0; j < rank; j++) sums[j & 1] += load(w + j * LANES) * splat(latents[j]);
-  return sums[0] + sums[1];
+  vf first = {}, second = {};
+  int64_t j = 0;
+  for (; j + 2 <= rank; j += 2) {
+    first += load(w + j * LANES) * latents[j];
+    second += load(w + (j + 1) * LANES) * latents[j + 1];
+  }
+  if (j < rank) first += load(w + j * LANES) * latents[j];
+  return first + second;
 }
 
 INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* latents) {
-  int64_t groups = (rank + 1) / 2;
+  int64_t groups = (rank + 1) / 2, j = 0;
   const bf16* w = up + panel * groups * 2 * LANES;
-  vf even[2] = {}, odd[2] = {};
-  for (int64_t j = 0; j < groups; j++) {
+  vf even = {}, odd = {}, next_even = {}, next_odd = {};
+  auto add = [&](int64_t group, vf& evens, vf& odds) {
     vu pairs;
-    memcpy(&pairs, w + j * 2 * LANES, sizeof pairs);
-    even[j & 1] += (vf)(pairs << 16) * splat(latents[2 * j]);
-    odd[j & 1] += (vf)(pairs & 0xffff0000u) * splat(latents[2 * j + 1]);
+    memcpy(&pairs, w + group * 2 * LANES, sizeof pairs);
+    evens += (vf)(pairs << 16) * latents[2 * group];
+    odds += (vf)(pairs & 0xffff0000u) * latents[2 * group + 1];
+  };
+  for (; j + 2 <= groups; j += 2) {
+    add(j, even, odd);
+    add(j + 1, next_even, next_odd);
   }
-  return even[0] + even[1] + (odd[0] + odd[1]);
+  if (j < groups) add(j, even, odd);
+  return even + next_even + (odd + next_odd);
 }
 
 // Panels that are asked for before they are needed: of many adapters at once the processor follows no stream by itself.
@@ -90,7 +100,8 @@ struct Branch {
   INLINE bool continues(int64_t run, int64_t i) const {
     if (run == 0) return false;
     const AdapterRun &last = adapted->runs[run - 1], &own = adapted->runs[run];
-    if (last.first + last.count != own.first || i >= modules * last.parts) return false;
+    if (last.first + last.count != own.first) return false;
+    if (i >= modules * last.parts || i >= modules * own.parts) return false;
     const LowRank *before = adapted->updates(run - 1, module), *updates = adapted->updates(run, module);
     if (!updates[i].core || !before[i].core || updates[i].down != before[i].down) return false;
     int64_t difference = 0;  // of where they stand in a row of latents

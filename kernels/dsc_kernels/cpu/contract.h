@@ -10,12 +10,81 @@
 
 DSC_KERNELS_BEGIN
 
+#if defined(__AVX512F__)
+constexpr int SUMS = 4;
+#else
+constexpr int SUMS = 1;
+#endif
+
+// One panel times a few tokens, in several sums of each: one alone would wait for itself. A token's is the same
+// whatever its company.
+template <typename T, int TT>
+INLINE void contract_tile(const T* w, const typename Input<T>::type* const* x, int64_t d, Ahead& ahead,
+                          const Latents& sink, int64_t t, int64_t n) {
+  vf sums[SUMS][1][TT] = {};
+  int64_t k = 0;
+  for (; k + SUMS * GROUP<T> <= d; k += SUMS * GROUP<T>)
+    for (int s = 0; s < SUMS; s++) {
+      ahead.step();
+      add_group<1, TT>(w, 0, x, k + s * GROUP<T>, sums[s]);
+    }
+  for (; k < d; k += GROUP<T>) add_group<1, TT>(w, 0, x, k, sums[0]);
+  for (int i = 0; i < TT; i++) {
+    vf total = sums[0][0][i];
+    for (int s = 1; s < SUMS; s++) total += sums[s][0][i];
+    sink(total, t + i, n);
+  }
+}
+
+// A thread's panels one after the other: while one meets its tokens the next, which lies elsewhere, is asked for.
+template <typename T>
+struct Contraction {
+  typedef typename Input<T>::type I;
+  struct Panel {
+    const T* w = nullptr;
+    const I* x;     // of its first token
+    int64_t count;  // of tokens
+    int64_t n;      // its first output
+    Latents sink;
+  };
+
+  int64_t stride, d;
+  Panel present = {};  // asked for and not yet multiplied
+
+  void then(const Panel& next) {
+    multiply(next.w);
+    present = next;
+  }
+
+  void multiply(const T* next) const {
+    if (!present.w) return;
+    int64_t bytes = next ? Packed<T>::panel_size(d) * (int64_t)sizeof(T) : 0;
+    Ahead ahead = {(const char*)next, (const char*)next + bytes, LANES * 4 / 64};  // lines of a group of inputs
+    const I* at[TOKENS];
+    int64_t tiles = (present.count + TOKENS - 1) / TOKENS;
+    for (int64_t t = 0, group; t < present.count; t += group, tiles--) {
+      group = (present.count - t + tiles - 1) / tiles;
+      for (int i = 0; i < group; i++) at[i] = present.x + (t + i) * stride;
+      switch (group) {
+        case 1: contract_tile<T, 1>(present.w, at, d, ahead, present.sink, t, present.n); break;
+        case 2: contract_tile<T, 2>(present.w, at, d, ahead, present.sink, t, present.n); break;
+        case 3: contract_tile<T, 3>(present.w, at, d, ahead, present.sink, t, present.n); break;
+        case 4: contract_tile<T, 4>(present.w, at, d, ahead, present.sink, t, present.n); break;
+#if defined(__AVX512F__)
+        case 5: contract_tile<T, 5>(present.w, at, d, ahead, present.sink, t, present.n); break;
+        case 6: contract_tile<T, 6>(present.w, at, d, ahead, present.sink, t, present.n); break;
+#endif
+      }
+    }
+  }
+};
+
 // Latents of a branch's first `count` tokens, whose inputs are x: share id of n of all their panels.
 template <typename T>
-void contract_panels(const Branch& b, const typename Input<T>::type* x, int64_t stride, int64_t count, int64_t d,
-                     int64_t id, int64_t n) {
+void contract_panels(const Branch& b, const typename Input<T>::type* x, int64_t count, int64_t id, int64_t n,
+                     Contraction<T>& panels) {
   if (!b.adapted) return;
-  int64_t unit = 0, runs = b.adapted->run_count;
+  int64_t unit = 0, runs = b.adapted->run_count, size = Packed<T>::panel_size(panels.d);
   auto end_of = [&](int64_t run) __attribute__((always_inline)) {
     int64_t end = b.adapted->runs[run].first + b.adapted->runs[run].count - b.base;
     return end < count ? end : count;
@@ -33,8 +102,8 @@ void contract_panels(const Branch& b, const typename Input<T>::type* x, int64_t 
       Latents sink = {rows, b.width, update->core ? nullptr : update->scale};
       for (int64_t p = 0; p < panel_count(update->inner); p++)
         if (unit++ % n == id)
-          multiply<T>((const T*)update->down, x + first * stride, stride, nullptr, end_of(last) - first, d, sink, p,
-                      p + 1);
+          panels.then({(const T*)update->down + p * size, x + first * panels.stride, end_of(last) - first, p * LANES,
+                       sink});
     }
   }
 }
@@ -45,7 +114,9 @@ template <typename T, typename... Branches>
 void contract(const typename Input<T>::type* x, int64_t stride, int64_t count, int64_t d, int64_t id, int64_t n,
               const Branches&... branches) {
   int64_t turn = id;  // so that those of few panels do not all fall to the same thread
-  (contract_panels<T>(branches, x, stride, count, d, turn++ % n, n), ...);
+  Contraction<T> panels = {stride, d};
+  (contract_panels<T>(branches, x, count, turn++ % n, n, panels), ...);
+  panels.multiply(nullptr);
   if (!(branches.cored || ...)) return;
   if (n > 1) {
 #pragma omp barrier

@@ -72,50 +72,42 @@ struct Ahead {
   }
 };
 
+// What GROUP inputs from the k-th on add to the sums of P panels and T tokens.
 template <int P, int T>
-INLINE void tile(const float* w, int64_t panel, const float* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
-  for (int64_t k = 0; k < d; k++) {
-    ahead.step();
-    vf row[P];
-    for (int p = 0; p < P; p++) row[p] = load(w + p * panel + k * LANES);
-    for (int t = 0; t < T; t++) {
-      vf value = splat(x[t][k]);
-      for (int p = 0; p < P; p++) acc[p][t] += row[p] * value;
-    }
+INLINE void add_group(const float* w, int64_t panel, const float* const* x, int64_t k, vf (&acc)[P][T]) {
+  vf row[P];
+  for (int p = 0; p < P; p++) row[p] = load(w + p * panel + k * LANES);
+  for (int t = 0; t < T; t++) {
+    vf value = splat(x[t][k]);
+    for (int p = 0; p < P; p++) acc[p][t] += row[p] * value;
   }
 }
 
 #if defined(__AVX512BF16__)
 template <int P, int T>
-INLINE void tile(const bf16* w, int64_t panel, const bf16* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
-  for (int64_t k = 0; k < d; k += 2) {
-    ahead.step();
-    __m512bh row[P];
-    for (int p = 0; p < P; p++) row[p] = (__m512bh)_mm512_loadu_si512(w + p * panel + k * LANES);
-    for (int t = 0; t < T; t++) {
-      int32_t pair;
-      memcpy(&pair, x[t] + k, sizeof pair);
-      __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-      for (int p = 0; p < P; p++) acc[p][t] = (vf)_mm512_dpbf16_ps((__m512)acc[p][t], row[p], value);
-    }
+INLINE void add_group(const bf16* w, int64_t panel, const bf16* const* x, int64_t k, vf (&acc)[P][T]) {
+  __m512bh row[P];
+  for (int p = 0; p < P; p++) row[p] = (__m512bh)_mm512_loadu_si512(w + p * panel + k * LANES);
+  for (int t = 0; t < T; t++) {
+    int32_t pair;
+    memcpy(&pair, x[t] + k, sizeof pair);
+    __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+    for (int p = 0; p < P; p++) acc[p][t] = (vf)_mm512_dpbf16_ps((__m512)acc[p][t], row[p], value);
   }
 }
 #else
 template <int P, int T>
-INLINE void tile(const bf16* w, int64_t panel, const float* const* x, int64_t d, Ahead& ahead, vf (&acc)[P][T]) {
-  for (int64_t k = 0; k < d; k += 2) {
-    ahead.step();
-    vf even[P], odd[P];
-    for (int p = 0; p < P; p++) {
-      vu pairs;
-      memcpy(&pairs, w + p * panel + k * LANES, sizeof pairs);
-      even[p] = (vf)(pairs << 16);
-      odd[p] = (vf)(pairs & 0xffff0000u);
-    }
-    for (int t = 0; t < T; t++) {
-      vf first = splat(x[t][k]), second = splat(x[t][k + 1]);
-      for (int p = 0; p < P; p++) acc[p][t] += even[p] * first + odd[p] * second;
-    }
+INLINE void add_group(const bf16* w, int64_t panel, const float* const* x, int64_t k, vf (&acc)[P][T]) {
+  vf even[P], odd[P];
+  for (int p = 0; p < P; p++) {
+    vu pairs;
+    memcpy(&pairs, w + p * panel + k * LANES, sizeof pairs);
+    even[p] = (vf)(pairs << 16);
+    odd[p] = (vf)(pairs & 0xffff0000u);
+  }
+  for (int t = 0; t < T; t++) {
+    vf first = splat(x[t][k]), second = splat(x[t][k + 1]);
+    for (int p = 0; p < P; p++) acc[p][t] += even[p] * first + odd[p] * second;
   }
 }
 #endif
@@ -131,16 +123,22 @@ INLINE vi dot4(vi sums, uint32_t four, vi rows) {
 }
 
 template <int P, int T>
-INLINE void tile(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_t d, Ahead& ahead, vi (&acc)[P][T]) {
-  for (int64_t k = 0; k < d; k += 4) {
+INLINE void add_group(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_t k, vi (&acc)[P][T]) {
+  vi row[P];
+  for (int p = 0; p < P; p++) memcpy(&row[p], w + p * panel + k * LANES, sizeof row[p]);
+  for (int t = 0; t < T; t++) {
+    uint32_t four;
+    memcpy(&four, x[t] + k, sizeof four);
+    for (int p = 0; p < P; p++) acc[p][t] = dot4(acc[p][t], four, row[p]);
+  }
+}
+
+template <int P, int TT, typename T, typename Sum>
+INLINE void tile(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, Ahead& ahead,
+                 Sum (&acc)[P][TT]) {
+  for (int64_t k = 0; k < d; k += GROUP<T>) {
     ahead.step();
-    vi row[P];
-    for (int p = 0; p < P; p++) memcpy(&row[p], w + p * panel + k * LANES, sizeof row[p]);
-    for (int t = 0; t < T; t++) {
-      uint32_t four;
-      memcpy(&four, x[t] + k, sizeof four);
-      for (int p = 0; p < P; p++) acc[p][t] = dot4(acc[p][t], four, row[p]);
-    }
+    add_group<P, TT>(w, panel, x, k, acc);
   }
 }
 

@@ -34,7 +34,7 @@ struct TileCall {
   const int8_t* x[TILE_TOKENS];
   const InputGroup* inputs[TILE_TOKENS];
   int64_t groups;  // of the weight
-  int32_t centre;  // taken off each level
+  float centre;    // taken off each level of 4 bits, as a minimum is added
   vf* sums;        // [tokens], added to
 };
 
@@ -96,8 +96,9 @@ void quantised_tile(const TileCall& c) {
     const __m128i* halves = (const __m128i*)(const void*)(w + LEVELS);
     __m256 scales[2] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
     __m256 minimums[2];
-    if constexpr (MINIMUMS)
-      for (int h = 0; h < 2; h++) minimums[h] = _mm256_cvtph_ps(_mm_loadu_si128(halves + 2 + h));
+    for (int h = 0; h < 2; h++)
+      minimums[h] = MINIMUMS ? _mm256_cvtph_ps(_mm_loadu_si128(halves + 2 + h))
+                             : _mm256_mul_ps(scales[h], _mm256_set1_ps(-c.centre));
     for (int t = 0; t < T; t++) {
       const InputGroup& input = c.inputs[t][g * GROUP / INPUT_GROUP];
       int part = GROUP == INPUT_GROUP ? 2 : g & 1;
@@ -109,9 +110,8 @@ void quantised_tile(const TileCall& c) {
         __m256i dot = digits[0];
         if constexpr (DIGITS == 2)
           dot = _mm256_add_epi32(_mm256_mullo_epi32(dot, _mm256_set1_epi32(SECOND_DIGIT)), digits[1]);
-        if constexpr (!MINIMUMS && BITS == 4) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(c.centre * input.sums[part]));
         totals[t][h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), scales[h], totals[t][h]);
-        if constexpr (MINIMUMS)
+        if constexpr (MINIMUMS || BITS == 4)
           totals[t][h] = _mm256_fmadd_ps(_mm256_set1_ps(input.scaled[part]), minimums[h], totals[t][h]);
       }
     }
@@ -139,7 +139,6 @@ void quantised_tile(const TileCall& c) {
   vf totals[T];
   memcpy(totals, c.sums, sizeof totals);
   const uint8_t* w = c.w;
-  const int32_t centre = BITS == 8 ? 128 : c.centre;
   for (int64_t g = 0; g < c.groups; g++, w += STEP) {
     for (int64_t i = 0; i < STEP; i += 64) __builtin_prefetch(w + 4 * STEP + i, 0, 3);
     vi dots[T * DIGITS] = {};
@@ -161,15 +160,15 @@ void quantised_tile(const TileCall& c) {
       }
     }
     const uint16_t* halves = (const uint16_t*)(const void*)(w + LEVELS);
-    vf scales = load_half(halves), minimums = MINIMUMS ? load_half(halves + LANES) : vf{};
+    vf scales = load_half(halves), minimums = MINIMUMS ? load_half(halves + LANES) : scales * -c.centre;
     for (int t = 0; t < T; t++) {
       const InputGroup& input = c.inputs[t][g * GROUP / INPUT_GROUP];
       int part = GROUP == INPUT_GROUP ? 2 : g & 1;
       vi dot = dots[t * DIGITS];
       if constexpr (DIGITS == 2) dot = (dot << 8) - (dot << 1) + dots[t * DIGITS + 1];  // SECOND_DIGIT times
-      if constexpr (!MINIMUMS || BITS == 8) dot -= centre * input.sums[part];
+      if constexpr (BITS == 8) dot -= 128 * input.sums[part];
       totals[t] += __builtin_convertvector(dot, vf) * input.scale * scales;
-      if constexpr (MINIMUMS) totals[t] += minimums * input.scaled[part];
+      if constexpr (MINIMUMS || BITS == 4) totals[t] += minimums * input.scaled[part];
     }
   }
   memcpy(c.sums, totals, sizeof totals);
@@ -246,7 +245,7 @@ INLINE void multiply_tokens(const uint8_t* w, const Format& f, const Bytes& x, c
   int64_t panel = panel_bytes(f, d);
   TileCall c;
   vf sums[TILE_TOKENS];
-  c.groups = (d + f.group - 1) / f.group, c.centre = (int32_t)f.centre, c.sums = sums;
+  c.groups = (d + f.group - 1) / f.group, c.centre = (float)f.centre, c.sums = sums;
   for (int64_t p = first; p < last; p++) {
     c.w = w + p * panel;
     int64_t tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;

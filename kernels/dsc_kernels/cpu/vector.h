@@ -24,7 +24,7 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint16_t bf16;
 
-INLINE vf splat(float x) { return vf{} + x; }
+INLINE vf splat(float x) { return x - vf{}; }  // with + the compiler has to add: −0 would become 0
 
 INLINE vf load(const float* p) {
   vf v;

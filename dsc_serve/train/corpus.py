@@ -144,7 +144,7 @@ class Corpus:
 
 def prepare(files: Sequence[Path], settings: DataSettings, vocab_size: int, folder: Path) -> Corpus:
     """Tokenise the texts into `folder`, or take what is there already from the same texts and settings."""
-    fingerprint = _fingerprint(files, settings, vocab_size)
+    fingerprint = _fingerprint(files, settings, vocab_size, folder)
     if (folder / "index.json").is_file():
         corpus = Corpus(folder)
         if corpus.fingerprint != fingerprint:
@@ -226,8 +226,12 @@ def _tokenizer(
     return tokenizer
 
 
-def _fingerprint(files: Sequence[Path], settings: DataSettings, vocab_size: int) -> str:
-    digest = hashlib.sha256(f"{vocab_size} {settings.model_dump_json()}".encode())
+def _fingerprint(files: Sequence[Path], settings: DataSettings, vocab_size: int, folder: Path) -> str:
+    """Of content, whatever it is called and wherever it lies: a run may be moved, and be named in another way."""
+    named = None if settings.tokenizer is None else _tokenizer_digest(Path(settings.tokenizer), folder)
+    digest = hashlib.sha256(
+        f"{vocab_size} {settings.model_copy(update={'tokenizer': named}).model_dump_json()}".encode()
+    )
     for file in files:
         digest.update(source_name(file).encode())
         try:
@@ -235,6 +239,14 @@ def _fingerprint(files: Sequence[Path], settings: DataSettings, vocab_size: int)
         except FileNotFoundError:
             raise TrainError(f"{file}: no such file") from None
     return digest.hexdigest()
+
+
+def _tokenizer_digest(given: Path, folder: Path) -> str:
+    """Where what was given is gone, of the copy that a data folder has; "": there is none."""
+    file = given / TOKENIZER_FILE if given.is_dir() else given
+    if not file.is_file():
+        file = folder / TOKENIZER_FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 class WindowSampler:

@@ -14,6 +14,7 @@ from support.tenants import as_tenant, random_tenant
 
 from dsc_serve import LLM, SamplingParams
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
+from dsc_serve.engine.tenants import overlap, overlaps
 from dsc_serve.llm import RequestOutput
 from dsc_serve.model.checkpoint import open_source, save_checkpoint
 from dsc_serve.model.config import DscConfig
@@ -22,6 +23,7 @@ from dsc_serve.model.peft import write_adapter
 from dsc_serve.model.peft.modules import Base
 from dsc_serve.model.peft.tensors import Matrices
 from dsc_serve.model.tenant import FILE, write_tenant
+from dsc_serve.sampling_params import ALL_ATOMS
 
 VOCABULARY = 67
 PROMPTS = [[(37 * i * i + 11 * i + 5 + 7 * length) % VOCABULARY for i in range(length)] for length in (2, 11, 40)]
@@ -115,6 +117,26 @@ def test_tenants_mixed_in_one_batch_get_what_each_gets_alone(
             assert llm.engine.scheduler.cached_tokens > 0
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_bases_in_fewer_bits_serve_tenants_too(bits: str, folder: Path) -> None:
+    """Mixed with LoRAs and the base, as each tenant's own model in as many bits."""
+    jobs = [(i, name) for name in NAMES for i in range(len(PROMPTS))]
+    with served(folder, weights=bits) as llm:
+        found = llm.logits([PROMPTS[i] for i, _ in jobs], adapter=[name for _, name in jobs])
+        base = llm.logits(PROMPTS)
+        lora = llm.logits(PROMPTS, adapter="lora")
+    for model, names in (("t0", ["t0"]), ("t1", ["t1"]), ("t2", ["t2"]), ("base", [None])):
+        with LLM(str(folder / model), dtype="float32", threads=1, weights=bits) as llm:
+            want = llm.logits(PROMPTS)
+        for (i, name), own in zip(jobs, found, strict=True):
+            if name in names:
+                # inputs are rounded to int8, so that what differs in a last bit may differ in a step
+                assert (own - want[i]).norm() < 0.05 * want[i].norm()
+                assert name is None or (own - base[i]).norm() > 0.1 * want[i].norm()
+    for (i, name), own in zip(jobs, found, strict=True):
+        assert name != "lora" or (own - lora[i]).norm() < 0.05 * own.norm() < (own - base[i]).norm()
+
+
 def test_prefixes_are_shared_by_tenants_of_one_content_alone(folder: Path, tmp_path: Path) -> None:
     """By the digest of bias and scale, which the key of the cache has in it."""
     for name, origin in (("a", "t0"), ("b", "t0"), ("c", "t1")):
@@ -178,6 +200,40 @@ def test_what_tenants_pick_is_told_of_each(folder: Path) -> None:
     assert all(0 < shared <= 50 for shared in report.shared)
 
 
+def test_no_tokens_dynamic_part_is_larger_than_its_bound(folder: Path) -> None:
+    """‖ΔW‖₂ ≤ tanh(S) max |γ|, with ΔW spelt out of the atoms and coefficients that are told of each token."""
+    source = open_source(folder / "model")
+    weights, gamma = source.weights(), random_tenant(source.config, 0, gamma=3.0).gamma.double()
+    with served(folder) as llm:
+        (output,) = llm.generate([PROMPTS[2]], msgspec.structs.replace(GREEDY, routing=ALL_ATOMS), adapter="t0")
+    assert output.routing is not None
+    picked, coefficients, signals = (torch.from_numpy(own.copy()) for own in output.routing.arrays)
+    nearest = 0.0
+    for layer in range(2):
+        u, v = (
+            torch.nn.functional.normalize(weights[f"model.layers.{layer}.mlp.atoms_{side}"].double(), dim=1)
+            for side in "uv"
+        )
+        for token in range(len(picked)):
+            own = picked[token, layer].long()
+            dynamic = gamma[layer, :, None] * (v[own].T * coefficients[token, layer].double()) @ u[own]
+            norm = float(torch.linalg.matrix_norm(dynamic, 2))
+            bound = float(signals[token, layer].double().tanh() * gamma[layer].abs().max())
+            assert norm <= bound * (1 + 1e-6)
+            nearest = max(nearest, norm / bound)
+    assert nearest > 0.05, "and it is not a bound of something else"
+
+
+def test_what_tenants_share_is_counted_as_sets_are() -> None:
+    every = np.random.default_rng(0).random((9, 3, 40)) < np.linspace(0, 0.9, 9)[:, None, None]
+    found = overlaps(every, 4)
+    assert found.shape == (9, 4)
+    for i, one in enumerate(every):
+        for j, other in enumerate(every[:4]):
+            want = [(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(one, other, strict=True)]
+            assert found[i, j] == pytest.approx(np.mean(want)) and overlap(one, other) == pytest.approx(np.mean(want))
+
+
 def test_adapters_are_listed_as_tenants(folder: Path) -> None:
     with served(folder) as llm:
         adapters = llm.engine.arrivals.adapters
@@ -202,7 +258,7 @@ def test_hundreds_of_tenants_take_kilobytes_each(folder: Path, tmp_path: Path) -
         first = tokens(llm.generate([PROMPTS[1]] * count, params, adapter=names))
         adapters = llm.engine.arrivals.adapters
         assert adapters is not None and adapters.in_memory == count
-        assert adapters.nbytes <= count * 2 * (64 + 32 + 1) * 4, "biases lie in whole panels"
+        assert adapters.nbytes <= count * (2 * (64 + 32) * 4 + 64), "biases lie in whole panels, bounds in one line"
         assert max(llm.engine.adapter_report.distinct.counts[4:]) > 0
         for i in (0, 77, 199):
             assert tokens(llm.generate([PROMPTS[1]], params, adapter=names[i])) == [first[i]]

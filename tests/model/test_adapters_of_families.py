@@ -1,4 +1,6 @@
-"""An adapter of every module of every family does what the base does once its stored weights have been changed so."""
+"""An adapter of every module of every family does what the base does once its stored weights have been changed so, and
+its core on a basis does what it does.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from support.families import CASES, PROMPTS, family_folder
 
 from dsc_serve import LLM
 from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.cores.share import share
 from dsc_serve.model.peft.modules import Base
 
 ALPHA, RANK = 3.0, 2
@@ -55,3 +58,19 @@ def test_an_adapter_of_all_modules_is_the_base_with_changed_weights(name: str, t
     for own, want, without in zip(found, wanted, plain, strict=True):
         assert (own - want).abs().max() < CLOSE * want.abs().max()
         assert (own - without).abs().max() > 100 * CLOSE * want.abs().max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_core_of_all_modules_does_what_its_adapter_does(name: str, tmp_path: Path) -> None:
+    """Whatever the family joins, reorders, transposes or multiplies: the basis has been brought as the base's rows."""
+    base = family_folder(name, tmp_path / "base")
+    count = changed(base, tmp_path / "adapters" / "tenant", tmp_path / "changed")
+    (tmp_path / "adapters" / "tenant").rename(tmp_path / "adapters" / "lora")
+    found = share([tmp_path / "adapters" / "lora"], tmp_path / "shared", RANK, None)
+    assert len(found.adapters["lora"].cores) == count
+    for own in (tmp_path / "shared").iterdir():
+        own.rename(tmp_path / "adapters" / ("core" if own.is_dir() else own.name))
+    with LLM(str(base), dtype="float32", threads=1, context=CONTEXT, adapters=str(tmp_path / "adapters")) as llm:
+        wanted, cored = (llm.logits(PROMPTS, adapter=one) for one in ("lora", "core"))
+    for own_logits, want in zip(cored, wanted, strict=True):
+        assert (own_logits - want).abs().max() < CLOSE * want.abs().max()

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from support.families import PROMPTS, family_folder
 from support.small_models import small_config, wide_tensors
 from support.tenants import random_tenant
+from test_import_gguf import byte_level_vocabulary
+from test_import_gguf import config as gguf_config
+from test_import_gguf import write as write_gguf
 
 from dsc_serve import LLM
 from dsc_serve.adapter_choice import BrokenAdapterError
@@ -20,6 +23,7 @@ from dsc_serve.cli import main
 from dsc_serve.model.adapter_kinds import read_adapter
 from dsc_serve.model.checkpoint import open_source, save_checkpoint
 from dsc_serve.model.config import CheckpointError, DscConfig, load_config
+from dsc_serve.model.gguf import import_gguf
 from dsc_serve.model.graft import graft, layers_of
 from dsc_serve.model.peft import write_adapter
 from dsc_serve.model.peft.modules import Base
@@ -128,6 +132,26 @@ def test_weights_in_fewer_bits_stay_as_they_are(tmp_path: Path) -> None:
     assert isinstance(again.ffn, DscConfig) and isinstance(config.ffn, DscConfig)
     assert again.ffn.bank == config.ffn.bank, "its tenants are still its tenants"
     assert all(map(torch.equal, logits(tmp_path / "again", "float32"), logits(tmp_path / "int8", "float32")))
+
+
+def test_a_gguf_file_is_grafted_as_it_is_imported(tmp_path: Path) -> None:
+    """Blocks dequantised, with its tokenizer, and adapters under its family's names."""
+    model = gguf_config()
+    write_gguf(tmp_path / "m.gguf", wide_tensors(model), model, byte_level_vocabulary())
+    words = ["graft", str(tmp_path / "m.gguf"), "--atoms", "20", "--picks", "2"]
+    for dtype in ("float32", "bfloat16"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / f"imported-{dtype}", getattr(torch, dtype))
+        result = CliRunner().invoke(main, [*words, "--dtype", dtype, "--out", str(tmp_path / dtype)])
+        assert result.exit_code == 0, result.output
+        stored, imported = (load_file(tmp_path / name / "model.safetensors") for name in (dtype, f"imported-{dtype}"))
+        block, same = "model.layers.0.mlp.static.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        assert stored[block].dtype == getattr(torch, dtype) and torch.equal(stored[block], imported[same])
+    assert all(
+        map(torch.equal, logits(tmp_path / "float32", "float32"), logits(tmp_path / "imported-float32", "float32"))
+    )
+    own, base = (open_source(tmp_path / name) for name in ("float32", "imported-float32"))
+    assert own.texts() == base.texts() and own.texts()
+    assert Base(own.config, own.origin).modules.keys() == Base(base.config, base.origin).modules.keys()
 
 
 def test_a_model_with_branches_beside_some_layers_is_quantised(tmp_path: Path) -> None:

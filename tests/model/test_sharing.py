@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from support.made_adapters import dense
 from torch import Tensor
 
@@ -258,6 +259,19 @@ def test_what_is_there_is_not_written_over(base: Path, tmp_path: Path) -> None:
     (out / file.name).write_bytes(file.read_bytes())
     assert "holds 2 bases" in refused("share", folders[0], "--onto", out, "--out", tmp_path / "y")
     assert "share one of their own" not in refused("share", out / "a", "--rank", "2", "--out", tmp_path / "z")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_adapters_whose_numbers_cannot_be_meant_are_named(number: float, base: Path, tmp_path: Path) -> None:
+    write(tmp_path / "loras", base, "ab")
+    file = tmp_path / "loras" / "b" / "adapter_model.safetensors"
+    stored = load_file(file)
+    name = next(own for own in stored if own.endswith("lora_B.weight"))
+    stored[name][0, 1] = number
+    save_file(stored, file, metadata={"format": "pt"})
+    folders = [tmp_path / "loras" / own for own in "ab"]
+    text = refused("share", *folders, "--rank", "4", "--out", tmp_path / "shared")
+    assert name in text and "not finite" in text and not (tmp_path / "shared").exists()
 
 
 def test_a_digest_is_of_names_shapes_and_numbers() -> None:

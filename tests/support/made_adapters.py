@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from dsc_kernels.backend import Adapter as BoundAdapter
 from dsc_kernels.backend import Basis
-from dsc_kernels.weights import LowRank, Pair, Place, Tuning, Update
+from dsc_kernels.weights import Core, LowRank, Pair, Place, Tuning, Update
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder
 from dsc_serve.engine.adapters import Adapters
 from dsc_serve.engine.leases import Wanted
 from dsc_serve.model.adapter import Adapter, BankTenant, module_shapes
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.tenant import digest_of
 
 TENSORS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 PLACES = {"dense": "mlp.", "dsc": "mlp.static.", "molora": "mlp.static.", "moe": "mlp.shared_expert."}
@@ -79,6 +81,17 @@ def merged(
     return found
 
 
+PLACE: Place = (0, "q")  # what pretended adapters change
+BASIS_BYTES = 50
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBasis:
+    """What a decoder that computes nothing makes of a basis."""
+
+    nbytes: int = BASIS_BYTES
+
+
 @dataclass(frozen=True, eq=False)
 class Bound:
     """What a decoder that computes nothing makes of an adapter."""
@@ -88,36 +101,61 @@ class Bound:
     tunings: Mapping[int, Tuning] = field(default_factory=dict)
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
-        return [LowRank(torch.ones(1, 1), torch.ones(1, 1))] if (layer, module) == (0, "q") else []
+        core = torch.ones(1, 1) if self.bases else None
+        return [LowRank(torch.ones(1, 1), torch.ones(1, 1), core=core)] if (layer, module) == PLACE else []
 
 
 class PretendedDecoder:
-    """Every adapter takes as many bytes. held: what has been made and is not gone."""
+    """Every adapter takes as many bytes. held, bases: what has been made and is not gone."""
 
     modules: Sequence[object] = [None]
 
     def __init__(self, nbytes: int = 100) -> None:
-        self.nbytes, self.made = nbytes, weakref.WeakSet[Bound]()
+        self.nbytes, self.made, self.bases = nbytes, weakref.WeakSet[Bound](), weakref.WeakSet[BoundBasis]()
 
     def basis(self, pairs: Mapping[Place, Pair]) -> Basis:
-        raise AssertionError("no adapter here has any")
+        made = BoundBasis()
+        self.bases.add(made)
+        return made
 
     def adapter(
         self, updates: Mapping[Place, Update], basis: Basis | None = None, tenant: BankTenant | None = None
     ) -> Bound:
-        return self._make(self.nbytes)
+        assert any(isinstance(one, Core) for one in updates.values()) == (basis is not None)
+        tunings = {} if tenant is None else {0: Tuning(tenant.bias[0], tenant.gamma[0])}
+        return self._make(self.nbytes, () if basis is None else (basis,), tunings)
 
     def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> Bound:
-        return self._make(0)
+        bases = {id(basis): basis for part, _ in parts for basis in part.bases}
+        return self._make(
+            0, list(bases.values()), {layer: own for part, _ in parts for layer, own in part.tunings.items()}
+        )
 
-    def _make(self, nbytes: int) -> Bound:
-        made = Bound(nbytes)
+    def _make(self, nbytes: int, bases: Sequence[Basis], tunings: Mapping[int, Tuning]) -> Bound:
+        made = Bound(nbytes, bases, tunings)
         self.made.add(made)
         return made
 
 
+@dataclass(frozen=True)
+class PretendedBasis:
+    """One that adapters of its name stand on."""
+
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return self.digest
+
+    def pairs(self) -> Mapping[Place, Pair]:
+        return {PLACE: Pair(torch.ones(1, 1), torch.ones(1, 1))}
+
+
 class Reader:
-    """Adapters by the text in their folder: `file` holds a seed, or what is wrong. config: None: of no real model."""
+    """Adapters by the text in their folder: `file` holds a seed, or what is wrong. config: None: of no real model.
+
+    Of no real model a letter before the seed tells other kinds: x or y a core on the basis of this name, t a tenant.
+    """
 
     def __init__(self, config: ModelConfig | None = None, ranks: Sequence[int] = (3,)) -> None:
         self.config, self.ranks, self.read = config, ranks, list[str]()
@@ -125,11 +163,24 @@ class Reader:
     def __call__(self, folder: Path, config: ModelConfig | None = None, origin: object = None) -> Adapter:
         self.read.append(folder.name)
         text = (folder / "file").read_text()
-        if not text.isdigit():
+        told = re.fullmatch("([xyt]?)([0-9]+)", text)
+        if told is None or (told[1] and self.config is not None):
             raise BrokenAdapterError(folder.name, f"the file says {text!r}")
-        if self.config is None:
-            return adapter_of(folder.name, {(0, "q"): LowRank(torch.ones(1, 1), torch.full((1, 1), float(text)))})
-        return random_adapter(folder.name, self.config, self.ranks, int(text))
+        if self.config is not None:
+            return random_adapter(folder.name, self.config, self.ranks, int(text))
+        return pretended(folder.name, told[1], float(told[2]))
+
+
+def pretended(name: str, kind: str, number: float) -> Adapter:
+    """Of no real model. kind: "", "x", "y" or "t", as `Reader` tells them."""
+    if kind == "t":
+        tenant = BankTenant(torch.full((1, 1), number), torch.ones(1, 1))
+        return Adapter(name, digest_of(tenant), "dsc", {}, tenant.nbytes, 0, tenant=tenant)
+    if kind:
+        core = Core(torch.full((1, 1), number))
+        content = hashlib.sha256(f"{kind} {number}".encode()).hexdigest()
+        return Adapter(name, content, "shared", {PLACE: core}, core.nbytes, 1, basis=PretendedBasis(kind))
+    return adapter_of(name, {PLACE: LowRank(torch.ones(1, 1), torch.full((1, 1), number))})
 
 
 def put(folder: Path, name: str, text: str) -> None:

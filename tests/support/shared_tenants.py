@@ -24,14 +24,21 @@ def small_base(folder: Path) -> Path:
     return folder
 
 
-def write_loras(base: Path, out: Path, names: Iterable[str], rank: int = 3, common: int = 0) -> None:
-    """common: which directions; adapters of other ones share nothing."""
+def write_loras(
+    base: Path, out: Path, names: Iterable[str], rank: int = 3, common: int = 0, only: str = "", apart: str = ""
+) -> None:
+    """common: which directions; adapters of other ones share nothing. only: modules whose names have it in them;
+    apart: of these, modules whose directions are others.
+    """
     modules = Base(open_source(base).config, None).modules.values()
     for name in names:
         g = torch.Generator().manual_seed(sum(name.encode()))
         made = {}
         for i, own in enumerate(modules):
-            shared = torch.Generator().manual_seed(1000 * common + i)
+            if only not in own.name:
+                continue
+            other = bool(apart) and apart in own.name
+            shared = torch.Generator().manual_seed(1000 * (common + other) + i)
             down = torch.randn(DIRECTIONS, own.into, generator=shared) / own.into**0.5
             up = torch.randn(own.out, DIRECTIONS, generator=shared)
             mixed = torch.randn(rank, DIRECTIONS, generator=g), torch.randn(DIRECTIONS, rank, generator=g)

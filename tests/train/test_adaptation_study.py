@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_the_matrix_is_what_the_trainer_measures(
     base: Path, texts: list[Path], whole: tuple[Path, Result], result: dict[str, Any]
 ) -> None:
     trainer = AdapterTrainer(run_settings(study(base, texts, whole[0], "lora").options, "lora"), base, texts,
-                             whole[0] / "lora", "model")  # fmt: skip
+                             whole[0] / "lora", "model", prepared=whole[0])  # fmt: skip
     held = study(base, texts, whole[0], "lora").held
     for i, text in enumerate(NAMES):
         nats = sum(
@@ -150,6 +151,16 @@ def test_the_page_has_a_table_of_every_kind_and_the_same_command_changes_nothing
     assert again.exit_code == 0, again.output
     assert (whole[0] / "log.jsonl").read_text() == log, "no stage ran again"
     assert json.loads((whole[0] / "results.json").read_text("utf8")) == result
+    moved = whole[0].parent / "moved"
+    shutil.copytree(whole[0], moved)
+    again = command(base, texts, moved, "--kinds", "lora,mixed")
+    assert again.exit_code == 0, again.output
+    assert (moved / "log.jsonl").read_text() == log, "nor in a folder that has moved"
+
+
+def test_texts_are_tokenised_once_for_all_kinds(whole: tuple[Path, Result]) -> None:
+    assert [path.parent.name for path in whole[0].rglob("data")] == ["runs"]
+    assert {path.name for path in (whole[0] / "data").iterdir()} == set(NAMES)
 
 
 def test_a_study_that_was_killed_between_and_within_stages_ends_alike(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import lzma
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,24 @@ def test_a_text_too_short_is_named(content: str, tmp_path: Path) -> None:
 def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="two texts are called a"):
         text_files([tmp_path / "a.txt", tmp_path / "x" / "a.txt.xz"])
+
+
+def test_a_run_that_has_moved_keeps_its_tokens_and_one_with_another_tokenizer_does_not(
+    texts: list[Path], corpus: Corpus, tmp_path: Path
+) -> None:
+    run, given = tmp_path / "run", tmp_path / "run" / "tokenizer"
+    shutil.copytree(corpus.folder, given)
+    first = prepare(texts, DataSettings(tokenizer=str(given)), VOCABULARY, run / "data")
+    run.rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    again = prepare(texts, DataSettings(tokenizer=str(moved / "tokenizer")), VOCABULARY, moved / "data")
+    assert again.fingerprint == first.fingerprint and again.folder == moved / "data"
+    shutil.rmtree(moved / "tokenizer")
+    gone = prepare(texts, DataSettings(tokenizer=str(moved / "tokenizer")), VOCABULARY, moved / "data")
+    assert gone.fingerprint == first.fingerprint
+    train_tokenizer([paragraphs(50)], VOCABULARY).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TrainError, match="holds tokens of other texts or settings"):
+        prepare(texts, DataSettings(tokenizer=str(tmp_path)), VOCABULARY, moved / "data")
 
 
 def test_a_tokenizer_within_the_run_s_own_data_is_refused_and_kept(tmp_path: Path) -> None:

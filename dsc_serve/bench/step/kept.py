@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.step import adapter_kinds, adapters, context, quality, quantised, tenants
+from dsc_serve.bench.step import adapter_kinds, adapters, context, quality, quantised, tenant_memory, tenants
 
 Found = Mapping[str, Any]
 
@@ -43,7 +43,10 @@ def adapters_tables(found: Found) -> str:
 
 
 def tenants_tables(found: Found) -> str:
-    return tenants.format_table(msgspec.convert(found["steps"], list[tenants.TenantStep]))
+    steps = tenants.format_table(msgspec.convert(found["steps"], list[tenants.TenantStep]))
+    if "memory" not in found:
+        return steps
+    return f"{steps}\n\n{tenant_memory.format_memory(msgspec.convert(found['memory'], tenant_memory.TenantMemory))}"
 
 
 TABLES: dict[str, Callable[[Found], str]] = {  # by the word after `dsc-serve bench`

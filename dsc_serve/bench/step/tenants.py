@@ -1,4 +1,4 @@
-"""What tenants of a bank cost: steps of as many as there are streams, beside LoRAs and the base, in one process."""
+"""What tenants of a bank cost: steps of as many as there are streams, beside other kinds and the base, in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from dsc_serve.adapter_choice import AdapterChoice
-from dsc_serve.bench.step.adapters import PROMPT_TOKENS, most_bytes, write_random
+from dsc_serve.bench.step.adapter_kinds import room_for, write_kind
+from dsc_serve.bench.step.adapters import PROMPT_TOKENS
 from dsc_serve.bench.step.streams import Streams, closing, interleaved
 from dsc_serve.config import EngineConfig
 from dsc_serve.files import CheckpointError
@@ -18,6 +19,8 @@ from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.tenant import bank_of, write_tenant
 
 BIAS, GAMMA = 1.0, 0.1  # deviations: biases so wide that tenants pick different atoms
+TENANTS = "tenants"
+TITLES = {"lora": "LoRA r {}", "shared": "cores K {}", "lora-xs": "LoRA-XS r {}"}
 
 Choices = Sequence[AdapterChoice | None]
 System = tuple[Decoder, EngineConfig, Choices]
@@ -57,16 +60,22 @@ def write_tenants(model: Decoder, folder: Path, count: int) -> list[str]:
     return names
 
 
-def folder_of(model: Decoder, folder: Path, count: int, rank: int) -> tuple[Mapping[str, list[str]], int]:
-    """Tenants and LoRAs in one folder, by system, and the bytes that they all take at most."""
-    kinds = {"tenants": write_tenants(model, folder, count)}
-    if rank:
-        kinds[f"LoRA r {rank}"] = write_random(model, folder, count, rank)
+def folder_of(
+    model: Decoder, folder: Path, tenants: int, ranks: Mapping[str, int], count: int
+) -> tuple[Mapping[str, list[str]], int]:
+    """Tenants and as many as `count` of other kinds in one folder, by system, and the bytes that all take at most.
+
+    ranks: of the other kinds.
+    """
+    systems = {TENANTS: write_tenants(model, folder, tenants)}
     bank = bank_of(model.config)
     assert bank is not None
     layers, ffn = bank
-    room = count * layers * 4 * (ffn.num_atoms + 16 + 2 * model.config.hidden_size)
-    return kinds, room + (count * most_bytes(model, rank) if rank else 0)
+    room = tenants * layers * 4 * (ffn.num_atoms + 16 + 2 * model.config.hidden_size)
+    for kind, rank in ranks.items():
+        systems[TITLES[kind].format(rank)] = write_kind(model, folder, kind, count, rank)
+        room += room_for(model, kind, count, rank)
+    return systems, room
 
 
 def measure(systems: Mapping[str, System], streams: int, steps: int, rounds: int) -> list[TenantStep]:

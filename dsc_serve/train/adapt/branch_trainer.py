@@ -42,10 +42,12 @@ class BranchTrainer(AdapterTrainer):
         folder: Path,
         name: str,
         time_limit: float | None = None,
+        prepared: Path | None = None,
         frozen: bool = False,
     ) -> None:
         self.frozen = frozen
-        super().__init__(settings, base, texts, folder, f"{name} (frozen)" if frozen else name, time_limit)
+        name = f"{name} (frozen)" if frozen else name
+        super().__init__(settings, base, texts, folder, name, time_limit, prepared)
 
     def _take(self, source: ModelSource) -> None:
         self.source = source

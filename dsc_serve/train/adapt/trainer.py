@@ -41,7 +41,8 @@ class AdapterTrainer:
 
     The folder holds settings.json, tokenizer/ and data/, state.pt, log.jsonl, *.svg, summary.json and, at the end, the
     adapters, one folder for each text. time_limit: seconds for everything, over all starts; it replaces `steps`.
-    final_windows: held-out windows of each text, at most, that the end is measured on.
+    final_windows: held-out windows of each text, at most, that the end is measured on. prepared: another folder, whose
+    tokenizer/ and data/ are used instead, or made there.
     Raises TrainError, CheckpointError and ConfigError in one line.
     """
 
@@ -53,6 +54,7 @@ class AdapterTrainer:
         folder: Path,
         name: str,
         time_limit: float | None = None,
+        prepared: Path | None = None,
     ) -> None:
         keep_memory()
         self.settings, self.folder, self.name = settings, folder, name
@@ -65,8 +67,9 @@ class AdapterTrainer:
         self.config = source.config
         state = load_state(folder / "state.pt", torch.device("cpu"))
         torch.set_num_threads(state["threads"] if state else settings.threads or default_threads())
-        tokenizer = tokenizer_of(source, folder / "tokenizer")
-        self.tenants = tenants_of(texts, settings, tokenizer, self.config.vocab_size, folder / "data")
+        place = prepared or folder
+        tokenizer = tokenizer_of(source, place / "tokenizer")
+        self.tenants = tenants_of(texts, settings, tokenizer, self.config.vocab_size, place / "data")
         weights = {name: tensor.float() for name, tensor in source.weights().items()}
         self._draw(weights)
         self.network = self._network(weights, state["dtype"] if state else settings.dtype)

@@ -106,7 +106,8 @@ class TrainStage:
         return LEAST_S
 
     def run(self, stop_at: float | None) -> bool:
-        trainer = self.trainer(self.settings, self.base, self.place.texts, self.folder, self.place.name)
+        place = self.place
+        trainer = self.trainer(self.settings, self.base, place.texts, self.folder, place.name, prepared=place.folder)
         trainer.final_windows = self.settings.evaluate_windows  # the matrix measures the end
         return trainer.run(stop_at=stop_at) is not None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import NamedTuple, cast
 
@@ -45,32 +46,68 @@ Table = Mapping[Place, Sequence[PackedUpdate]]
 NO_TUNING: Mapping[int, PackedTuning] = {}
 
 
-class PackedTuning:
-    """A tuning as a layer reads it: the bias in whole panels, γ, and what bounds by this bias must allow for."""
+class Numbers(NamedTuple):
+    """So many float32 in a piece of memory, from byte `at`."""
 
-    def __init__(self, atoms: int, bias: Tensor, gamma: Tensor, slack: Tensor) -> None:
-        self.atoms, self.bias, self.gamma, self.slack = atoms, bias, gamma, slack
+    memory: Tensor
+    at: int
+    size: int
 
     @classmethod
-    def of(cls, own: Tuning) -> PackedTuning:
-        atoms = own.bias.shape[0]
-        slack = own.bias.abs().max() * SLACK + TINY
-        return cls(atoms, padded_bias(own.bias, atoms), own.gamma.clone(), slack.reshape(1))
+    def packed(cls, values: Tensor, room: Room) -> Numbers:
+        at = room.at
+        room.take(4 * values.numel()).view(torch.float32)[: values.numel()].copy_(values)
+        return cls(room.memory, at, values.numel())
 
     @property
-    def nbytes(self) -> int:
-        return self.bias.nbytes + self.gamma.nbytes + self.slack.nbytes
+    def address(self) -> int:
+        return self.memory.data_ptr() + self.at
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.memory[self.at : self.at + 4 * self.size].view(torch.float32)
+
+
+class PackedTuning(NamedTuple):
+    """A tuning as a layer reads it: the bias in whole panels, γ, and what bounds by this bias must allow for.
+
+    All layers' lie in one piece of memory: tensors of their own would take half as much again as their numbers.
+    """
+
+    atoms: int
+    bias: Numbers
+    gamma: Numbers
+    slack: Numbers
 
     @property
     def fields(self) -> tuple[int, ...]:
-        return self.bias.data_ptr(), self.gamma.data_ptr(), self.slack.data_ptr()
+        return self.bias.address, self.gamma.address, self.slack.address
 
-    def scaled(self, weight: float) -> PackedTuning:
+    def scaled(self, weight: float, room: Room) -> PackedTuning:
         """The same with γ times a weight."""
-        return PackedTuning(self.atoms, self.bias, self.gamma * weight, self.slack)
+        return self._replace(gamma=Numbers.packed(self.gamma.tensor * weight, room))
 
     def unpacked(self) -> Tuning:
-        return Tuning(self.bias[: self.atoms], self.gamma)
+        return Tuning(self.bias.tensor[: self.atoms], self.gamma.tensor)
+
+
+def tuning_sizes(tunings: Mapping[int, Tuning]) -> list[int]:
+    """Bytes of the pieces that `packed_tunings` takes."""
+    sizes = [size for own in tunings.values() for size in (4 * whole(own.bias.shape[0]), own.gamma.nbytes)]
+    return [*sizes, 4 * len(tunings)] if tunings else []
+
+
+def packed_tunings(tunings: Mapping[int, Tuning], room: Room) -> Mapping[int, PackedTuning]:
+    if not tunings:
+        return NO_TUNING
+    found = {}
+    slacks = torch.stack([own.bias.abs().max() * SLACK + TINY for own in tunings.values()])
+    slack = Numbers.packed(slacks, room)
+    for i, (layer, own) in enumerate(tunings.items()):
+        bias = Numbers.packed(padded_bias(own.bias, own.bias.shape[0]), room)
+        gamma = Numbers.packed(own.gamma, room)
+        found[layer] = PackedTuning(own.bias.shape[0], bias, gamma, slack._replace(at=slack.at + 4 * i, size=1))
+    return found
 
 
 class NativeAdapter:
@@ -92,14 +129,8 @@ class NativeAdapter:
             self._tunings.extend(tuned[layer].fields if layer in tuned else (0, 0, 0))
         self.tunings_address = self._tunings.buffer_info()[0] if tuned else 0
         self.parts = max((len(own) for own in table.values()), default=1)
-        nothing = (0,) * FIELDS
-        numbers = array("q")
-        for place in product(range(len(modules)), MODULES):
-            own = table.get(place, ())
-            for i in range(self.parts):
-                numbers.extend(own[i].fields if i < len(own) else nothing)
-        self._numbers = numbers  # never changed from here on
-        self.address = numbers.buffer_info()[0]
+        self._numbers = table_numbers(table, len(modules), self.parts) if table else no_numbers(len(modules))
+        self.address = self._numbers.buffer_info()[0]
 
     def updates(self, layer: int, module: str) -> Sequence[LowRank]:
         """Copies, made anew at each call."""
@@ -108,6 +139,22 @@ class NativeAdapter:
     @property
     def tunings(self) -> Mapping[int, Tuning]:
         return {layer: own.unpacked() for layer, own in self.tuned.items()}
+
+
+def table_numbers(table: Table, layers: int, parts: int) -> array[int]:
+    """What C++ reads of a table, which nothing changes any more."""
+    nothing, numbers = (0,) * FIELDS, array("q")
+    for place in product(range(layers), MODULES):
+        own = table.get(place, ())
+        for i in range(parts):
+            numbers.extend(own[i].fields if i < len(own) else nothing)
+    return numbers
+
+
+@cache
+def no_numbers(layers: int) -> array[int]:
+    """Of a table without updates, which all who only have a bias and a scale share."""
+    return table_numbers({}, layers, 1)
 
 
 def adapter(
@@ -134,6 +181,7 @@ def adapter(
         else:
             sizes.extend(pair_sizes(Pair(update.down, update.up), modules[layer][name], form))
         sizes.append(4 * whole(update.rank))
+    sizes.extend(tuning_sizes(tunings))
     room, table = Room(sizes), dict[Place, Sequence[PackedUpdate]]()
     for (layer, name), update in updates.items():
         cores, core_at = None, room.at
@@ -146,24 +194,25 @@ def adapter(
         own = PackedUpdate(pair, room.memory, room.at, cores, core_at)
         room.take(4 * whole(update.rank)).view(torch.float32).zero_()[: update.rank].copy_(scale)
         table[layer, name] = [own]
-    tuned = {layer: PackedTuning.of(own) for layer, own in tunings.items()}
-    nbytes = room.nbytes + sum(own.nbytes for own in tuned.values())
-    return NativeAdapter(table, modules, dtype, nbytes, () if basis is None else (basis,), tuned)
+    tuned = packed_tunings(tunings, room)
+    return NativeAdapter(table, modules, dtype, room.nbytes, () if basis is None else (basis,), tuned)
 
 
 def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
     """The same matrices with weights: nothing but these is copied, and counted."""
     native = [(cast(NativeAdapter, part), weight) for part, weight in parts]
     every = [(place, one, weight) for part, weight in native for place, own in part.table.items() for one in own]
-    room, joined = Room(one.scale.nbytes for _, one, _ in every), dict[Place, list[PackedUpdate]]()
+    tunings = [(layer, own, weight) for part, weight in native for layer, own in part.tuned.items()]
+    sizes = [*(one.scale.nbytes for _, one, _ in every), *(4 * own.gamma.size for _, own, _ in tunings)]
+    room, joined = Room(sizes), dict[Place, list[PackedUpdate]]()
     for place, one, weight in every:
         joined.setdefault(place, []).append(replace(one, scales=room.memory, scale_at=room.at))
         torch.mul(one.scale, weight, out=room.take(one.scale.nbytes).view(torch.float32))
     first = native[0][0]
     tuned_part(parts)  # raises where two are tenants
-    tuned = {layer: own.scaled(weight) for part, weight in native for layer, own in part.tuned.items()}
-    nbytes = room.nbytes + sum(own.gamma.nbytes for own in tuned.values())
-    return NativeAdapter(joined, first.modules, first.dtype, nbytes, bases_of([part for part, _ in native]), tuned)
+    tuned = {layer: own.scaled(weight, room) for layer, own, weight in tunings}
+    bases = bases_of([part for part, _ in native])
+    return NativeAdapter(joined, first.modules, first.dtype, room.nbytes, bases, tuned)
 
 
 def checked(

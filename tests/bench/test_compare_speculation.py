@@ -161,7 +161,6 @@ def test_every_task_fits_a_small_model() -> None:
         ("speculation", ["--alone"], "--alone cannot be used with speculation"),
         ("speculation", ["--ratios", "x.json"], "--ratios cannot be used with speculation"),
         ("speculation", ["--system", "vllm"], "system 'vllm' is not in this comparison; it has dsc, moe"),
-        ("quick", ["--minutes", "3"], "--minutes can be used with speculation alone"),
         ("quick", ["--text-model", "."], "--text-model can be used with speculation alone"),
     ],
 )

@@ -7,11 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 from dsc_serve.bench.compare.blocks import put_into
-from dsc_serve.bench.compare.command import report_command
 from dsc_serve.bench.compare.comparison import ComparisonError
 from dsc_serve.bench.compare.findings import checks, sentences, verdict
 from dsc_serve.bench.compare.ratios import keep, machine_kind, moved, read_kept
 from dsc_serve.bench.compare.report import elements, html_page, markdown
+from dsc_serve.bench.compare.report_command import report_command
 from dsc_serve.bench.compare.results import Contestant, Ratio, ResultRow, Results, load_results, save_results
 
 COMPLETED = 40

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 from dsc_serve.bench.compare.comparison import ComparisonError
@@ -42,6 +42,16 @@ class Chart:
 
 
 Element = Heading | Paragraph | Items | Table | Chart
+
+
+@dataclass(frozen=True)
+class MeasuredPage:
+    """What results make of a page. text: its measured part, in Markdown; plots: its charts as SVG, by file name."""
+
+    title: str
+    command: str
+    text: str
+    plots: Mapping[str, str] = field(default_factory=dict)
 
 
 def figure(value: float | None) -> str:

@@ -116,7 +116,7 @@ def test_systems_are_measured_in_turn_and_reported(tmp_path: Path, alone: bool) 
     assert memory["fast"] > 2**20 and memory["absent"] == 0
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 8 and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert page.count("<svg") == 9 and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     for text in ("Two paces", "fast wins", "absent was skipped", "A_SETTING=1", "within the limits"):
         assert text in page
     for chart in out.glob("*.svg"):

@@ -56,7 +56,7 @@ def pages(tmp_path: Path) -> Path:
         for name, rate in (("stored", 200.0 * streams), ("llama.cpp", 50.0))
     ]
     kept: dict[str, Any] = {"command": "dsc-serve bench quantised m.gguf", "machine": MACHINE, "steps": steps}
-    (folder / "q.results.json").write_text(json.dumps(kept), encoding="utf-8")
+    (folder / "quantised-q4_1.results.json").write_text(json.dumps(kept), encoding="utf-8")
     return folder
 
 
@@ -65,20 +65,19 @@ def test_a_row_for_each_pair_tells_rates_and_ratios_and_which_rounds_agree(pages
     rates, ratios = "105, 125, 200, 101 | 100, 100, 100, 100", "1.05, **1.25**, **2.00**, 1.01"
     row = f"| DSC, 400 M | our own MoE, as large | {rates} | [{ratios}](docs/results/large-cpu.md) |"
     assert row in text.splitlines()
-    gguf = (
-        "| a GGUF file as it is, steps alone (1, 8 streams) | llama.cpp, the same file | 200.0, 1600.0 | 50.0, 50.0 |"
-    )
-    assert f"{gguf} [4.00, 32.00](docs/results/q.md) |" in text.splitlines()
-    assert text.endswith("Measured on: large-cpu, q: a cpu, 2 threads.")
+    gguf = "| SmolLM2-135M, its Q4_1 file, steps alone (1, 8 streams) | llama.cpp, the same file |"
+    cells = "| 200.0, 1600.0 | 50.0, 50.0 | [4.00, 32.00](docs/results/quantised-q4_1.md) |"
+    assert gguf + cells.removeprefix("|") in text.splitlines()
+    assert text.endswith("Measured on: large-cpu, quantised-q4_1: a cpu, 2 threads.")
     assert "exact router" not in text, "what was not measured has no row"
 
 
 def test_a_line_for_each_page_leads_there_and_says_what_it_found(pages: Path) -> None:
     lines = overview("answers", pages, pages.parent / "benchmarks.md").splitlines()
-    assert lines[0].startswith("- [400 M parameters](results/large-cpu.md). dsc had no load") or "wins" in lines[0]
-    assert lines[1] == "- [q](results/q.md)."
+    assert lines[0].startswith("- [400 M parameters](results/large-cpu.md). dsc had no load")
+    assert lines[1] == "- [quantised-q4_1](results/quantised-q4_1.md)."
     assert lines[2].startswith("- [speculation](results/speculation.md). Drafts that are right 0.7 of the time")
-    assert overview("answers", pages, pages / "own.md", ["q"]) == "- [q](q.md)."
+    assert overview("answers", pages, pages / "own.md", ["quantised-q4_1"]) == "- [quantised-q4_1](quantised-q4_1.md)."
 
 
 def test_every_round_of_dsc_beside_moe_stands_on_one_page(pages: Path) -> None:

@@ -61,6 +61,12 @@ def test_a_page_is_what_its_results_make_or_says_that_it_has_none(file: Path) ->
     assert list(faults(file)) == []
 
 
+@pytest.mark.parametrize(("file", "name"), [("README.md", "summary"), ("docs/benchmarks.md", "answers")])
+def test_what_documents_say_of_all_pages_is_what_their_results_make(file: str, name: str) -> None:
+    document = RESULTS.parents[1] / file
+    assert measured_part(name, document.read_text(encoding="utf-8")) == overview(name, RESULTS, document)
+
+
 def test_every_file_of_results_has_its_page() -> None:
     assert {file.name.removesuffix(".results.json") for file in RESULTS.glob("*.json")} <= {file.stem for file in PAGES}
     assert len(PAGES) >= 5
@@ -157,7 +163,7 @@ def test_parts_of_a_group_get_a_page_each_and_one_that_leads_to_them(tmp_path: P
     command = ["bench", "report", str(runs), "--into", str(pages / "mixture.md"), "--name", "mixture"]
     assert CliRunner().invoke(main, command).exit_code == 0
     text = (pages / "mixture.md").read_text(encoding="utf-8")
-    assert "[DSC beside mixture-olmoe](mixture-olmoe.md). Tokens per second, dsc to moe: wins 2.00 at 1" in text
+    assert "[DSC beside mixture-olmoe](mixture-olmoe.md). dsc beside moe, tokens per second: more at 1 and 8" in text
     own = (pages / "mixture-qwen.md").read_text(encoding="utf-8")
     assert own.startswith("# DSC beside mixture-qwen\n") and "[benchmarks.md](../benchmarks.md)" in own
     assert (pages / "plots" / "mixture-qwen-throughput.svg").is_file()

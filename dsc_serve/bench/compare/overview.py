@@ -18,6 +18,7 @@ from dsc_serve.bench.compare.results import Ratio, Results, is_compared, load_re
 SUFFIX = ".results.json"
 MOST_TOKENS = "output_throughput"
 LLAMA_CPP = "llama.cpp"
+KEPT_PAIR = "quantised-q4_1"  # steps of the package's own file: a row where the servers were not compared on it
 NOT_YET = "Not measured yet."
 
 
@@ -34,13 +35,8 @@ class ComparedPair:
 
 PAIRS = (
     ComparedPair("large-cpu", "dsc int8", "moe", "DSC, 400 M", "our own MoE, as large"),
-    ComparedPair("large-cpu", "dsc", "moe", "DSC, 400 M, exact router", "our own MoE, as large"),
     ComparedPair("paper", "dsc int8", "moe", "DSC, 35 M", "our own MoE, as large"),
-    ComparedPair("paper", "dsc", "moe", "DSC, 35 M, exact router", "our own MoE, as large"),
     ComparedPair("mixture-olmoe", "dsc equal total", "moe", "DSC of equal total", "a mixture of OLMoE's shape"),
-    ComparedPair("mixture-granite", "dsc equal total", "moe", "DSC of equal total", "a mixture of Granite's shape"),
-    ComparedPair("mixture-qwen", "dsc equal total", "moe", "DSC of equal total", "a mixture of Qwen1.5-MoE's shape"),
-    ComparedPair("quantised-large", "dsc int4", "moe int4", "DSC, 400 M, 4 bits", "our own MoE, as large, 4 bits"),
     ComparedPair("vllm", "moe", "vllm", "our own MoE, 35 M", "vLLM for CPUs, a Mixtral"),
     ComparedPair("smollm2", "dsc-serve", "vllm", "SmolLM2-135M", "vLLM for CPUs"),
     ComparedPair("smollm2", "dsc-serve gguf", LLAMA_CPP, "SmolLM2-135M, its Q4_1 file", "llama.cpp, the same file"),
@@ -69,16 +65,18 @@ def overview(name: str, folder: Path, into: Path, only: Sequence[str] | None = N
 
 def summary(raws: Mapping[str, Path], link: str) -> str:
     """One row for each pair: tokens per second of both, and the ratio's medians, bold where all rounds agree."""
-    rows, machines = list[str](), dict[str, list[str]]()
+    rows, machines, told = list[str](), dict[str, list[str]](), list[ComparedPair]()
     compared = {source: load_results(file) for source, file in raws.items() if is_compared(file)}
     for pair in PAIRS:
         if (found := compared.get(pair.source)) and {pair.here, pair.there} <= set(found.measured()):
+            told.append(pair)
             rows.append(summary_row(pair, found, link))
             machines.setdefault(told_machine(found.machine), []).append(pair.source)
-    for source, file in raws.items():
-        if steps := llama_steps(file):
-            rows.append(quantised_row(source, steps, link))
-            machines.setdefault(told_machine(kept_machine(file)), []).append(source)
+    beside_llama = any(LLAMA_CPP in pair.there for pair in told)
+    steps = [] if beside_llama or KEPT_PAIR not in raws else llama_steps(raws[KEPT_PAIR])
+    if steps:
+        rows.append(quantised_row(KEPT_PAIR, steps, link))
+        machines.setdefault(told_machine(kept_machine(raws[KEPT_PAIR])), []).append(KEPT_PAIR)
     if not rows:
         return NOT_YET
     head = ["| here | there | here, tokens/s | there, tokens/s | ratio |", "|---" * 5 + "|"]
@@ -129,7 +127,7 @@ def quantised_row(source: str, steps: Sequence[Mapping[str, Any]], link: str) ->
     ours, theirs = ([step for step in steps if step["system"] == name] for name in ("stored", LLAMA_CPP))
     rates = [", ".join(f"{step['tokens_per_s']:.1f}" for step in own) for own in (ours, theirs)]
     cells = ", ".join(f"{1 / step['peer_ratio']:.2f}" for step in ours)
-    here = f"a GGUF file as it is, steps alone{other_streams([step['streams'] for step in ours])}"
+    here = f"SmolLM2-135M, its Q4_1 file, steps alone{other_streams([step['streams'] for step in ours])}"
     return f"| {here} | llama.cpp, the same file | {rates[0]} | {rates[1]} | [{cells}]({link}{source}.md) |"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsc_serve.bench.compare.blocks import Chart, MeasuredPage, audited, markdown_of, put_into
-from dsc_serve.bench.compare.report import CHARTS, elements, html_page, markdown, write_charts
+from dsc_serve.bench.compare.report import ALL_CHARTS, elements, html_page, markdown, write_charts
 from dsc_serve.bench.compare.results import Results, is_compared, load_results
 
 RESULTS = "results.json"
@@ -92,4 +92,4 @@ def write_reports(folder: Path, raw: Path, parts: Mapping[str, Path]) -> str:
 def write_report(results: Results, out: Path) -> None:
     """One page, and its charts as SVG."""
     (out / "report.html").write_text(html_page(results), encoding="utf-8")
-    write_charts(results, out / "chart", list(CHARTS))
+    write_charts(results, out / "chart", ALL_CHARTS)

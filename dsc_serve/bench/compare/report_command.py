@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 RESULTS = "results.json"
+SHOWN = "to-baseline", "throughput"
 FILE = click.Path(dir_okay=False, path_type=Path)
 TITLES = {  # of documents that are made for what all results say
     "summary": "Systems beside each other",
@@ -19,7 +20,7 @@ TITLES = {  # of documents that are made for what all results say
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.option("--into", type=FILE, help="Put tables into this Markdown file, between its marks for --name.")
 @click.option("--name", help="Whose place in the file it is, such as paper.")
-@click.option("--chart", "charts", multiple=True, default=("throughput", "itl-p50"), help="Charts to put in as well.")
+@click.option("--chart", "charts", multiple=True, default=SHOWN, help="Charts to put in as well.")
 def report_command(folder: Path, into: Path | None, name: str | None, charts: tuple[str, ...]) -> None:
     """Write the report of FOLDER, which `bench compare` filled, again: as HTML there, or into a document.
 

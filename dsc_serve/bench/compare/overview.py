@@ -208,7 +208,7 @@ def drafted_tables(source: str, file: Path, link: str) -> Iterator[str]:
             ]
             name = "no drafts" if rate is None else f"drafts right {rate:g} of the time"
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        yield f"### [Steps of the engine alone, without and with drafts, {PRESETS[preset]}]({link}{source}.md)"
+        yield f"### [Steps of the engine alone, without and with drafts, {PRESETS.get(preset, preset)}]({link}{source}.md)"
         yield "\n".join(lines)
         yield f"{results.date[:10]}, {told_machine(results.machine)}."
 

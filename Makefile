@@ -80,8 +80,8 @@ $(PAGE_STAMP): $(STAMP)
 soak: install ## SOAK_REQUESTS short requests within SOAK_SECONDS; memory and everything else must come back
 	SOAK_REQUESTS=$(SOAK_REQUESTS) SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest -s tests/faults/test_soak.py -k given
 
-bench-quick: install ## compare DSC, MoE and dense (under 5 minutes), and with the ratios kept of this kind of machine
-	-$(BIN)/dsc-serve bench compare quick --out build/bench-quick --ratios docs/benchmark-ratios.json
+bench-quick: install ## compare DSC, MoE and dense (under 5 minutes), and with the ratios kept of this kind of machine; KEEP=1 keeps them
+	$(BIN)/dsc-serve bench compare quick --out build/bench-quick --ratios docs/benchmark-ratios.json $(if $(KEEP),--keep-ratios)
 
 results: install ## what README and docs say of speeds, sizes and ratios: from a generated block, or listed; what is owed
 	@$(BIN)/python tests/support/figures.py

@@ -323,8 +323,8 @@ def _attach_commands() -> None:
         compare_command,
         peer_adapters_command,
         peer_model_command,
-        report_command,
     )
+    from dsc_serve.bench.compare.report_command import report_command
     from dsc_serve.bench.decide.decide_command import decide_command
     from dsc_serve.bench.layer.calibrate_command import calibrate_command
     from dsc_serve.bench.layer.command import layer_command

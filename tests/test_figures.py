@@ -15,6 +15,7 @@ from support.figures import (
     faults,
     figures_of,
     found_in,
+    generated_in,
     read_lists,
     sections,
     updated,
@@ -28,7 +29,7 @@ def test_every_figure_is_generated_or_listed_with_its_reason() -> None:
 
 def test_the_documents_that_are_looked_at_are_all_there_are() -> None:
     names = {file.name for file in documents()}
-    assert {"README.md", "benchmarks.md", "batching.md", "kernels.md"} <= names and len(names) > 20
+    assert {"README.md", "benchmarks.md", "batching.md", "kernels.md", "paper.md"} <= names and len(names) > 20
 
 
 @pytest.mark.parametrize(
@@ -38,15 +39,43 @@ def test_the_documents_that_are_looked_at_are_all_there_are() -> None:
         ("1.22, 1.27 and 1.29 times as fast, by 12 %; 45%", ["1.22, 1.27 and 1.29 times", "12 %", "45%"]),
         ("medians are 1.12, 1.18 and 0.98; 448 MB of either", ["448 MB", "1.12", "1.18", "0.98"]),
         ("Python 3.11, torch 2.13, version 0.32.0, 127.0.0.1, 2026-11-22, K 4, d 1024, 35 M parameters", []),
-        ("`--limit 5 ms` and\n```\nit took 5 ms\n```\n[a link](a-5 ms.md) <!-- 5 ms -->", []),
+        ("`--limit 5 ms` and\n```\nit took 5 ms\n```\n[a link](a-5 ms.md) <!-- 5 ms -->", ["5 ms"]),
         ("| model | ms a step |\n|---|---|\n| 8 | 1.5, 2 |\n| 16 | 3 |", ["1.5", "2", "3"]),
         ("| field | default |\n|---|---|\n| streams | 8 |", []),
+        (
+            "It takes 0.8 to 0.9 of its time, twice as long, by 0.012 nats, 0.985 in all",
+            [
+                "0.012 nats",
+                "twice",
+                "0.8 to 0.9",
+                "0.985",
+            ],
+        ),
+        (
+            "```\nrouting      0.47%    47.0 µs per step\n   peak      16.5   1024\n```\nand 5 ms",
+            [
+                "0.47%",
+                "47.0 µs",
+                "16.5",
+                "1024",
+                "5 ms",
+            ],
+        ),
+        ("```\na program  3\n```", []),
+        ("## A heading of 5 ms\nand 6 ms", ["5 ms", "6 ms"]),
         ("Microseconds, ms:\n\n| B | ours |\n|---|---|\n| 8 | 72 |", ["72"]),
         ("A <!-- own: begin -->\n| a | ms |\n|---|---|\n| b | 7 |\n<!-- own: end --> 8 s", ["8 s"]),
     ],
 )
 def test_figures_are_seen(text: str, figures: list[str]) -> None:
-    assert [figure for _, lines in sections(text) for figure in figures_of(lines)] == figures
+    assert [figure for _, lines in sections(text, {"own"}) for figure in figures_of(lines)] == figures
+
+
+def test_a_block_that_no_command_writes_hides_nothing() -> None:
+    text = "A <!-- own: begin -->\n7 ms\n<!-- own: end -->"
+    assert [list(figures_of(lines)) for _, lines in sections(text)] == [["7 ms"]]
+    assert generated_in("README.md") == {"summary"} and generated_in("docs/kernels.md") == set()
+    assert generated_in("docs/results/paper.md") == {"paper"}
 
 
 def test_a_new_figure_and_one_that_has_gone_are_told_by_place(tmp_path: Path) -> None:
@@ -71,13 +100,14 @@ def test_lists_are_brought_up_to_the_documents_and_new_places_are_owed(tmp_path:
     gone = KnownFigures(Place("gone.md", ""), ["1 s"], "x")
     after = updated(found, [KnownFigures(Place("a.md", ""), ["5 ms", "8 ms"], "a limit"), gone])
     assert [(one.place.file, one.figures, one.reason.startswith(ANEW)) for one in after] == [
-        ("a.md", ["5 ms", "5 ms", "6 to 7 ms"], False),
+        ("a.md", ["5 ms"], False),
+        ("a.md", ["5 ms", "6 to 7 ms"], True),
         ("b.md", ["9 %"], True),
     ]
     lists = {kind: tmp_path / f"{kind}.toml" for kind in ("owed", "given")}
     write_lists(after, lists)
     assert "a limit" in lists["given"].read_text() and "b.md" in lists["owed"].read_text()
-    assert faults(found, after) == []
+    assert faults(found, after) == ["a.md, : no reason yet", "b.md, New: no reason yet"], "which somebody has to write"
 
 
 def test_what_is_owed_says_so_and_what_is_given_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,13 @@ def test_the_tree_of_the_readme_is_that_of_the_repository() -> None:
 
 
 def test_the_figures_of_the_readme_stand_on_the_pages_it_links() -> None:
-    rows = re.findall(r"^\| .* \| (.*?) \| (.*?) \| \[(.*?)\]\(docs/results/([\w-]+)\.md\) \|$", README, re.MULTILINE)
-    assert len(rows) >= 4
+    """Those that stand there by hand; what a command put there `bench/test_result_pages.py` makes again."""
+    by_hand, row = (
+        text_of(ROOT / "README.md"),
+        r"^\| .* \| (.*?) \| (.*?) \| \[(.*?)\]\(docs/results/([\w-]+)\.md\) \|$",
+    )
+    rows = re.findall(row, by_hand, re.MULTILINE)
+    assert len(re.findall(row, README, re.MULTILINE)) >= 4
     for here, there, ratios, name in rows:
         page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
         cells = [f"| {cells.replace(', ', '~').replace('~', ' | ')} |" for cells in (here, there)]
@@ -78,7 +83,7 @@ def test_the_figures_of_the_readme_stand_on_the_pages_it_links() -> None:
 
 def test_the_readme_names_its_machine_and_what_cannot_be_audited_yet() -> None:
     table = README[README.index("Tokens per second at") : README.index("## Limits")]
-    assert "llama.cpp" in table and "EPYC" in table and "Xeon" in table
+    assert "llama.cpp" in table and ("EPYC" in table or "Xeon" in table)
     unaudited = [name for name in re.findall(r"docs/results/([\w-]+)\.md", table) if not raw(name).exists()]
     assert ("auditable yet" in table) == bool(unaudited)
 
@@ -94,9 +99,11 @@ def test_the_benchmarks_begin_with_ten_lines_that_answer_the_question() -> None:
     assert "![" not in text and text.count("\n| ") < 30, "measured tables stand in docs/results"
 
 
-def test_no_difference_is_said_once_on_a_page_of_results() -> None:
+def test_no_difference_is_said_once_in_the_sentences_of_a_page_of_results() -> None:
     for page in RESULTS.glob("*.md"):
-        assert page.read_text(encoding="utf-8").lower().count("no difference") <= 1, page.name
+        found = page.read_text(encoding="utf-8").partition("### What was found")[2].partition("\n### ")[0]
+        items = [line for line in found.lower().splitlines() if line.startswith("- ")]
+        assert sum(line.count("no difference") for line in items) <= 1, page.name
 
 
 def test_every_page_is_reached_from_the_readme_and_each_reader_gets_three() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
+SECRET = "--api-key"  # and what follows it
 IDLE_LOAD = 0.5  # load average up to which a machine counts as idle
 
 
@@ -55,3 +59,18 @@ def describe_machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def dated_machine() -> dict[str, object]:
+    """What measures, today, and how busy it was in the last minute."""
+    return {**describe_machine(), "date": datetime.now(UTC).date().isoformat(), "load_average": load_average()}
+
+
+def as_typed(kind: str) -> str:
+    """The line that this process runs, `dsc-serve bench KIND …`, to run it again: without folders and keys."""
+    words, secret = [], False
+    for word in sys.argv[3:]:
+        if not secret and not word.startswith(f"{SECRET}="):
+            words.append(Path(word).name if word.startswith("/") else word)
+        secret = word == SECRET
+    return shlex.join(["dsc-serve", "bench", kind, *(word for word in words if word != SECRET)])

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsc_serve.bench.step.batching import BatchingBench, BatchingError, cut_prompts, hot_hits, recent_hits
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 from dsc_serve.cli import main
 
 
@@ -61,6 +62,8 @@ def test_the_command_measures_every_variant(small_model: Callable[..., Path], tm
     for row in result["caches"]:
         assert 0 <= row["hot"] <= 1 and 0 <= row["recent"] <= 1
     assert "| 16 | affinity | recent |" in done.output
+    tables = done.output[done.output.index("| running") :].strip()
+    assert markdown_of_kept(load_kept(out)).startswith(f"{tables}\n\n`dsc-serve bench batching"), "as printed"
 
 
 def test_a_model_without_atoms_is_refused(small_model: Callable[..., Path]) -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from dsc_serve.bench.compare.results import Ratio
 from dsc_serve.bench.step.bursts import told_ratio
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 from dsc_serve.cli import main
 
 
@@ -31,6 +32,8 @@ def test_the_command_compares_policies_side_by_side(small_model: Callable[..., P
     for row in rows:
         assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"] and row["tokens_per_s"] > 0
         assert 0 <= row["itl_p50_ms"] <= row["itl_p90_ms"] <= row["itl_p99_ms"] <= row["largest_ms"]
+    tables = done.output[done.output.index("| at once") :].strip()
+    assert markdown_of_kept(load_kept(out)).startswith(f"{tables}\n\n`dsc-serve bench bursts"), "as printed"
     assert done.output.count("| bursts / fcfs |") == 4 and done.output.count("| 6 | 2 | ") == 3
 
 

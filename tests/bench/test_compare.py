@@ -12,9 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from dsc_serve.bench.compare import runner
-from dsc_serve.bench.compare.command import compare_command, report_command
+from dsc_serve.bench.compare.command import compare_command
 from dsc_serve.bench.compare.comparison import LEAST_REQUESTS, ComparedSystem, Comparison, ComparisonError
+from dsc_serve.bench.compare.processes import ServerStartError
+from dsc_serve.bench.compare.report_command import report_command
 from dsc_serve.bench.compare.results import ResultRow, Results, load_results
+from dsc_serve.bench.compare.resuming import Deadline
 from dsc_serve.bench.load.generator import LoadConfig
 from dsc_serve.bench.load.summary import LoadResult
 
@@ -113,7 +116,7 @@ def test_systems_are_measured_in_turn_and_reported(tmp_path: Path, alone: bool) 
     assert memory["fast"] > 2**20 and memory["absent"] == 0
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 8 and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert page.count("<svg") == 9 and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     for text in ("Two paces", "fast wins", "absent was skipped", "A_SETTING=1", "within the limits"):
         assert text in page
     for chart in out.glob("*.svg"):
@@ -241,3 +244,49 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypa
     file.write_text(file.read_text(encoding="utf-8").replace("waves = 2", "waves = 3"), encoding="utf-8")
     with pytest.raises(ComparisonError, match="the kept results are of another comparison: its waves is 2"):
         CliRunner().invoke(compare_command, options, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_comparison_ends_when_its_minutes_are_over_and_is_whole_after_several_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    script = tmp_path / "answering_server.py"
+    script.write_bytes(SERVER.read_bytes())
+    file = write(tmp_path, fast=(sys.executable, str(script), "0"), slow=(sys.executable, str(script), "0"))
+    measure, out, begun = runner.run_load, tmp_path / "out", list[str]()
+
+    def ending(config: LoadConfig) -> LoadResult:
+        begun.append(config.url)
+        monkeypatch.setattr(Deadline, "over", len(begun) % 2 == 0)
+        return measure(config)
+
+    monkeypatch.setattr(runner, "run_load", ending)
+    options = [str(file), "--out", str(out), "--resume", *(["--alone"] if alone else [])]
+    for runs in range(1, 9):
+        monkeypatch.setattr(Deadline, "over", False)
+        done = CliRunner().invoke(compare_command, options)
+        assert done.exit_code == 0 and not alive(str(script)), done.output
+        rows = load_results(out / "results.json").rows
+        if "its time is over; the same command with --resume goes on" not in done.output:
+            break
+        if not alone:
+            assert len(rows) == 2 * runs and (out / "report.html").is_file()
+            assert rows[-1].value == rows[-2].value, "a load is put on all systems or on none"
+    assert len({(row.system, row.load, row.value, row.round) for row in rows}) == len(rows) == len(begun) == 12
+
+
+def test_parts_of_a_group_that_have_no_time_left_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deadline, "over", True)
+    done = CliRunner().invoke(compare_command, ["mixture", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "mixture-olmoe has not begun; the same command with --resume" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_may_be_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    system = ComparedSystem(name="own", folder=str(file))
+    comparison = Comparison(title="", subject="own", baseline="own", system=(system,))
+    with pytest.raises(ServerStartError, match=r"its model .*model.gguf does not exist"):
+        runner.model_folder(system, comparison, tmp_path)
+    file.write_bytes(b"GGUF")
+    assert runner.model_folder(system, comparison, tmp_path) == file

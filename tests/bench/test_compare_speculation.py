@@ -69,7 +69,7 @@ def test_systems_get_the_same_drafts(models: Path, tmp_path: Path) -> None:
     assert "| dsc / moe | 2 |" in report and "no drafts" in report
     page = (tmp_path / "out" / PAGE).read_text()
     first = page[: page.index("<h2>")]
-    assert first.count("<p>") == 3 and first.count("<svg") == 1 and "<table>" in page[len(first) :]
+    assert first.count("<p>") == 3 and first.count("<svg") == 1 and "<table" in page[len(first) :]
     assert "Drafts that are right 1 of the time, to none" in first and "moe right 1 (baseline)" in first
     assert "output tokens per second" in first and "with them dsc / moe" in first
     assert_reported_again(tmp_path / "out", report)
@@ -161,7 +161,6 @@ def test_every_task_fits_a_small_model() -> None:
         ("speculation", ["--alone"], "--alone cannot be used with speculation"),
         ("speculation", ["--ratios", "x.json"], "--ratios cannot be used with speculation"),
         ("speculation", ["--system", "vllm"], "system 'vllm' is not in this comparison; it has dsc, moe"),
-        ("quick", ["--minutes", "3"], "--minutes can be used with speculation alone"),
         ("quick", ["--text-model", "."], "--text-model can be used with speculation alone"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsc_serve.bench.compare.comparison import ComparisonError, included, load_comparison
+from dsc_serve.bench.compare.comparison import GROUPS, ComparisonError, included, load_comparison
 
 WHOLE = """
 title = "t"
@@ -46,9 +46,13 @@ def test_the_comparisons_that_come_with_the_package_can_be_run() -> None:
     for name in included():
         comparison = load_comparison(name)
         assert comparison.only((comparison.subject, comparison.baseline)).system
+        assert comparison.rounds >= 5, name
     paper = {system.name: system for system in load_comparison("paper").system}
     assert set(paper) == {"dsc", "dsc int8", "moe", "molora", "dense"}
     assert paper["dsc"].settings != paper["dsc int8"].settings
+    for name in GROUPS["mixture"]:
+        routers = {system.settings.get("router_precision") for system in load_comparison(name).system}
+        assert routers == {None, "exact"}, "as it is by itself, and exact"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dsc_serve.bench.decide import measuring
 from dsc_serve.bench.decide.answers import ClosedLoad, expect, expect_all, tokens_a_step
 from dsc_serve.bench.decide.checked import checked_figures, served_as
 from dsc_serve.bench.decide.cost_law import fit, fit_errors, held_out_errors, nonnegative
-from dsc_serve.bench.decide.decide_page import kept_block, load_decision
+from dsc_serve.bench.decide.decide_page import load_decision, measured_page
 from dsc_serve.bench.decide.measured_machine import MeasuredMachine, MeasuredStep, load_machine, save_machine
 from dsc_serve.bench.decide.measuring import STEPS, AskedMachine, measure_machine, missing_models
 from dsc_serve.bench.decide.sizes import MEASURED_SIZES, DecideError, ModelFrame, frame_for, parameters
@@ -311,7 +311,7 @@ def test_the_command_answers_with_tables_a_chart_and_errors(tmp_path: Path) -> N
     assert "moe bfloat16 (baseline)" in page and "tokens per second, expected" in page
     written = document.read_text(encoding="utf-8")
     assert "plots/decide-decide.svg" in written and (tmp_path / "plots" / "decide-decide.svg").is_file()
-    assert kept_block(load_decision(tmp_path / "decide.results.json"), "decide.results.json") in written
+    assert measured_page(load_decision(tmp_path / "decide.results.json")).text in written
 
 
 def test_without_a_machine_the_one_that_the_documents_keep_answers(
@@ -321,20 +321,12 @@ def test_without_a_machine_the_one_that_the_documents_keep_answers(
     question = ["bench", "decide", "--params", "100M", "--active", "70M"]
     done = CliRunner().invoke(main, question)
     assert done.exit_code == 1 and done.output.startswith("Error: no machine: `dsc-serve bench decide --measure FILE`")
-    page = tmp_path / "docs" / "benchmarks.md"
-    page.parent.mkdir()
-    page.write_text("<!-- decide: begin -->\n<!-- decide: end -->\n", encoding="utf-8")
+    page = tmp_path / "docs" / "results" / "decide.md"
+    page.parent.mkdir(parents=True)
     save_machine(synthetic(), tmp_path / "machine.json")
     first = CliRunner().invoke(main, [*question, "--machine", "machine.json", "--into", str(page)])
     assert first.exit_code == 0, first.output
     assert CliRunner().invoke(main, question).output == first.output
-
-
-def test_the_answer_in_the_documents_is_what_was_kept_beside_it() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    text, raw = (docs / "benchmarks.md").read_text(encoding="utf-8"), docs / "decide.results.json"
-    block = text.partition("<!-- decide: begin -->\n")[2].partition("\n<!-- decide: end -->")[0]
-    assert block == (kept_block(load_decision(raw), raw.name) if raw.exists() else "Not measured yet.")
 
 
 TINY = {

@@ -18,6 +18,7 @@ from dsc_serve.bench.layer.measurement import LayerBench, LayerBenchError, rotat
 from dsc_serve.bench.layer.systems import CONFIGS, PATHS, LayerSystem
 from dsc_serve.bench.layer.table import format_layers
 from dsc_serve.bench.plot import line_chart
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 
 SMALL = ["--config", "tiny", "--repeats", "2", "--layers", "2", "--seconds", "1", "--threads", "1"]
 FIELDS = {
@@ -51,6 +52,8 @@ def test_the_command_prints_tables_and_writes_json_and_svg(dtype: str, tmp_path:
 
     written = json.loads(out.read_text(encoding="utf-8"))
     assert {"machine", "command", "date", "rows"} <= written.keys()
+    page = markdown_of_kept(load_kept(out))
+    assert result.stdout[result.stdout.index("microseconds per layer") :].rstrip() in page, "as printed"
     assert {"cpu", "load_before", "load_after", "threads", "kernels"} <= written["machine"].keys()
     assert written["command"].startswith("dsc-serve bench layer --config tiny") and str(tmp_path) not in str(written)
     rows = {(row["system"], row["path"], row["batch"]): row for row in written["rows"]}
@@ -108,6 +111,7 @@ def test_a_sweep_splits_time_and_bytes_by_part(swept: str, monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 4
+    assert result.stdout[result.stdout.index("    B ") :].rstrip() in markdown_of_kept(load_kept(out)), "as printed"
     for row in rows:
         assert row.keys() >= FIELDS | {"atoms", "picks"}
         parts = [row[f"{part}_us"] for part in ("router", "static", "bank")]

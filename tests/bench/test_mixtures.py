@@ -19,6 +19,7 @@ from dsc_serve.bench.compare.results import load_results
 from dsc_serve.bench.layer import beside, command, measurement, systems
 from dsc_serve.bench.layer.command import layer_command
 from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 from dsc_serve.cli import main
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig
@@ -79,6 +80,8 @@ def test_mixture_is_a_comparison_for_each_shape() -> None:
         found = load_comparison(name)
         assert (found.preset, found.streams, found.sizes) == (shape, (1, 8, 16, 32), True)
         assert [(system.ffn, system.equal) for system in found.system] == [
+            ("dsc", "total"),
+            ("dsc", "active"),
             ("dsc", "total"),
             ("dsc", "active"),
             ("moe", None),
@@ -154,6 +157,8 @@ def test_the_layers_of_a_mixture_are_right_and_have_their_share_of_the_roofline(
     done = CliRunner().invoke(layer_command, [*options, "--batches", "3", "--dtype", "float32", "--json", str(out)])
     assert done.exit_code == 0, done.output
     written = json.loads(out.read_text())
+    tables = markdown_of_kept(load_kept(out))
+    assert done.stdout[done.stdout.index("share of the roofline of the native") :].strip() in tables, "as printed"
     rows = {(row["system"], row["path"], row["batch"]): row for row in written["rows"]}
     paths = {"moe": {"native", "plain", "sorted"}, "dsc": {"native", "native int8", "plain"}}
     present = {(kind, path) for kind, own in paths.items() for path in own if native.active() or "native" not in path}

@@ -8,11 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dsc_serve.bench.compare.blocks import Chart, Heading, Paragraph, Table
+from dsc_serve.bench.compare.blocks import Chart, Heading, Paragraph, Table, html_block
 from dsc_serve.bench.compare.findings import answer
 from dsc_serve.bench.compare.prompt_steps import share_between, step_counts
-from dsc_serve.bench.compare.report import CHARTS, elements, html_page, markdown
+from dsc_serve.bench.compare.report import CHARTS, FIRST, elements, html_page, markdown
 from dsc_serve.bench.compare.results import Results
+from dsc_serve.bench.plot import even_ticks
 
 from .test_findings import results
 
@@ -30,25 +31,27 @@ def test_the_first_screen_is_three_sentences_and_one_chart() -> None:
     page = html_page(told())
     before = page[: page.index("<h2>")]
     assert before.count("<p>") == 3 and before.count("<svg") == 1 and "<table" not in before
+    assert "times those of moe" in before and page.count("<svg") == 1 + len(CHARTS)
     assert page.index("</svg>") < page.index("<table") and page.rindex("<svg") < page.index("<h2>Where a step")
     closed = page[page.index("<h2>Closed loops") : page.index("<h2>Open loads")]
     assert closed.rindex("<svg") < closed.index("<table"), "charts stand before tables"
-    assert markdown(told(), "plots/own", ["throughput"]).index("![Throughput]") < 1500
+    text = markdown(told(), "plots/own", ["to-baseline", "throughput"])
+    assert text.index("](plots/own-to-baseline.svg)") < text.index("### What was found") < text.index("![Throughput]")
 
 
 def test_the_answer_says_where_it_wins_where_it_loses_and_where_neither() -> None:
     rate, times, worth = answer(told())
-    assert rate == ("Tokens per second, dsc to moe: wins 1.25 at 8, loses 0.91 at 1, no difference at 16 streams.")
-    assert times.startswith("Times, dsc to moe: median time between tokens wins 0.80 at 8, loses 1.10 at 1, no")
-    assert "99th percentile of the time to the first token wins 0.80 at 8" in times
-    assert (
-        worth
-        == (
-            'Medians of 3 rounds; a system "wins" where all agree, and a ratio whose rounds disagree is no finding '
-            "(a cpu, 2 threads; the most tokens per second at 16 streams: dsc, 100).'"[:-1]
-        )
+    parts = "more at 8 streams (1.25 times); fewer at 1 stream (0.91 times); no difference at 16 streams."
+    assert rate == f"dsc beside moe, tokens per second: {parts}"
+    between = "shorter at 8 streams (0.80 times); longer at 1 stream (1.10 times); no difference at 16 streams"
+    assert times == (
+        f"Its median time between tokens is {between}; its 99th percentile of the time to the first token is {between}."
     )
-    assert "by one round 2.00 at 1 streams" in answer(results({1: [5.0]}))[0]
+    assert worth == (
+        "Medians of 3 rounds, told as a difference only where all rounds agree and the median is 2 % from 1 "
+        "(a cpu, 2 threads; the most tokens per second: dsc, 100 at 16 streams)."
+    )
+    assert "by a single round at 1 stream (2.00 times)" in answer(results({1: [5.0]}))[0]
     assert "cannot tell a difference from chance" in answer(results({1: [5.0]}))[2]
 
 
@@ -63,8 +66,8 @@ def test_a_report_without_one_of_the_two_says_so_and_is_whole() -> None:
 
 def test_every_chart_has_units_a_legend_and_the_named_baseline() -> None:
     units = ("per second", "milliseconds", "second within")
-    charts = [block for block in elements(told()) if isinstance(block, Chart)]
-    assert [chart.name for chart in charts] == list(CHARTS)
+    first, *charts = [block for block in elements(told()) if isinstance(block, Chart)]
+    assert first.name == FIRST and [chart.name for chart in charts] == list(CHARTS)
     for chart in charts:
         texts = [node.text or "" for node in ElementTree.fromstring(chart.svg).iter(f"{SVG}text")]
         assert {"dsc", "moe (baseline)"} <= set(texts), "a legend"
@@ -74,6 +77,56 @@ def test_every_chart_has_units_a_legend_and_the_named_baseline() -> None:
         assert any(unit in text for unit in units for text in texts), chart.name
     directions = {chart.name: "more is better" in chart.svg for chart in charts}
     assert {name for name, more in directions.items() if more} == {"throughput", "goodput"}
+
+
+def test_the_first_chart_shows_ratios_their_range_and_which_are_differences() -> None:
+    first = next(block for block in elements(told()) if isinstance(block, Chart))
+    root = ElementTree.fromstring(first.svg)
+    texts = [node.text or "" for node in root.iter(f"{SVG}text")]
+    assert {"dsc", "moe (baseline) = 1", "1", "8", "16", "streams at once"} <= set(texts)
+    assert "times the baseline's tokens per second" in texts
+    assert "more is better; median and range of 3 rounds; an empty mark is no difference" in texts
+    marks = list(root.iter(f"{SVG}circle"))
+    assert [mark.get("fill") == "#ffffff" for mark in marks[:3]] == [False, False, True]
+    heights = [float(mark.get("cy") or 0) for mark in marks[:3]]
+    assert heights[1] < heights[2] < heights[0], "1.25 above 1.00 above 0.91"
+    lines = next(block for block in elements(told()) if isinstance(block, Chart) and block.name == "throughput")
+    named = ElementTree.fromstring(lines.svg).findall(f"{SVG}circle")
+    assert marks[0].get("stroke") == named[0].get("fill"), "a system has its colour in all charts"
+    even = next(block for block in elements(results({1: [9.9, 10.1], 8: [9.9, 9.9]})) if isinstance(block, Chart))
+    assert even.svg.count('fill="#ffffff"') == 1 + 2, "the ground, and two that are none"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.91, 1.25, [0.9, 1.0, 1.1, 1.2, 1.3]),
+        (1.0, 4.6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+        (1.0, 1.0, [1.0, 1.02]),
+        (0.25, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+    ],
+)
+def test_ticks_of_ratios_are_round_and_begin_at_nothing_where_these_are_far_apart(
+    low: float, high: float, ticks: list[float]
+) -> None:
+    assert even_ticks(low, high) == ticks
+
+
+def test_a_printed_report_is_light_and_cuts_no_chart_or_row() -> None:
+    style = html_page(told()).partition("<style>")[2].partition("</style>")[0]
+    printed = style.partition("@media print")[2]
+    assert "color-scheme: light" in style and "size: A4" in printed
+    assert (
+        ".chart, tr, li { break-inside: avoid }" in printed and "h2, caption, thead { break-after: avoid }" in printed
+    )
+    page = html_page(told())
+    assert page.count('<div class="chart">') == page.count("<svg") and '<table class="short">' in page
+
+
+def test_words_in_tables_stand_left_and_figures_right() -> None:
+    rows = [("a / b", "median time", "no difference", ""), ("c", "99th percentile of it", "no difference (-1%)", "")]
+    made = html_block(Table("T", ("who", "what", "ratio", "nothing"), rows))
+    assert made.count('class="words"') == 2 * 3 and '<td class="words">median time</td><td>no difference</td>' in made
 
 
 def table(made: Results, title: str) -> Table:

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.compare.blocks import audited
-from dsc_serve.bench.compare.command import report_command
-from dsc_serve.bench.compare.report import markdown
-from dsc_serve.bench.compare.results import load_results, save_results
-from dsc_serve.bench.step.forward import ForwardBench, ForwardResult, ForwardRow, format_forward
-from dsc_serve.bench.step.kept import UnknownResultsError, load_kept, markdown_of_kept
+from dsc_serve.bench.compare.comparison import GROUPS
+from dsc_serve.bench.compare.overview import OVERVIEWS, overview
+from dsc_serve.bench.compare.pages import block_of, page_of
+from dsc_serve.bench.compare.report_command import report_command
+from dsc_serve.bench.compare.results import save_results
+from dsc_serve.bench.step.kept import TABLES
 from dsc_serve.cli import main
 
 from .test_findings import results
@@ -27,42 +28,43 @@ PAGES = sorted(RESULTS.glob("*.md"))
 
 def made_of(raw: Path, name: str, page: str) -> str:
     """What the results make of a page's measured part, with the charts that the page shows."""
-    if name == "forward":
-        kept = json.loads(raw.read_text(encoding="utf-8"))
-        rows = [ForwardRow(**row) for row in kept["rows"]]
-        result = ForwardResult(ForwardBench(**kept["bench"]), kept["machine"], kept["date"], rows)
-        return f"{audited(raw.name)}\n\n{format_forward(result)}"
-    if is_kept(raw):
-        return f"{audited(raw.name)}\n\n{markdown_of_kept(load_kept(raw))}"
     charts = re.findall(rf"\(plots/{re.escape(name)}-([\w-]+)\.svg\)", page)
-    return f"{audited(raw.name)}\n\n{markdown(load_results(raw), f'plots/{name}', charts)}"
+    return block_of(page_of(raw, name, charts), raw.name)
 
 
-def is_kept(raw: Path) -> bool:
-    """Whether it is of one command, and of no comparison."""
-    try:
-        return bool(load_kept(raw))
-    except UnknownResultsError:
-        return False
+def measured_part(name: str, document: str) -> str | None:
+    own = re.escape(name)
+    found = re.search(rf"<!-- {own}: begin -->\n(.*?)\n<!-- {own}: end -->", document, re.DOTALL)
+    return None if found is None else found.group(1)
 
 
 def faults(file: Path) -> Iterator[str]:
     name, page = file.stem, file.read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {re.escape(name)}: begin -->\n(.*?)\n<!-- {re.escape(name)}: end -->", page, re.DOTALL)
+    found, raw = measured_part(name, page), file.with_name(f"{name}.results.json")
     if found is None:
         yield f"{file.name} has no measured part"
-        return
-    raw = file.with_name(f"{name}.results.json")
-    if raw.exists():
-        if found.group(1) != made_of(raw, name, page):
+    elif name in OVERVIEWS:
+        if found != overview(name, file.parent, file):
+            yield f"{file.name} is not what the results beside it make"
+    elif name in GROUPS:
+        if found != overview("answers", file.parent, file, GROUPS[name]):
+            yield f"{file.name} is not what the results of its parts make"
+    elif raw.exists():
+        if found != made_of(raw, name, page):
             yield f"{file.name} is not what {raw.name} makes"
-    elif not found.group(1).startswith("Not auditable yet"):
+    elif not found.startswith(("Not auditable yet", "Not measured yet")):
         yield f"{file.name} has no {raw.name} and does not say so"
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_a_page_is_what_its_results_make_or_says_that_it_has_none(file: Path) -> None:
     assert list(faults(file)) == []
+
+
+@pytest.mark.parametrize(("file", "name"), [("README.md", "summary"), ("docs/benchmarks.md", "answers")])
+def test_what_documents_say_of_all_pages_is_what_their_results_make(file: str, name: str) -> None:
+    document = RESULTS.parents[1] / file
+    assert measured_part(name, document.read_text(encoding="utf-8")) == overview(name, RESULTS, document)
 
 
 def test_every_file_of_results_has_its_page() -> None:
@@ -132,4 +134,40 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
         file = tmp_path / "other.json"
         file.write_text(content)
         done = CliRunner().invoke(main, ["bench", "report", str(file)])
-        assert done.exit_code == 1 and "was not written by --json of bench context, quantised" in done.output
+        assert done.exit_code == 1
+        assert "was not written by bench compare, nor by --json of bench context, quantised" in done.output
+
+
+def test_what_every_command_keeps_has_tables() -> None:
+    """Of those that measure, only `serve`, which has no rounds, and those with reports of their own have none."""
+    bench = main.get_command(click.Context(main), "bench")
+    assert isinstance(bench, click.Group)
+    keeping = {
+        name for name, command in bench.commands.items() if any("--json" in option.opts for option in command.params)
+    }
+    assert keeping - {"serve"} == TABLES.keys()
+    assert bench.commands.keys() - keeping == {"compare", "report", "peer-model", "peer-adapters", "decide"}
+
+
+def test_parts_of_a_group_get_a_page_each_and_one_that_leads_to_them(tmp_path: Path) -> None:
+    runs, pages = tmp_path / "runs" / "mixture", tmp_path / "docs" / "results"
+    pages.mkdir(parents=True)
+    for name in ("mixture-olmoe", "mixture-qwen"):
+        (runs / name).mkdir(parents=True)
+        made = results({1: [5.0] * 5, 8: [6.0, 6.1, 6.0, 6.1, 6.0]})
+        made.title = f"DSC beside {name}"
+        save_results(made, runs / name / "results.json")
+    assert CliRunner().invoke(main, ["bench", "report", str(runs)]).exit_code == 0
+    assert all((runs / name / "report.html").is_file() for name in ("mixture-olmoe", "mixture-qwen"))
+    (pages.parent / "benchmarks.md").write_text("# How\n", encoding="utf-8")
+    command = ["bench", "report", str(runs), "--into", str(pages / "mixture.md"), "--name", "mixture"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    text = (pages / "mixture.md").read_text(encoding="utf-8")
+    assert "[DSC beside mixture-olmoe](mixture-olmoe.md). dsc beside moe, tokens per second: more at 1 and 8" in text
+    own = (pages / "mixture-qwen.md").read_text(encoding="utf-8")
+    assert own.startswith("# DSC beside mixture-qwen\n") and "[benchmarks.md](../benchmarks.md)" in own
+    assert (pages / "plots" / "mixture-qwen-throughput.svg").is_file()
+    assert [fault for page in pages.glob("*.md") for fault in faults(page)] == []
+    (pages / "mixture.md").write_text(text.replace("2.00", "3.00"), encoding="utf-8")
+    assert list(faults(pages / "mixture.md")) == ["mixture.md is not what the results of its parts make"]
+    assert CliRunner().invoke(main, command).exit_code == 0 and (pages / "mixture.md").read_text() == text

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.step.scheduler import Costs, Workload, plan_commit_ms, simulate
-from dsc_serve.bench.step.scheduler_command import table
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
+from dsc_serve.bench.step.scheduler import Costs, Workload, format_policies, plan_commit_ms, simulate
 from dsc_serve.cli import main
 from dsc_serve.engine.policies import StepBudget
 
@@ -24,6 +24,8 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
     assert result["plan_commit_ms"].keys() == {"running_64", "running_1024", "running_64_waiting_10000"}
     assert all(ms > 0 for ms in result["plan_commit_ms"].values())
     assert list(result["policies"]) == ["fair", "affinity"]
+    tables = done.output[done.output.index("Plan, begin") :].strip()
+    assert markdown_of_kept(load_kept(file)).startswith(f"{tables}\n\n`dsc-serve bench scheduler"), "as printed"
     for policy, figures in result["policies"].items():
         assert f"| {policy} |" in done.output
         assert figures["median_ttft_ms"] > 0 and figures["output_throughput"] > 0
@@ -42,7 +44,7 @@ def test_a_simulation_repeats_and_the_prefix_cache_saves_time() -> None:
 def test_figures_that_nobody_made_are_left_out() -> None:
     found = simulate("fcfs", Workload(requests=1), Costs(), StepBudget(512, 32), 2048, True)
     assert found["p99_ttft_urgent_ms"] is None and found["median_ttft_ms"] is not None
-    cells = table({"plan_commit_ms": {}, "policies": {"fcfs": found}}).splitlines()[-1]
+    cells = format_policies({"plan_commit_ms": {}, "policies": {"fcfs": found}}).splitlines()[-1]
     assert cells.startswith("| fcfs | ") and " – |" in cells
 
 
@@ -84,6 +86,7 @@ def test_the_engine_is_measured_with_and_without_the_prefix_cache(
     result = json.loads(file.read_text())
     assert result["shared_prefix"]["hit_rate"] == pytest.approx(160 / 168)
     assert result["long_prompt"]["steps"] >= 1
+    assert done.output[done.output.index("2 requests decode") :].strip() in markdown_of_kept(load_kept(file))
     assert result["long_prompt"]["ttft_ms"] > result["long_prompt"]["quiet_median_ms"] > 0
     done = CliRunner().invoke(main, ["bench", "engine", str(folder), "--long-prompt", "2000"])
     assert done.exit_code == 1 and "the model's context is 1024" in done.output

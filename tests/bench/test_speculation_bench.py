@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 from dsc_serve.bench.step.known_drafts import KnownSource
 from dsc_serve.cli import main
 
@@ -33,6 +34,7 @@ def test_the_command_reports_every_system_and_width(small_model: Callable[..., P
     done = CliRunner().invoke(main, ["bench", "speculation", str(small_model()), *options])
     assert done.exit_code == 0, done.output
     found = json.loads(file.read_bytes())
+    assert done.output[done.output.index("| ") :].strip() in markdown_of_kept(load_kept(file)), "as printed"
     rows = found["rows"]
     assert [(row["streams"], row["name"]) for row in rows] == [
         (streams, name) for streams in (1, 3) for name in ("none", "right 0", "right 1", "ngram")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from support.small_models import small_config, wide_tensors
 
 from dsc_kernels import native, ops
+from dsc_serve.bench.step.kept import load_kept, markdown_of_kept
 from dsc_serve.bench.step.least import read_bytes, weight_bytes, work
 from dsc_serve.bench.step.profile import (
     BESIDE,
@@ -117,6 +118,9 @@ def test_the_command_writes_what_it_prints(small_model: Callable[..., Path], tmp
     assert data["machine"]["threads"] == torch.get_num_threads()
     for name in ("schedule", "pack", "head", "ipc", "receive", "detokenise"):
         assert name in done.output
+    tables = markdown_of_kept(load_kept(out))
+    assert done.output[done.output.index("2 running, greedy") :].strip() in tables, "as printed"
+    assert tables.startswith("```") and "`dsc-serve bench engine" in tables
 
 
 def test_steps_beyond_the_context_are_refused(small_model: Callable[..., Path]) -> None:

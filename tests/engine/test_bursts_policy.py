@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,13 +23,15 @@ APART_S = 0.0002
 @dataclass
 class Simulated:
     """An engine whose clock moves by what each step costs. first, gaps: seconds of those that came at once, and
-    between all tokens; steps: milliseconds, singles and prompt tokens of each step."""
+    between all tokens; beside: between those of requests that ran before; steps: milliseconds, singles and prompt
+    tokens of each step."""
 
     engine: Engine
     now: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     gaps: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
     steps: list[tuple[float, int, int]] = field(default_factory=list)
 
     def step(self) -> None:
@@ -41,6 +44,8 @@ class Simulated:
             name = delta.request_id
             if name in self.last:
                 self.gaps.append(self.now - self.last[name])
+                if name.startswith("r"):
+                    self.beside.append(self.gaps[-1])
             else:
                 self.first[name] = self.now
             self.last[name] = self.now
@@ -81,9 +86,13 @@ def beside(policy: str, count: int, **options: Any) -> Simulated:
         made.add(f"r{i}", 4, 300)
     for _ in range(3):
         made.step()
-    made.steps.clear()
-    made.gaps.clear()
+    for seen in (made.steps, made.gaps, made.beside):
+        seen.clear()
     return made
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    return float(np.percentile(list(values), percent))
 
 
 @pytest.mark.parametrize(("count", "running", "most"), [(8, 0, 0.9), (8, 4, 0.9), (32, 0, 0.7), (32, 4, 0.65)])
@@ -95,6 +104,40 @@ def test_prompts_that_come_together_are_heard_sooner_and_answered_sooner(count: 
         p99[policy] = float(np.percentile([made.first[f"b{i}"] for i in range(count)], 99))
     assert p99["bursts"] < most * p99["fcfs"], p99
     assert took["bursts"] < took["fcfs"], took
+
+
+@pytest.mark.parametrize(("count", "running", "sooner"), [(8, 4, 0.9), (8, 16, 0.95), (32, 4, 0.6), (32, 16, 0.6)])
+def test_what_running_requests_lose_to_a_burst_is_no_more_in_all_and_bounded_at_once(
+    count: int, running: int, sooner: float
+) -> None:
+    """A prompt costs what it costs: protection spreads that over more of their tokens, for which a burst waits."""
+    first, median, largest, done = (dict[str, float]() for _ in range(4))
+    for policy in ("fcfs", "bursts"):
+        made = beside(policy, running)
+        begun = made.now
+        made.burst(count, output=64)
+        first[policy] = percentile((made.first[f"b{i}"] for i in range(count)), 99)
+        largest[policy], median[policy] = max(made.beside), percentile(made.beside, 50)
+        while len(made.beside) < 150 * running:
+            made.step()
+        done[policy] = made.now - begun
+    assert first["bursts"] < sooner * first["fcfs"], first
+    assert done["bursts"] <= 1.01 * done["fcfs"], "the same tokens are there as soon"
+    assert median["bursts"] <= 1.01 * median["fcfs"], median
+    assert largest["fcfs"] < largest["bursts"] <= 1e-3 * LONGEST_MS + 1e-9, largest
+
+
+def test_who_waits_for_a_place_makes_no_step_longer() -> None:
+    steps = {}
+    for policy in ("fcfs", "bursts"):
+        made = simulated(policy, max_running=8)
+        for i in range(8):
+            made.add(f"r{i}", 4, 30 + 20 * i)  # one after the other leaves
+        for _ in range(3):
+            made.step()
+        made.burst(7, prompt=200, output=300)
+        steps[policy] = made.steps
+    assert steps["bursts"] == steps["fcfs"] and len(steps["fcfs"]) > 100
 
 
 def test_they_are_heard_in_the_order_in_which_they_came() -> None:

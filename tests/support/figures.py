@@ -1,5 +1,5 @@
-"""Speeds, sizes and ratios in README.md and docs/*.md: each stands in a block that a command wrote, or in a list that
-says why it does not.
+"""Speeds, sizes and ratios in README.md and docs: each stands in a block that a command wrote, or in a list that says
+why it does not. A block counts only where it is one of GENERATED_IN, which tests make again from the results beside it.
 
 `python tests/support/figures.py` (`make results`) checks the documents and prints what is owed. With `--update` it
 first brings the lists up to the documents: look at what that changed, and say why of each new entry.
@@ -12,32 +12,42 @@ import sys
 import textwrap
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LISTS = {kind: ROOT / "docs" / f"figures-{kind}.toml" for kind in ("owed", "given")}
-GENERATED = re.compile(r"<!-- (\S+): begin -->.*?<!-- \1: end -->", re.DOTALL)
-CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+BLOCK = re.compile(r"<!-- (\S+): begin -->.*?<!-- \1: end -->", re.DOTALL)
+GENERATED_IN = {  # by document, the blocks that commands write; a page of docs/results has one of its own name
+    "README.md": {"summary"},
+    "docs/benchmarks.md": {"answers"},
+    "docs/adaptation.md": {"adaptation"},
+}
+SPAN = re.compile(r"`[^`\n]*`")
+FENCE = "```"
 TARGET = re.compile(r"\]\([^)]*\)|<!--.*?-->", re.DOTALL)
 NUMBER = r"(?<![\w.,/-])[−+-]?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)"
 UNIT = (
     r"(?:ms|µs|ns|s|seconds?|minutes?|min|hours?|[kKMGT]i?B(?:/s)?|bytes|[GT]FLOP(?:/s)?|tokens/s|tokens per second|%|"
-    r"percent|times|× as|fold)"
+    r"percent|nats|times|× as|fold)"
 )
 WITH_UNIT = re.compile(rf"{NUMBER}(?:(?: ?(?:to|and|or|,|/|–|of|against) ?| ){NUMBER})*\s?{UNIT}(?![\w-])")
 MEASURED_HEAD = re.compile(
     r"\b(?:ms|µs|ns|seconds|minutes|s to|[kKMGT]i?B|tokens/s|ratio|times|TFLOP|share|TTFT|ITL|rate|bits|loss)\b|%|\$"
 )
 IN_CELL = re.compile(rf"{NUMBER}(?:\s?{UNIT}(?![\w-])|(?![\w.]))")
-RATIO = re.compile(r"(\w+[ -])?(?<![\w.,/-])\d\.\d\d(?![\d.]*\d)")
+RATIO = re.compile(r"(\w+[ -])?(?<![\w.,/-])(?:\d\.\d{2,3}(?![\d.]*\d)|0\.\d(?: to 0\.\d)?(?= (?:of|to) [a-z]))")
+TIMES = r"(?:twice|(?:two|three|four|five|six|seven|eight|nine|ten) times)"
+MULTIPLE = re.compile(rf"\b{TIMES}(?= (?:as|faster|slower|more|less)\b)")
+ALIGNED = re.compile(rf"(?<=  )\s*({NUMBER})(?=\s|$)")  # a column of what a program printed
 VERSIONED = ("python", "torch", "triton", "transformers", "version")  # what has versions, which look like ratios
 TITLES = {
-    "owed": "Figures of README.md and docs/*.md that no command has written yet: to be measured anew.",
-    "given": "Figures of README.md and docs/*.md that are not measured: limits, rules, arithmetic, what others say.",
+    "owed": "Figures of README.md and docs that no command has written yet: to be measured anew.",
+    "given": "Figures of README.md and docs that are not measured: limits, rules, arithmetic, what others say.",
 }
 ANEW = "to be measured anew"
+UNEXPLAINED = f"{ANEW}: written by hand, without a reason yet"
 
 
 @dataclass(frozen=True, order=True)
@@ -57,24 +67,43 @@ class KnownFigures:
     reason: str
 
 
-def sections(text: str) -> Iterator[tuple[str, list[str]]]:
-    """A document's headings with their lines, without what is generated, code, and targets of links."""
-    heading, lines, fenced = "", list[str](), GENERATED.sub("", text)
-    plain = TARGET.sub("]", CODE.sub("", fenced))
+def generated_in(file: str) -> set[str]:
+    """The names of blocks in a document, by its path from the root, that a command writes and a test makes again."""
+    path = Path(file)
+    return {path.stem} if path.parent == Path("docs/results") else GENERATED_IN.get(file, set())
+
+
+def sections(text: str, generated: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """A document's headings with their lines, without blocks that are generated, code in a line, and targets of links.
+
+    A heading is the first line of its own section.
+    """
+    heading, lines, fenced = "", list[str](), False
+    plain = TARGET.sub("]", BLOCK.sub(lambda block: "" if block[1] in generated else block[0], text))
     for line in plain.splitlines():
-        if line.startswith("#") and not line.startswith("# "):
+        fence = line.lstrip().startswith(FENCE)
+        fenced ^= fence
+        if line.startswith("#") and not line.startswith("# ") and not fenced:
             yield heading, lines
-            heading, lines = line.lstrip("#").strip(), []
+            heading, lines = line.lstrip("#").strip(), [SPAN.sub("", line.lstrip("#"))]
         else:
-            lines.append(line)
+            lines.append(line if fenced or fence else SPAN.sub("", line))
     yield heading, lines
 
 
 def figures_of(lines: Sequence[str]) -> Iterator[str]:
-    """Numbers with units in prose; every number in tables whose head, or line before, speaks of what is measured."""
-    prose, measured, head = list[str](), False, True
+    """Numbers with units in prose; every number in tables whose head, or line before, speaks of what is measured; of
+    what a program printed those with units, and those that stand in columns."""
+    prose, measured, head, fenced = list[str](), False, True, False
     for line in [*lines, ""]:
-        if not line.lstrip().startswith("|"):
+        fence = line.lstrip().startswith(FENCE)
+        fenced ^= fence
+        if fenced or fence:
+            yield from (" ".join(found.group().split()) for found in WITH_UNIT.finditer(line))
+            columns = ALIGNED.findall(WITH_UNIT.sub("", line))
+            yield from columns if len(columns) > 1 else ()
+            prose.append("")
+        elif not line.lstrip().startswith("|"):
             prose.append(line)
             head = True
         elif head:
@@ -89,23 +118,32 @@ def figures_of(lines: Sequence[str]) -> Iterator[str]:
     text = "\n".join(prose)
     for found in WITH_UNIT.finditer(text):
         yield " ".join(found.group().split())
-    for found in RATIO.finditer(WITH_UNIT.sub("", text)):
+    rest = WITH_UNIT.sub("", text)
+    yield from (found.group() for found in MULTIPLE.finditer(rest))
+    for found in RATIO.finditer(rest):
         if (found[1] or "").strip(" -").lower() not in VERSIONED:
             yield found.group().removeprefix(found[1] or "")
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def unaudited() -> list[Path]:
+    """Pages of tables that were made of results which are not beside them."""
+    pages = sorted((ROOT / "docs" / "results").glob("*.md"))
+    return [page for page in pages if "\nNot auditable yet" in page.read_text(encoding="utf-8")]
 
 
 def found_in(files: Sequence[Path], root: Path = ROOT) -> dict[Place, Counter[str]]:
     """Every figure that no command wrote, by place."""
     places: dict[Place, Counter[str]] = {}
     for file in files:
-        for heading, lines in sections(file.read_text(encoding="utf-8")):
+        name = str(file.relative_to(root))
+        for heading, lines in sections(file.read_text(encoding="utf-8"), generated_in(name)):
             figures = Counter(figures_of(lines))
             if figures:
-                place = Place(str(file.relative_to(root)), heading)
+                place = Place(name, heading)
                 places[place] = places.get(place, Counter()) + figures
     return places
 
@@ -138,15 +176,28 @@ def faults(found: dict[Place, Counter[str]], exceptions: Sequence[KnownFigures])
         where = f"{place.file}, {place.heading or 'its beginning'}"
         told += [f"{where}: {figure!r} comes from no generated block and is in no list" for figure in own - known]
         told += [f"{where}: {figure!r} is in a list and not in the document" for figure in known - own]
+    told += [
+        f"{entry.place.file}, {entry.place.heading}: no reason yet"
+        for entry in exceptions
+        if entry.reason == UNEXPLAINED
+    ]
     return sorted(told)
 
 
 def updated(found: Mapping[Place, Counter[str]], exceptions: Sequence[KnownFigures]) -> list[KnownFigures]:
-    """Every place once, with what its document has; a new one is owed."""
-    reasons = {entry.place: entry.reason for entry in reversed(exceptions)}
-    new = f"{ANEW}: written by hand, without a reason yet"
-    order = [place for place in dict.fromkeys((*reasons, *found)) if place in found]
-    return [KnownFigures(place, list(found[place].elements()), reasons.get(place, new)) for place in sorted(order)]
+    """What the documents still have of the lists; what is new stands apart and owed, though its place had an excuse."""
+    left = {place: Counter(figures) for place, figures in found.items()}
+    kept = []
+    for entry in exceptions:
+        own = left.get(entry.place, Counter[str]())
+        figures = []
+        for figure in entry.figures:
+            if own[figure] > 0:
+                own[figure] -= 1
+                figures.append(figure)
+        kept += [KnownFigures(entry.place, figures, entry.reason)] if figures else []
+    kept += [KnownFigures(place, list(own.elements()), UNEXPLAINED) for place, own in left.items() if own.total()]
+    return sorted(kept, key=lambda entry: entry.place)
 
 
 def write_lists(exceptions: Sequence[KnownFigures], lists: Mapping[str, Path]) -> None:
@@ -171,6 +222,8 @@ def main() -> None:
         where = f"{entry.place.file}, {entry.place.heading or 'its beginning'}"
         print(f"owed: {where}: {len(entry.figures)} figures, {entry.reason}")
     print(f"{sum(len(entry.figures) for entry in owed)} figures are to be measured anew")
+    for page in unaudited():
+        print(f"owed: {page.relative_to(ROOT)}: its results were not kept")
     print("\n".join(told) or "every other one comes from a generated block, or is listed with its reason")
     sys.exit(bool(told))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 from dsc_serve.bench.compare.comparison import ComparisonError
@@ -44,6 +44,16 @@ class Chart:
 Element = Heading | Paragraph | Items | Table | Chart
 
 
+@dataclass(frozen=True)
+class MeasuredPage:
+    """What results make of a page. text: its measured part, in Markdown; plots: its charts as SVG, by file name."""
+
+    title: str
+    command: str
+    text: str
+    plots: Mapping[str, str] = field(default_factory=dict)
+
+
 def figure(value: float | None) -> str:
     """Three significant digits, or a dash."""
     if value is None:
@@ -54,21 +64,47 @@ def figure(value: float | None) -> str:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #212529 }
-table { border-collapse: collapse; margin: 0.5em 0 1.5em; font-variant-numeric: tabular-nums }
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 1.5em auto; padding: 0 1em;
+  color: #212529; background: #fff }
+h1 { font-size: 1.6em; margin: 0.3em 0 }
+.answer p { font-size: 1.1em; margin: 0.4em 0 }
+table { border-collapse: collapse; width: 100%; margin: 0.5em 0 1.5em; font-variant-numeric: tabular-nums }
 caption { text-align: left; font-weight: 600; padding: 0.3em 0 }
-th, td { padding: 0.25em 0.7em; border-bottom: 1px solid #dee2e6; text-align: right }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
+th, td { padding: 0.25em 0.7em; border-bottom: 1px solid #dee2e6; text-align: right; vertical-align: top }
+th:first-child, td:first-child, .words { text-align: left }
+svg { width: 100%; height: auto }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
+.answer svg { max-width: 880px; max-height: 70vh }
 li { overflow-wrap: anywhere }
+@media screen and (max-width: 800px) {
+  .charts { grid-template-columns: 1fr }
+  table { display: block; overflow-x: auto }
+}
+@media print {
+  @page { size: A4; margin: 14mm }
+  body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 }
+  table { font-size: 8pt }
+  th, td { padding: 0.2em 0.4em }
+  .charts { display: block }
+  .charts svg, .answer svg { max-width: 140mm; max-height: none }
+  .chart, tr, li { break-inside: avoid }
+  table.short { break-inside: avoid }
+  h2, caption, thead { break-after: avoid }
+}
 """
+SHORT = 14  # rows of a table that a page of paper does not divide
+WORDS = re.compile(r"(?!no difference)[A-Za-z]|\d+th ")  # how a cell begins that is read as words, not as a figure
 
 
 def page(title: str, made: Sequence[Element]) -> str:
-    """The same of any blocks."""
-    parts: list[str] = []
+    """One self-contained page. What stands before the first heading is the answer, and looks like it."""
+    parts: list[str] = ['<div class="answer">']
+    opened = True
     for at, block in enumerate(made):
+        if opened and isinstance(block, Heading):
+            parts.append("</div>")
+            opened = False
         before, after = made[at - 1 : at], made[at + 1 : at + 2]
         if isinstance(block, Chart) and not (before and isinstance(before[0], Chart)):
             several = after and isinstance(after[0], Chart)
@@ -76,6 +112,7 @@ def page(title: str, made: Sequence[Element]) -> str:
         parts.append(html_block(block))
         if isinstance(block, Chart) and not (after and isinstance(after[0], Chart)):
             parts.append("</div>")
+    parts += ["</div>"] if opened else []
     name = escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
@@ -91,10 +128,20 @@ def html_block(block: Element) -> str:
     if isinstance(block, Items):
         return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in block.texts) + "</ul>"
     if isinstance(block, Chart):
-        return f"<div>{block.svg}</div>"
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in block.head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-    return f"<table><caption>{escape(block.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<div class="chart">{block.svg}</div>'
+    worded = [
+        all(WORDS.match(cell) for row in block.rows for cell in row[at : at + 1] if cell)
+        for at in range(len(block.head))
+    ]
+
+    def cells(tag: str, row: Cells) -> str:
+        looks = [' class="words"' if at and words else "" for at, words in enumerate(worded)]
+        return "".join(f"<{tag}{look}>{escape(cell)}</{tag}>" for look, cell in zip(looks, row, strict=False))
+
+    head, rows = cells("th", block.head), "".join(f"<tr>{cells('td', row)}</tr>" for row in block.rows)
+    short = ' class="short"' if len(block.rows) <= SHORT else ""
+    caption = escape(block.title)
+    return f"<table{short}><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def markdown_of(made: Sequence[Element], plots: str = "", shown_charts: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""`dsc-serve bench compare`, `report`, `peer-model` and `peer-adapters` on the command line."""
+"""`dsc-serve bench compare`, `peer-model` and `peer-adapters` on the command line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from dsc_serve.output_file import OUTPUT_FILE
 if TYPE_CHECKING:
     from dsc_serve.bench.compare.comparison import Comparison
     from dsc_serve.bench.compare.results import Results
+    from dsc_serve.bench.compare.resuming import Deadline
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = "results.json"
 SPECULATION = "speculation"
+MINUTES = 25.0  # what has begun by then ends within half an hour
 
 
 @click.command("compare", context_settings={"show_default": True})
@@ -39,7 +40,10 @@ SPECULATION = "speculation"
 )
 @click.option("--keep-ratios", is_flag=True, help="Write this run's ratios into that file.")
 @click.option(
-    "--minutes", type=click.FloatRange(0), help="speculation: begin nothing new after so many; then --resume."
+    "--minutes",
+    type=click.FloatRange(0),
+    default=MINUTES,
+    help="Begin nothing new after so many, and go on with --resume; 0: to the end.",
 )
 @click.option(
     "--text-model",
@@ -56,7 +60,7 @@ def compare_command(
     resume: bool,
     ratios: Path | None,
     keep_ratios: bool,
-    minutes: float | None,
+    minutes: float,
     text_model: Path | None,
 ) -> None:
     """Measure the systems of COMPARISON side by side and write one report.
@@ -64,18 +68,19 @@ def compare_command(
     COMPARISON is a TOML file, or one that comes with the package: paper, large-cpu, quick, vllm, smollm2, adapters,
     mixture-olmoe, mixture-granite, mixture-qwen, quantised-paper or quantised-large; mixture is these three and
     quantised these two, each in a folder of its own below OUT.
+    After --minutes no load begins, so that a comparison is as many runs of the same command with --resume as it needs.
     speculation compares what several tokens a step are worth, in this process: with drafts that are right at given
     rates, steps by their width, and real work of --text-model.
     """
     from dsc_serve.bench.compare.comparison import load_comparison, members
+    from dsc_serve.bench.compare.resuming import Deadline
 
     if comparison == SPECULATION:
         unusable = {"--alone": alone, "--ratios": ratios is not None, "--keep-ratios": keep_ratios}
         refuse(unusable, "cannot be used with speculation, whose systems run in one process")
-        compare_speculation(out, models or out / "models", systems, rounds, resume, minutes or 0.0, text_model)
+        compare_speculation(out, models or out / "models", systems, rounds, resume, minutes, text_model)
         return
-    unusable = {"--minutes": minutes is not None, "--text-model": text_model is not None}
-    refuse(unusable, f"can be used with {SPECULATION} alone")
+    refuse({"--text-model": text_model is not None}, f"can be used with {SPECULATION} alone")
     if keep_ratios and ratios is None:
         raise click.ClickException("--keep-ratios needs --ratios FILE")
     names = members(comparison)
@@ -91,10 +96,13 @@ def compare_command(
         signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
     words = [word for name in systems for word in ("--system", name)]
     words += [*(["--rounds", f"{rounds}"] if rounds is not None else []), *(["--alone"] if alone else [])]
-    measured = True
+    measured, deadline = True, Deadline(minutes)
     for name in names:
+        if deadline.over:
+            click.echo(f"{name} has not begun; the same command with --resume goes on")
+            break
         own = out / name if len(names) > 1 else out
-        results = measure(asked[name], name, own, models or own / "models", words, alone, resume)
+        results = measure(asked[name], name, own, models or own / "models", words, alone, resume, deadline)
         tell(results, own, ratios, keep_ratios)
         measured &= bool(results.rows)
     if not measured:
@@ -139,7 +147,14 @@ def compare_speculation(
 
 
 def measure(
-    asked: Comparison, name: str, out: Path, work: Path, words: list[str], alone: bool, resume: bool
+    asked: Comparison,
+    name: str,
+    out: Path,
+    work: Path,
+    words: list[str],
+    alone: bool,
+    resume: bool,
+    deadline: Deadline,
 ) -> Results:
     """Run a comparison; its results lie in `out` after each load."""
     from dsc_serve.bench.compare.results import load_results, save_results
@@ -159,7 +174,7 @@ def measure(
         click.echo(line, err=True)
 
     try:
-        return run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results, before)
+        return run_comparison(asked, work.resolve(), shlex.join(command), alone, report, keep_results, before, deadline)
     except BaseException:
         if kept:
             report(f"{kept[0]} has what was measured until now; `dsc-serve bench report {out}` writes its report")
@@ -169,6 +184,7 @@ def measure(
 def tell(results: Results, out: Path, ratios: Path | None, keep_ratios: bool) -> None:
     """Write the report, and say what was found."""
     from dsc_serve.bench.compare.findings import sentences
+    from dsc_serve.bench.compare.pages import write_report
     from dsc_serve.bench.compare.ratios import keep, moved
 
     write_report(results, out)
@@ -177,88 +193,6 @@ def tell(results: Results, out: Path, ratios: Path | None, keep_ratios: bool) ->
         click.echo("\n".join(moved(results, ratios)))
         if keep_ratios:
             keep(results, ratios)
-
-
-def write_report(results: Results, out: Path) -> None:
-    from dsc_serve.bench.compare.report import CHARTS, html_page, write_charts
-
-    (out / "report.html").write_text(html_page(results), encoding="utf-8")
-    write_charts(results, out / "chart", list(CHARTS))
-
-
-@click.command("report", context_settings={"show_default": True})
-@click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.option("--into", type=FILE, help="Put tables into this Markdown file, between its marks for --name.")
-@click.option("--name", help="Whose place in the file it is, such as paper.")
-@click.option("--chart", "charts", multiple=True, default=("throughput", "itl-p50"), help="Charts to put in as well.")
-def report_command(folder: Path, into: Path | None, name: str | None, charts: tuple[str, ...]) -> None:
-    """Write the report of FOLDER, which `bench compare` filled, again: as HTML there, or into a document.
-
-    With --into, the tables replace what stands between the lines "<!-- NAME: begin -->" and "<!-- NAME: end -->";
-    charts are written as SVG into the folder plots beside the document, and the results as NAME.results.json, so that
-    the tables can be made again and audited. FOLDER may also be a file that `bench adapters`, `context`, `quantised` or
-    `tenants` wrote by --json.
-    """
-    from dsc_serve.bench.compare.blocks import audited, put_into
-    from dsc_serve.bench.compare.report import markdown, write_charts
-    from dsc_serve.bench.compare.results import load_results, save_results
-    from dsc_serve.bench.compare.speculation.found import is_kept_in
-
-    if into is not None and not name:
-        raise click.ClickException("--into needs --name")
-    if folder.is_file():
-        report_kept(folder, into, f"{name}")
-        return
-    if is_kept_in(folder / RESULTS):
-        report_speculation(folder, into, f"{name}")
-        return
-    results = load_results(folder / RESULTS)
-    if into is None:
-        write_report(results, folder)
-        return
-    assert name
-    raw = f"{name}.{RESULTS}"
-    text = f"{audited(raw)}\n\n{markdown(results, f'plots/{name}', charts)}"
-    document = put_into(into.read_text(encoding="utf-8"), name, text)
-    plots = into.parent / "plots"
-    plots.mkdir(exist_ok=True)
-    write_charts(results, plots / name, charts)
-    save_results(results, into.with_name(raw))
-    into.write_text(document, encoding="utf-8")
-
-
-def report_kept(file: Path, into: Path | None, name: str) -> None:
-    """The same of what one command kept."""
-    from dsc_serve.bench.compare.blocks import audited, put_into
-    from dsc_serve.bench.step.kept import UnknownResultsError, load_kept, markdown_of_kept
-
-    try:
-        text = markdown_of_kept(load_kept(file))
-    except UnknownResultsError as error:
-        raise click.ClickException(str(error)) from error
-    if into is None:
-        click.echo(text)
-        return
-    raw = into.with_name(f"{name}.{RESULTS}")
-    document = put_into(into.read_text(encoding="utf-8"), name, f"{audited(raw.name)}\n\n{text}")
-    raw.write_bytes(file.read_bytes())
-    into.write_text(document, encoding="utf-8")
-
-
-def report_speculation(folder: Path, into: Path | None, name: str) -> None:
-    """The same of a comparison of speculation, which has no charts."""
-    from dsc_serve.bench.compare.blocks import audited, markdown_of, put_into
-    from dsc_serve.bench.compare.speculation import found, page, running
-
-    results = found.load(folder / RESULTS)
-    if into is None:
-        running.write_report(results, folder)
-        return
-    raw = f"{name}.{RESULTS}"
-    text = f"{audited(raw)}\n\n{markdown_of(page.blocks(results))}"
-    document = put_into(into.read_text(encoding="utf-8"), name, text)
-    found.save(results, into.with_name(raw))
-    into.write_text(document, encoding="utf-8")
 
 
 @click.command("peer-model", context_settings={"show_default": True})

@@ -19,7 +19,11 @@ POSITIVE = Annotated[float, Meta(gt=0)]
 FfnKind = Literal["dsc", "moe", "molora", "dense"]
 Form = Literal["mixtral", "llama"]
 PresetName = Literal["paper", "large", "olmoe", "granite", "qwen"]
-MIXTURES = ("olmoe", "granite", "qwen")  # presets at which a DSC is equal to the mixture in one way only
+MIXTURES: tuple[PresetName, ...] = (
+    "olmoe",
+    "granite",
+    "qwen",
+)  # presets at which a DSC is equal to the mixture in one way only
 GROUPS = {  # comparisons that one name stands for
     "mixture": tuple(f"mixture-{name}" for name in MIXTURES),
     "quantised": ("quantised-paper", "quantised-large"),
@@ -100,7 +104,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     vocab_size: COUNT = 50000
     streams: tuple[COUNT, ...] = (1, 8, 16, 32)
     waves: COUNT = 3
-    rounds: COUNT = 3
+    rounds: COUNT = 5
     rates: tuple[POSITIVE, ...] = ()
     rate_seconds: POSITIVE = 5.0
     limits: dict[str, float] = {}

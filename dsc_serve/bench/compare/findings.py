@@ -49,30 +49,40 @@ def answer(results: Results) -> list[str]:
     measured = results.measured()
     if missing := [name for name in dict.fromkeys((subject, baseline)) if name not in measured]:
         return [f"{' and '.join(missing)} had no load, so that {subject} and {baseline} cannot be compared."]
-    parts = [f"{FIGURES[one][0]} {by_streams(results, subject, baseline, one)}" for one in ("median_itl_ms", P99)]
+    parts = [f"{FIGURES[one][0]} is {by_streams(results, subject, baseline, one)}" for one in ("median_itl_ms", P99)]
     machine = f"{results.machine.get('cpu', 'an unknown processor')}, {results.machine.get('threads', '?')} threads"
-    rounds = counted(results.rounds, "round")
     how = "Measured in one round, which cannot tell a difference from chance"
     if results.rounds > 1:
-        how = f'Medians of {rounds}; a system "wins" where all agree, and a ratio whose rounds disagree is no finding'
+        rounds = counted(results.rounds, "round")
+        how = f"Medians of {rounds}, told as a difference only where all rounds agree and the median is 2 % from 1"
+    rates = by_streams(results, subject, baseline, "output_throughput")
     return [
-        f"Tokens per second, {subject} to {baseline}: {by_streams(results, subject, baseline, 'output_throughput')}.",
-        f"Times, {subject} to {baseline}: {'; '.join(parts)}.",
-        f"{how} ({machine}; {most_tokens(results)}).",
+        f"{subject} beside {baseline}, tokens per second: {rates}.",
+        f"Its {'; its '.join(parts)}.",
+        f"{how} ({machine}; the most tokens per second: {most_tokens(results)}).",
     ]
 
 
 def by_streams(results: Results, subject: str, baseline: str, figure: str) -> str:
-    """Where the subject wins, loses and neither, with the medians of the ratios."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "unknown": [], "even": []}
+    """Where the subject has more or less and where neither, with the medians of the ratios."""
+    groups: dict[str, list[tuple[float, Ratio]]] = {"better": [], "worse": [], "unknown": [], "even": []}
     for value in results.points("closed"):
         ratio = results.ratio(subject, baseline, "closed", value, figure)
         if ratio is not None:
-            which = verdict(ratio, FIGURES[figure][1])
-            groups[which].append(f"{value:g}" if which == "even" else f"{ratio.median:.2f} at {value:g}")
-    named = {"better": "wins", "worse": "loses", "unknown": "by one round", "even": "no difference at"}
-    told = [f"{named[which]} {' and '.join(own)}" for which, own in groups.items() if own]
-    return f"{', '.join(told)} streams" if told else "not measured"
+            groups[verdict(ratio, FIGURES[figure][1])].append((value, ratio))
+    better, worse = ("more", "fewer") if FIGURES[figure][1] else ("shorter", "longer")
+    words = {"better": better, "worse": worse, "unknown": "by a single round", "even": "no difference"}
+    told = []
+    for which, own in groups.items():
+        if own:
+            times = f" ({', '.join(f'{ratio.median:.2f}' for _, ratio in own)} times)" if which != "even" else ""
+            streams = [f"{value:g}" for value, _ in own]
+            told.append(f"{words[which]} at {listed(streams)} stream{'' if streams == ['1'] else 's'}{times}")
+    return "; ".join(told) or "not measured"
+
+
+def listed(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def most_tokens(results: Results) -> str:
@@ -80,7 +90,7 @@ def most_tokens(results: Results) -> str:
     streams = max(results.points("closed"), default=0.0)
     rates = {name: results.median(name, "closed", streams, "output_throughput") or 0.0 for name in results.measured()}
     best = max(rates, key=lambda name: rates[name])
-    return f"the most tokens per second at {counted(streams, 'stream')}: {best}, {rates[best]:,.0f}"
+    return f"{best}, {rates[best]:,.0f} at {counted(streams, 'stream')}"
 
 
 def sentences(results: Results) -> list[str]:

@@ -30,7 +30,7 @@ from dsc_serve.bench.compare.findings import (
 )
 from dsc_serve.bench.compare.prompt_steps import PROMPT_STEPS
 from dsc_serve.bench.compare.results import Contestant, Ratio, Results
-from dsc_serve.bench.plot import Point, line_chart
+from dsc_serve.bench.plot import Point, RangedPoint, line_chart, ratio_chart
 
 LATENCIES = {  # table title, figures
     "Time to the first token, ms (p50, p99)": ("median_ttft_ms", "p99_ttft_ms"),
@@ -38,7 +38,8 @@ LATENCIES = {  # table title, figures
     "Time per output token, ms (p50, p99)": ("median_tpot_ms", "p99_tpot_ms"),
     "End to end, ms (p50, p99)": ("median_e2el_ms", "p99_e2el_ms"),
 }
-CHARTS = {  # the first one before everything else; file name: title, label of the y axis, load, figure
+FIRST = "to-baseline"  # the chart that stands before everything else
+CHARTS = {  # file name: title, label of the y axis, load, figure
     "throughput": ("Throughput", "output tokens per second", "closed", "output_throughput"),
     "itl-p50": ("Time between tokens, median", "milliseconds", "closed", "median_itl_ms"),
     "itl-p99": ("Time between tokens, 99th percentile", "milliseconds", "closed", "p99_itl_ms"),
@@ -56,10 +57,12 @@ SPLIT = ("attention", "ffn", "norms", "head", "rest", "step")
 def elements(results: Results) -> list[Element]:
     """The whole report but its title."""
     made: list[Element] = [Paragraph(text) for text in answer(results)]
-    shown = charts(results, "closed")
-    made += shown[:1]
+    closed = charts(results, "closed")
+    first = beside_baseline(results) or closed[:1]
+    made += first
     made += [Heading("What was found"), Items(sentences(results)), *expected(results)]
-    made += [Heading("Closed loops"), Paragraph(told(results)), *shown[1:], *closed_tables(results)]
+    made += [Heading("Closed loops"), Paragraph(told(results)), *(chart for chart in closed if chart not in first)]
+    made += closed_tables(results)
     if results.points("open"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in results.comparison["limits"].items())
         text = (
@@ -100,7 +103,8 @@ def expected(results: Results) -> list[Element]:
     def row(check: Check) -> Cells:
         wanted, ratio = check.expected, check.ratio
         measured = "–" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        name = f"{wanted.figure}, {results.label(wanted.subject)} / {results.label(wanted.against)}"
+        what = FIGURES.get(wanted.figure, (wanted.figure,))[0]
+        name = f"{what}, {results.label(wanted.subject)} / {results.label(wanted.against)}"
         return name, f"{wanted.streams}", check.demand, measured, check.reached
 
     found = checks(results)
@@ -215,6 +219,27 @@ def open_tables(results: Results) -> list[Element]:
     return made
 
 
+def beside_baseline(results: Results) -> list[Chart]:
+    """Tokens per second of every system to the baseline's, with the range of the rounds; nothing without a baseline."""
+    baseline = str(results.comparison["baseline"])
+    series: dict[str, list[RangedPoint]] = {}
+    for name in results.measured():
+        for value in results.points("closed"):
+            ratio = results.ratio(name, baseline, "closed", value, "output_throughput")
+            if name != baseline and ratio is not None:
+                told_apart = verdict(ratio, True) in ("better", "worse")
+                point = RangedPoint(value, ratio.median, ratio.low, ratio.high, told_apart)
+                series.setdefault(name, []).append(point)
+    if not series:
+        return []
+    title = f"Output tokens per second, times those of {baseline}"
+    rounds = counted(results.rounds, "round")
+    note = f"more is better; median and range of {rounds}; an empty mark is no difference"
+    label = "times the baseline's tokens per second"
+    base = f"{baseline} (baseline) = 1"
+    return [Chart(FIRST, title, ratio_chart(title, "streams at once", label, series, base, note, results.measured()))]
+
+
 def charts(results: Results, load: str) -> list[Chart]:
     """Each with its units, the systems by name, and the baseline named."""
     made: list[Chart] = []
@@ -317,6 +342,9 @@ def html_page(results: Results) -> str:
 def markdown(results: Results, plots: str, shown_charts: Sequence[str]) -> str:
     """Headings of the third level, tables, and links to those charts, which lie in the folder `plots`."""
     return markdown_of(elements(results), plots, shown_charts)
+
+
+ALL_CHARTS = (FIRST, *CHARTS)
 
 
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:

@@ -105,9 +105,13 @@ class Results(msgspec.Struct, kw_only=True):
 
     def ratio(self, subject: str, against: str, load: str, value: float, figure: str) -> Ratio | None:
         """The figures of two systems divided round by round; None where no round has both."""
+        ratios = self.ratios(subject, against, load, value, figure)
+        return Ratio.of(list(ratios.values())) if ratios else None
+
+    def ratios(self, subject: str, against: str, load: str, value: float, figure: str) -> dict[int, float]:
+        """The same by round."""
         one, other = self.values(subject, load, value, figure), self.values(against, load, value, figure)
-        ratios = [one[number] / other[number] for number in one if other.get(number)]
-        return Ratio.of(ratios) if ratios else None
+        return {number: one[number] / other[number] for number in sorted(one) if other.get(number)}
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -133,6 +137,14 @@ def write_whole(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     part.replace(path)
+
+
+def is_compared(path: Path) -> bool:
+    """Whether a file holds the results of a comparison of servers."""
+    try:
+        return "comparison" in msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.DecodeError):
+        return False
 
 
 def load_results(path: Path) -> Results:

@@ -1,7 +1,8 @@
-"""What of a comparison was measured before, and what of it is still missing."""
+"""What of a comparison was measured before, what of it is still missing, and for how long it is measured now."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,6 +10,26 @@ import msgspec
 
 from dsc_serve.bench.compare.comparison import ComparedSystem, Comparison, ComparisonError
 from dsc_serve.bench.compare.results import Results
+
+
+class OutOfTimeError(Exception):
+    """The minutes that a part of a comparison has are over."""
+
+
+class Deadline:
+    """Once so many minutes have passed nothing new is begun; 0: never."""
+
+    def __init__(self, minutes: float = 0.0) -> None:
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self._end
+
+    def check(self) -> None:
+        """Raises OutOfTimeError."""
+        if self.over:
+            raise OutOfTimeError
 
 
 def loads(comparison: Comparison) -> list[tuple[Literal["closed", "open"], float]]:

@@ -29,7 +29,7 @@ from dsc_serve.bench.compare.processes import (
 )
 from dsc_serve.bench.compare.prompt_steps import PROMPT_STEPS, share_between, step_counts
 from dsc_serve.bench.compare.results import Contestant, ResultRow, Results
-from dsc_serve.bench.compare.resuming import go_on_from, loads, missing
+from dsc_serve.bench.compare.resuming import Deadline, OutOfTimeError, go_on_from, loads, missing
 from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
 from dsc_serve.bench.load.lengths import parse_lengths
 from dsc_serve.bench.load.made_up_tokenizer import save_tokenizer
@@ -61,8 +61,8 @@ def run_tool(command: Sequence[str]) -> str:
 def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> Path:
     """The system's model; one of random weights is made where there is none yet. Raises StartError."""
     if system.folder:
-        if system.ours and not Path(system.folder).is_dir():
-            raise ServerStartError(f"its folder {system.folder} does not exist")
+        if system.ours and not Path(system.folder).exists():
+            raise ServerStartError(f"its model {system.folder} does not exist")
         return Path(system.folder)
     form = system.form or system.ffn
     equal = () if system.equal is None else ("--equal", system.equal)
@@ -247,10 +247,12 @@ def run_comparison(
     report: Report,
     keep: Keep = lambda _: None,
     before: Results | None = None,
+    deadline: Deadline | None = None,
 ) -> Results:
     """Measure. alone: only one system runs at a time, started anew in every round; else all run, and those that are
     not measured wait idle. keep: is given the results after each load, so that whatever stops the rest loses nothing.
-    before: results of the same comparison on the same machine, whose loads are not measured again.
+    before: results of the same comparison on the same machine, whose loads are not measured again. deadline: after
+    which no load begins; what is missing then a later run has to measure.
     Failures of single systems skip them; raises ComparisonError for what stops all."""
     check_prompts(comparison)
     arena = ComparisonRun(comparison, work, report)
@@ -274,30 +276,44 @@ def run_comparison(
         results.machine["load_after"] = load_average()
         keep(results)
 
-    arena.prepare()
+    deadline = deadline or Deadline()
+    try:
+        arena.prepare()
+        measure_rounds(arena, results, alone, deadline, save)
+    except OutOfTimeError:
+        report("its time is over; the same command with --resume goes on")
+    save()
+    return results
+
+
+def measure_rounds(
+    arena: ComparisonRun, results: Results, alone: bool, deadline: Deadline, save: Callable[[], None]
+) -> None:
+    """What is missing of all rounds. Raises OutOfTimeError where a load would begin after the deadline."""
+    comparison = arena.comparison
     if alone:
         for number in range(comparison.rounds):
             for system in arena.taking_part():
                 if not missing(comparison, results, system, number):
                     continue
+                deadline.check()
                 with arena.started(system) as server:
                     if server is not None:
-                        measure_round(arena, results, {system.name: server}, number, save)
-    else:
-        with ExitStack() as stack:
-            servers = {}
-            rounds = range(comparison.rounds)
-            for system in arena.taking_part():
-                if not any(missing(comparison, results, own, number) for own in comparison.system for number in rounds):
-                    break
-                report(f"{system.name}: starting")
-                server = stack.enter_context(arena.started(system))
-                if server is not None:
-                    servers[system.name] = server
-            for number in rounds if servers else ():
-                measure_round(arena, results, servers, number, save)
-    save()
-    return results
+                        measure_round(arena, results, {system.name: server}, number, deadline, save)
+        return
+    with ExitStack() as stack:
+        servers = {}
+        rounds = range(comparison.rounds)
+        for system in arena.taking_part():
+            if not any(missing(comparison, results, own, number) for own in arena.taking_part() for number in rounds):
+                break
+            deadline.check()
+            arena.report(f"{system.name}: starting")
+            server = stack.enter_context(arena.started(system))
+            if server is not None:
+                servers[system.name] = server
+        for number in rounds if servers else ():
+            measure_round(arena, results, servers, number, deadline, save)
 
 
 def rotated(systems: list[ComparedSystem], number: int) -> list[ComparedSystem]:
@@ -308,13 +324,20 @@ def rotated(systems: list[ComparedSystem], number: int) -> list[ComparedSystem]:
 
 
 def measure_round(
-    arena: ComparisonRun, results: Results, servers: Mapping[str, ServerProcess], number: int, save: Callable[[], None]
+    arena: ComparisonRun,
+    results: Results,
+    servers: Mapping[str, ServerProcess],
+    number: int,
+    deadline: Deadline,
+    save: Callable[[], None],
 ) -> None:
-    """Every load on every running system, load by load."""
+    """Every load on every running system, load by load: none begins after the deadline, on all or on nobody."""
     comparison = arena.comparison
     systems = rotated([system for system in arena.taking_part() if system.name in servers], number)
     left = {system.name: missing(comparison, results, system, number) for system in systems}
     for load, value in loads(comparison):
+        if any((load, value) in own for own in left.values()):
+            deadline.check()
         for system in systems:
             if (load, value) not in left[system.name]:
                 continue

@@ -48,6 +48,14 @@ class CheckedFigure(msgspec.Struct, frozen=True, kw_only=True):
         return self.expected_ratio / self.measured_ratio - 1
 
 
+def is_decision(path: Path) -> bool:
+    """Whether a file holds what `bench decide` answered."""
+    try:
+        return {"frame", "held_out"} <= msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw]).keys()
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
 def preset_frame(name: str) -> ModelFrame:
     budget = PRESETS[name].budget
     return ModelFrame(budget.total, budget.active, budget.layers, budget.width, budget.vocab_size, budget.context)
@@ -79,6 +87,8 @@ def checked_figures(
     """
     figures, passed_over = list[CheckedFigure](), list[str]()
     for file in sorted(folder.glob(f"*{SUFFIX}")):
+        if is_decision(file):
+            continue
         try:
             own = list(of_speculation(file, laws, machine) if found.is_kept_in(file) else of_loads(file, laws, machine))
         except ComparisonError:
@@ -131,7 +141,7 @@ def of_speculation(file: Path, laws: Mapping[str, CostLaw], machine: Mapping[str
     for preset, system, streams, rate in points:
         ms = results.median(preset, system, streams, rate, "ms")
         drafts = results.median(preset, system, streams, rate, "drafts")
-        if not ms or drafts is None or system not in law.forms:
+        if preset not in PRESETS or not ms or drafts is None or system not in law.forms:
             continue
         width = round(drafts)
         step = StepShape(singles=streams, context=context, drafts=width)

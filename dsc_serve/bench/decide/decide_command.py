@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = Path("docs/results")
-KEPT = Path("docs/decide.results.json")  # what --into docs/benchmarks.md wrote: its machine answers where none is given
+KEPT = RESULTS / "decide.results.json"  # of --into docs/results/decide.md: it answers where no machine is given
 MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # options that measure; others answer
 
 
@@ -26,7 +26,10 @@ MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # 
 @click.option("--active", "active_text", metavar="COUNT", help="Parameters that a token uses, such as 250M.")
 @click.option("--streams", callback=numbers, metavar="LIST", default="1,8,32", help="Requests at once.")
 @click.option(
-    "--machine", "machine_file", type=FILE, help="What --measure wrote.  [default: what docs/decide.results.json keeps]"
+    "--machine",
+    "machine_file",
+    type=FILE,
+    help="What --measure wrote.  [default: what docs/results/decide.results.json keeps]",
 )
 @click.option("--prompt-tokens", type=click.IntRange(1), default=48, help="Length of each prompt.")
 @click.option("--output-tokens", type=click.IntRange(2), default=64, help="Tokens of each answer.")
@@ -199,8 +202,9 @@ def decide(
 
 def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
     """Print the tables, and write page, chart and document where they are asked for. Raises ComparisonError."""
-    from dsc_serve.bench.compare.blocks import markdown_of, page, put_into
-    from dsc_serve.bench.decide.decide_page import NAME, blocks, chart, kept_block, save_decision, title
+    from dsc_serve.bench.compare.blocks import markdown_of, page
+    from dsc_serve.bench.compare.pages import write_page
+    from dsc_serve.bench.decide.decide_page import NAME, blocks, chart, encoded, measured_page, title
 
     made = blocks(decision)
     click.echo(f"{title(decision)}\n\n{markdown_of(made)}")
@@ -209,9 +213,4 @@ def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
         (out / "report.html").write_text(page(title(decision), made), encoding="utf-8")
         (out / "decide.svg").write_text(chart(decision).svg, encoding="utf-8")
     if into is not None:
-        plots, raw = into.parent / "plots", into.with_name(f"{NAME}.results.json")
-        document = put_into(into.read_text(encoding="utf-8"), NAME, kept_block(decision, raw.name))
-        plots.mkdir(exist_ok=True)
-        (plots / f"{NAME}-{NAME}.svg").write_text(chart(decision).svg, encoding="utf-8")
-        save_decision(decision, raw)
-        into.write_text(document, encoding="utf-8")
+        write_page(into, NAME, measured_page(decision), encoded(decision))

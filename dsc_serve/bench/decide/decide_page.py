@@ -12,14 +12,13 @@ from dsc_serve.bench.compare.blocks import (
     Element,
     Heading,
     Items,
+    MeasuredPage,
     Paragraph,
     Table,
-    audited,
     figure,
     markdown_of,
 )
 from dsc_serve.bench.compare.findings import counted
-from dsc_serve.bench.compare.results import write_whole
 from dsc_serve.bench.decide.answers import ClosedLoad, ExpectedFigures, best
 from dsc_serve.bench.decide.checked import CheckedFigure
 from dsc_serve.bench.decide.cost_law import FitError
@@ -30,6 +29,7 @@ from dsc_serve.bench.plot import Point, line_chart
 
 BASELINE = "moe"
 NAME = "decide"  # of its place in a document, and of its chart
+TITLE, COMMAND = "What to serve at a size that nobody measured", "dsc-serve bench decide"
 MARK = "≈"  # before every figure that a model made
 MODEL = "a model's figures, not measured"
 
@@ -57,15 +57,16 @@ class Decision(msgspec.Struct, kw_only=True):
         return weights if weights != "stored" else {2: "bfloat16", 4: "float32"}[element]
 
 
-def kept_block(decision: Decision, raw: str) -> str:
-    """What stands between a document's marks; raw: the file beside it that this is made of."""
+def measured_page(decision: Decision) -> MeasuredPage:
+    """What stands between a document's marks, and its chart."""
     tables = markdown_of(blocks(decision), f"plots/{NAME}", (NAME,))
-    return f"{audited(raw)}\n\n{title(decision)}.\n\n{tables}"
+    text = f"{title(decision)}.\n\n{tables}"
+    return MeasuredPage(TITLE, COMMAND, text, {f"{NAME}-{NAME}.svg": chart(decision).svg})
 
 
-def save_decision(decision: Decision, path: Path) -> None:
-    """With the measured steps, so that the page can be made again. Raises OSError."""
-    write_whole(path, msgspec.json.format(msgspec.json.encode(decision), indent=1) + b"\n")
+def encoded(decision: Decision) -> bytes:
+    """With the measured steps, so that the page can be made again."""
+    return msgspec.json.format(msgspec.json.encode(decision), indent=1) + b"\n"
 
 
 def load_decision(path: Path) -> Decision:

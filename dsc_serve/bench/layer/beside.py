@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dsc_serve.bench.layer.measurement import LayerBench, LayerResult, LayerRow, quotient, run_layer_bench
 from dsc_serve.bench.layer.table import cell
@@ -29,6 +30,13 @@ class Beside:
 
     def to_dict(self) -> dict[str, object]:
         return {"paper": self.paper.to_dict(), "shares": [asdict(share) for share in self.shares]}
+
+
+def beside_of(kept: Mapping[str, Any]) -> Beside:
+    """What `Beside.to_dict` made, again."""
+    paper = LayerResult[LayerRow](**kept["paper"])
+    paper.rows = [LayerRow(**row) for row in kept["paper"]["rows"]]
+    return Beside(paper, [ShareBeside(**share) for share in kept["shares"]])
 
 
 def beside_paper(result: LayerResult[LayerRow], bench: LayerBench, report: Callable[[str], None]) -> Beside:

@@ -24,14 +24,16 @@ def cell(value: float | None, form: str, width: int = 9) -> str:
 def head(result: LayerResult[Row]) -> list[str]:
     names = ("cpu", "device", "cores", "threads", "torch", "kernels", "load_before", "load_after")
     machine = ", ".join(f"{name.replace('_', ' ')} {result.machine[name]}" for name in names)
-    lines = [result.command, f"{result.date}; {machine}", *result.notes]
+    return [result.command, f"{result.date}; {machine}", *result.notes, ceilings(result)]
+
+
+def ceilings(result: LayerResult[Row]) -> str:
+    """What the machine reads and multiplies at most, as measured."""
     bandwidth = result.roofline["read_bytes_per_s"]
     assert isinstance(bandwidth, dict)
     rates = ", ".join(f"{rate / 1e9:.1f} GB/s over {int(size) / 1e6:.0f} MB" for size, rate in bandwidth.items())
-    lines.append(
-        f"measured ceilings: reading {rates}; GEMM {float(str(result.roofline['gemm_flops_per_s'])) / 1e9:.0f} GFLOP/s"
-    )
-    return lines
+    gemm = float(str(result.roofline["gemm_flops_per_s"])) / 1e9
+    return f"measured ceilings: reading {rates}; GEMM {gemm:.0f} GFLOP/s"
 
 
 def wrong_lines(rows: Sequence[LayerRow]) -> list[str]:
@@ -39,30 +41,40 @@ def wrong_lines(rows: Sequence[LayerRow]) -> list[str]:
 
 
 def format_layers(result: LayerResult[LayerRow]) -> str:
+    """What measured it, and `layer_lines`."""
+    return "\n".join([*head(result), *layer_lines(result)])
+
+
+def layer_lines(result: LayerResult[LayerRow]) -> list[str]:
     """One table per figure: a line per system and path, a column per batch size."""
     batches = list(dict.fromkeys(row.batch for row in result.rows))
     by_name: dict[tuple[str, str], dict[int, LayerRow]] = {}
     for row in result.rows:
         by_name.setdefault((row.system, row.path), {})[row.batch] = row
-    lines = head(result)
+    lines = []
     for title, value, form in TABLES:
         lines += ["", f"{title:<18}", f"{'B':<18}" + "".join(f"{batch:>9}" for batch in batches)]
         for (system, path), found in by_name.items():
             cells = "".join(cell(value(found[b]) if b in found else None, form) for b in batches)
             lines.append(f"{system + ' ' + path:<18}{cells}")
-    return "\n".join([*lines, *wrong_lines(result.rows)])
+    return [*lines, *wrong_lines(result.rows)]
 
 
 def format_sweep(result: LayerResult[SweepRow]) -> str:
+    """What measured it, and `sweep_lines`."""
+    return "\n".join([*head(result), *sweep_lines(result)])
+
+
+def sweep_lines(result: LayerResult[SweepRow]) -> list[str]:
     """A line per point and batch size: time and bytes, in all and by part."""
     names = ("us", "router", "bank", "static", "kB", "router", "bank", "static", "share")
-    lines = [*head(result), "", f"{'B':>5}{'M':>7}{'K':>4}" + "".join(f"{name:>9}" for name in names)]
+    lines = ["", f"{'B':>5}{'M':>7}{'K':>4}" + "".join(f"{name:>9}" for name in names)]
     for row in sorted(result.rows, key=lambda row: row.batch):
         times = (row.us, row.router_us, row.bank_us, row.static_us)
         kilobytes = (row.bytes / 1e3, row.router_bytes / 1e3, row.bank_bytes / 1e3, row.static_bytes / 1e3)
         cells = "".join(cell(value, ".0f") for value in (*times, *kilobytes)) + cell(row.roofline_share, ".2f")
         lines.append(f"{row.batch:>5}{row.atoms:>7}{row.picks:>4}{cells}")
-    return "\n".join([*lines, *wrong_lines(result.rows)])
+    return [*lines, *wrong_lines(result.rows)]
 
 
 def chart_layers(result: LayerResult[LayerRow]) -> str:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import click
+import msgspec
 
 from dsc_serve.bench.load.arrivals import ARRIVALS
 from dsc_serve.bench.load.exchange import RequestOutcome
 from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
 from dsc_serve.bench.load.overload import format_overload, run_overload
 from dsc_serve.bench.load.summary import format_table, record_line
+from dsc_serve.bench.machine import as_typed, dated_machine
 from dsc_serve.config import ConfigError
 from dsc_serve.output_file import OUTPUT_FILE
 from dsc_serve.text.tokenizer import TokenizerError
@@ -105,21 +107,25 @@ def serve_command(url: str, json_file: Path | None, records: Path | None, **sett
 @click.command("overload", context_settings={"show_default": True})
 @click.argument("url")
 @click.option("--factor", default=10.0, help="Load, as a multiple of what the server completes at its peak.")
-@click.option("--duration", "duration_s", default=60.0, help="Seconds of each load.")
+@click.option("--duration", "duration_s", default=20.0, help="Seconds of each load.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Of the three loads; medians are told.")
 @click.option("--concurrency", default=64, help="Streams at which the server is at its peak: its max_running.")
 @click.option("--places", default=128, help="Generations that it holds: max_running and max_waiting.")
 @click.option("--prompt-tokens", default=64, help="Length of each prompt.")
 @click.option("--output-tokens", default=256, help="Tokens to generate for each request.")
-@click.option("--api-key", default="", show_default=False, help="Sent as a bearer token.")
+@click.option("--api-key", default="", show_default=False, help="Sent as a bearer token; never written to the result.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write every round to this file.")
 def overload_command(
     url: str,
     factor: float,
     duration_s: float,
+    rounds: int,
     concurrency: int,
     places: int,
     prompt_tokens: int,
     output_tokens: int,
     api_key: str,
+    json_file: Path | None,
 ) -> None:
     """Offer the server at URL more than it can do, and print what it still does.
 
@@ -135,7 +141,11 @@ def overload_command(
         output_tokens=output_tokens,
         api_key=api_key,
     )
+    found: dict[str, object] = {"command": as_typed("overload"), "machine": dated_machine(), "factor": factor}
     try:
-        click.echo(format_overload(run_overload(load, places, factor)))
+        measured = run_overload(load, places, factor, rounds, lambda line: click.echo(line, err=True))
     except (ConfigError, LoadError) as error:
         raise click.ClickException(str(error)) from error
+    click.echo(format_overload(measured, factor))
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode({**found, "rounds": measured})))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -10,16 +11,46 @@ from dsc_serve.bench.load.generator import LoadConfig, LoadError, run_load
 from dsc_serve.bench.load.summary import LoadResult
 
 REFUSAL = "HTTP 429"
+LOADS = {"peak": "peak", "full": "full house", "overload": "overload"}
 
 
-@dataclass(frozen=True)
-class Overload:
-    """Three loads on one server: at its peak, with all its places taken, and at `factor` times what it completes."""
+class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One load of a round. offered: requests per second; lost: neither completed nor refused; times in milliseconds,
+    None where no request had one."""
 
-    factor: float
-    peak: LoadResult
-    full: LoadResult
-    overload: LoadResult
+    offered: float
+    completed: int
+    refused: int
+    lost: int
+    output_throughput: float
+    median_ttft_ms: float | None
+    p99_ttft_ms: float | None
+    p99_refused_ms: float | None
+    client_cpu: float
+
+    @classmethod
+    def of(cls, load: LoadResult) -> LoadFigures:
+        refused = load.failures.get(REFUSAL, 0)
+        offered = (load.completed + load.failed) / load.duration if load.request_rate is None else load.request_rate
+        return cls(
+            offered=offered,
+            completed=load.completed,
+            refused=refused,
+            lost=load.failed - refused,
+            output_throughput=load.output_throughput,
+            median_ttft_ms=load.ttft.median,
+            p99_ttft_ms=load.ttft.p99,
+            p99_refused_ms=load.refused.p99,
+            client_cpu=float(str(load.client["client_cpu"])),
+        )
+
+
+class OverloadRound(msgspec.Struct, frozen=True, kw_only=True):
+    """Three loads on one server: at its peak, with all its places taken, and at a multiple of what it completes."""
+
+    peak: LoadFigures
+    full: LoadFigures
+    overload: LoadFigures
 
     @property
     def goodput_ratio(self) -> float:
@@ -29,43 +60,55 @@ class Overload:
     @property
     def ttft_ratio(self) -> float:
         """The 99th percentile of the admitted requests' time to the first token, to that of a full house."""
-        return (self.overload.ttft.p99 or 0.0) / (self.full.ttft.p99 or 1.0)
-
-    @property
-    def lost(self) -> int:
-        """Requests at overload that neither succeeded nor were refused."""
-        return self.overload.failed - self.overload.failures.get(REFUSAL, 0)
+        return (self.overload.p99_ttft_ms or 0.0) / (self.full.p99_ttft_ms or 1.0)
 
 
-def run_overload(load: LoadConfig, places: int, factor: float) -> Overload:
-    """Measure the three loads one after the other; `places` is how many generations the server holds.
+def run_overload(
+    load: LoadConfig, places: int, factor: float, rounds: int, report: Callable[[str], None] = lambda line: None
+) -> list[OverloadRound]:
+    """Measure the three loads one after the other, round by round; `places` is how many generations the server holds.
 
     Raises LoadError when the server completes nothing at its peak.
     """
-    peak = run_load(msgspec.structs.replace(load, arrivals="closed"))
-    if not peak.completed:
-        raise LoadError(f"{load.url} completed none of {peak.failed} requests: {peak.failure_examples}")
-    full = run_load(msgspec.structs.replace(load, concurrency=places))
-    rate = peak.request_throughput * factor
-    overload = run_load(msgspec.structs.replace(load, arrivals="poisson", request_rate=rate, warmup=0))
-    return Overload(factor, peak, full, overload)
+    found = []
+    for number in range(rounds):
+        report(f"round {number + 1} of {rounds}")
+        own = msgspec.structs.replace(load, seed=load.seed + number)
+        peak = run_load(msgspec.structs.replace(own, arrivals="closed"))
+        if not peak.completed:
+            raise LoadError(f"{load.url} completed none of {peak.failed} requests: {peak.failure_examples}")
+        full = run_load(msgspec.structs.replace(own, concurrency=places))
+        rate = peak.request_throughput * factor
+        overload = run_load(msgspec.structs.replace(own, arrivals="poisson", request_rate=rate, warmup=0))
+        three = {"peak": peak, "full": full, "overload": overload}
+        found.append(OverloadRound(**{name: LoadFigures.of(result) for name, result in three.items()}))
+    return found
 
 
-def format_overload(result: Overload) -> str:
-    """The figures for people."""
+def format_overload(found: Sequence[OverloadRound], factor: float) -> str:
+    """Medians over rounds in Markdown, and the ratios that overload is judged by, with those of all rounds."""
     columns = ("requests/s", "completed", "refused", "lost", "tokens/s", "TTFT p50 ms", "TTFT p99 ms", "429 p99 ms")
-    lines = ["".join(f"{name:>13}" for name in ("", *columns))]
-    for name, load in (("peak", result.peak), ("full house", result.full), ("overload", result.overload)):
-        refused = load.failures.get(REFUSAL, 0)
-        offered = (load.completed + load.failed) / load.duration if load.request_rate is None else load.request_rate
-        cells = (offered, load.completed, refused, load.failed - refused, load.output_throughput)
-        times = (load.ttft.median, load.ttft.p99, load.refused.p99)
-        shown = [f"{value:.1f}" if isinstance(value, float) else f"{value}" for value in (*cells, *times)]
-        lines.append("".join(f"{cell:>13}" for cell in (name, *(cell.replace("None", "-") for cell in shown))))
-    lines += [
-        "",
-        f"goodput at {result.factor:g} times what it can complete: {result.goodput_ratio:.2f} of the peak's",
-        f"TTFT p99 of the admitted: {result.ttft_ratio:.2f} times that of a full house",
-        f"client: {result.overload.client['client_cpu']} of a core",
-    ]
+    lines = [f"| load | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    fields = [name for name in LoadFigures.__struct_fields__ if name != "client_cpu"]
+    for name, title in LOADS.items():
+        own = [getattr(one, name) for one in found]
+        cells = [shown([getattr(load, field) for load in own]) for field in fields]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    ratios = {
+        f"Goodput at {factor:g} times what it can complete, to the peak's": [one.goodput_ratio for one in found],
+        "TTFT p99 of the admitted, to that of a full house": [one.ttft_ratio for one in found],
+        "Cores that the client used at overload": [one.overload.client_cpu for one in found],
+    }
+    lines += ["", f"| medians of rounds | {len(found)} | lowest, highest |", "|---|---|---|"]
+    for title, values in ratios.items():
+        lines.append(f"| {title} | {statistics.median(values):.2f} | {min(values):.2f}, {max(values):.2f} |")
     return "\n".join(lines)
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """The median of those that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    median = statistics.median(known)
+    return f"{median:g}" if all(isinstance(value, int) for value in known) else f"{median:.1f}"

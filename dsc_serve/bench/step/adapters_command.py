@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,6 +9,7 @@ import click
 import msgspec
 
 from dsc_serve.adapter_choice import CORE_KINDS
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -62,7 +61,7 @@ def adapters_command(
     if needed > context:
         message = f"--steps times --rounds needs a context of {needed} tokens; the model's is {context}"
         raise click.ClickException(message)
-    found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(prepared)}
+    found: dict[str, object] = {"command": as_typed("adapters"), "machine": machine(prepared)}
     kinds = tuple(dict.fromkeys(kinds))
     ranks = {kind: shared_rank if kind == "shared" else rank for kind in kinds}
     count = max(loaded, cold, *streams)

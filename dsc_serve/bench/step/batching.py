@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsc_kernels.plan import Mode, Planner
-from dsc_serve.bench.machine import describe_machine, load_average
+from dsc_serve.bench.machine import dated_machine
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.preparation import prepare_model
@@ -49,7 +49,7 @@ class BatchingBench:
     prompt_tokens: int = 48
     output_tokens: int = 48
     topics: int = 8
-    repeats: int = 3
+    repeats: int = 5
     threads: int = 0
     seed: int = 0
 
@@ -126,7 +126,7 @@ def run_batching(
     layers = dsc_layers(model)
     if not layers:
         raise BatchingError(f"model {bench.model} has no DSC layer: there are no atoms to share")
-    result = BatchingResult({**describe_machine(), "load_before": load_average()}, asdict(layers[0].shape))
+    result = BatchingResult(dated_machine(), asdict(layers[0].shape))
     result.model |= {"dtype": str(layers[0].shape.dtype), "layers": len(layers)}
     for running in bench.requests:
         count = running * bench.oversubscription

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dsc_serve.bench.layer.command import numbers
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EMBEDDED_MODEL, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -26,7 +27,7 @@ from dsc_serve.output_file import OUTPUT_FILE
 @click.option("--prompt-tokens", type=click.IntRange(1), default=48, help="Length of each prompt.")
 @click.option("--output-tokens", type=click.IntRange(2), default=48, help="Tokens to generate for each request.")
 @click.option("--topics", type=click.IntRange(0), default=8, help="Places of the text that prompts come from; 0: all.")
-@click.option("--repeats", type=click.IntRange(1), default=3, help="Of all variants in turn; medians are told.")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Of all variants in turn; medians are told.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default="all cores", help="Compute threads.")
 @click.option("--seed", default=0, help="Seed of the prompts.")
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write the result to this file.")
@@ -47,4 +48,5 @@ def batching_command(model: str, text_file: Path | None, json_file: Path | None,
     result = run_batching(BatchingBench(model=model, **options), tokens, lambda line: click.echo(line, err=True))
     click.echo(format_batching(result))
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+        found = {"command": as_typed("batching"), **result.to_dict()}
+        json_file.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")

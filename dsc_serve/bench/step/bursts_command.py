@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from dsc_serve.bench.layer.command import numbers
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -47,6 +47,7 @@ def bursts_command(
     import msgspec
 
     from dsc_serve.bench.step.bursts import SETTLED, BurstBench, format_bursts, run_bursts
+    from dsc_serve.bench.step.engine_command import machine
     from dsc_serve.engine.policies import POLICIES
     from dsc_serve.engine.preparation import prepare_model
 
@@ -77,8 +78,8 @@ def bursts_command(
             f"{model} has a context of {prepared.config.max_position_embeddings} tokens; prompts of {prompt_tokens}, "
             f"answers of {output_tokens} and bursts of {max(bursts)} need {needed}"
         )
+    found: dict[str, object] = {"command": as_typed("bursts"), "machine": machine(prepared)}
     rows = run_bursts(prepared, config, bench, lambda line: click.echo(line, err=True))
     click.echo(format_bursts(rows, bench))
     if json_file is not None:
-        content = {"bench": msgspec.to_builtins(bench), "rows": msgspec.to_builtins(rows)}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode({**found, "bench": bench, "rows": rows})))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
 import msgspec
 
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE, TEXT_FILE
 
@@ -71,7 +70,7 @@ def context_command(
                     raise click.ClickException(f"--text: {error}") from error
             systems.append(System(Path(model).name, prepared, own, bits))
     found: dict[str, object] = {
-        "command": shlex.join(["dsc-serve", *sys.argv[1:]]),
+        "command": as_typed("context"),
         "machine": machine(systems[0].model),
         "rows": (rows := measure(systems, streams, context, steps, rounds)),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EMBEDDED_MODEL, ConfigError, EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -66,7 +65,7 @@ def engine_command(
         loaded = prepare_model(config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(loaded)}
+    found: dict[str, object] = {"command": as_typed("engine"), "machine": machine(loaded)}
     if only != "prompts":
         parts = profile_steps if device == "cpu" else profile_device
         found["profiles"] = parts(loaded, config, running, steps)
@@ -138,7 +137,7 @@ def measure_prompts(
     requests: int,
     itl_target_ms: float,
 ) -> dict[str, object]:
-    from dsc_serve.bench.step.harness import DECODED, Harness, long_prompt, shared_prefix
+    from dsc_serve.bench.step.harness import DECODED, Harness, format_prompts, long_prompt, shared_prefix
 
     context = model.config.max_position_embeddings
     if max(long_tokens + 2, system_tokens + own_tokens + 1, DECODED) > context:
@@ -149,12 +148,5 @@ def measure_prompts(
     without = Harness(model, msgspec.structs.replace(config, prefix_cache=False))
     long = long_prompt(without, streams, long_tokens, rounds)
     shared = shared_prefix(without, cached, system_tokens, own_tokens, requests)
-    click.echo(
-        f"{streams} requests decode: a token every {long.quiet_median_ms:.2f} ms (p99 {long.quiet_p99_ms:.2f})\n"
-        f"while a prompt of {long_tokens} tokens is computed: {long.beside_median_ms:.2f} ms (p99 "
-        f"{long.beside_p99_ms:.2f}, {long.p99_ratio:.2f} times); its first token after {long.ttft_ms:.0f} ms\n"
-        f"{requests} requests share {system_tokens} tokens and add {own_tokens}: first token after "
-        f"{shared.ttft_without_ms:.2f} ms without, {shared.ttft_with_ms:.2f} ms with the prefix cache "
-        f"(hit rate {shared.hit_rate:.1%})"
-    )
+    click.echo(format_prompts(long, shared))
     return {"long_prompt": long, "shared_prefix": shared}

@@ -75,7 +75,7 @@ class ForwardResult:
     rows: list[ForwardRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return {"command": command_of(self.bench), **asdict(self)}
 
     def mean(self, system: str) -> float | None:
         return next((row.mean_ms for row in self.rows if row.system == system), None)
@@ -180,9 +180,17 @@ def run_forward(bench: ForwardBench, report: Callable[[str], None] = lambda line
     return result
 
 
+def command_of(bench: ForwardBench) -> str:
+    """The command that measures it."""
+    options = {
+        field.name: getattr(bench, field.name) for field in fields(bench) if getattr(bench, field.name) != field.default
+    }
+    return " ".join(["dsc-serve bench forward", *(f"--{name} {value}" for name, value in options.items())])
+
+
 def format_forward(result: ForwardResult) -> str:
-    """A table in Markdown, with ratios to our MoE, and what was run where and when."""
-    moe, bench, machine = result.mean("moe"), result.bench, result.machine
+    """A table in Markdown, with ratios to our MoE."""
+    moe = result.mean("moe")
     lines = ["| system | mean ms | median | least | to our MoE |", "|---|---|---|---|---|"]
     for row in result.rows:
         if row.mean_ms is None:
@@ -190,15 +198,7 @@ def format_forward(result: ForwardResult) -> str:
             continue
         ratio = "–" if moe is None else f"{row.mean_ms / moe:.2f}"
         lines.append(f"| {row.system} | {row.mean_ms:.0f} | {row.median_ms:.0f} | {row.least_ms:.0f} | {ratio} |")
-    options = {
-        field.name: getattr(bench, field.name) for field in fields(bench) if getattr(bench, field.name) != field.default
-    }
-    command = " ".join(["dsc-serve bench forward", *(f"--{name} {value}" for name, value in options.items())])
-    where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items())
-    load = machine["load_before"]
-    busy = (
-        f" Something else ran in the minute before it began (load average {load})."
-        if isinstance(load, float) and load > IDLE_LOAD
-        else ""
-    )
-    return "\n".join([*lines, "", f"`{command}`, {result.date}; {where}.{busy}"])
+    load = result.machine["load_before"]
+    if isinstance(load, float) and load > IDLE_LOAD:
+        lines += ["", f"Something else ran in the minute before it began (load average {load})."]
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ from dsc_serve.output_file import OUTPUT_FILE
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
 @click.option(
     "--into",
-    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Also put the table into this Markdown file, between its marks for forward, and the JSON beside it.",
 )
 def forward_command(json_file: Path | None, into: Path | None, **options: object) -> None:
@@ -28,10 +28,11 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
 
     The paper's own measurement: 16 sequences of 256 tokens, bfloat16, logits of every position, the mean of 50.
     """
-    from dsc_serve.bench.compare.blocks import audited, put_into
+    from dsc_serve.bench.compare.blocks import put_into
+    from dsc_serve.bench.compare.pages import page_of, write_page
     from dsc_serve.bench.step.forward import ForwardBench, format_forward, run_forward
 
-    if into is not None:
+    if into is not None and into.is_file():
         put_into(into.read_text(encoding="utf-8"), "forward", "")  # its place is looked for before the measurement
     bench = ForwardBench(**options)  # type: ignore[arg-type]
     result = run_forward(bench, lambda line: click.echo(line, err=True))
@@ -43,7 +44,6 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
     if into is not None:
         raw = into.with_name("forward.results.json")
         raw.write_text(whole, encoding="utf-8")
-        text = f"{audited(raw.name)}\n\n{table}"
-        into.write_text(put_into(into.read_text(encoding="utf-8"), "forward", text), encoding="utf-8")
+        write_page(into, "forward", page_of(raw, "forward"), raw.read_bytes())
     if any(row.wrong for row in result.rows):
         raise SystemExit(1)

@@ -47,6 +47,18 @@ class SharedPrefix(msgspec.Struct, frozen=True, kw_only=True):
     ttft_with_ms: float
 
 
+def format_prompts(long: LongPrompt, shared: SharedPrefix) -> str:
+    """Three lines for people."""
+    return (
+        f"{long.streams} requests decode: a token every {long.quiet_median_ms:.2f} ms (p99 {long.quiet_p99_ms:.2f})\n"
+        f"while a prompt of {long.tokens} tokens is computed: {long.beside_median_ms:.2f} ms (p99 "
+        f"{long.beside_p99_ms:.2f}, {long.p99_ratio:.2f} times); its first token after {long.ttft_ms:.0f} ms\n"
+        f"requests that share {shared.system_tokens} tokens and add {shared.own_tokens}: first token after "
+        f"{shared.ttft_without_ms:.2f} ms without, {shared.ttft_with_ms:.2f} ms with the prefix cache "
+        f"(hit rate {shared.hit_rate:.1%})"
+    )
+
+
 class Harness:
     """One engine around a loaded model, driven step by step with random tokens."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 import msgspec
 
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE, TEXT_FILE
 
@@ -77,7 +76,7 @@ def quantised_command(
         message = f"--steps, --rounds and --prompt-tokens need {needed} tokens; the context of {model} is {context}"
         raise click.ClickException(message)
     found: dict[str, object] = {
-        "command": shlex.join(["dsc-serve", *sys.argv[1:]]),
+        "command": as_typed("quantised"),
         "machine": machine(systems[0].model),
         "bytes": {system.name: system.nbytes for system in systems},
     }

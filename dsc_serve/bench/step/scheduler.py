@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,19 @@ TENANTS, TOPICS, SYSTEM_PROMPTS, SYSTEM_TOKENS = 8, 16, 8, 128
 LONGEST = SYSTEM_TOKENS + LONGEST_PROMPT + LONGEST_OUTPUT
 URGENT, NORMAL = 0, 1
 TOKEN = 7  # what every simulated request generates
+SHOWN = {  # by the names of figures
+    "median_ttft_ms": "TTFT p50",
+    "p99_ttft_ms": "p99",
+    "p99_ttft_urgent_ms": "urgent p99",
+    "p99_ttft_other_tenants_ms": "small tenants p99",
+    "median_itl_ms": "ITL p50",
+    "p99_itl_ms": "p99",
+    "output_throughput": "tokens/s",
+    "atoms_per_step": "atoms/step",
+    "prefix_hit_rate": "prefix hits",
+    "preemptions": "preempted",
+    "most_overtaken": "overtaken",
+}
 
 PAPER_SIZE = Estimate(step=4.0, single=0.3, token=0.045, pair=6e-5)
 
@@ -221,3 +235,15 @@ def compare(
         for policy in policies
     }
     return {"plan_commit_ms": planning[policies[0]], "policies": results}
+
+
+def format_policies(result: Mapping[str, Any]) -> str:
+    """A row for each policy, in Markdown."""
+    planning = ", ".join(f"{shape} {ms}" for shape, ms in result["plan_commit_ms"].items())
+    lines = [f"Plan, begin and commit, median ms: {planning}", ""]
+    lines.append("| policy | " + " | ".join(SHOWN.values()) + " |")
+    lines.append("|---" * (len(SHOWN) + 1) + "|")
+    for policy, figures in result["policies"].items():
+        cells = ("–" if figures[name] is None else f"{figures[name]:.4g}" for name in SHOWN)
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

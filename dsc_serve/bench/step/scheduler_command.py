@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
+from dsc_serve.bench.machine import as_typed, dated_machine
 from dsc_serve.output_file import OUTPUT_FILE
-
-SHOWN = {
-    "median_ttft_ms": "TTFT p50",
-    "p99_ttft_ms": "p99",
-    "p99_ttft_urgent_ms": "urgent p99",
-    "p99_ttft_other_tenants_ms": "small tenants p99",
-    "median_itl_ms": "ITL p50",
-    "p99_itl_ms": "p99",
-    "output_throughput": "tokens/s",
-    "atoms_per_step": "atoms/step",
-    "prefix_hit_rate": "prefix hits",
-    "preemptions": "preempted",
-    "most_overtaken": "overtaken",
-}
 
 
 @click.command("scheduler", context_settings={"show_default": True})
@@ -52,7 +38,7 @@ def scheduler_command(
 
     Also prints what planning and committing a step takes on this machine.
     """
-    from dsc_serve.bench.step.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare
+    from dsc_serve.bench.step.scheduler import BLOCK_SIZE, LONGEST, Costs, Workload, compare, format_policies
     from dsc_serve.engine.policies import POLICIES, StepBudget
 
     for policy in policies:
@@ -66,17 +52,6 @@ def scheduler_command(
     workload = Workload(requests=requests, load=load, seed=seed)
     result = compare(policies or tuple(POLICIES), workload, Costs(), budget, blocks, prefix_cache)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    click.echo(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    """For people."""
-    planning = ", ".join(f"{shape} {ms}" for shape, ms in result["plan_commit_ms"].items())
-    lines = [f"plan, begin and commit, median ms: {planning}", ""]
-    lines.append("| policy | " + " | ".join(SHOWN.values()) + " |")
-    lines.append("|---" * (len(SHOWN) + 1) + "|")
-    for policy, figures in result["policies"].items():
-        cells = ("–" if figures[name] is None else f"{figures[name]:.4g}" for name in SHOWN)
-        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found = {"command": as_typed("scheduler"), "machine": dated_machine(), **result}
+        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    click.echo(format_policies(result))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
 import msgspec
 
+from dsc_serve.bench.machine import as_typed
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.output_file import OUTPUT_FILE
 
@@ -59,7 +58,7 @@ def speculation_command(
             f"--prompt-tokens and --tokens are {prompt_tokens + tokens} together; the model's context is {context}"
         )
         raise click.ClickException(message)
-    found: dict[str, object] = {"command": shlex.join(["dsc-serve", *sys.argv[1:]]), "machine": machine(loaded)}
+    found: dict[str, object] = {"command": as_typed("speculation"), "machine": machine(loaded)}
     tasks = [Task(count, prompt_tokens, tokens, temperature) for count in streams]
     rows = [row for task in tasks for row in compare(loaded, config, task, rates, rounds)]
     click.echo(format_rows(rows) + "\n")

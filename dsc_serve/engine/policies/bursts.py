@@ -21,7 +21,9 @@ def bursts(view: View, budget: StepBudget) -> Plan:
     prompts = builder.advance_singles()
     waiting = list(view.waiting)
     if math.isfinite(builder.spare_ms) and not budget.itl_target_ms:
-        unheard = [request for request in (*prompts, *waiting) if request.num_tokens <= request.prompt_size]
+        places = max(0, budget.running - len(builder.running))  # who has none is not helped by a longer step
+        able = (*prompts, *waiting[:places])
+        unheard = [request for request in able if request.num_tokens <= request.prompt_size]
         builder.allow(longer_ms(view.now, unheard, builder, budget))
     for request in prompts:
         builder.advance_chunk(request)
@@ -33,7 +35,8 @@ def bursts(view: View, budget: StepBudget) -> Plan:
 
 
 def longer_ms(now: float, unheard: Sequence[RequestView], builder: PlanBuilder, budget: StepBudget) -> float:
-    """How much longer a step may take than decoding's protection says, for n requests that wait for a first token.
+    """How much longer a step may take than decoding's protection says, for n requests that wait for a first token and
+    not for a place.
 
     The least of three: what they have waited together, over the number of those that decode, so that these lose no
     more together than the others have; n − 1 times what protection leaves for prompts, so that each that waits has it;

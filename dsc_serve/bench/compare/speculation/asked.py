@@ -7,13 +7,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.compare.comparison import MIXTURES, ComparisonError, PresetName
 
 KINDS = ("dsc", "moe", "molora", "dense")
 COUNT = Annotated[int, Meta(ge=1)]
 RATE = Annotated[float, Meta(ge=0, le=1)]
-
-SpeculationPreset = Literal["paper", "large"]
 
 
 class SpeculationComparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +23,8 @@ class SpeculationComparison(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     systems: tuple[str, ...] = KINDS
-    presets: tuple[SpeculationPreset, ...] = ("paper", "large")
-    streams: tuple[COUNT, ...] = (1, 4, 8, 16)
+    presets: tuple[PresetName, ...] = ("paper", "large", *MIXTURES)
+    streams: tuple[COUNT, ...] = (1, 8, 16, 32)
     rates: tuple[RATE, ...] = (0.0, 0.5, 0.7, 0.9)
     prompt_tokens: COUNT = 48
     tokens: Annotated[int, Meta(ge=2)] = 128
@@ -35,6 +33,10 @@ class SpeculationComparison(msgspec.Struct, frozen=True, kw_only=True):
     text_rounds: COUNT = 5
     threads: Annotated[int, Meta(ge=0)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def systems_at(self, preset: str) -> tuple[str, ...]:
+        """Those that a preset has: a mixture's shape is one of experts, and a DSC of equal total beside it."""
+        return tuple(name for name in self.systems if preset not in MIXTURES or name in ("dsc", "moe"))
 
     def only(self, names: tuple[str, ...]) -> SpeculationComparison:
         """The same without the systems that are not named. Raises ComparisonError for a name that is unknown."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
-from dsc_serve.bench.compare.comparison import ComparedSystem, Comparison
+from dsc_serve.bench.compare.comparison import MIXTURES, ComparedSystem, Comparison, PresetName
 from dsc_serve.bench.compare.runner import model_folder
-from dsc_serve.bench.compare.speculation.asked import SpeculationComparison, SpeculationPreset
+from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
 from dsc_serve.bench.compare.speculation.distinct import distinct_rows
 from dsc_serve.bench.compare.speculation.found import DraftedRow, SpeculationResults, StepWidthRow
 from dsc_serve.bench.step.known_drafts import known_kinds
@@ -77,7 +77,7 @@ class DraftedRun:
     def _rounds_left(self, preset: str) -> Iterator[tuple[int, int, str]]:
         """Streams, rounds and systems; another system comes first in each round."""
         kept = {(row.preset, row.streams, row.round, row.system) for row in self.results.drafted}
-        systems = self.asked.systems
+        systems = self.asked.systems_at(preset)
         for streams in self.asked.streams:
             for number in range(self.asked.rounds):
                 for i in range(len(systems)):
@@ -88,18 +88,18 @@ class DraftedRun:
     def _widths_left(self, preset: str) -> Iterator[tuple[int, str]]:
         kept = {(row.preset, row.streams, row.system) for row in self.results.widths}
         for streams in self.asked.streams:
-            for system in self.asked.systems:
+            for system in self.asked.systems_at(preset):
                 if (preset, streams, system) not in kept:
                     yield streams, system
 
     def _measure(
         self,
-        preset: SpeculationPreset,
+        preset: PresetName,
         rounds: Sequence[tuple[int, int, str]],
         widths: Sequence[tuple[int, str]],
         done: Done,
     ) -> None:
-        systems = [s for s in self.asked.systems if any(s == left[-1] for left in (*rounds, *widths))]
+        systems = [s for s in self.asked.systems_at(preset) if any(s == left[-1] for left in (*rounds, *widths))]
         configs = {system: self._config(preset, system) for system in systems}
         distinct = {}
         for system in systems:  # before the others are there: it is computed by other kernels
@@ -141,25 +141,11 @@ class DraftedRun:
     def _task(self, streams: int) -> Task:
         return Task(streams, self.asked.prompt_tokens, self.asked.tokens, 0.0)
 
-    def _config(self, preset: SpeculationPreset, system: str) -> EngineConfig:
+    def _config(self, preset: PresetName, system: str) -> EngineConfig:
         """Of the system's model, which is made where it is not there yet."""
         a = self.asked
-        compared = ComparedSystem(name=system, ffn=system)  # type: ignore[arg-type]
+        equal: Literal["total"] | None = "total" if preset in MIXTURES and system == "dsc" else None
+        compared = ComparedSystem(name=system, ffn=system, equal=equal)  # type: ignore[arg-type]
         comparison = Comparison(title="", subject=system, baseline=system, preset=preset, system=(compared,))
         folder = model_folder(compared, comparison, self.work)
         return EngineConfig(model=str(folder), threads=a.threads, dtype=a.dtype, max_drafts=a.max_drafts)
-
-
-class Deadline:
-    """Raises OutOfTimeError once so many minutes have passed; 0: never."""
-
-    def __init__(self, minutes: float) -> None:
-        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
-
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise OutOfTimeError
-
-
-class OutOfTimeError(Exception):
-    """The minutes that a part of a comparison has are over."""

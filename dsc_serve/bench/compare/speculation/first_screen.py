@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsc_serve.bench.compare.blocks import Chart, Element, Paragraph
+from dsc_serve.bench.compare.comparison import MIXTURES
 from dsc_serve.bench.compare.findings import counted, verdict
 from dsc_serve.bench.compare.results import Ratio
 from dsc_serve.bench.compare.speculation.found import SpeculationResults
@@ -14,10 +15,11 @@ USUAL = 0.7  # how often drafts are right in the sentences, or the nearest rate 
 
 
 def first_screen(results: SpeculationResults, subject: str, baseline: str) -> list[Element]:
-    """Of the largest preset that was measured; nothing where nothing was."""
+    """Of the largest preset of equal sizes that was measured; nothing where nothing was."""
     if not results.drafted:
         return []
-    preset = results.drafted[-1].preset
+    presets = list(dict.fromkeys(row.preset for row in results.drafted))
+    preset = next((name for name in reversed(presets) if name not in MIXTURES), presets[-1])
     rows = [row for row in results.drafted if row.preset == preset]
     rates = sorted({row.rate for row in rows if row.rate is not None})
     streams = sorted({row.streams for row in rows})

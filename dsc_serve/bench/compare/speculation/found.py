@@ -82,9 +82,15 @@ class SpeculationResults(msgspec.Struct, kw_only=True):
         self, preset: str, streams: int, one: tuple[str, float | None], other: tuple[str, float | None]
     ) -> Ratio | None:
         """How many times as many tokens one system draws as the other, each at its rate, round by round."""
+        ratios = self.ratios(preset, streams, one, other)
+        return Ratio.of(list(ratios.values())) if ratios else None
+
+    def ratios(
+        self, preset: str, streams: int, one: tuple[str, float | None], other: tuple[str, float | None]
+    ) -> dict[int, float]:
+        """The same by round."""
         ours, theirs = self.ms(preset, one[0], streams, one[1]), self.ms(preset, other[0], streams, other[1])
-        ratios = [theirs[number] / ours[number] for number in ours if number in theirs]
-        return Ratio.of(ratios) if ratios else None
+        return {number: theirs[number] / ours[number] for number in sorted(ours) if number in theirs}
 
     def median(self, preset: str, system: str, streams: int, rate: float | None, figure: str) -> float | None:
         wanted = preset, system, streams, rate

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from dsc_serve.bench.compare.blocks import markdown_of, page
+from dsc_serve.bench.compare.resuming import Deadline, OutOfTimeError
 from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
-from dsc_serve.bench.compare.speculation.drafted import Deadline, DraftedRun, OutOfTimeError
+from dsc_serve.bench.compare.speculation.drafted import DraftedRun
 from dsc_serve.bench.compare.speculation.found import SpeculationResults, go_on, load, save
 from dsc_serve.bench.compare.speculation.page import TITLE, blocks
 from dsc_serve.bench.compare.speculation.texts import TASKS, TextRun, TextTask

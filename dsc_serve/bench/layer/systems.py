@@ -151,7 +151,7 @@ def build_layer(
         ops.use(before)
         native.use_router(precision)
     backend = layer.layer.backend
-    if path == SCREENED and backend != native.name:
+    if path == SCREENED and not layer.layer.screened:
         return None
     return layer if (backend == "plain") == (path == "plain") else None
 

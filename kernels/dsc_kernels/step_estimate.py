@@ -71,7 +71,7 @@ MODELS = {
 }
 
 
-def distinct(rows: int, picks: int, tokens: int) -> float:
+def distinct(rows: int, picks: float, tokens: int) -> float:
     """Rows that so many tokens pick, each uniformly."""
     return rows * (1 - (1 - picks / rows) ** tokens)
 

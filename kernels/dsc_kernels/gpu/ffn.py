@@ -215,8 +215,7 @@ class Ffn:
         o = self.options
         assert isinstance(r.weight, Tensor)
         if self.screen is not None and self.screens(x.shape[0]):
-            assert moments.length is not None
-            return screened_beside(x, r.weight, r.bias, *moments, o.tau, o.k, self.screen, mlp, o.activation)
+            return screened_beside(x, r.weight, r.bias, moments, o.tau, o.k, self.screen, mlp, o.activation)
         scores, hidden = route_beside(x, r.weight, r.bias, moments.rstd, o.tau, mlp, o.activation)
         assert scores is not None
         return scores, hidden

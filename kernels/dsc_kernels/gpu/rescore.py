@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsc_kernels.gpu.add_norm import Moments
 from dsc_kernels.gpu.arithmetic import clamp, follow
-from dsc_kernels.gpu.compiler import Meta, chain, kernel, power_of_2
+from dsc_kernels.gpu.compiler import Meta, chain, kernel, power_of_2, stages
 from dsc_kernels.gpu.ffn_in import blocks, finished, route_beside
 from dsc_kernels.gpu.product import PROGRAMS, rows_by_tokens
 from dsc_kernels.gpu.screen import SMALLEST_STRETCH, Screen
@@ -139,7 +140,7 @@ def stretch_of(batch: int, atoms: int) -> int:
 
 def rescore_blocks(batch: int, atoms: int, groups: int, k: int, tiles: Meta) -> Meta:
     """Those of the tiles of logits that are not screened, and widths of a selection."""
-    own = {name: value for name, value in tiles.items() if name != "span"}
+    own = {name: value for name, value in tiles.items() if name != "span"} | {"num_stages": stages(3)}
     stretch = stretch_of(batch, atoms)
     widths = {"groups_width": power_of_2(groups), "stretch": stretch, "steps": stretch.bit_length() - 1}
     return {**own, "k": k, **widths}
@@ -149,8 +150,7 @@ def screened_beside(
     x: Tensor,
     router: Tensor,
     router_bias: Tensor | None,
-    rstd: Tensor | None,
-    length: Tensor,
+    moments: Moments,
     tau: float,
     k: int,
     screen: Screen,
@@ -159,8 +159,9 @@ def screened_beside(
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """As `ffn_in.route_beside`, of logits and maxima what a choice of the k best needs; the rest is below these.
 
-    length [B]: ‖x‖ of each row. At most SCREENED_TOKENS tokens.
+    moments: of the rows of x, ‖x‖ among them. At most SCREENED_TOKENS tokens.
     """
+    rstd, length = moments
     scores, hidden = route_beside(x, router, router_bias, rstd, tau, mlp, activation, screen, length)
     assert scores is not None
     logits, lowest = scores

@@ -55,7 +55,10 @@ def screen(router: Tensor) -> Screen:
 
 
 def pieces(router: Tensor) -> Iterator[Tensor]:
-    yield from router.split(max(1, CHUNK // router.shape[1]))
+    """So many of its rows at a time."""
+    rows = max(1, CHUNK // router.shape[1])
+    for start in range(0, router.shape[0], rows):
+        yield router[start : start + rows]
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,7 +123,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "exact", "int8-certified"],
         Meta(
             description="How DSC's router is scored: exact, or int8-certified, which screens it in int8 and picks the "
-            "same; auto: what is faster."
+            "same; auto: what is faster on a CPU, exact on a GPU."
         ),
     ] = "auto"
     head_precision: Annotated[

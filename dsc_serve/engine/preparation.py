@@ -19,6 +19,10 @@ from dsc_serve.weight_forms import KeepError
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda", 0)}  # the first that CUDA_VISIBLE_DEVICES shows
 INT8_KV = (native.name, plain.name)
+CERTIFIED = {  # what is screened in int8, and by which kernels
+    "router_precision": ((native.name, "triton"), "native kernels on the CPU, or Triton's"),
+    "head_precision": ((native.name,), "native kernels on the CPU"),
+}
 
 
 def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decoder:
@@ -38,9 +42,9 @@ def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decod
     except ValueError as error:
         raise ConfigError(str(error)) from None
     device = device_of(config, shard.rank)
-    for name in ("router_precision", "head_precision"):
-        if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name != native.name:
-            what = f"{name} is 'int8-certified', which needs native kernels on the CPU"
+    for name, (backends, needed) in CERTIFIED.items():
+        if getattr(config, name) == "int8-certified" and ops.backend(torch.float32, device).name not in backends:
+            what = f"{name} is 'int8-certified', which needs {needed}"
             raise ConfigError(f"{what}; allowed with {ops.description(device)}: auto, exact")
     if config.activations == "int8" and ops.backend(torch.float32, device).name != native.name:
         what = "activations is 'int8', which native kernels on the CPU round to"
@@ -67,6 +71,9 @@ def prepare_model(config: EngineConfig, exchange: RankExchange = ALONE) -> Decod
         )
     except KeepError as error:
         raise ConfigError(str(error)) from None
+    if config.router_precision == "int8-certified" and not all(own.layer.screened for own in dsc_layers(model)):
+        what = "router_precision is 'int8-certified', which takes at most 64 atoms per token, and on a GPU a γ that is"
+        raise ConfigError(f"{what} not all 0; allowed for this model: auto, exact")
     if shard.size > 1:
         return model  # whose ranks compose by themselves, in the order in which tokens come
     measured = constants(model.dtype) if model.device.type == "cpu" else None

@@ -27,10 +27,14 @@ class RoutingReporter:
         self._layers, self._shape, self._sketch = layers, layers[0].shape, sketch
         self._usage = AtomUsage(sketch.counts, self._shape.k)
         self._reports = [LayerRouting(0, 0) for _ in layers]
+        self._wide_steps = self._wide_tokens = 0  # of those that were watched, in which the router is not screened
 
     def observe(self, step: RecordedStep) -> None:
         """A step that the sketch has taken in."""
         self._usage.advance(self._sketch.tokens)
+        tokens = step.picks.shape[1]
+        if not self._layers[0].layer.screens(tokens):
+            self._wide_steps, self._wide_tokens = self._wide_steps + 1, self._wide_tokens + tokens
         if self._sketch.steps % SAMPLED == 1:
             layer = self._sketch.steps // SAMPLED % len(self._layers)
             self._look_at(layer, step.picks[layer], float(step.signals[layer].mean()))
@@ -57,11 +61,12 @@ class RoutingReporter:
 
     def _router_bytes(self, rescored: int, screened: int) -> int:
         """Of all watched steps. A screened router is read in int8, and its own rows where they are scored again."""
-        reads, whole = self._sketch.steps * len(self._layers), self._shape.router_bytes
+        layers, whole = len(self._layers), self._shape.router_bytes
         if screened == 0:
-            return reads * whole
-        again = rescored / screened * self._sketch.tokens * len(self._layers) * whole / self._shape.atoms
-        return reads * self._shape.screen_bytes + int(min(again, reads * whole))
+            return self._sketch.steps * layers * whole
+        reads, tokens = (self._sketch.steps - self._wide_steps) * layers, self._sketch.tokens - self._wide_tokens
+        again = rescored / screened * tokens * layers * whole / self._shape.atoms
+        return self._wide_steps * layers * whole + reads * self._shape.screen_bytes + int(min(again, reads * whole))
 
     def _look_at(self, layer: int, picks: Tensor, signal: float) -> None:
         report, planner = self._reports[layer], self._layers[layer].planner

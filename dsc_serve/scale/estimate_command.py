@@ -63,8 +63,9 @@ def shares(machine: Machine) -> Iterable[Sequence[str]]:
             spent = phases(MODELS[name], machine, tokens, shards)
             whole = sum(spent.values())
             halved = sum(phases(certified(MODELS[name]), machine, tokens, shards).values())
+            least = f"{halved / whole:.2f}" if shards == 1 else "–"  # what is shared has an exact router
             cells = (f"{seconds / whole:.0%}" for seconds in spent.values())
-            yield (f"{name} on {shards}", str(tokens), f"{1e3 * whole:.2f}", *cells, f"{halved / whole:.2f}")
+            yield (f"{name} on {shards}", str(tokens), f"{1e3 * whole:.2f}", *cells, least)
 
 
 def fleets(machine: Machine, target_s: float, utilisation: float, door_tokens_per_s: float) -> Iterable[Sequence[str]]:
@@ -159,7 +160,7 @@ def scale_model(
     names = ("attention", "KV cache", "router", "static", "atoms", "exchange", "fixed", "head")
     click.echo(
         table(
-            "Where a decode step's time goes, bank by rows; last: the step with the certified int8 router, relative",
+            "Where a decode step's time goes, bank by rows; last: with the certified int8 router, at least, relative",
             ("model on GPUs", "tokens", "ms", *names, "int8"),
             shares(machine),
         )

@@ -1,14 +1,11 @@
 """Compiles every GPU kernel without a GPU and reads from the machine code what it will cost there.
 
-The tools (disassembler, cuobjdump) come inside Triton's wheel. What this cannot say is how long a kernel takes.
+What this cannot say is how long a kernel takes.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import Any, TypedDict
 
 import click
 
+from dsc_kernels.machine_code import amd_figures, nvidia_figures
+
 TARGETS = ("sm_80", "sm_90", "gfx942")
 BUDGETS = Path(__file__).parent / "gpu" / "budgets.json"
-WAIT = r"(?<!WARPGROUP\.)\bDEPBAR\.LE SB0, (0x[0-9a-f]+)"
 LIMITS = ("registers", "shared_bytes", "spills", "loop_shuffles")  # may not grow
 FLOORS = ("wide_loads", "matrix_instructions", "warpgroup_instructions", "copies_in_flight")  # may not vanish
 
@@ -84,14 +82,14 @@ SEQUENCES, PLACES, CHUNK_TOKENS = 64, 8, 512  # of a step, its chunks and their 
 MANY_EXPERTS = 128
 INTEGERS: tuple[str, ...] = ("batch", "outputs", "atoms", "groups", "q_stride", "table_stride", "kv_heads", "heads")
 INTEGERS += ("sequences", "most", "window", "part_stride", "token_stride", "logits_stride", "slots", "row_tiles")
-INTEGERS += ("vocabulary",)
+INTEGERS += ("vocabulary", "places")
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("tau", "eps", "norm_eps", "scale", "cap"), "fp32")}
 SCALARS |= dict.fromkeys(("rstd_eps", "weight_scale"), "fp32")
 ALIGNED = "_stride", "groups", "vocabulary"  # that 16 divides in these sizes, as Triton sees when it launches
 
 TRACE = {"picks": INT, "coefficients": FLOAT, "signals": FLOAT}
 BANK = {"u": BF16, "v": BF16, "gamma": FLOAT, "static": BF16, "residual": BF16, "out": BF16, "x": BF16}
-NORM = {"residual": BF16, "terms": FLOAT, "total_out": BF16, "normed_out": BF16, "rstd_out": FLOAT}
+NORM = {"residual": BF16, "terms": FLOAT, "total_out": BF16, "normed_out": BF16, "rstd_out": FLOAT, "length_out": FLOAT}
 NORM |= dict.fromkeys(("weight", "norm_weight"), BF16)
 TOKENS = {"one": 1, "few": 64, "many": 65}  # of a step: the least, and the two sides of what is fused for wide models
 
@@ -121,20 +119,28 @@ def product_jobs(s: Sizes) -> Iterator[Job]:
 def dsc_jobs(s: Sizes) -> Iterator[Job]:
     import torch
 
-    from dsc_kernels.gpu import contract, expand, ffn_in, select, select_compose
+    from dsc_kernels.gpu import contract, expand, ffn_in, rescore, select, select_compose
+    from dsc_kernels.gpu.screen import SCREENED_TOKENS
 
     groups, dtype = -(-s.atoms // ffn_in.GROUP), torch.bfloat16
     types = {"router": BF16, "router_bias": FLOAT, "rstd": FLOAT, "logits": FLOAT, "maxima": FLOAT, "x": BF16}
     raised = {"up": BF16, "hidden": BF16}
+    screen = {"levels": "*i8", "scales": BF16, "errors": FLOAT, "length": FLOAT}
     bare: dict[str, Any] = {"up_bias": None, "gate_bias": None}
+    whole = dict.fromkeys(screen)
     for label, tokens in TOKENS.items():
         meta = {**ffn_in.blocks(tokens, s.atoms + s.static, dtype), **bare, "gate": None, "d": s.d}
-        yield Job(
-            f"route_and_raise.{label}", ffn_in.route_and_raise, {**meta, "activation": "gelu"}, {**types, **raised}
-        )
-        alone = {"up": None, "hidden": None, "activation": "none"}
+        constants = {**meta, **whole, "activation": "gelu"}
+        yield Job(f"route_and_raise.{label}", ffn_in.route_and_raise, constants, {**types, **raised})
+        alone = {"up": None, "hidden": None, "activation": "none", **whole}
         meta |= ffn_in.blocks(tokens, s.atoms, dtype, beside=False)
         yield Job(f"route.{label}", ffn_in.route_and_raise, {**meta, **alone}, types)
+    for label, tokens in (("one", 1), ("few", SCREENED_TOKENS)):
+        tiles = ffn_in.blocks(tokens, s.atoms + s.static, dtype)
+        meta = {**tiles, **bare, "gate": None, "d": s.d, "activation": "gelu"}
+        yield Job(f"screen_and_raise.{label}", ffn_in.route_and_raise, meta, {**types, **raised, **screen})
+        meta = {**rescore.rescore_blocks(tokens, s.atoms, groups, s.k, tiles), "d": s.d}
+        yield Job(f"rescore.{label}", rescore.rescore_rows, meta, {**types, "lowest": FLOAT, "counts": LONG})
     logits = {"logits": FLOAT, "maxima": FLOAT}
     choices = {"softmax": False}
     yield Job("select", select.select_tokens, {**select.blocks(s.k, groups), **choices}, {**logits, **TRACE})
@@ -265,54 +271,6 @@ def compile_job(job: Job, target: str) -> Any:
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
     source = ASTSource(fn=job.function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=gpu, options=options)
-
-
-def amd_figures(assembly: str) -> dict[str, int]:
-    fields = {name: int(value) for name, value in re.findall(r"\.([sv]gpr_\w+):\s*(\d+)", assembly)}
-    return {
-        "registers": fields["vgpr_count"],
-        "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
-        "wide_loads": len(re.findall(r"^\s*(?:global|buffer)_load_(?:lds_)?dwordx4\b", assembly, re.MULTILINE)),
-        "matrix_instructions": len(re.findall(r"^\s*v_mfma_", assembly, re.MULTILINE)),
-        **dict.fromkeys(("warpgroup_instructions", "loop_shuffles", "copies_in_flight"), 0),
-    }
-
-
-def product_loops(code: str) -> list[str]:
-    """The innermost loops of disassembled code that hold matrix instructions."""
-    lines, labels, loops = code.splitlines(), dict[str, int](), []
-    for at, line in enumerate(lines):
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = at
-        elif (back := re.search(r"\bBRA\S* .*`\((\.L_x_\d+)\)", line)) and back[1] in labels:
-            loops.append((labels[back[1]], at))
-    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    bodies = ["\n".join(lines[a:b]) for a, b in inner]
-    return [body for body in bodies if re.search(r"\bH(?:G)?MMA[.\s]", body)]
-
-
-def nvidia_figures(cubin: bytes) -> dict[str, int]:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([tool.path, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for tool, flag in ((knobs.nvidia.cuobjdump, "-res-usage"), (knobs.nvidia.nvdisasm, "-c"))
-        )
-    registers, loops = re.search(r"REG:(\d+)", usage), product_loops(code)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
-    return {
-        "registers": int(registers[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)[.\s]", code)),
-        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E[\w.]*\.128\b", code)),
-        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)[.\s]", code)),
-        "warpgroup_instructions": len(re.findall(r"\bHGMMA[.\s]", code)),
-        "loop_shuffles": sum(len(re.findall(r"\bSHFL[.\s]", loop)) for loop in loops),
-        "copies_in_flight": max((int(left, 16) for left in re.findall(WAIT, "".join(loops) or code)), default=0),
-    }
 
 
 def measure(job: Job, config: str, target: str) -> Row:

@@ -127,6 +127,9 @@ class Ffn(OwningLayer, Protocol):
     def rescored(self) -> tuple[int, int]:
         """Router rows that screening could not rule out so far, and the tokens that this was for; 0 where none is."""
 
+    def screens(self, tokens: int) -> bool:
+        """Whether its router is screened in a step of so many tokens."""
+
     def __call__(
         self,
         x: Tensor,

@@ -144,6 +144,10 @@ class Ffn:
         self.router = None if router is None else wide_router(router)
         self.bank = None if bank is None else AtomBank(bank.u, bank.v, bank.gamma.float())
 
+    def screens(self, tokens: int) -> bool:
+        """Whether its router is screened in a step of so many tokens."""
+        return False
+
     def __call__(
         self,
         x: Tensor,

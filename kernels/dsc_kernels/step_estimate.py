@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import click
 
@@ -24,6 +25,9 @@ from dsc_kernels.launch_time import (
 )
 
 BATCHES = (1, 16, 64, 256)
+SCREENED_BATCHES = (1, 4, 16, 32)
+PROGRAMS, SPAN = 264, 128  # of a launch that scores rows again; columns with one scale
+PEAK = 2.84  # of as many normally distributed numbers
 STEP_LAUNCHES = 7  # embedding, positions, plan of splits, last sum; norm, product and argmax of the head
 FEW_EXPERTS = 16  # that are picked where the norm is computed
 LAUNCHES_BEFORE = {"dsc": 27, "molora": 25, "moe": 32, "dense": 24}  # of a layer that turns heads, by operators
@@ -67,7 +71,7 @@ MODELS = {
 }
 
 
-def distinct(rows: int, picks: int, tokens: int) -> float:
+def distinct(rows: int, picks: float, tokens: int) -> float:
     """Rows that so many tokens pick, each uniformly."""
     return rows * (1 - (1 - picks / rows) ** tokens)
 
@@ -107,6 +111,31 @@ def ffn(kind: str, s: StepSizes, tokens: int) -> list[Launch]:
     ]
 
 
+def scored_again(s: StepSizes) -> float:
+    """Rows that a token's bounds leave of a screened router whose rows and inputs are normally distributed.
+
+    All is in deviations of a logit: what int8 leaves out of a row, with what float32 sums may lose, is what a bound
+    adds to a logit, and the k-th largest less that is what candidates reach.
+    """
+    rounding = PEAK / 127 / 12**0.5 + (1.125 * s.d + 64) * 2.0**-22
+    kth = NormalDist().inv_cdf(1 - s.k / s.atoms)
+    return s.atoms * (1 - NormalDist().cdf(kth - 2 * rounding * s.d**0.5))
+
+
+def screened_ffn(s: StepSizes, tokens: int) -> list[Launch]:
+    """The launches of a DSC layer's FFN whose router is screened in int8, which is half of a number of its own."""
+    norm, raised, composed = ffn("dsc", s, tokens)
+    router, rows = s.atoms * s.d, scored_again(s)
+    saved = router * (1 - 1 / 2 - 1 / SPAN)
+    again = tokens * rows * s.d
+    return [
+        norm,
+        Launch("screen and raise", raised.read - saved, raised.products),
+        Launch("score again", distinct(s.atoms, rows, tokens) * s.d, again, again, max(again / PROGRAMS, s.d)),
+        composed,
+    ]
+
+
 def layer(kind: str, s: StepSizes, tokens: int) -> list[Launch]:
     """The launches of a layer in a step of so many single tokens."""
     return [*attention(s, tokens), *ffn(kind, s, tokens)]
@@ -142,6 +171,22 @@ def lines(bandwidth: float, flops: float, launch_s: float) -> Iterator[str]:
             yield f"| {name} | {kind} | {found[0].launches} | {' | '.join(cells)} |"
 
 
+def screened_lines(bandwidth: float, flops: float, launch_s: float) -> Iterator[str]:
+    """Steps of DSC models with an exact router → with a screened one."""
+    yield f"| model | rows scored again | {' | '.join(map(str, SCREENED_BATCHES))} |"
+    yield "|---|---|" + "---|" * len(SCREENED_BATCHES)
+    for name, sizes in MODELS.items():
+        if not sizes.atoms:
+            continue
+        cells = []
+        for tokens in SCREENED_BATCHES:
+            exact = estimate("dsc", sizes, tokens, bandwidth, flops, launch_s).now_ms
+            both = [ffn("dsc", sizes, tokens), screened_ffn(sizes, tokens)]
+            spent = [sum(launch_s + one.seconds(bandwidth, flops) for one in launches) for launches in both]
+            cells.append(f"{exact:.3f} → {exact + 1e3 * sizes.layers * (spent[1] - spent[0]):.3f}")
+        yield f"| {name} | {scored_again(sizes):.0f} | {' | '.join(cells)} |"
+
+
 @click.command("steps")
 @click.option(
     "--bandwidth-tb", type=click.FloatRange(0, min_open=True), default=BANDWIDTH / 1e12, show_default=True, help="TB/s."
@@ -153,5 +198,7 @@ def lines(bandwidth: float, flops: float, launch_s: float) -> Iterator[str]:
     "--launch-us", type=click.FloatRange(0), default=LAUNCH * 1e6, show_default=True, help="Fixed, of each launch."
 )
 def steps_command(bandwidth_tb: float, tflops: float, launch_us: float) -> None:
-    """Print estimates of a captured decode step: before → now (floor), in milliseconds. Nothing is measured."""
-    click.echo("\n".join(lines(bandwidth_tb * 1e12, tflops * 1e12, launch_us * 1e-6)))
+    """Print estimates of a captured decode step: before → now (floor), in milliseconds; then those of DSC models with
+    an exact router → with one that is screened in int8. Nothing is measured."""
+    rates = bandwidth_tb * 1e12, tflops * 1e12, launch_us * 1e-6
+    click.echo("\n".join([*lines(*rates), "", *screened_lines(*rates)]))

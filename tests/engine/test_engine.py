@@ -128,6 +128,16 @@ def test_a_precision_that_the_kernels_do_not_have_is_refused(name: str, small_mo
     prepare_model(EngineConfig())  # these are settings of the whole process
 
 
+@pytest.mark.skipif(native.active() is None, reason="the screen is native")
+def test_a_router_that_is_not_screened_though_it_is_asked_for_is_refused(small_model: Callable[..., Path]) -> None:
+    config = EngineConfig(
+        model=str(small_model("dsc", {"num_atoms": 80, "atoms_per_token": 65})), router_precision="int8-certified"
+    )
+    with pytest.raises(ConfigError, match=r"router_precision is 'int8-certified', which .* 64 atoms .*: auto, exact"):
+        prepare_model(config)
+    prepare_model(EngineConfig())
+
+
 def test_a_pool_of_one_context_that_takes_more_than_its_share_is_told(
     small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

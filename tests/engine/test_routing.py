@@ -159,6 +159,19 @@ def test_a_screened_router_is_read_in_int8_and_where_it_cannot_tell_again(
     assert report.router_bytes == 2 * 37 * 32 + min(report.rescored * 32 * 2, 2 * 37 * 32 * 2)
 
 
+@pytest.mark.skipif(native.active() is None, reason="the screen is native")
+def test_steps_that_are_too_large_to_be_screened_count_as_reading_the_router(
+    small_model: Callable[..., Path], router_setting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where those of few tokens are."""
+    monkeypatch.setattr(native.Ffn, "screens", lambda layer, tokens: tokens <= 10)
+    config = EngineConfig(model=str(small_model()), dtype="bf16", router_precision="int8-certified", kv_tokens=96)
+    engine = Engine.for_model(prepare_model(config), config)
+    engine.add("a", list(range(20)), SamplingParams(max_tokens=1))
+    engine.step()
+    assert engine.routing is not None and engine.routing.report().router_bytes == 2 * 37 * 32 * 2
+
+
 def test_models_without_atoms_are_not_watched(small_model: Callable[..., Path]) -> None:
     with LLM(str(small_model("moe"))) as llm:
         assert llm.engine.routing is None

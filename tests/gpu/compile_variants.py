@@ -26,7 +26,9 @@ from dsc_kernels.gpu import (
     place_slots,
     product,
     qkv,
+    rescore,
     route_experts,
+    screen,
     select_compose,
 )
 from dsc_kernels.gpu.compiler import tuned_for
@@ -44,6 +46,9 @@ def of_products(dtype: torch.dtype) -> Iterator[aot.Job]:
     t = POINTERS[dtype]
     types = {**dict.fromkeys(("x", "weight", "router", "up", "gate", "hidden", "down", "residual"), t), "parts": FLOAT}
     types |= dict.fromkeys(("router_bias", "rstd", "logits", "maxima", "terms", "cos_sin", "rstd_out"), FLOAT)
+    types |= {"levels": "*i8", "scales": "*bf16", "errors": FLOAT, "length": FLOAT, "length_out": FLOAT}
+    types |= {"lowest": FLOAT, "counts": "*i64"}
+    whole = dict.fromkeys(("levels", "scales", "errors", "length"))
     types |= dict.fromkeys(("q", "keys", "values", "qkv", "bias", "norm_weight", "further", "up_bias", "gate_bias"), t)
     types |= dict.fromkeys(("normed_out", "total_out", "query_norm", "key_norm"), t)
     types |= dict.fromkeys(("positions", "slot_blocks", "slot_offsets"), INDEX)
@@ -55,6 +60,7 @@ def of_products(dtype: torch.dtype) -> Iterator[aot.Job]:
             meta = ffn_in.blocks(batch, rows, dtype, gated=gate is not None)
             constants = {
                 **meta,
+                **whole,
                 "d": d,
                 "activation": activation,
                 **({} if gate else {"gate": None, "gate_bias": None}),
@@ -62,7 +68,15 @@ def of_products(dtype: torch.dtype) -> Iterator[aot.Job]:
             yield aot.Job(f"route_and_raise {label} {activation}", ffn_in.route_and_raise, constants, types)
         alone = {"up": None, "up_bias": None, "gate": None, "gate_bias": None, "hidden": None, "rstd": None}
         constants = {**ffn_in.blocks(batch, rows, dtype, beside=False), **alone, "d": d, "activation": "none"}
-        yield aot.Job(f"route {label}", ffn_in.route_and_raise, constants, types)
+        yield aot.Job(f"route {label}", ffn_in.route_and_raise, {**constants, **whole}, types)
+        if batch <= screen.SCREENED_TOKENS:
+            yield aot.Job(f"screen {label}", ffn_in.route_and_raise, constants, types)
+            gated = ffn_in.blocks(batch, rows, dtype, gated=True)
+            constants = {**gated, "d": d, "activation": "silu"}
+            yield aot.Job(f"screen_and_raise {label}", ffn_in.route_and_raise, constants, types)
+            for atoms, k, tiles in ((rows, 4, gated), (65536, 64, ffn_in.blocks(batch, 65536, dtype, beside=False))):
+                meta = rescore.rescore_blocks(batch, atoms, -(-atoms // ffn_in.GROUP), k, tiles)
+                yield aot.Job(f"rescore {label} {atoms}", rescore.rescore_rows, {**meta, "d": d}, types)
         for size in (16, 64, 128, 256):
             meta = {**qkv.head_tiles(batch, rows, size, dtype), "size": size, "block": 16, "d": d}
             yield aot.Job(f"project {label} {size}", qkv.project_heads, meta, types)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dsc_kernels import aot
+from dsc_kernels import aot, machine_code
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -106,6 +106,18 @@ def test_copies_are_on_their_way_while_a_step_is_computed_with() -> None:
     assert all(row["copies_in_flight"] >= 2 for row in of("attend", "route.one", "multiply.one", "project.one"))
 
 
+def test_rows_are_scored_again_by_the_instructions_that_score_them_all() -> None:
+    """So that a logit is the same number either way: sums in the order of these instructions, a tile's and a row's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compile_rescored.py"), "sm_80", "sm_90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for target, found in json.loads(done.stdout).items():
+        assert len(found) == 24
+        for case, (exact, again) in found.items():
+            assert len(exact) == 1 and exact == again, (target, case)
+
+
 def test_nothing_is_spilt() -> None:
     assert [row for row in budgets() if row["spills"]] == []
 
@@ -135,7 +147,7 @@ def test_loops_are_told_from_what_is_around_them() -> None:
 .L_x_2:
  SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
 """
-    (loop,) = aot.product_loops(code)
+    (loop,) = machine_code.product_loops(code)
     assert "HGMMA" in loop and "DEPBAR" in loop and "SHFL" not in loop
 
 

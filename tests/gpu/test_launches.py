@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.launches import STEPS, WANTED, counting, decoder, of_a_layer
 
-from dsc_kernels import ops
+from dsc_kernels import native, ops
 from dsc_serve.model.config import MoeConfig, SharedExpertConfig
 from dsc_serve.model.initial import preset_config
 
@@ -41,6 +41,22 @@ def test_launches_of_a_layer(kind: str, form: str, monkeypatch: pytest.MonkeyPat
     wanted = [n + 2 * (gated and step.endswith("8 chunks")) for step, n in zip(STEPS, WANTED[kind], strict=True)]
     assert [sum(counts.values()) for counts in found.values()] == wanted, found
     assert all(counts["triton:attend_chunks"] == (name != "decode") for name, counts in found.items())
+
+
+def test_a_screened_router_takes_a_launch_more_in_steps_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset_config("paper", "dsc", context=1024)
+    native.use_router("int8-certified")
+    with counting(monkeypatch) as launches:
+        found = of_a_layer(launches, decoder(config))
+    ops.use("auto")
+    native.use_router("auto")
+    wanted = dict(zip(STEPS, WANTED["dsc"], strict=True))
+    wanted["decode"] += 1
+    assert {name: sum(counts.values()) for name, counts in found.items()} == wanted, found
+    assert {name: counts["triton:rescore_rows"] for name, counts in found.items()} == {
+        **dict.fromkeys(STEPS, 0),
+        "decode": 1,
+    }
 
 
 MANY = WANTED["many experts"]

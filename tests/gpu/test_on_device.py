@@ -12,7 +12,7 @@ from support.decoder_steps import BLOCK, PAGES, decoder, steps
 from support.layer_parts import ffn_parts, moe_parts
 from torch import Tensor
 
-from dsc_kernels import ops, plain, reference
+from dsc_kernels import native, ops, plain, reference
 from dsc_kernels.weights import KvCache, MlpWeights
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
@@ -73,6 +73,30 @@ def test_dsc_layer(dtype: torch.dtype, d: int, atoms: int, k: int, batch: int) -
     dynamic = reference.compose(x.double(), picks.long(), want_weights, wide["u"], wide["v"], wide["gamma"])
     want = plain.Mlp(MlpWeights(wide["up"], None, wide["down"]), "gelu")(x.double()) + dynamic
     assert error(out, want) < TOLERANCE[dtype] and error(weights, want_weights) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "atoms", "k"), [(384, 1523, 4), (67, 101, 5), (4096, 4096, 32)])
+@pytest.mark.parametrize("batch", [1, 16, 32, 33])
+def test_a_screened_router_changes_nothing(dtype: torch.dtype, d: int, atoms: int, k: int, batch: int) -> None:
+    """Bit for bit, eagerly and in a captured graph; and rows are left out."""
+    from dsc_kernels.gpu import layers
+
+    parts, made = ffn_parts(**dsc_layer(dtype, d, atoms, k)), []
+    for precision in ("exact", "int8-certified"):
+        native.use_router(precision)  # type: ignore[arg-type]
+        made.append(layers.Ffn(**parts))
+    exact, screened = made
+    x = random(torch.Generator().manual_seed(batch), dtype, batch, d)
+    wanted = exact.routed(x)
+    assert all(torch.equal(one, other) for one, other in zip(screened.routed(x), wanted, strict=True))
+    capture = capture_for(dtype, x.device)
+    assert capture is not None
+    graph, out = capture(lambda: screened(x))
+    graph.replay()
+    assert torch.equal(out, wanted[0])
+    rows, tokens = screened.rescored
+    assert tokens == 0 if batch > 32 else batch * k <= rows * batch / tokens < batch * atoms
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from click.testing import CliRunner
 from support.launches import WANTED
 
 from dsc_kernels.launch_time import LAUNCH, Launch, beside_the_norm, finding_rows, in_a_product, seconds
-from dsc_kernels.step_estimate import MODELS, estimate, layer, steps_command
+from dsc_kernels.step_estimate import MODELS, estimate, ffn, layer, scored_again, screened_ffn, steps_command
 
 
 @pytest.mark.parametrize(("model", "kind"), [(name, kind) for name, sizes in MODELS.items() for kind in sizes.kinds])
@@ -62,4 +64,28 @@ def test_the_floor_of_the_papers_dsc_is_its_bytes(tokens: int, floor_ms: float) 
 
 def test_the_command_prints_a_table() -> None:
     result = CliRunner().invoke(steps_command, ["--launch-us", "0"])
-    assert result.exit_code == 0 and len(result.output.splitlines()) == 2 + 4 + 3 + 1
+    assert result.exit_code == 0 and len(result.output.splitlines()) == 2 + 4 + 3 + 1 + 1 + 2 + 2
+
+
+def test_rows_scored_again_are_as_many_as_bounds_leave() -> None:
+    """Of normally distributed rows and inputs, at the paper's sizes and narrower ones."""
+    made = pytest.importorskip("dsc_kernels.gpu.screen", reason="Triton is not installed")
+    g = torch.Generator().manual_seed(0)
+    for sizes in (MODELS["paper"], replace(MODELS["paper"], d=1024, k=16)):
+        router, x = torch.randn(sizes.atoms, sizes.d, generator=g), torch.randn(60, sizes.d, generator=g)
+        screen = made.screen(router)
+        error = x.norm(dim=1, keepdim=True) * screen.errors[: sizes.atoms]
+        logits = x @ router.T
+        reached = (logits - error).topk(sizes.k, dim=1).values[:, -1:]
+        found = (logits + error >= reached).sum(dim=1).float().mean()
+        assert float(found) == pytest.approx(scored_again(sizes), rel=0.15)
+
+
+def test_a_screen_pays_where_the_router_is_large_and_tokens_are_few() -> None:
+    def gain(name: str, tokens: int) -> float:
+        both = (ffn("dsc", MODELS[name], tokens), screened_ffn(MODELS[name], tokens))
+        exact, screened = map(seconds, both)
+        return exact - screened
+
+    assert gain("paper", 1) < 0 < gain("large", 1)
+    assert gain("large", 1) > gain("large", 16) > gain("large", 64) < 0

@@ -16,7 +16,7 @@ from support.launches import NO_LAUNCH
 from support.pretended import DEVICE, PretendedGpu, WaitedError, on_device, pretended_gpu
 from torch import Tensor
 
-from dsc_kernels import ops, plain
+from dsc_kernels import native, ops, plain
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine import routing, sampler
 from dsc_serve.engine import runner as runner_module
@@ -46,6 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     with pretended_gpu(monkeypatch, FREE_BYTES) as pretended:
         yield pretended
     ops.use("auto")
+    native.use_router("auto")
 
 
 @pytest.fixture
@@ -113,17 +114,22 @@ def serve(gpu: PretendedGpu, engine: Engine, params: list[SamplingParams]) -> in
     return steps
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "router"), [("float32", "exact"), ("bfloat16", "int8-certified")])
 @pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])
 def test_a_step_reads_only_the_sampled_ids(
     kind: str,
     dtype: str,
+    router: str,
     gpu: PretendedGpu,
     reads: list[tuple[int, ...]],
     small_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, graphs = engine_on(gpu, small_model(kind, position_embedding_type="rope"), monkeypatch)
+    folder = small_model(kind, position_embedding_type="rope")
+    engine, graphs = engine_on(gpu, folder, monkeypatch, dtype=dtype, router_precision=router)
+    if kind == "dsc":
+        layers = engine.runner.model.layers  # type: ignore[attr-defined]
+        assert all(layer.ffn.layer.screened == (router != "exact") for layer in layers)
     fields = (
         {"temperature": 0},
         {"temperature": 0.7},

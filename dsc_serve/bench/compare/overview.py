@@ -208,7 +208,8 @@ def drafted_tables(source: str, file: Path, link: str) -> Iterator[str]:
             ]
             name = "no drafts" if rate is None else f"drafts right {rate:g} of the time"
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        yield f"### [Steps of the engine alone, without and with drafts, {PRESETS.get(preset, preset)}]({link}{source}.md)"
+        size = PRESETS.get(preset, preset)
+        yield f"### [Steps of the engine alone, without and with drafts, {size}]({link}{source}.md)"
         yield "\n".join(lines)
         yield f"{results.date[:10]}, {told_machine(results.machine)}."
 

@@ -41,6 +41,7 @@ from dsc_serve.bench.layer.systems import (
 from dsc_serve.bench.layer.timing import GraphTimer, Timed, Timer, timer_for
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.mixtures import MIXTURES
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -200,6 +201,12 @@ def check(system: LayerSystem, x: Tensor, wanted: Sequence[Expected], dtype: tor
     return verdict(outputs, wanted, dtype, system.logit_error)
 
 
+def screens(system: LayerSystem, tokens: int) -> bool:
+    """Whether a system's routers are screened in int8 with so many tokens."""
+    first = system.layers[0]
+    return system.path == SCREENED and isinstance(first, DscFfn) and first.layer.screens(tokens)
+
+
 @dataclass
 class Group:
     """The systems of one FFN kind, with the weights that its oracle needs."""
@@ -217,9 +224,9 @@ class Group:
         wanted = [expected(self.config, weights, x) for weights in checked]
         distinct = statistics.fmean(want.distinct for want in wanted)
         layer = phases(self.config, x.shape[0], distinct, dtype.itemsize)
-        least = {True: screened(layer, dtype.itemsize), False: layer} if self.config.ffn.kind == "dsc" else {}
+        least = {True: screened(layer, dtype.itemsize, x.device), False: layer} if self.config.ffn.kind == "dsc" else {}
         return [
-            (system, check(system, x, wanted, dtype), least.get(system.path == SCREENED, layer))
+            (system, check(system, x, wanted, dtype), least.get(screens(system, x.shape[0]), layer))
             for system in (*self.systems, *injected)
         ]
 

@@ -10,6 +10,7 @@ under 1 % of a layer at small batches, are left out. With B tokens, width d, e b
 |                  | static  | m·H·d·e     | 2·m·B·H·d   |
 |                  | bank    | 2·n·d·e     | 4·B·K·d     |
 | DSC, int8 router | router  | M·d         | 2·B·M·d / e |
+| (on a GPU)       | router  | M·d         | 2·B·M·d     |
 |                  | again   | n·d·e       | 2·B·K·d     |
 | mixture of LoRAs | router  | N·d·e       | 2·B·N·d     |
 |                  | static  | m·H·d·e     | 2·m·B·H·d   |
@@ -56,11 +57,18 @@ class RooflinePhase:
     flops: float
 
 
-def screened(layer: Sequence[RooflinePhase], element: int) -> list[RooflinePhase]:
-    """The phases of a DSC layer whose router is screened in int8: the rows that are picked are scored again."""
+CPU = torch.device("cpu")
+
+
+def screened(layer: Sequence[RooflinePhase], element: int, device: torch.device = CPU) -> list[RooflinePhase]:
+    """The phases of a DSC layer whose router is screened in int8: the rows that are picked are scored again.
+
+    On a CPU its products are of int8; on a GPU they are of the dtype, in which levels are exact.
+    """
     router, static, bank = layer
     again = RooflinePhase("again", bank.bytes / 2, bank.flops / 2)
-    return [RooflinePhase("router", router.bytes / element, router.flops / element), static, again, bank]
+    flops = router.flops / (element if device.type == "cpu" else 1)
+    return [RooflinePhase("router", router.bytes / element, flops), static, again, bank]
 
 
 def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> list[RooflinePhase]:

@@ -13,6 +13,7 @@ from dsc_serve.bench.layer.frozen import ScriptDsc, ScriptMoe, SortedMoe
 from dsc_serve.model.budget import ParameterBudget
 from dsc_serve.model.config import DenseConfig, DscConfig, ModelConfig, MoeConfig, MoloraConfig
 from dsc_serve.model.ffn import KINDS
+from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.initial import PRESETS, preset_config
 from dsc_serve.model.mixtures import MIXTURES
 from dsc_serve.model.placement import Placement
@@ -151,7 +152,7 @@ def build_layer(
         ops.use(before)
         native.use_router(precision)
     backend = layer.layer.backend
-    if path == SCREENED and backend != native.name:
+    if path == SCREENED and not (isinstance(layer, DscFfn) and layer.layer.screened):
         return None
     return layer if (backend == "plain") == (path == "plain") else None
 

@@ -104,7 +104,7 @@ def decode_step(model: Decoder, folder: Path, config: EngineConfig, running: int
     times |= {"rest": sum(parts.values()), "step": sum(times.values()) + sum(parts.values())}
     routed = any(picks_per_token(layer) for layer in model.config.layers)
     distinct = picked(model, folder, config, running) if routed else 0.0
-    int8 = {"int8_router": screens_router(model), "int8_head": screens_head(model)}
+    int8 = {"int8_router": screens_router(model, running), "int8_head": screens_head(model)}
     return {
         "milliseconds": {name: round(time, 4) for name, time in times.items()},
         "distinct": round(distinct, 2),

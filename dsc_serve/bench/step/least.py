@@ -14,9 +14,9 @@ def expected_distinct(config: ModelConfig, batch: int) -> float:
     return float(shape.rows * (1 - (1 - shape.per_token / shape.rows) ** batch)) if shape.rows else 0.0
 
 
-def screens_router(model: Decoder) -> bool:
-    """Whether this model's FFN layers screen their routers in int8."""
-    return any(layer.layer.screened for layer in dsc_layers(model))
+def screens_router(model: Decoder, tokens: int = 1) -> bool:
+    """Whether this model's FFN layers screen their routers in int8 in a step of so many tokens."""
+    return any(layer.layer.screens(tokens) for layer in dsc_layers(model))
 
 
 def screens_head(model: Decoder) -> bool:
@@ -26,12 +26,12 @@ def screens_head(model: Decoder) -> bool:
 
 def ffn_phases(model: Decoder, batch: int) -> list[RooflinePhase]:
     """All FFN layers', one after the other, int8 routers counted as such."""
-    element, screening = model.dtype.itemsize, screens_router(model)
+    element, screening = model.dtype.itemsize, screens_router(model, batch)
     found: list[RooflinePhase] = []
     for layer in model.config.layers:
         own = phases(layer, batch, expected_distinct(layer, batch), element)
         if screening:
-            router, static, again, bank = screened(own, element)
+            router, static, again, bank = screened(own, element, model.device)
             own = [RooflinePhase("router", router.bytes + again.bytes, router.flops + again.flops), static, bank]
         found += own
     return found

@@ -43,6 +43,7 @@ def add_norm_row(
     bias: tl.tensor,
     normed_out: tl.tensor,
     rstd_out: tl.tensor,
+    length_out: tl.tensor,
     part_stride: tl.tensor,
     token_stride: tl.tensor,
     norm_eps: tl.tensor,
@@ -86,6 +87,8 @@ def add_norm_row(
         rounded = total.to(normed_out.dtype.element_ty)
         tl.store(normed_out + at, rounded, mask=stored)
         total = rounded.to(tl.float32)
+    if length_out is not None:
+        tl.store(length_out + token, tl.sqrt(tl.sum(tl.where(inside, total * total, 0.0), 0)))
     if rstd_out is not None:
         moved = tl.where(inside, total - tl.sum(total, 0) / d, 0.0)
         tl.store(rstd_out + token, 1.0 / tl.sqrt(tl.sum(moved * moved, 0) / d + rstd_eps))
@@ -102,6 +105,7 @@ def add_norm_rows(
     bias: tl.tensor,
     normed_out: tl.tensor,
     rstd_out: tl.tensor,
+    length_out: tl.tensor,
     part_stride: tl.tensor,
     token_stride: tl.tensor,
     norm_eps: tl.tensor,
@@ -122,6 +126,7 @@ def add_norm_rows(
         bias,
         normed_out,
         rstd_out,
+        length_out,
         part_stride,
         token_stride,
         norm_eps,
@@ -141,39 +146,65 @@ def blocks(d: int) -> Meta:
 
 
 class Normed(NamedTuple):
-    """The stream x [B, d], what its norm gives, and 1 / standard deviation of that for a router, float32 [B]."""
+    """The stream x [B, d], and what its norm gives; of that, for a router, 1 / standard deviation and the 2-norm,
+    float32 [B]."""
 
     x: Tensor
     normed: Tensor
     rstd: Tensor | None
+    length: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """Of rows, float32 [B]: 1 / standard deviation, and the 2-norm; None: not asked for."""
+
+    rstd: Tensor | None = None
+    length: Tensor | None = None
 
 
 def summed(residual: Tensor | None, parts: Parts, dtype: torch.dtype) -> Tensor:
     """residual [B, d] and all of `parts`, in `dtype`."""
     total = torch.empty(*parts.shape, dtype=dtype, device=parts.terms.device)
-    launch(residual, parts, total, None, None, None, 0.0)
+    launch(residual, parts, total, None, None, Moments(), 0.0)
     return total
+
+
+def room_for(rows: Tensor, rstd: bool, length: bool) -> Moments:
+    """Of as many rows as these."""
+    batch, device = rows.shape[0], rows.device
+    return Moments(*(torch.empty(batch, dtype=torch.float32, device=device) if one else None for one in (rstd, length)))
+
+
+def moments_of(x: Tensor, eps: float | None, length: bool) -> Moments:
+    """Those of the rows of x [B, d] that are asked for: 1 / standard deviation with an eps, and ‖x‖."""
+    moments = room_for(x, eps is not None, length)
+    if eps is not None or length:
+        launch(x, None, None, None, None, moments, eps or 0.0)
+    return moments
 
 
 def rstd_of(x: Tensor, eps: float) -> Tensor:
     """1 / standard deviation of each row of x [B, d]: float32 [B]."""
-    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    launch(x, None, None, None, None, rstd, eps)
+    rstd = moments_of(x, eps, False).rstd
+    assert rstd is not None
     return rstd
 
 
-def add_norm(residual: Tensor, parts: Parts | None, norm: NormWeights, rstd_eps: float | None) -> Normed:
+def add_norm(
+    residual: Tensor, parts: Parts | None, norm: NormWeights, rstd_eps: float | None, length: bool = False
+) -> Normed:
     """x = residual + parts, rounded to residual's dtype, and the norm of that.
 
     rstd_eps: where given, what is normed is normed once more by a router: its 1 / standard deviation is given, too.
+    length: whether ‖what is normed‖ is.
     """
     batch, d = residual.shape
     check("residual", residual, (batch, d))
     x = residual if parts is None else torch.empty(batch, d, dtype=residual.dtype, device=residual.device)
     normed = torch.empty(batch, d, dtype=residual.dtype, device=residual.device)
-    rstd = None if rstd_eps is None else torch.empty(batch, dtype=torch.float32, device=residual.device)
-    launch(residual, parts, None if parts is None else x, norm, normed, rstd, rstd_eps or 0.0)
-    return Normed(x, normed, rstd)
+    moments = room_for(residual, rstd_eps is not None, length)
+    launch(residual, parts, None if parts is None else x, norm, normed, moments, rstd_eps or 0.0)
+    return Normed(x, normed, *moments)
 
 
 def launch(
@@ -182,7 +213,7 @@ def launch(
     total: Tensor | None,
     norm: NormWeights | None,
     normed: Tensor | None,
-    rstd: Tensor | None,
+    moments: Moments,
     rstd_eps: float,
 ) -> None:
     first = next(tensor for tensor in (residual, total, normed) if tensor is not None)
@@ -191,7 +222,7 @@ def launch(
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     if batch:
         add_norm_rows[(batch,)](
-            *(residual, terms, further, total, weight, bias, normed, rstd),
+            *(residual, terms, further, total, weight, bias, normed, *moments),
             *(part_stride, token_stride, eps, rstd_eps),
             count=count,
             **blocks(d),

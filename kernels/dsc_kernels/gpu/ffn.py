@@ -14,7 +14,7 @@ from torch import Tensor
 from dsc_kernels import min_hash, plain
 from dsc_kernels.backend import UNROUTED
 from dsc_kernels.dequantised import dense
-from dsc_kernels.gpu.add_norm import Parts, add_norm, rstd_of, summed
+from dsc_kernels.gpu.add_norm import Moments, Parts, add_norm, moments_of, rstd_of, summed
 from dsc_kernels.gpu.compiler import check
 from dsc_kernels.gpu.contract import contract
 from dsc_kernels.gpu.expand import expand
@@ -23,9 +23,12 @@ from dsc_kernels.gpu.moe import SharedBeside, expert_slots
 from dsc_kernels.gpu.pick_experts import pick_experts
 from dsc_kernels.gpu.product import fused, multiply
 from dsc_kernels.gpu.quantised import float_product, product
+from dsc_kernels.gpu.rescore import screened_beside
 from dsc_kernels.gpu.route_experts import norm_and_pick, scored_beside
+from dsc_kernels.gpu.screen import SCREENED_TOKENS, Screen, screen
 from dsc_kernels.gpu.select import MAX_PICKS, select
 from dsc_kernels.gpu.select_compose import WIDE, compose_beside, select_compose
+from dsc_kernels.native import router_precision
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.tunings import Tuned, tuned_layer, tuned_runs
 from dsc_kernels.weights import (
@@ -86,8 +89,6 @@ class Ffn:
 
     backend = NAME
     owns_weights = False
-    screened = False
-    rescored = (0, 0)
 
     def __init__(
         self, mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank: AtomBank | None = None
@@ -97,6 +98,7 @@ class Ffn:
         weights = (mlp.up, mlp.gate, mlp.down)
         self._whole = not any(isinstance(weight, QuantisedWeight) for weight in weights)
         self.router: Router | None = None
+        self.screen: Screen | None = None
         if router is None and bank is None:
             return
         if router is None or bank is None:
@@ -109,6 +111,25 @@ class Ffn:
             check(part, rows, (atoms * max(rank, 1), self.d), self.dtype)
         self.router = contiguous_router(router, self.dtype)
         self.bank = AtomBank(u.contiguous(), v.contiguous(), bank.gamma.float().contiguous())
+        # Tokens of a silent layer's tenants are routed in plain torch, and no others
+        if router_precision() == "int8-certified" and rank == 0 and not options.silent:
+            assert isinstance(self.router.weight, Tensor)
+            self.screen = screen(self.router.weight)
+
+    @property
+    def screened(self) -> bool:
+        """Whether its router is screened in int8, which it is in steps of few tokens."""
+        return self.screen is not None
+
+    @property
+    def rescored(self) -> tuple[int, int]:
+        """Router rows that screening could not rule out so far, and the tokens that this was for, those that a captured
+        step is padded with among them; 0 where none is. Waits for the device where it is screened."""
+        return (0, 0) if self.screen is None else self.screen.counted
+
+    def screens(self, tokens: int) -> bool:
+        """Whether its router is screened in a step of so many tokens."""
+        return self.screen is not None and tokens <= SCREENED_TOKENS
 
     def __call__(
         self,
@@ -142,14 +163,14 @@ class Ffn:
     ) -> tuple[Tensor, Parts]:
         """The stream x = residual + parts [B, d], and what the layer gives for the norm of it."""
         eps = None if self.router is None else self.router.norm_eps
-        x, normed, rstd = add_norm(residual, parts, norm, eps)
-        return x, self.parts(normed, rstd, outputs)
+        x, normed, *moments = add_norm(residual, parts, norm, eps, self.screens(residual.shape[0]))
+        return x, self.parts(normed, Moments(*moments), outputs)
 
     def _summed(self, x: Tensor, residual: Tensor | None, outputs: LayerOutputs, adapted: Adapted | None) -> Tensor:
         check("x", x, (x.shape[0], self.d), self.dtype)
         x = x.contiguous()
         eps = None if self.router is None else self.router.norm_eps
-        parts = self.parts(x, None if eps is None else rstd_of(x, eps), outputs, adapted)
+        parts = self.parts(x, moments_of(x, eps, self.screens(x.shape[0])), outputs, adapted)
         if residual is None and parts.number == 1 and parts.terms.dtype == self.dtype:
             return parts.terms[0]
         return summed(None if residual is None else residual.contiguous(), parts, self.dtype)
@@ -157,11 +178,11 @@ class Ffn:
     def parts(
         self,
         x: Tensor,
-        rstd: Tensor | None,
+        moments: Moments,
         outputs: LayerOutputs = OUTPUT_ONLY,
         adapted: Adapted | None = None,
     ) -> Parts:
-        """What the layer gives for x [B, d], as terms; rstd: 1 / standard deviation of its rows where it is asked for.
+        """What the layer gives for x [B, d], as terms; moments: of its rows, those that the router asks for.
 
         outputs: what is picked is written to what there is of these. adapted: as in `backend.Layer`.
         """
@@ -175,18 +196,29 @@ class Ffn:
         r, o, runs = self.router, self.options, tuned_runs(adapted)
         if runs or o.silent:
             return Parts.of(self._tuned(x, runs, adapted, outputs)[None])
-        assert isinstance(r.weight, Tensor)
         if ours:
-            scores, hidden = route_beside(x, r.weight, r.bias, rstd, o.tau, self.mlp, o.activation)
-            assert scores is not None and hidden is not None
+            scores, hidden = self._scores(x, r, moments, self.mlp)
+            assert hidden is not None
             down, bias = self.mlp.down, self.mlp.down_bias
             return Parts.of(compose_beside(*scores, x, self.bank, hidden, down, bias, o, outputs))  # type: ignore[arg-type]
-        logits, maxima = router_logits(x, r.weight, r.bias, o.tau, rstd)
+        (logits, maxima), _ = self._scores(x, r, moments, None)
         static = self.static(x, adapted)
         if not outputs.grouped and (self.d < WIDE or x.shape[0] > SPREAD_TOKENS):
             return Parts.of(select_compose(logits, maxima, x, self.bank, static, o, outputs)[None])
         trace = select(logits, maxima, o.k, o.eps, o.rank > 0, outputs)
         return Parts.of(self._spread(x, static, *trace[:2], outputs.grouped)[None])
+
+    def _scores(
+        self, x: Tensor, r: Router, moments: Moments, mlp: MlpWeights | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Logits and maxima from which the same is picked whether they are screened or not, and what an MLP raises."""
+        o = self.options
+        assert isinstance(r.weight, Tensor)
+        if self.screen is not None and self.screens(x.shape[0]):
+            return screened_beside(x, r.weight, r.bias, moments, o.tau, o.k, self.screen, mlp, o.activation)
+        scores, hidden = route_beside(x, r.weight, r.bias, moments.rstd, o.tau, mlp, o.activation)
+        assert scores is not None
+        return scores, hidden
 
     def _tuned(self, x: Tensor, runs: Sequence[Tuned], adapted: Adapted | None, outputs: LayerOutputs) -> Tensor:
         """Where tokens have biases and scales of their own, and of a silent layer: in plain torch."""
@@ -276,12 +308,12 @@ class Moe:
         """The stream x = residual + parts [B, d], and what the layer gives for the norm of it."""
         gate = None if self.shared is None else self.shared.gate
         if scored_beside(residual.shape[0], *self.router.weight.shape):
-            (x, normed, _), picked, weighed = norm_and_pick(
+            (x, normed, *_), picked, weighed = norm_and_pick(
                 residual, parts, norm, self.router, self.options, gate, outputs
             )
             beside = self._beside(x, weighed)
             return x, self._experts(normed, *picked, beside=beside)
-        x, normed, rstd = add_norm(residual, parts, norm, self.router.norm_eps)
+        x, normed, rstd, _ = add_norm(residual, parts, norm, self.router.norm_eps)
         beside = None if gate is not None else self._beside(x, None)
         return x, self._experts(normed, *self.route(normed, rstd, outputs), beside=beside)
 

@@ -10,9 +10,31 @@ from torch import Tensor
 from dsc_kernels.gpu.arithmetic import activate, clamp, follow
 from dsc_kernels.gpu.compiler import Meta, chain, check, kernel
 from dsc_kernels.gpu.product import rows_by_tokens, tiles
+from dsc_kernels.gpu.screen import GROUP as GROUP
+from dsc_kernels.gpu.screen import SPAN, Screen, largest_error, levels_by_tokens
 from dsc_kernels.weights import Activation, MlpWeights
 
-GROUP = 16
+
+@kernel
+def finished(
+    sums: tl.tensor,
+    rstd: tl.tensor,
+    router_bias: tl.tensor,
+    atom: tl.tensor,
+    is_atom: tl.tensor,
+    token: tl.tensor,
+    is_token: tl.tensor,
+) -> tl.tensor:
+    """Logits [atoms, tokens] of sums: times 1 / standard deviation, plus the bias, rounded once for both."""
+    if rstd is not None:
+        scale = tl.load(rstd + token, mask=is_token, other=0.0)[None, :]
+        if router_bias is not None:
+            sums = tl.fma(sums, scale, tl.load(router_bias + atom, mask=is_atom, other=0.0)[:, None])
+        else:
+            sums *= scale
+    elif router_bias is not None:
+        sums += tl.load(router_bias + atom, mask=is_atom, other=0.0)[:, None]
+    return sums
 
 
 @kernel
@@ -21,6 +43,10 @@ def route_and_raise(
     router: tl.tensor,
     router_bias: tl.tensor,
     rstd: tl.tensor,
+    levels: tl.tensor,
+    scales: tl.tensor,
+    errors: tl.tensor,
+    length: tl.tensor,
     logits: tl.tensor,
     maxima: tl.tensor,
     up: tl.tensor,
@@ -39,9 +65,13 @@ def route_and_raise(
     rows_per_block: tl.constexpr,
     tokens_per_block: tl.constexpr,
     d_per_step: tl.constexpr,
+    span: tl.constexpr,
     chained: tl.constexpr = False,
 ) -> None:
-    """One tile of logits, or behind those of hidden activations: grid (⌈batch / tokens⌉, tiles of rows of both)."""
+    """One tile of logits, or behind those of hidden activations: grid (⌈batch / tokens⌉, tiles of rows of both).
+
+    With levels of the router, logits are upper bounds, and maxima are of lower ones.
+    """
     follow(chained)
     token = (tl.program_id(0) * tokens_per_block + tl.arange(0, tokens_per_block)).to(tl.int64)
     is_token = token < batch
@@ -53,15 +83,22 @@ def route_and_raise(
             atom = (tile * rows_per_block + tl.arange(0, rows_per_block)).to(tl.int64)
             is_atom = atom < atoms
             sums = tl.zeros((rows_per_block, tokens_per_block), tl.float32)
-            sums = rows_by_tokens(sums, router, atom, is_atom, x, token, is_token, 0, 1, d, d_per_step)
-            if rstd is not None:
-                sums *= tl.load(rstd + token, mask=is_token, other=0.0)[None, :]
-            if router_bias is not None:
-                sums += tl.load(router_bias + atom, mask=is_atom, other=0.0)[:, None]
-            clamped = clamp(sums, tau)
+            if levels is None:
+                sums = rows_by_tokens(sums, router, atom, is_atom, x, token, is_token, 0, 1, d, d_per_step)
+                high = clamp(finished(sums, rstd, router_bias, atom, is_atom, token, is_token), tau)
+                low = high
+            else:
+                padded = groups * group
+                sums = levels_by_tokens(
+                    sums, levels, scales, atom, is_atom, x, token, is_token, padded, d, span, d_per_step
+                )
+                logit = finished(sums, rstd, router_bias, atom, is_atom, token, is_token)
+                error = largest_error(errors, router_bias, rstd, length, atom, is_atom, token, is_token)
+                high = logit + error
+                low = logit - error
             out = logits + token[None, :] * groups * group + atom[:, None]
-            tl.store(out, clamped, mask=is_token[None, :] & (atom < groups * group)[:, None])
-            known = tl.where(is_atom[:, None] & (clamped == clamped), clamped, float("-inf"))
+            tl.store(out, high, mask=is_token[None, :] & (atom < groups * group)[:, None])
+            known = tl.where(is_atom[:, None] & (low == low), low, float("-inf"))
             best = tl.max(tl.reshape(known, (rows_per_block // group, group, tokens_per_block)), 1)
             of_tile = tl.arange(0, rows_per_block // group)
             at = tile * (rows_per_block // group) + of_tile
@@ -106,7 +143,7 @@ def blocks(batch: int, rows: int, dtype: torch.dtype, beside: bool = True, gated
         meta |= {"rows_per_block": 64}
     if gated and dtype == torch.float32 and meta["tokens_per_block"] > 32:
         meta |= {"d_per_step": 16}
-    return {**meta, "group": GROUP}
+    return {**meta, "group": GROUP, "span": SPAN}
 
 
 def route_beside(
@@ -117,12 +154,17 @@ def route_beside(
     tau: float,
     mlp: MlpWeights | None,
     activation: Activation,
+    screen: Screen | None = None,
+    length: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
     """Logits and group maxima of a router [M, d], and hidden activations [B, H] of an MLP, of what there is of both.
 
     Logits are float32 [B, M], a view of rows of ⌈M/16⌉ · 16, and truncated to ±τ; maxima [B, ⌈M/16⌉] are those of each
     16. With rstd [B] the router is a folded one (`reference.fold_router_norm`): clamp(rstd · x W″ᵀ + b′, −τ, τ).
     A NaN stays NaN among the logits and counts as −∞ in the maxima. x [B, d] is in the weights' dtype.
+
+    With a screen, for which length [B] has ‖x‖ of each row, the router is not read: logits are upper bounds of what
+    they would be, not truncated, and maxima are of lower bounds (see `rescore`).
     """
     batch, d = x.shape
     weights = [weight for weight in (router, None if mlp is None else mlp.up) if isinstance(weight, Tensor)]
@@ -143,13 +185,14 @@ def route_beside(
         assert isinstance(up, Tensor)
         check("up", up, (outputs, d), dtype)
         hidden = torch.empty(batch, outputs, dtype=x.dtype, device=x.device)
+    bounds = (None,) * 4 if screen is None else (screen.levels, screen.scales, screen.errors, length)
     if batch:
         meta = blocks(batch, atoms + outputs, dtype, mlp is not None, gate is not None)
         height = meta["rows_per_block"]
         grid = (triton.cdiv(batch, meta["tokens_per_block"]), triton.cdiv(atoms, height) + triton.cdiv(outputs, height))
         biases = (None, None, None) if mlp is None else mlp.biases
         route_and_raise[grid](
-            *(x.contiguous(), router, router_bias, rstd, *(scores or (None, None))),
+            *(x.contiguous(), router, router_bias, rstd, *bounds, *(scores or (None, None))),
             *(up, biases[0], gate, biases[1], hidden),
             *(batch, atoms, groups, tau, outputs),
             d=d,

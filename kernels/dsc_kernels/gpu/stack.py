@@ -137,7 +137,7 @@ class Stack:
         step = Step(slots, tables, contexts, decodes, max_context_len, chunks)
         parts: Parts | None = None
         for i, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
-            x, normed, _ = add_norm(x, parts, layer.described.attention_norm, None)
+            x, normed, *_ = add_norm(x, parts, layer.described.attention_norm, None)
             parts = layer.out.parts(attend(layer, normed, step, cache).flatten(1))
             wanted = OUTPUT_ONLY if outputs is None else outputs[i]
             x, parts = layer.ffn.after(x, parts, layer.described.ffn_norm, wanted)

@@ -230,6 +230,10 @@ class Ffn(PackedLayer):
         """Router rows that screening could not rule out so far, and the tokens that this was for; 0 where none is."""
         return self.screen.count("rescored"), self.screen.count("tokens")
 
+    def screens(self, tokens: int) -> bool:
+        """Whether its router is screened in a step of so many tokens."""
+        return self.screened
+
     def __call__(
         self,
         x: Tensor,

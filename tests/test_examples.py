@@ -128,7 +128,7 @@ def test_the_demonstration_of_tenants_trains_them_once_and_asks_each(tmp_path: P
     whole = paragraphs(400).split("\n\n")
     (tmp_path / "texts").mkdir()
     for i, name in enumerate(("fables", "psalms")):
-        (tmp_path / "texts" / f"{name}.txt").write_text("\n\n".join(whole[200 * i : 200 * (i + 1)]), "utf8")
+        (tmp_path / "texts" / f"{name}.txt").write_text("\n\n".join(whole[60 * i : 60 * (i + 1)]), "utf8")
 
     def made(*variables: str) -> tuple[int, str]:
         given = [f"BIN={Path(sys.executable).parent}", f"DEMO={tmp_path / 'demo'}", "DEMO_TIME=40s", *variables]

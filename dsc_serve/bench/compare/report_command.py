@@ -51,6 +51,7 @@ def report_command(folder: Path, into: Path | None, name: str | None, charts: tu
     for part, file in parts.items():
         write_page(into.with_name(f"{part}.md"), part, page_of(file, part, charts), file.read_bytes())
     if parts:
-        write_part(into, name, overview("answers", into.parent, into, tuple(parts)), f"# {name}, part by part")
+        head = f"# {name}, part by part\n\n`dsc-serve bench compare {name} --out runs/{name}` measures them."
+        write_part(into, name, overview("answers", into.parent, into, tuple(parts)), head)
     else:
         write_page(into, name, page_of(raw, name, charts), raw.read_bytes())

@@ -196,7 +196,7 @@ def test_what_this_is_about_does_happen(made: MixedKinds, kernels: str, run: Run
     assert engine.scheduler.preemptions > 0 and engine.scheduler.cached_tokens > 0
     assert sum(engine.drafter.report.accepted.values()) > 20
     assert world.adapters.counts.evictions > 0 and world.adapters.counts.errors == 0
-    assert max(i for i, count in enumerate(report.distinct.counts) if count) >= 3, "of several in one step"
+    assert max(i for i, count in enumerate(report.distinct.counts) if count) >= 2, "of several in one step"
     had = {world.made.digests.get(own.digest) for own in world.asked.values()}
     assert had >= set(NAMES) and None in had, "each by itself, the base and compositions"
     assert made.apart and len(made.apart) == 12, "an adapter stands on its basis in part"

@@ -63,7 +63,7 @@ test-full: lint sanitize $(PAGE_STAMP) ## all of them, the long runs too, the pa
 	$(BIN)/pytest -m alone --ignore=tests/deploy
 
 sanitize: install ## the kernels' tests with the address and undefined-behaviour sanitizers
-	$(BIN)/python tests/kernels/sanitize.py
+	$(BESIDE) $(BIN)/python tests/kernels/sanitize.py -n 2 --dist loadfile
 
 test-deploy: install $(DEPLOY_STAMP) ## what deploy/ holds, with the real programs: installs them by apt where it may
 	$(BIN)/python tests/support/programs.py

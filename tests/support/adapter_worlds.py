@@ -67,6 +67,11 @@ class AdapterWorld:
             if self.engine.finish(one):
                 self.asked[one].end = DROPPED
 
+    def load(self) -> None:
+        """All that has been asked for, as far as there is room: what happens then hangs on no thread's speed."""
+        while self.adapters.loader.busy:
+            self.adapters.settle(0.05)
+
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             if not self.engine.has_work:
@@ -95,8 +100,7 @@ class AdapterWorld:
     def check_nothing_is_left(self) -> None:
         """Of blocks, of adapters that nobody may have any more, and of holds on those that anybody may."""
         adapters: Adapters = self.adapters
-        while adapters.loader.busy:  # what somebody waited for who was dropped
-            adapters.settle(0.05)
+        self.load()  # what somebody waited for who was dropped
         assert not self.engine.arrivals and not adapters.waiting
         assert self.engine.scheduler.pool.available == self.engine.scheduler.pool.total
         assert adapters.nbytes <= adapters.budget

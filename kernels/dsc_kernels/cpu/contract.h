@@ -10,7 +10,7 @@
 
 DSC_KERNELS_BEGIN
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__)  // sums of a token, for which AVX2 has no registers
 constexpr int SUMS = 4;
 #else
 constexpr int SUMS = 1;
@@ -61,21 +61,10 @@ struct Contraction {
     int64_t bytes = next ? Packed<T>::panel_size(d) * (int64_t)sizeof(T) : 0;
     Ahead ahead = {(const char*)next, (const char*)next + bytes, LANES * 4 / 64};  // lines of a group of inputs
     const I* at[TOKENS];
-    int64_t tiles = (present.count + TOKENS - 1) / TOKENS;
-    for (int64_t t = 0, group; t < present.count; t += group, tiles--) {
-      group = (present.count - t + tiles - 1) / tiles;
-      for (int i = 0; i < group; i++) at[i] = present.x + (t + i) * stride;
-      switch (group) {
-        case 1: contract_tile<T, 1>(present.w, at, d, ahead, present.sink, t, present.n); break;
-        case 2: contract_tile<T, 2>(present.w, at, d, ahead, present.sink, t, present.n); break;
-        case 3: contract_tile<T, 3>(present.w, at, d, ahead, present.sink, t, present.n); break;
-        case 4: contract_tile<T, 4>(present.w, at, d, ahead, present.sink, t, present.n); break;
-#if defined(__AVX512F__)
-        case 5: contract_tile<T, 5>(present.w, at, d, ahead, present.sink, t, present.n); break;
-        case 6: contract_tile<T, 6>(present.w, at, d, ahead, present.sink, t, present.n); break;
-#endif
-      }
-    }
+    by_tiles(present.count, [&]<int TT>(int64_t t) __attribute__((always_inline)) {
+      for (int i = 0; i < TT; i++) at[i] = present.x + (t + i) * stride;
+      contract_tile<T, TT>(present.w, at, d, ahead, present.sink, t, present.n);
+    });
   }
 };
 

@@ -199,6 +199,26 @@ INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* cons
     for (int i = 0; i < TT; i++) sink(acc[p][i], t + i, n + p * LANES);
 }
 
+// Calls run for a few tokens at a time, told how many at compile time and from which on: as even as they can be, since
+// tiles of one token are slow.
+template <typename Run>
+INLINE void by_tiles(int64_t count, const Run& run) {
+  int64_t tiles = (count + TOKENS - 1) / TOKENS;
+  for (int64_t t = 0, group; t < count; t += group, tiles--) {
+    group = (count - t + tiles - 1) / tiles;
+    switch (group) {
+      case 1: run.template operator()<1>(t); break;
+      case 2: run.template operator()<2>(t); break;
+      case 3: run.template operator()<3>(t); break;
+      case 4: run.template operator()<4>(t); break;
+#if defined(__AVX512F__)
+      case 5: run.template operator()<5>(t); break;
+      case 6: run.template operator()<6>(t); break;
+#endif
+    }
+  }
+}
+
 template <typename T, int P, typename Sink>
 INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
                    int64_t count, int64_t d, const Sink& sink, int64_t n, int64_t left) {
@@ -209,20 +229,10 @@ INLINE void tokens(const T* w, int64_t panel, const typename Input<T>::type* x, 
   const char* next = (const char*)(w + P * panel);
   int64_t steps = tiles * ((d + GROUP<T> - 1) / GROUP<T>);
   Ahead ahead = {next, next + (tiles > 1 ? bytes : 0), (int)((bytes / 64 + steps - 1) / steps)};
-  for (int64_t t = 0, group; t < count; t += group, tiles--) {
-    group = (count - t + tiles - 1) / tiles;  // as even as they can be: tiles of one token are slow
-    for (int i = 0; i < group; i++) at[i] = x + (rows ? rows[t + i] : t + i) * stride;
-    switch (group) {
-      case 1: block<T, P, 1>(w, panel, at, d, sink, t, n, ahead); break;
-      case 2: block<T, P, 2>(w, panel, at, d, sink, t, n, ahead); break;
-      case 3: block<T, P, 3>(w, panel, at, d, sink, t, n, ahead); break;
-      case 4: block<T, P, 4>(w, panel, at, d, sink, t, n, ahead); break;
-#if defined(__AVX512F__)
-      case 5: block<T, P, 5>(w, panel, at, d, sink, t, n, ahead); break;
-      case 6: block<T, P, 6>(w, panel, at, d, sink, t, n, ahead); break;
-#endif
-    }
-  }
+  by_tiles(count, [&]<int TT>(int64_t t) __attribute__((always_inline)) {
+    for (int i = 0; i < TT; i++) at[i] = x + (rows ? rows[t + i] : t + i) * stride;
+    block<T, P, TT>(w, panel, at, d, sink, t, n, ahead);
+  });
 }
 
 // Panels first … last − 1 of x[rows] · wᵀ go to the sink as (sums of 16 outputs, token, first output). x has rows of

@@ -3,7 +3,7 @@
 What may follow is computed beside the step, by the grammar's own process. A request whose answer is late sits out:
 nobody waits for it longer than PATIENCE of the step's own time. Lateness is a grammar's fault only as far as it has
 computed meanwhile: on a busy machine an ordinary one waits for a processor. Once it has been put behind all others for
-that, all of it counts.
+that, half of its wait counts whoever computes, so that its sender is told soon.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATIENCE_S = 0.002  # but no longer
 ALONE_S = 0.02  # what a step waits that nobody else is in
 ORDINARY_S = 0.005  # after the step an answer that comes within it is not late
 DEMOTED_S = 0.05  # late for so long, a grammar is put behind all others
-BEHIND = 0.25  # of what it then waits counts even if others had the processor
+BEHIND = 0.5  # of what it then waits counts even if others had the processor: two seconds, and a request ends
 LATE_S = 1.0  # late for so long in all, a request ends
 
 

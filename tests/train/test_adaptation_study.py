@@ -158,6 +158,23 @@ def test_the_page_has_a_table_of_every_kind_and_the_same_command_changes_nothing
     assert (moved / "log.jsonl").read_text() == log, "nor in a folder that has moved"
 
 
+def test_what_is_measured_is_not_made_again_from_its_records_alone(
+    base: Path, texts: list[Path], whole: tuple[Path, Result], result: dict[str, Any]
+) -> None:
+    records = whole[0].parent / "records"
+    for path in [*whole[0].rglob("*.json"), whole[0] / "log.jsonl"]:
+        own = path.relative_to(whole[0])
+        if len(own.parts) == 1 or own.parts[0] == "matrix" or own.name == "summary.json":
+            (records / own).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, records / own)
+    log = (records / "log.jsonl").read_text()
+    again = command(base, texts, records)
+    assert again.exit_code == 0, again.output
+    assert (records / "log.jsonl").read_text() == log
+    assert json.loads((records / "results.json").read_text("utf8")) == result
+    assert not list(records.rglob("*.safetensors"))
+
+
 def test_texts_are_tokenised_once_for_all_kinds(whole: tuple[Path, Result]) -> None:
     assert [path.parent.name for path in whole[0].rglob("data")] == ["runs"]
     assert {path.name for path in (whole[0] / "data").iterdir()} == set(NAMES)

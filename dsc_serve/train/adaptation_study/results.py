@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Sequence
 from typing import Any
 
 from dsc_serve import __version__
 from dsc_serve.machine import default_threads
-from dsc_serve.model.cores.files import read_cores
-from dsc_serve.train.adapt.trainer import ADAPTERS
 from dsc_serve.train.adaptation_study.matrix import BASE, Rows
 from dsc_serve.train.adaptation_study.plan import (
     SHARED,
@@ -22,6 +19,7 @@ from dsc_serve.train.adaptation_study.plan import (
     shared_bytes,
     tenant_bytes,
 )
+from dsc_serve.train.adaptation_study.stages import CERTIFICATES
 from dsc_serve.train.adaptation_study.study import MATRIX, AdaptationStudy
 from dsc_serve.train.study_report import machine
 
@@ -63,7 +61,7 @@ def results(study: AdaptationStudy, missing: Sequence[str], command: str) -> Res
         if kind in found["kinds"] and beside in found["kinds"]:
             found["equal_bytes"][kind] = beside
     if SHARED in found["kinds"]:
-        found["certificates"] = certificates(study)
+        found["certificates"] = json.loads((study.folder / CERTIFICATES).read_text("utf8"))
     refusal = study.folder / "refusal.json"
     if SHARED in study.kinds and refusal.is_file():
         found["refusal"] = json.loads(refusal.read_text("utf8"))
@@ -95,17 +93,3 @@ def one_kind(study: AdaptationStudy, kind: str, lora: EqualLora | None = None) -
         "dtype": summary["dtype"],
         "bits": {name: bits[name] for name in names},
     }
-
-
-def certificates(study: AdaptationStudy) -> Mapping[str, Mapping[str, float]]:
-    """By tenant what the shared basis leaves out of its LoRA: as shares of the updates' spectral norms."""
-    found = {}
-    for name in study.place.names:
-        own = read_cores(study.folder / SHARED / ADAPTERS / name).certificate.values()
-        shares = [one.share for one in own]
-        found[name] = {
-            "median_share": round(median(shares), 6),
-            "largest_share": round(max(shares), 6),
-            "largest_error": round(max(one.error for one in own), 6),
-        }
-    return found

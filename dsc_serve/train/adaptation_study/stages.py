@@ -16,6 +16,7 @@ import torch
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.adapter import module_shapes
 from dsc_serve.model.checkpoint import open_source
+from dsc_serve.model.cores.files import read_cores
 from dsc_serve.model.cores.share import share
 from dsc_serve.model.gguf import import_gguf
 from dsc_serve.model.graft import graft
@@ -30,6 +31,7 @@ from dsc_serve.train.adaptation_study.plan import SHARED, TRAINED, EqualLora, St
 from dsc_serve.train.checkpoint import write_whole
 
 GRAFTED = "grafted"
+CERTIFICATES = "certificates.json"
 SHORT_S = 90.0  # that stages without steps are expected to take
 LEAST_S = 120.0  # that a stage with steps must have to begin: it prepares, takes some, and is cut at a checkpoint
 REFUSED = 0.5  # --max-error of the case that must be refused
@@ -169,6 +171,24 @@ def share_stage(place: StudyPlace) -> WrittenStage:
     )
 
 
+def certificates_stage(place: StudyPlace) -> WrittenStage:
+    return WrittenStage("read certificates", place.folder / CERTIFICATES, lambda out: certificates(place, out))
+
+
+def certificates(place: StudyPlace, out: Path) -> None:
+    """By tenant what the shared basis leaves out of its LoRA: as shares of the updates' spectral norms."""
+    found = {}
+    for name in place.names:
+        own = read_cores(place.folder / SHARED / ADAPTERS / name).certificate.values()
+        shares = [one.share for one in own]
+        found[name] = {
+            "median_share": round(median(shares), 6),
+            "largest_share": round(max(shares), 6),
+            "largest_error": round(max(one.error for one in own), 6),
+        }
+    write_whole(out, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
 def refusal_stage(place: StudyPlace) -> WrittenStage:
     return WrittenStage("refuse unaligned adapters", place.folder / "refusal.json", lambda out: refusal(place, out))
 
@@ -216,7 +236,7 @@ def refusal(place: StudyPlace, out: Path) -> None:
 MADE_BY: Mapping[str, Callable[[StudyPlace], Sequence[Stage]]] = {
     "lora": lambda place: [train_stage(place, "lora")],
     "lora-xs": lambda place: [train_stage(place, "lora-xs")],
-    SHARED: lambda place: [share_stage(place), refusal_stage(place)],
+    SHARED: lambda place: [share_stage(place), certificates_stage(place), refusal_stage(place)],
     "dsc": lambda place: [graft_stage(place), train_stage(place, "dsc", place.folder / GRAFTED)],
     MIXED: lambda place: [train_stage(place, MIXED)],
 }

@@ -104,14 +104,17 @@ class AdaptationStudy:
         found: list[Stage] = [] if place.model == self.given else [import_stage(self.given, place)]
         found.append(self._matrix(BASE, place.model, None, [BASE]))
         for kind in self.kinds:
-            found += MADE_BY[kind](place)
             model = self.folder / kind / MODEL if kind == "dsc" else place.model
             names = [MIXED] if kind == MIXED else place.names
-            found.append(self._matrix(kind, model, self.folder / kind / ADAPTERS, names))
+            found += self._with_matrix(MADE_BY[kind](place), kind, model, names)
         for lora in self.further():
-            found.append(train_stage(place, "lora", lora=lora))
-            found.append(self._matrix(lora.name, place.model, self.folder / lora.name / ADAPTERS, place.names))
+            found += self._with_matrix([train_stage(place, "lora", lora=lora)], lora.name, place.model, place.names)
         return found
+
+    def _with_matrix(self, made: Sequence[Stage], kind: str, model: Path, names: Sequence[str]) -> list[Stage]:
+        """What makes a kind's adapters, and its matrix. A kind that is measured is not made again if it has gone."""
+        matrix = self._matrix(kind, model, self.folder / kind / ADAPTERS, names)
+        return [matrix] if matrix.done() else [*made, matrix]
 
     def _matrix(self, kind: str, model: Path, adapters: Path | None, names: Sequence[str]) -> MatrixStage:
         file = self.folder / MATRIX / f"{kind}.json"

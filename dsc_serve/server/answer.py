@@ -68,6 +68,15 @@ class Choice:
     clock: GenerationTimes = field(default_factory=GenerationTimes)
     frame: tuple[bytes, bytes] | None = None  # around the text of an event of nothing but text
 
+    def count(self, delta: Delta) -> None:
+        """Take in what a delta says of the choice beside its tokens."""
+        self.outcome = delta.finish_reason or self.outcome
+        if delta.cached_tokens > self.cached_tokens:
+            self.cached_tokens = delta.cached_tokens
+        right, wrong = delta.prediction
+        if right or wrong:
+            self.predicted = self.predicted[0] + right, self.predicted[1] + wrong
+
 
 class Reached(NamedTuple):
     """How far the parts of an answer have come with a token."""
@@ -100,9 +109,13 @@ class ChoiceUpdate:
     def has_news(self) -> bool:
         return bool(self.parts) or any(self.text)
 
-    def add(self, delta: Delta, text: str, kept: int, finish_reason: str | None) -> None:
-        """Take in a delta: the text that it added, and its first `kept` tokens, which are those before a stop."""
+    def echo(self, text: str, prompt: list[int]) -> None:
+        """Begin with the prompt."""
         self.text.append(text)
+        self.token_ids.extend(prompt)
+
+    def add(self, delta: Delta, kept: int) -> None:
+        """Take in a delta but for its text: of its tokens the first `kept`, which are those before a stop."""
         self.token_ids.extend(delta.token_ids[:kept])
         if delta.prompt_logprobs:
             self.logprobs.extend(delta.prompt_logprobs)
@@ -111,7 +124,7 @@ class ChoiceUpdate:
         if delta.routing is not None:
             self.routing.append(delta.routing)
         self.embedding = delta.embedding or self.embedding
-        self.finish_reason = finish_reason
+        self.finish_reason = delta.finish_reason
 
 
 class ResponseFormatter(ABC):

@@ -209,76 +209,66 @@ class Generation(Response):
 
     async def _follow_deltas(self, choice: Choice, deltas: AsyncIterator[Delta], emit: Emit) -> None:
         """Emit what is new of a choice until it ends. Raises ApiError where it fails, or ends without a reason."""
-        text = choice.text
+        text, reader = choice.text, choice.reader
         tokens_only = self._service.tokenizer is None
         plain = self._stream and self._formatter.is_plain(choice)
         update = ChoiceUpdate()
         begun = told = False
         async for delta in deltas:
+            choice.count(delta)
             reason = delta.finish_reason
-            choice.outcome = reason or choice.outcome
-            choice.cached_tokens = max(choice.cached_tokens, delta.cached_tokens)
-            if any(delta.prediction):
-                right, wrong = delta.prediction
-                choice.predicted = choice.predicted[0] + right, choice.predicted[1] + wrong
             if reason in ("error", "abort") or (reason == "timeout" and not begun):
                 raise self._failure(delta)
             self._measure(choice, delta, begun)
             if not begun and choice.echo is not None and (delta.token_ids or reason):
-                update.text.append(choice.echo)
-                update.token_ids.extend(choice.prompt)
+                update.echo(choice.echo, choice.prompt)
             begun = begun or bool(delta.token_ids)
             before = text.token_count
-            pieces = [text.push((id,)) for id in delta.token_ids] if choice.reader is not None else []
-            new = text.push(delta.token_ids) if choice.reader is None else ""
+            pieces = [text.push(delta.token_ids)] if reader is None else [text.push((id,)) for id in delta.token_ids]
             if plain and told and reason is None and not text.stopped:
-                if new:
-                    await self._send_event(self._formatter.text_event(choice, new))
+                if pieces[0]:
+                    await self._send_event(self._formatter.text_event(choice, pieces[0]))
                 continue
-            if reason is not None:
-                new += text.finish()
-            if text.stopped:
-                if reason is None:
-                    self._service.engine.finish(choice.request_id, "stop")
-                choice.outcome = reason = "stop"
-                update.stop_reason = text.stop_text
-            elif reason == "stop" and delta.token_ids and delta.token_ids[-1] in choice.params.stop_token_ids:
-                update.stop_reason = delta.token_ids[-1]
+            rest = text.finish() if reason is not None else ""
             kept = text.token_count - before
-            if choice.reader is not None:
-                reason, new = self._read(choice, choice.reader, update, pieces[:kept], new, reason), ""
-            update.add(delta, new, kept, reason)
-            news = delta.token_ids if tokens_only else update.has_news or (choice.reader is not None and not told)
-            if reason is not None or (self._stream and news):
+            update.add(delta, kept)
+            self._end_at_stop(choice, update, delta)
+            if reader is None:
+                update.text.append(pieces[0] + rest)
+            else:
+                self._read(choice, reader, update, pieces[:kept], rest)
+            news = delta.token_ids if tokens_only else update.has_news or (reader is not None and not told)
+            if update.finish_reason is not None:
+                return await emit(choice, update)
+            if self._stream and news:
                 await emit(choice, update)
                 update, told = ChoiceUpdate(), True
-            if reason is not None:
-                return
         raise engine_failure("the engine ended the request without a reason")
 
-    def _read(
-        self,
-        choice: Choice,
-        reader: AnswerReader,
-        update: ChoiceUpdate,
-        pieces: list[str],
-        rest: str,
-        reason: str | None,
-    ) -> str | None:
-        """Take new text, that of each token and the rest, for the parts of the answer.
+    def _end_at_stop(self, choice: Choice, update: ChoiceUpdate, delta: Delta) -> None:
+        """End a choice whose text has come to a stop; let its update say which text, or which token, that was."""
+        if choice.text.stopped:
+            update.stop_reason = choice.text.stop_text
+            self._end(choice, update)
+        elif update.finish_reason == "stop" and delta.token_ids and delta.token_ids[-1] in choice.params.stop_token_ids:
+            update.stop_reason = delta.token_ids[-1]
 
-        Returns why it ends, which it may since no more calls may come.
-        """
+    def _read(self, choice: Choice, reader: AnswerReader, update: ChoiceUpdate, pieces: list[str], rest: str) -> None:
+        """Make parts of new text, that of each token and the rest; end a choice that may make no more calls."""
         for piece in pieces:
             update.parts += reader.push(piece, 1)
             update.reached.append(Reached(len(update.parts), len(piece), reader.held))
         update.parts += reader.push(rest)
-        if reader.done and reason is None:
-            self._service.engine.finish(choice.request_id, "stop")
-            choice.outcome = reason = "stop"
-        if reason is not None:
+        if reader.done and update.finish_reason is None:
+            self._end(choice, update)
+        if update.finish_reason is not None:
             update.parts += reader.finish()
-        return reason
+
+    def _end(self, choice: Choice, update: ChoiceUpdate) -> None:
+        """Let a choice have stopped, also in the engine where that goes on."""
+        if update.finish_reason is None:
+            self._service.engine.finish(choice.request_id, "stop")
+        choice.outcome = update.finish_reason = "stop"
 
     def _measure(self, choice: Choice, delta: Delta, begun: bool) -> None:
         """Count a delta's tokens, and how long they took."""

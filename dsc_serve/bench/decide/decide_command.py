@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 RESULTS = Path("docs/results")
-KEPT = RESULTS / "decide.results.json"  # of --into docs/results/decide.md: it answers where no machine is given
+KEPT = RESULTS / "decide.results.json"  # of --into docs/results/decide.md, if any: answers where no machine is given
 MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # options that measure; others answer
 
 
@@ -29,7 +29,7 @@ MEASURING = ("measure", "minutes", "sizes", "systems", "weights", "threads")  # 
     "--machine",
     "machine_file",
     type=FILE,
-    help="What --measure wrote.  [default: what docs/results/decide.results.json keeps]",
+    help="What --measure wrote. Needed where no earlier --into docs/results/decide.md has kept a machine.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(1), default=48, help="Length of each prompt.")
 @click.option("--output-tokens", type=click.IntRange(2), default=64, help="Tokens of each answer.")
@@ -149,7 +149,10 @@ def machine_of(file: Path | None) -> MeasuredMachine:
     elif KEPT.is_file():
         measured = load_decision(KEPT).measured
     else:
-        raise DecideError("no machine: `dsc-serve bench decide --measure FILE` first, then --machine FILE")
+        raise DecideError(
+            f"--machine is missing, and there is no {KEPT}: measure this machine first with "
+            "`dsc-serve bench decide --measure FILE`, then give --machine FILE"
+        )
     if not measured.steps:
         raise DecideError(f"{file or KEPT} has no steps; `dsc-serve bench decide --measure FILE` makes one that has")
     return measured

@@ -29,6 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = "routing_trace.py"
 LIMIT_S = 150  # each takes seconds; a loaded machine takes longer
 PROGRAMS = ("offline", "streaming", "structured_output", "tools", "adapters", "tenants", "routing_trace")
+NUMBERS = {7: "seven", 8: "eight", 9: "nine", 10: "ten"}
 TESTED = {*(f"{name}.py" for name in PROGRAMS), "load_test.sh"}
 
 
@@ -58,6 +59,23 @@ def output(name: str, *arguments: str) -> str:
 def test_every_example_is_run_and_listed() -> None:
     assert {file.name for file in EXAMPLES.iterdir() if file.is_file()} == TESTED | {"README.md"}
     assert set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))) >= TESTED
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_documents_count_the_examples(document: str) -> None:
+    told = re.findall(r"examples\b.*?\b(\w+)\s+programs", (EXAMPLES.parent / document).read_text(encoding="utf-8"))
+    assert told == [NUMBERS[len(TESTED)]]
+
+
+def test_what_an_example_needs_is_told() -> None:
+    """Of OpenAI's client, and of a server: what takes an address asks one."""
+    rows = re.findall(r"^\| \[([\w.]+)\].*\| (.*?) \|$", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert dict(rows).keys() == TESTED
+    for name, needs in rows:
+        program = (EXAMPLES / name).read_text(encoding="utf-8")
+        assert ("openai" in needs) == ("import OpenAI" in program), name
+        assert ("server" in needs) == ("127.0.0.1" in program), name
+        assert ("adapters" in needs) == ("adapters" in program), name
 
 
 def test_offline() -> None:
@@ -166,9 +184,15 @@ def test_routing_trace(server: RunningServer) -> None:
 def test_the_readme_shows_what_its_requests_give(server: RunningServer) -> None:
     """Texts and picks may differ with the processor's instructions, the rest may not."""
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    ((path, body, shown),) = re.findall(r"^\$ curl \S+8000(\S+) .* -d '(.*)'\n(\{.*\})$", readme, re.MULTILINE)
-    answer, example = server.post(path, **json.loads(body)).json(), json.loads(shown)
-    assert shape(answer) == shape(example) and answer["usage"] == example["usage"]
+    ((path, body, shown),) = re.findall(r"^\$ curl \S+8000(\S+) .* -d '(.*)' +#.*\n(\{.*\})$", readme, re.MULTILINE)
+    answer, example = server.post(path, **json.loads(body)).json(), json.loads(shown.replace(", …", ""))
+    assert example.keys() == {"model", "choices", "usage"} and is_part(example, answer)
+    assert example["choices"][0].keys() == {"text", "finish_reason"}
+    told = [
+        (one["model"], one["choices"][0]["finish_reason"], one["usage"]["completion_tokens"])
+        for one in (example, answer)
+    ]
+    assert told[0] == told[1]
     (table,) = re.findall(r"^\$ \S+python examples/routing_trace.py .*\n((?:[^`\n]+\n)+)", readme, re.MULTILINE)
     told, given = (
         [re.split(r"  +", line) for line in text.splitlines()] for text in (table, output(TRACE, server.url))
@@ -176,11 +200,19 @@ def test_the_readme_shows_what_its_requests_give(server: RunningServer) -> None:
     assert told[0] == given[0] and [row[0] for row in told[1:-1]] == [row[0] for row in given[1:-1]]
 
 
-def shape(value: object) -> object:
-    """Names and types, without values."""
-    if isinstance(value, dict):
-        return {name: shape(inner) for name, inner in value.items()}
-    return [shape(inner) for inner in value] if isinstance(value, list) else type(value)
+def is_part(shown: object, whole: object) -> bool:
+    """Whether names and types of what is shown are those of the whole."""
+    if isinstance(shown, dict):
+        return isinstance(whole, dict) and all(name in whole and is_part(shown[name], whole[name]) for name in shown)
+    if isinstance(shown, list):
+        return isinstance(whole, list) and all(map(is_part, shown, whole)) and len(shown) == len(whole)
+    return type(shown) is type(whole)
+
+
+def test_parts_of_an_answer_are_told_from_what_it_is_not() -> None:
+    whole = {"a": 1, "b": [{"c": "x", "d": None}]}
+    assert is_part({"b": [{"c": "y"}]}, whole) and is_part(whole, whole)
+    assert not any(is_part(other, whole) for other in ({"e": 1}, {"a": "1"}, {"b": []}, {"b": [{"c": 1}]}, {"b": {}}))
 
 
 def test_load_test(server: RunningServer) -> None:

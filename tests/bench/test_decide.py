@@ -322,8 +322,8 @@ def test_without_a_machine_the_one_that_the_documents_keep_answers(
     done = CliRunner().invoke(main, question)
     assert done.exit_code == 1
     assert done.output == (
-        "Error: --machine is missing, and there is no docs/results/decide.results.json: measure this machine first with "
-        "`dsc-serve bench decide --measure FILE`, then give --machine FILE\n"
+        "Error: --machine is missing, and there is no docs/results/decide.results.json: measure this machine first "
+        "with `dsc-serve bench decide --measure FILE`, then give --machine FILE\n"
     )
     told = " ".join(CliRunner().invoke(main, ["bench", "decide", "--help"]).output.split())
     assert "--measure wrote. Needed where no" in told and "decide.results.json" not in told

@@ -98,12 +98,12 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""  # why it cannot be used
 
 
-Asked = str | Mapping[str, float] | AdapterChoice
-AskedEach = Asked | None | Sequence[Asked | None]  # for all prompts, or one for each
+AdapterArgument = str | Mapping[str, float] | AdapterChoice
+AdapterArguments = AdapterArgument | None | Sequence[AdapterArgument | None]  # for all prompts, or one for each
 
 
 def choice_of(asked: object, field: str = FIELD) -> AdapterChoice | None:
-    """What a caller has asked for: None is the model as it is. Raises ParameterError for what is no `Asked`."""
+    """What a caller has asked for: None is the model as it is. Raises ParameterError for what no adapter is."""
     if asked is None or isinstance(asked, AdapterChoice):
         return asked
     if isinstance(asked, str):
@@ -115,7 +115,7 @@ def choice_of(asked: object, field: str = FIELD) -> AdapterChoice | None:
     )
 
 
-def choices_of(asked: AskedEach, count: int) -> list[AdapterChoice | None]:
+def choices_of(asked: AdapterArguments, count: int) -> list[AdapterChoice | None]:
     """One for each of so many prompts. Raises ParameterError."""
     if not isinstance(asked, list | tuple):
         return [choice_of(asked)] * count

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from dsc_serve.adapter_choice import AdapterChoice, Asked, AskedEach, choice_of, choices_of
+from dsc_serve.adapter_choice import AdapterArgument, AdapterArguments, AdapterChoice, choice_of, choices_of
 from dsc_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_model
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.output import Delta, RoutingSlice, TokenLogprobs
@@ -108,7 +108,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: AskedEach = None,
+        adapter: AdapterArguments = None,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Generate for texts or token-id lists; returns one output per prompt and choice, in order.
@@ -137,7 +137,7 @@ class LLM:
         return outputs
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: Asked | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterArgument | None = None
     ) -> Iterator[RequestOutput]:
         """Generate for one prompt and yield, per step, what is new: text, token_ids and at last the finish_reason.
 
@@ -171,7 +171,7 @@ class LLM:
             self._drop([track])
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, adapter: AskedEach = None
+        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, adapter: AdapterArguments = None
     ) -> Tensor:
         """The vectors of texts or token-id lists: float32 [prompts, d], or [prompts, dimensions].
 
@@ -200,12 +200,12 @@ class LLM:
         vectors = np.frombuffer(b"".join(track.embedding for track in tracks), "<f4")
         return torch.from_numpy(vectors.astype(np.float32).reshape(len(tracks), size))
 
-    def logits(self, token_ids: Sequence[list[int]], *, adapter: AskedEach = None) -> list[Tensor]:
+    def logits(self, token_ids: Sequence[list[int]], *, adapter: AdapterArguments = None) -> list[Tensor]:
         """float32 logits [T, vocabulary] of each token-id list, by the engine's own steps over its paged cache."""
         listed = self._listed(token_ids)
         return self._collected(listed, [lambda start, logits: logits] * len(listed), adapter)
 
-    def losses(self, token_ids: Sequence[list[int]], *, adapter: AskedEach = None) -> list[Tensor]:
+    def losses(self, token_ids: Sequence[list[int]], *, adapter: AdapterArguments = None) -> list[Tensor]:
         """−log probability in nats, float64 [T − 1], of each token after the first of a list under those before it.
 
         Lists may be one token longer than the context. Of the logits only some rows exist at a time.
@@ -226,7 +226,9 @@ class LLM:
         prompts = [window[:-1] for window in windows]
         return self._collected(prompts, [collect_for(window) for window in windows], adapter)
 
-    def _collected(self, prompts: Sequence[list[int]], collects: Sequence[Collect], adapter: AskedEach) -> list[Tensor]:
+    def _collected(
+        self, prompts: Sequence[list[int]], collects: Sequence[Collect], adapter: AdapterArguments
+    ) -> list[Tensor]:
         """What is kept of each prompt's logits, rows in order."""
         params, adapters = SamplingParams(temperature=0, max_tokens=0), choices_of(adapter, len(prompts))
         self.engine.arrivals.check(adapters, self._step)

@@ -149,10 +149,10 @@ class AdapterJobs:
         )
 
     def _unpacked(self, loaded: LoadedAdapter) -> Adapter:
-        places = [(layer, module) for layer in range(len(self.decoder.modules)) for module in MODULES]
-        found = {place: loaded.weights.updates(*place) for place in places}
-        modules = {place: own[0] for place, own in found.items() if own}
-        return Adapter(loaded.name, loaded.digest, loaded.kind, modules, loaded.nbytes, loaded.rank)
+        modules = [(layer, module) for layer in range(len(self.decoder.modules)) for module in MODULES]
+        updates = {module: loaded.weights.updates(*module) for module in modules}
+        changed = {module: own[0] for module, own in updates.items() if own}
+        return Adapter(loaded.name, loaded.digest, loaded.kind, changed, loaded.nbytes, loaded.rank)
 
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(

@@ -109,7 +109,7 @@ class Adapters:
         return found
 
     def want(self, choice: AdapterChoice) -> Wanted:
-        """Ask for an adapter: at once, if it is in memory, else after `settle` has found it loaded.
+        """Ask for an adapter: at once, if it is in memory, else after `resolve` has found it loaded.
 
         Raises UnknownAdapterError, and BrokenAdapterError for one that is known to be.
         """
@@ -121,7 +121,7 @@ class Adapters:
             self._pump()
         return wanted
 
-    def settle(self, timeout_s: float = 0.0) -> None:
+    def resolve(self, timeout_s: float = 0.0) -> None:
         """Take in what has been loaded, waiting for it so long, and let go on who waits."""
         outcome = self.loader.take(timeout_s) if self.loader.busy else None
         if outcome is None and not self._released and not self._is_due():
@@ -135,7 +135,7 @@ class Adapters:
         self._released = self._released and self._unplaced is not None  # else all that went has been given on
 
     def survey(self) -> None:
-        """Begin to read all once, and go on with it in `settle`."""
+        """Begin to read all once, and go on with it in `resolve`."""
         self.surveys = True
         self._pump()
 
@@ -150,7 +150,7 @@ class Adapters:
 
     @property
     def restless(self) -> bool:
-        """Whether `settle` may find something to do without anything having been loaded."""
+        """Whether `resolve` may find something to do without anything having been loaded."""
         return self._released and bool(self._wanted)
 
     def close(self) -> None:
@@ -241,7 +241,7 @@ class Adapters:
         waiting: deque[Wanted] = deque()
         while self._wanted:
             wanted = self._wanted.popleft()
-            if wanted.cancelled or wanted.settled:
+            if wanted.cancelled or wanted.resolved:
                 self._unpin(wanted)
             elif (waiting and self._is_due_first(waiting[0])) or not self._grant(wanted):
                 waiting.append(wanted)
@@ -251,7 +251,7 @@ class Adapters:
         return self._unplaced is not None and self.clock() - first.since >= PATIENCE_S
 
     def _begin(self, first: Wanted) -> bool:
-        """Begin what is missing of an adapter; or settle that it cannot be had, and return False."""
+        """Begin what is missing of an adapter; or say that it cannot be had, and return False."""
         try:
             for name in first.choice.names:
                 self._check(name)

@@ -76,7 +76,7 @@ class Arrivals:
         for choice in dict.fromkeys(choices):
             if choice is not None:
                 wanted = self.want(choice)
-                while not wanted.settled:
+                while not wanted.resolved:
                     step()
                     self.wait(SPARED_S)  # for the thread that loads, which needs the interpreter, too
                 self.cancel(wanted)
@@ -91,7 +91,7 @@ class Arrivals:
     def wait(self, timeout_s: float = MOMENT_S) -> None:
         """For a moment, until something has been loaded, if anything is being loaded."""
         if self.adapters is not None:
-            self.adapters.settle(timeout_s)
+            self.adapters.resolve(timeout_s)
 
     def add(self, request: Request, wanted: Wanted, age_s: float) -> None:
         """Let a request and its siblings wait, which arrived so long ago."""
@@ -120,16 +120,16 @@ class Arrivals:
                 expired.append((one, field))
         return expired
 
-    def settle(self) -> Iterator[tuple[Request, float, ParameterError | None]]:
+    def take_resolved(self) -> Iterator[tuple[Request, float, ParameterError | None]]:
         """Those that have waited long enough, with their age in seconds: they have a lease, or there is an error."""
         if self.adapters is None:
             return
-        self.adapters.settle()
-        if not self._waiting or not any(arrival.wanted.settled for arrival in self._waiting):
+        self.adapters.resolve()
+        if not self._waiting or not any(arrival.wanted.resolved for arrival in self._waiting):
             return
-        settled = [arrival for arrival in self._waiting if arrival.wanted.settled]
-        self._waiting = [arrival for arrival in self._waiting if not arrival.wanted.settled]
-        for arrival in settled:
+        resolved = [arrival for arrival in self._waiting if arrival.wanted.resolved]
+        self._waiting = [arrival for arrival in self._waiting if not arrival.wanted.resolved]
+        for arrival in resolved:
             first, *others = arrival.members
             age_s, wanted = self._clock() - arrival.since, arrival.wanted
             if wanted.lease is not None:

@@ -73,7 +73,7 @@ class CapturedSteps:
         size, context = (key.rows, self._requests(key)), self._max_context_len
         chunks: tuple[Chunk, ...] | PlacedChunks = ()
         if key.tokens:
-            chunks = PlacedChunks(self._inputs.places(*size), key.rows, context)
+            chunks = PlacedChunks(self._inputs.chunk_places(*size), key.rows, context)
         hidden = self._layers(StepBatch(*self._inputs.held(*size), key.decodes, context, chunks))
         FORMS[key.form].finish(self._model, hidden, self._room)
         return hidden

@@ -110,7 +110,7 @@ class Followers:
             request.held = True
             self._since_now(request)
 
-    def settle(self) -> list[End]:
+    def resume(self) -> list[End]:
         """Let those go on that have their answer; returns those that have come to their end, or cannot go on."""
         self.prune()
         return [end for request in self._requests.values() if (end := self._end(request)) is not None]

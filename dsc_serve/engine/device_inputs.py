@@ -51,7 +51,7 @@ class DeviceInputs:
         ids, positions, offsets = columns[:3]
         return ids, positions, columns[3:], offsets, self._tables[:requests].transpose(0, 1), contexts
 
-    def places(self, tokens: int, requests: int) -> Tensor:
+    def chunk_places(self, tokens: int, requests: int) -> Tensor:
         """Where the places [CHUNKS, 4] of the chunks of such a step lie."""
         at = self._columns * aligned(tokens) + aligned(requests)
         return self._there[at : at + 4 * CHUNKS].view(CHUNKS, 4)
@@ -62,11 +62,11 @@ class DeviceInputs:
         contexts: NDArray[np.int64],
         tables: NDArray[np.int64],
         changed: Sequence[int],
-        places: NDArray[np.int64] | None = None,
+        chunk_places: NDArray[np.int64] | None = None,
     ) -> None:
         """Copy columns [columns, T], contexts [S], and of tables [groups, ≥ S, width] the rows that have changed.
 
-        places: [CHUNKS, 4], where the step has any.
+        chunk_places: [CHUNKS, 4], where the step has any.
         """
         (columns, count), (requests,), (groups, _, width) = tokens.shape, contexts.shape, tables.shape
         stride = aligned(count)
@@ -74,9 +74,9 @@ class DeviceInputs:
         at = columns * stride
         self._host[at : at + requests] = contexts
         at += aligned(requests)
-        if places is not None:
-            self._host[at : at + places.size] = places.reshape(-1)
-            at += places.size
+        if chunk_places is not None:
+            self._host[at : at + chunk_places.size] = chunk_places.reshape(-1)
+            at += chunk_places.size
         rows_at = at + aligned(len(changed))
         end = rows_at + len(changed) * groups * width
         self._host[at : at + len(changed)] = changed

@@ -257,7 +257,7 @@ class Engine:
         self.scheduler.timeouts += len(late)
         expired = self.scheduler.expire() + late
         deltas = [self._expired(request, field) for request, field in expired]
-        deltas += self._arrived() + self._settled()
+        deltas += self._arrived() + self._grammar_ends()
         if self._is_idle:
             return deltas + self._news(self.pace.land())
         plan = self.scheduler.plan()
@@ -266,7 +266,7 @@ class Engine:
             started, plan = time.perf_counter(), self.scheduler.plan()
         plan = self.drafter.add(plan, self.scheduler.running, self.scheduler.step_time)
         if not plan.tokens and (self._is_idle or self.followers.wait()):
-            return deltas + self._settled()
+            return deltas + self._grammar_ends()
         work = self.scheduler.begin(plan)
         if self.scheduler.copies:  # most steps have none, and entering inference mode takes 1 % of a short step
             self.runner.copy_blocks(self.scheduler.copies)
@@ -304,7 +304,7 @@ class Engine:
         if result.further:
             add_further(deltas, result.further, plan.drafts)
         if result.late:
-            deltas += self._settled()
+            deltas += self._grammar_ends()
         if self.followers:
             self.followers.prune()
         parts = step.since, step.schedule_s, result.forward_s, step.computing_s, step.computed
@@ -350,8 +350,8 @@ class Engine:
             raise ParameterError("model", f"model cannot embed texts: {self.pooling.fault}")
         return Pooler(self.pooling, embedding, prompt_size)
 
-    def _settled(self) -> list[Delta]:
-        return [self._ended(end) for end in self.followers.settle()] if self.followers else []
+    def _grammar_ends(self) -> list[Delta]:
+        return [self._ended(end) for end in self.followers.resume()] if self.followers else []
 
     def _ended(self, end: End) -> Delta:
         self.scheduler.finish(end.request.id)
@@ -363,7 +363,7 @@ class Engine:
     def _arrived(self) -> list[Delta]:
         """Queue the requests whose adapters are there; the news of those whose are not."""
         failed = []
-        for request, age_s, error in self.arrivals.settle():
+        for request, age_s, error in self.arrivals.take_resolved():
             if error is None:
                 self._queue(request, age_s)
             else:

@@ -42,9 +42,9 @@ class Families:
         full, size = leader.prompt_size // block_size, leader.prompt_size
         if siblings and size % block_size:
             parent = leader.block_hashes[full - 1] if full else leader.hash_seed
-            # No token is negative: no full block has such a name.
+            # No token is negative: no full block has such a hash.
             shared.tail = block_hash(parent + leader.id.encode(), [-1, *leader.tokens[full * block_size : size]])
-            shared.names.append(shared.tail)
+            shared.block_hashes.append(shared.tail)
             for group, row in enumerate(leader.rows):
                 pool.publish(row[full], shared.tail, group)
         for sibling in siblings:
@@ -70,7 +70,7 @@ class Families:
         return heir
 
     def want_no_more(self, request: Request, pool: BlockPool) -> None:
-        """A request has what it shares of its prompt, or needs nothing any more: the last one takes the names away."""
+        """A request has what it shares of its prompt, or needs nothing any more: the last one takes the hashes away."""
         shared, request.shared = request.shared, None
         if shared is None:
             return
@@ -78,8 +78,8 @@ class Families:
             request.hash_seed = None  # what it computes from here on is its own
         shared.waiting -= 1
         if not shared.waiting:
-            for name in reversed(shared.names):
-                pool.withdraw(name)
+            for digest in reversed(shared.block_hashes):
+                pool.withdraw(digest)
 
     def _attach(self, leader: Request) -> None:
         for sibling in leader.siblings:

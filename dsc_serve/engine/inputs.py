@@ -19,7 +19,7 @@ class Inputs:
     """A step's inputs, filled on the host in place; where the model is on a device, they are copied there.
 
     tokens: int64 [3 + groups, step tokens], rows of ids, positions, offsets and each group's blocks; tables: int64
-    [groups, requests, width]; contexts: int64 [requests]. Captured steps with chunks have places, int64 [CHUNKS, 4].
+    [groups, requests, width]; contexts: int64 [requests]. Captured steps with chunks have these told, int64 [CHUNKS, 4].
     """
 
     def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device, groups: int = 1) -> None:
@@ -27,7 +27,7 @@ class Inputs:
         self.tokens, self.tables, self.contexts = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
         # The same memory for the host to write: to numpy each view of a tensor is a new array.
         self.columns, self._tables, self.rows = tuple(self.tokens.numpy()), self.tables.numpy(), self.contexts.numpy()
-        self._places = torch.zeros(CHUNKS, 4, dtype=torch.int64)
+        self._chunk_places = torch.zeros(CHUNKS, 4, dtype=torch.int64)
         self._held: list[NDArray[np.int64] | None] = [None] * requests
         self._changed: set[int] = set()  # rows of the tables that have not been copied
         self._last: tuple[tuple[int, int], Held] | None = None  # steps of one size follow each other
@@ -62,10 +62,10 @@ class Inputs:
 
     def place(self, chunks: Sequence[ChunkPlace]) -> None:
         """Let these, at most CHUNKS, be the chunks whose places are told."""
-        places = self._places.numpy()
-        places[:] = 0
+        chunk_places = self._chunk_places.numpy()
+        chunk_places[:] = 0
         if chunks:
-            places[: len(chunks)] = chunks
+            chunk_places[: len(chunks)] = chunks
 
     def spare(self, row: int, block: int) -> None:
         """Let a row of the tables be of nothing but a block of nobody's."""
@@ -85,16 +85,16 @@ class Inputs:
         ids, positions, offsets = self.tokens[:3, :tokens]
         return ids, positions, self.tokens[3:, :tokens], offsets, self.tables[:, :requests], self.contexts[:requests]
 
-    def places(self, tokens: int, requests: int) -> Tensor:
+    def chunk_places(self, tokens: int, requests: int) -> Tensor:
         """Where the model reads the places of such a step's chunks: integers [CHUNKS, 4]."""
-        return self._places if self._device is None else self._device.places(tokens, requests)
+        return self._chunk_places if self._device is None else self._device.chunk_places(tokens, requests)
 
     def on_device(self, tokens: int, requests: int, placed: bool = False) -> Held:
         """The same, after copying there what is new; placed: the places of chunks with it."""
         if self._device is not None:
             changed = sorted(row for row in self._changed if row < requests)
             columns = self.tokens[:, :tokens].numpy()
-            places = self._places.numpy() if placed else None
-            self._device.copy(columns, self.rows[:requests], self._tables, changed, places)
+            chunk_places = self._chunk_places.numpy() if placed else None
+            self._device.copy(columns, self.rows[:requests], self._tables, changed, chunk_places)
             self._changed.difference_update(changed)
         return self.held(tokens, requests)

@@ -14,7 +14,7 @@ HASH_BYTES = 16
 
 
 def hash_seed(secret: bytes, salt: str, adapter: str = "") -> bytes:
-    """Where the chain of names of all prompts with this salt begins. Nobody without the secret can compute a name.
+    """Where the chain of block hashes of all prompts with this salt begins. Nobody without the secret can compute one.
 
     adapter: the digest of what they are computed with. The fields' lengths keep one from being taken for the other.
     """
@@ -24,21 +24,21 @@ def hash_seed(secret: bytes, salt: str, adapter: str = "") -> bytes:
 
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The name of a full block: of its tokens and, by the name of the block before it, of all tokens before them."""
+    """The hash of a full block: of its tokens and, by the hash of the block before it, of all tokens before them."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def group_name(digest: bytes, group: int) -> bytes:
-    """The name of what a group of layers holds of a page; no two are as long as a page's and the same."""
+def group_hash(digest: bytes, group: int) -> bytes:
+    """The hash of what a group of layers holds of a page; no two are as long as a page's and the same."""
     return digest if group == 0 else digest + group.to_bytes(2)
 
 
 class BlockPool:
     """Hands out blocks 0 … total − 1. Every block is free, cached or owned, by one request or by several.
 
-    A block whose content has been published is cached, not free, once nobody owns it any more: it is found by its name
+    A block whose content has been published is cached, not free, once nobody owns it any more: it is found by its hash
     until it is the one that was released the longest ago and no free block is left. groups: how many groups of layers
-    have blocks of their own; what one of them holds of a page is found by the page's name and the group.
+    have blocks of their own; what one of them holds of a page is found by the page's hash and the group.
     """
 
     def __init__(self, total: int, groups: int = 1) -> None:
@@ -83,11 +83,11 @@ class BlockPool:
         return taken
 
     def find(self, digest: bytes, group: int = 0) -> int | None:
-        """The block that holds a group's part of what has this name."""
-        return self._published.get(group_name(digest, group))
+        """The block that holds a group's part of what has this hash."""
+        return self._published.get(group_hash(digest, group))
 
     def match(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The first group's blocks that hold the longest published prefix of a chain of names."""
+        """The first group's blocks that hold the longest published prefix of a chain of hashes."""
         blocks = []
         for digest in block_hashes:
             block = self._published.get(digest)
@@ -105,15 +105,15 @@ class BlockPool:
 
     def publish(self, block: int, digest: bytes, group: int = 0) -> None:
         """Let an owned block, full and computed, be found. Where another has the same content, that one stays."""
-        digest = group_name(digest, group)
+        digest = group_hash(digest, group)
         if self._hashes[block] is None and digest not in self._published:
             self._hashes[block] = digest
             self._published[digest] = block
 
     def withdraw(self, digest: bytes) -> None:
-        """Let no group's block be found by this name any more."""
+        """Let no group's block be found by this hash any more."""
         for group in range(self.groups):
-            block = self._published.pop(group_name(digest, group), None)
+            block = self._published.pop(group_hash(digest, group), None)
             if block is not None:
                 self._hashes[block] = None
                 if self._owners[block] == 0:

@@ -68,5 +68,5 @@ class Wanted:
     pins: list[AdapterEntry] = field(default_factory=list)  # parts of a composition, which must stay until it is made
 
     @property
-    def settled(self) -> bool:
+    def resolved(self) -> bool:
         return self.lease is not None or self.error is not None

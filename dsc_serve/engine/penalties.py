@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsc_serve.engine.position import Position
 
-Changes = list[tuple[NDArray[np.int64], NDArray[np.float32]]]  # of each row places among all logits, and numbers
+Changes = list[tuple[NDArray[np.int64], NDArray[np.float32]]]  # of each row indices into all logits, and numbers
 
 
 def adjust_together(logits: Tensor, requests: Sequence[Position], eos: Sequence[int]) -> None:
@@ -37,24 +37,26 @@ def adjust_together(logits: Tensor, requests: Sequence[Position], eos: Sequence[
             add(ends, start, [*p.stop_token_ids, *(() if p.ignore_eos else eos)], -np.inf)
     if not any(kinds):
         return
-    sizes = [sum(len(places) for places, _ in changes) for changes in kinds]
+    sizes = [sum(len(logit_indices) for logit_indices, _ in changes) for changes in kinds]
     packed = np.empty((2, sum(sizes)))  # in float64, which holds both exactly
-    np.concatenate([places for changes in kinds for places, _ in changes], out=packed[0], casting="unsafe")
+    np.concatenate(
+        [logit_indices for changes in kinds for logit_indices, _ in changes], out=packed[0], casting="unsafe"
+    )
     np.concatenate([numbers for changes in kinds for _, numbers in changes], out=packed[1])
     moved = torch.from_numpy(packed)
     if logits.device.type != "cpu":
         moved = moved.pin_memory().to(logits.device, non_blocking=True)
     flat = logits.view(-1)
     own = zip(torch.split(moved[0].long(), sizes), torch.split(moved[1].float(), sizes), strict=True)
-    for (places, numbers), change in zip(own, (added, repeated, subtracted, put), strict=True):
-        if len(places):
-            flat[places] = change(flat[places], numbers)
+    for (logit_indices, numbers), change in zip(own, (added, repeated, subtracted, put), strict=True):
+        if len(logit_indices):
+            flat[logit_indices] = change(flat[logit_indices], numbers)
 
 
 def add(changes: Changes, start: int, tokens: Sequence[int] | NDArray[np.int64], numbers: object) -> None:
     """Of a row that starts there these tokens, and a number of each, or one for all."""
-    places = np.asarray(tokens, dtype=np.int64) + start
-    changes.append((places, np.broadcast_to(np.asarray(numbers, dtype=np.float32), places.shape)))
+    logit_indices = np.asarray(tokens, dtype=np.int64) + start
+    changes.append((logit_indices, np.broadcast_to(np.asarray(numbers, dtype=np.float32), logit_indices.shape)))
 
 
 def added(logits: Tensor, bias: Tensor) -> Tensor:

@@ -50,10 +50,12 @@ class Prefix:
 def find_prefix(pool: Finder, request: Prompted, layout: KvLayout) -> Prefix:
     """The longest beginning that can be shared; a request's last token is computed in any case."""
     size = layout.block_size
-    names = request.block_hashes[: (request.num_tokens - 1) // size]
-    pages = longest(pool, names, layout)
+    block_hashes = request.block_hashes[: (request.num_tokens - 1) // size]
+    pages = shared_pages(pool, block_hashes, layout)
     gone = tuple(layout.behind(group, pages * size) for group in range(layout.groups))
-    rows = tuple([held(pool, names[i], group) for i in range(gone[group], pages)] for group in range(layout.groups))
+    rows = tuple(
+        [held(pool, block_hashes[i], group) for i in range(gone[group], pages)] for group in range(layout.groups)
+    )
     tail: tuple[int, ...] = ()
     if request.tail is not None and pages == request.prompt_size // size:
         found = [pool.find(request.tail, group) for group in range(layout.groups)]
@@ -63,24 +65,27 @@ def find_prefix(pool: Finder, request: Prompted, layout: KvLayout) -> Prefix:
     return Prefix(pages, gone, rows, tail, tokens)
 
 
-def longest(pool: Finder, names: Sequence[bytes], layout: KvLayout) -> int:
+def shared_pages(pool: Finder, block_hashes: Sequence[bytes], layout: KvLayout) -> int:
     """The most pages at whose end every group finds what its layers see from there."""
     whole = [group for group in range(layout.groups) if not layout.windows[group]]
-    pages = len(names)
+    pages = len(block_hashes)
     if whole:
-        pages = next((i for i, name in enumerate(names) if any(pool.find(name, g) is None for g in whole)), pages)
+        pages = next(
+            (i for i, block_hash in enumerate(block_hashes) if any(pool.find(block_hash, g) is None for g in whole)),
+            pages,
+        )
     windowed = [group for group in range(layout.groups) if layout.windows[group]]
     at = 0  # groups in a row that have all they need
     while windowed and pages and at < len(windowed):
         group = windowed[at]
         seen = range(pages - 1, layout.behind(group, pages * layout.block_size) - 1, -1)
-        missing = next((i for i in seen if pool.find(names[i], group) is None), None)
+        missing = next((i for i in seen if pool.find(block_hashes[i], group) is None), None)
         # Every end behind a missing page, up to this one, would need it too.
         pages, at = (pages, at + 1) if missing is None else (missing, 0)
     return pages
 
 
-def held(pool: Finder, name: bytes, group: int) -> int:
-    block = pool.find(name, group)
+def held(pool: Finder, block_hash: bytes, group: int) -> int:
+    block = pool.find(block_hash, group)
     assert block is not None, "a page that was found is gone"
     return block

@@ -30,9 +30,9 @@ class SharedPrompt:
     """A prompt that one request computes for others, too."""
 
     waiting: int  # requests that may still want it
-    names: list[bytes]  # of KV blocks, which are for these requests alone
+    block_hashes: list[bytes]  # of blocks that are for these requests alone
     private: bool  # whether nobody else may find any of its blocks
-    tail: bytes | None = None  # the name of the block that holds its end, once it is computed
+    tail: bytes | None = None  # the hash of the block that holds its end, once it is computed
 
 
 @dataclass(eq=False, slots=True)
@@ -117,7 +117,7 @@ class Request:
 
     @property
     def tail(self) -> bytes | None:
-        """The name of the block that its prompt's end can be copied from."""
+        """The hash of the block that its prompt's end can be copied from."""
         return None if self.shared is None else self.shared.tail
 
     @property

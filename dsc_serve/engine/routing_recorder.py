@@ -116,9 +116,9 @@ class WatchedStep:
     def read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids of tokens that are known by now, and which rows count: not those of requests that had ended when the
         step was launched, which was not known then."""
-        places = list(zip(self.requests, self.ids, self.counts, strict=True))
-        ids = np.concatenate([request.tokens[start : start + count] for request, start, count in places])
-        drawn = np.repeat([request.num_tokens > start + count for request, start, count in places], self.counts)
+        spans = list(zip(self.requests, self.ids, self.counts, strict=True))
+        ids = np.concatenate([request.tokens[start : start + count] for request, start, count in spans])
+        drawn = np.repeat([request.num_tokens > start + count for request, start, count in spans], self.counts)
         return ids, np.flatnonzero(drawn)
 
 

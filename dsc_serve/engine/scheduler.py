@@ -196,7 +196,7 @@ class Scheduler:
         return self.pool.fault(r.blocks for r in (*self.running.values(), *self.waiting.requests()))
 
     def _hash_seed(self, request: Request) -> bytes | None:
-        """What the names of a request's blocks begin with; None where nobody is to find them."""
+        """Where the chain of a request's block hashes begins; None where nobody is to find them."""
         if self._secret is not None and not self._is_private(request):
             digest = "" if request.adapter is None else request.adapter.digest
             return hash_seed(self._secret, request.scheduling.cache_salt, digest)
@@ -349,7 +349,7 @@ class Scheduler:
                 self.pool.publish(row[i], request.block_hashes[i], group)
 
     def _hash_blocks(self, request: Request, full: int) -> None:
-        """Extend the names of a request's blocks to its first `full` ones."""
+        """Extend a request's block hashes to its first `full` ones."""
         assert request.hash_seed is not None
         for i in range(len(request.block_hashes), full):
             parent = request.block_hashes[-1] if request.block_hashes else request.hash_seed

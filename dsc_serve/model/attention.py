@@ -53,8 +53,8 @@ class Attention:
         q = qkv[:, :heads]
         n, tables = batch.decodes, batch.block_tables[self.group]
         if n == x.shape[0]:
-            longest = batch.decode_context
-            y = ops.decode_attention(q, cache, tables, batch.context_lens, longest, self.scale, self.scope)
+            max_context_len = batch.decode_context
+            y = ops.decode_attention(q, cache, tables, batch.context_lens, max_context_len, self.scale, self.scope)
         else:
             y = self._mixed(q, batch, cache)
         if adapted is None:
@@ -63,10 +63,10 @@ class Attention:
 
     def _mixed(self, q: Tensor, batch: StepBatch, cache: KvCache) -> Tensor:
         """A step that holds chunks of prompts besides, or instead of, single tokens."""
-        n, tables, longest = batch.decodes, batch.block_tables[self.group], batch.decode_context
+        n, tables, max_context_len = batch.decodes, batch.block_tables[self.group], batch.decode_context
         y = q.new_empty(*q.shape[:2], self.config.value_size)
         if n:
             contexts = batch.context_lens[:n]
-            y[:n] = ops.decode_attention(q[:n], cache, tables[:n], contexts, longest, self.scale, self.scope)
+            y[:n] = ops.decode_attention(q[:n], cache, tables[:n], contexts, max_context_len, self.scale, self.scope)
         ops.chunks_attention(q, cache, tables, batch.chunks, y, self.scale, self.scope)
         return y

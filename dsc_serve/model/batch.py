@@ -38,7 +38,7 @@ class StepBatch(NamedTuple):
     runs: tuple[AdapterRun, ...] = ()  # of the tokens whose requests have adapters, in their order
 
     @property
-    def longest(self) -> int:
+    def max_context_len(self) -> int:
         """The largest context after the step."""
         if isinstance(self.chunks, PlacedChunks):
             return max(self.decode_context, self.chunks.context)

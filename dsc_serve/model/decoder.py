@@ -123,8 +123,8 @@ class Decoder:
         def cache() -> KvCache:
             return KvCache(part(), part()) if latent is None else KvCache.within(part(), latent)
 
-        places = [cache() for _ in range(self.groups.size)]
-        return [places[place] for place in self.groups.place]
+        caches = [cache() for _ in range(self.groups.size)]
+        return [caches[place] for place in self.groups.place]
 
     def kv_bytes(self, int8: bool = False) -> int:
         """What a token takes in the blocks of all groups, while none is behind a window."""
@@ -140,7 +140,7 @@ class Decoder:
         picks: where given, those of each layer that picks anything are appended to it.
         """
         for rope in self.ropes.values():
-            rope.reach(batch.longest)
+            rope.reach(batch.max_context_len)
         if self.stack is not None and self.stack.takes(kv_caches, batch.runs):
             return self._stacked(self.stack, batch, kv_caches, picks)
         assert self.embedding is not None
@@ -262,9 +262,9 @@ def transformer_layer(
     own = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
     with told_of(f"{name}.mlp"):
         ffn = (SHARDED if shared else KINDS)[kind.ffn.kind](kind, own, place)
-    places, around = NORM_NAMES[kind.norms], BEHIND if kind.norms == "around" else ()
-    norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys((*places, *around))}
-    first, second = (norms[norm] for norm in places)
+    names, around = NORM_NAMES[kind.norms], BEHIND if kind.norms == "around" else ()
+    norms = {norm: placed_norm(kind, f"{name}.{norm}", tensors, place) for norm in dict.fromkeys((*names, *around))}
+    first, second = (norms[norm] for norm in names)
     behind = (norms[BEHIND[0]], norms[BEHIND[1]]) if around else None
     return TransformerLayer(first, attention, second, ffn, index, behind)
 

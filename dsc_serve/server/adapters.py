@@ -30,7 +30,7 @@ class AdapterEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResolvedModel:
     """What a request's `model` and `dsc.adapters` mean. name: what its answer calls it.
 
     choice: None: the base alone. label: of metrics and logs, "" of the base.
@@ -79,7 +79,7 @@ class Catalogue:
         """Whether whoever has this key may use the base alone."""
         return key is None or key.adapters is None or any(name in key.adapters for name in self.bases)
 
-    async def resolve(self, model: str | None, asked: AdapterFields | None, key: Key | None) -> Asked:
+    async def resolve(self, model: str | None, asked: AdapterFields | None, key: Key | None) -> ResolvedModel:
         """What is meant. Raises ApiError: 404 for a name that is not known, not this key's, or of a broken adapter."""
         if asked is not None and asked.adapters is not None:
             return await self._composed(model, asked, key)
@@ -90,15 +90,15 @@ class Catalogue:
             assert key is not None and key.adapters is not None
             model = next(iter(key.adapters), None)
         if model is None or (model in self.bases and self.shows_base(key)):
-            return Asked(model or self.bases[0])
-        return Asked(model, AdapterChoice.of(await self._usable(model, "model", key)))
+            return ResolvedModel(model or self.bases[0])
+        return ResolvedModel(model, AdapterChoice.of(await self._usable(model, "model", key)))
 
     def adapter_of(self, model: str) -> str:
         """The adapter that NAME or BASE:NAME names."""
         prefix = next((f"{base}:" for base in self.bases if model.startswith(f"{base}:")), "")
         return model.removeprefix(prefix)
 
-    async def _composed(self, model: str | None, asked: AdapterFields, key: Key | None) -> Asked:
+    async def _composed(self, model: str | None, asked: AdapterFields, key: Key | None) -> ResolvedModel:
         assert asked.adapters is not None
         if model is not None and model not in self.bases:
             message = f"dsc.adapters is set together with model {shown(model)}, which must be the base's or left out"
@@ -111,8 +111,8 @@ class Catalogue:
         for name in choice.names:
             await self._usable(name, "dsc.adapters", key)
         if choice.single:
-            return Asked(choice.names[0], choice)
-        return Asked("+".join(f"{weight:g}*{name}" for name, weight in choice.parts), choice)
+            return ResolvedModel(choice.names[0], choice)
+        return ResolvedModel("+".join(f"{weight:g}*{name}" for name, weight in choice.parts), choice)
 
     async def find(self, written: str, param: str, key: Key | None) -> AdapterInfo:
         """The adapter that a client has written so.
@@ -152,12 +152,12 @@ def unknown(param: str, written: str, names: Sequence[str]) -> ApiError:
     return ApiError(404, message, param=param, code=NOT_FOUND)
 
 
-def refused_by_engine(asked: Asked, error: str, unknown: bool) -> ApiError:
+def refused_by_engine(resolved: ResolvedModel, error: str, unknown: bool) -> ApiError:
     """What the engine says of adapters that were there when the request came, or that cannot be composed so.
 
     unknown: one of them has gone meanwhile.
     """
-    if asked.choice is not None and not asked.choice.single:
+    if resolved.choice is not None and not resolved.choice.single:
         return bad_request("dsc.adapters", f"dsc.adapters cannot be used: {without_paths(error)}")
     return ApiError(404, without_paths(error), param="model", code=NOT_FOUND if unknown else BROKEN)
 

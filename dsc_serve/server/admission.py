@@ -142,15 +142,15 @@ class Lease:
         if self._account is not None:
             self._rate, self._reserved = self._account.reserve(tokens), tokens
 
-    def settle(self, tokens: int) -> None:
+    def charge(self, tokens: int) -> None:
         """Give back what is left of what was set aside when only so many have been taken."""
         if self._rate is not None:
             self._rate.charge(tokens - self._reserved)
             self._rate = None
 
     def release(self) -> None:
-        """Safe to call twice. What has not been settled is given back whole."""
-        self.settle(0)
+        """Safe to call twice. What has not been charged is given back whole."""
+        self.charge(0)
         self._permits.release(self._count)
         if self._account is not None:
             self._account.held -= self._count

@@ -12,7 +12,7 @@ import msgspec
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams
-from dsc_serve.server.adapters import Asked
+from dsc_serve.server.adapters import ResolvedModel
 from dsc_serve.server.errors import ApiError, from_parameter
 from dsc_serve.server.extensions import GenerationTimes, routing_entry
 from dsc_serve.server.schema import EngineFields
@@ -133,15 +133,15 @@ class ResponseFormatter(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, service: Service, answer_id: str, fields: EngineFields, asked: Asked) -> None:
-        self.service, self.asked = service, asked
+    def __init__(self, service: Service, answer_id: str, fields: EngineFields, resolved: ResolvedModel) -> None:
+        self.service, self.resolved = service, resolved
         self.names = fields.names
         self.include_usage, self.continuous_usage = fields.include_usage, fields.continuous_usage
         self.id = answer_id
         self.user = fields.user
         self.scheduling = fields.scheduling(service.engine.model.policy)
         self.extended = fields.dsc is not None
-        self._head = {"id": answer_id, "created": int(time.time()), "model": asked.name}
+        self._head = {"id": answer_id, "created": int(time.time()), "model": resolved.name}
 
     def choices(
         self,
@@ -189,7 +189,7 @@ class ResponseFormatter(ABC):
         """Count a choice that has ended."""
         clock = choice.clock
         self.service.metrics.generation_ended(
-            *(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s), adapter=self.asked.label
+            *(choice.outcome, len(choice.prompt), clock.tokens, clock.mean_gap_s), adapter=self.resolved.label
         )
 
     @abstractmethod

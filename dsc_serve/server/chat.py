@@ -224,7 +224,7 @@ def checked(messages: Sequence[Message]) -> list[Known]:
 async def create_chat_completion(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, ChatRequest)
-    asked = await service.resolve(request, fields.model, fields.dsc)
+    resolved = await service.resolve(request, fields.model, fields.dsc)
     check_continuation(fields.continue_final_message, fields.add_generation_prompt)
     choice = fields.choice()
     params, names = constrained(service, fields.params(), choice, fields.names)
@@ -242,7 +242,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         predicted = await service.encode(fields.prediction.text, "prediction", chat=True)
         params = msgspec.structs.replace(params, prediction_token_ids=tuple(predicted))
     params, reading = begin(service, service.apply_limits(prompt, params, names), choice, text)
-    formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields, asked)
+    formatter = ChatFormatter(service, f"chatcmpl-{uuid4().hex}", fields, resolved)
     formatter.names = names
     choices = formatter.choices(prompt, params, reading=reading)
     return Generation(service, formatter, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))

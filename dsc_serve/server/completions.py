@@ -117,14 +117,14 @@ def echoed(tokenizer: Tokenizer | None, prompt: str | list[int], params: Samplin
 async def create_completion(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, CompletionRequest)
-    asked = await service.resolve(request, fields.model, fields.dsc)
+    resolved = await service.resolve(request, fields.model, fields.dsc)
     params = fields.params()
     count = count_of(fields.prompt)
     limit_s = fields.scheduling(service.engine.model.policy).timeout_s
     await service.grammars.check(request, params, fields.names, limit_s)  # which may take long, so without a place
     service.admit(request, count * params.n, "prompt" if count > 1 else "n")
     prompts = one_by_one(fields.prompt)
-    formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields, asked)
+    formatter = CompletionFormatter(service, f"cmpl-{uuid4().hex}", fields, resolved)
     choices: list[Choice] = []
     prompt_tokens = 0
     context, most = service.engine.model.capacity.max_tokens, service.limits.max_output_tokens or DEFAULT_MAX_TOKENS

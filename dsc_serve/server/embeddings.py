@@ -15,7 +15,7 @@ from pydantic import PlainValidator
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, check_embedding
-from dsc_serve.server.adapters import Asked
+from dsc_serve.server.adapters import ResolvedModel
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.completions import count_of, one_by_one
 from dsc_serve.server.errors import bad_request, from_parameter
@@ -54,8 +54,8 @@ class EmbeddingRequest(EngineFields, HarmlessFields):
 class EmbeddingFormatter(ResponseFormatter):
     kind = chunk_kind = "list"
 
-    def __init__(self, service: Service, answer_id: str, fields: EmbeddingRequest, asked: Asked) -> None:
-        super().__init__(service, answer_id, fields, asked)
+    def __init__(self, service: Service, answer_id: str, fields: EmbeddingRequest, resolved: ResolvedModel) -> None:
+        super().__init__(service, answer_id, fields, resolved)
         self._as_text = fields.encoding_format == "base64"
 
     def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class EmbeddingFormatter(ResponseFormatter):
 async def create_embeddings(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, EmbeddingRequest)
-    asked = await service.resolve(request, fields.model, fields.dsc)
+    resolved = await service.resolve(request, fields.model, fields.dsc)
     model = service.engine.model
     if model.pooling.fault:
         raise bad_request("model", f"model cannot embed texts: {model.pooling.fault}")
@@ -96,7 +96,7 @@ async def create_embeddings(service: Service, request: Request) -> Response:
     most = min(service.permits.capacity, exchange.lease.streams or AT_ONCE, AT_ONCE)
     at_once = min(count, most)
     service.admit(request, at_once, "input")
-    formatter = EmbeddingFormatter(service, f"embd-{uuid4().hex}", fields, asked)
+    formatter = EmbeddingFormatter(service, f"embd-{uuid4().hex}", fields, resolved)
     choices: list[Choice] = []
     prompt_tokens = 0
     for name, text in one_by_one(fields.input, "input").items():

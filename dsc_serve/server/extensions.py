@@ -69,7 +69,7 @@ class GenerationTimes:
     queued_s: float = 0.0  # before it was admitted
     first: float | None = None  # token
     last: float = 0.0  # token
-    longest: float = 0.0  # pause between two
+    longest_gap_s: float = 0.0  # between two
     tokens: int = 0
 
     def record(self, delta: Delta, now: float) -> float | None:
@@ -81,8 +81,8 @@ class GenerationTimes:
         passed = now - self.last
         if self.first is None:
             self.first = now
-        elif passed > self.longest:
-            self.longest = passed
+        elif passed > self.longest_gap_s:
+            self.longest_gap_s = passed
         self.last = now
         self.tokens += len(delta.token_ids)
         return passed
@@ -99,7 +99,7 @@ class GenerationTimes:
             "queue_ms": milliseconds(self.queued_s),
             "ttft_ms": milliseconds(self.first),
             "mean_itl_ms": milliseconds(mean),
-            "max_itl_ms": milliseconds(None if mean is None else self.longest),
+            "max_itl_ms": milliseconds(None if mean is None else self.longest_gap_s),
             "cached_tokens": cached_tokens,
         }
 

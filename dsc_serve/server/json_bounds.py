@@ -29,7 +29,7 @@ def check(body: bytes, most: int) -> None:
     if values > most:
         raise too_much(body, values, "values", most)
     if containers > MAX_DEPTH and depth(outside) > MAX_DEPTH:
-        raise bad_request(largest(body), f"the body is more than {MAX_DEPTH} lists and objects deep")
+        raise bad_request(largest_field(body), f"the body is more than {MAX_DEPTH} lists and objects deep")
 
 
 def without_texts(text: bytes, most: int, body: bytes) -> bytes:
@@ -52,12 +52,12 @@ def depth(outside: bytes) -> int:
 
 
 def too_much(body: bytes, count: int, what: str, most: int) -> ApiError:
-    field = largest(body)
+    field = largest_field(body)
     where = f"; most of it is {field}" if field else ""
     return bad_request(field, f"the body has {count} {what}; at most {most} are allowed{where}", "invalid_value")
 
 
-def largest(body: bytes) -> str | None:
+def largest_field(body: bytes) -> str | None:
     """The field with the longest text; None where that cannot be told."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsc_serve.panics import is_panic
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.server.adapters import Asked
+from dsc_serve.server.adapters import ResolvedModel
 from dsc_serve.server.admission import GENERATIONS, Admission, Lease
 from dsc_serve.server.errors import CLIENT_CLOSED, ApiError, internal_error
 from dsc_serve.server.keys import Key, KeyRing
@@ -56,9 +56,8 @@ class Paths:
 class Exchange:
     """One HTTP request, from its arrival (in perf_counter seconds) to the end of its answer.
 
-    status is what the client got; key is whose it is, None where none is needed; lease holds its places; asked is the
-    model that it means, once that is known. send is the
-    server's own: parts of a body may take it past the layers of the app, which look at an answer's beginning only.
+    status is what the client got; key is whose it is, None where none is needed; lease holds its places; resolved
+    is the model that it means, once that is known. send is the server's own: parts of a body may take it past the layers of the app, which look at an answer's beginning only.
     """
 
     def __init__(self, path: str, admission: Admission, send: Send) -> None:
@@ -71,7 +70,7 @@ class Exchange:
         self.status = CLIENT_CLOSED
         self.key: Key | None = None
         self.lease = Lease(admission.permits, None)
-        self.asked: Asked | None = None
+        self.resolved: ResolvedModel | None = None
 
     def scheduling(self, asked: SchedulingParams) -> SchedulingParams:
         return asked if self.key is None else self.key.scheduling(asked)
@@ -127,7 +126,7 @@ class RequestLogMiddleware:
                 "status": exchange.status,
                 "duration_ms": round(duration * 1e3, 2),
                 "key": "" if exchange.key is None else exchange.key.name,
-                "adapter": "" if exchange.asked is None else exchange.asked.label,
+                "adapter": "" if exchange.resolved is None else exchange.resolved.label,
             }
             log.info("request", extra={"facts": facts})
 

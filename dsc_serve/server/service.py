@@ -17,7 +17,7 @@ from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.parameter_errors import ContextLengthError, ParameterError
 from dsc_serve.sampling_params import EmbeddingParams, SamplingParams, resolve_max_tokens
 from dsc_serve.scheduling_params import SchedulingParams
-from dsc_serve.server.adapters import Asked, Catalogue
+from dsc_serve.server.adapters import Catalogue, ResolvedModel
 from dsc_serve.server.admission import Admission, Permits, too_many
 from dsc_serve.server.errors import CONTEXT_LENGTH, bad_request, from_parameter
 from dsc_serve.server.extensions import AdapterFields
@@ -111,14 +111,14 @@ class Service:
         self.created = int(time.time())
         self.spelling = Spelling(tokenizer, escape)
         self.dialect = Dialect(tokenizer, tool_calls)
-        longest = 0
+        token_bytes = 0
         self.grammars = GrammarChecks(engine, tokenizer is not None)
         self._encoding, self._aside = ThreadPoolExecutor(2, "prompts"), ThreadPoolExecutor(1, "texts")
         self._rendering = ThreadPoolExecutor(RENDERING, "templates")
         self._low_priority = 0
         if tokenizer is not None:
-            longest = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
-        self._max_characters = longest * engine.model.capacity.max_tokens
+            token_bytes = max((len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)), default=0)
+        self._max_characters = token_bytes * engine.model.capacity.max_tokens
 
     @property
     def permits(self) -> Permits:
@@ -133,11 +133,11 @@ class Service:
         """What an answer calls the model where the client does not."""
         return self.names[0]
 
-    async def resolve(self, request: Request, model: str | None, asked: AdapterFields | None = None) -> Asked:
+    async def resolve(self, request: Request, model: str | None, asked: AdapterFields | None = None) -> ResolvedModel:
         """What a request's `model` and its `dsc` object mean; it is what the log says of it. Raises ApiError (404)."""
         exchange: Exchange = request.scope[EXCHANGE]
-        exchange.asked = await self.catalogue.resolve(model, asked, exchange.key)
-        return exchange.asked
+        exchange.resolved = await self.catalogue.resolve(model, asked, exchange.key)
+        return exchange.resolved
 
     async def encode(
         self, text: str, param: str, chat: bool = False, low_priority: bool = False, unbounded: bool = False

@@ -99,7 +99,7 @@ class Generation(Response):
             answer.cancel()
             gone.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-            exchange.lease.settle(self._usage()["total_tokens"])
+            exchange.lease.charge(self._usage()["total_tokens"])
         exchange.status = self._outcome
         if not answer.cancelled():
             with suppress(ClientGoneError):
@@ -164,10 +164,10 @@ class Generation(Response):
         """Run all choices at once to their ends. The first failure ends them all."""
         if len(self._choices) == 1:
             return await self._follow(self._choices[0], emit)
-        places = asyncio.Semaphore(self._at_once)
+        permits = asyncio.Semaphore(self._at_once)
 
         async def follow(choice: Choice) -> None:
-            async with places:
+            async with permits:
                 await self._follow(choice, emit)
 
         try:
@@ -185,7 +185,7 @@ class Generation(Response):
                 *(choice.request_id, choice.prompt, choice.params, self._scheduling),
                 family=choice.family,
                 embedding=choice.embedding,
-                adapter=self._formatter.asked.choice,
+                adapter=self._formatter.resolved.choice,
             )
             async with aclosing(deltas):
                 with panics_as_errors():
@@ -284,7 +284,7 @@ class Generation(Response):
 
     @property
     def _whose(self) -> str:
-        label = self._formatter.asked.label
+        label = self._formatter.resolved.label
         return f"(user {self._formatter.user!r}{f', adapter {label!r}' if label else ''})"
 
     def _failure(self, delta: Delta) -> ApiError:
@@ -292,7 +292,7 @@ class Generation(Response):
             return out_of_time(delta.error)
         log.error("request %s %s failed: %s", delta.request_id, self._whose, delta.error)
         if delta.error_field == ADAPTER:  # it was there when the request came
-            return refused_by_engine(self._formatter.asked, delta.error, delta.unknown)
+            return refused_by_engine(self._formatter.resolved, delta.error, delta.unknown)
         if delta.error_field:
             return from_parameter(ParameterError(delta.error_field, delta.error), self._formatter.names)
         if delta.unavailable or not self._service.engine.alive:

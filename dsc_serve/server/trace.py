@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import PlainValidator
 
 from dsc_serve.sampling_params import ALL_ATOMS, SamplingParams
-from dsc_serve.server.adapters import Asked
+from dsc_serve.server.adapters import ResolvedModel
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter
 from dsc_serve.server.errors import bad_request
 from dsc_serve.server.extensions import TopAtoms
@@ -44,8 +44,8 @@ class TraceRequest(EngineFields):
 class TraceFormatter(ResponseFormatter):
     kind = chunk_kind = "dsc.trace"
 
-    def __init__(self, service: Service, answer_id: str, fields: TraceRequest, asked: Asked) -> None:
-        super().__init__(service, answer_id, fields, asked)
+    def __init__(self, service: Service, answer_id: str, fields: TraceRequest, resolved: ResolvedModel) -> None:
+        super().__init__(service, answer_id, fields, resolved)
         self.extended = True
 
     def whole(self, choice: Choice, update: ChoiceUpdate) -> dict[str, Any]:
@@ -61,11 +61,11 @@ class TraceFormatter(ResponseFormatter):
 async def create_trace(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, TraceRequest)
-    asked = await service.resolve(request, fields.model, fields.dsc)
+    resolved = await service.resolve(request, fields.model, fields.dsc)
     params = SamplingParams(max_tokens=0, routing=fields.top_k_atoms or ALL_ATOMS)
     service.admit(request, 1, "prompt")
     prompt = fields.prompt
     ids = await service.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
     params = service.apply_limits(ids, params, fields.names)
-    formatter = TraceFormatter(service, f"trace-{uuid4().hex}", fields, asked)
+    formatter = TraceFormatter(service, f"trace-{uuid4().hex}", fields, resolved)
     return Generation(service, formatter, formatter.choices(ids, params), prompt_tokens=len(ids), stream=False)

@@ -53,11 +53,11 @@ def test_nothing_waits_for_files_in_the_thread_that_steps(made: MadeAdapters) ->
 
     made.adapters.folder._read = slow
     wanted = made.adapters.want(A)
-    assert inside.wait(20) and not wanted.settled
-    made.adapters.settle()
-    assert not wanted.settled
+    assert inside.wait(20) and not wanted.resolved
+    made.adapters.resolve()
+    assert not wanted.resolved
     gate.set()
-    made.settled(wanted)
+    made.resolved(wanted)
     assert wanted.lease is not None
 
 
@@ -78,20 +78,20 @@ def test_who_finds_no_room_waits_for_it_and_is_not_overtaken_for_ever(made: Made
     a, b = made.get(A), made.get(B)
     c = made.adapters.want(C)
     for _ in range(10):
-        made.adapters.settle(0.01)
+        made.adapters.resolve(0.01)
     early = made.adapters.want(A)
-    assert early.lease is not None and not c.settled
+    assert early.lease is not None and not c.resolved
     made.clock.now += PATIENCE_S
     late = made.adapters.want(A)
-    assert not late.settled, "it would keep a place from one that waits"
+    assert not late.resolved, "it would keep a place from one that waits"
     for wanted in (a, early):
         assert wanted.lease is not None
         wanted.lease.release()
-    made.settled(c)
-    assert c.lease is not None and not late.settled and made.loaded() == {"b", "c"}
+    made.resolved(c)
+    assert c.lease is not None and not late.resolved and made.loaded() == {"b", "c"}
     assert b.lease is not None
     b.lease.release()
-    made.settled(late)
+    made.resolved(late)
     assert made.loaded() == {"a", "c"}
 
 
@@ -158,11 +158,11 @@ def test_changed_content_is_another_adapter_and_the_old_one_stays_with_who_holds
     assert made.adapters.nbytes == 200, "both are in memory, and both count"
     b = made.adapters.want(B)
     for _ in range(5):
-        made.adapters.settle(0.01)
-    assert not b.settled
+        made.adapters.resolve(0.01)
+    assert not b.resolved
     old.lease.release()
     del old
-    made.settled(b)
+    made.resolved(b)
     assert made.adapters.nbytes == 200 and len(made.decoder.made) == 2
 
 
@@ -205,11 +205,11 @@ def test_a_composition_holds_its_parts_and_is_one_object_for_all(made: MadeAdapt
     assert (first.lease.adapter.kind, first.lease.adapter.rank, first.lease.adapter.name) == ("sum", 2, "a+b")
     c = made.adapters.want(C)
     for _ in range(5):
-        made.adapters.settle(0.01)
-    assert not c.settled and made.loaded() == {"a", "b"}
+        made.adapters.resolve(0.01)
+    assert not c.resolved and made.loaded() == {"a", "b"}
     first.lease.release()
     again.lease.release()
-    made.settled(c)
+    made.resolved(c)
     assert made.adapters.nbytes == 200 and "c" in made.loaded()
 
 
@@ -238,7 +238,7 @@ def test_all_are_read_once_when_there_is_time(made: MadeAdapters) -> None:
     made.adapters.survey()
     until = time.monotonic() + 20
     while any(not info.digest and not info.error for info in made.adapters.infos()):
-        made.adapters.settle(0.05)
+        made.adapters.resolve(0.05)
         assert time.monotonic() < until
     infos = {info.name: info for info in made.adapters.infos()}
     assert infos["d"].error == "the file says 'not one'" and made.loaded() == set()
@@ -283,7 +283,7 @@ def test_the_list_is_told_without_looking_at_files_and_changes_are_seen_by_anoth
     made.adapters.survey()
     until = time.monotonic() + 20
     while any(not info.digest for info in made.adapters.infos()):
-        made.adapters.settle(0.05)
+        made.adapters.resolve(0.05)
         assert time.monotonic() < until
     look, own = made.adapters.folder.look, threading.current_thread()
     looked: list[threading.Thread] = []
@@ -298,7 +298,7 @@ def test_the_list_is_told_without_looking_at_files_and_changes_are_seen_by_anoth
     while {info.name: info.digest for info in made.adapters.infos() if info.digest}.keys() != before.keys() or (
         made.adapters.infos()[1].digest == before["b"]
     ):
-        made.adapters.settle(0.05)
+        made.adapters.resolve(0.05)
         made.clock.now += LOOK_S
         assert time.monotonic() < until
     assert [info.digest == before[info.name] for info in made.adapters.infos()] == [True, False, True]
@@ -332,7 +332,7 @@ def test_a_composition_that_does_not_fit_is_refused_for_who_wants_it_and_nobody_
     assert inside.wait(20)
     made.adapters.cancel(gone)
     gate.set()
-    made.settled(second)
+    made.resolved(second)
     assert isinstance(second.error, BrokenAdapterError) and "more than adapter_bytes, 200" in str(second.error)
     assert other.error is None
 
@@ -350,8 +350,8 @@ def test_one_that_waits_lets_the_engine_rest_once_all_that_went_has_been_given_o
     made.adapters.folder._read = slow
     made.adapters.budget = 1000
     both, c = made.adapters.want(BOTH), made.adapters.want(C)
-    made.settled(both)
-    assert inside.wait(20) and not c.settled
+    made.resolved(both)
+    assert inside.wait(20) and not c.resolved
     assert not made.adapters.restless, "there is nothing to do until the file has been read"
     gate.set()
-    made.settled(c)
+    made.resolved(c)

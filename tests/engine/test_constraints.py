@@ -214,16 +214,16 @@ def test_whoever_is_late_for_too_long_is_put_behind_others_and_then_ends() -> No
         grammar.ready = False
         followers.hold("late")
         now[0] += DEMOTED_S / 2
-        assert followers.settle() == [] and request.held
+        assert followers.resume() == [] and request.held
         grammar.ready = True
         now[0] += 3  # until a step looks
-        assert followers.settle() == [] and not request.held
+        assert followers.resume() == [] and not request.held
         now[0] += 10
     assert grammar.late_s == pytest.approx(1.5 * DEMOTED_S - 3 * ORDINARY_S) and grammar.demotions >= 1
     grammar.ready = False
     followers.hold("late")
     now[0] += LATE_S
-    (end,) = followers.settle()
+    (end,) = followers.resume()
     assert end.finish_reason == "error" and "1 s later than the steps" in end.error
 
 
@@ -240,19 +240,19 @@ def test_a_grammar_that_waits_for_a_processor_is_not_to_blame() -> None:
         followers.hold("starved")
         now[0] += 3
         grammar.used_s += ORDINARY_S + DEMOTED_S / 20
-        assert followers.settle() == []
+        assert followers.resume() == []
         grammar.ready = True
-        assert followers.settle() == []
+        assert followers.resume() == []
     assert grammar.late_s == pytest.approx(DEMOTED_S / 2) and grammar.demotions == 0
     grammar.ready = False
     followers.hold("starved")
     now[0] += 3
     grammar.used_s += ORDINARY_S + DEMOTED_S
-    assert followers.settle() == [] and grammar.demotions == 1
+    assert followers.resume() == [] and grammar.demotions == 1
     now[0] += LATE_S / BEHIND / 2
-    assert followers.settle() == []
+    assert followers.resume() == []
     now[0] += LATE_S / BEHIND / 2  # from now on a part of the time counts, whoever has the processor
-    (end,) = followers.settle()
+    (end,) = followers.resume()
     assert end.finish_reason == "error" and "1 s later" in end.error
 
 
@@ -269,9 +269,9 @@ def test_an_ordinary_grammar_is_followed_for_as_long_as_one_likes() -> None:
         grammar.ready = False
         followers.hold("long")
         now[0] += 0.9 * ORDINARY_S
-        assert followers.settle() == []
+        assert followers.resume() == []
         grammar.ready = True
-        assert followers.settle() == []
+        assert followers.resume() == []
     assert grammar.late_s == 0 and grammar.demotions == 0
 
 
@@ -285,9 +285,9 @@ def test_a_grammar_that_is_not_compiled_yet_is_not_late() -> None:
     followers.add(request)
     followers.hold("early")
     now[0] += 5
-    assert followers.settle() == []
+    assert followers.resume() == []
     grammar.compiled = True
-    assert followers.settle() == [] and grammar.demotions == 0
+    assert followers.resume() == [] and grammar.demotions == 0
 
 
 def test_a_grammar_that_is_never_compiled_is_not_waited_for_for_ever() -> None:
@@ -300,15 +300,15 @@ def test_a_grammar_that_is_never_compiled_is_not_waited_for_for_ever() -> None:
     followers.add(request)
     followers.hold("held")
     for _ in range(2):  # the time begins anew with each wait
-        assert followers.settle() == []
+        assert followers.resume() == []
         now[0] += grammar.compile_limit_s
-        assert followers.settle() == []
+        assert followers.resume() == []
         grammar.compiled = True
-        assert followers.settle() == []
+        assert followers.resume() == []
         grammar.compiled = False
-    assert followers.settle() == []
+    assert followers.resume() == []
     now[0] += grammar.compile_limit_s + 1
-    (end,) = followers.settle()
+    (end,) = followers.resume()
     assert end.finish_reason == "error" and "not there within 12 s" in end.error and grammar.blameless
 
 

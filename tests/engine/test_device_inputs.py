@@ -81,16 +81,16 @@ def test_the_places_of_chunks_lie_where_nothing_else_does() -> None:
         chunks = [(2, 3, 4, 5), (6, 7, 8, 9)]
         inputs.place(chunks)
         ids, positions, blocks, offsets, tables, contexts = inputs.on_device(tokens, requests, placed=True)
-        places = inputs.places(tokens, requests)
-        assert places.tolist() == [*map(list, chunks), *[[0] * 4] * (CHUNKS - 2)]
-        assert places.data_ptr() % (4 * ALIGNMENT) == ids.data_ptr() % (4 * ALIGNMENT)
+        chunk_places = inputs.chunk_places(tokens, requests)
+        assert chunk_places.tolist() == [*map(list, chunks), *[[0] * 4] * (CHUNKS - 2)]
+        assert chunk_places.data_ptr() % (4 * ALIGNMENT) == ids.data_ptr() % (4 * ALIGNMENT)
         assert torch.equal(torch.stack((ids, positions, offsets, *blocks)).long(), inputs.tokens[:, :tokens])
         assert torch.equal(contexts.long(), inputs.contexts[:requests])
         assert torch.equal(tables.long(), inputs.tables[:, :requests])
         inputs.place(())
         inputs.hold(0, table + 9)
         inputs.on_device(tokens, requests, placed=True)
-        assert not places.any() and torch.equal(tables.long(), inputs.tables[:, :requests])
+        assert not chunk_places.any() and torch.equal(tables.long(), inputs.tables[:, :requests])
     host = Inputs(TOKENS, REQUESTS, WIDTH, CPU, GROUPS)
     host.place([(1, 2, 3, 4)])
-    assert host.places(9, 6)[0].tolist() == [1, 2, 3, 4] and host.places(1, 1) is host.places(9, 6)
+    assert host.chunk_places(9, 6)[0].tolist() == [1, 2, 3, 4] and host.chunk_places(1, 1) is host.chunk_places(9, 6)

@@ -70,7 +70,7 @@ class AdapterWorld:
     def load(self) -> None:
         """All that has been asked for, as far as there is room: what happens then hangs on no thread's speed."""
         while self.adapters.loader.busy:
-            self.adapters.settle(0.05)
+            self.adapters.resolve(0.05)
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):

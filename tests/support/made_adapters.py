@@ -212,16 +212,16 @@ class MadeAdapters:
             put(self.path, name, text)
         self.clock.now += LOOK_S
 
-    def settled(self, *wanted: Wanted) -> None:
+    def resolved(self, *wanted: Wanted) -> None:
         """Until all of these have a lease or an error."""
         until = time.monotonic() + 20
-        while not all(one.settled for one in wanted):
-            self.adapters.settle(0.05)
-            assert time.monotonic() < until, "an adapter was never settled"
+        while not all(one.resolved for one in wanted):
+            self.adapters.resolve(0.05)
+            assert time.monotonic() < until, "an adapter was never resolved"
 
     def get(self, choice: AdapterChoice) -> Wanted:
         wanted = self.adapters.want(choice)
-        self.settled(wanted)
+        self.resolved(wanted)
         return wanted
 
     def loaded(self) -> set[str]:

@@ -118,8 +118,8 @@ class DraftModel:
         ready, reading = self._ready(asked)
         drafting = self._read(reading + ready) if reading else ready
         drafted, started = 0, time.perf_counter()
-        longest = max((most for _, most in drafting), default=0)
-        for i in range(longest):
+        most_drafts = max((most for _, most in drafting), default=0)
+        for i in range(most_drafts):
             going = [source for source, most in drafting if i < most]
             if i or not reading:
                 self._advance([(source, 1) for source in going])

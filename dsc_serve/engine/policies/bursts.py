@@ -21,8 +21,8 @@ def bursts(view: View, budget: StepBudget) -> Plan:
     prompts = builder.advance_singles()
     waiting = list(view.waiting)
     if math.isfinite(builder.spare_ms) and not budget.itl_target_ms:
-        places = max(0, budget.running - len(builder.running))  # who has none is not helped by a longer step
-        able = (*prompts, *waiting[:places])
+        room = max(0, budget.running - len(builder.running))  # who has none is not helped by a longer step
+        able = (*prompts, *waiting[:room])
         unheard = [request for request in able if request.num_tokens <= request.prompt_size]
         builder.allow(longer_ms(view.now, unheard, builder, budget))
     for request in prompts:

@@ -58,8 +58,8 @@ class BankRows:
         logits, own = select(self._logits(x), k, tau)
         found = torch.stack(((own + self._rows.start).int(), logits.view(torch.int32)))
         rows, logits = self._exchange.gather(found).permute(1, 2, 0, 3).flatten(2).unbind()  # [B, ranks · k] each
-        best, places = select(logits.contiguous().view(torch.float32), k, tau)
-        return best, rows.gather(1, places).long()
+        best, columns = select(logits.contiguous().view(torch.float32), k, tau)
+        return best, rows.gather(1, columns).long()
 
     def composed(self, static: Tensor, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """static [B, d] plus what this rank's own of the picked rows make, with weights float32 [B, k]."""

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import SamplingParams, resolve_max_tokens
-from dsc_serve.server.adapters import Asked
+from dsc_serve.server.adapters import ResolvedModel
 from dsc_serve.server.answer import Choice, ChoiceUpdate, ResponseFormatter, one_line
 from dsc_serve.server.chat import begin, constrained, rendered_messages
 from dsc_serve.server.errors import ApiError
@@ -37,9 +37,14 @@ class ResponsesFormatter(ResponseFormatter):
     kind = chunk_kind = "response"
 
     def __init__(
-        self, service: Service, answer_id: str, fields: ResponsesRequest, asked: Asked, names: Mapping[str, str]
+        self,
+        service: Service,
+        answer_id: str,
+        fields: ResponsesRequest,
+        resolved: ResolvedModel,
+        names: Mapping[str, str],
     ) -> None:
-        super().__init__(service, answer_id, fields, asked)
+        super().__init__(service, answer_id, fields, resolved)
         self.names = names
         self._output = ResponseOutput()
         self._number = 0
@@ -47,7 +52,7 @@ class ResponsesFormatter(ResponseFormatter):
         self._reasoning_tokens = 0
         self._untold = UntoldLogprobs()
         self._extension: dict[str, Any] = {}
-        self._base = base_of(fields, answer_id, asked.name)
+        self._base = base_of(fields, answer_id, resolved.name)
 
     def is_plain(self, choice: Choice) -> bool:
         return False  # its events are numbered
@@ -185,7 +190,7 @@ def base_of(fields: ResponsesRequest, answer_id: str, model: str) -> dict[str, A
 async def create_response(service: Service, request: Request) -> Response:
     """Raises ApiError; nothing has been queued then."""
     fields = await read_fields(request, ResponsesRequest)
-    asked = await service.resolve(request, fields.model, fields.dsc)
+    resolved = await service.resolve(request, fields.model, fields.dsc)
     choice = fields.choice()
     params, names = constrained(service, fields.params(), choice, fields.names)
     known = conversation(fields)
@@ -195,7 +200,7 @@ async def create_response(service: Service, request: Request) -> Response:
     shorter = beginnings(known) if fields.truncation == "auto" else [known]
     text, prompt = await shortest_cut(service, shorter, choice.tools, params, fields.chat_template_kwargs)
     params, reading = begin(service, service.apply_limits(prompt, params, names), choice, text)
-    formatter = ResponsesFormatter(service, f"resp_{uuid4().hex}", fields, asked, names)
+    formatter = ResponsesFormatter(service, f"resp_{uuid4().hex}", fields, resolved, names)
     choices = formatter.choices(prompt, params, reading=reading)
     return Generation(service, formatter, choices, prompt_tokens=len(prompt), stream=bool(fields.stream))
 

@@ -83,7 +83,7 @@ INLINE void route(const float* raw, float scale, const float* bias, int64_t expe
 }
 
 // Where the largest of `count` values is, the first of equal ones; a NaN is never larger.
-INLINE int64_t largest(const float* values, int64_t count) {
+INLINE int64_t argmax_ignoring_nan(const float* values, int64_t count) {
   int64_t best = 0;
   for (int64_t i = 1; i < count; i++)
     if (values[i] > values[best] || values[best] != values[best]) best = i;
@@ -125,7 +125,7 @@ INLINE void route_otherwise(const Moe& a, float* logits, float scale, float* cho
     for (int64_t e = 0; worst >= 0 && e < size; e++) choices[worst * size + e] = -INFINITY;
   }
   for (int j = 0; j < a.k; j++) {
-    int64_t e = largest(choices, a.experts);
+    int64_t e = argmax_ignoring_nan(choices, a.experts);
     picks[j] = (int32_t)e, choices[e] = -INFINITY;
     kept += weights[j] = logits[e];
   }

@@ -19,7 +19,7 @@ class Inputs:
     """A step's inputs, filled on the host in place; where the model is on a device, they are copied there.
 
     tokens: int64 [3 + groups, step tokens], rows of ids, positions, offsets and each group's blocks; tables: int64
-    [groups, requests, width]; contexts: int64 [requests]. Captured steps with chunks have these told, int64 [CHUNKS, 4].
+    [groups, requests, width]; contexts: int64 [requests]. Captured steps are told their chunks: int64 [CHUNKS, 4].
     """
 
     def __init__(self, step_tokens: int, requests: int, width: int, device: torch.device, groups: int = 1) -> None:

@@ -57,8 +57,8 @@ class Exchange:
     """One HTTP request, from its arrival (in perf_counter seconds) to the end of its answer.
 
     status is what the client got; key is whose it is, None where none is needed; lease holds its places; resolved
-    is the model that it means, once that is known. send is the server's own: parts of a body may take it past the layers
-    of the app, which look at an answer's beginning only.
+    is the model that it means, once that is known. send is the server's own: parts of a body may take it past the
+    layers of the app, which look at an answer's beginning only.
     """
 
     def __init__(self, path: str, admission: Admission, send: Send) -> None:

@@ -25,9 +25,9 @@ class AdaptedDecoder(Protocol):
 
     def adapter(
         self, updates: Mapping[Place, Update], basis: backend.Basis | None = None, tenant: BankTenant | None = None
-    ) -> backend.Adapter: ...
+    ) -> backend.BoundAdapter: ...
 
-    def summed(self, parts: Sequence[tuple[backend.Adapter, float]]) -> backend.Adapter: ...
+    def summed(self, parts: Sequence[tuple[backend.BoundAdapter, float]]) -> backend.BoundAdapter: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class LoadedAdapter:
     kind: str
     rank: int
     modules: int
-    weights: backend.Adapter
+    weights: backend.BoundAdapter
 
     read_bytes: int  # that a step with it reads, those of a composition's parts among them
     tuned: bool = False  # whether it is a tenant of the model's bank, or has one among its parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class TenantUse(msgspec.Struct, kw_only=True):
+class TenantFigures(msgspec.Struct, kw_only=True):
     """One tenant, since the engine began. Of a composition with one it is the composition's."""
 
     name: str
@@ -26,4 +26,4 @@ class TenantsReport(msgspec.Struct, kw_only=True):
     atoms_per_token: int = 0
     bank: str = ""  # its name
     shared: list[int] = []  # by layer, atoms that two tenants or more have picked
-    tenants: list[TenantUse] = []
+    tenants: list[TenantFigures] = []

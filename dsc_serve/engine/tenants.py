@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dsc_serve.engine.adapter_jobs import LoadedAdapter
 from dsc_serve.engine.routing_recorder import RecordedStep
-from dsc_serve.engine.tenant_report import TenantsReport, TenantUse
+from dsc_serve.engine.tenant_report import TenantFigures, TenantsReport
 from dsc_serve.model.ffn.dsc import DscFfn
 
 MOST = 256  # tenants that are told apart; of later ones nothing is kept
@@ -78,8 +78,8 @@ class TenantWatch:
             ],
         )
 
-    def _use(self, digest: str, own: Seen, compared: Sequence[tuple[str, float]]) -> TenantUse:
-        return TenantUse(
+    def _use(self, digest: str, own: Seen, compared: Sequence[tuple[str, float]]) -> TenantFigures:
+        return TenantFigures(
             name=own.name,
             digest=digest,
             certificate=own.gamma.tolist(),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc_kernels import ops
-from dsc_kernels.backend import Adapter, Basis
+from dsc_kernels.backend import Basis, BoundAdapter
 from dsc_kernels.memory import zeros
 from dsc_kernels.quantised import ActivationBits, Weight
 from dsc_kernels.weights import (
@@ -181,7 +181,7 @@ class Decoder:
 
     def adapter(
         self, updates: Mapping[Place, Update], basis: Basis | None = None, tenant: BankTenant | None = None
-    ) -> Adapter:
+    ) -> BoundAdapter:
         """Updates of its modules, and what a tenant of its bank has, as `StepBatch.runs` takes them.
 
         Raises ValueError for what does not fit.
@@ -197,7 +197,7 @@ class Decoder:
         rows = zip(own.items(), tenant.bias, tenant.gamma, strict=True)
         return {index: ffn.tuning(bias, gamma) for (index, ffn), bias, gamma in rows}
 
-    def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> BoundAdapter:
         """Such adapters with weights as one; it holds their memory."""
         return ops.summed(parts, self.dtype, self.device)
 

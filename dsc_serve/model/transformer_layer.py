@@ -16,7 +16,7 @@ from dsc_kernels.weights import (
 from dsc_serve.model.attention import Attention
 from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.ffn import Ffn
+from dsc_serve.model.ffn import FfnLayer
 from dsc_serve.model.ffn.picks import PickingFfn, Picks
 from dsc_serve.model.tensor_shapes import parameter_counts as parameter_counts
 from dsc_serve.model.tensor_shapes import tensor_shapes as tensor_shapes
@@ -45,7 +45,7 @@ class TransformerLayer:
         norm1: Norm,
         attention: Attention,
         norm2: Norm,
-        ffn: Ffn,
+        ffn: FfnLayer,
         index: int,
         behind: tuple[Norm, Norm] | None = None,
     ) -> None:

@@ -12,11 +12,11 @@ FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class Answer(BaseModel):
+class AnswerModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ErrorFacts(Answer):
+class ErrorFacts(AnswerModel):
     """`param` names the field to blame, `code` says what is wrong with it."""
 
     message: str
@@ -25,22 +25,22 @@ class ErrorFacts(Answer):
     code: str | None
 
 
-class Error(Answer):
+class Error(AnswerModel):
     error: ErrorFacts
 
 
-class PromptTokensDetails(Answer):
+class PromptTokensDetails(AnswerModel):
     cached_tokens: int
 
 
-class Usage(Answer):
+class Usage(AnswerModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
 
-class Routing(Answer):
+class Routing(AnswerModel):
     """Lists over tokens, layers and picks: what the tokens from position `start` on picked, the strongest first.
 
     Of DSC layers `atoms` with their `coefficients`; of a mixture `experts`, or `adapters`, with their `gates`, and
@@ -57,7 +57,7 @@ class Routing(Answer):
     signal: list[list[float]]
 
 
-class Timings(Answer):
+class Timings(AnswerModel):
     """null where there were too few tokens to tell."""
 
     queue_ms: float
@@ -67,7 +67,7 @@ class Timings(Answer):
     cached_tokens: int
 
 
-class Dsc(Answer):
+class Dsc(AnswerModel):
     """finish_reason: this server's own, where it may say more than OpenAI's five do."""
 
     finish_reason: Literal["stop", "length", "timeout"] | None = None
@@ -75,14 +75,14 @@ class Dsc(Answer):
     timings: Timings | None = None
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(AnswerModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(AnswerModel):
     """`token_ids` where the model has no tokenizer."""
 
     index: int
@@ -94,7 +94,7 @@ class CompletionChoice(Answer):
     dsc: Dsc | None = None
 
 
-class Completion(Answer):
+class Completion(AnswerModel):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -103,7 +103,7 @@ class Completion(Answer):
     usage: Usage
 
 
-class TopLogprob(Answer):
+class TopLogprob(AnswerModel):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -113,12 +113,12 @@ class ChatLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(AnswerModel):
     content: list[ChatLogprob]
     refusal: None
 
 
-class AssistantMessage(Answer):
+class AssistantMessage(AnswerModel):
     role: Literal["assistant"]
     """reasoning_content and tool_calls: only where there are some; content is null beside calls without text."""
 
@@ -128,7 +128,7 @@ class AssistantMessage(Answer):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(AnswerModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -137,7 +137,7 @@ class ChatChoice(Answer):
     dsc: Dsc | None = None
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(AnswerModel):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -146,7 +146,7 @@ class ChatCompletion(Answer):
     usage: Usage
 
 
-class Trace(Answer):
+class Trace(AnswerModel):
     id: str
     object: Literal["dsc.trace"]
     created: int
@@ -155,7 +155,7 @@ class Trace(Answer):
     usage: Usage
 
 
-class Embedding(Answer):
+class Embedding(AnswerModel):
     """`embedding` is a list of numbers or, where `encoding_format` is base64, float32 in little-endian order."""
 
     object: Literal["embedding"]
@@ -163,37 +163,37 @@ class Embedding(Answer):
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Answer):
+class EmbeddingUsage(AnswerModel):
     prompt_tokens: int
     total_tokens: int
 
 
-class Embeddings(Answer):
+class Embeddings(AnswerModel):
     object: Literal["list"]
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
 
 
-class Tokens(Answer):
+class Tokens(AnswerModel):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class Text(Answer):
+class Text(AnswerModel):
     """token_strs: where asked for."""
 
     prompt: str
     token_strs: list[str] | None = None
 
 
-class Version(Answer):
+class Version(AnswerModel):
     version: str
 
 
-class ModelDsc(Answer):
+class ModelDsc(AnswerModel):
     """What a token picks: `atoms_per_token` of the `atoms` in each of the `layers`."""
 
     layers: int
@@ -201,7 +201,7 @@ class ModelDsc(Answer):
     atoms_per_token: int
 
 
-class ModelAdapter(Answer):
+class ModelAdapter(AnswerModel):
     """bytes: in memory. Kind and sizes are known once an adapter has been read. error: why it cannot be used."""
 
     kind: str | None
@@ -212,7 +212,7 @@ class ModelAdapter(Answer):
     error: str | None
 
 
-class ModelPicks(Answer):
+class ModelPicks(AnswerModel):
     """What a token picks: `per_token` of the `number` atoms, experts or adapters in each of these layers."""
 
     of: Literal["atoms", "experts", "adapters"]
@@ -221,7 +221,7 @@ class ModelPicks(Answer):
     per_token: int
 
 
-class Model(Answer):
+class Model(AnswerModel):
     """dsc: null where the model has no DSC layers. picks: null where its tokens pick nothing.
 
     parent: of an adapter, its base; root: the digest of its content.
@@ -241,34 +241,34 @@ class Model(Answer):
     adapter: ModelAdapter | None
 
 
-class Models(Answer):
+class Models(AnswerModel):
     object: Literal["list"]
     data: list[Model]
 
 
-class Health(Answer):
+class Health(AnswerModel):
     status: Literal["ok"]
 
 
-class EngineState(Answer):
+class EngineState(AnswerModel):
     alive: bool
     trouble: str
     restarts: int
 
 
-class Places(Answer):
+class Places(AnswerModel):
     held: int
     capacity: int
 
 
-class State(Answer):
+class State(AnswerModel):
     engine: EngineState
     draining: bool
     places: Places
     generations_by_key: dict[str, int]
 
 
-class TenantUse(Answer):
+class TenantUse(AnswerModel):
     name: str
     digest: str
     certificate: list[float]
@@ -279,7 +279,7 @@ class TenantUse(Answer):
     overlap: dict[str, float]
 
 
-class Tenants(Answer):
+class Tenants(AnswerModel):
     layers: list[int]
     atoms: int
     atoms_per_token: int

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsc_kernels.backend import Adapter, Basis, Linear
+from dsc_kernels.backend import Basis, BoundAdapter, Linear
 from dsc_kernels.weights import (
     ATOMS,
     MODULES,
@@ -75,7 +75,7 @@ def adapter(
     device: torch.device,
     basis: Basis | None = None,
     tunings: Mapping[int, Tuning] = NOT_TUNED,
-) -> Adapter:
+) -> BoundAdapter:
     """Raises ValueError for an update of no module, a tuning of no bank, one of another shape, a core without basis."""
     check_tunings(tunings, modules)
     pairs = {} if basis is None else cast(PlainBasis, basis).pairs
@@ -95,7 +95,7 @@ def adapter(
     return PlainAdapter(ready, nbytes, () if basis is None else (basis,), own)
 
 
-def summed(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+def summed(parts: Sequence[tuple[BoundAdapter, float]]) -> BoundAdapter:
     """The same tensors with weights: nothing is copied."""
     joined: dict[Place, list[LowRank]] = {}
     for part, weight in parts:
@@ -108,7 +108,7 @@ def summed(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
     return PlainAdapter(joined, nbytes, bases_of([part for part, _ in parts]), tunings)
 
 
-def tuned_part(parts: Sequence[tuple[Adapter, float]]) -> tuple[Mapping[int, Tuning], float]:
+def tuned_part(parts: Sequence[tuple[BoundAdapter, float]]) -> tuple[Mapping[int, Tuning], float]:
     """The tunings of the one part that has any, and its weight. Raises ValueError where there are two."""
     found = [(part.tunings, weight) for part, weight in parts if part.tunings]
     if len(found) > 1:
@@ -116,7 +116,7 @@ def tuned_part(parts: Sequence[tuple[Adapter, float]]) -> tuple[Mapping[int, Tun
     return found[0] if found else (NOT_TUNED, 1.0)
 
 
-def bases_of(adapters: Sequence[Adapter]) -> Sequence[Basis]:
+def bases_of(adapters: Sequence[BoundAdapter]) -> Sequence[Basis]:
     """What they share, each once."""
     return list({id(basis): basis for adapter in adapters for basis in adapter.bases}.values())
 

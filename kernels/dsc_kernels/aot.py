@@ -21,7 +21,7 @@ LIMITS = ("registers", "shared_bytes", "spills", "loop_shuffles")  # may not gro
 FLOORS = ("wide_loads", "matrix_instructions", "warpgroup_instructions", "copies_in_flight")  # may not vanish
 
 
-class Row(TypedDict):
+class BudgetRow(TypedDict):
     """What one compiled kernel needs.
 
     registers: per thread (vector registers on AMD); shared_bytes: per program; spills: instructions that move registers
@@ -45,7 +45,7 @@ class Row(TypedDict):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AotSizes:
     """The sizes that kernels are compiled for; all in bfloat16."""
 
     d: int
@@ -62,8 +62,8 @@ class Sizes:
 
 
 CONFIGS = {
-    "paper": Sizes(384, 1523, 4, 320, 560, 5, 2, 6, 6, 64),
-    "large": Sizes(4096, 16384, 32, 8192, 14336, 8, 2, 32, 8, 128),
+    "paper": AotSizes(384, 1523, 4, 320, 560, 5, 2, 6, 6, 64),
+    "large": AotSizes(4096, 16384, 32, 8192, 14336, 8, 2, 32, 8, 128),
 }
 
 
@@ -94,7 +94,7 @@ NORM |= dict.fromkeys(("weight", "norm_weight"), BF16)
 TOKENS = {"one": 1, "few": 64, "many": 65}  # of a step: the least, and the two sides of what is fused for wide models
 
 
-def product_jobs(s: Sizes) -> Iterator[Job]:
+def product_jobs(s: AotSizes) -> Iterator[Job]:
     import torch
 
     from dsc_kernels.gpu import add_norm, product, qkv
@@ -116,7 +116,7 @@ def product_jobs(s: Sizes) -> Iterator[Job]:
     yield Job("add_norm", add_norm.add_norm_rows, meta, NORM)
 
 
-def dsc_jobs(s: Sizes) -> Iterator[Job]:
+def dsc_jobs(s: AotSizes) -> Iterator[Job]:
     import torch
 
     from dsc_kernels.gpu import contract, expand, ffn_in, rescore, select, select_compose
@@ -161,7 +161,7 @@ def dsc_jobs(s: Sizes) -> Iterator[Job]:
     yield Job("expand", expand.expand_columns, meta, {**BANK, **TRACE, "latent": FLOAT})
 
 
-def moe_jobs(s: Sizes) -> Iterator[Job]:
+def moe_jobs(s: AotSizes) -> Iterator[Job]:
     import torch
 
     from dsc_kernels.gpu import moe, pick_experts, place_slots, route_experts
@@ -207,7 +207,7 @@ def moe_jobs(s: Sizes) -> Iterator[Job]:
         yield Job(f"place.{label}", place_slots.place_slots, place_slots.place_blocks(experts), sorted_)
 
 
-def attention_jobs(s: Sizes) -> Iterator[Job]:
+def attention_jobs(s: AotSizes) -> Iterator[Job]:
     import torch
 
     from dsc_kernels.gpu import attention, chunk_attention
@@ -225,7 +225,7 @@ def attention_jobs(s: Sizes) -> Iterator[Job]:
     yield Job("attend_chunks", chunk_attention.attend_chunks, meta, {**types, "work": INT})
 
 
-def quantised_jobs(s: Sizes) -> Iterator[Job]:
+def quantised_jobs(s: AotSizes) -> Iterator[Job]:
     from dsc_kernels.gpu import quantised
 
     for bits in (4, 8):
@@ -235,7 +235,7 @@ def quantised_jobs(s: Sizes) -> Iterator[Job]:
             yield Job(f"multiply_int{bits}.{label}", quantised.multiply_levels, constants, types)
 
 
-def sampling_jobs(_: Sizes) -> Iterator[Job]:
+def sampling_jobs(_: AotSizes) -> Iterator[Job]:
     from dsc_kernels.gpu import sample
 
     yield Job("sample", sample.sample_rows, sample.blocks(), {"weights": FLOAT, "parameters": DOUBLE, "tokens": LONG})
@@ -273,7 +273,7 @@ def compile_job(job: Job, target: str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-def measure(job: Job, config: str, target: str) -> Row:
+def measure(job: Job, config: str, target: str) -> BudgetRow:
     compiled = compile_job(job, target)
     code = compiled.asm
     figures = amd_figures(code["amdgcn"]) if target.startswith("gfx") else nvidia_figures(code["cubin"])
@@ -292,7 +292,7 @@ def measure(job: Job, config: str, target: str) -> Row:
     }
 
 
-def report(targets: Iterable[str] = TARGETS, configs: Iterable[str] = tuple(CONFIGS)) -> list[Row]:
+def report(targets: Iterable[str] = TARGETS, configs: Iterable[str] = tuple(CONFIGS)) -> list[BudgetRow]:
     """One row for each kernel, configuration of CONFIGS and target of TARGETS.
 
     Raises RuntimeError in a process where Triton interprets kernels instead of compiling them.
@@ -308,7 +308,7 @@ def report(targets: Iterable[str] = TARGETS, configs: Iterable[str] = tuple(CONF
     return rows
 
 
-def broken_budgets(rows: Iterable[Row], budgets: Iterable[Row]) -> list[str]:
+def broken_budgets(rows: Iterable[BudgetRow], budgets: Iterable[BudgetRow]) -> list[str]:
     """What exceeds its budget, or falls below it where more is better, or has none: one line each."""
     allowed = {(b["kernel"], b["config"], b["target"]): b for b in budgets}
     broken = []
@@ -325,9 +325,9 @@ def broken_budgets(rows: Iterable[Row], budgets: Iterable[Row]) -> list[str]:
     return broken
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[BudgetRow]) -> str:
     """Rows as aligned text."""
-    names = list(Row.__annotations__)
+    names = list(BudgetRow.__annotations__)
     cells = [names, *([str(dict(row)[name]) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     texts = 3

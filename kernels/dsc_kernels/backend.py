@@ -76,7 +76,7 @@ class Basis(Protocol):
         """Bytes that it holds."""
 
 
-class Adapter(Protocol):
+class BoundAdapter(Protocol):
     """Updates of a decoder's modules, ready for its layers. Nothing changes it, and it may go when nobody holds it."""
 
     @property
@@ -235,13 +235,13 @@ class Backend(Protocol):
         device: torch.device,
         basis: Basis | None = None,
         tunings: Mapping[int, Tuning] = NOT_TUNED,
-    ) -> Adapter:
+    ) -> BoundAdapter:
         """Updates of a decoder whose layers have these modules, for its dtype and device; tunings by layer.
 
         basis: made for the same, of which there are cores. Raises ValueError for what does not fit.
         """
 
-    def summed(self, parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    def summed(self, parts: Sequence[tuple[BoundAdapter, float]]) -> BoundAdapter:
         """Adapters of one decoder, made here, with weights as one. Raises ValueError where two of them have tunings."""
 
     def stack(

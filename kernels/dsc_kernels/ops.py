@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsc_kernels import dequantised, native, plain
-from dsc_kernels.backend import Adapter, Backend, Basis, Ffn, Head, Layer, Linear, Moe, Stack
+from dsc_kernels.backend import Backend, Basis, BoundAdapter, Ffn, Head, Layer, Linear, Moe, Stack
 from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import (
     MAX_PICKS,
@@ -184,12 +184,12 @@ def adapter(
     device: torch.device,
     basis: Basis | None = None,
     tunings: Mapping[int, Tuning] = NOT_TUNED,
-) -> Adapter:
+) -> BoundAdapter:
     """An adapter's updates, and tunings by layer, for a decoder of this dtype and device with these modules."""
     return backend(dtype, device).adapter(updates, modules, dtype, device, basis, tunings)
 
 
-def summed(parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype, device: torch.device) -> Adapter:
+def summed(parts: Sequence[tuple[BoundAdapter, float]], dtype: torch.dtype, device: torch.device) -> BoundAdapter:
     """Such adapters with weights as one."""
     return backend(dtype, device).summed(parts)
 

@@ -94,7 +94,7 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlannedOrder:
     """The path, the seconds that each would take for the composition, and why."""
 
     path: Path
@@ -102,7 +102,7 @@ class Choice:
     reason: str
 
 
-def choose(batch: int, shape: Shape, constants: DeviceConstants, sharing: Sharing | None = None) -> Choice:
+def choose(batch: int, shape: Shape, constants: DeviceConstants, sharing: Sharing | None = None) -> PlannedOrder:
     """Gather rows as tokens arrive, or group tokens first? Without `sharing`, no two tokens are expected to share.
 
     A row's first use within a tile comes from wherever the step's rows fit; its further uses come from wherever those
@@ -123,17 +123,17 @@ def choose(batch: int, shape: Shape, constants: DeviceConstants, sharing: Sharin
         "grouped": reading(sharing.grouped) + ordering,
     }
     if batch < 2:
-        return Choice("gather", seconds, "one token shares with nobody")
+        return PlannedOrder("gather", seconds, "one token shares with nobody")
     if far == near:
         reason = f"the step's {size(held)} of rows are as near as a neighbour's: only the ordering would be added"
-        return Choice("gather", seconds, reason)
+        return PlannedOrder("gather", seconds, reason)
     if sharing.grouped >= sharing.arrival:
-        return Choice("gather", seconds, f"ordering does not lower ρ ({sharing.arrival:.2f})")
+        return PlannedOrder("gather", seconds, f"ordering does not lower ρ ({sharing.arrival:.2f})")
     gain = 1 - seconds["grouped"] / seconds["gather"]
     told = f"ρ {sharing.arrival:.2f} → {sharing.grouped:.2f} over {size(held)} of rows"
     if gain < GAIN:
-        return Choice("gather", seconds, f"{told} would save {gain:.1%} of the composition: less than {GAIN:.0%}")
-    return Choice("grouped", seconds, f"{told} saves {gain:.0%} of the composition")
+        return PlannedOrder("gather", seconds, f"{told} would save {gain:.1%} of the composition: less than {GAIN:.0%}")
+    return PlannedOrder("grouped", seconds, f"{told} saves {gain:.0%} of the composition")
 
 
 def product_seconds(batch: int, rows: int, d: int, dtype: torch.dtype, constants: DeviceConstants) -> float:
@@ -167,7 +167,7 @@ class Planner:
         self.mode, self.shape, self.constants = mode, shape, constants
         self.count_anew()
         self._sharing: Sharing | None = None
-        self._choices: dict[int, Choice] = {}
+        self._choices: dict[int, PlannedOrder] = {}
 
     def count_anew(self) -> None:
         self.steps = self.grouped_steps = self.tiles = 0
@@ -181,10 +181,10 @@ class Planner:
         self._sharing = seen
         self._choices.clear()
 
-    def choice(self, batch: int) -> Choice:
+    def choice(self, batch: int) -> PlannedOrder:
         """What `auto` does with about so many tokens."""
         if self.constants is None:
-            return Choice("gather", {}, "this device has not been calibrated")
+            return PlannedOrder("gather", {}, "this device has not been calibrated")
         bucket = batch.bit_length()
         if bucket not in self._choices:
             self._choices[bucket] = choose(1 << (bucket - 1), self.shape, self.constants, self._sharing)

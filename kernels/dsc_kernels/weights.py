@@ -16,7 +16,7 @@ from torch import Tensor
 from dsc_kernels.quantised import Weight
 
 if TYPE_CHECKING:
-    from dsc_kernels.backend import Adapter, Layer, Linear
+    from dsc_kernels.backend import BoundAdapter, Layer, Linear
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
 # Where a layer's norms stand: before each branch; after it and before the sum; before both branches, which lie beside
@@ -263,7 +263,7 @@ class Module(NamedTuple):
 class AdapterRun(NamedTuple):
     """Neighbouring tokens of a step that have the same adapter."""
 
-    adapter: Adapter
+    adapter: BoundAdapter
     first: int
     length: int
 

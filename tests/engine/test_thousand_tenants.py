@@ -11,8 +11,7 @@ import torch
 from support.fake_runner import VOCABULARY, alone, fake_engine
 
 from dsc_kernels import ops
-from dsc_kernels.backend import Adapter as BoundAdapter
-from dsc_kernels.backend import Basis
+from dsc_kernels.backend import Basis, BoundAdapter
 from dsc_kernels.weights import Pair, Place, Tuning, Update
 from dsc_serve.adapter_choice import AdapterChoice
 from dsc_serve.engine.adapter_folder import AdapterFolder

@@ -21,13 +21,13 @@ from dsc_kernels import aot, machine_code
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def compiled(tmp_path: Path, *options: str) -> list[aot.Row]:
+def compiled(tmp_path: Path, *options: str) -> list[aot.BudgetRow]:
     file = tmp_path / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "dsc_kernels.aot", "--json", str(file), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows: list[aot.Row] = json.loads(file.read_text())
+    rows: list[aot.BudgetRow] = json.loads(file.read_text())
     return rows
 
 
@@ -41,8 +41,8 @@ def test_variants_compile_and_fit_the_targets(family: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def budgets() -> list[aot.Row]:
-    rows: list[aot.Row] = json.loads(aot.BUDGETS.read_text())
+def budgets() -> list[aot.BudgetRow]:
+    rows: list[aot.BudgetRow] = json.loads(aot.BUDGETS.read_text())
     return rows
 
 
@@ -64,7 +64,7 @@ def test_every_kernel_configuration_and_target_has_a_budget() -> None:
     keys = {(row["kernel"], row["config"], row["target"]) for row in rows}
     kernels = {row["kernel"] for row in rows}
     assert keys == {(k, c, t) for k in kernels for c in aot.CONFIGS for t in aot.TARGETS}
-    assert all(list(row) == list(aot.Row.__annotations__) for row in rows)
+    assert all(list(row) == list(aot.BudgetRow.__annotations__) for row in rows)
 
 
 def test_every_kernel_that_is_launched_is_compiled_for_every_configuration() -> None:
@@ -89,7 +89,7 @@ def test_shared_memory_fits_the_targets() -> None:
     assert [row for row in budgets() if row["shared_bytes"] > most[row["target"]]] == []
 
 
-def of(*names: str) -> list[aot.Row]:
+def of(*names: str) -> list[aot.BudgetRow]:
     """What these kernels are held to on sm_90, in every configuration."""
     found = [row for row in budgets() if row["kernel"] in names and row["target"] == "sm_90"]
     assert len(found) == len(names) * len(aot.CONFIGS)
@@ -154,7 +154,7 @@ def test_loops_are_told_from_what_is_around_them() -> None:
 def test_broken_budgets_are_named() -> None:
     budget = budgets()[0]
     name = " ".join((budget["kernel"], budget["config"], budget["target"]))
-    row: aot.Row = {**budget, "registers": budget["registers"] + 1, "matrix_instructions": -1}
+    row: aot.BudgetRow = {**budget, "registers": budget["registers"] + 1, "matrix_instructions": -1}
     registers, instructions = aot.broken_budgets([row], [budget])
     assert registers == f"{name}: registers {budget['registers'] + 1}, at most {budget['registers']}"
     assert instructions == f"{name}: matrix_instructions -1, at least {budget['matrix_instructions']}"

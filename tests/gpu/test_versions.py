@@ -69,7 +69,7 @@ def test_kernels_keep_their_shape_with_triton_3_6(config: str, older_python: str
     file = tmp_path / "rows.json"
     options = ("--config", config, "--target", "sm_90", "--json", str(file))
     run(older_python, "-m", "dsc_kernels.aot", *options)
-    rows: list[aot.Row] = json.loads(file.read_text(encoding="utf-8"))
+    rows: list[aot.BudgetRow] = json.loads(file.read_text(encoding="utf-8"))
     budgets = {(b["kernel"], b["config"], b["target"]): b for b in json.loads(aot.BUDGETS.read_text(encoding="utf-8"))}
     assert len(rows) == len([key for key in budgets if key[1:] == (config, "sm_90")])
     for row in rows:

@@ -10,7 +10,7 @@ import json
 from dsc_kernels import aot
 
 
-def budget(row: aot.Row) -> aot.Row:
+def budget(row: aot.BudgetRow) -> aot.BudgetRow:
     """A tenth more registers, in eights; no more spills or shared memory; three quarters of what must not vanish."""
     registers = -(-row["registers"] * 11 // 80) * 8
     return {

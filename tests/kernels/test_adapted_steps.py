@@ -14,7 +14,7 @@ from support.whole_steps import BLOCK, decoder, prompts_of, step
 
 from dsc_kernels import native, ops, plain
 from dsc_kernels.adapters import add_updates
-from dsc_kernels.backend import Adapter as BoundAdapter
+from dsc_kernels.backend import BoundAdapter
 from dsc_kernels.weights import Adapted, AdapterRun, LowRank, Module
 from dsc_serve.model.adapter import Adapter, composed
 from dsc_serve.model.decoder import Decoder

@@ -12,7 +12,7 @@ from support.small_models import small_config, wide_tensors
 from torch import Tensor
 
 from dsc_kernels import native, ops, reference
-from dsc_kernels.native.screen import Rows
+from dsc_kernels.native.screen import ScreenedRows
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.sketch import Sketch
 from dsc_serve.engine.routing_reporter import RoutingReporter
@@ -86,8 +86,9 @@ def layer(kind: str) -> DscFfn | MoloraFfn:
 def test_the_rows_of_a_quantised_bank_are_held_once() -> None:
     ffn = layer("dsc")
     assert isinstance(ffn, DscFfn) and isinstance(ffn.layer, native.Ffn)
-    kept = [own.values.data_ptr() for own in ffn.layer._kept if isinstance(own, Rows) and own.values is not None]
-    scales = [each.data_ptr() for own in ffn.layer._kept if isinstance(own, Rows) for each in own.scales]
+    rows = [own for own in ffn.layer._kept if isinstance(own, ScreenedRows)]
+    kept = [own.values.data_ptr() for own in rows if own.values is not None]
+    scales = [each.data_ptr() for own in rows for each in own.scales]
     for bank in (ffn.u, ffn.v):
         assert isinstance(bank, QuantisedWeight)
         assert bank.values.data_ptr() in kept and bank.scales.data_ptr() in scales
@@ -115,7 +116,8 @@ def test_rows_of_a_mixture_of_loras_are_in_memory_for_weights(monkeypatch: pytes
 
     monkeypatch.setattr(placement, "resident", resident)
     ffn = layer("molora")
-    kept = [own.values.data_ptr() for own in ffn.layer._kept if isinstance(own, Rows) and own.values is not None]  # type: ignore[attr-defined]
+    rows = [own for own in ffn.layer._kept if isinstance(own, ScreenedRows)]  # type: ignore[attr-defined]
+    kept = [own.values.data_ptr() for own in rows if own.values is not None]
     assert len(made) >= 2 and all(own in made for own in kept)
 
 

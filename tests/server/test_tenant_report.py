@@ -8,7 +8,7 @@ from support.access import BOB, ROOT, Write, bearer, entry
 from support.fake_engine import FakeEngine
 from support.serving import app_around, ask
 
-from dsc_serve.engine.tenant_report import TenantsReport, TenantUse
+from dsc_serve.engine.tenant_report import TenantFigures, TenantsReport
 from dsc_serve.server.keys import KeyRing
 
 
@@ -18,7 +18,7 @@ def guarded(engine: FakeEngine, write: Write) -> FastAPI:
 
 
 def test_the_report_is_told_as_it_is(guarded: FastAPI, engine: FakeEngine) -> None:
-    use = TenantUse(
+    use = TenantFigures(
         name="law",
         digest="d" * 64,
         certificate=[0.5, 0.25],

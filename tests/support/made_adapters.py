@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsc_kernels.backend import Adapter as BoundAdapter
-from dsc_kernels.backend import Basis
+from dsc_kernels.backend import Basis, BoundAdapter
 from dsc_kernels.weights import Core, LowRank, Pair, Place, Tuning, Update
 from dsc_serve.adapter_choice import AdapterChoice, BrokenAdapterError
 from dsc_serve.engine.adapter_folder import LOOK_S, AdapterFolder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsc_kernels.backend import Adapter as BoundAdapter
+from dsc_kernels.backend import BoundAdapter
 from dsc_kernels.weights import AdapterRun
 from dsc_serve.model.batch import Chunk, StepBatch
 from dsc_serve.model.config import ModelConfig

@@ -20,7 +20,7 @@ from dsc_serve.model.placement import Placement
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Ffn(Protocol):
+class FfnLayer(Protocol):
     """A block's feed-forward layer: x [T, d] → [T, d], each token on its own, plus the residual where one is given."""
 
     @property
@@ -39,4 +39,4 @@ class Ffn(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, adapted: Adapted | None = None) -> Tensor: ...
 
 
-KINDS: dict[str, type[Ffn]] = {"dsc": DscFfn, "moe": MoeFfn, "molora": MoloraFfn, "dense": DenseFfn}
+KINDS: dict[str, type[FfnLayer]] = {"dsc": DscFfn, "moe": MoeFfn, "molora": MoloraFfn, "dense": DenseFfn}

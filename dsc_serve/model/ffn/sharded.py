@@ -19,7 +19,7 @@ from dsc_kernels.quantised import Weight
 from dsc_kernels.weights import Adapted, AtomBank, FfnOptions, MlpWeights, Router
 from dsc_serve.model.config import CheckpointError, DscConfig, ModelConfig, MoloraConfig
 from dsc_serve.model.exchange import RankExchange
-from dsc_serve.model.ffn import Ffn
+from dsc_serve.model.ffn import FfnLayer
 from dsc_serve.model.ffn.dense import DenseFfn
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.ffn.moe import MoeFfn
@@ -163,7 +163,7 @@ class ShardedDense(DenseFfn):
         return whole(self._exchange, super().__call__(x, adapted=adapted), residual)
 
 
-SHARDED: dict[str, type[Ffn]] = {
+SHARDED: dict[str, type[FfnLayer]] = {
     "dsc": ShardedDsc,
     "moe": ShardedMoe,
     "molora": ShardedMolora,

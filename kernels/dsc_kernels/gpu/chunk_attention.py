@@ -21,7 +21,7 @@ FIELDS = 4  # of a tile, and of a chunk's place
 TILES_PER_PROGRAM = 128  # of a plan
 
 
-class Tiles(NamedTuple):
+class ChunkTiles(NamedTuple):
     """The tiles that chunks are cut into, on the device: int32 [tiles, FIELDS].
 
     Of each the row of the tables, the first row of queries, how many tokens, and the first one's position. A tile of
@@ -241,7 +241,7 @@ def blocks(group: int, size: int, block: int, dtype: torch.dtype, scope: Scope =
     return {**tiles, **rest, **flags, "num_warps": 4, "num_stages": stages(3)}
 
 
-def cut(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> Tiles:
+def cut(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> ChunkTiles:
     """Chunks, each the row of its table, its first token, how many and the context after them, in tiles on a device."""
     tokens = max(QUERIES_PER_BLOCK // power_of_2(group), 1)
     rows = [
@@ -252,7 +252,7 @@ def cut(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> Tiles
     work = torch.tensor(rows, dtype=torch.int32).view(-1, FIELDS)
     if device.type != "cpu":
         work = work.pin_memory().to(device, non_blocking=True)
-    return Tiles(work, tokens)
+    return ChunkTiles(work, tokens)
 
 
 def plan_meta(chunks: int, tokens: int, group: int) -> Meta:
@@ -262,7 +262,7 @@ def plan_meta(chunks: int, tokens: int, group: int) -> Meta:
     return {"chunks": chunks, "width": power_of_2(chunks), **sizes, "num_warps": 4}
 
 
-def tiles_of(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> Tiles:
+def tiles_of(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> ChunkTiles:
     """Chunks in tiles: cut where it is known what they are."""
     if not isinstance(chunks, PlacedChunks):
         return cut(chunks, group, device)
@@ -272,11 +272,11 @@ def tiles_of(chunks: Iterable[ChunkPlace], group: int, device: torch.device) -> 
     meta = plan_meta(count, chunks.tokens, group)
     work = torch.empty(meta["tiles"], FIELDS, dtype=torch.int32, device=device)
     plan_tiles[(triton.cdiv(meta["tiles"], meta["tiles_per_block"]),)](places, work, **meta, **chain())
-    return Tiles(work, meta["tokens_per_block"])
+    return ChunkTiles(work, meta["tokens_per_block"])
 
 
 def chunk_attention(
-    q: Tensor, cache: KvCache, tables: Tensor, tiles: Tiles, out: Tensor, scale: float, scope: Scope = WHOLE
+    q: Tensor, cache: KvCache, tables: Tensor, tiles: ChunkTiles, out: Tensor, scale: float, scope: Scope = WHOLE
 ) -> None:
     """Attention of the tokens of tiles, each over what it sees of its sequence up to itself, written to their rows.
 

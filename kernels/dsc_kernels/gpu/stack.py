@@ -13,7 +13,7 @@ from dsc_kernels.chunks import PlacedChunks
 from dsc_kernels.gpu import attention, qkv
 from dsc_kernels.gpu.add_norm import Parts, add_norm, summed
 from dsc_kernels.gpu.attention import Splits, split_contexts
-from dsc_kernels.gpu.chunk_attention import Tiles, chunk_attention, tiles_of
+from dsc_kernels.gpu.chunk_attention import ChunkTiles, chunk_attention, tiles_of
 from dsc_kernels.gpu.ffn import Ffn, Linear, Moe
 from dsc_kernels.gpu.product import fused
 from dsc_kernels.quantised import Weight
@@ -60,7 +60,7 @@ class OurLayer(NamedTuple):
     size: int
 
 
-class Step:
+class StackStep:
     """What the layers of a step share, made where a layer first needs it: how contexts are split, and chunks cut."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Step:
         self.decodes, self.max_context_len = decodes, max_context_len
         self.chunks: PlacedChunks | list[ChunkPlace] = chunks if isinstance(chunks, PlacedChunks) else list(chunks)
         self._splits: dict[tuple[int, int], Splits] = {}
-        self._tiles: dict[int, Tiles] = {}
+        self._tiles: dict[int, ChunkTiles] = {}
 
     def slots_of(self, table: int) -> Slots:
         return Slots(self.slots.positions, self.slots.blocks[table], self.slots.offsets)
@@ -87,7 +87,7 @@ class Step:
             self._splits[key] = split_contexts(self.contexts, kv_heads, self.max_context_len, window)
         return self._splits[key]
 
-    def tiles(self, group: int) -> Tiles:
+    def tiles(self, group: int) -> ChunkTiles:
         if group not in self._tiles:
             self._tiles[group] = tiles_of(self.chunks, group, self.tables.device)
         return self._tiles[group]
@@ -134,7 +134,7 @@ class Stack:
             x = x * self.embedding_scale
         if self.position_embedding is not None:
             x = x + F.embedding(slots.positions, self.position_embedding)
-        step = Step(slots, tables, contexts, decodes, max_context_len, chunks)
+        step = StackStep(slots, tables, contexts, decodes, max_context_len, chunks)
         parts: Parts | None = None
         for i, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
             x, normed, *_ = add_norm(x, parts, layer.described.attention_norm, None)
@@ -144,7 +144,7 @@ class Stack:
         return x if parts is None else summed(x, parts, x.dtype)
 
 
-def attend(layer: OurLayer, x: Tensor, step: Step, cache: KvCache) -> Tensor:
+def attend(layer: OurLayer, x: Tensor, step: StackStep, cache: KvCache) -> Tensor:
     """What attention gives for normed x [T, d], before its output product: [T, heads, size]."""
     own, tokens, size = layer.described, x.shape[0], layer.size
     slots, heads = step.slots_of(own.table), own.heads

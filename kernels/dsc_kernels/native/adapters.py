@@ -198,7 +198,7 @@ def adapter(
     return NativeAdapter(table, modules, dtype, room.nbytes, () if basis is None else (basis,), tuned)
 
 
-def summed(parts: Sequence[tuple[backend.Adapter, float]]) -> NativeAdapter:
+def summed(parts: Sequence[tuple[backend.BoundAdapter, float]]) -> NativeAdapter:
     """The same matrices with weights: nothing but these is copied, and counted."""
     native = [(cast(NativeAdapter, part), weight) for part, weight in parts]
     every = [(place, one, weight) for part, weight in native for place, own in part.table.items() for one in own]

@@ -10,7 +10,7 @@ from dsc_kernels.native.adapters import layer_runs, mlp_shapes
 from dsc_kernels.native.dispatch import screens, threads
 from dsc_kernels.native.extension import kernels
 from dsc_kernels.native.packing import bank_rows, packed, rows_of
-from dsc_kernels.native.screen import NO_SCREEN, Rows, padded_bias, screen
+from dsc_kernels.native.screen import NO_SCREEN, ScreenedRows, padded_bias, screen
 from dsc_kernels.native.tensors import address, check, check_all, is_bf16
 from dsc_kernels.quantised import QuantisedWeight, Weight
 from dsc_kernels.weights import (
@@ -112,7 +112,7 @@ class PackedLayer:
         self._kept.append(whole)
         return dict(zip((name, f"{name}_format"), whole.addresses, strict=True))
 
-    def _keep_rows(self, name: str, rows: Rows) -> dict[str, int]:
+    def _keep_rows(self, name: str, rows: ScreenedRows) -> dict[str, int]:
         """The arguments `name` and `name`_format."""
         self._kept.append(rows)
         return {name: address(rows.values), f"{name}_format": address(rows.format)}
@@ -160,7 +160,7 @@ class Ffn(PackedLayer):
         check_all({"gate": (mlp.gate, (hidden, d)), "down": (mlp.down, (d, hidden))}, self.dtype)
         self._check_biases(mlp, hidden)
         self.screen, bias, gamma, weight, norm_eps = NO_SCREEN, None, None, None, -1.0
-        u = v = Rows()
+        u = v = ScreenedRows()
         if router is not None and bank is not None:
             self._check_routing(router, bank, rank)
             weight, gamma = router.weight, bank.gamma.float()
@@ -180,7 +180,7 @@ class Ffn(PackedLayer):
             **self._keep_packed("router", weight),
             **self._keep_rows("u", u),
             **self._keep_rows("v", v),
-            **self._keep_rows("screen_rows", Rows(s.rows, s.rows_format, s.scales)),
+            **self._keep_rows("screen_rows", ScreenedRows(s.rows, s.rows_format, s.scales)),
             up_bias=self._keep_wide(mlp.up_bias),
             gate_bias=self._keep_wide(mlp.gate_bias),
             down_bias=self._keep_wide(mlp.down_bias),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsc_kernels.memory import resident, zeros
 from dsc_kernels.native.extension import kernels
-from dsc_kernels.native.screen import LANES, Rows
+from dsc_kernels.native.screen import LANES, ScreenedRows
 from dsc_kernels.native.tensors import address, check, is_bf16
 from dsc_kernels.quantised import QuantisedWeight, Weight
 
@@ -131,22 +131,22 @@ def panels_of(weight: QuantisedWeight, minimums: bool) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def rows_of(name: str, weight: Weight, place: Callable[[Tensor], Tensor] = resident) -> Rows:
+def rows_of(name: str, weight: Weight, place: Callable[[Tensor], Tensor] = resident) -> ScreenedRows:
     """A weight row after row, in memory for weights, or where else `place` puts its tensors.
 
     Raises ValueError where it is quantised to other than 8 bits, or has a compensation.
     """
     if isinstance(weight, Tensor):
-        return Rows(place(weight))
+        return ScreenedRows(place(weight))
     if weight.bits != 8 or weight.compensation is not None:
         rank = f" with a compensation of rank {weight.rank}" if weight.rank else ""
         raise ValueError(f"{name} is quantised to {weight.bits} bits{rank}; rows read one by one may have 8 alone")
     numbers = [weight.scales] if weight.minimums is None else [weight.scales, weight.minimums]
     kept = tuple(map(place, numbers))
     addresses = [*(each.data_ptr() for each in kept), 0]
-    return Rows(place(weight.values), torch.tensor([weight.group, *addresses[:2]], dtype=torch.int64), kept)
+    return ScreenedRows(place(weight.values), torch.tensor([weight.group, *addresses[:2]], dtype=torch.int64), kept)
 
 
-def bank_rows(name: str, weight: Weight) -> Rows:
+def bank_rows(name: str, weight: Weight) -> ScreenedRows:
     """The same of a bank, whose rows are read where they lie: they are in such memory already, and not held twice."""
     return rows_of(name, weight, Tensor.contiguous)

@@ -49,7 +49,7 @@ NO_SCREEN = Screen()
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ScreenedRows:
     """Rows that are read by their number."""
 
     values: Tensor | None = None
@@ -57,7 +57,7 @@ class Rows:
     scales: tuple[Tensor, ...] = ()  # that the format points to
 
 
-def screen(weight: Weight, bias: Tensor | None, rows: Rows | None) -> Screen:
+def screen(weight: Weight, bias: Tensor | None, rows: ScreenedRows | None) -> Screen:
     """A weight [n, d], in int8 with bounds, and its bias [n]. What is bounded is the weight that is served.
 
     rows: the weight itself row after row, for those who score rows again.
@@ -68,7 +68,7 @@ def screen(weight: Weight, bias: Tensor | None, rows: Rows | None) -> Screen:
     pieces = [_rounded(piece) for piece in _pieces(weight, max(1, CHUNK // d))]
     whole, steps, sums, errors, norms = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     slack = 0.0 if bias is None else float(bias.float().nan_to_num(0, 0, 0).abs().max()) * SLACK
-    own = Rows() if rows is None else rows
+    own = ScreenedRows() if rows is None else rows
     return Screen(
         rows=own.values,
         rows_format=own.format,

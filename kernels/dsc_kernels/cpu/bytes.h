@@ -49,13 +49,12 @@ INLINE float half_to_float(uint16_t h) {
   return h & 0x8000 ? -size : size;
 }
 
-// What 1 in a group's last digit is worth, and the sums of its first 16 numbers, of the others and of all, in that; the
-// same sums in what they are worth.
+// What a product needs to know of a group of inputs beside its numbers.
 struct InputGroup {
-  float scale;
-  int32_t sums[3];
-  float scaled[3];
-  float unused;
+  float scale;      // what 1 in its last digit is worth
+  int32_t sums[3];  // of its first 16 numbers, of the others and of all, in that
+  float scaled[3];  // the same sums in what they are worth
+  float unused;     // so that a group takes 32 bytes
 };
 
 // Tokens in int8, each of whole groups with zeros behind the last input.

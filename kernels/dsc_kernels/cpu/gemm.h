@@ -42,17 +42,17 @@ struct Packed {
 template <typename T>
 struct Input {
 #if defined(__AVX512BF16__)
-  typedef T type;
+  typedef T type;  // of an input as tiles read it
 #else
-  typedef float type;
+  typedef float type;  // of an input as tiles read it
 #endif
-  typedef vf sum;
+  typedef vf sum;  // of products
 };
 
 template <>
 struct Input<int8_t> {
-  typedef uint8_t type;
-  typedef vi sum;
+  typedef uint8_t type;  // of an input: shifted by 128
+  typedef vi sum;        // of products
 };
 
 #if defined(__AVX512F__)

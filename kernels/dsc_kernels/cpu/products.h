@@ -49,9 +49,9 @@ INLINE int64_t cost_of(const Format* f) {
 template <typename T>
 struct Inputs {
   typedef typename Input<T>::type I;
-  const I* rows = nullptr;
-  int64_t stride = 0;
-  Bytes bytes{};
+  const I* rows = nullptr;  // [tokens, stride]
+  int64_t stride = 0;       // of a token's inputs
+  Bytes bytes{};            // the same in int8
 
   // From token t on.
   INLINE Inputs from(int64_t t) const { return {rows + t * stride, stride, bytes.from(t)}; }

@@ -44,12 +44,12 @@ struct TunedBias {
 
 template <typename Bias>
 struct Logits {
-  const LogitScale* logit_scales;
-  Bias bias;
-  float* logits;
-  int64_t stride;
-  float* peaks;
-  int64_t slots;
+  const LogitScale* logit_scales;  // [tokens]: what makes a product a logit
+  Bias bias;                       // of all atoms, or each token's own
+  float* logits;                   // [tokens, stride]
+  int64_t stride;                  // of a token's logits: all atoms, rounded up to whole panels
+  float* peaks;                    // [tokens, slots, 16]: the largest logit of every class
+  int64_t slots;                   // of a token, 16 classes each
   INLINE void operator()(vf v, int64_t t, int64_t n) const {
     v = logit_scales[t].scale * v + load(bias.of(t) + n);
     store(logits + t * stride + n, v);

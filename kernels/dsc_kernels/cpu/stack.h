@@ -202,7 +202,10 @@ class Stack {
   struct Buffers {
     int64_t qkv_bytes;    // of a row of queries, keys and values
     int64_t heads_bytes;  // of a row of attended heads
-    char *normed, *qkv, *heads, *middle;
+    char* normed;         // what attention or the FFN takes
+    char* qkv;            // queries, keys and values
+    char* heads;          // attended heads
+    char* middle;         // between attention and the FFN
     Buffers(const DecoderLayer& layer, const Step& s, int is_bf16, Scratch& own) {
       int64_t element = is_bf16 ? 2 : 4;
       qkv_bytes = layer.qkv.n * element, heads_bytes = layer.out.d * element;
@@ -215,14 +218,17 @@ class Stack {
 
   // One layer's calls, but for what they read of the cache.
   struct Calls {
-    // Before attention, behind it, before the FFN and behind it; without x there is none.
-    Norm entry{}, attended{}, between{}, exit{};
-    Linear qkv, out;
-    StoreKv store{};
-    Attention single{};
-    ChunkAttention chunk{};
-    Ffn ffn{};
-    Moe moe{};
+    Norm entry{};            // before attention; as all norms here: without x there is none
+    Norm attended{};         // behind attention
+    Norm between{};          // before the FFN
+    Norm exit{};             // behind the FFN
+    Linear qkv;              // to queries, keys and values
+    Linear out;              // from the attended heads
+    StoreKv store{};         // keys and values into their blocks
+    Attention single{};      // of sequences of one token
+    ChunkAttention chunk{};  // of several tokens of a prompt
+    Ffn ffn{};               // the layer's, where it is no mixture
+    Moe moe{};               // the layer's, where it is one
 
     void bind_outputs(const LayerOutputs& outputs) {
       ffn.grouped = (int)outputs.grouped, ffn.picks = (int32_t*)outputs.picks;

@@ -17,10 +17,10 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """block_size: tokens of a page. windows: of each group the positions that its layers see, 0: all."""
+    """How keys and values lie in blocks."""
 
-    block_size: int
-    windows: tuple[int, ...] = ALL
+    block_size: int  # tokens of a page
+    windows: tuple[int, ...] = ALL  # of each group the positions that its layers see, 0: all
 
     @property
     def groups(self) -> int:

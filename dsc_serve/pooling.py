@@ -24,14 +24,11 @@ MOST_BYTES = 2**20
 
 
 class Pooling(msgspec.Struct, frozen=True):
-    """method: `last` or `mean`, over the positions of a text. normalise: to length 1.
+    """How a text's vector is made."""
 
-    fault: why texts cannot be embedded as the checkpoint's files say, "" where they can.
-    """
-
-    method: str = "last"
-    normalise: bool = True
-    fault: str = ""
+    method: str = "last"  # `last` or `mean`, over the positions of a text
+    normalise: bool = True  # to length 1
+    fault: str = ""  # why texts cannot be embedded as the checkpoint's files say, "" where they can
 
 
 def pooling_of(model: Path, setting: str) -> Pooling:

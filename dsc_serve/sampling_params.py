@@ -24,52 +24,42 @@ MAX_PICKS = 2**20  # that one request may have reported
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose tokens and when to stop.
+    """How to choose tokens and when to stop."""
 
-    temperature: 0 takes the most likely token; else logits are divided by it. Below 0.001 it is taken for 0, since
-        nothing but the most likely token would ever be drawn.
-    top_k: only the k most likely tokens (0 or -1: all).
-    top_p: only the smallest set of most likely tokens whose probability reaches p, after top_k.
-    min_p: only tokens at least min_p times as likely as the most likely one.
-    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per occurrence.
-    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
-    logit_bias: added to the logits of the given token ids, before everything else.
-    seed: the token at a position depends on the logits, the seed and the position alone; None draws a seed.
-    max_tokens: most tokens to generate; None means up to the context's end.
-    min_tokens: the end of text and stop tokens cannot be chosen before this many tokens, nor do stop strings count.
-    stop: texts that end the generation and are left out of it. stop_token_ids: tokens that end it.
-    logprobs: report the chosen token's log probability and that many alternatives (None: nothing), of the model's
-        own distribution, before temperature and filters. prompt_logprobs: the same for the prompt's tokens.
-    n: number of independent generations.
-    routing: report, for each token that is computed, so many of the atoms it picks in each layer, the strongest (0:
-        nothing, -1: all it picks).
-    prediction_token_ids: what much of the output is expected to be; it makes the answer faster, not another one.
-    max_drafts: of the tokens that may follow, most that a step computes with the request's own (None: the engine's).
-    structured_outputs: what the text must look like. Tokens that cannot follow are never chosen; the generation ends
-        where nothing more may follow. Stop strings and stop tokens cut the text wherever they appear in it.
-    """
-
+    # 0 takes the most likely token; else logits are divided by it. Below 0.001 it is taken for 0, since nothing but the
+    # most likely token would ever be drawn.
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_p: float = 1.0  # only the smallest set of most likely tokens whose probability reaches p, after top_k
+    top_k: int = 0  # only the k most likely tokens (0 or -1: all)
+    min_p: float = 0.0  # only tokens at least min_p times as likely as the most likely one
+    presence_penalty: float = 0.0  # subtracted from the logits of generated tokens, once
+    frequency_penalty: float = 0.0  # the same, per occurrence
+    # Divides positive and multiplies negative logits of tokens in the prompt or generated
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = {}  # added to the logits of the given token ids, before everything else
+    # The token at a position depends on the logits, the seed and the position alone; None draws a seed
     seed: int | None = None
-    max_tokens: int | None = 16
+    max_tokens: int | None = 16  # most tokens to generate; None means up to the context's end
+    # The end of text and stop tokens cannot be chosen before this many tokens, nor do stop strings count
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
+    stop: tuple[str, ...] = ()  # texts that end the generation and are left out of it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end it
+    ignore_eos: bool = False  # whether the end of text ends nothing
+    skip_special_tokens: bool = True  # whether they are left out of the text
+    # Report the chosen token's log probability and that many alternatives (None: nothing), of the model's own
+    # distribution, before temperature and filters
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    n: int = 1
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    n: int = 1  # number of independent generations
+    # Report, for each token that is computed, so many of the atoms it picks in each layer, the strongest (0: nothing,
+    # -1: all it picks)
     routing: int = 0
+    # What much of the output is expected to be; it makes the answer faster, not another one
     prediction_token_ids: tuple[int, ...] = ()
+    # Of the tokens that may follow, most that a step computes with the request's own (None: the engine's)
     max_drafts: int | None = None
+    # What the text must look like. Tokens that cannot follow are never chosen; the generation ends where nothing more
+    # may follow. Stop strings and stop tokens cut the text wherever they appear in it.
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -167,9 +157,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How a text becomes a vector. dimensions: only so many of its first components (None: all), normalised again."""
+    """How a text becomes a vector."""
 
-    dimensions: int | None = None
+    dimensions: int | None = None  # only so many of its first components (None: all), normalised again
 
     def __post_init__(self) -> None:
         if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):

@@ -20,11 +20,11 @@ from dsc_serve.documents import DocumentError, parse_toml, read_document
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of one section; `section` is its table in a file. kind: its annotated type."""
+    """One field of one section."""
 
-    section: str
+    section: str  # its table in a file
     name: str
-    kind: Any
+    kind: Any  # its annotated type
     default: Any
 
     @property

@@ -13,67 +13,55 @@ Literals = tuple[str | int, ...]  # texts, and tokens that are no text
 
 
 class ToolGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool that may be called. head: what stands before its arguments. schema: theirs, as JSON. field: what an error
-    of it names.
-    """
+    """A tool that may be called."""
 
-    head: Literals
-    schema: str
-    field: str
+    head: Literals  # what stands before its arguments
+    schema: str  # theirs, as JSON
+    field: str  # what an error of it names
 
 
 class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of tools, at most `most`; at least one, unless other text is allowed.
-
-    Without other text a call begins with `mark`; tail: what stands behind its arguments. A list of calls stands
-    between `start` and `end`, with `between` between two; without them each call begins anew, after `apart`.
-    triggers: other text is allowed, until one of these regexes ends, or one of these tokens comes: then a call follows,
-    without its mark.
-    """
+    """Calls of tools, at most `most`; at least one, unless other text is allowed."""
 
     tools: tuple[ToolGrammar, ...]
-    mark: str | int
-    tail: Literals = ()
-    start: str = ""
-    between: str = ""
-    end: str = ""
-    apart: str = ""
+    mark: str | int  # a call begins with it, where no other text is allowed
+    tail: Literals = ()  # what stands behind its arguments
+    start: str = ""  # a list of calls stands between this …
+    between: str = ""  # with this between two; without a list each call begins anew
+    end: str = ""  # … and this
+    apart: str = ""  # after this
     most: int = 1
+    # Other text is allowed, until one of these regexes ends, or one of these tokens comes: then a call follows, without
+    # its mark
     triggers: Literals = ()
 
 
 class ReasoningGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """Reasoning that may stand before a text, in which nothing is constrained. begun: the prompt has its opening."""
+    """Reasoning that may stand before a text, in which nothing is constrained."""
 
     opening: str | int
     closing: str | int
-    begun: bool
+    begun: bool  # the prompt has its opening
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the generated text must look like; exactly one of the first five says it.
+    """What the generated text must look like; exactly one of the first five says it."""
 
-    json: a JSON schema, as text. json_object: any JSON object. regex: what the whole text matches, in Rust's syntax,
-        which has no look-around and no back-references. choice: one of these texts. grammar: a context-free grammar in
-        Lark's or GBNF's syntax, that begins with `start` or `root`.
-    whitespace_pattern: a regex of what may stand between the tokens of JSON (default: a space behind each comma and
-        colon, and nothing else). disable_any_whitespace: True lets nothing stand there, False a space, or a line break
-        and an indent of up to 20.
-    disable_additional_properties: objects whose schema names properties have no others, unless it says so itself.
-    calls: calls of tools, instead of any of the five, or as an alternative to it.
-    reasoning: what may stand before all that.
-    """
-
-    json: str | None = None
-    json_object: bool = False
+    json: str | None = None  # a JSON schema, as text
+    json_object: bool = False  # any JSON object
+    # What the whole text matches, in Rust's syntax, which has no look-around and no back-references
     regex: str | None = None
-    choice: tuple[str, ...] = ()
-    grammar: str | None = None
+    choice: tuple[str, ...] = ()  # one of these texts
+    grammar: str | None = None  # a context-free grammar in Lark's or GBNF's syntax, that begins with `start` or `root`
+    # A regex of what may stand between the tokens of JSON (default: a space behind each comma and colon, and nothing
+    # else)
     whitespace_pattern: str | None = None
+    # True lets nothing stand there, False a space, or a line break and an indent of up to 20
     disable_any_whitespace: bool | None = None
+    # Objects whose schema names properties have no others, unless it says so itself
     disable_additional_properties: bool = False
-    calls: CallGrammar | None = None
-    reasoning: ReasoningGrammar | None = None
+    calls: CallGrammar | None = None  # calls of tools, instead of any of the five, or as an alternative to it
+    reasoning: ReasoningGrammar | None = None  # what may stand before all that
 
     def __post_init__(self) -> None:
         field = "structured_outputs"

@@ -31,11 +31,11 @@ LATE_S = 1.0  # late for so long in all, a request ends
 
 @dataclass(frozen=True)
 class End:
-    """How a request has ended that follows a grammar. error: "" where its text is whole."""
+    """How a request has ended that follows a grammar."""
 
     request: Request
     finish_reason: str
-    error: str = ""
+    error: str = ""  # "" where its text is whole
 
 
 def answered(requests: Sequence[Request], forward_s: float, company: bool) -> tuple[list[bool], float]:

@@ -27,12 +27,11 @@ FEW = 8  # graphs, with fewer of which each step is padded less if all of them s
 
 @dataclass(frozen=True)
 class GraphBudget:
-    """graphs: most that are captured, at least 1; nbytes: that they may take, by `GraphSizes`; seconds: after which no
-    further one is begun."""
+    """What captured steps may take."""
 
-    graphs: int = 64
-    nbytes: int = 512 << 20
-    seconds: float = 60.0
+    graphs: int = 64  # most that are captured, at least 1
+    nbytes: int = 512 << 20  # that they may take, by `GraphSizes`
+    seconds: float = 60.0  # after which no further one is begun
 
 
 USUAL = GraphBudget()

@@ -21,13 +21,12 @@ from dsc_serve.model.decoder import Decoder
 class StepOutput:
     """What a step gave, a row for each of its tokens.
 
-    hidden: [T, d], before the final norm. tokens: int64 [T], those of the largest logits; logits: float32 [T,
-    vocabulary]; both None where they are still to be computed, and overwritten by the next replay.
+    Tokens and logits are None where they are still to be computed, and overwritten by the next replay.
     """
 
-    hidden: Tensor
-    tokens: Tensor | None = None
-    logits: Tensor | None = None
+    hidden: Tensor  # [T, d], before the final norm
+    tokens: Tensor | None = None  # int64 [T], those of the largest logits
+    logits: Tensor | None = None  # float32 [T, vocabulary]
 
     def first(self, count: int) -> StepOutput:
         """The same of the first rows; the others are padding."""

@@ -16,11 +16,12 @@ COUNT_EDGES = tuple(float(2**i) for i in range(16))
 
 
 class Histogram(msgspec.Struct, array_like=True):
-    """counts: of the observations up to each edge and above the one before; the last, of those above all edges."""
+    """How many observations lay between the edges, and their sum."""
 
-    edges: tuple[float, ...]
+    edges: tuple[float, ...]  # rising
+    # Of the observations up to each edge and above the one before; the last, of those above all edges
     counts: list[int] = []
-    sum: float = 0.0
+    sum: float = 0.0  # of all observations
 
     def __post_init__(self) -> None:
         self.counts = self.counts or [0] * (len(self.edges) + 1)

@@ -12,11 +12,11 @@ from dsc_serve.parameter_errors import ParameterError
 
 @dataclass(eq=False)
 class AdapterEntry:
-    """An adapter in memory. users: leases on it, compositions in memory that read it, and who is loading one."""
+    """An adapter in memory."""
 
     loaded: LoadedAdapter
     parts: tuple[AdapterEntry, ...] = ()  # of a composition
-    users: int = 0
+    users: int = 0  # leases on it, compositions in memory that read it, and who is loading one
     retired: bool = False  # nobody new gets it
 
     @property

@@ -14,14 +14,11 @@ from dsc_serve.sampling_params import EmbeddingParams
 
 @dataclass(frozen=True)
 class Method:
-    """every_position: whether all of a prompt's positions must be computed for it, so that none comes from a cache.
+    """How the vectors of a text's positions become one."""
 
-    first: the first position that counts, of so many in all. weight: of each position that counts, of so many in all.
-    """
-
-    every_position: bool
-    first: Callable[[int], int]
-    weight: Callable[[int], float]
+    every_position: bool  # whether all of a prompt's positions must be computed for it, so that none comes from a cache
+    first: Callable[[int], int]  # the first position that counts, of so many in all
+    weight: Callable[[int], float]  # of each position that counts, of so many in all
 
 
 METHODS = {

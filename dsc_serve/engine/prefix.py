@@ -29,11 +29,11 @@ class Finder(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Pages whose blocks a request can share. rows: of each group its blocks, from the first it still sees."""
+    """Pages whose blocks a request can share."""
 
-    pages: int
+    pages: int  # how many
     gone: tuple[int, ...]  # of each group the pages before that
-    rows: tuple[list[int], ...]
+    rows: tuple[list[int], ...]  # of each group its blocks, from the first it still sees
     tail: tuple[int, ...] = ()  # of each group the block whose beginning can be copied behind them
     tokens: int = 0  # that need not be computed
 

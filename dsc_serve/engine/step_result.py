@@ -42,12 +42,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step that a device computes. places: what stands in the next step's inputs for the token of each request that
-    draws one, by id, in the order of `reading`."""
+    """A step that a device computes."""
 
+    # What stands in the next step's inputs for the token of each request that draws one, by id, in the order of
+    # `reading`
     places: dict[str, int]
-    reading: TokenReading
-    forward_s: float
+    reading: TokenReading  # of the tokens that it draws
+    forward_s: float  # until its layers had been launched
 
     def read(self) -> StepResult:
         """Waits for the device to have computed it."""

@@ -17,10 +17,10 @@ Reader = Callable[[Path, ModelConfig, Origin | None], Adapter]
 
 
 class AdapterKind(NamedTuple):
-    """holds: whether a folder holds an adapter of this kind."""
+    """A kind of adapters in folders."""
 
-    holds: Callable[[Path], bool]
-    read: Reader
+    holds: Callable[[Path], bool]  # whether a folder holds an adapter of this kind
+    read: Reader  # it
 
 
 KINDS: dict[str, AdapterKind] = {

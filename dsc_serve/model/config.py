@@ -68,17 +68,7 @@ class LayerKind(Strict):
 
 
 class ModelConfig(Strict):
-    """One decoder: layers of attention and an FFN of the configured kind.
-
-    attention_bias: of the projections to q, k and v; attention_output_bias: of the one after attention.
-    rotation: whether rotary positions turn queries and keys, and rotary_dim how many numbers of each head, None: all.
-    window: positions that a token sees, its own the last of them, 0: all. attention_cap, logits_cap: scores, and
-    logits, become cap · tanh(x / cap), 0: they stay. embedding_scale: what tokens' embeddings are multiplied by.
-    latent_size: the last so many numbers of a layer's one key are its value too, and there are no others; None: values
-    are projected as keys are.
-    layer_kinds: what differs from layer to layer; layer_pattern: the kind of each layer, by its place in that list,
-    repeated over the layers. Without kinds all layers are alike. quantised: which tensors are stored in fewer bits.
-    """
+    """One decoder: layers of attention and an FFN of the configured kind."""
 
     model_type: Literal["dsc"] = "dsc"
     vocab_size: Size
@@ -93,16 +83,18 @@ class ModelConfig(Strict):
     position_embedding_type: Literal["learned", "rope"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
-    attention_output_bias: bool = False
+    attention_bias: bool = False  # of the projections to q, k and v
+    attention_output_bias: bool = False  # of the one after attention
     norms: NormPlaces = "before"
     qk_norm: QkNorm = "none"
-    rotation: bool = True
-    rotary_dim: Size | None = None
-    window: Window = 0
-    attention_cap: Cap = 0.0
-    logits_cap: Cap = 0.0
-    embedding_scale: Annotated[float, Field(gt=0)] = 1.0
+    rotation: bool = True  # whether rotary positions turn queries and keys
+    rotary_dim: Size | None = None  # how many numbers of each head they turn, None: all
+    window: Window = 0  # positions that a token sees, its own the last of them, 0: all
+    attention_cap: Cap = 0.0  # scores become cap · tanh(x / cap), 0: they stay
+    logits_cap: Cap = 0.0  # the same of logits
+    embedding_scale: Annotated[float, Field(gt=0)] = 1.0  # what tokens' embeddings are multiplied by
+    # The last so many numbers of a layer's one key are its value too, and there are no others; None: values are
+    # projected as keys are
     latent_size: Size | None = None
     hidden_act: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     mlp_gated: bool = False
@@ -110,9 +102,11 @@ class ModelConfig(Strict):
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     ffn: FfnConfig
+    # What differs from layer to layer; without kinds all layers are alike
     layer_kinds: list[LayerKind] = Field(default_factory=list)
+    # The kind of each layer, by its place in that list, repeated over the layers
     layer_pattern: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
-    quantised: list[QuantisedTensors] = Field(default_factory=list)
+    quantised: list[QuantisedTensors] = Field(default_factory=list)  # which tensors are stored in fewer bits
 
     @model_validator(mode="after")
     def _quantised_once(self) -> ModelConfig:

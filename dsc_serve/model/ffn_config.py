@@ -13,8 +13,7 @@ class DscConfig(Strict):
     """Dynamic Subspace Composition: a static MLP plus, per token, K of M rank-1 atoms.
 
     Algorithm 2 of the paper (and its reference script) has router_norm, router_bias and a γ per channel; Algorithm 1
-    has no norm, no bias and a scalar γ. atoms says whether the file holds raw rows or rows already projected to
-    norm ≤ 1. bank: what tenants of this bank name it by; "": it has none.
+    has no norm, no bias and a scalar γ.
     """
 
     kind: Literal["dsc"] = "dsc"
@@ -26,8 +25,8 @@ class DscConfig(Strict):
     router_norm: bool = True
     router_bias: bool = True
     gamma: Literal["vector", "scalar"] = "vector"
-    atoms: Literal["raw", "projected"] = "raw"
-    bank: Annotated[str, Field(max_length=64)] = ""
+    atoms: Literal["raw", "projected"] = "raw"  # whether the file holds raw rows or rows already projected to norm ≤ 1
+    bank: Annotated[str, Field(max_length=64)] = ""  # what tenants of this bank name it by; "": it has none
 
     @model_validator(mode="after")
     def _enough_atoms(self) -> DscConfig:
@@ -44,28 +43,24 @@ class SharedExpertConfig(Strict):
 
 
 class MoeConfig(Strict):
-    """Mixture of experts: each token runs through the k experts of the largest probability, and the shared one if any.
-
-    normalize_weights: whether the weights of the k sum to 1, as where the softmax is over the logits of those k alone.
-    scoring: what makes scores of logits, a softmax over all or a sigmoid of each. choice_bias: whether something
-    is added to the scores where experts are picked, and not in their weights. groups: into which experts are divided;
-    of these groups_used may be picked from, those of the best scores, each the sum of its group_picks best experts'.
-    weight_scale: what weights are multiplied by at the end.
-    """
+    """Mixture of experts: each token runs through the k experts of the largest probability, and any shared one."""
 
     kind: Literal["moe"] = "moe"
     num_experts: Parts
     experts_per_token: Size
     expert_size: Size
     router_norm: bool = True
+    # Whether the weights of the k sum to 1, as where the softmax is over the logits of those k alone
     normalize_weights: bool = False
     shared_expert: SharedExpertConfig | None = None
+    # What makes scores of logits, a softmax over all or a sigmoid of each
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    # Whether something is added to the scores where experts are picked, and not in their weights
     choice_bias: bool = False
-    groups: Size = 1
-    groups_used: Size = 1
-    group_picks: Literal[1, 2] = 1
-    weight_scale: Annotated[float, Field(gt=0)] = 1.0
+    groups: Size = 1  # into which experts are divided
+    groups_used: Size = 1  # of them may be picked from, those of the best scores
+    group_picks: Literal[1, 2] = 1  # a group's score is the sum of so many best experts' of it
+    weight_scale: Annotated[float, Field(gt=0)] = 1.0  # what weights are multiplied by at the end
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoeConfig:

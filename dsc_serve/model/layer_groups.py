@@ -18,14 +18,12 @@ WASTE = 0.15  # of the layers' number: places for layers that no layer takes, wh
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """windows: of each group the positions that its layers see, 0: all. group, place: of each layer its group and its
-    place in the group's blocks. size: places of a block.
-    """
+    """Which layers keep their blocks together."""
 
-    windows: tuple[int, ...]
-    group: tuple[int, ...]
-    place: tuple[int, ...]
-    size: int
+    windows: tuple[int, ...]  # of each group the positions that its layers see, 0: all
+    group: tuple[int, ...]  # of each layer
+    place: tuple[int, ...]  # of each layer in its group's blocks
+    size: int  # places of a block
 
 
 def group_layers(windows: Sequence[int], context: int) -> LayerGroups:

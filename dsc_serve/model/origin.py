@@ -15,10 +15,10 @@ FILE = "origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """The configuration under Hugging Face's field names, `architectures` among them. path: of its file, for errors."""
+    """What a model was before it got the serving form."""
 
-    content: Mapping[str, Any]
-    path: Path
+    content: Mapping[str, Any]  # the configuration under Hugging Face's field names, `architectures` among them
+    path: Path  # of its file, for errors
 
 
 def read_origin(folder: Path) -> Origin | None:

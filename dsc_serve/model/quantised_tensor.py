@@ -15,20 +15,16 @@ VALUES, SCALES, MINIMUMS, LEFT, RIGHT = "values", "scales", "minimums", "left", 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """w = scale · q + minimum, of `group` neighbours in the last dimension each; the fields as in `QuantisedWeight`.
+    """w = scale · q + minimum, of `group` neighbours in the last dimension each; the fields as in `QuantisedWeight`."""
 
-    values: int8 [..., in], or with 4 bits uint8 [..., ⌈in / 2⌉]; scales and minimums: float16 [..., ⌈in / group⌉];
-    left [..., rank] and right [rank, in]: a product that is added.
-    """
-
-    values: Tensor
-    scales: Tensor
-    minimums: Tensor | None
+    values: Tensor  # int8 [..., in], or with 4 bits uint8 [..., ⌈in / 2⌉]
+    scales: Tensor  # float16 [..., ⌈in / group⌉]
+    minimums: Tensor | None  # the same, where there are any
     bits: Bits
     group: int
     shape: tuple[int, ...]
-    left: Tensor | None = None
-    right: Tensor | None = None
+    left: Tensor | None = None  # [..., rank], of a product that is added
+    right: Tensor | None = None  # [rank, in]
 
     @property
     def parts(self) -> dict[str, Tensor]:

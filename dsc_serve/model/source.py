@@ -28,14 +28,12 @@ SILENT_S, APART_S = 5.0, 10.0  # what loads faster says nothing; how often a log
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: read gives it, [shape] in this dtype, in memory of its own that no file shows through.
-
-    quantised: gives what is stored in 4 or 8 bits as it is, None where float16 scales do not hold it after all.
-    """
+    """A tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  # gives it, [shape] in this dtype, in memory of its own that no file shows through
+    # Gives what is stored in 4 or 8 bits as it is, None where float16 scales do not hold it after all
     quantised: Callable[[], QuantisedTensor | None] | None = None
 
     def mapped(self, take: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Stored:
@@ -62,19 +60,16 @@ def commonest_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model at a path, under the names and in the forms of `tensor_shapes`; nothing of it has been read yet.
-
-    dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
-    origin: the family's form that the tensors were brought from; None: they were made in the serving form.
-    exact_in_float32: whether nothing is held in few bits under `weights` "auto" where float32 is asked for.
-    """
+    """A model at a path, under the names and in the forms of `tensor_shapes`; nothing of it has been read yet."""
 
     path: Path
     config: ModelConfig
     tensors: Mapping[str, Stored]
-    dtype: torch.dtype
-    texts: Callable[[], dict[str, str]]
+    dtype: torch.dtype  # what the weights are taken to be stored in
+    texts: Callable[[], dict[str, str]]  # the tokenizer's files, by name, when they are asked for
+    # The family's form that the tensors were brought from; None: they were made in the serving form
     origin: Origin | None = None
+    # Whether nothing is held in few bits under `weights` "auto" where float32 is asked for
     exact_in_float32: bool = False
 
     def auto_weights(self, dtype: str) -> str:

@@ -31,16 +31,14 @@ class AdapterEngine(Protocol):
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What a request's `model` and `dsc.adapters` mean. name: what its answer calls it.
+    """What a request's `model` and `dsc.adapters` mean."""
 
-    choice: None: the base alone. label: of metrics and logs, "" of the base.
-    """
-
-    name: str
-    choice: AdapterChoice | None = None
+    name: str  # what its answer calls it
+    choice: AdapterChoice | None = None  # None: the base alone
 
     @property
     def label(self) -> str:
+        """Of metrics and logs, "" of the base."""
         if self.choice is None:
             return ""
         return self.choice.names[0] if self.choice.single else COMPOSITION
@@ -48,13 +46,10 @@ class ResolvedModel:
 
 @dataclass
 class Catalogue:
-    """The adapters by name, as the engine listed them at most LOOK_S ago; while it does not answer, as it last did.
-
-    bases: the names of the base model, of which no adapter can take one.
-    """
+    """The adapters by name, as the engine listed them at most LOOK_S ago; while it does not answer, as it last did."""
 
     engine: AdapterEngine
-    bases: tuple[str, ...]
+    bases: tuple[str, ...]  # the names of the base model, of which no adapter can take one
     known: Mapping[str, AdapterInfo] = field(default_factory=dict)
     _looked: float = float("-inf")
     _answered: bool = False  # the engine, ever

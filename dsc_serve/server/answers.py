@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dsc_serve.server.tools.described import ToolCall
 
@@ -41,20 +41,16 @@ class Usage(AnswerModel):
 
 
 class Routing(AnswerModel):
-    """Lists over tokens, layers and picks: what the tokens from position `start` on picked, the strongest first.
-
-    Of DSC layers `atoms` with their `coefficients`; of a mixture `experts`, or `adapters`, with their `gates`, and
-    `signal` is the largest of these.
-    """
+    """Lists over tokens, layers and picks: what the tokens from position `start` on picked, the strongest first."""
 
     start: int
     token_ids: list[int]
-    atoms: list[list[list[int]]] | None = None
-    coefficients: list[list[list[float]]] | None = None
-    experts: list[list[list[int]]] | None = None
-    adapters: list[list[list[int]]] | None = None
-    gates: list[list[list[float]]] | None = None
-    signal: list[list[float]]
+    atoms: list[list[list[int]]] | None = Field(default=None, description="of DSC layers")
+    coefficients: list[list[list[float]]] | None = Field(default=None, description="the atoms'")
+    experts: list[list[list[int]]] | None = Field(default=None, description="of a mixture")
+    adapters: list[list[list[int]]] | None = Field(default=None, description="of a mixture of LoRAs")
+    gates: list[list[list[float]]] | None = Field(default=None, description="the experts', or the adapters'")
+    signal: list[list[float]] = Field(description="of a mixture the largest of its gates")
 
 
 class Timings(AnswerModel):
@@ -68,9 +64,11 @@ class Timings(AnswerModel):
 
 
 class Dsc(AnswerModel):
-    """finish_reason: this server's own, where it may say more than OpenAI's five do."""
+    """This server's own."""
 
-    finish_reason: Literal["stop", "length", "timeout"] | None = None
+    finish_reason: Literal["stop", "length", "timeout"] | None = Field(
+        default=None, description="where it may say more than OpenAI's five do"
+    )
     routing: Routing | None = None
     timings: Timings | None = None
 
@@ -83,14 +81,12 @@ class CompletionLogprobs(AnswerModel):
 
 
 class CompletionChoice(AnswerModel):
-    """`token_ids` where the model has no tokenizer."""
-
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
-    token_ids: list[int] | None = None
+    token_ids: list[int] | None = Field(default=None, description="where the model has no tokenizer")
     dsc: Dsc | None = None
 
 
@@ -120,12 +116,10 @@ class ChatLogprobs(AnswerModel):
 
 class AssistantMessage(AnswerModel):
     role: Literal["assistant"]
-    """reasoning_content and tool_calls: only where there are some; content is null beside calls without text."""
-
-    content: str | None
+    content: str | None = Field(description="null beside calls without text")
     refusal: None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = Field(default=None, description="only where there is some")
+    tool_calls: list[ToolCall] | None = Field(default=None, description="only where there are some")
 
 
 class ChatChoice(AnswerModel):
@@ -156,11 +150,11 @@ class Trace(AnswerModel):
 
 
 class Embedding(AnswerModel):
-    """`embedding` is a list of numbers or, where `encoding_format` is base64, float32 in little-endian order."""
-
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | str = Field(
+        description="a list of numbers or, where `encoding_format` is base64, float32 in little-endian order"
+    )
 
 
 class EmbeddingUsage(AnswerModel):
@@ -183,10 +177,8 @@ class Tokens(AnswerModel):
 
 
 class Text(AnswerModel):
-    """token_strs: where asked for."""
-
     prompt: str
-    token_strs: list[str] | None = None
+    token_strs: list[str] | None = Field(default=None, description="where asked for")
 
 
 class Version(AnswerModel):
@@ -202,14 +194,14 @@ class ModelDsc(AnswerModel):
 
 
 class ModelAdapter(AnswerModel):
-    """bytes: in memory. Kind and sizes are known once an adapter has been read. error: why it cannot be used."""
+    """Kind and sizes are known once an adapter has been read."""
 
     kind: str | None
     rank: int
     modules: int
-    bytes: int
+    bytes: int = Field(description="in memory")
     loaded: bool
-    error: str | None
+    error: str | None = Field(description="why it cannot be used")
 
 
 class ModelPicks(AnswerModel):
@@ -222,22 +214,17 @@ class ModelPicks(AnswerModel):
 
 
 class Model(AnswerModel):
-    """dsc: null where the model has no DSC layers. picks: null where its tokens pick nothing.
-
-    parent: of an adapter, its base; root: the digest of its content.
-    """
-
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    parent: str | None
-    root: str | None
+    parent: str | None = Field(description="of an adapter, its base")
+    root: str | None = Field(description="of an adapter, the digest of its content")
     max_model_len: int
     tool_calls: str
     reasoning: bool
-    dsc: ModelDsc | None
-    picks: ModelPicks | None
+    dsc: ModelDsc | None = Field(description="null where the model has no DSC layers")
+    picks: ModelPicks | None = Field(description="null where its tokens pick nothing")
     adapter: ModelAdapter | None
 
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 import numpy as np
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from dsc_serve.parameter_errors import ParameterError
 from dsc_serve.sampling_params import EMBEDDED, EmbeddingParams, check_embedding
@@ -39,12 +39,10 @@ def check_input(value: Any) -> Prompt:
 
 
 class EmbeddingRequest(EngineFields, HarmlessFields):
-    """dimensions: only so many first components, normalised again. truncate_prompt_tokens: as in a completion."""
-
     input: Annotated[Prompt, PlainValidator(check_input, json_schema_input_type=Prompt)]
-    dimensions: Count | None = None
+    dimensions: Count | None = Field(default=None, description="only so many first components, normalised again")
     encoding_format: Literal["float", "base64"] | None = None
-    truncate_prompt_tokens: Truncation | None = None
+    truncate_prompt_tokens: Truncation | None = Field(default=None, description="as in a completion")
 
     @property
     def names(self) -> Mapping[str, str]:

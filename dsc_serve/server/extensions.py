@@ -23,35 +23,44 @@ TopAtoms = Annotated[int, Field(ge=1, le=1024)]
 
 
 class AdapterFields(Fields):
-    """adapters: weights by adapters' names, instead of an adapter in `model`. composition: sum: the updates of the
-    adapters added with their weights; product_of_sums: the two matrices of each added first, as LoRAHub has it.
-    """
+    """Which adapters are asked for."""
 
-    adapters: Annotated[dict[str, float], Field(min_length=1)] | None = None
-    composition: Literal["sum", "product_of_sums"] | None = None
+    adapters: Annotated[dict[str, float], Field(min_length=1)] | None = Field(
+        default=None, description="weights by adapters' names, instead of an adapter in `model`"
+    )
+    composition: Literal["sum", "product_of_sums"] | None = Field(
+        default=None,
+        description=(
+            "sum: the updates of the adapters added with their weights; product_of_sums: the two matrices of each "
+            "added first, as LoRAHub has it"
+        ),
+    )
 
 
 class SchedulingFields(AdapterFields):
-    """priority: lower is served earlier, by the policies that look at it. deadline_ms: from the request's arrival at
-    the engine; a request that has not ended by then ends with an error, or, once it has begun to answer, with the
-    finish reason `timeout`.
-    """
+    """How urgent a request is."""
 
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    deadline_ms: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S * 1000)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = Field(
+        default=None, description="lower is served earlier, by the policies that look at it"
+    )
+    deadline_ms: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S * 1000)] | None = Field(
+        default=None,
+        description=(
+            "from the request's arrival at the engine; a request that has not ended by then ends with an error, or, "
+            "once it has begun to answer, with the finish reason `timeout`"
+        ),
+    )
 
 
 class DscFields(SchedulingFields):
-    """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings.
+    """Extensions. An answer to a request that has this object has one as well, in each choice, with its timings."""
 
-    return_routing: tell what every token but the last one picked. top_k_atoms: only so many atoms per layer, the
-    strongest. max_drafts: of the tokens that may follow, most that a step computes with this request's own; 0: none.
-    priority, deadline_ms: as everywhere.
-    """
-
-    return_routing: bool | None = None
-    top_k_atoms: TopAtoms | None = None
-    max_drafts: Annotated[int, Field(ge=0, le=64)] | None = None
+    return_routing: bool | None = Field(default=None, description="tell what every token but the last one picked")
+    top_k_atoms: TopAtoms | None = Field(default=None, description="only so many atoms per layer, the strongest")
+    max_drafts: Annotated[int, Field(ge=0, le=64)] | None = Field(
+        default=None,
+        description="of the tokens that may follow, most that a step computes with this request's own; 0: none",
+    )
 
     @property
     def routing(self) -> int:

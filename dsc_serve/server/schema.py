@@ -68,22 +68,24 @@ def wrong_item(param: str, value: object, allowed: str) -> Exception:
 
 
 class StreamOptions(Fields):
-    """continuous_usage_stats: every event tells the usage so far, not only the last one; vLLM's field."""
-
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="every event tells the usage so far, not only the last one; vLLM's field"
+    )
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
 class EngineFields(Fields):
     """What every request to the engine has; null means the default.
 
-    user: whom the policy `fair` charges where no API key says it; named in the log where the request fails. priority,
-    queue_timeout_s, timeout_s and cache_salt are those of `SchedulingParams`.
+    Priority, queue_timeout_s, timeout_s and cache_salt are those of `SchedulingParams`.
     """
 
     model: str | None = None
-    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = Field(
+        default=None,
+        description="whom the policy `fair` charges where no API key says it; named in the log where the request fails",
+    )
     priority: Count | None = None
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
@@ -127,10 +129,7 @@ class EngineFields(Fields):
 
 
 class GenerationFields(EngineFields, HarmlessGenerationFields):
-    """What both endpoints take. The sampling fields are those of SamplingParams.
-
-    truncate_prompt_tokens: keep so many of the prompt's last tokens, -1: as many as fit; vLLM's field.
-    """
+    """What both endpoints take. The sampling fields are those of SamplingParams."""
 
     dsc: DscFields | None = None
     temperature: float | None = None
@@ -153,7 +152,9 @@ class GenerationFields(EngineFields, HarmlessGenerationFields):
     structured_outputs: StructuredOutputsFields | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    truncate_prompt_tokens: Truncation | None = None
+    truncate_prompt_tokens: Truncation | None = Field(
+        default=None, description="keep so many of the prompt's last tokens, -1: as many as fit; vLLM's field"
+    )
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -252,11 +253,11 @@ class CompletionRequest(GenerationFields):
 
 
 class TextPart(Fields):
-    """cache_control: what to keep in a cache, which this server decides itself; Anthropic's field."""
-
     type: Literal["text"]
     text: str
-    cache_control: Notes | None = None
+    cache_control: Notes | None = Field(
+        default=None, description="what to keep in a cache, which this server decides itself; Anthropic's field"
+    )
 
 
 Content = Annotated[TextOption | Annotated[list[TextPart], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
@@ -278,23 +279,27 @@ class Prediction(Fields):
 
 
 class Message(Fields):
-    """name: whose message it is, where the template shows that. cache_control: as in a part.
-    content may be null, or missing, in an assistant's message. tool_call_id: of a tool's message, whose content is
-    the result of the call of that id. reasoning_content: as an answer had it; the template decides what to do with it.
-    provider_specific_fields: LiteLLM's notes for itself, which it sends along with an answer of ours.
-    """
+    """Content may be null, or missing, in an assistant's message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: Annotated[str, Field(max_length=MAX_USER)] | None = None
-    cache_control: Notes | None = None
+    content: Content | None = Field(
+        default=None, description="of a tool's message the result of the call of its `tool_call_id`"
+    )
+    name: Annotated[str, Field(max_length=MAX_USER)] | None = Field(
+        default=None, description="whose message it is, where the template shows that"
+    )
+    cache_control: Notes | None = Field(default=None, description="as in a part")
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
     tool_calls: Annotated[list[CallFields], FIRST_ERROR] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    provider_specific_fields: dict[str, Any] | None = None
+    tool_call_id: str | None = Field(default=None, description="of a tool's message")
+    reasoning_content: str | None = Field(
+        default=None, description="as an answer had it; the template decides what to do with it"
+    )
+    provider_specific_fields: dict[str, Any] | None = Field(
+        default=None, description="LiteLLM's notes for itself, which it sends along with an answer of ours"
+    )
     function_call: Annotated[Any, Only()] = None
 
     @property
@@ -306,15 +311,17 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 
 
 class ChatRequest(GenerationFields):
-    """add_generation_prompt: whether the assistant's answer begins (default: true). continue_final_message: go on with
-    the last message instead of beginning an answer. chat_template_kwargs: what the template reads beside the messages,
-    as {"enable_thinking": false} of some. vLLM's fields.
-    """
-
     messages: Messages
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Notes | None = None
+    add_generation_prompt: bool | None = Field(
+        default=None, description="whether the assistant's answer begins (default: true); vLLM's field"
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="go on with the last message instead of beginning an answer; vLLM's field"
+    )
+    chat_template_kwargs: Notes | None = Field(
+        default=None,
+        description="what the template reads beside the messages, as {'enable_thinking': false} of some; vLLM's field",
+    )
     add_special_tokens: Annotated[Any, Only(False)] = None
     echo: Annotated[Any, Only(False)] = None
     logprobs: bool | None = None

@@ -66,19 +66,17 @@ class ResponseFormat(Fields):
 
 
 class StructuredOutputsFields(Fields):
-    """vLLM's way. Exactly one of `json`, `json_object`, `regex`, `choice` and `grammar` must be set.
-
-    grammar: Lark or GBNF. whitespace_pattern: a regex of what may stand between the tokens of JSON, by default nothing;
-    disable_any_whitespace: false lets white space stand there.
-    """
+    """vLLM's way. Exactly one of `json`, `json_object`, `regex`, `choice` and `grammar` must be set."""
 
     json_: Annotated[SchemaOrText, Field(alias="json")] = None
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
-    grammar: str | None = None
-    whitespace_pattern: str | None = None
-    disable_any_whitespace: bool | None = None
+    grammar: str | None = Field(default=None, description="Lark or GBNF")
+    whitespace_pattern: str | None = Field(
+        default=None, description="a regex of what may stand between the tokens of JSON, by default nothing"
+    )
+    disable_any_whitespace: bool | None = Field(default=None, description="false lets white space stand there")
     disable_additional_properties: bool | None = None
     structural_tag: Annotated[Any, Only()] = None
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from dsc_serve.parameter_errors import ContextLengthError
 from dsc_serve.server.chat import check_continuation, rendered
@@ -20,23 +20,25 @@ from dsc_serve.server.tools.fields import Tools, tools_of
 
 
 class TokenizeRequest(Fields):
-    """Either `prompt`, or the `messages` of a chat.
-
-    add_special_tokens: what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template
-    writes its own. tools: of a chat, as its request would have them. add_generation_prompt: of a chat, whether the
-    assistant's answer begins (default: true). continue_final_message, chat_template_kwargs: as of a chat.
-    return_token_strs: tell each token's text.
-    """
+    """Either `prompt`, or the `messages` of a chat."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Tools | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Notes | None = None
-    return_token_strs: bool | None = None
+    tools: Tools | None = Field(default=None, description="of a chat, as its request would have them")
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description=(
+            "what the tokenizer adds to a prompt; by default for a prompt and not for a chat, whose template writes "
+            "its own"
+        ),
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="of a chat, whether the assistant's answer begins (default: true)"
+    )
+    continue_final_message: bool | None = Field(default=None, description="as of a chat")
+    chat_template_kwargs: Notes | None = Field(default=None, description="as of a chat")
+    return_token_strs: bool | None = Field(default=None, description="tell each token's text")
 
 
 def check_tokens(value: Any) -> list[int]:
@@ -50,10 +52,8 @@ def check_tokens(value: Any) -> list[int]:
 
 
 class DetokenizeRequest(Fields):
-    """return_token_strs: tell each token's text too."""
-
     model: str | None = None
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = Field(default=None, description="tell each token's text too")
     tokens: Annotated[list[int], PlainValidator(check_tokens, json_schema_input_type=list[int])]
 
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from dsc_serve.sampling_params import ALL_ATOMS, SamplingParams
 from dsc_serve.server.adapters import ResolvedModel
@@ -31,10 +31,10 @@ def check_one_prompt(value: Any) -> OnePrompt:
 
 
 class TraceRequest(EngineFields):
-    """top_k_atoms: only so many atoms per layer, the strongest; without it, all that a token picks."""
-
     prompt: Annotated[OnePrompt, PlainValidator(check_one_prompt, json_schema_input_type=OnePrompt)]
-    top_k_atoms: TopAtoms | None = None
+    top_k_atoms: TopAtoms | None = Field(
+        default=None, description="only so many atoms per layer, the strongest; without it, all that a token picks"
+    )
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -52,17 +52,14 @@ class Mailbox:
 
 @dataclass
 class Pending:
-    """A request that has not ended. begun: it has said something. tries: engines that it was submitted to.
-
-    arrived: in monotonic seconds.
-    """
+    """A request that has not ended."""
 
     submit: Submit
     family: Family
     deltas: Mailbox = field(default_factory=Mailbox)
-    begun: bool = False
-    tries: int = 0
-    arrived: float = field(default_factory=time.monotonic)
+    begun: bool = False  # it has said something
+    tries: int = 0  # engines that it was submitted to
+    arrived: float = field(default_factory=time.monotonic)  # in monotonic seconds
 
 
 class Family:

@@ -22,25 +22,19 @@ FLOORS = ("wide_loads", "matrix_instructions", "warpgroup_instructions", "copies
 
 
 class BudgetRow(TypedDict):
-    """What one compiled kernel needs.
-
-    registers: per thread (vector registers on AMD); shared_bytes: per program; spills: instructions that move registers
-    to and from memory (on AMD spilled registers); wide_loads: loads of 16 bytes a thread, in the code, not as executed;
-    matrix_instructions: tensor-core or matrix-core instructions in the code; warpgroup_instructions: those of them that
-    four warps issue together (sm_90's wgmma). In the loops that hold them, on NVIDIA, loop_shuffles: moves between
-    lanes; copies_in_flight: groups of copies to shared memory that a barrier leaves on their way (without a loop, any).
-    """
+    """What one compiled kernel needs."""
 
     kernel: str
     config: str
     target: str
-    registers: int
-    shared_bytes: int
-    spills: int
-    wide_loads: int
-    matrix_instructions: int
-    warpgroup_instructions: int
-    loop_shuffles: int
+    registers: int  # per thread (vector registers on AMD)
+    shared_bytes: int  # per program
+    spills: int  # instructions that move registers to and from memory (on AMD spilled registers)
+    wide_loads: int  # loads of 16 bytes a thread, in the code, not as executed
+    matrix_instructions: int  # tensor-core or matrix-core instructions in the code
+    warpgroup_instructions: int  # those of them that four warps issue together (sm_90's wgmma)
+    loop_shuffles: int  # moves between lanes, in the loops that hold them, on NVIDIA
+    # Groups of copies to shared memory that a barrier leaves on their way in these loops (without a loop, any)
     copies_in_flight: int
 
 

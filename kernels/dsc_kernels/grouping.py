@@ -19,15 +19,11 @@ TILE = 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """The different atoms of each tile of tokens.
+    """The different atoms of each tile of tokens."""
 
-    atoms int32 [n]: ascending within a tile, one tile after the other; offsets int64 [tiles + 1]: where each begins;
-    picks: how many picks the tiles hold together, tokens · K.
-    """
-
-    atoms: Tensor
-    offsets: Tensor
-    picks: int
+    atoms: Tensor  # int32 [n], ascending within a tile, one tile after the other
+    offsets: Tensor  # int64 [tiles + 1]: where each begins
+    picks: int  # how many picks the tiles hold together, tokens · K
 
     @property
     def sharing(self) -> float:

@@ -17,16 +17,13 @@ PROGRAM_BANDWIDTH = 80e9  # of one program: about 56 KB on their way, which take
 
 @dataclass(frozen=True)
 class Launch:
-    """read: weights and rows that are read, in numbers; products: multiplications of the whole step.
-
-    Where programs read the same again, from the cache: all that they read together; and what one of few must read.
-    """
+    """What a kernel reads and multiplies in one launch."""
 
     name: str
-    read: float = 0
-    products: float = 0
-    cached: float = 0
-    of_a_program: float = 0
+    read: float = 0  # weights and rows that are read, in numbers
+    products: float = 0  # multiplications of the whole step
+    cached: float = 0  # where programs read the same again, from the cache: all that they read together
+    of_a_program: float = 0  # and what one of few must read
 
     def seconds(self, bandwidth: float = BANDWIDTH, flops: float = FLOPS) -> float:
         """The longest of what it does, without its launch."""

@@ -32,21 +32,21 @@ class Level:
 class DeviceConstants:
     """What a machine does per second, with all its compute threads.
 
-    gather: rising in size, the last of any size. stream: bytes/s of weights read once. flops: FLOP/s of large products
-    by dtype. order_token, order_pick: seconds to order a token, and per pick of it. source: where the numbers are from.
     The defaults are those of two server cores with AVX-512.
     """
 
+    # Rising in size, the last of any size
     gather: tuple[Level, ...] = (
         Level(4 << 20, 3.2e-11),
         Level(45 << 20, 3.5e-11),
         Level(math.inf, 6.2e-11),
     )
-    stream: float = 30e9
+    stream: float = 30e9  # bytes/s of weights read once
+    # FLOP/s of large products by dtype
     flops: dict[str, float] = field(default_factory=lambda: {"bfloat16": 0.4e12, "float32": 0.2e12})
-    order_token: float = 1.7e-8
-    order_pick: float = 6.4e-10
-    source: str = "defaults"
+    order_token: float = 1.7e-8  # seconds to order a token
+    order_pick: float = 6.4e-10  # and per pick of it
+    source: str = "defaults"  # where the numbers are from
 
     def seconds_per_byte(self, size: float) -> float:
         """Of rows out of a working set of so many bytes."""
@@ -55,18 +55,15 @@ class DeviceConstants:
 
 @dataclass(frozen=True)
 class Shape:
-    """A DSC layer: atoms M, atoms per token K, width d, hidden units H of its static part, the dtype it computes in.
+    """A DSC layer."""
 
-    bank_row, router_row: bytes of an atom's rows of both banks, and of its row of the router, where they are quantised.
-    """
-
-    atoms: int
-    k: int
-    d: int
-    hidden: int
-    dtype: torch.dtype
-    bank_row: int | None = None
-    router_row: int | None = None
+    atoms: int  # M
+    k: int  # atoms per token K
+    d: int  # width
+    hidden: int  # units H of its static part
+    dtype: torch.dtype  # that it computes in
+    bank_row: int | None = None  # bytes of an atom's rows of both banks, where they are quantised
+    router_row: int | None = None  # bytes of its row of the router, where that is quantised
 
     @property
     def row(self) -> int:

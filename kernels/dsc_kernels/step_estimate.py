@@ -35,25 +35,22 @@ LAUNCHES_BEFORE = {"dsc": 27, "molora": 25, "moe": 32, "dense": 24}  # of a laye
 
 @dataclass(frozen=True)
 class StepSizes:
-    """A decoder in the paper's notation; kv: key-value heads; hidden: width of an expert, of `experts`, k of them used.
-
-    dense: width of a dense FFN as large as all of it.
-    """
+    """A decoder in the paper's notation."""
 
     d: int
     layers: int
     vocabulary: int
     heads: int
-    kv: int
-    size: int
+    kv: int  # key-value heads
+    size: int  # of a head
     atoms: int
-    k: int
-    static: int
+    k: int  # atoms per token
+    static: int  # width of the static MLP
     experts: int
-    experts_used: int
-    hidden: int
-    dense: int
-    context: int
+    experts_used: int  # by a token
+    hidden: int  # width of an expert
+    dense: int  # width of a dense FFN as large as all of it
+    context: int  # tokens of each sequence
     adapters: tuple[int, int, int, int] = (0, 0, 0, 0)  # how many, used, rank, width of the static MLP beside them
     gated: bool = False  # whether experts are
 

@@ -27,16 +27,12 @@ class Companion(Protocol):
 
 @dataclass(frozen=True)
 class SourceKind:
-    """A kind of source. make: the source of a new request; None: it has none.
+    """A kind of source."""
 
-    chances: what is expected of its drafts before any was tried, for each strength. certain: whether they must follow,
-    so that the drafts of others come after them. together: who makes them before the sources are asked; None: nobody.
-    """
-
-    make: Callable[[Request], DraftSource | None]
-    chances: tuple[float, ...]
-    certain: bool = False
-    together: Companion | None = None
+    make: Callable[[Request], DraftSource | None]  # the source of a new request; None: it has none
+    chances: tuple[float, ...]  # what is expected of its drafts before any was tried, for each strength
+    certain: bool = False  # whether they must follow, so that the drafts of others come after them
+    together: Companion | None = None  # who makes them before the sources are asked; None: nobody
 
 
 SOURCES: dict[str, SourceKind] = {

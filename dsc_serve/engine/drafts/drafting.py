@@ -17,17 +17,13 @@ Strength = tuple[str, int]  # the source's name, and how sure it was
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
-    """What may follow a request's tokens.
+    """What may follow a request's tokens."""
 
-    strength: how sure the source is, in steps of its own. led: how many of the first tokens must follow, and come from
-    `leader`.
-    """
-
-    source: str
+    source: str  # its name
     tokens: Sequence[int]
-    strength: int = 0
-    leader: str = ""
-    led: int = 0
+    strength: int = 0  # how sure the source is, in steps of its own
+    leader: str = ""  # the source that the first of them come from, if another one
+    led: int = 0  # how many of the first tokens must follow, and come from `leader`
 
     def shares(self, right: int, computed: int) -> list[tuple[Strength, int, int]]:
         """Of so many drafts that proved right, and that were computed, those of each source."""

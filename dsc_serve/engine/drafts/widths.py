@@ -10,15 +10,12 @@ from dsc_serve.engine.draft_time import DraftCost
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """The drafts of one request.
+    """The drafts of one request."""
 
-    chances: that each is right where all before it are. mask_ms: that it takes longer for each but the first `known`,
-    until a grammar has said what may follow.
-    """
-
-    chances: Sequence[float]
+    chances: Sequence[float]  # that each is right where all before it are
+    # That it takes longer for each but the first `known`, until a grammar has said what may follow
     mask_ms: float = 0.0
-    known: int = 0
+    known: int = 0  # drafts of which that has been said
 
     @property
     def most(self) -> int:

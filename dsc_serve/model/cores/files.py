@@ -101,17 +101,15 @@ class StoredBasis:
 
 @dataclass(frozen=True)
 class StoredCores:
-    """What is an adapter's own. matrices: A and B of modules that are not on the basis, the scale within B.
-
-    certificate: by module what the basis leaves out; empty where it leaves nothing out.
-    """
+    """What is an adapter's own."""
 
     path: Path
     basis: str  # digest
     kind: str
     base: str
     cores: Mapping[str, Stored]
-    matrices: Mapping[str, Mapping[str, Stored]]
+    matrices: Mapping[str, Mapping[str, Stored]]  # A and B of modules that are not on the basis, the scale within B
+    # By module what the basis leaves out; empty where it leaves nothing out
     certificate: Mapping[str, Certified] = field(default_factory=dict)
 
     def core(self, module: str, shape: tuple[int, int]) -> Tensor:

@@ -16,12 +16,12 @@ from dsc_serve.model.peft.inspection import Inspected, inspect_adapter
 
 @dataclass(frozen=True)
 class SharedSet:
-    """Adapters on one basis. alone: bytes of the LoRAs that they were."""
+    """Adapters on one basis."""
 
-    digest: str
+    digest: str  # the basis's
     pairs: Mapping[str, Pair]
     adapters: Mapping[str, SharedAdapter]
-    alone: Mapping[str, int]
+    alone: Mapping[str, int]  # bytes of the LoRAs that they were
 
 
 def share(

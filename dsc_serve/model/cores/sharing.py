@@ -26,11 +26,11 @@ Moments = Mapping[str, Tensor]  # by module E[x xᵀ] of its inputs, float64 [in
 
 @dataclass(frozen=True)
 class SharedAdapter:
-    """An adapter on a basis. own: modules that are not on it, as they were; certificate: of all."""
+    """An adapter on a basis."""
 
     cores: dict[str, Tensor] = field(default_factory=dict)
-    own: dict[str, Matrices] = field(default_factory=dict)
-    certificate: dict[str, Certified] = field(default_factory=dict)
+    own: dict[str, Matrices] = field(default_factory=dict)  # modules that are not on it, as they were
+    certificate: dict[str, Certified] = field(default_factory=dict)  # of all modules
 
     @property
     def nbytes(self) -> int:

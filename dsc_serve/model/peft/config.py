@@ -64,13 +64,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What a configuration claims. base: the name that it gives its base; fan_in_fan_out: see `modules`."""
+    """What a configuration claims."""
 
     content: Mapping[str, Any]
     form: str  # of FORMS
-    base: str
+    base: str  # the name that it gives its base
     targets: Targets
-    fan_in_fan_out: bool
+    fan_in_fan_out: bool  # see `modules`
     rank: int
     alpha: float
     rslora: bool

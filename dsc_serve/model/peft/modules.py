@@ -37,10 +37,10 @@ NOT_ADAPTED = {
 
 @dataclass(frozen=True)
 class BaseModule(Named):
-    """A linear module of the base. parts: those of the serving form that it becomes, with their rows; [out, into]."""
+    """A linear module of the base."""
 
-    parts: tuple[tuple[ModuleName, str, int], ...] = ()
-    out: int = 0
+    parts: tuple[tuple[ModuleName, str, int], ...] = ()  # those of the serving form that it becomes, with their rows
+    out: int = 0  # [out, into] is its shape
     into: int = 0
 
 

@@ -15,22 +15,19 @@ MOST = 2**14  # entries of a list
 
 @dataclass(frozen=True)
 class Named:
-    """A module by its name in the base model. layer: None for what stands in no layer."""
+    """A module by its name in the base model."""
 
     name: str
-    layer: int | None = None
+    layer: int | None = None  # None for what stands in no layer
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` say together.
+    """What `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` say together."""
 
-    entries: tests by entry of `target_modules`. layers: None: all.
-    """
-
-    entries: Mapping[str, Callable[[str], bool]]
+    entries: Mapping[str, Callable[[str], bool]]  # tests by entry of `target_modules`
     excluded: Callable[[str], bool]
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None  # None: all
     above: Callable[[str], bool] = field(default=lambda name: True)  # of what stands above a layer
 
     def takes(self, module: Named) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from dsc_serve.server.tools.described import SCHEMA, Described
 
 FLAT = {"type": "function", "name": "set_age", "parameters": SCHEMA, "strict": True}
@@ -62,8 +64,6 @@ class Incomplete(Described):
 
 
 class ResponseAnswer(Described):
-    """output: items of type message, reasoning and function_call, in their order."""
-
     id: str
     object: Literal["response"]
     created_at: int
@@ -76,7 +76,9 @@ class ResponseAnswer(Described):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[dict[str, Any]]
+    output: list[dict[str, Any]] = Field(
+        description="items of type message, reasoning and function_call, in their order"
+    )
     parallel_tool_calls: bool
     previous_response_id: None
     reasoning: dict[str, None]

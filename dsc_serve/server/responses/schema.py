@@ -43,22 +43,20 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputText(Fields):
-    """annotations and logprobs: as an answer had them, which say nothing to the model."""
-
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: list[Any] | None = Field(
+        default=None, description="as an answer had them; they say nothing to the model"
+    )
+    logprobs: list[Any] | None = Field(default=None, description="as an answer had them; they say nothing to the model")
 
 
 Text = Annotated[TextOption | Annotated[list[InputText], FIRST_ERROR, Tag("(list)")], TEXT_OR_LIST]
 
 
 class Item(Fields):
-    """id and status: as an answer had them; nothing is looked up by them."""
-
-    id: str | None = None
-    status: Status | None = None
+    id: str | None = Field(default=None, description="as an answer had it; nothing is looked up by it")
+    status: Status | None = Field(default=None, description="as an answer had it")
 
 
 class MessageItem(Item):
@@ -176,8 +174,6 @@ def check_previous(value: Any) -> None:
 
 
 class ResponsesRequest(EngineFields):
-    """store: whatever it says, nothing is kept; the answer says so. chat_template_kwargs: as of a chat."""
-
     input: Input
     instructions: str | None = None
     max_output_tokens: Count | None = None
@@ -202,7 +198,7 @@ class ResponsesRequest(EngineFields):
         ]
         | None
     ) = None
-    store: bool | None = None
+    store: bool | None = Field(default=None, description="whatever it says, nothing is kept; the answer says so")
     previous_response_id: Annotated[Any, PlainValidator(check_previous, json_schema_input_type=None)] = None
     reasoning: ReasoningFields | None = None
     background: Annotated[Any, Only(False)] = None
@@ -218,7 +214,7 @@ class ResponsesRequest(EngineFields):
     safety_identifier: str | None = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
     top_logprobs: Count | None = None
-    chat_template_kwargs: Notes | None = None
+    chat_template_kwargs: Notes | None = Field(default=None, description="as of a chat")
 
     @property
     def names(self) -> Mapping[str, str]:

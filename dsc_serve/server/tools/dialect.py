@@ -24,10 +24,10 @@ ANY_OBJECT: Json = {"type": "object"}
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """What to look for in an answer. begun: it begins within the reasoning."""
+    """What to look for in an answer."""
 
     choice: ToolChoice
-    begun: bool
+    begun: bool  # it begins within the reasoning
 
 
 class Dialect:

@@ -18,12 +18,13 @@ Json = dict[str, Any]
 
 
 class FunctionFields(Fields):
-    """strict: arguments follow `parameters`, a JSON schema, also where the model may choose whether it calls."""
-
     name: NAME
     description: str | None = None
     parameters: Json | None = None
-    strict: bool | None = None
+    strict: bool | None = Field(
+        default=None,
+        description="arguments follow `parameters`, a JSON schema, also where the model may choose whether it calls",
+    )
 
 
 class ToolFields(Fields):
@@ -40,10 +41,10 @@ class NamedTool:
 
 @dataclass(frozen=True)
 class AllowedTools:
-    """The only tools that may be called; all are shown to the model. must: one of them must be called."""
+    """The only tools that may be called; all are shown to the model."""
 
     names: tuple[str, ...]
-    must: bool
+    must: bool  # one of them must be called
 
 
 Choice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
@@ -54,12 +55,10 @@ ALLOWED = "allowed_tools"
 
 @dataclass(frozen=True)
 class ChoiceForm:
-    """How an endpoint writes choices of tools. named: one tool, with "…" for its name. nested: whether the mode and
-    the list of allowed tools stand in an object of their own.
-    """
+    """How an endpoint writes choices of tools."""
 
-    named: Json
-    nested: bool
+    named: Json  # one tool, with "…" for its name
+    nested: bool  # whether the mode and the list of allowed tools stand in an object of their own
 
     @property
     def name_field(self) -> str:
@@ -144,12 +143,12 @@ class CallFunction(Fields):
 
 
 class CallFields(Fields):
-    """A call in an assistant's message, as an answer had it. index: as streams have it."""
+    """A call in an assistant's message, as an answer had it."""
 
     id: str
     type: Literal["function"] = "function"
     function: CallFunction
-    index: int | None = None
+    index: int | None = Field(default=None, description="as streams have it")
 
 
 Tools = Annotated[list[ToolFields], Field(max_length=MAX_TOOLS, fail_fast=True)]
@@ -157,13 +156,13 @@ Tools = Annotated[list[ToolFields], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool of a request. field: what the client calls its parameters."""
+    """A tool of a request."""
 
     name: str
     description: str
     parameters: Json
     strict: bool
-    field: str
+    field: str  # what the client calls its parameters
 
 
 @dataclass(frozen=True)

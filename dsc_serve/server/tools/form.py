@@ -16,30 +16,23 @@ def call_id() -> str:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes calls.
-
-    marks: each begins calls wherever it stands; the first is the one that a constrained output has.
-    bare: an object at the beginning of a line is a call without any mark.
-    listed: calls may stand in a list. list_start: what begins it where the model always writes one.
-    labelled: a call may be its tool's name, then its arguments.
-    head, tail: what is written around the arguments; the head has the tool's name at `{name}`.
-    closing: what ends a call. apart: what stands between two.
-    new_id: names a call, as the model's template takes it.
-    more_signs: texts besides marks that belong to a call, and are shown to its parser where they are special tokens.
-    """
+    """How a model writes calls."""
 
     name: str
+    # Each begins calls wherever it stands; the first is the one that a constrained output has
     marks: tuple[str, ...] = ()
-    bare: bool = False
-    listed: bool = False
-    labelled: bool = False
+    bare: bool = False  # an object at the beginning of a line is a call without any mark
+    listed: bool = False  # calls may stand in a list
+    labelled: bool = False  # a call may be its tool's name, then its arguments
+    # What is written before the arguments, with the tool's name at `{name}`
     head: str = '{"name": "{name}", "arguments": '
-    tail: str = "}"
-    closing: str = ""
-    apart: str = "\n"
-    new_id: Callable[[], str] = call_id
+    tail: str = "}"  # what is written behind them
+    closing: str = ""  # what ends a call
+    apart: str = "\n"  # what stands between two
+    new_id: Callable[[], str] = call_id  # names a call, as the model's template takes it
+    # Texts besides marks that belong to a call, and are shown to its parser where they are special tokens
     more_signs: tuple[str, ...] = ()
-    list_start: str = ""
+    list_start: str = ""  # what begins a list where the model always writes one
 
     @property
     def signs(self) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins; index: its place among the answer's calls, from 0 on."""
+    """A call begins."""
 
-    index: int
+    index: int  # its place among the answer's calls, from 0 on
     id: str
     name: str
 

@@ -12,9 +12,10 @@ from dsc_serve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class RegisteredForm:
-    """make: the form for a template. fits: whether a template and the special tokens' texts show that it is this."""
+    """A form of calls that is known."""
 
-    make: Callable[[str], CallForm]
+    make: Callable[[str], CallForm]  # the form for a template
+    # Whether a template and the special tokens' texts show that it is this
     fits: Callable[[str, Collection[str]], bool]
 
 

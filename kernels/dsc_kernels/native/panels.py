@@ -92,17 +92,13 @@ class PackedPair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedUpdate:
-    """An update on a pair. Of thousands of tenants each has hundreds: of what is its own it knows no more than where.
-
-    scales: memory in which its own begin at the byte scale_at, float32, padded with 0. cores: the same, packed; None:
-    it has none.
-    """
+    """An update on a pair. Of thousands of tenants each has hundreds: of its own it knows no more than where it is."""
 
     pair: PackedPair
-    scales: Tensor
-    scale_at: int
-    cores: Tensor | None = None
-    core_at: int = 0
+    scales: Tensor  # memory in which its own begin, float32, padded with 0
+    scale_at: int  # the byte where they do
+    cores: Tensor | None = None  # the same of its cores, packed; None: it has none
+    core_at: int = 0  # the byte where they begin
 
     @property
     def scale(self) -> Tensor:

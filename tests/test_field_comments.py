@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 ROOTS = ("dsc_serve", "kernels/dsc_kernels", "tests/support")
 DONE = (  # what of them keeps to it
     "dsc_serve/bench/", "dsc_serve/train/", "dsc_serve/scale/", "dsc_serve/text/", "dsc_serve/grammars/",
-    "tests/support/",
+    "dsc_serve/engine/", "dsc_serve/server/", "dsc_serve/worker/", "dsc_serve/model/", "dsc_serve/pooling.py",
+    "dsc_serve/sampling_params.py", "dsc_serve/structured_outputs.py", "kernels/dsc_kernels/", "tests/support/",
 )  # fmt: skip
+NOT_YET = ("dsc_serve/model/architectures/", "dsc_serve/model/gguf", "dsc_serve/model/placement.py")  # but for these
 BASES = {"Struct", "BaseModel", "Strict", "NamedTuple"}  # of msgspec, pydantic and typing
 
 
@@ -84,7 +86,8 @@ def sources() -> dict[str, str]:
 
 
 def test_no_docstring_explains_fields() -> None:
-    assert [found for found in explained_in_prose(sources()) if found.startswith(DONE)] == []
+    found = [one for one in explained_in_prose(sources()) if one.startswith(DONE)]
+    assert [one for one in found if not one.startswith(NOT_YET)] == []
 
 
 def test_what_is_done_has_classes_of_fields() -> None:

@@ -17,12 +17,10 @@ class AnswerModel(BaseModel):
 
 
 class ErrorFacts(AnswerModel):
-    """`param` names the field to blame, `code` says what is wrong with it."""
-
     message: str
     type: str
-    param: str | None
-    code: str | None
+    param: str | None = Field(description="the field to blame")
+    code: str | None = Field(description="what is wrong with it")
 
 
 class Error(AnswerModel):

@@ -78,7 +78,7 @@ class StreamOptions(Fields):
 class EngineFields(Fields):
     """What every request to the engine has; null means the default.
 
-    Priority, queue_timeout_s, timeout_s and cache_salt are those of `SchedulingParams`.
+    `priority`, `queue_timeout_s`, `timeout_s` and `cache_salt` are those of `SchedulingParams`.
     """
 
     model: str | None = None

@@ -14,14 +14,11 @@ from dsc_serve.model.config import DscConfig, ModelConfig, MoeConfig, MoloraConf
 
 
 class Picks(NamedTuple):
-    """What one layer picked: rows int [T, K], coefficients float32 [T, K] and signal float32 [T].
+    """What one layer picked: atoms, or of a mixture experts or adapters."""
 
-    Of a mixture rows are experts or adapters, coefficients its gates, and signal is the largest of these.
-    """
-
-    atoms: Tensor
-    coefficients: Tensor
-    signal: Tensor
+    atoms: Tensor  # int [T, K]: their rows
+    coefficients: Tensor  # float32 [T, K]; of a mixture its gates
+    signal: Tensor  # float32 [T]; of a mixture the largest of its gates
 
 
 class PickShape(NamedTuple):

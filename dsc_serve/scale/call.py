@@ -16,11 +16,11 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class Call:
-    """A request with its whole body. query: as it stood in the address."""
+    """A request with its whole body."""
 
     method: str
     path: str
-    query: bytes
+    query: bytes  # as it stood in the address
     headers: Headers
     body: bytes
     client: tuple[str, int] | None
@@ -65,12 +65,12 @@ class Taken:
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """A piece of the answer. status and headers: with the first piece alone. last: nothing follows."""
+    """A piece of the answer."""
 
     body: bytes
-    last: bool
-    status: int = 0
-    headers: Headers | None = None
+    last: bool  # nothing follows
+    status: int = 0  # with the first piece alone; 0 with others
+    headers: Headers | None = None  # likewise; None with others
 
 
 class SharedAdapters(msgspec.Struct):

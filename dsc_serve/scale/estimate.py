@@ -21,20 +21,17 @@ SCREENED_TOKENS = 32  # in a step, up to which the certified int8 router is read
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A decoder of DSC layers in the paper's notation.
-
-    kv: width of the keys, and of the values. context: tokens that a sequence attends over. tied: one V × d, not two.
-    """
+    """A decoder of DSC layers in the paper's notation."""
 
     d: int
     layers: int
     vocabulary: int
-    kv: int
+    kv: int  # width of the keys, and of the values
     atoms: int
     k: int
     static: int
-    context: int
-    tied: bool = False
+    context: int  # tokens that a sequence attends over
+    tied: bool = False  # one V × d, not two
     weight_bytes: float = 2
     router_bytes: float = 2  # for one weight of the router: 1 with the certified int8 router
 
@@ -77,16 +74,13 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU and its links. Bytes per second, floating-point operations per second, seconds, dollars.
-
-    reached: the share of either peak that kernels get. link: to its peers, in one direction.
-    """
+    """One GPU and its links. Bytes per second, floating-point operations per second, seconds, dollars."""
 
     memory: float = 80e9
     bandwidth: float = 3.35e12
     flops: float = 989e12
-    reached: float = 0.6
-    link: float = 450e9
+    reached: float = 0.6  # the share of either peak that kernels get
+    link: float = 450e9  # to its peers, in one direction
     link_latency_s: float = 8e-6
     layer_s: float = 10e-6
     price_per_hour: float = 2.5

@@ -120,13 +120,13 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Sequ
 
 
 class RangedPoint(NamedTuple):
-    """A ratio with the range of its rounds. told: whether it is a difference at all."""
+    """A ratio with the range of its rounds."""
 
     x: float
     median: float
     low: float
     high: float
-    told: bool
+    told: bool  # whether it is a difference at all
 
 
 def ratio_chart(

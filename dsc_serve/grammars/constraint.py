@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Lookahead:
-    """What may follow drafted tokens, as it comes. known: the first of them, of which that was known before."""
+    """What may follow drafted tokens, as it comes."""
 
     number: int
-    known: int
+    known: int  # the first of them, of which that was known before
     allowed: list[bytes] = field(default_factory=list)
     ended: bool = False  # no more comes
 

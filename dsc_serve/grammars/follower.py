@@ -32,17 +32,14 @@ TURN_S = 10.0  # for a grammar to get its turn to be compiled, where a request h
 
 
 class GrammarLimits(msgspec.Struct, frozen=True):
-    """What a grammar may take.
+    """What a grammar may take."""
 
-    timeout_s: seconds to compile it. memory_bytes: while it is compiled or followed. kept_bytes: of all grammars
-    together; those that nobody follows go first, then the largest. What is seen above it is ended at once, and looks
-    come so often that it is never more than `memory_bytes` above. most_forced: tokens that must follow, of which an
-    answer tells, for drafts; each costs another answer's time.
-    """
-
-    timeout_s: float = 2.0
-    memory_bytes: int = 192 * 2**20
+    timeout_s: float = 2.0  # seconds to compile it
+    memory_bytes: int = 192 * 2**20  # while it is compiled or followed
+    # of all grammars together; those that nobody follows go first, then the largest. What is seen above it is ended at
+    # once, and looks come so often that it is never more than `memory_bytes` above
     kept_bytes: int = 512 * 2**20
+    # tokens that must follow, of which an answer tells, for drafts; each costs another answer's time
     most_forced: int = 0
 
 

@@ -38,32 +38,28 @@ class Demote(msgspec.Struct, tag=True, array_like=True):
 
 
 class Kill(msgspec.Struct, tag=True, array_like=True):
-    """To the host. at_once: its memory is wanted before its turn to end comes, which its rank may put off."""
+    """To the host."""
 
     grammar: int
-    at_once: bool = False
+    at_once: bool = False  # its memory is wanted before its turn to end comes, which its rank may put off
 
 
 class Forked(msgspec.Struct, tag=True, array_like=True):
-    """From the host: a grammar has a process. bytes_at_first: what that seemed to hold then."""
+    """From the host: a grammar has a process."""
 
     grammar: int
     pid: int
-    bytes_at_first: int
+    bytes_at_first: int  # what that seemed to hold then
 
 
 class Ended(msgspec.Struct, tag=True, array_like=True):
-    """From the host: a grammar's process is no more.
-
-    reason: "" where it was told to end. output: the one whose answer it was computing, NO_OUTPUT for none.
-    blameless: it was not what was asked for that ended it.
-    """
+    """From the host: a grammar's process is no more."""
 
     grammar: int
-    reason: str
+    reason: str  # "" where it was told to end
     cpu_s: float
-    output: int = NO_OUTPUT
-    blameless: bool = False
+    output: int = NO_OUTPUT  # the one whose answer it was computing, NO_OUTPUT for none
+    blameless: bool = False  # it was not what was asked for that ended it
 
 
 class Open(msgspec.Struct, tag=True, array_like=True):
@@ -81,15 +77,12 @@ class Push(msgspec.Struct, tag=True, array_like=True):
 
 
 class Look(msgspec.Struct, tag=True, array_like=True):
-    """To a grammar: what may follow each of these tokens, should they follow an output, which stays where it is.
-
-    number: of this look among the output's. known: the first tokens, of which that is known.
-    """
+    """To a grammar: what may follow each of these tokens, should they follow an output, which stays where it is."""
 
     output: int
-    number: int
+    number: int  # of this look among the output's
     tokens: list[int]
-    known: int = 0
+    known: int = 0  # the first tokens, of which that is known
 
 
 class Drop(msgspec.Struct, tag=True, array_like=True):
@@ -99,28 +92,23 @@ class Drop(msgspec.Struct, tag=True, array_like=True):
 
 
 class Compiled(msgspec.Struct, tag=True, array_like=True):
-    """From a grammar, once: whether it can be used. error: "" where it can."""
+    """From a grammar, once: whether it can be used."""
 
-    error: str
+    error: str  # "" where it can
     memory_bytes: int
 
 
 class Answer(msgspec.Struct, tag=True, array_like=True):
-    """From a grammar: what may follow an output.
-
-    count: the tokens that it had seen. allowed: one bit for each token of the vocabulary, little end first.
-    complete: nothing may follow. error: it cannot go on; "" where it can. forced: tokens that must follow, one after
-    the other; after: what may follow the last of them, b"" where that is not known or is nothing.
-    """
+    """From a grammar: what may follow an output."""
 
     output: int
-    count: int
-    allowed: bytes
-    complete: bool
-    error: str
+    count: int  # the tokens that it had seen
+    allowed: bytes  # one bit for each token of the vocabulary, little end first
+    complete: bool  # nothing may follow
+    error: str  # it cannot go on; "" where it can
     memory_bytes: int
-    forced: tuple[int, ...] = ()
-    after: bytes = b""
+    forced: tuple[int, ...] = ()  # tokens that must follow, one after the other
+    after: bytes = b""  # what may follow the last of them, b"" where that is not known or is nothing
 
     def fits(self, size: int) -> bool:
         """Whether it says what may follow of a vocabulary of so many bytes of bits."""
@@ -132,18 +120,16 @@ class Answer(msgspec.Struct, tag=True, array_like=True):
 
 
 class Foreseen(msgspec.Struct, tag=True, array_like=True):
-    """From a grammar: what may follow the next tokens of a look, in order; as `Answer.allowed`.
-
-    last: no more comes, though it may be fewer than there are tokens: after one that may not follow, or that completes
-    the text, and where something else is asked meanwhile. cpu_s: that these took.
-    """
+    """From a grammar: what may follow the next tokens of a look, in order; as `Answer.allowed`."""
 
     output: int
     number: int
     allowed: list[bytes]
+    # no more comes, though it may be fewer than there are tokens: after one that may not follow, or that completes the
+    # text, and where something else is asked meanwhile
     last: bool
     memory_bytes: int
-    cpu_s: float
+    cpu_s: float  # that these took
 
     def fits(self, size: int) -> bool:
         """As `Answer.fits`."""

@@ -39,16 +39,12 @@ CHINESE_AND_MORE = "[一-龥ࠀ-一가-\ud7ff]+"
 
 @dataclass(frozen=True)
 class Cut:
-    """A text is cut by each of `patterns` in turn, what one leaves uncut too.
-
-    composed: characters are composed first. whole_words: a word that is a token stays one, whatever the merges.
-    bos: added unless the file says otherwise.
-    """
+    """A text is cut by each of `patterns` in turn, what one leaves uncut too."""
 
     patterns: tuple[str, ...]
-    composed: bool = False
-    whole_words: bool = False
-    bos: bool = False
+    composed: bool = False  # characters are composed first
+    whole_words: bool = False  # a word that is a token stays one, whatever the merges
+    bos: bool = False  # added unless the file says otherwise
 
 
 BY_GPT2 = Cut((GPT2,))

@@ -71,12 +71,9 @@ class Output:
 
 
 class Step:
-    """A step that changes nothing; those below each change one thing.
+    """A step that changes nothing; those below each change one thing."""
 
-    settled: the start of the text has gone by and no longer bears on what comes.
-    """
-
-    settled: bool = True
+    settled: bool = True  # the start of the text has gone by and no longer bears on what comes
 
     def __init__(self, sink: Step | Output) -> None:
         self.sink = sink

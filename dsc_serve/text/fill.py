@@ -10,15 +10,12 @@ from dsc_serve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class FillForm:
-    """The marks that a family of models was trained with. middle: "" where the gap needs none.
-
-    suffix_first: what stands behind the gap comes first.
-    """
+    """The marks that a family of models was trained with."""
 
     prefix: str
     suffix: str
-    middle: str = ""
-    suffix_first: bool = False
+    middle: str = ""  # "" where the gap needs none
+    suffix_first: bool = False  # what stands behind the gap comes first
 
 
 FORMS = {
@@ -34,13 +31,13 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Fill:
-    """Marks as token ids; start: what a prompt begins with."""
+    """Marks as token ids."""
 
     prefix: int
     suffix: int
     middle: int | None
     suffix_first: bool
-    start: tuple[int, ...]
+    start: tuple[int, ...]  # what a prompt begins with
 
     def prompt(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
         """The prompt whose continuation belongs between two runs of tokens."""

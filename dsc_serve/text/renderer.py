@@ -39,11 +39,11 @@ class RendererError(ValueError):
 
 
 class StartRendering(msgspec.Struct, array_like=True):
-    """cpu_s: the limit for this and for each text."""
+    """The first message to a process: its template."""
 
     template: str
     special_tokens: dict[str, str]
-    cpu_s: float
+    cpu_s: float  # the limit for this and for each text
 
 
 class Render(msgspec.Struct, array_like=True):
@@ -54,10 +54,10 @@ class Render(msgspec.Struct, array_like=True):
 
 
 class Rendered(msgspec.Struct, array_like=True):
-    """text: of a `Render`, "" of a `StartRendering`. fault: why there is none."""
+    """What a process answers."""
 
-    text: str = ""
-    fault: str = ""
+    text: str = ""  # of a `Render`, "" of a `StartRendering`
+    fault: str = ""  # why there is none
 
 
 def send(connection: socket.socket, message: StartRendering | Render | Rendered) -> None:

@@ -15,11 +15,11 @@ TOGETHER = 16  # windows computed in the same steps
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nats: total loss of the predicted tokens; size: their bytes."""
+    """How well a model predicts a text."""
 
-    nats: float
+    nats: float  # total loss of the predicted tokens
     tokens: int
-    size: int
+    size: int  # their bytes
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(self.nats + other.nats, self.tokens + other.tokens, self.size + other.size)

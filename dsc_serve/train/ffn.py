@@ -20,30 +20,22 @@ JITTER = 0.01  # standard deviation of the noise on a mixture of experts' logits
 
 @dataclass
 class FfnTrace:
-    """What one layer leaves behind besides its output.
+    """What one layer leaves behind besides its output."""
 
-    terms: the weighted training terms by name. picks: int64 [M], how often each atom, expert or adapter was picked.
-    signal: mean S over the tokens. routed: what the router read, [B, d].
-    """
-
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    picks: Tensor | None = None
-    signal: Tensor | None = None
-    routed: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)  # the weighted training terms by name
+    picks: Tensor | None = None  # int64 [M], how often each atom, expert or adapter was picked
+    signal: Tensor | None = None  # mean S over the tokens
+    routed: Tensor | None = None  # what the router read, [B, d]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """How one forward pass runs.
-
-    training: with jitter and terms; noise: the jitter's seed. frame: factor of the frame term, which no token changes:
-    one pass of a step can carry it for all.
-    """
+    """How one forward pass runs."""
 
     losses: LossSettings
-    training: bool = True
-    noise: int = 0
-    frame: float = 1.0
+    training: bool = True  # with jitter and terms
+    noise: int = 0  # the jitter's seed
+    frame: float = 1.0  # factor of the frame term, which no token changes: one pass of a step can carry it for all
 
 
 def mlp(config: ModelConfig, w: Weights, x: Tensor, prefix: str = "") -> Tensor:

@@ -49,13 +49,13 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class MergedExperts:
-    """before, after: losses of each measured text; dropped: with the experts picked least dropped instead."""
+    """What was merged, and what it cost."""
 
     experts: tuple[int, int]
     layers: list[MergedLayer]
-    before: dict[str, Evaluation]
-    after: dict[str, Evaluation]
-    dropped: dict[str, Evaluation]
+    before: dict[str, Evaluation]  # losses of each measured text
+    after: dict[str, Evaluation]  # likewise
+    dropped: dict[str, Evaluation]  # with the experts picked least dropped instead
 
 
 class HeardFfn(MoeFfn):

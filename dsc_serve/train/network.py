@@ -20,11 +20,11 @@ SEEDS = 2**63  # beyond which torch takes none
 
 @dataclass
 class StepLoss:
-    """loss: mean cross-entropy in nats per token. terms: the sum of all training terms. layers: one trace each."""
+    """What one pass of a step costs."""
 
-    loss: Tensor
-    terms: Tensor
-    layers: list[FfnTrace]
+    loss: Tensor  # mean cross-entropy in nats per token
+    terms: Tensor  # the sum of all training terms
+    layers: list[FfnTrace]  # one each
 
 
 class Network:

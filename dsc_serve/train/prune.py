@@ -24,16 +24,12 @@ PER_ATOM = ("router.weight", "router.bias", "atoms_u", "atoms_v")
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was dropped, and what it cost.
+    """What was dropped, and what it cost."""
 
-    live: per layer, the atoms that the calibration text picks. before, after: the models' atoms per layer. losses: for
-    each measured text, the evaluations before and after.
-    """
-
-    live: list[int]
-    before: int
-    after: int
-    losses: dict[str, tuple[Evaluation, Evaluation]]
+    live: list[int]  # per layer, the atoms that the calibration text picks
+    before: int  # the model's atoms per layer
+    after: int  # of the pruned model
+    losses: dict[str, tuple[Evaluation, Evaluation]]  # for each measured text, the evaluations before and after
 
 
 def usage_on(config: ModelConfig, tensors: dict[str, Tensor], ids: list[int]) -> TrainingUsage:

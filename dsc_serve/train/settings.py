@@ -30,37 +30,32 @@ class TrainError(ValueError):
 
 
 class DataSettings(Strict):
-    """Where tokens come from.
+    """Where tokens come from."""
 
-    held_out: share of every source that is never trained on. tokenizer: a tokenizer.json, or a folder with one;
-    without it a byte-level BPE of the model's vocabulary is trained. sentences: paragraphs of made-up sentences to
-    train on where no text is named, for trying things out.
-    """
-
-    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of every source that is never trained on
+    # a tokenizer.json, or a folder with one; without it a byte-level BPE of the model's vocabulary is trained
     tokenizer: str | None = None
-    sentences: Count = 0
+    sentences: Count = 0  # paragraphs of made-up sentences to train on where no text is named, for trying things out
 
 
 class BudgetSettings(Strict):
-    """FFN sizes by the paper's solver instead of [model.ffn]. k: atoms, experts or adapters per token."""
+    """FFN sizes by the paper's solver instead of [model.ffn]."""
 
     total: Positive
     active: Positive
     kind: Literal["dsc", "moe", "molora", "dense"] = "dsc"
-    k: Size | None = None
+    k: Size | None = None  # atoms, experts or adapters per token
 
 
 class OptimiserSettings(Strict):
-    """kind: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
+    """How the gradient becomes a step."""
 
-    rate: AdamW's peak rate; hidden_rate: Muon's, in units of an AdamW rate. router_rate: "paper" is 5 times the rate,
-    "script" the rate itself, to which the reference script falls back from its first step on.
-    """
-
+    # AdamW for everything, or Muon for the hidden matrices and AdamW for the rest
     kind: Literal["adamw", "muon"] = "adamw"
-    rate: Positive = 6e-4
-    hidden_rate: Positive = 6e-4
+    rate: Positive = 6e-4  # AdamW's peak rate
+    hidden_rate: Positive = 6e-4  # Muon's, in units of an AdamW rate
+    # "paper" is 5 times the rate, "script" the rate itself, to which the reference script falls back from its first
+    # step on
     router_rate: Literal["paper", "script"] = "paper"
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     momentum: Decay = 0.95
@@ -83,17 +78,14 @@ class TrainingPhase(Strict):
 
 
 class ScheduleSettings(Strict):
-    """The rate rises over `warmup` steps, holds until the share `hold` of the run, then falls to `final` of its peak.
+    """The rate rises over `warmup` steps, holds until the share `hold` of the run and falls to `final` of its peak."""
 
-    steps: the run's length, unless a time limit shapes it. micro_tokens: most tokens in one backward pass.
-    """
-
-    steps: Size = 2000
+    steps: Size = 2000  # the run's length, unless a time limit shapes it
     warmup: Count = 150
     hold: Share = 0.0
     shape: Literal["cosine", "linear"] = "cosine"
     final: Share = 0.1
-    micro_tokens: Size = 8192
+    micro_tokens: Size = 8192  # most tokens in one backward pass
     phases: tuple[TrainingPhase, ...]
 
     @model_validator(mode="after")
@@ -105,42 +97,38 @@ class ScheduleSettings(Strict):
 
 
 class LossSettings(Strict):
-    """Weights of the training terms. z_of: raw logits as in the script, or clamped ones as in the paper."""
+    """Weights of the training terms."""
 
     load: NotNegative = 0.01
     budget: NotNegative = 0.01
     frame: NotNegative = 0.001
     z: NotNegative = 1e-4
-    z_of: Literal["raw", "clamped"] = "raw"
+    z_of: Literal["raw", "clamped"] = "raw"  # logits as in the script, or as in the paper
     signal_floor: NotNegative = 1.0
 
 
 class RunSettings(Strict):
-    """dtype: of the computation; master weights are float32. export: dtype of the exported tensors.
-
-    log_steps, evaluate_steps: steps between lines of the log and between looks at `evaluate_windows` held-out windows
-    of every source. checkpoint_s: seconds between checkpoints. revive_steps: steps between random restarts of the
-    atoms that no token picked since the last (Dhariwal et al. 2020, "Jukebox"); 0 never does. revive_until: share of
-    the run after which none is revived. samples: prompts whose continuations the run's report shows.
-    """
+    """How a run computes, and what it tells and stores."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    export: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; master weights are float32
+    export: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of the exported tensors
     threads: Count = 0
-    log_steps: Size = 10
-    evaluate_steps: Size = 250
-    evaluate_windows: Size = 2
-    checkpoint_s: Positive = 60.0
+    log_steps: Size = 10  # steps between lines of the log
+    evaluate_steps: Size = 250  # steps between looks at held-out windows
+    evaluate_windows: Size = 2  # of every source
+    checkpoint_s: Positive = 60.0  # seconds between checkpoints
+    # steps between random restarts of the atoms that no token picked since the last (Dhariwal et al. 2020, "Jukebox");
+    # 0 never does
     revive_steps: Count = 0
-    revive_until: Share = 0.5
-    samples: tuple[str, ...] = ()
+    revive_until: Share = 0.5  # share of the run after which none is revived
+    samples: tuple[str, ...] = ()  # prompts whose continuations the run's report shows
 
 
 class TrainSettings(Strict):
-    """One run. model: the fields of config.json, the FFN's left out where [budget] solves for it."""
+    """One run."""
 
-    model: dict[str, Any]
+    model: dict[str, Any]  # the fields of config.json, the FFN's left out where [budget] solves for it
     budget: BudgetSettings | None = None
     data: DataSettings = DataSettings()
     optimiser: OptimiserSettings = OptimiserSettings()

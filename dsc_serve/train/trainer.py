@@ -36,17 +36,14 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss on held-out windows: nats per token over all, bits per byte of each source and over all bytes.
-
-    dead: per layer, the members of its bank that no token picked; empty for a dense FFN. members: of all layers.
-    """
+    """Loss on held-out windows: nats per token over all, bits per byte of each source and over all bytes."""
 
     loss: float
     bits_per_byte: float
     sources: dict[str, float]
     tokens: int
-    dead: list[int]
-    members: int
+    dead: list[int]  # per layer, the members of its bank that no token picked; empty for a dense FFN
+    members: int  # of all layers
 
 
 class Trainer:

@@ -19,13 +19,13 @@ END_S = 500
 
 @dataclass
 class Asked:
-    """A request, and what has been heard of it. request: None before and after; digest: of the adapter that it has."""
+    """A request, and what has been heard of it."""
 
     prompt: list[int]
     max_tokens: int
     choice: AdapterChoice | None
-    request: Request | None = None
-    digest: str = ""
+    request: Request | None = None  # None before and after
+    digest: str = ""  # of the adapter that it has
     tokens: list[int] = field(default_factory=list)
     end: str = ""
 

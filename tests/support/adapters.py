@@ -31,10 +31,10 @@ EXPECTED = DATA / "adapters"
 
 @dataclass(frozen=True)
 class AdapterCase:
-    """base: of `families`. config: of PEFT's LoraConfig, or with vblora of its VBLoRAConfig."""
+    """An adapter of a base model."""
 
-    base: str
-    config: dict[str, Any]
+    base: str  # of `families`
+    config: dict[str, Any]  # of PEFT's LoraConfig, or with vblora of its VBLoRAConfig
     vblora: bool = False
 
 

@@ -20,12 +20,12 @@ Serve = Callable[..., str]
 
 @dataclass
 class Visit:
-    """A tab that shows a page. asked: the addresses that it asked for; wrong: what its console and its scripts said."""
+    """A tab that shows a page."""
 
     page: Any
     url: str
-    asked: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)  # the addresses that it asked for
+    wrong: list[str] = field(default_factory=list)  # what its console and its scripts said
 
     def open(self) -> Visit:
         self.page.goto(self.url)

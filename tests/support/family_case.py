@@ -10,12 +10,10 @@ VOCABULARY = 67
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint of a family.
-
-    features: changes of its config, each of which changes the logits: what was read and not used would show.
-    """
+    """A checkpoint of a family."""
 
     config: dict[str, Any]
+    # changes of its config, each of which changes the logits: what was read and not used would show
     features: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0  # one more where two tokens were too near to each other
     older_names: bool = False  # as the first files of GPT-2 have them

@@ -125,10 +125,10 @@ def podman(*arguments: str, limit_s: float = 300) -> str:
 
 @dataclass
 class Container:
-    """A running container that is confined as deploy/ confines it. url: where its server listens."""
+    """A running container that is confined as deploy/ confines it."""
 
     name: str
-    url: str
+    url: str  # where its server listens
 
     def run(self, *command: str) -> str:
         return podman("exec", self.name, *command)

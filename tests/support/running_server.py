@@ -22,12 +22,12 @@ SCRAPES = 10
 
 @dataclass
 class RunningServer:
-    """A server that listens at `url`. log: what it has printed so far; printed ends with what it prints."""
+    """A server that listens at `url`."""
 
     url: str
     process: subprocess.Popen[str]
-    log: list[str]
-    printed: threading.Thread
+    log: list[str]  # what it has printed so far
+    printed: threading.Thread  # ends with what it prints
     client: httpx.Client = field(
         default_factory=lambda: httpx.Client(
             limits=httpx.Limits(max_keepalive_connections=0), timeout=PATIENCE_S, verify=False

@@ -14,7 +14,7 @@ LIMIT_S = 60
 
 @dataclass
 class Stream:
-    """What one client saw. end: the moment of the last byte; closed: the server ended the connection."""
+    """What one client saw."""
 
     body: dict[str, Any]
     status: int = 0
@@ -22,7 +22,7 @@ class Stream:
     events: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     done: bool = False
-    end: float = 0.0
+    end: float = 0.0  # the moment of the last byte
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

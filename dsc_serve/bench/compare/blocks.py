@@ -46,12 +46,12 @@ Element = Heading | Paragraph | Items | Table | Chart
 
 @dataclass(frozen=True)
 class MeasuredPage:
-    """What results make of a page. text: its measured part, in Markdown; plots: its charts as SVG, by file name."""
+    """What results make of a page."""
 
     title: str
     command: str
-    text: str
-    plots: Mapping[str, str] = field(default_factory=dict)
+    text: str  # its measured part, in Markdown
+    plots: Mapping[str, str] = field(default_factory=dict)  # its charts as SVG, by file name
 
 
 def figure(value: float | None) -> str:

@@ -35,30 +35,22 @@ class ComparisonError(ValueError):
 
 
 class ComparedSystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One server. Ours where there is no `command`.
-
-    folder: the model to serve. Where it is empty, one of random weights is made at the comparison's preset: of our
-        kind `ffn`, or of another server's `form`.
-    equal: at a preset that is a mixture of experts, which parameters of a DSC are as many as its: total or active.
-    settings: flags of `dsc-serve serve`, by their names.
-    command: how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its
-        program is not installed. environment: added to this process's own.
-    models: the names to ask for, in turn; none: the first that the server lists. ignore_eos: ask for all output tokens;
-        false for a server that does not know the field.
-    weights: what to say of them in the report.
-    """
+    """One server. Ours where there is no `command`."""
 
     name: str
-    ffn: FfnKind | None = None
-    form: Form | None = None
+    ffn: FfnKind | None = None  # kind of a made model of ours
+    form: Form | None = None  # of a made model of another server's
+    # at a preset that is a mixture of experts, which parameters of a DSC are as many as its
     equal: Literal["total", "active"] | None = None
-    folder: str = ""
-    settings: dict[str, str | int | float | bool] = {}
+    folder: str = ""  # the model to serve; empty: one of random weights is made at the comparison's preset
+    settings: dict[str, str | int | float | bool] = {}  # flags of `dsc-serve serve`, by their names
+    # how another server is started; {folder}, {port} and {threads} in it are filled in. It is skipped where its program
+    # is not installed
     command: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
-    models: tuple[str, ...] = ()
-    ignore_eos: bool = True
-    weights: str = "random"
+    environment: dict[str, str] = {}  # added to this process's own
+    models: tuple[str, ...] = ()  # the names to ask for, in turn; none: the first that the server lists
+    ignore_eos: bool = True  # ask for all output tokens; false for a server that does not know the field
+    weights: str = "random"  # what to say of them in the report
 
     @property
     def ours(self) -> bool:
@@ -77,39 +69,29 @@ class Expectation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Systems under the same loads.
-
-    subject, baseline: the systems that the text compares first. preset: sizes of models that are made.
-    streams: closed loops. waves: requests of each stream in a round, at least LEAST_REQUESTS
-    together. rounds: of all systems in turn.
-    rates: open loads, as multiples of the most requests per second that the baseline completed in its closed loops.
-    rate_seconds: of each. limits: in milliseconds, which a request must keep to count in goodput.
-    sizes: whether each system's parameters are said beside its name in every table.
-    profiled: numbers of running requests at which a step of ours is taken apart; empty: none.
-    prompt_file, tokenizer: as in `bench serve`; without them prompts are random ids below vocab_size.
-    temperature: of all requests; 0 is greedy.
-    """
+    """Systems under the same loads."""
 
     title: str
-    subject: str
+    subject: str  # with the baseline, the systems that the text compares first
     baseline: str
     system: tuple[ComparedSystem, ...]
-    preset: PresetName = "paper"
+    preset: PresetName = "paper"  # sizes of models that are made
     threads: Annotated[int, Meta(ge=0)] = 0
     prompt_tokens: COUNT = 48
     output_tokens: COUNT = 64
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
-    prompt_file: str = ""
-    tokenizer: str = ""
+    temperature: Annotated[float, Meta(ge=0)] = 0.0  # of all requests; 0 is greedy
+    prompt_file: str = ""  # as in `bench serve`; without it prompts are random ids below vocab_size
+    tokenizer: str = ""  # as in `bench serve`
     vocab_size: COUNT = 50000
-    streams: tuple[COUNT, ...] = (1, 8, 16, 32)
-    waves: COUNT = 3
-    rounds: COUNT = 5
+    streams: tuple[COUNT, ...] = (1, 8, 16, 32)  # closed loops
+    waves: COUNT = 3  # requests of each stream in a round, at least LEAST_REQUESTS together
+    rounds: COUNT = 5  # of all systems in turn
+    # open loads, as multiples of the most requests per second that the baseline completed in its closed loops
     rates: tuple[POSITIVE, ...] = ()
-    rate_seconds: POSITIVE = 5.0
-    limits: dict[str, float] = {}
-    sizes: bool = False
-    profiled: tuple[COUNT, ...] = ()
+    rate_seconds: POSITIVE = 5.0  # of each
+    limits: dict[str, float] = {}  # in milliseconds, which a request must keep to count in goodput
+    sizes: bool = False  # whether each system's parameters are said beside its name in every table
+    profiled: tuple[COUNT, ...] = ()  # numbers of running requests at which a step of ours is taken apart; empty: none
     seed: int = 0
     start_timeout_s: POSITIVE = 600.0
     request_timeout_s: POSITIVE = 120.0

@@ -29,20 +29,15 @@ class Contestant(msgspec.Struct, kw_only=True):
 
 
 class ResultRow(msgspec.Struct, kw_only=True):
-    """One load on one system in one round.
-
-    value: streams of a closed loop, or the multiple of the baseline's peak of an open one. figures: see
-    `LoadResult.to_dict`, without what all rows share. server_cpu, others_cpu: cores that the system itself used while
-    it was measured, and those that the waiting ones used.
-    """
+    """One load on one system in one round."""
 
     system: str
     load: Literal["closed", "open"]
-    value: float
+    value: float  # streams of a closed loop, or the multiple of the baseline's peak of an open one
     round: int
-    figures: dict[str, Any]
-    server_cpu: float = 0.0
-    others_cpu: float = 0.0
+    figures: dict[str, Any]  # see `LoadResult.to_dict`, without what all rows share
+    server_cpu: float = 0.0  # cores that the system itself used while it was measured
+    others_cpu: float = 0.0  # cores that the waiting ones used meanwhile
 
     @property
     def counts(self) -> bool:

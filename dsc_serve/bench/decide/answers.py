@@ -15,13 +15,12 @@ MOST_DRAFTS = 7  # for each stream, as in serve
 
 
 class ClosedLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """A closed loop: streams of requests with prompts and answers of so many tokens. acceptance: the chance that a
-    draft is right whose forerunners were."""
+    """A closed loop: streams of requests with prompts and answers of so many tokens."""
 
     streams: tuple[int, ...] = (1, 8, 32)
     prompt_tokens: int = 48
     output_tokens: int = 64
-    acceptance: float = ACCEPTANCE
+    acceptance: float = ACCEPTANCE  # the chance that a draft is right whose forerunners were
 
     @property
     def context(self) -> float:
@@ -30,20 +29,18 @@ class ClosedLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExpectedFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """A system at a number of streams; milliseconds. token: between tokens, drafts that are right counted as tokens;
-    first: to the first token of a prompt that comes alone and is computed in one step beside the other streams'
-    tokens; end: of a whole request. drafts: for each stream and step, as many as make a token cheapest; 0: none.
-    """
+    """A system at a number of streams; milliseconds."""
 
     system: str
     weights: str
     streams: int
     speculation: bool
     tokens_per_s: float
-    token: float
+    token: float  # between tokens, drafts that are right counted as tokens
+    # to the first token of a prompt that comes alone and is computed in one step beside the other streams' tokens
     first: float
-    end: float
-    drafts: int
+    end: float  # of a whole request
+    drafts: int  # for each stream and step, as many as make a token cheapest; 0: none
 
 
 def tokens_a_step(acceptance: float, drafts: int) -> float:

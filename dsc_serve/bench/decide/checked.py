@@ -24,18 +24,16 @@ UNDERSTOOD = {"router_precision", "weights"}
 
 
 class CheckedFigure(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens per second of one system at a number of streams, measured and expected. same_machine: whether both are
-    of one kind of machine; else only ratios may be compared. ratio: to the comparison's baseline, where that was
-    measured and is of ours too."""
+    """Tokens per second of one system at a number of streams, measured and expected."""
 
     source: str
     system: str
     streams: int
     measured: float
     expected: float
-    same_machine: bool
-    measured_ratio: float | None = None
-    expected_ratio: float | None = None
+    same_machine: bool  # whether both are of one kind of machine; else only ratios may be compared
+    measured_ratio: float | None = None  # to the comparison's baseline, where that was measured and is of ours too
+    expected_ratio: float | None = None  # likewise
 
     @property
     def error(self) -> float:

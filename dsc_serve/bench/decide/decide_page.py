@@ -35,14 +35,14 @@ MODEL = "a model's figures, not measured"
 
 
 class Decision(msgspec.Struct, kw_only=True):
-    """All that the page tells. errors, held_out: by form of weights and system."""
+    """All that the page tells."""
 
     frame: ModelFrame
     load: ClosedLoad
     measured: MeasuredMachine
     figures: list[ExpectedFigures]
-    errors: dict[str, dict[str, FitError]]
-    held_out: dict[str, dict[str, FitError]]
+    errors: dict[str, dict[str, FitError]]  # by form of weights and system
+    held_out: dict[str, dict[str, FitError]]  # likewise
     checked: list[CheckedFigure]
     passed_over: list[str]
 

@@ -14,9 +14,9 @@ from dsc_serve.bench.decide.step_terms import SYSTEMS, ServedForm, StepShape
 
 
 class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
-    """The lower quartile of the milliseconds of a kind of step. size: a name of the machine's sizes."""
+    """The lower quartile of the milliseconds of a kind of step."""
 
-    size: str
+    size: str  # a name of the machine's sizes
     system: str
     form: ServedForm
     step: StepShape
@@ -24,10 +24,10 @@ class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeasuredMachine(msgspec.Struct, kw_only=True):
-    """All that was measured. machine: what it is, and how busy it was."""
+    """All that was measured."""
 
     date: str
-    machine: dict[str, Any]
+    machine: dict[str, Any]  # what it is, and how busy it was
     sizes: dict[str, ModelFrame]
     steps: list[MeasuredStep] = []
 

@@ -47,16 +47,15 @@ Report = Callable[[str], None]
 
 
 class AskedMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured. threads: 0: as many as the server would take. minutes: nothing is begun after so many; 0: all
-    is measured."""
+    """What is measured."""
 
     sizes: Mapping[str, ModelFrame] = msgspec.field(default_factory=lambda: dict(MEASURED_SIZES))
     systems: tuple[str, ...] = tuple(SYSTEMS)
     weights: tuple[str, ...] = WEIGHTS
     steps: tuple[StepShape, ...] = STEPS
     rounds: int = ROUNDS
-    threads: int = 0
-    minutes: float = 0.0
+    threads: int = 0  # 0: as many as the server would take
+    minutes: float = 0.0  # nothing is begun after so many; 0: all is measured
 
 
 def measure_machine(asked: AskedMachine, out: Path, report: Report = lambda line: None) -> tuple[MeasuredMachine, bool]:

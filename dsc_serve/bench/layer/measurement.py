@@ -62,19 +62,18 @@ class LayerBenchError(ValueError):
 
 @dataclass(frozen=True)
 class LayerBench:
-    """What to measure. layers: rotated per system, None for 8 or as many as the last-level cache demands; seconds:
-    bound on the time of one batch size; threads: 0 for all cores; only: this kind and path alone."""
+    """What to measure."""
 
     config: str = "paper"
     dtype: str = "bf16"
-    threads: int = 0
+    threads: int = 0  # 0 for all cores
     batches: tuple[int, ...] = BATCHES
     repeats: int = 30
-    layers: int | None = None
-    seconds: float = 20.0
+    layers: int | None = None  # rotated per system; None for 8 or as many as the last-level cache demands
+    seconds: float = 20.0  # bound on the time of one batch size
     device: str = "cpu"
     seed: int = 0
-    only: tuple[str, str] | None = None
+    only: tuple[str, str] | None = None  # this kind and path alone
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -99,28 +98,23 @@ class LayerBench:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One system at one batch size. us is None, with the reason in `wrong`, where the result was wrong.
-
-    ratio_to_best_moe: us over that of the fastest MoE path; ratio_to_plain_moe: over that of the frozen plain MoE.
-    roofline_share and overlapped_share: see `roofline`. bytes and flops: of the roofline, for one layer. error: the
-    largest relative error of a token's output, None where there is none; compared: how many tokens that is over.
-    """
+    """One system at one batch size."""
 
     system: str
     path: str
     batch: int
     dtype: str
     threads: int
-    us: float | None
-    ratio_to_best_moe: float | None
-    ratio_to_plain_moe: float | None
-    roofline_share: float | None
-    overlapped_share: float | None
-    bytes: int
-    flops: int
-    error: float | None
-    compared: int
-    wrong: str | None
+    us: float | None  # None where the result was wrong
+    ratio_to_best_moe: float | None  # us over that of the fastest MoE path
+    ratio_to_plain_moe: float | None  # us over that of the frozen plain MoE
+    roofline_share: float | None  # see `roofline`
+    overlapped_share: float | None  # likewise
+    bytes: int  # of the roofline, for one layer
+    flops: int  # likewise
+    error: float | None  # the largest relative error of a token's output; None where there is none
+    compared: int  # how many tokens that is over
+    wrong: str | None  # why us is None; None for a right result
 
 
 Row = TypeVar("Row", bound=LayerRow)

@@ -110,14 +110,11 @@ def _margin(logits: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """error: the largest relative error of a token's output; compared: tokens whose selection is beyond doubt.
+    """How right a layer's result is."""
 
-    wrong says what is wrong, and is None for a right result.
-    """
-
-    error: float
-    compared: int
-    wrong: str | None
+    error: float  # the largest relative error of a token's output
+    compared: int  # tokens whose selection is beyond doubt
+    wrong: str | None  # what is wrong; None for a right result
 
 
 def verdict(outputs: Sequence[Tensor], wanted: Sequence[Expected], dtype: torch.dtype, logit_error: float) -> Verdict:

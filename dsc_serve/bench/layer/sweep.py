@@ -49,16 +49,14 @@ SWEEP_BATCHES = (1, 16)
 
 @dataclass(frozen=True)
 class SweepRow(LayerRow):
-    """A row of one point of the sweep.
-
-    router_us and static_us: the router's product and the static MLP, each measured alone; bank_us: the rest of the
-    layer, which is norm, selection, coefficients and composition. It is below zero where the parts run faster together.
-    """
+    """A row of one point of the sweep."""
 
     atoms: int
     picks: int
-    router_us: float
-    static_us: float
+    router_us: float  # of the router's product, measured alone
+    static_us: float  # of the static MLP, measured alone
+    # the rest of the layer, which is norm, selection, coefficients and composition. It is below zero where the parts
+    # run faster together
     bank_us: float | None
     router_bytes: int
     static_bytes: int

@@ -18,9 +18,9 @@ Timed = Callable[[], float]  # does the work once; returns the seconds that it t
 
 
 class Timer(Protocol):
-    """together: how often work that is shorter than what starts it is done in one timing."""
+    """Times work."""
 
-    together: int
+    together: int  # how often work that is shorter than what starts it is done in one timing
 
     def prepared(self, work: Work, wake: Work = lambda: None) -> Timed:
         """Work that can be timed again and again; wake: what is done before, and not timed, where that matters."""

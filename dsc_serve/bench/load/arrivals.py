@@ -33,19 +33,13 @@ class RequestBudget:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast requests start: streams of a closed loop, requests per second of an open one, drawn from the seed.
+    """How fast requests start: streams of a closed loop, requests per second of an open one, drawn from the seed."""
 
-    concurrency: also how many a burst has.
-
-    burstiness: of gamma arrivals; 1 is Poisson's, less comes in bursts, more at even distances.
-    end_rate: what a ramp's rate has become after `duration_s`.
-    """
-
-    concurrency: int
+    concurrency: int  # streams, or how many a burst has
     rate: float = 0.0
     seed: int = 0
-    burstiness: float = 1.0
-    end_rate: float = 0.0
+    burstiness: float = 1.0  # of gamma arrivals; 1 is Poisson's, less comes in bursts, more at even distances
+    end_rate: float = 0.0  # what a ramp's rate has become after `duration_s`
     duration_s: float = 1.0
 
 

@@ -35,25 +35,18 @@ event_decoder = msgspec.json.Decoder(StreamedEvent)
 
 
 class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one request. Times in seconds, from the moment it was due.
+    """What became of one request. Times in seconds, from the moment it was due."""
 
-    failure: None, or the reason in a few fixed words; `detail` is then one example of what was said.
-    queued: until the request was sent, spent in this client. ttft: to the first event with a token; latency: to the
-    last event of the generation, or to the end of an answer that is not a success; gaps: between events with tokens.
-    output_tokens as the server counts them, or else the number of events with tokens (`counted` is False).
-    due: that moment, by time.perf_counter.
-    """
-
-    failure: str | None = None
-    detail: str = ""
-    due: float = 0.0
-    queued: float = 0.0
-    ttft: float = 0.0
-    latency: float = 0.0
-    gaps: tuple[float, ...] = ()
+    failure: str | None = None  # None, or the reason in a few fixed words
+    detail: str = ""  # one example of what was said of a failure
+    due: float = 0.0  # that moment, by time.perf_counter
+    queued: float = 0.0  # until the request was sent, spent in this client
+    ttft: float = 0.0  # to the first event with a token
+    latency: float = 0.0  # to the last event of the generation, or to the end of an answer that is not a success
+    gaps: tuple[float, ...] = ()  # between events with tokens
     input_tokens: int = 0
-    output_tokens: int = 0
-    counted: bool = True
+    output_tokens: int = 0  # as the server counts them, or else the number of events with tokens
+    counted: bool = True  # whether the server did
 
     @property
     def tpot(self) -> float | None:

@@ -25,53 +25,41 @@ class LoadError(RuntimeError):
 
 
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What to send, how much of it, and how fast.
+    """What to send, how much of it, and how fast."""
 
-    url: of the server, such as http://127.0.0.1:8000. models: asked for in turn; none: the first one listed.
-    arrivals: the load profile, a name in ARRIVALS. concurrency: streams of the closed loop, or requests of a
-        burst. request_rate: requests per
-        second of an open one. burstiness: of gamma arrivals; 1 is Poisson's. end_rate: what a ramp's rate has become
-        after duration_s. max_in_flight: requests of an open profile that are sent at once; the others wait here, and
-        their times count from when they were due.
-    requests, duration_s: no request starts after that many or that late, whichever comes first; those in flight end,
-        so a run takes at most duration_s + timeout_s, and the warm-up before it as long again.
-    warmup: requests before the measurement, sent the same way and discarded; None means one per stream.
-    timeout_s: most seconds for one request, from its start to its end.
-    prompt_file: a UTF-8 text to cut prompts from. sharegpt: conversations as JSON, whose questions are prompts. Without
-        either, prompts are random ids below vocab_size.
-    tokenizer: a folder with the tokenizer by which lengths are counted in these files; without it, words are.
-    prompt_tokens: a number, or a distribution as in `lengths`; None: the questions of sharegpt whole, else 64.
-    output_tokens: max_tokens of requests, likewise; None: as long as the answers of sharegpt, else 64.
-    prefix_tokens, prefixes: each prompt begins with one of so many beginnings of that length, drawn evenly.
-    ignore_eos: generate all output tokens, and show the special ones; left out of requests when False.
-    goodput: limits in milliseconds that a request must keep to count in request_goodput, such as ("ttft:100",).
-    seed: of the prompts and arrivals, and with a temperature above 0 of the sampling.
-    """
-
-    url: str
-    models: tuple[str, ...] = ()
-    arrivals: str = "closed"
-    concurrency: int = 8
-    request_rate: float = 1.0
-    burstiness: float = 1.0
-    end_rate: float | None = None
+    url: str  # of the server, such as http://127.0.0.1:8000
+    models: tuple[str, ...] = ()  # asked for in turn; none: the first one listed
+    arrivals: str = "closed"  # the load profile, a name in ARRIVALS
+    concurrency: int = 8  # streams of the closed loop, or requests of a burst
+    request_rate: float = 1.0  # requests per second of an open one
+    burstiness: float = 1.0  # of gamma arrivals; 1 is Poisson's
+    end_rate: float | None = None  # what a ramp's rate has become after duration_s
+    # requests of an open profile that are sent at once; the others wait here, and their times count from when they were
+    # due
     max_in_flight: int | None = None
+    # no request starts after that many or after duration_s, whichever comes first; those in flight end, so a run takes
+    # at most duration_s + timeout_s, and the warm-up before it as long again
     requests: int = 200
     duration_s: float = 120.0
+    # requests before the measurement, sent the same way and discarded; None means one per stream
     warmup: int | None = None
-    timeout_s: float = 120.0
-    prompt_file: str | None = None
-    sharegpt: str | None = None
+    timeout_s: float = 120.0  # most seconds for one request, from its start to its end
+    prompt_file: str | None = None  # a UTF-8 text to cut prompts from
+    sharegpt: str | None = None  # conversations as JSON, whose questions are prompts
+    # a folder with the tokenizer by which lengths are counted in these files; without it, words are
     tokenizer: str | None = None
-    vocab_size: int = 256
+    vocab_size: int = 256  # without either file, prompts are random ids below it
+    # a number, or a distribution as in `lengths`; None: the questions of sharegpt whole, else 64
     prompt_tokens: int | str | None = None
+    # max_tokens of requests, likewise; None: as long as the answers of sharegpt, else 64
     output_tokens: int | str | None = None
-    prefix_tokens: int = 0
+    prefix_tokens: int = 0  # each prompt begins with one of `prefixes` beginnings of that length, drawn evenly
     prefixes: int = 1
-    ignore_eos: bool = True
+    ignore_eos: bool = True  # generate all output tokens, and show the special ones; left out of requests when False
     temperature: float = 0.0
+    # limits in milliseconds that a request must keep to count in request_goodput, such as ("ttft:100",)
     goodput: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = 0  # of the prompts and arrivals, and with a temperature above 0 of the sampling
     api_key: str = ""
 
     def __post_init__(self) -> None:

@@ -15,13 +15,12 @@ LOADS = {"peak": "peak", "full": "full house", "overload": "overload"}
 
 
 class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One load of a round. offered: requests per second; lost: neither completed nor refused; times in milliseconds,
-    None where no request had one."""
+    """One load of a round. Times in milliseconds, None where no request had one."""
 
-    offered: float
+    offered: float  # requests per second
     completed: int
     refused: int
-    lost: int
+    lost: int  # neither completed nor refused
     output_throughput: float
     median_ttft_ms: float | None
     p99_ttft_ms: float | None

@@ -43,26 +43,17 @@ def spread(seconds: Sequence[float]) -> Spread:
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load measured. Throughputs are per second over `duration` (seconds), of completed requests only.
-
-    ttft, tpot and e2el are spreads over requests, itl over all gaps between events with tokens. tpot is
-    (latency − ttft) / (output tokens − 1), of requests with at least two tokens. queue: from when a request was due to
-    when it was sent, which the other times contain. request_goodput: completed requests that kept all limits, per
-    second; None where there are no limits. failures counts failed requests by
-    reason, failure_examples quotes one of each. uncounted: completed requests whose tokens the server did not count,
-    so that events stand for them. refused: the latency of answers with status 429. client_cpu: share of one core that
-    this client itself used.
-    """
+    """What one load measured. Throughputs are per second over `duration`, of completed requests only."""
 
     date: str
     url: str
     model: str
-    duration: float
+    duration: float  # seconds
     completed: int
     failed: int
-    failures: dict[str, int]
-    failure_examples: dict[str, str]
-    uncounted: int
+    failures: dict[str, int]  # failed requests by reason
+    failure_examples: dict[str, str]  # one of each, quoted
+    uncounted: int  # completed requests whose tokens the server did not count, so that events stand for them
     total_input_tokens: int
     total_output_tokens: int
     request_throughput: float
@@ -70,15 +61,15 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     total_token_throughput: float
     max_concurrency: int | None
     request_rate: float | None
-    request_goodput: float | None
-    ttft: Spread
-    tpot: Spread
-    itl: Spread
+    request_goodput: float | None  # completed requests that kept all limits, per second; None where there are no limits
+    ttft: Spread  # over requests, as tpot and e2el
+    tpot: Spread  # (latency − ttft) / (output tokens − 1), of requests with at least two tokens
+    itl: Spread  # over all gaps between events with tokens
     e2el: Spread
-    queue: Spread
+    queue: Spread  # from when a request was due to when it was sent, which the other times contain
     config: dict[str, object]
-    client: dict[str, object]
-    refused: Spread = Spread()
+    client: dict[str, object]  # the machine; client_cpu: share of one core that this client itself used
+    refused: Spread = Spread()  # the latency of answers with status 429
 
     def to_dict(self) -> dict[str, object]:
         """Flat, with spreads as mean_ttft_ms, p99_itl_ms and so on; ready for JSON."""

@@ -26,21 +26,17 @@ DRAWN = 4  # kinds of random numbers; content tells tenants apart by a factor
 
 
 class KindCost(msgspec.Struct, frozen=True):
-    """Streams that have an adapter of a kind each, beside as many without and of other kinds, step by step in turn.
-
-    share: of a step's time that is added, the median of the rounds' own; lowest, highest: of these. bytes: of the
-    distinct adapters and bases that a step reads.
-    """
+    """Streams that have an adapter of a kind each, beside as many without and of other kinds, step by step in turn."""
 
     kind: str
     rank: int
     streams: int
     step_ms: float
     base_ms: float
-    share: float
-    lowest: float
-    highest: float
-    bytes: int
+    share: float  # of a step's time that is added, the median of the rounds' own
+    lowest: float  # of the rounds' shares
+    highest: float  # likewise
+    bytes: int  # of the distinct adapters and bases that a step reads
 
 
 class KindMemory(msgspec.Struct, frozen=True):

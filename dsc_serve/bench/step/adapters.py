@@ -30,35 +30,28 @@ SIZE = 0.02  # of the numbers of an update, beside which a base's own are small 
 
 
 class BesideLoaded(msgspec.Struct, frozen=True):
-    """Streams without adapters, in an engine with so many in memory beside one that knows of none.
-
-    ratio: tokens per second of the first over the second, the median of the rounds' own; lowest, highest: of these.
-    """
+    """Streams without adapters, in an engine with so many in memory beside one that knows of none."""
 
     streams: int
     loaded: int
     step_ms: float
     without_ms: float
-    ratio: float
-    lowest: float
-    highest: float
+    ratio: float  # tokens per second of the first over the second, the median of the rounds' own
+    lowest: float  # of the rounds' ratios
+    highest: float  # likewise
 
 
 class ManyTenants(msgspec.Struct, frozen=True):
-    """Streams that have an adapter each, beside as many without, in one engine's steps.
-
-    added_ms: median of the rounds' own; bytes: of the distinct adapters that a step reads, taken at `bandwidth`,
-    bytes/s of reading as many of another weight; ratio: added_ms over that.
-    """
+    """Streams that have an adapter each, beside as many without, in one engine's steps."""
 
     streams: int
     distinct: int
     step_ms: float
     base_ms: float
-    added_ms: float
-    bytes: int
-    bandwidth: float
-    ratio: float
+    added_ms: float  # median of the rounds' own
+    bytes: int  # of the distinct adapters that a step reads
+    bandwidth: float  # bytes/s of reading as many of another weight
+    ratio: float  # added_ms over reading these bytes at that rate
     lowest: float
     highest: float
 

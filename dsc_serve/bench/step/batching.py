@@ -38,35 +38,32 @@ class BatchingError(ValueError):
 
 @dataclass(frozen=True)
 class BatchingBench:
-    """requests: how many may run at once, one table for each. topics: prompts are cut from so many places of the text,
-    in turn, so that neighbours in the queue differ; 0: each from a place of its own. repeats: of all variants in turn;
-    the tables hold medians.
-    """
+    """Queues of requests under several policies and groupings; the tables hold medians."""
 
     model: str
-    requests: tuple[int, ...] = (8, 32, 128)
+    requests: tuple[int, ...] = (8, 32, 128)  # how many may run at once, one table for each
     oversubscription: int = 4
     prompt_tokens: int = 48
     output_tokens: int = 48
+    # prompts are cut from so many places of the text, in turn, so that neighbours in the queue differ; 0: each from a
+    # place of its own
     topics: int = 8
-    repeats: int = 5
+    repeats: int = 5  # of all variants in turn
     threads: int = 0
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class BatchingRow:
-    """One variant at one number of requests. distinct: different atoms of a step and layer, mean; arrival and grouped:
-    ρ of 16-token tiles in steps of at least 16 tokens; bytes per token: each row of a step once; times in milliseconds.
-    """
+    """One variant at one number of requests. Bytes per token: each row of a step once. Times in milliseconds."""
 
     policy: str
     grouping: str
     running: int
     steps: int
-    distinct: float
-    arrival: float | None
-    grouped: float | None
+    distinct: float  # different atoms of a step and layer, mean
+    arrival: float | None  # ρ of 16-token tiles in steps of at least 16 tokens
+    grouped: float | None  # likewise, once tokens are grouped
     grouped_tiles: int
     bank_bytes_per_token: float
     router_bytes_per_token: float
@@ -81,13 +78,13 @@ class BatchingRow:
 @dataclass(frozen=True)
 class CacheRow:
     """What if only `kept` of the atoms were in fast memory: the share of picked rows found there, each row of a step
-    once. hot: those that the first fifth of the trace picked most; recent: those used last."""
+    once."""
 
     policy: str
     running: int
     kept: float
-    hot: float
-    recent: float
+    hot: float  # where it holds those that the first fifth of the trace picked most
+    recent: float  # where it holds those used last
 
 
 @dataclass

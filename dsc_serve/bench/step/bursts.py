@@ -21,17 +21,16 @@ FIGURES = {"ttft_p50_ms": False, "ttft_p99_ms": False, "tokens_per_s": True}  # 
 
 
 class BurstBench(msgspec.Struct, frozen=True, kw_only=True):
-    """bursts: sizes. beside: requests that decode when a burst comes. apart_ms: between its prompts, as HTTP brings
-    them. waves: bursts of a round, each once the last has been answered. rounds: that count; one before does not."""
+    """Bursts of prompts, with and without requests that decode when they come."""
 
     policies: tuple[str, ...] = ("fcfs", "bursts")
-    bursts: tuple[int, ...] = (8, 32)
-    beside: tuple[int, ...] = (0, 4)
+    bursts: tuple[int, ...] = (8, 32)  # sizes
+    beside: tuple[int, ...] = (0, 4)  # requests that decode when a burst comes
     prompt_tokens: int = 48
     output_tokens: int = 64
-    apart_ms: float = 0.2
-    waves: int = 3
-    rounds: int = 5
+    apart_ms: float = 0.2  # between its prompts, as HTTP brings them
+    waves: int = 3  # bursts of a round, each once the last has been answered
+    rounds: int = 5  # that count; one before does not
     seed: int = 0
 
 

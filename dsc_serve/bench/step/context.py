@@ -14,24 +14,19 @@ from dsc_serve.model.decoder import Decoder
 
 
 class ContextRow(msgspec.Struct, frozen=True):
-    """One system's streams with a context.
-
-    token_bytes: that a token takes as long as every layer keeps it; held_bytes: that the context of one stream takes,
-    behind whose windows nothing is kept. ratio: step_ms beside the first system's, the median of the rounds' own.
-    bits_per_byte: of a text in windows of the context; None: of none.
-    """
+    """One system's streams with a context."""
 
     model: str
     kv_dtype: str
     streams: int
     context: int
-    token_bytes: int
-    held_bytes: int
+    token_bytes: int  # that a token takes as long as every layer keeps it
+    held_bytes: int  # that the context of one stream takes, behind whose windows nothing is kept
     step_ms: float
-    ratio: float
+    ratio: float  # step_ms beside the first system's, the median of the rounds' own
     lowest: float
     highest: float
-    bits_per_byte: float | None = None
+    bits_per_byte: float | None = None  # of a text in windows of the context; None: of none
 
 
 class System(msgspec.Struct, frozen=True):

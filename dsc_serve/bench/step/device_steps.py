@@ -29,19 +29,15 @@ class NotCapturedError(ValueError):
 
 
 class DeviceStep(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians in milliseconds. step: the engine's, by the host's clock, the sampled ids read; host: what is not device.
-
-    head: by itself; inside: whether the graph has one of its own. least: what the step must read, at the rate that was
-    measured here.
-    """
+    """Medians in milliseconds; what is not device is the host's."""
 
     running: int
     padded: int  # to so many sequences
     graph_ms: float
-    head_ms: float
-    inside: bool
-    step_ms: float
-    least_ms: float
+    head_ms: float  # by itself
+    inside: bool  # whether the graph has a head of its own
+    step_ms: float  # the engine's, by the host's clock, the sampled ids read
+    least_ms: float  # what the step must read, at the rate that was measured here
 
     @property
     def host_ms(self) -> float:

@@ -46,12 +46,12 @@ SYSTEMS: dict[str, tuple[str, Any, RouterPrecision]] = {  # FFN kind, the frozen
 
 @dataclass(frozen=True)
 class ForwardBench:
-    """sequences, length: of the batch. repeats: forwards of each system, all in turn; times are means over them."""
+    """Forwards of several systems, all in turn."""
 
     preset: str = "paper"
-    sequences: int = 16
-    length: int = 256
-    repeats: int = 50
+    sequences: int = 16  # of the batch
+    length: int = 256  # of each
+    repeats: int = 50  # forwards of each system; times are means over them
     threads: int = 0
     seed: int = 0
 

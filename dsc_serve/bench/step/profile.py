@@ -57,29 +57,21 @@ class StepPart(msgspec.Struct, frozen=True):
 
 
 class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps of single tokens of `running` requests.
-
-    step_ms: median of steps that nothing is timed in; ipc_ms: of telling the API process, by a socket. parts: means of
-    timed steps, in the engine process; beside: in the API process, which shares the machine. operators: the share of
-    operators in the wall time of the timed steps. weight_bytes: of all weights that a step needs, each once, in the
-    model's dtype; bandwidth: bytes/s of reading as many bytes of another weight, by medians between the steps;
-    weights_ratio: step_ms over reading these weights at that rate. read_bytes: of those that are screened only the
-    int8 is read; read_ratio: step_ms over reading so much. flops_per_s: of large products.
-    """
+    """Steps of single tokens of `running` requests."""
 
     running: int
     sampling: str
-    step_ms: float
-    ipc_ms: float
-    parts: list[StepPart]
-    beside: list[StepPart]
-    operators: float
-    weight_bytes: float
-    read_bytes: float
-    bandwidth: float
-    flops_per_s: float
-    weights_ratio: float
-    read_ratio: float
+    step_ms: float  # median of steps that nothing is timed in
+    ipc_ms: float  # of telling the API process, by a socket
+    parts: list[StepPart]  # means of timed steps, in the engine process
+    beside: list[StepPart]  # in the API process, which shares the machine
+    operators: float  # the share of operators in the wall time of the timed steps
+    weight_bytes: float  # of all weights that a step needs, each once, in the model's dtype
+    read_bytes: float  # likewise, but of those that are screened only the int8
+    bandwidth: float  # bytes/s of reading as many bytes of another weight, by medians between the steps
+    flops_per_s: float  # of large products
+    weights_ratio: float  # step_ms over reading weight_bytes at that rate
+    read_ratio: float  # step_ms over reading read_bytes
 
 
 class Reading:

@@ -16,17 +16,13 @@ WINDOW = 512  # tokens of a text that see each other, and whose logits are held 
 
 
 class QualityRow(msgspec.Struct, frozen=True):
-    """Of one system, on so many tokens of a text.
-
-    off: ‖logits − those of the weights' own values in float32‖ / ‖these‖. argmax: share of the tokens whose largest
-    logit is theirs.
-    """
+    """Of one system, on so many tokens of a text."""
 
     system: str
     tokens: int
     bits_per_byte: float
-    off: float
-    argmax: float
+    off: float  # ‖logits − those of the weights' own values in float32‖ / ‖these‖
+    argmax: float  # share of the tokens whose largest logit is theirs
 
 
 class TextError(ValueError):

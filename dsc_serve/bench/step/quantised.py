@@ -35,11 +35,7 @@ class HeldForm(msgspec.Struct, frozen=True):
 
 
 class StepRow(msgspec.Struct, frozen=True):
-    """Steps of one system at a number of streams: medians, and of the rounds' ratios to the first system's the range.
-
-    read_ratio: step_ms beside reading the weights' bytes once at this machine's rate; None: of another program.
-    peer_ratio: the median of the rounds' ratios to that program; None where none was measured.
-    """
+    """Steps of one system at a number of streams: medians, and the range of the rounds' ratios to the first system."""
 
     system: str
     streams: int
@@ -48,8 +44,9 @@ class StepRow(msgspec.Struct, frozen=True):
     ratio: float
     lowest: float
     highest: float
+    # step_ms beside reading the weights' bytes once at this machine's rate; None: of another program
     read_ratio: float | None = None
-    peer_ratio: float | None = None
+    peer_ratio: float | None = None  # the median of the rounds' ratios to that program; None where none was measured
 
 
 class PromptRow(msgspec.Struct, frozen=True):

@@ -21,23 +21,18 @@ RUNNING = 32  # at a time
 
 
 class TenantMemory(msgspec.Struct, frozen=True):
-    """So many tenants of a bank in memory together, each of whom was then asked for tokens.
-
-    bytes: of all; bank_bytes: of what they share, banks and routers; resident_bytes: what the process grew by when they
-    were loaded. lora_bytes: of one LoRA of `rank`; 0: none was loaded. evicted: how many were put out of memory
-    meanwhile.
-    """
+    """So many tenants of a bank in memory together, each of whom was then asked for tokens."""
 
     tenants: int
-    bytes: int
-    bank_bytes: int
-    resident_bytes: int
+    bytes: int  # of all
+    bank_bytes: int  # of what they share, banks and routers
+    resident_bytes: int  # what the process grew by when they were loaded
     load_ms: float  # of one
-    rank: int
-    lora_bytes: int
+    rank: int  # of one LoRA beside them
+    lora_bytes: int  # of that; 0: none was loaded
     tokens: int
     seconds: float  # that these tokens took
-    evicted: int
+    evicted: int  # how many were put out of memory meanwhile
 
 
 def served(engine: Engine, names: Sequence[str]) -> list[list[int]]:

@@ -27,18 +27,15 @@ System = tuple[Decoder, EngineConfig, Choices]
 
 
 class TenantStep(msgspec.Struct, frozen=True):
-    """Median milliseconds of a step of so many streams, and that over the first system's; lowest, highest: of rounds.
-
-    read_bytes: of the distinct adapters, in a step.
-    """
+    """Steps of so many streams."""
 
     system: str
     streams: int
-    step_ms: float
-    ratio: float
-    lowest: float
-    highest: float
-    read_bytes: int
+    step_ms: float  # median of a step
+    ratio: float  # of that to the first system's
+    lowest: float  # of the rounds' ratios
+    highest: float  # likewise
+    read_bytes: int  # of the distinct adapters, in a step
 
 
 def choices(names: Sequence[str]) -> Choices:

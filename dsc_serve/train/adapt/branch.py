@@ -24,9 +24,9 @@ OFF: Mapping[int, Mapping[str, Tensor]] = {}
 
 @dataclass
 class BranchTrace:
-    """What the branches of one pass leave behind. terms: weighted, summed over layers."""
+    """What the branches of one pass leave behind."""
 
-    terms: Tensor
+    terms: Tensor  # weighted, summed over layers
     signal: list[Tensor]  # the mean by layer
     picks: list[Tensor]  # int64 [M] by layer
 

@@ -20,36 +20,31 @@ R = TypeVar("R", bound="AdapterRunSettings")
 
 
 class AdapterRunSettings(Strict):
-    """What runs of every kind have.
+    """What runs of every kind have."""
 
-    steps: of the run, in each of which every adapter sees `rows` windows of `length` tokens of its own text. rate: the
-    peak, after `warmup` steps; it falls to `final` of that by a cosine. clip: of each adapter's gradient. held_out: the
-    share of every text that is never trained on. log_steps, evaluate_steps: between lines of the log, and looks at
-    `evaluate_windows` held-out windows of every text. checkpoint_s: seconds between checkpoints.
-    """
-
-    steps: Size = 200
-    length: Size = 256
-    rows: Size = 4
-    rate: Positive = 5e-4
-    warmup: Count = 10
-    final: Share = 0.1
-    clip: Positive = 1.0
-    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    steps: Size = 200  # of the run
+    length: Size = 256  # tokens of a window
+    rows: Size = 4  # windows that every adapter sees in a step, of its own text
+    rate: Positive = 5e-4  # the peak, after the warm-up
+    warmup: Count = 10  # steps
+    final: Share = 0.1  # share of the peak that the rate falls to, by a cosine
+    clip: Positive = 1.0  # of each adapter's gradient
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05  # the share of every text that is never trained on
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Count = 0
-    log_steps: Size = 5
-    evaluate_steps: Size = 50
-    evaluate_windows: Size = 4
-    checkpoint_s: Positive = 60.0
+    log_steps: Size = 5  # between lines of the log
+    evaluate_steps: Size = 50  # between looks at held-out windows
+    evaluate_windows: Size = 4  # of every text
+    checkpoint_s: Positive = 60.0  # seconds between checkpoints
 
 
 class LowRankSettings(AdapterRunSettings):
-    """rank, alpha: of each adapter, whose scale is alpha / rank. modules: of every layer."""
+    """What runs of low-rank adapters have, each of which has the scale alpha / rank."""
 
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16  # of each adapter
     alpha: Positive = 32.0
+    # of every layer
     modules: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = MODULES  # type: ignore[assignment]
 
     @model_validator(mode="after")
@@ -73,20 +68,16 @@ class CoreSettings(LowRankSettings):
 
 
 class BranchSettings(AdapterRunSettings):
-    """One run of a DSC branch. rate: of the bank's atoms; its router's is ROUTER_FACTOR times that.
-
-    tenant_factor: times rate, of the tenants' biases and scales. gamma: what scales begin with. losses: factors of the
-    paper's terms of the branch, of which a bank that is frozen has the last two alone, each tenant its own.
-    """
+    """One run of a DSC branch."""
 
     kind: Literal["dsc"] = "dsc"
     rows: Size = 1
-    rate: Positive = 6e-4
-    tenant_factor: Positive = 5.0
-    gamma: Positive = 0.1
-    load: Factor = 0.01
+    rate: Positive = 6e-4  # of the bank's atoms; its router's is ROUTER_FACTOR times that
+    tenant_factor: Positive = 5.0  # times rate, of the tenants' biases and scales
+    gamma: Positive = 0.1  # what scales begin with
+    load: Factor = 0.01  # a factor of one of the paper's terms of the branch, as the next three
     frame: Factor = 0.001
-    budget: Factor = 0.01
+    budget: Factor = 0.01  # a bank that is frozen has this and z alone, each tenant its own
     z: Factor = 1e-4
     signal_floor: Factor = 1.0
 

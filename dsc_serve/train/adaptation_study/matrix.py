@@ -42,15 +42,12 @@ def held_out(corpus: Corpus, length: int, most: int) -> HeldOutText:
 
 @dataclass
 class Rows:
-    """What is measured of one kind so far, in a file that is whole after each adapter.
-
-    bits: by adapter and text bits per byte. tokens and seconds: that it took.
-    """
+    """What is measured of one kind so far, in a file that is whole after each adapter."""
 
     file: Path
-    bits: dict[str, dict[str, float]] = field(default_factory=dict)
-    tokens: int = 0
-    seconds: float = 0.0
+    bits: dict[str, dict[str, float]] = field(default_factory=dict)  # by adapter and text bits per byte
+    tokens: int = 0  # that it took
+    seconds: float = 0.0  # likewise
 
     @classmethod
     def read(cls, file: Path) -> Rows:

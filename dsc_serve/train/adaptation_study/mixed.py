@@ -19,9 +19,9 @@ MIXED = "mixed"  # what the adapter is called
 
 
 class MixedSettings(AdaptSettings):
-    """One run of a LoRA of all texts. rows: of each text, so that a step has as many windows as there are texts."""
+    """One run of a LoRA of all texts."""
 
-    rows: Size = 1
+    rows: Size = 1  # of each text, so that a step has as many windows as there are texts
 
 
 class MixedTrainer(AdapterTrainer):

@@ -45,18 +45,16 @@ WIDE = 4  # of biases and scales: float32
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """tokens: that each text is trained on. rank: of LoRA and LoRA-XS; basis: directions of what LoRAs share; atoms,
-    picks, layers: of the DSC branch. windows: held-out ones of each text, at most; dtype: that they are computed in.
-    """
+    """What a study is of."""
 
-    tokens: int = 100_000
-    rank: int = 16
-    basis: int = 32
-    atoms: int = 1024
-    picks: int = 4
-    layers: str = ""
-    windows: int = 24
-    dtype: str = "auto"
+    tokens: int = 100_000  # that each text is trained on
+    rank: int = 16  # of LoRA and LoRA-XS
+    basis: int = 32  # directions of what LoRAs share
+    atoms: int = 1024  # of the DSC branch
+    picks: int = 4  # likewise
+    layers: str = ""  # likewise
+    windows: int = 24  # held-out ones of each text, at most
+    dtype: str = "auto"  # that they are computed in
     changes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,10 +146,10 @@ def shared_bytes(config: ModelConfig, options: StudyOptions, kind: str) -> int:
 
 @dataclass(frozen=True, order=True)
 class EqualLora:
-    """A LoRA that takes about as many bytes as a tenant of another kind. modules: fewer than all, where rank is 1."""
+    """A LoRA that takes about as many bytes as a tenant of another kind."""
 
     rank: int
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()  # fewer than all, where rank is 1
 
     @property
     def name(self) -> str:

@@ -40,11 +40,11 @@ SPREAD = 4  # times as many directions as a basis has, at least, that this case'
 
 @dataclass(frozen=True)
 class StudyPlace:
-    """What all stages work on. model: the base as it is trained and served; name: what adapters call it."""
+    """What all stages work on."""
 
     folder: Path
-    model: Path
-    name: str
+    model: Path  # the base as it is trained and served
+    name: str  # what adapters call it
     texts: Sequence[Path]
     names: Sequence[str]
     options: StudyOptions
@@ -116,14 +116,14 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class MatrixStage:
-    """Measures every adapter of a kind on every text. texts: held-out ones, when they are asked for."""
+    """Measures every adapter of a kind on every text."""
 
     name: str
     file: Path
     model: Path
     adapters: Path | None
     names: Sequence[str]
-    texts: Callable[[], Mapping[str, HeldOutText]]
+    texts: Callable[[], Mapping[str, HeldOutText]]  # held-out ones, when they are asked for
     engine: Mapping[str, Any]
 
     def done(self) -> bool:

@@ -35,19 +35,17 @@ CALIBRATED = ("attention", "mlp", "experts")  # whose inputs are seen; other par
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """What became of one matrix.
-
-    error: of its outputs over the calibration's inputs, or of itself without one, in parts of what it was, by 2-norm.
-    residual: ‖W − Ŵ‖₂, compensation and all: no input of length 1 is multiplied more wrongly. norm: ‖W‖₂. None where
-    they say little: for an embedding. estimated: both are from below, and no bounds.
-    """
+    """What became of one matrix."""
 
     name: str
     form: str
+    # of its outputs over the calibration's inputs, or of itself without one, in parts of what it was, by 2-norm
     error: float
+    # ‖W − Ŵ‖₂, compensation and all: no input of length 1 is multiplied more wrongly. None where this and the norm say
+    # little: for an embedding
     residual: float | None
-    norm: float | None
-    estimated: bool = False
+    norm: float | None  # ‖W‖₂
+    estimated: bool = False  # both are from below, and no bounds
 
 
 class Conversion:

@@ -20,12 +20,10 @@ SAMPLE = 2048  # tokens by which layers are compared
 
 @dataclass(frozen=True)
 class LayerCost:
-    """loss: nats per token more with this layer rounded and no other, in parts of the loss with none.
+    """What rounding one layer costs."""
 
-    picks: the share of what its tokens pick that is other with all layers rounded; None where nothing is picked.
-    """
-
-    loss: float
+    loss: float  # nats per token more with this layer rounded and no other, in parts of the loss with none
+    # the share of what its tokens pick that is other with all layers rounded; None where nothing is picked
     picks: float | None
 
 

@@ -15,21 +15,17 @@ RATE = Annotated[float, Meta(ge=0, le=1)]
 
 
 class SpeculationComparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The systems are kinds of FFN at each preset, with random weights, in one process and in turn.
-
-    rates: how often a draft is right that the bench makes; a round has each of them and none. tokens: of each stream,
-    after a prompt of prompt_tokens; both are drawn evenly, so that no continuation repeats itself. max_drafts: also of
-    the table of step times. rounds: of all systems.
-    """
+    """The systems are kinds of FFN at each preset, with random weights, in one process and in turn."""
 
     systems: tuple[str, ...] = KINDS
     presets: tuple[PresetName, ...] = ("paper", "large", *MIXTURES)
     streams: tuple[COUNT, ...] = (1, 8, 16, 32)
+    # how often a draft is right that the bench makes; a round has each of them and none
     rates: tuple[RATE, ...] = (0.0, 0.5, 0.7, 0.9)
-    prompt_tokens: COUNT = 48
-    tokens: Annotated[int, Meta(ge=2)] = 128
-    max_drafts: COUNT = 7
-    rounds: COUNT = 5
+    prompt_tokens: COUNT = 48  # drawn evenly, as the continuation is, so that none repeats itself
+    tokens: Annotated[int, Meta(ge=2)] = 128  # of each stream, after its prompt
+    max_drafts: COUNT = 7  # also of the table of step times
+    rounds: COUNT = 5  # of all systems
     text_rounds: COUNT = 5
     threads: Annotated[int, Meta(ge=0)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -16,18 +16,16 @@ from dsc_serve.bench.compare.speculation.asked import SpeculationComparison, com
 
 
 class DraftedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. rate: how often drafts were right; None: none. ms: wall time for each output token of one stream, from
-    when all streams had begun; drafts: for each step and stream; right: their share that was kept.
-    """
+    """One run."""
 
     preset: str
     system: str
     streams: int
     round: int
-    rate: float | None
-    ms: float
-    drafts: float = 0.0
-    right: float = 0.0
+    rate: float | None  # how often drafts were right; None: none
+    ms: float  # wall time for each output token of one stream, from when all streams had begun
+    drafts: float = 0.0  # for each step and stream
+    right: float = 0.0  # their share that was kept
 
 
 class StepWidthRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +42,7 @@ class StepWidthRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One task of real work, once without and once with drafts, decoding alone. same: whether the answers are."""
+    """One task of real work, once without and once with drafts, decoding alone."""
 
     task: str
     round: int
@@ -53,7 +51,7 @@ class TextRow(msgspec.Struct, frozen=True, kw_only=True):
     ms_with: float
     drafted: dict[str, int]  # by source
     accepted: dict[str, int]
-    same: bool
+    same: bool  # whether the answers are
 
     @property
     def gain(self) -> float:
@@ -61,14 +59,14 @@ class TextRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpeculationResults(msgspec.Struct, kw_only=True):
-    """All of it. parameters: of each preset and system, all and active."""
+    """All of it."""
 
     date: str
     client: str
     machine: dict[str, Any]
     asked: SpeculationComparison
     text_model: str = ""
-    parameters: dict[str, dict[str, tuple[int, int]]] = {}
+    parameters: dict[str, dict[str, tuple[int, int]]] = {}  # of each preset and system, all and active
     drafted: list[DraftedRow] = []
     widths: list[StepWidthRow] = []
     texts: list[TextRow] = []

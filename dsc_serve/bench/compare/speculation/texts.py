@@ -64,13 +64,13 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class TextTask:
-    """One request, greedy. predicted: whether its own answer is given as a prediction, with words of it changed."""
+    """One request, greedy."""
 
     name: str
     message: str
     begins: str = ""  # what the answer has been given already
     shape: StructuredOutputs | None = None
-    predicted: bool = False
+    predicted: bool = False  # whether its own answer is given as a prediction, with words of it changed
     tokens: int = TOKENS
 
 

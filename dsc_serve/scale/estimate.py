@@ -145,11 +145,11 @@ def phases(
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """How GPUs serve a model: each of `replicas` on `shards` of them, `tokens` sequences at a time."""
+    """How GPUs serve a model."""
 
-    shards: int
+    shards: int  # GPUs of a replica
     replicas: int
-    tokens: int
+    tokens: int  # sequences of a replica at a time
     step_s: float
 
     @property

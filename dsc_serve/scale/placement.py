@@ -24,10 +24,10 @@ ASKED = 4  # replicas on the way from a request's place, should the first have n
 
 @dataclass(frozen=True)
 class PlacementKey:
-    """What a request has in common with others: whose it is ("": nobody's), and the links of its prompt's chain."""
+    """What a request has in common with others."""
 
-    tenant: str = ""
-    chain: tuple[int, ...] = ()
+    tenant: str = ""  # whose it is; "": nobody's
+    chain: tuple[int, ...] = ()  # the links of its prompt's
 
     @property
     def key(self) -> int | None:

@@ -276,10 +276,10 @@ def chosen(length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Expected:
-    """Of each prompt: logits float32 [positions, vocabulary] of `chosen`, and the tokens that follow it greedily."""
+    """What a model says of each prompt."""
 
-    logits: list[Tensor]
-    greedy: list[list[int]]
+    logits: list[Tensor]  # float32 [positions, vocabulary], of `chosen`
+    greedy: list[list[int]]  # the tokens that follow it greedily
 
 
 def expected(name: str) -> Expected:

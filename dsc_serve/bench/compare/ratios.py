@@ -14,10 +14,10 @@ MOVED = 0.1  # of a ratio, from which on it is said
 
 
 class Kept(msgspec.Struct):
-    """Ratios of one machine kind: by system, figure and streams, to the baseline."""
+    """Ratios of one machine kind."""
 
     date: str
-    ratios: dict[str, float]
+    ratios: dict[str, float]  # by system, figure and streams, to the baseline
 
 
 def machine_kind(results: Results) -> str:

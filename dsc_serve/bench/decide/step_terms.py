@@ -34,13 +34,12 @@ WEIGHTS: tuple[Form, ...] = ("stored", "int8", "int4")
 
 
 class StepShape(msgspec.Struct, frozen=True):
-    """A step: requests that decode, tokens in the context of each, drafts beside each one's token, and the tokens of
-    a prompt that is computed whole with them."""
+    """What a step holds."""
 
-    singles: int = 0
-    context: float = 0.0
-    drafts: int = 0
-    chunk: int = 0
+    singles: int = 0  # requests that decode
+    context: float = 0.0  # tokens in that of each
+    drafts: int = 0  # beside each one's token
+    chunk: int = 0  # tokens of a prompt that is computed whole with them
 
     @property
     def tokens(self) -> int:

@@ -97,10 +97,10 @@ def phases(config: ModelConfig, batch: int, distinct: float, element: int) -> li
 
 @dataclass
 class Rates:
-    """Best rates seen: gemm in FLOP/s, bandwidth in bytes/s by the size of the buffer read, in bytes."""
+    """Best rates seen."""
 
-    gemm: float = 0.0
-    bandwidth: dict[int, float] = field(default_factory=dict)
+    gemm: float = 0.0  # FLOP/s
+    bandwidth: dict[int, float] = field(default_factory=dict)  # bytes/s by the size of the buffer read, in bytes
 
     def measure(
         self, sizes: Iterable[int], width: int, dtype: torch.dtype, device: torch.device, seconds: float

@@ -40,14 +40,14 @@ class KindCost(msgspec.Struct, frozen=True):
 
 
 class KindMemory(msgspec.Struct, frozen=True):
-    """So many adapters of a kind in memory: bytes of all, of them what all share, and what the process grew by."""
+    """So many adapters of a kind in memory."""
 
     kind: str
     rank: int
     adapters: int
-    bytes: int
-    shared_bytes: int
-    resident_bytes: int
+    bytes: int  # of all
+    shared_bytes: int  # of them what all share
+    resident_bytes: int  # what the process grew by
     load_ms: float  # of one
 
 

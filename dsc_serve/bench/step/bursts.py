@@ -35,7 +35,7 @@ class BurstBench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BurstRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One round under one policy. itl: between all tokens, of those beside too; largest: the longest of these."""
+    """One round under one policy."""
 
     policy: str
     burst: int
@@ -43,10 +43,10 @@ class BurstRow(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     ttft_p50_ms: float
     ttft_p99_ms: float
-    itl_p50_ms: float
+    itl_p50_ms: float  # between all tokens, of those beside too
     itl_p90_ms: float
     itl_p99_ms: float
-    largest_ms: float
+    largest_ms: float  # the longest of these
     tokens_per_s: float
 
 

@@ -18,14 +18,11 @@ DECODED = 1000  # tokens of a request that decodes, at most
 
 
 class LongPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds between the tokens of `streams` requests while a prompt of `tokens` is computed, and without it.
-
-    quiet: the same steps of like requests, whose contexts are as long, without the prompt.
-    """
+    """Milliseconds between the tokens of `streams` requests while a prompt of `tokens` is computed, and without it."""
 
     streams: int
     tokens: int
-    quiet_median_ms: float
+    quiet_median_ms: float  # of the same steps of like requests, whose contexts are as long, without the prompt
     quiet_p99_ms: float
     beside_median_ms: float
     beside_p99_ms: float

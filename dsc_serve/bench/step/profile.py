@@ -46,14 +46,13 @@ BESIDE = ("receive", "detokenise")
 
 
 class StepPart(msgspec.Struct, frozen=True):
-    """A part of a step: microseconds, and where it reads weights or keys and values the bytes, FLOPs and the least
-    microseconds that these take, reading and computing at the same time."""
+    """A part of a step."""
 
     name: str
-    us: float
-    bytes: float = 0.0
-    flops: float = 0.0
-    least_us: float = 0.0
+    us: float  # microseconds
+    bytes: float = 0.0  # that it reads of weights, or of keys and values
+    flops: float = 0.0  # of these
+    least_us: float = 0.0  # that bytes and FLOPs take, reading and computing at the same time
 
 
 class StepProfile(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,10 +50,10 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Costs:
-    """What a simulated step takes: its load's milliseconds, and microseconds for each bit of its signatures."""
+    """What a simulated step takes."""
 
-    load: Estimate = PAPER_SIZE
-    atom_us: float = 0.5
+    load: Estimate = PAPER_SIZE  # in milliseconds
+    atom_us: float = 0.5  # for each bit of its signatures
 
     def ms(self, load: Load, work: Work) -> float:
         chunks = self.load.token * load.tokens + self.load.pair * load.pairs

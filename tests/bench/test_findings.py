@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from dsc_serve.bench.compare.blocks import put_into
 from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.compare.elements import put_into
 from dsc_serve.bench.compare.findings import checks, sentences, verdict
 from dsc_serve.bench.compare.ratios import keep, machine_kind, moved, read_kept
 from dsc_serve.bench.compare.report import elements, html_page, markdown

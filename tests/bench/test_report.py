@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dsc_serve.bench.compare.blocks import Chart, Heading, Paragraph, Table, html_block
+from dsc_serve.bench.compare.elements import Chart, Heading, Paragraph, Table, html_element
 from dsc_serve.bench.compare.findings import answer
 from dsc_serve.bench.compare.prompt_steps import share_between, step_counts
 from dsc_serve.bench.compare.report import CHARTS, FIRST, elements, html_page, markdown
@@ -27,7 +27,7 @@ def told() -> Results:
 
 def test_the_first_screen_is_three_sentences_and_one_chart() -> None:
     first = elements(told())[:5]
-    assert [type(block) for block in first] == [Paragraph, Paragraph, Paragraph, Chart, Heading]
+    assert [type(element) for element in first] == [Paragraph, Paragraph, Paragraph, Chart, Heading]
     page = html_page(told())
     before = page[: page.index("<h2>")]
     assert before.count("<p>") == 3 and before.count("<svg") == 1 and "<table" not in before
@@ -66,7 +66,7 @@ def test_a_report_without_one_of_the_two_says_so_and_is_whole() -> None:
 
 def test_every_chart_has_units_a_legend_and_the_named_baseline() -> None:
     units = ("per second", "milliseconds", "second within")
-    first, *charts = [block for block in elements(told()) if isinstance(block, Chart)]
+    first, *charts = [element for element in elements(told()) if isinstance(element, Chart)]
     assert first.name == FIRST and [chart.name for chart in charts] == list(CHARTS)
     for chart in charts:
         texts = [node.text or "" for node in ElementTree.fromstring(chart.svg).iter(f"{SVG}text")]
@@ -80,7 +80,7 @@ def test_every_chart_has_units_a_legend_and_the_named_baseline() -> None:
 
 
 def test_the_first_chart_shows_ratios_their_range_and_which_are_differences() -> None:
-    first = next(block for block in elements(told()) if isinstance(block, Chart))
+    first = next(element for element in elements(told()) if isinstance(element, Chart))
     root = ElementTree.fromstring(first.svg)
     texts = [node.text or "" for node in root.iter(f"{SVG}text")]
     assert {"dsc", "moe (baseline) = 1", "1", "8", "16", "streams at once"} <= set(texts)
@@ -90,10 +90,10 @@ def test_the_first_chart_shows_ratios_their_range_and_which_are_differences() ->
     assert [mark.get("fill") == "#ffffff" for mark in marks[:3]] == [False, False, True]
     heights = [float(mark.get("cy") or 0) for mark in marks[:3]]
     assert heights[1] < heights[2] < heights[0], "1.25 above 1.00 above 0.91"
-    lines = next(block for block in elements(told()) if isinstance(block, Chart) and block.name == "throughput")
+    lines = next(element for element in elements(told()) if isinstance(element, Chart) and element.name == "throughput")
     named = ElementTree.fromstring(lines.svg).findall(f"{SVG}circle")
     assert marks[0].get("stroke") == named[0].get("fill"), "a system has its colour in all charts"
-    even = next(block for block in elements(results({1: [9.9, 10.1], 8: [9.9, 9.9]})) if isinstance(block, Chart))
+    even = next(element for element in elements(results({1: [9.9, 10.1], 8: [9.9, 9.9]})) if isinstance(element, Chart))
     assert even.svg.count('fill="#ffffff"') == 1 + 2, "the ground, and two that are none"
 
 
@@ -125,12 +125,12 @@ def test_a_printed_report_is_light_and_cuts_no_chart_or_row() -> None:
 
 def test_words_in_tables_stand_left_and_figures_right() -> None:
     rows = [("a / b", "median time", "no difference", ""), ("c", "99th percentile of it", "no difference (-1%)", "")]
-    made = html_block(Table("T", ("who", "what", "ratio", "nothing"), rows))
+    made = html_element(Table("T", ("who", "what", "ratio", "nothing"), rows))
     assert made.count('class="words"') == 2 * 3 and '<td class="words">median time</td><td>no difference</td>' in made
 
 
 def table(made: Results, title: str) -> Table:
-    return next(block for block in elements(made) if isinstance(block, Table) and block.title.startswith(title))
+    return next(element for element in elements(made) if isinstance(element, Table) and element.title.startswith(title))
 
 
 def test_a_ratio_that_jumps_between_rounds_is_no_finding() -> None:
@@ -149,7 +149,9 @@ def test_the_time_between_tokens_is_told_as_a_distribution() -> None:
     for row in made.rows:
         row.figures |= {"median_itl_ms": 3.0, "p90_itl_ms": 9.5, "p99_itl_ms": 12.0}
     assert table(made, "Time between tokens, ms (p50, p90, p99)").rows[0][1] == "3.00, 9.50, 12.0"
-    assert not [block for block in elements(made) if isinstance(block, Table) and "part of a prompt" in block.title]
+    assert not [
+        element for element in elements(made) if isinstance(element, Table) and "part of a prompt" in element.title
+    ]
     for row in made.rows:
         if row.system == "dsc":
             row.figures["prompt_steps"] = 0.25

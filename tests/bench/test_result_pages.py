@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from dsc_serve.bench.compare.comparison import GROUPS
 from dsc_serve.bench.compare.overview import OVERVIEWS, overview
-from dsc_serve.bench.compare.pages import block_of, page_of
+from dsc_serve.bench.compare.pages import page_of, page_part
 from dsc_serve.bench.compare.report_command import report_command
 from dsc_serve.bench.compare.results import save_results
 from dsc_serve.bench.step.kept import TABLES
@@ -29,7 +29,7 @@ PAGES = sorted(RESULTS.glob("*.md"))
 def made_of(raw: Path, name: str, page: str) -> str:
     """What the results make of a page's measured part, with the charts that the page shows."""
     charts = re.findall(rf"\(plots/{re.escape(name)}-([\w-]+)\.svg\)", page)
-    return block_of(page_of(raw, name, charts), raw.name)
+    return page_part(page_of(raw, name, charts), raw.name)
 
 
 def measured_part(name: str, document: str) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from dsc_serve.bench.compare.blocks import figure
 from dsc_serve.bench.compare.comparison import ComparisonError
+from dsc_serve.bench.compare.elements import figure
 from dsc_serve.bench.compare.findings import answer, counted, verdict
 from dsc_serve.bench.compare.results import Ratio, Results, is_compared, load_results
 
@@ -150,12 +150,12 @@ def page_line(source: str, file: Path, link: str) -> str:
 
 def drafted_line(file: Path) -> str:
     """What the first screen of a comparison of speculation says of DSC and MoE; nothing of other files."""
-    from dsc_serve.bench.compare.blocks import Paragraph
+    from dsc_serve.bench.compare.elements import Paragraph
     from dsc_serve.bench.compare.speculation import found, page
 
     if not found.is_kept_in(file):
         return ""
-    told = [block.text for block in page.blocks(found.load(file)) if isinstance(block, Paragraph)]
+    told = [element.text for element in page.elements(found.load(file)) if isinstance(element, Paragraph)]
     return f" {told[0]}" if told else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsc_serve.bench.compare.blocks import Chart, MeasuredPage, audited, markdown_of, put_into
+from dsc_serve.bench.compare.elements import Chart, MeasuredPage, audited, markdown_of, put_into
 from dsc_serve.bench.compare.report import ALL_CHARTS, elements, html_page, markdown, write_charts
 from dsc_serve.bench.compare.results import Results, is_compared, load_results
 
@@ -24,7 +24,7 @@ def page_of(raw: Path, name: str, charts: Sequence[str] = ()) -> MeasuredPage:
 
     if found.is_kept_in(raw):
         drafted = found.load(raw)
-        made = page.blocks(drafted)
+        made = page.elements(drafted)
         plots = {f"{name}-{one.name}.svg": one.svg for one in made if isinstance(one, Chart)}
         shown = [one.name for one in made if isinstance(one, Chart)]
         return MeasuredPage(page.TITLE, drafted.client, markdown_of(made, f"{PLOTS}/{name}", shown), plots)
@@ -37,14 +37,14 @@ def page_of(raw: Path, name: str, charts: Sequence[str] = ()) -> MeasuredPage:
         return MeasuredPage(title, kept["command"], markdown_of_kept(kept))
     results = load_results(raw)
     plots = {
-        f"{name}-{block.name}.svg": block.svg
-        for block in elements(results)
-        if isinstance(block, Chart) and block.name in charts
+        f"{name}-{element.name}.svg": element.svg
+        for element in elements(results)
+        if isinstance(element, Chart) and element.name in charts
     }
     return MeasuredPage(results.title, results.client, markdown(results, f"{PLOTS}/{name}", charts), plots)
 
 
-def block_of(made: MeasuredPage, raw: str) -> str:
+def page_part(made: MeasuredPage, raw: str) -> str:
     """What stands between a page's marks. raw: the file beside it that this is made of."""
     return f"{audited(raw)}\n\n{made.text}"
 
@@ -53,7 +53,7 @@ def write_page(into: Path, name: str, made: MeasuredPage, raw: bytes) -> None:
     """Put what was measured into a document, and its charts and results beside it; a document that is not there is
     made. Raises ComparisonError where the document has no place of this name."""
     source = into.with_name(f"{name}.{RESULTS}")
-    write_part(into, name, block_of(made, source.name), head_of(into, made))
+    write_part(into, name, page_part(made, source.name), head_of(into, made))
     if made.plots:
         (into.parent / PLOTS).mkdir(exist_ok=True)
     for file, svg in made.plots.items():

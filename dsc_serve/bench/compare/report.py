@@ -1,11 +1,12 @@
-"""The report of a comparison, from its results alone: blocks that become one HTML page, or Markdown with SVG files."""
+"""The report of a comparison, from its results alone: elements that become an HTML page, or Markdown with SVG files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsc_serve.bench.compare.blocks import (
+from dsc_serve.bench.compare.comparison import LEAST_REQUESTS
+from dsc_serve.bench.compare.elements import (
     Cells,
     Chart,
     Element,
@@ -17,7 +18,6 @@ from dsc_serve.bench.compare.blocks import (
     markdown_of,
     page,
 )
-from dsc_serve.bench.compare.comparison import LEAST_REQUESTS
 from dsc_serve.bench.compare.findings import (
     FIGURES,
     Check,
@@ -349,6 +349,6 @@ ALL_CHARTS = (FIRST, *CHARTS)
 
 def write_charts(results: Results, stem: Path, names: Sequence[str]) -> None:
     """Those charts as SVG files whose names begin with the stem's."""
-    for block in elements(results):
-        if isinstance(block, Chart) and block.name in names:
-            stem.with_name(f"{stem.name}-{block.name}.svg").write_text(block.svg, encoding="utf-8")
+    for element in elements(results):
+        if isinstance(element, Chart) and element.name in names:
+            stem.with_name(f"{stem.name}-{element.name}.svg").write_text(element.svg, encoding="utf-8")

@@ -202,11 +202,11 @@ def decide(
 
 def tell(decision: Decision, out: Path | None, into: Path | None) -> None:
     """Print the tables, and write page, chart and document where they are asked for. Raises ComparisonError."""
-    from dsc_serve.bench.compare.blocks import markdown_of, page
+    from dsc_serve.bench.compare.elements import markdown_of, page
     from dsc_serve.bench.compare.pages import write_page
-    from dsc_serve.bench.decide.decide_page import NAME, blocks, chart, encoded, measured_page, title
+    from dsc_serve.bench.decide.decide_page import NAME, chart, elements, encoded, measured_page, title
 
-    made = blocks(decision)
+    made = elements(decision)
     click.echo(f"{title(decision)}\n\n{markdown_of(made)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from dsc_serve.bench.compare.blocks import (
+from dsc_serve.bench.compare.elements import (
     Chart,
     Element,
     Heading,
@@ -59,7 +59,7 @@ class Decision(msgspec.Struct, kw_only=True):
 
 def measured_page(decision: Decision) -> MeasuredPage:
     """What stands between a document's marks, and its chart."""
-    tables = markdown_of(blocks(decision), f"plots/{NAME}", (NAME,))
+    tables = markdown_of(elements(decision), f"plots/{NAME}", (NAME,))
     text = f"{title(decision)}.\n\n{tables}"
     return MeasuredPage(TITLE, COMMAND, text, {f"{NAME}-{NAME}.svg": chart(decision).svg})
 
@@ -79,7 +79,7 @@ def title(decision: Decision) -> str:
     return f"{frame.total / 1e6:,.0f} M parameters, {frame.active / 1e6:,.0f} M active: what to serve ({MODEL})"
 
 
-def blocks(decision: Decision) -> list[Element]:
+def elements(decision: Decision) -> list[Element]:
     """The page but its title."""
     made: list[Element] = [Items(answers(decision)), chart(decision)]
     made += [Heading("Tokens per second"), Paragraph(told(decision))]

@@ -110,7 +110,7 @@ def serve_command(url: str, json_file: Path | None, records: Path | None, **sett
 @click.option("--duration", "duration_s", default=20.0, help="Seconds of each load.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Of the three loads; medians are told.")
 @click.option("--concurrency", default=64, help="Streams at which the server is at its peak: its max_running.")
-@click.option("--places", default=128, help="Generations that it holds: max_running and max_waiting.")
+@click.option("--places", "slots", default=128, help="Generations that it holds: max_running and max_waiting.")
 @click.option("--prompt-tokens", default=64, help="Length of each prompt.")
 @click.option("--output-tokens", default=256, help="Tokens to generate for each request.")
 @click.option("--api-key", default="", show_default=False, help="Sent as a bearer token; never written to the result.")
@@ -121,7 +121,7 @@ def overload_command(
     duration_s: float,
     rounds: int,
     concurrency: int,
-    places: int,
+    slots: int,
     prompt_tokens: int,
     output_tokens: int,
     api_key: str,
@@ -143,7 +143,7 @@ def overload_command(
     )
     found: dict[str, object] = {"command": as_typed("overload"), "machine": dated_machine(), "factor": factor}
     try:
-        measured = run_overload(load, places, factor, rounds, lambda line: click.echo(line, err=True))
+        measured = run_overload(load, slots, factor, rounds, lambda line: click.echo(line, err=True))
     except (ConfigError, LoadError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(format_overload(measured, factor))

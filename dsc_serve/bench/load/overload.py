@@ -45,7 +45,7 @@ class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OverloadRound(msgspec.Struct, frozen=True, kw_only=True):
-    """Three loads on one server: at its peak, with all its places taken, and at a multiple of what it completes."""
+    """Three loads on one server: at its peak, with all slots taken, and at a multiple of what it completes."""
 
     peak: LoadFigures
     full: LoadFigures
@@ -63,9 +63,9 @@ class OverloadRound(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_overload(
-    load: LoadConfig, places: int, factor: float, rounds: int, report: Callable[[str], None] = lambda line: None
+    load: LoadConfig, slots: int, factor: float, rounds: int, report: Callable[[str], None] = lambda line: None
 ) -> list[OverloadRound]:
-    """Measure the three loads one after the other, round by round; `places` is how many generations the server holds.
+    """Measure the three loads one after the other, round by round; `slots` is how many generations the server holds.
 
     Raises LoadError when the server completes nothing at its peak.
     """
@@ -76,7 +76,7 @@ def run_overload(
         peak = run_load(msgspec.structs.replace(own, arrivals="closed"))
         if not peak.completed:
             raise LoadError(f"{load.url} completed none of {peak.failed} requests: {peak.failure_examples}")
-        full = run_load(msgspec.structs.replace(own, concurrency=places))
+        full = run_load(msgspec.structs.replace(own, concurrency=slots))
         rate = peak.request_throughput * factor
         overload = run_load(msgspec.structs.replace(own, arrivals="poisson", request_rate=rate, warmup=0))
         three = {"peak": peak, "full": full, "overload": overload}

@@ -28,7 +28,7 @@ def forward_command(json_file: Path | None, into: Path | None, **options: object
 
     The paper's own measurement: 16 sequences of 256 tokens, bfloat16, logits of every position, the mean of 50.
     """
-    from dsc_serve.bench.compare.blocks import put_into
+    from dsc_serve.bench.compare.elements import put_into
     from dsc_serve.bench.compare.pages import page_of, write_page
     from dsc_serve.bench.step.forward import ForwardBench, format_forward, run_forward
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsc_serve.bench.compare.blocks import Chart, Element, Paragraph
 from dsc_serve.bench.compare.comparison import MIXTURES
+from dsc_serve.bench.compare.elements import Chart, Element, Paragraph
 from dsc_serve.bench.compare.findings import counted, verdict
 from dsc_serve.bench.compare.results import Ratio
 from dsc_serve.bench.compare.speculation.found import SpeculationResults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from dsc_serve.bench.compare.blocks import Element, Heading, Items, Paragraph, Table, figure
+from dsc_serve.bench.compare.elements import Element, Heading, Items, Paragraph, Table, figure
 from dsc_serve.bench.compare.results import Ratio
 from dsc_serve.bench.compare.speculation.first_screen import first_screen
 from dsc_serve.bench.compare.speculation.found import SpeculationResults
@@ -13,7 +13,7 @@ TITLE = "Several tokens a step: DSC, mixtures and dense models with the same dra
 SUBJECT, BASELINE = "dsc", "moe"
 
 
-def blocks(results: SpeculationResults) -> list[Element]:
+def elements(results: SpeculationResults) -> list[Element]:
     """All but the title."""
     made = first_screen(results, SUBJECT, BASELINE)
     measured = [row.preset for row in results.widths] + [row.preset for row in results.drafted]

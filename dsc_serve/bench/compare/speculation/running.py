@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dsc_serve.bench.compare.blocks import markdown_of, page
+from dsc_serve.bench.compare.elements import markdown_of, page
 from dsc_serve.bench.compare.resuming import Deadline, OutOfTimeError
 from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
 from dsc_serve.bench.compare.speculation.drafted import DraftedRun
 from dsc_serve.bench.compare.speculation.found import SpeculationResults, go_on, load, save
-from dsc_serve.bench.compare.speculation.page import TITLE, blocks
+from dsc_serve.bench.compare.speculation.page import TITLE, elements
 from dsc_serve.bench.compare.speculation.texts import TASKS, TextRun, TextTask
 from dsc_serve.bench.machine import describe_machine, load_average, widest_instructions
 from dsc_serve.config import EngineConfig
@@ -78,7 +78,7 @@ def run_speculation(
 
 def write_report(results: SpeculationResults, out: Path) -> None:
     """As a page, and as tables in Markdown."""
-    made = blocks(results)
+    made = elements(results)
     (out / PAGE).write_text(page(TITLE, made), encoding="utf-8")
     (out / TABLES).write_text(f"# {TITLE}\n\n{markdown_of(made)}\n", encoding="utf-8")
 

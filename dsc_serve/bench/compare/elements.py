@@ -1,4 +1,4 @@
-"""What reports are made of: blocks that become one HTML page, or Markdown with charts beside it."""
+"""What reports are made of: elements that become one HTML page, or Markdown with charts beside it."""
 
 from __future__ import annotations
 
@@ -101,16 +101,16 @@ def page(title: str, made: Sequence[Element]) -> str:
     """One self-contained page. What stands before the first heading is the answer, and looks like it."""
     parts: list[str] = ['<div class="answer">']
     opened = True
-    for at, block in enumerate(made):
-        if opened and isinstance(block, Heading):
+    for at, element in enumerate(made):
+        if opened and isinstance(element, Heading):
             parts.append("</div>")
             opened = False
         before, after = made[at - 1 : at], made[at + 1 : at + 2]
-        if isinstance(block, Chart) and not (before and isinstance(before[0], Chart)):
+        if isinstance(element, Chart) and not (before and isinstance(before[0], Chart)):
             several = after and isinstance(after[0], Chart)
             parts.append('<div class="charts">' if several else "<div>")
-        parts.append(html_block(block))
-        if isinstance(block, Chart) and not (after and isinstance(after[0], Chart)):
+        parts.append(html_element(element))
+        if isinstance(element, Chart) and not (after and isinstance(after[0], Chart)):
             parts.append("</div>")
     parts += ["</div>"] if opened else []
     name = escape(title)
@@ -120,47 +120,47 @@ def page(title: str, made: Sequence[Element]) -> str:
     )
 
 
-def html_block(block: Element) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{escape(block.text)}</h2>"
-    if isinstance(block, Paragraph):
-        return f"<p>{escape(block.text)}</p>"
-    if isinstance(block, Items):
-        return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in block.texts) + "</ul>"
-    if isinstance(block, Chart):
-        return f'<div class="chart">{block.svg}</div>'
+def html_element(element: Element) -> str:
+    if isinstance(element, Heading):
+        return f"<h2>{escape(element.text)}</h2>"
+    if isinstance(element, Paragraph):
+        return f"<p>{escape(element.text)}</p>"
+    if isinstance(element, Items):
+        return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in element.texts) + "</ul>"
+    if isinstance(element, Chart):
+        return f'<div class="chart">{element.svg}</div>'
     worded = [
-        all(WORDS.match(cell) for row in block.rows for cell in row[at : at + 1] if cell)
-        for at in range(len(block.head))
+        all(WORDS.match(cell) for row in element.rows for cell in row[at : at + 1] if cell)
+        for at in range(len(element.head))
     ]
 
     def cells(tag: str, row: Cells) -> str:
         looks = [' class="words"' if at and words else "" for at, words in enumerate(worded)]
         return "".join(f"<{tag}{look}>{escape(cell)}</{tag}>" for look, cell in zip(looks, row, strict=False))
 
-    head, rows = cells("th", block.head), "".join(f"<tr>{cells('td', row)}</tr>" for row in block.rows)
-    short = ' class="short"' if len(block.rows) <= SHORT else ""
-    caption = escape(block.title)
+    head, rows = cells("th", element.head), "".join(f"<tr>{cells('td', row)}</tr>" for row in element.rows)
+    short = ' class="short"' if len(element.rows) <= SHORT else ""
+    caption = escape(element.title)
     return f"<table{short}><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def markdown_of(made: Sequence[Element], plots: str = "", shown_charts: Sequence[str] = ()) -> str:
-    """The same of any blocks."""
+    """The same of any elements."""
     parts = []
-    for block in made:
-        if isinstance(block, Heading):
-            parts.append(f"### {block.text}")
-        elif isinstance(block, Paragraph):
-            parts.append(block.text)
-        elif isinstance(block, Items):
-            parts.append("\n".join(f"- {text}" for text in block.texts))
-        elif isinstance(block, Chart):
-            if block.name in shown_charts:
-                parts.append(f"![{block.title}]({plots}-{block.name}.svg)")
+    for element in made:
+        if isinstance(element, Heading):
+            parts.append(f"### {element.text}")
+        elif isinstance(element, Paragraph):
+            parts.append(element.text)
+        elif isinstance(element, Items):
+            parts.append("\n".join(f"- {text}" for text in element.texts))
+        elif isinstance(element, Chart):
+            if element.name in shown_charts:
+                parts.append(f"![{element.title}]({plots}-{element.name}.svg)")
         else:
-            rows = [f"| {' | '.join(cells)} |" for cells in (block.head, *block.rows)]
-            rows.insert(1, "|" + "---|" * len(block.head))
-            parts.append(f"{block.title}:\n\n" + "\n".join(rows))
+            rows = [f"| {' | '.join(cells)} |" for cells in (element.head, *element.rows)]
+            rows.insert(1, "|" + "---|" * len(element.head))
+            parts.append(f"{element.title}:\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
 
 

@@ -73,14 +73,14 @@ class Output:
 class Step:
     """A step that changes nothing; those below each change one thing."""
 
-    settled: bool = True  # the start of the text has gone by and no longer bears on what comes
+    past_start: bool = True  # the start of the text has gone by and no longer bears on what comes
 
     def __init__(self, sink: Step | Output) -> None:
         self.sink = sink
 
-    def settle(self) -> None:
+    def skip_start(self) -> None:
         """As after a text has begun."""
-        self.settled = True
+        self.past_start = True
 
     def start(self) -> None:
         self.sink.start()
@@ -98,17 +98,17 @@ class Step:
 class Fuse(Step):
     """All tokens become one."""
 
-    settled = False
+    past_start = False
 
     def start(self) -> None:
-        if not self.settled:
-            self.settled = True
+        if not self.past_start:
+            self.past_start = True
             self.sink.start()
 
     def stop(self) -> None: ...
 
     def end(self) -> None:
-        if self.settled:
+        if self.past_start:
             self.sink.stop()
         self.sink.end()
 
@@ -116,13 +116,13 @@ class Fuse(Step):
 class Spaces(Step):
     """A space between two tokens: what the library does for a tokenizer without decoder."""
 
-    settled = False
+    past_start = False
 
     def start(self) -> None:
         self.sink.start()
-        if self.settled:
+        if self.past_start:
             self.sink.text(b" ")
-        self.settled = True
+        self.past_start = True
 
 
 class ByteLevel(Fuse):
@@ -236,23 +236,23 @@ class ReplaceExpression(Step):
 class Metaspace(Replace):
     """A mark in a token becomes a space; in the first token nothing where texts get a mark in front."""
 
-    settled = False
+    past_start = False
 
     def __init__(self, sink: Step | Output, mark: bytes, first: bytes) -> None:
         super().__init__(sink, mark, first)
 
     def stop(self) -> None:
         super().stop()
-        self.settle()
+        self.skip_start()
 
-    def settle(self) -> None:
-        self.settled, self._content = True, b" "
+    def skip_start(self) -> None:
+        self.past_start, self._content = True, b" "
 
 
 class WordPiece(Step):
     """Tokens but the first get a space in front, or lose the prefix that says that they go on with a word."""
 
-    settled = False
+    past_start = False
 
     def __init__(self, sink: Step | Output, prefix: bytes) -> None:
         super().__init__(sink)
@@ -261,8 +261,8 @@ class WordPiece(Step):
 
     def start(self) -> None:
         self.sink.start()
-        self._head = b"" if self.settled else None
-        self.settled = True
+        self._head = b"" if self.past_start else None
+        self.past_start = True
 
     def text(self, piece: bytes) -> None:
         if self._head is None:
@@ -328,10 +328,10 @@ class Strip(Step):
         self._content, self._start, self._stop = content, start, stop
         self._left = start
         self._held = b""
-        self.settled = not (once and start)
+        self.past_start = not (once and start)
 
-    def settle(self) -> None:
-        self.settled, self._left = True, 0
+    def skip_start(self) -> None:
+        self.past_start, self._left = True, 0
 
     def start(self) -> None:
         self._left = self._start
@@ -347,7 +347,7 @@ class Strip(Step):
                 self._held = text
                 return
             self._left = 0
-        self.settled = True
+        self.past_start = True
         end = len(text)
         if self._stop:
             end -= overlap(text, content)

@@ -47,14 +47,14 @@ class Chain:
         self._head = self._steps[0] if self._steps else self._output
 
     @property
-    def settled(self) -> bool:
+    def past_start(self) -> bool:
         """Whether the start of the text has gone by, so that it no longer bears on what comes."""
-        return all(step.settled for step in self._steps)
+        return all(step.past_start for step in self._steps)
 
-    def settle(self) -> None:
+    def skip_start(self) -> None:
         """As after a text has begun."""
         for step in self._steps:
-            step.settle()
+            step.skip_start()
 
     def push(self, token: bytes) -> bytes:
         """What is certain with this token more."""

@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self._decoding = tokenizer.decoding()
         tail, read = b"", 0
         for token_id in prompt:
-            if self._decoding.settled:
+            if self._decoding.context_free:
                 break
             read += 1
             if tokenizer.visible(token_id, skip_special_tokens):
@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
         """The text that became certain with these tokens; possibly none."""
         text = ""
         for token_id in token_ids:
-            if self._decoding.settled:
+            if self._decoding.context_free:
                 skip = self._skip and token_id not in self._shown
                 text += self._utf8.decode(self._tokenizer.shown_bytes(token_id, skip))
             elif self._tokenizer.visible(token_id, self._skip and token_id not in self._shown):

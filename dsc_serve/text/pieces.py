@@ -54,8 +54,8 @@ class Pieces:
         self.local = steps is None or is_local(steps)
         self._backend = backend
         self._steps = steps
-        self._settled = Chain(steps)  # shared where tokens are local, as nothing is held back then
-        self._settled.settle()
+        self._begun = Chain(steps)  # shared where tokens are local, as nothing is held back then
+        self._begun.skip_start()
         self._lock = Lock()
         self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
         self._cache: list[bytes | None] = [None] * vocab_size
@@ -98,8 +98,8 @@ class Pieces:
             return b""
         if self.local:
             with self._lock:
-                return self._settled.push(source)
-        chain = copy.deepcopy(self._settled)
+                return self._begun.push(source)
+        chain = copy.deepcopy(self._begun)
         return chain.push(source) + chain.end()
 
 
@@ -111,7 +111,7 @@ class Decoding:
         self._chain: Chain | None = chain  # None once each token adds its own bytes
 
     @property
-    def settled(self) -> bool:
+    def context_free(self) -> bool:
         """Whether from here on each token adds the bytes of `Pieces.following`."""
         return self._chain is None
 
@@ -123,7 +123,7 @@ class Decoding:
         if source is None:
             return b""
         piece = self._chain.push(source)
-        if self._pieces.local and self._chain.settled:
+        if self._pieces.local and self._chain.past_start:
             self._chain = None
         return piece
 

@@ -17,8 +17,8 @@ def samples(model: Path, prompts: tuple[str, ...]) -> list[tuple[str, str]]:
     if not prompts:
         return []
     with LLM(str(model)) as llm:
-        longest = llm.engine.capacity.max_model_len
-        params = SamplingParams(temperature=0, repetition_penalty=1.1, max_tokens=min(SAMPLE_TOKENS, longest // 2))
+        context_len = llm.engine.capacity.max_model_len
+        params = SamplingParams(temperature=0, repetition_penalty=1.1, max_tokens=min(SAMPLE_TOKENS, context_len // 2))
         return [(prompt, llm.generate(prompt, params)[0].text) for prompt in prompts]
 
 

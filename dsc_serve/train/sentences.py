@@ -22,5 +22,5 @@ def sentence(rng: random.Random, linked: bool) -> str:
 def paragraphs(count: int, seed: int = 0) -> str:
     """That many paragraphs of two to five sentences, with blank lines between."""
     rng = random.Random(seed)
-    blocks = (" ".join(sentence(rng, i > 0) for i in range(rng.randint(2, 5))) for _ in range(count))
-    return "\n\n".join(blocks) + "\n"
+    written = (" ".join(sentence(rng, i > 0) for i in range(rng.randint(2, 5))) for _ in range(count))
+    return "\n\n".join(written) + "\n"

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapter_worlds import DROPPED, AdapterWorld, Asked
+from support.adapter_worlds import DROPPED, AdapterRequest, AdapterWorld
 from support.drafts import any_width, draft_from
 from support.made_adapters import Clock
 from support.mixed_kinds import CHOICES, NAMES, VOCABULARY, MixedKinds
@@ -77,7 +77,7 @@ class ModelWorld(AdapterWorld):
         shutil.copytree(self.made.adapters / name, self.folder / MOVES)
         self.is_now = name
 
-    def params(self, asked: Asked) -> SamplingParams:
+    def params(self, asked: AdapterRequest) -> SamplingParams:
         """With the answer for drafts to know, where they do."""
         choice = self.real(asked.choice)
         known = () if self.rate is None else self.made.answer(choice, tuple(asked.prompt), asked.max_tokens)

@@ -18,7 +18,7 @@ END_S = 500
 
 
 @dataclass
-class Asked:
+class AdapterRequest:
     """A request, and what has been heard of it."""
 
     prompt: list[int]
@@ -37,18 +37,18 @@ class AdapterWorld:
         adapters = engine.arrivals.adapters
         assert adapters is not None
         self.engine, self.adapters, self.clock, self.shared = engine, adapters, clock, shared
-        self.asked: dict[str, Asked] = {}
+        self.asked: dict[str, AdapterRequest] = {}
 
     def event(self, kind: str, *what: Any) -> None:
         self.clock.now += 2
         getattr(self, kind)(*what)
 
-    def params(self, asked: Asked) -> SamplingParams:
+    def params(self, asked: AdapterRequest) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=asked.max_tokens, ignore_eos=True)
 
     def ask(self, choice: AdapterChoice | None, shared: int, tail: list[int], max_tokens: int, n: int) -> None:
         """n choices of one prompt; with an adapter that is known not to be there nothing is asked."""
-        own = [Asked(self.shared[:shared] + tail, max_tokens, choice) for _ in range(n)]
+        own = [AdapterRequest(self.shared[:shared] + tail, max_tokens, choice) for _ in range(n)]
         ids, params = [f"{len(self.asked) + i}" for i in range(n)], self.params(own[0])
         try:
             request = self.engine.add(

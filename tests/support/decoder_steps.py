@@ -60,9 +60,9 @@ def steps(device: torch.device = CPU, lengths: tuple[int, int, int] = (5, 9, 7))
                 chunks.append(Chunk(at, start, count, count + before))
                 start += count
         ids = torch.randint(61, (len(positions),), generator=g)
-        longest = int(contexts[:singles].max()) if singles else 0
+        decode_context = int(contexts[:singles].max()) if singles else 0
         inputs = (ids, positions, blocks, positions % BLOCK, tables[:, rows], contexts)
-        return StepBatch(*(part.to(device) for part in inputs), singles, longest, tuple(chunks))
+        return StepBatch(*(part.to(device) for part in inputs), singles, decode_context, tuple(chunks))
 
     return [
         step([(0, first, 0), (1, second, 0)]),

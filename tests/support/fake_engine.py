@@ -52,8 +52,8 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
 def routing_of(start: int, count: int, params: SamplingParams) -> RoutingSlice:
     """Atoms that say where they are from: 100 · position + 10 · layer + rank."""
     k = 3 if params.routing == ALL_ATOMS else params.routing
-    places = np.arange(start, start + count)[:, None, None] * 100 + np.arange(2)[None, :, None] * 10
-    atoms = places + np.arange(k)[None, None]
+    origins = np.arange(start, start + count)[:, None, None] * 100 + np.arange(2)[None, :, None] * 10
+    atoms = origins + np.arange(k)[None, None]
     coefficients, signal = np.full(atoms.shape, 0.25, np.float32), np.full(atoms.shape[:2], 1.5, np.float32)
     return RoutingSlice.packed(start, atoms, coefficients, signal)
 

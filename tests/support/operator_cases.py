@@ -48,12 +48,12 @@ def arguments(
     if name == "moe_layer":
         return x, residual, router, bias, *matrices(atoms), "gelu", k, True, NORM_EPS
     assert name == "decode_attention"
-    heads, block, longest = 2, 5, 17
-    width = -(-longest // block)
+    heads, block, max_context_len = 2, 5, 17
+    width = -(-max_context_len // block)
     pools = (random(g, dtype, tokens * width + 1, heads, block, 16) for _ in range(2))
     tables = torch.randperm(tokens * width + 1, generator=g)[: tokens * width].view(tokens, width)
-    contexts = torch.randint(1, longest + 1, (tokens,), generator=g)
-    return random(g, dtype, tokens, 2 * heads, 16), *pools, tables, contexts, longest, 0.25
+    contexts = torch.randint(1, max_context_len + 1, (tokens,), generator=g)
+    return random(g, dtype, tokens, 2 * heads, 16), *pools, tables, contexts, max_context_len, 0.25
 
 
 def wide(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -86,7 +86,7 @@ def cores_of(out: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def max_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
@@ -99,9 +99,9 @@ def test_a_run_that_was_stopped_ends_alike_and_company_does_not_matter(
     trainer(base, texts, tmp_path / "cut").run()
     trainer(base, texts[1:2], tmp_path / "alone").run()
     for name in NAMES:
-        assert largest(cores_of(run, name), cores_of(tmp_path / "cut", name)) == 0
-    assert largest(cores_of(run, "letters"), cores_of(tmp_path / "alone", "letters")) < 1e-3
-    assert largest(cores_of(run, "letters"), cores_of(run, "psalms")) > 1e-2
+        assert max_difference(cores_of(run, name), cores_of(tmp_path / "cut", name)) == 0
+    assert max_difference(cores_of(run, "letters"), cores_of(tmp_path / "alone", "letters")) < 1e-3
+    assert max_difference(cores_of(run, "letters"), cores_of(run, "psalms")) > 1e-2
 
 
 def test_what_cannot_be_trained_is_named(base: Path, texts: list[Path], tmp_path: Path) -> None:

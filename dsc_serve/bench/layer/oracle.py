@@ -104,8 +104,8 @@ class _Stored:
 def _margin(logits: Tensor, k: int) -> Tensor:
     if k == logits.shape[1]:
         return torch.full(logits.shape[:1], torch.inf, dtype=logits.dtype)
-    largest = logits.topk(k + 1, dim=1).values
-    return largest[:, k - 1] - largest[:, k]
+    top = logits.topk(k + 1, dim=1).values
+    return top[:, k - 1] - top[:, k]
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
             *((scheduler, method, "schedule") for method in ("expire", "plan", "begin", "commit")),
             (scheduler.step_time, "observe", "schedule"),
             (runner, "pack", "pack"),
-            (model, "hidden", "blocks"),
+            (model, "hidden", "layers"),
             (model, "argmax_tokens", "head"),
             (model, "logits", "head"),
             (runner, "sampler", "sample"),
@@ -282,11 +282,11 @@ def timed_steps(engine: Engine, model: Decoder, talk: Talk, steps: int, reading:
 
 
 def split_blocks(clock: PartTimer, model: Decoder) -> None:
-    """The blocks' time by what the native stack counted; without one it is all "static"."""
-    blocks = clock.spent.pop("blocks")
+    """The layers' time by what the native stack counted; without one it is all "static"."""
+    layers = clock.spent.pop("layers")
     spent = model.stack.spent if isinstance(model.stack, MeasuredStack) else {}
     if not spent:
-        clock.spent["static"] = blocks
+        clock.spent["static"] = layers
         return
     ffn = spent["ffn"]
     inside = {"router": spent["router"], "static": spent["static"], "compose": spent["compose"]}

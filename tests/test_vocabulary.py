@@ -22,7 +22,7 @@ OF_A_REQUEST = ("known", "gap", "computed", "names", "root", "terms", "tallies")
 OF_KERNELS = ("Laps", "Asked", "Reading", "Nominees", "Nomination", "Gathered", "prepared", "SMALL", "CHUNK", "RUNS")
 MODULES = (
     "terms.py", "engine/tally.py", "engine/policies/draft.py", "server/edge.py", "server/description.py",
-    "scale/door.py", "scale/affinity.py", "scale/routing.py", "bench/inside.py",
+    "scale/door.py", "scale/affinity.py", "scale/routing.py", "bench/inside.py", "bench/compare/blocks.py",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ BACKENDS = ("backend.py", "plain.py", "native", "gpu")
 OF_KERNELS = ("Laps", "Asked", "Reading", "Nominees", "Nomination", "Gathered", "prepared", "SMALL", "CHUNK", "RUNS")
 MODULES = (
     "terms.py", "engine/tally.py", "engine/policies/draft.py", "server/edge.py", "server/description.py",
-    "scale/door.py", "scale/affinity.py", "scale/routing.py", "bench/inside.py",
+    "scale/door.py", "scale/affinity.py", "scale/routing.py", "bench/inside.py", "bench/compare/blocks.py",
 )  # fmt: skip
 
 

@@ -65,6 +65,9 @@ def companion_drafts(config: EngineConfig, model: Decoder, capacity: EngineCapac
         step_tokens=config.step_tokens,
     )
     int8_kv = config.kv_dtype == "int8"
-    runner = Runner(model, own, config.step_tokens, config.max_running, int8_kv=int8_kv)
+    compiles = model.device.type != "cpu"
+    runner = Runner(model, own, config.step_tokens, config.max_running, int8_kv=int8_kv, spare=compiles)
+    if compiles:
+        runner.warm_up()
     context = min(own.max_model_len, own.num_blocks // len(windows) * own.block_size)
     return DraftModel(runner, own.num_blocks, own.block_size, config.step_tokens, context, len(windows))

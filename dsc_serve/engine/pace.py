@@ -106,10 +106,10 @@ class StepAhead(Alternating):
             return
         launched = self._launched(step.work)
         yield from self.land(step.since)
-        step.work = self._living(step.work)
-        if launched is None:
+        self._keep_living(step)
+        if launched is None and step.work:
             yield from super().compute(runner, step)
-        elif step.work:
+        elif launched is not None and step.work:
             for request, count in step.work:
                 request.fly(count, launched.places.get(request.id, 0))
             self.in_flight = step, launched
@@ -122,15 +122,17 @@ class StepAhead(Alternating):
         step.since, step.done = since or began, Computed(launched.read())
         step.computed = perf_counter()
         step.computing_s = launched.forward_s + step.computed - began
-        step.work = self._living(step.work)
+        self._keep_living(step)
         for request, _ in step.work:
             request.land()
-        step.plan = replace(step.plan, tokens={request.id: count for request, count in step.work})
         yield step
 
-    def _living(self, work: Work) -> Work:
-        """Without those that have ended since: another request may have the id by now."""
-        return [(request, count) for request, count in work if self._scheduler.running.get(request.id) is request]
+    def _keep_living(self, step: PacedStep) -> None:
+        """Take those out that have ended since it was planned: another request may have the id by now."""
+        living = [(one, count) for one, count in step.work if self._scheduler.running.get(one.id) is one]
+        if len(living) < len(step.work):
+            step.work = living
+            step.plan = replace(step.plan, tokens={request.id: count for request, count in living})
 
     def _launched(self, work: Work) -> InFlight | None:
         """None where that failed: the step is then computed when the last one is known, and fails again or does not."""

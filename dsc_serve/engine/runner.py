@@ -65,12 +65,15 @@ class Runner:
         adapted: bool = False,
         ahead: bool = False,
         graph_budget: GraphBudget = USUAL,
+        spare: bool = False,
     ) -> None:
         if capacity.kv_windows != model.groups.windows:
             raise ValueError(f"kv_windows is {capacity.kv_windows}; the model has {model.groups.windows}")
         self.model, self.block_size = model, capacity.block_size
         self._spare_block, self._max_context_len = capacity.num_blocks, capacity.max_tokens
-        self.kv_caches = model.kv_caches(capacity.num_blocks + (capture is not None), capacity.block_size, int8_kv)
+        has_spare = spare or capture is not None
+        self.kv_caches = model.kv_caches(capacity.num_blocks + has_spare, capacity.block_size, int8_kv)
+        self._most_tokens = min(step_tokens, max_running * self._max_context_len)
         self._place = place_in_step if adapted else chunks_last
         self._adapter_runs = adapter_runs if adapted else no_runs
         self.sampler = Sampler(model.config.eos_token_ids)
@@ -89,13 +92,9 @@ class Runner:
         self.captured = ""  # what was, in words
         if capture is not None:
             self.graphs = self._captured(max_running, step_tokens, capture, graph_budget)
-            self.captured = self.graphs.told
-            most = min(step_tokens, max_running * self._max_context_len)
-            for tokens in sorted({min(size, most) for size in (*TILED, most)}):
-                self._compute_nothing(tokens)
-            sampler.prepare(vocabulary, model.device)
-            for planner in self._planners():
-                planner.count_anew()
+            began = time.perf_counter()
+            self.warm_up()
+            self.captured = f"{self.graphs.told}; {time.perf_counter() - began:.1f} s for what steps without one need"
 
     @torch.inference_mode()
     def _captured(self, max_running: int, step_tokens: int, capture: Capture, budget: GraphBudget) -> CapturedSteps:
@@ -110,8 +109,16 @@ class Runner:
         return CapturedSteps(*work, *sizes, drawn, self._replayed, capture, budget)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what eager steps and drawing from them need before requests wait for it; needs the spare block."""
+        for tokens in sorted({min(size, self._most_tokens) for size in (*TILED, self._most_tokens)}):
+            self._compute_nothing(tokens)
+        sampler.prepare(self.model.config.vocab_size, self.model.device)
+        for planner in self._planners():
+            planner.count_anew()
+
     def _compute_nothing(self, tokens: int) -> None:
-        """Chunks of nobody's, so that what eager steps need is compiled before requests wait for them."""
+        """A step of nobody's chunks."""
         starts = range(0, tokens, self._max_context_len)
         chunks = []
         self._inputs.wait()

@@ -26,6 +26,8 @@ class Collectives(Protocol):
 
     def allreduce(self, tensors: list[Tensor]) -> dist.Work: ...
 
+    def abort(self) -> None: ...
+
     def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor]) -> dist.Work: ...
 
 
@@ -57,6 +59,12 @@ class RankGroup:
     def close(self) -> None:
         """Let the others go. Safe to call twice."""
         self._backend = None
+
+    def abort(self) -> None:
+        """From another thread: another rank has ended. Who waits for a GPU's exchange with it then waits no longer, and
+        goes on with what is none; on CPUs the broken connection is an error by itself."""
+        if self._backend is not None and self._device.type == "cuda":
+            self._backend.abort()
 
     @property
     def sent(self) -> float:

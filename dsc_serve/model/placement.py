@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dsc_kernels import ops
+from dsc_kernels.dequantised import dense
 from dsc_kernels.memory import resident
 from dsc_kernels.quantised import ActivationBits, Bits, QuantisedWeight, Weight
 from dsc_serve.model.exchange import ALONE, RankExchange
@@ -16,6 +19,7 @@ from dsc_serve.model.quantised_tensor import alike, as_tensor, widened
 from dsc_serve.model.rounding import OutOfRangeError, rounded
 from dsc_serve.weight_forms import AS_STORED, EIGHT_AT_LEAST, Form, Forms, Part
 
+Mend = Callable[[QuantisedWeight], QuantisedWeight]
 BITS: dict[Form, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -40,36 +44,47 @@ class Placement:
 
     def weight(self, part: Part, stored: Weight, dtype: torch.dtype | None = None) -> Weight:
         """A weight [out, in] of a part; dtype: of what stays in floating point, where it is not the layers'."""
-        placed = self._placed(part, stored, dtype)
-        self.held[form_name(placed)] += placed.nbytes
-        return placed
+        return self._held(part, self._placed(part, stored, dtype))
 
-    def weights(self, part: Part, stored: list[Weight]) -> list[Weight]:
-        """The same of several that must be of one form, such as those of a mixture's experts."""
+    def weights(self, part: Part, stored: list[Weight], mended: Mend = lambda own: own) -> list[Weight]:
+        """The same of several that must be of one form, such as those of a mixture's experts.
+
+        mended: what quantised ones are served as.
+        """
         placed = [self._placed(part, one, None) for one in stored]
         quantised = [one for one in placed if isinstance(one, QuantisedWeight)]
-        same: list[Weight] = [*alike(quantised)] if len(quantised) == len(placed) else [*map(self.tensor, placed)]
-        for one in same:
-            self.held[form_name(one)] += one.nbytes
-        return same
+        if len(quantised) < len(placed):
+            return [self._held(part, as_tensor(one, self.dtype)) for one in placed]
+        return [self._held(part, mended(one)) for one in alike(quantised)]
 
     def _placed(self, part: Part, stored: Weight, dtype: torch.dtype | None) -> Weight:
+        """In the form that the part has, on the host."""
         bits = BITS.get(self.forms[part])
         if isinstance(stored, QuantisedWeight):
             if self.forms[part] == "stored" or (bits is not None and stored.bits <= bits):
                 own = widened(stored, 8, stored.group) if part in EIGHT_AT_LEAST else stored
-                return self._on_device(own)
+                return self._served(own)
             stored = stored.whole()
         if bits is not None:
             try:
-                return self._on_device(rounded(stored.float(), bits, self.dtype))
+                return self._served(rounded(stored.float(), bits, self.dtype))
             except OutOfRangeError:  # numbers of millions, which only floating point holds
                 pass
-        return self.tensor(stored, dtype)
+        return as_tensor(stored, dtype or self.dtype)
 
-    def _on_device(self, own: QuantisedWeight) -> QuantisedWeight:
-        there = replace(own, dtype=self.dtype, activation_bits=self.activation_bits)
-        return there.map(lambda tensor: tensor.to(self.device))
+    def _served(self, own: QuantisedWeight) -> QuantisedWeight:
+        return replace(own, dtype=self.dtype, activation_bits=self.activation_bits)
+
+    def _held(self, part: Part, placed: Weight) -> Weight:
+        """On the device, and counted: where no kernel there reads a part's levels, as the numbers they stand for."""
+        if part in ops.backend(self.dtype, self.device).dequantises and isinstance(placed, QuantisedWeight):
+            placed = dense(placed, self.dtype)
+        if isinstance(placed, QuantisedWeight):
+            there: Weight = placed.map(lambda tensor: tensor.to(self.device))
+        else:
+            there = placed.to(device=self.device)
+        self.held[form_name(there)] += there.nbytes
+        return there
 
 
 def in_place(weight: Weight) -> Weight:

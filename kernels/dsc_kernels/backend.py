@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -201,6 +201,10 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def dequantises(self) -> Collection[str]:
+        """Which of a model's "router", "bank" and "experts" it has as floating-point numbers, however they come."""
 
     def Linear(self, weight: Weight, bias: Tensor | None = None) -> Linear: ...  # noqa: N802  a class of the module
 

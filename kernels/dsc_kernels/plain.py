@@ -50,6 +50,7 @@ from dsc_kernels.weights import (
 
 NAME = "plain"
 name = NAME
+dequantises: tuple[str, ...] = ()
 ACTIVATIONS = reference.ACTIVATIONS
 
 

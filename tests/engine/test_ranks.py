@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,12 @@ from support.small_models import METHODS
 from torch import Tensor
 
 from dsc_serve import LLM, CheckpointError, ConfigError, GenerationError, SamplingParams
+from dsc_serve.config import EngineConfig
+from dsc_serve.engine.ranks import follower, leader
+from dsc_serve.engine.ranks.messages import RankFailed, RankLoaded, RankPool, RankStart, frame, from_rank, receive
+from dsc_serve.engine.runner import Runner
 from dsc_serve.model.exchange import GroupLostError
+from dsc_serve.sampling_params import EngineCapacity
 from dsc_serve.scale.estimate import ModelSizes, exchanges
 
 Golden = Callable[[str], dict[str, Tensor]]
@@ -113,6 +122,109 @@ def test_a_rank_that_is_killed_ends_the_call_that_needs_it_and_every_later_one(s
     with pytest.raises(GroupLostError):
         shared.generate([[1, 2]], SamplingParams(max_tokens=2))
     until(lambda: not runs(other))
+
+
+def test_steps_of_nobody_leave_nothing_behind_on_any_rank(shared: LLM) -> None:
+    """With which kernels are compiled on GPUs, before requests wait for them."""
+    prompts = [[5, 17, 2, 9] * 4, [8, 8, 3]]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    want = ids_of(shared, prompts, params)
+    runner = shared.engine.runner
+    assert isinstance(runner, Runner)
+    runner.warm_up()
+    assert ids_of(shared, prompts, params) == want
+    assert shared.engine.scheduler.fault() is None
+
+
+class Follower:
+    """What stands in for the process of another rank: a script of what it answers, and when it ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *does: str) -> None:
+        lines = [
+            "import socket, sys, time",
+            "from dsc_serve.engine.ranks.messages import *",
+            "link = socket.socket(fileno=int(sys.argv[1]))",
+            "receive(link, to_rank)",
+            *does,
+        ]
+        monkeypatch.setattr(leader, "FOLLOWER", (sys.executable, "-c", "\n".join(lines)))
+
+
+LOADED = "link.sendall(frame(RankLoaded(1000))); receive(link, to_rank)"
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ([], "rank 1 ended before it had loaded its part"),
+        (["time.sleep(60)"], "rank 1 has not loaded its part within 0.5 s"),
+        (["link.sendall(frame(RankFailed('no room')))"], "rank 1: no room"),
+        ([LOADED], "rank 1 ended before it had made its pool"),
+        ([LOADED, "link.sendall(frame(RankFailed('no room')))"], "rank 1: no room"),
+        ([LOADED, "time.sleep(60)"], "rank 1 has not made its pool within 0.5 s"),
+        ([LOADED, "link.sendall(frame(RankReady()))"], "rank 1 of 2 has ended"),
+    ],
+)
+def test_what_becomes_of_a_rank_before_all_have_met_is_told_at_once(
+    does: list[str], told: str, small_model: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Follower(monkeypatch, *does)
+    if "within" in told:
+        monkeypatch.setattr(leader, "POOL_LIMIT_S" if LOADED in does else "LOAD_LIMIT_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises((ConfigError, GroupLostError), match=told):
+        LLM(str(small_model()), tensor_parallel=2, **SETTINGS)
+    assert time.monotonic() - began < 30
+
+
+def test_a_pool_that_a_rank_has_no_room_for_is_told_to_the_first(
+    small_model: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+
+    def fails(*arguments: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(follower, "FollowingRunner", fails)
+    config = EngineConfig(model=str(small_model()), tensor_parallel=2, threads=2, block_size=4)
+    with ours, theirs:
+        start = RankStart(config, 1, "nobody's")
+        status: list[int] = []
+        thread = threading.Thread(target=lambda: status.append(follower.follow(theirs, start)))
+        thread.start()
+        loaded = receive(ours, from_rank, time.monotonic() + 60)
+        assert isinstance(loaded, RankLoaded)
+        capacity = EngineCapacity(vocab_size=61, max_model_len=48, num_blocks=7, block_size=4)
+        ours.sendall(frame(RankPool(capacity)))
+        failed = receive(ours, from_rank, time.monotonic() + 60)
+        thread.join(60)
+    assert status == [1]
+    assert failed == RankFailed("keys and values of 28 tokens: no room; lower kv_tokens")
+
+
+def test_an_exchange_that_was_broken_off_on_a_device_gives_nobody_a_token(
+    shared: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it there goes on with numbers that are none, and raises nothing."""
+    ranks = shared.engine.ranks
+    assert ranks is not None
+    aborted: list[bool] = []
+    monkeypatch.setattr(ranks.group, "abort", lambda: aborted.append(True))
+    stream = shared.stream([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    runner = shared.engine.runner
+    assert isinstance(runner, Runner)
+    computed = Runner._run
+
+    def broken(self: Runner, work: Any) -> Any:
+        result = computed(self, work)
+        ranks._hung_up(1)
+        return result
+
+    monkeypatch.setattr(Runner, "_run", broken)
+    with pytest.raises(GroupLostError, match="rank 1 of 2 has ended"):
+        list(stream)
+    assert aborted == [True]
 
 
 def test_a_step_that_fails_here_ends_the_others_too(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

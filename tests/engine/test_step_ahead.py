@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 from support.drafts import guess
-from support.fake_runner import EOS, VOCABULARY, LateRunner, alone, fake_engine
+from support.fake_runner import EOS, VOCABULARY, LateRunner, LateStep, alone, fake_engine
 
 from dsc_serve.engine.engine import Engine
+from dsc_serve.engine.request import Request
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.sampling_params import SamplingParams
 from dsc_serve.scheduling_params import SchedulingParams
 
@@ -204,6 +207,42 @@ def test_a_launch_that_fails_ends_only_who_makes_it_fail() -> None:
     assert tokens == {"a": alone([1, 2, 3], 8, ()), "b": alone(ENDING, 20), "bad": []}
     assert reasons == {"a": "length", "b": "stop", "bad": "error"}
     assert runner.events.count("launch") > 5 and engine.counters.repairs == 0
+
+
+class FailsOnce(LateRunner):
+    """Its launch of this number fails."""
+
+    fails = 0
+
+    def launch(self, work: Sequence[tuple[Request, int]]) -> LateStep:
+        if self.events.count("launch") + 1 == self.fails:
+            self.events.append("launch")
+            raise RuntimeError("out of luck")
+        return super().launch(work)
+
+    def run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
+        assert work, "a step of nobody"
+        return super().run(work)
+
+
+@pytest.mark.parametrize("company", [False, True], ids=["alone", "in company"])
+def test_a_launch_that_fails_counts_nobody_who_has_ended_meanwhile(company: bool) -> None:
+    """The launch behind an end of text, which nobody has read yet: it fails, and is computed again without that row."""
+    counts = []
+    for failing in (False, True):
+        engine, runner = ahead(strict=False)
+        runner.__class__ = FailsOnce
+        assert isinstance(runner, FailsOnce)
+        if failing:
+            runner.fails = len(alone(ENDING, 20)) + 1
+        engine.add("short", ENDING, SamplingParams(temperature=0, max_tokens=20))
+        if company:
+            engine.add("long", [7] * 3, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        tokens = run(engine)
+        assert tokens["short"] == alone(ENDING, 20)
+        counts.append((tokens, engine.counters.steps, engine.report.tokens.sum, engine.report.requests.sum))
+        assert runner.events.count("run") == (failing and company)
+    assert counts[0] == counts[1]
 
 
 def test_the_prefix_of_a_conversation_is_found_with_what_was_read_late() -> None:

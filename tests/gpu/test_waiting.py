@@ -312,11 +312,29 @@ def test_the_pool_takes_its_share_of_the_devices_memory(
     assert 0.75 * FREE_BYTES < held <= 0.8 * FREE_BYTES + 2 * held / engine.capacity.num_blocks
 
 
-def test_the_bank_lies_on_the_device_once(
+QUANTISED = "router=int8,bank=int8"
+
+
+def test_weights_are_told_in_the_form_that_they_are_held_in(
     gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, _ = engine_on(gpu, small_model(), monkeypatch)
+    """Nothing on a GPU reads the levels of routers and banks: they become numbers when they are loaded."""
+    held = {}
+    for keep in ("", QUANTISED):
+        engine, _ = engine_on(gpu, small_model(), monkeypatch, keep=keep)
+        model: Any = engine.runner.model  # type: ignore[attr-defined]
+        held[keep] = dict(model.held)
+        assert isinstance(model.layers[0].ffn.layer.router.weight, Tensor)
+    assert held[""] == held[QUANTISED] and len(held[""]) == 1
+
+
+@pytest.mark.parametrize("keep", ["", QUANTISED])
+def test_the_bank_lies_on_the_device_once(
+    keep: str, gpu: PretendedGpu, small_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = engine_on(gpu, small_model(), monkeypatch, keep=keep)
     for layer in engine.runner.model.layers:  # type: ignore[attr-defined]
         assert isinstance(layer.ffn, DscFfn)
+        assert layer.ffn.bank_bytes == 2 * 37 * 32 * layer.ffn.u.dtype.itemsize
         assert layer.ffn.layer.bank.u is layer.ffn.u and layer.ffn.layer.bank.v is layer.ffn.v  # type: ignore[attr-defined]
         assert on_device(layer.ffn.u)

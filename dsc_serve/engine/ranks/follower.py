@@ -23,6 +23,7 @@ from dsc_serve.engine.ranks.messages import (
     RankFailed,
     RankLoaded,
     RankPool,
+    RankReady,
     RankStart,
     StepInputs,
     ToRank,
@@ -44,7 +45,8 @@ class FollowingRunner(Runner):
     """A runner without requests: it computes steps from their inputs, for its keys and values and the others' sums."""
 
     def __init__(self, model: Decoder, capacity: EngineCapacity, config: EngineConfig) -> None:
-        super().__init__(model, capacity, config.step_tokens, config.max_running, int8_kv=config.kv_dtype == "int8")
+        int8_kv = config.kv_dtype == "int8"
+        super().__init__(model, capacity, config.step_tokens, config.max_running, int8_kv=int8_kv, spare=True)
         self.routing = None  # the first rank watches
         for layer in self._layers:
             layer.trace = None
@@ -88,7 +90,14 @@ def follow(connection: socket.socket, start: RankStart) -> int:
     connection.sendall(frame(RankLoaded(blocks)))
     message: ToRank = receive(connection, to_rank)
     assert isinstance(message, RankPool)
-    runner = FollowingRunner(model, message.capacity, config)
+    try:
+        with panics_as_errors():
+            runner = FollowingRunner(model, message.capacity, config)
+    except start_errors() as error:
+        tokens = message.capacity.num_blocks * config.block_size
+        connection.sendall(frame(RankFailed(f"keys and values of {tokens} tokens: {error}; lower kv_tokens")))
+        return 1
+    connection.sendall(frame(RankReady()))
     group.connect()
     gc.collect()
     gc.freeze()  # a full collection would hold a step of all ranks up

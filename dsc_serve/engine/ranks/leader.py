@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from dsc_serve.engine.inputs import Inputs
 from dsc_serve.engine.preparation import check_devices, device_of
 from dsc_serve.engine.ranks.messages import (
     BlockCopies,
+    FromRank,
     RankFailed,
+    RankLoaded,
     RankPool,
     RankStart,
     StepInputs,
@@ -32,7 +35,9 @@ from dsc_serve.engine.ranks.messages import (
     receive,
 )
 from dsc_serve.engine.ranks.watch import watch
+from dsc_serve.engine.request import Request
 from dsc_serve.engine.runner import Runner
+from dsc_serve.engine.step_result import StepResult
 from dsc_serve.frames import limit_sending
 from dsc_serve.machine import default_threads
 from dsc_serve.model.batch import StepBatch
@@ -45,7 +50,9 @@ from dsc_serve.sampling_params import EngineCapacity
 # -P: the modules that this process has, not what lies in the working directory under their names.
 FOLLOWER = (sys.executable, "-P", "-m", "dsc_serve.engine.ranks.follower")
 LOAD_LIMIT_S = 3600.0
+POOL_LIMIT_S = 300.0
 SEND_LIMIT_S = 60.0
+LOOK_S = 0.1  # between looks at whether a rank has ended that others wait for
 CLOSE_LIMIT_S = 5.0
 
 
@@ -74,6 +81,13 @@ class Ranks:
         except BaseException:
             self.close()
             raise
+        told = weakref.WeakMethod(self._hung_up)
+
+        def hung_up(rank: int) -> None:
+            if (tell := told()) is not None:
+                tell(rank)
+
+        self._watch = watch(self._connections, hung_up)
 
     def _start(self, config: EngineConfig, rank: int, store: Path) -> None:
         ours, theirs = socket.socketpair()
@@ -111,34 +125,59 @@ class Ranks:
 
         Raises ConfigError where one could not.
         """
-        counts, end = [own], time.monotonic() + LOAD_LIMIT_S
+        answers = self._answers("loaded its part", LOAD_LIMIT_S)
+        return min(own, *(message.blocks for message in answers if isinstance(message, RankLoaded)))
+
+    def _answers(self, done: str, limit_s: float) -> list[FromRank]:
+        """What all say once they have done that. Raises ConfigError where one has not, after so long at most."""
+        answers, end = list[FromRank](), time.monotonic() + limit_s
         for rank, connection in self._connections.items():
             try:
                 message = receive(connection, from_rank, end)
+            except TimeoutError:
+                raise ConfigError(f"tensor_parallel: rank {rank} has not {done} within {limit_s:g} s") from None
             except (OSError, EOFError):
-                raise ConfigError(f"tensor_parallel: rank {rank} ended while it loaded; its message is above") from None
+                what = f"rank {rank} ended before it had {done}"
+                raise ConfigError(f"tensor_parallel: {what}; its message is above, if it had one") from None
             if isinstance(message, RankFailed):
                 raise ConfigError(f"tensor_parallel: rank {rank}: {message.error}")
             connection.settimeout(None)
-            counts.append(message.blocks)
-        return min(counts)
+            answers.append(message)
+        return answers
 
     def runner(self, model: Decoder, config: EngineConfig, capacity: EngineCapacity) -> LeadingRunner:
-        """What computes steps with all ranks, which have met then. Raises GroupLostError."""
+        """What computes steps with all ranks, which have met then. Raises ConfigError and GroupLostError."""
         return LeadingRunner(self, model, config, capacity)
 
     def begin(self, capacity: EngineCapacity) -> None:
-        """Have all make their KV pools and meet. Raises GroupLostError."""
+        """Have all make their KV pools and meet. Raises ConfigError where one cannot, and GroupLostError."""
         self.tell(RankPool(capacity))
-        self.group.connect()
+        self._answers("made its pool", POOL_LIMIT_S)
+        self._meet()
         self._folder.cleanup()
-        told = weakref.WeakMethod(self._hung_up)
 
-        def hung_up(rank: int) -> None:
-            if (tell := told()) is not None:
-                tell(rank)
+    def _meet(self) -> None:
+        """Connect the group, but wait for nobody who has ended. Raises GroupLostError."""
+        met: queue.SimpleQueue[GroupLostError | None] = queue.SimpleQueue()
 
-        self._watch = watch(self._connections, hung_up)
+        def connect() -> None:
+            try:
+                self.group.connect()
+                met.put(None)
+            except GroupLostError as error:
+                met.put(error)
+
+        threading.Thread(target=connect, name="ranks-meet", daemon=True).start()
+        while True:
+            try:
+                failed = met.get(timeout=LOOK_S)
+            except queue.Empty:
+                failed = GroupLostError(self._lost) if self._lost else None
+                if failed is None:
+                    continue
+            if failed is not None:
+                raise failed
+            return
 
     def tell(self, message: ToRank) -> None:
         """Raises GroupLostError where they have ended."""
@@ -189,10 +228,16 @@ class Ranks:
     def _hung_up(self, rank: int) -> None:
         self._lose(f"rank {rank} of {self.group.shard.size} has ended")
 
+    def check(self) -> None:
+        """Raises GroupLostError where a rank has ended, and what was computed since is no group's."""
+        if self._lost:
+            raise GroupLostError(self._lost)
+
     def _lose(self, reason: str) -> None:
         with self._lock:
             first, self._lost = not self._lost, self._lost or reason
         if first:
+            self.group.abort()
             self._on_lost(reason)
 
 
@@ -215,6 +260,10 @@ class LeadingInputs(Inputs):
             self._untold[row] = table
         super().hold(row, table)
 
+    def spare(self, row: int, block: int) -> None:
+        super().spare(row, block)
+        self._untold[row] = self._tables[:, row].copy()
+
     def told(self, batch: StepBatch) -> StepInputs:
         """The inputs of this step, once all are in the buffers."""
         tokens, requests = batch.token_ids.shape[0], batch.context_lens.shape[0]
@@ -236,15 +285,23 @@ class LeadingRunner(Runner):
     inputs_kind = LeadingInputs
 
     def __init__(self, ranks: Ranks, model: Decoder, config: EngineConfig, capacity: EngineCapacity) -> None:
-        super().__init__(model, capacity, config.step_tokens, config.max_running, int8_kv=config.kv_dtype == "int8")
+        int8_kv = config.kv_dtype == "int8"
+        super().__init__(model, capacity, config.step_tokens, config.max_running, int8_kv=int8_kv, spare=True)
         self._ranks = ranks
         ranks.begin(capacity)
+        if model.device.type != "cpu":
+            self.warm_up()  # all ranks do
 
     def _layers_of(self, batch: StepBatch, picks: list[Picks] | None = None) -> Tensor:
         assert isinstance(self._inputs, LeadingInputs)
         self._ranks.tell(self._inputs.told(batch))
         with self._ranks.step():
             return super()._layers_of(batch, picks)
+
+    def _run(self, work: Sequence[tuple[Request, int]]) -> StepResult:
+        result = super()._run(work)
+        self._ranks.check()  # a device does not tell that an exchange was broken off
+        return result
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._ranks.tell(BlockCopies(list(pairs)))

@@ -39,9 +39,13 @@ class RankFailed(msgspec.Struct, tag=True, array_like=True):
 
 
 class RankPool(msgspec.Struct, tag=True, array_like=True):
-    """Make a KV pool for this, and meet the others."""
+    """Make a KV pool for this, and meet the others once it is told that it is there."""
 
     capacity: EngineCapacity
+
+
+class RankReady(msgspec.Struct, tag=True, array_like=True):
+    """The pool is there."""
 
 
 class StepInputs(msgspec.Struct, tag=True, array_like=True):
@@ -62,7 +66,7 @@ class BlockCopies(msgspec.Struct, tag=True, array_like=True):
 
 
 ToRank = RankStart | RankPool | StepInputs | BlockCopies
-FromRank = RankLoaded | RankFailed
+FromRank = RankLoaded | RankReady | RankFailed
 
 encoder = msgspec.msgpack.Encoder()
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

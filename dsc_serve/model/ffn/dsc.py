@@ -38,10 +38,8 @@ class PickBuffers(NamedTuple):
     signal: Tensor
 
 
-def within(bank: Weight) -> Weight:
+def within(bank: QuantisedWeight) -> QuantisedWeight:
     """A bank whose rows, as they are served, have norm 1 at most: rounding to levels may have made one longer."""
-    if not isinstance(bank, QuantisedWeight):
-        return bank
     norms = torch.linalg.vector_norm(bank.dequantise(torch.float64), dim=1, keepdim=True)
     factor = torch.where(norms > 1, (1 - ROUNDING) / norms, 1.0)
     minimums = None if bank.minimums is None else (bank.minimums * factor).half()
@@ -68,8 +66,8 @@ class DscFfn:
         c = config.ffn
         assert isinstance(c, DscConfig)
         self.config = c
-        self.u, self.v = place.weights("bank", [self._bank(name, tensors[name]) for name in ("atoms_u", "atoms_v")])
-        self.u, self.v = (in_place(within(bank)) for bank in (self.u, self.v))
+        banks = [self._bank(name, tensors[name]) for name in ("atoms_u", "atoms_v")]
+        self.u, self.v = map(in_place, place.weights("bank", banks, within))
         self.gamma = place.tensor(tensors["gamma"], torch.float32)
         self.silent = not bool(as_tensor(tensors["gamma"], torch.float32).any())
         router = folded_router(tensors, place, c.router_bias, config.norm_eps if c.router_norm else None)

@@ -35,10 +35,10 @@ INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* laten
   const bf16* w = up + panel * groups * 2 * LANES;
   vf even = {}, odd = {}, next_even = {}, next_odd = {};
   auto add = [&](int64_t group, vf& evens, vf& odds) {
-    vu pairs;
-    memcpy(&pairs, w + group * 2 * LANES, sizeof pairs);
-    evens += (vf)(pairs << 16) * latents[2 * group];
-    odds += (vf)(pairs & 0xffff0000u) * latents[2 * group + 1];
+    vf own_even, own_odd;
+    load_pairs(w + group * 2 * LANES, own_even, own_odd);
+    evens += own_even * latents[2 * group];
+    odds += own_odd * latents[2 * group + 1];
   };
   for (; j + 2 <= groups; j += 2) {
     add(j, even, odd);

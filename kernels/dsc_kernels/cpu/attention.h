@@ -99,7 +99,7 @@ INLINE void score(const T* q, const T* keys, const int64_t* rows_at, int64_t cou
 INLINE void cap_scores(float* scores, int64_t count, float cap) {
   for (int64_t n = 0; n < count; n += LANES) {
     vf s = load(scores + n);
-    store(scores + n, s > -INFINITY ? cap * vtanh(s / cap) : s);
+    store(scores + n, blend(s > -INFINITY, cap * vtanh(s / cap), s));
   }
 }
 

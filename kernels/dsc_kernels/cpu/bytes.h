@@ -27,15 +27,12 @@ INLINE vf load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)(const void*)p));
 #elif defined(__F16C__)
-  __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(const void*)p)),
-                    _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(const void*)(p + 8)))};
-  vf v;
-  memcpy(&v, half, sizeof v);
-  return v;
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(const void*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(const void*)(p + 8)))};
 #else
   vh h;
   memcpy(&h, p, sizeof h);
-  vu bits = __builtin_convertvector(h, vu);
+  vu bits = widen(h);
   vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;  // subnormal numbers come out right, too
   return (vf)((vu)size | (bits & 0x8000) << 16);
 #endif
@@ -164,7 +161,7 @@ INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
 template <int DIGITS, typename I>
 INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
   vf v[2] = {load(x), load(x + LANES)};
-  vi first = (vi)v[0] & 0x7fffffff, second = (vi)v[1] & 0x7fffffff, both = first > second ? first : second;
+  vi first = (vi)v[0] & 0x7fffffff, second = (vi)v[1] & 0x7fffffff, both = blend(first > second, first, second);
   int32_t most = 0, sums[2] = {0, 0};
   for (int lane = 0; lane < LANES; lane++) most = both[lane] > most ? both[lane] : most;
   float inverse, step = step_of(most, inverse);
@@ -174,7 +171,7 @@ INLINE void round_group(const I* x, int8_t* out, InputGroup* group) {
       vi whole = (vi)(v[h] + 12582912.0f) - 0x4b400000;  // 1.5 · 2^23: the low bits are the integer
       store_bytes(out + h * LANES, whole);
       for (int lane = 0; lane < LANES; lane++) sums[h] += whole[lane] * (digit + 1 < DIGITS ? SECOND_DIGIT : 1);
-      v[h] = (v[h] - __builtin_convertvector(whole, vf)) * SECOND_DIGIT;
+      v[h] = (v[h] - to_floats(whole)) * (float)SECOND_DIGIT;
     }
   note_sums(group, DIGITS == 2 ? step / SECOND_DIGIT : step, sums[0], sums[1]);
 }

@@ -68,10 +68,11 @@ struct ChunkBuffers {
 // Scores of P panels of query rows and N keys that lie `stride` apart.
 template <int P, int N, typename C>
 INLINE void score_tile(const C* q, int64_t stride, const C* keys, float* scores) {
-  vf acc[P][N] = {};
+  vf acc[P][N];
+  clear(acc);
   for (int64_t w = 0; w < stride; w += GROUP<C>) {
     vi row[P];
-    for (int p = 0; p < P; p++) memcpy(&row[p], q + p * stride * LANES + w * LANES, sizeof row[p]);
+    for (int p = 0; p < P; p++) row[p] = load_bits<vi>(q + p * stride * LANES + w * LANES);
     for (int n = 0; n < N; n++) {
       int32_t word;
       memcpy(&word, keys + n * stride + w, sizeof word);
@@ -123,13 +124,13 @@ template <typename T>
 INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count, vi first, vi last, float scale) {
   float* scores = b.scores + panel * LANES;
   vf most = splat(-INFINITY);
-  vi all = vi{} + (int32_t)count, ends = last < 0 ? vi{} : (last < all ? last + 1 : all);
-  vi begins = first < 0 ? vi{} : (first < all ? first : all);
-  memcpy(b.begins + panel * LANES, &begins, sizeof begins);
-  memcpy(b.ends + panel * LANES, &ends, sizeof ends);
+  vi all = vi{} + (int32_t)count, ends = blend(last < 0, vi{}, blend(last < all, last + 1, all));
+  vi begins = blend(first < 0, vi{}, blend(first < all, first, all));
+  store_bits(b.begins + panel * LANES, begins);
+  store_bits(b.ends + panel * LANES, ends);
   auto mask = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
     for (int64_t n = from; n < to; n++) {
-      vf s = (last < (int32_t)n) | (first > (int32_t)n) ? splat(-INFINITY) : load(scores + n * ROWS);
+      vf s = blend((last < (int32_t)n) | (first > (int32_t)n), splat(-INFINITY), load(scores + n * ROWS));
       store(scores + n * ROWS, s);
       most = vmax(s, most);
     }
@@ -140,7 +141,7 @@ INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count
   for (int64_t n = open; n < closed; n++) most = vmax(load(scores + n * ROWS), most);
   mask(closed, count);
   vf before = load(b.highest + panel * LANES), now = vmax(most * scale, before);
-  vf base = now > -INFINITY ? now : vf{}, total = {};
+  vf base = blend(now > -INFINITY, now, vf{}), total = {};
   constexpr int G = GROUP<typename Input<T>::type>;
   for (int64_t n = 0; n < count; n += G) {
     vf e[G];
@@ -170,7 +171,7 @@ INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_
                          const int32_t* ends, vf (&acc)[P][R]) {
   for (int64_t n = from; n < to; n += GROUP<C>) {
     vi row[P];
-    for (int p = 0; p < P; p++) memcpy(&row[p], values + (p * KEYS + n) * LANES, sizeof row[p]);
+    for (int p = 0; p < P; p++) row[p] = load_bits<vi>(values + (p * KEYS + n) * LANES);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       int32_t word, seen = DIAGONAL ? seen_of<C>(n, begins[r], ends[r]) : -1;
@@ -185,7 +186,8 @@ INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_
 template <int P, int R, typename C>
 INLINE void gather_tile(const C* values, const C* weights, const int32_t* begins, const int32_t* ends,
                         const float* rescale, int64_t width, float* sums) {
-  vf acc[P][R] = {};
+  vf acc[P][R];
+  clear(acc);
   constexpr int64_t G = GROUP<C>;
   int64_t from = begins[0] / G * G, together = (begins[R - 1] + G - 1) / G * G, apart = ends[0] / G * G;
   if (together > apart) together = apart = ends[R - 1];
@@ -236,8 +238,8 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
     copy_row((const T*)a.q + token * a.q_stride + offset + one % a.group * a.size, a.size,
              b.keys + r % LANES * b.stride);
     if (r % LANES == LANES - 1) pack_panel(b.keys, b.stride, b.q + r / LANES * LANES * b.stride);
-    begin[r / LANES][r % LANES] = (int32_t)(first_seen(before + token, a.window) - start);
-    last[r / LANES][r % LANES] = (int32_t)(before + token - start);
+    set_lane(begin[r / LANES], r % LANES, (int32_t)(first_seen(before + token, a.window) - start));
+    set_lane(last[r / LANES], r % LANES, (int32_t)(before + token - start));
     b.highest[r] = -INFINITY, b.totals[r] = 0;
   }
   memset(b.sums, 0, panels * LANES * b.width * sizeof(float));

@@ -61,15 +61,13 @@ INLINE void pack_values(const bf16* pool, const int64_t* rows_at, int64_t count,
 
 // Rows of 16 words become columns.
 INLINE void transpose(vi (&rows)[LANES]) {
-  const vi low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const vi high = low + 8;
 #pragma GCC unroll 4
   for (int round = 0; round < 4; round++) {
     vi next[LANES];
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], high);
+      next[2 * i] = interleave_first(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = interleave_last(rows[i], rows[i + LANES / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) rows[i] = next[i];
@@ -96,9 +94,9 @@ INLINE void pack_panel(const C* rows, int64_t stride, C* out) {
   int64_t w = 0;
   for (; w + LANES <= words; w += LANES) {
     vi block[LANES];
-    for (int i = 0; i < LANES; i++) memcpy(&block[i], from + i * words + w, sizeof block[i]);
+    for (int i = 0; i < LANES; i++) block[i] = load_bits<vi>(from + i * words + w);
     transpose(block);
-    for (int i = 0; i < LANES; i++) memcpy(to + (w + i) * LANES, &block[i], sizeof block[i]);
+    for (int i = 0; i < LANES; i++) store_bits(to + (w + i) * LANES, block[i]);
   }
   for (; w < words; w++)
     for (int i = 0; i < LANES; i++) memcpy(to + w * LANES + i, from + i * words + w, 4);

@@ -21,7 +21,8 @@ constexpr int SUMS = 1;
 template <typename T, int TT>
 INLINE void contract_tile(const T* w, const typename Input<T>::type* const* x, int64_t d, Ahead& ahead,
                           const Latents& sink, int64_t t, int64_t n) {
-  vf sums[SUMS][1][TT] = {};
+  vf sums[SUMS][1][TT];
+  for (int s = 0; s < SUMS; s++) clear(sums[s]);
   int64_t k = 0;
   for (; k + SUMS * GROUP<T> <= d; k += SUMS * GROUP<T>)
     for (int s = 0; s < SUMS; s++) {

@@ -26,12 +26,11 @@ INLINE void dequantise_panel(const uint8_t* w, const Format& f, int64_t d, float
     const uint16_t* more = (const uint16_t*)(const void*)(w + levels);
     vf scales = load_half(more), minimums = f.minimums ? load_half(more + LANES) : vf{};
     for (int64_t u = 0; u < levels / UNIT; u++) {
-      vi unit;
-      memcpy(&unit, w + u * UNIT, sizeof unit);
+      vi unit = load_bits<vi>(w + u * UNIT);
       for (int64_t h = 0; h < halves; h++)
         for (int64_t i = 0; i < 4 && k < d; i++, k++) {
           vi level = level_of(unit, f.bits, i, h) - (int32_t)f.centre;
-          store(out + k * LANES, __builtin_convertvector(level, vf) * scales + minimums);
+          store(out + k * LANES, to_floats(level) * scales + minimums);
         }
     }
   }

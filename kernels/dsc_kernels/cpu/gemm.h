@@ -99,15 +99,11 @@ INLINE void add_group(const bf16* w, int64_t panel, const bf16* const* x, int64_
 template <int P, int T>
 INLINE void add_group(const bf16* w, int64_t panel, const float* const* x, int64_t k, vf (&acc)[P][T]) {
   vf even[P], odd[P];
-  for (int p = 0; p < P; p++) {
-    vu pairs;
-    memcpy(&pairs, w + p * panel + k * LANES, sizeof pairs);
-    even[p] = (vf)(pairs << 16);
-    odd[p] = (vf)(pairs & 0xffff0000u);
-  }
+  for (int p = 0; p < P; p++) load_pairs(w + p * panel + k * LANES, even[p], odd[p]);
   for (int t = 0; t < T; t++) {
     vf first = splat(x[t][k]), second = splat(x[t][k + 1]);
-    for (int p = 0; p < P; p++) acc[p][t] += even[p] * first + odd[p] * second;
+    for (int p = 0; p < P; p++) acc[p][t] += even[p] * first;
+    for (int p = 0; p < P; p++) acc[p][t] += odd[p] * second;
   }
 }
 #endif
@@ -116,6 +112,14 @@ INLINE void add_group(const bf16* w, int64_t panel, const float* const* x, int64
 INLINE vi dot4(vi sums, uint32_t four, vi rows) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32((int32_t)four), (__m512i)rows);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  // by bytes 0 and 2, and by 1 and 3: products of pairs of 16 bits are exact
+  __m256i even = _mm256_set1_epi32((int32_t)(four & 0x00ff00ff)), odd = _mm256_set1_epi32((int32_t)(four >> 8 & 0x00ff00ff));
+  auto plus = [&](__m256i sum, __m256i row) __attribute__((always_inline)) {
+    __m256i own = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), even);
+    return _mm256_add_epi32(_mm256_add_epi32(sum, own), _mm256_madd_epi16(_mm256_srai_epi16(row, 8), odd));
+  };
+  return {(half_vi)plus((__m256i)sums.first, (__m256i)rows.first), (half_vi)plus((__m256i)sums.last, (__m256i)rows.last)};
 #else
   for (int i = 0; i < 4; i++) sums += (rows << (24 - 8 * i) >> 24) * (int32_t)(four >> 8 * i & 0xff);
   return sums;
@@ -125,7 +129,7 @@ INLINE vi dot4(vi sums, uint32_t four, vi rows) {
 template <int P, int T>
 INLINE void add_group(const int8_t* w, int64_t panel, const uint8_t* const* x, int64_t k, vi (&acc)[P][T]) {
   vi row[P];
-  for (int p = 0; p < P; p++) memcpy(&row[p], w + p * panel + k * LANES, sizeof row[p]);
+  for (int p = 0; p < P; p++) row[p] = load_bits<vi>(w + p * panel + k * LANES);
   for (int t = 0; t < T; t++) {
     uint32_t four;
     memcpy(&four, x[t] + k, sizeof four);
@@ -192,7 +196,8 @@ INLINE void start(const Sink&, const T*, int64_t, int64_t, Sum (&)[P][TT]) {}
 template <typename T, int P, int TT, typename Sink>
 INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Sink& sink,
                   int64_t t, int64_t n, Ahead& ahead) {
-  typename Input<T>::sum acc[P][TT] = {};
+  typename Input<T>::sum acc[P][TT];
+  clear(acc);
   start(sink, w, panel, t, acc);
   tile<P, TT>(w, panel, x, d, ahead, acc);
   for (int p = 0; p < P; p++)

@@ -21,15 +21,11 @@ struct LaneMaxima {
   float* values;      // [tokens, 16]: the largest so far of every lane
   int32_t* indices;   // and where it was
   INLINE void operator()(vf v, int64_t t, int64_t n) const {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     v += load(bias + n);
     vf held = load(values + t * LANES);
-    vi index;
-    memcpy(&index, indices + t * LANES, sizeof index);
-    auto better = v > held;  // of equal ones the first stays
-    index = better ? lanes + (int32_t)n : index;
-    store(values + t * LANES, better ? v : held);
-    memcpy(indices + t * LANES, &index, sizeof index);
+    vi index = load_bits<vi>(indices + t * LANES), better = v > held;  // of equal ones the first stays
+    store_bits(indices + t * LANES, blend(better, lane_numbers() + (int32_t)n, index));
+    store(values + t * LANES, blend(better, v, held));
   }
 };
 
@@ -67,8 +63,8 @@ struct ArgmaxCandidates {
 
   __attribute__((noinline)) void take(vf logit, vf error, int64_t n) {
     vf lower = logit - error, upper = logit + error;
-    raise(max_lane(lower == lower ? lower : splat(-INFINITY)));
-    float most = max_lane(upper == upper ? upper : splat(INFINITY));
+    raise(max_lane(blend(lower == lower, lower, splat(-INFINITY))));
+    float most = max_lane(blend(upper == upper, upper, splat(INFINITY)));
     if (most < bound) return;
     uppers[count] = most;
     panels[count++] = (int32_t)(n / LANES);
@@ -83,9 +79,8 @@ struct CollectCandidates {
   const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
     const LogitScale& r = logit_scales[t];
-    vi shift;
-    memcpy(&shift, screen.shifts + n, sizeof shift);
-    vf logit = __builtin_convertvector(v - shift, vf) * load(screen.steps + n) * r.scale + load(bias + n);
+    vi shift = load_bits<vi>(screen.shifts + n);
+    vf logit = to_floats(v - shift) * load(screen.steps + n) * r.scale + load(bias + n);
     if (__builtin_expect((~below(logit, candidates[t].gate) & 0xffff) == 0, 1)) return;
     vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + screen.slack;
     candidates[t].take(logit, error, n);

@@ -60,7 +60,7 @@ INLINE void store_whole(float* p, vf v) { store(p, v); }
 
 // Whole numbers of 8 bits: the upper half of a float holds them.
 INLINE void store_whole(bf16* p, vf v) {
-  vh h = __builtin_convertvector((vu)v >> 16, vh);
+  vh h = narrow((vu)v >> 16);
   memcpy(p, &h, sizeof h);
 }
 

@@ -85,7 +85,10 @@ struct SecondDigits {
   INLINE vf without(vf v, int64_t i, float step, const Outliers& out) const {
     for (int k = 0; k < out.count; k++)
       if (out.groups[k] / (LANES / 4) == i / LANES)
-        for (int j = 0; j < 4; j++) v[out.groups[k] % (LANES / 4) * 4 + j] -= digits[k][j] * (128 * step);
+        for (int j = 0; j < 4; j++) {
+          int lane = out.groups[k] % (LANES / 4) * 4 + j;
+          set_lane(v, lane, v[lane] - digits[k][j] * (128 * step));
+        }
     return v;
   }
 };
@@ -97,7 +100,7 @@ INLINE LogitScale quantise(const T* x, int64_t d, float rstd, uint8_t* out, Outl
   vf highest = {}, squares = {}, sizes = {}, left = {};
   for (int64_t i = 0; i < d; i += LANES) {
     vf v = inputs_at(x, i, d), size = (vf)((vi)v & 0x7fffffff);
-    highest = size > highest ? size : highest;
+    highest = blend(size > highest, size, highest);
     squares += v * v;
     sizes += size;
   }
@@ -133,8 +136,7 @@ INLINE void add_outliers(const Outliers* tokens, const int8_t* w, int64_t panel,
     for (int p = 0; p < P; p++) {
       vi plus = {}, minus = {};
       for (int k = 0; k < o.count; k++) {
-        vi rows;
-        memcpy(&rows, w + p * panel + o.groups[k] * 4 * LANES, sizeof rows);
+        vi rows = load_bits<vi>(w + p * panel + o.groups[k] * 4 * LANES);
         plus = dot4(plus, o.plus[k], rows);
         minus = dot4(minus, o.minus[k], rows);
       }

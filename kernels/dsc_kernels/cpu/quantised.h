@@ -143,8 +143,7 @@ void quantised_tile(const TileCall& c) {
     for (int64_t i = 0; i < STEP; i += 64) __builtin_prefetch(w + 4 * STEP + i, 0, 3);
     vi dots[T * DIGITS] = {};
     for (int u = 0; u < LEVELS / UNIT; u++) {
-      vi q;
-      memcpy(&q, w + u * UNIT, sizeof q);
+      vi q = load_bits<vi>(w + u * UNIT);
       if constexpr (BITS == 4) {
         vi first = q & 0x0f0f0f0f, second = (q >> 4) & 0x0f0f0f0f;
         for (int t = 0; t < T * DIGITS; t++) {
@@ -167,7 +166,7 @@ void quantised_tile(const TileCall& c) {
       vi dot = dots[t * DIGITS];
       if constexpr (DIGITS == 2) dot = (dot << 8) - (dot << 1) + dots[t * DIGITS + 1];  // SECOND_DIGIT times
       if constexpr (BITS == 8) dot -= 128 * input.sums[part];
-      totals[t] += __builtin_convertvector(dot, vf) * input.scale * scales;
+      totals[t] += to_floats(dot) * input.scale * scales;
       if constexpr (MINIMUMS || BITS == 4) totals[t] += minimums * input.scaled[part];
     }
   }

@@ -24,7 +24,7 @@ INLINE int64_t slots_of(int k) { return k <= 8 ? 4 : 16; }
 INLINE void raise(float* peaks, int64_t slots, int64_t t, int64_t n, vf v) {
   float* peak = peaks + (t * slots + (n / LANES & (slots - 1))) * LANES;
   vf held = load(peak);
-  store(peak, v > held ? v : held);  // a NaN raises nothing
+  store(peak, blend(v > held, v, held));  // a NaN raises nothing
 }
 
 // The router's bias [panels · 16], −∞ behind the last atom, and what bounds by it need: the same of all tokens …
@@ -64,9 +64,8 @@ struct Bounds {
   const Outliers* outliers;
   INLINE void operator()(vi v, int64_t t, int64_t n) const {
     const LogitScale& r = to.logit_scales[t];
-    vi shift;
-    memcpy(&shift, screen.shifts + n, sizeof shift);
-    vf product = __builtin_convertvector(v - shift, vf) * load(screen.steps + n);
+    vi shift = load_bits<vi>(screen.shifts + n);
+    vf product = to_floats(v - shift) * load(screen.steps + n);
     vf logit = r.scale * product + load(to.bias.of(t) + n);
     vf error = r.from_weights * load(screen.errors + n) + r.from_input * load(screen.norms + n) + to.bias.slack_of(t);
     store(to.logits + t * to.stride + n, logit + error);
@@ -90,13 +89,13 @@ INLINE float kth_of_64(vf a, vf b, vf c, vf d, int k) {
   order(a, b), order(c, d), order(a, c), order(b, d), order(b, c);
   for (;;) {
     float top = max_lane(a);
-    auto taken = a == splat(top);
+    vi taken = a == splat(top);
     for (int lane = 0; lane < LANES; lane++) k += taken[lane];  // −1 where true
     if (k <= 0 || top == -INFINITY) return top;
-    a = taken ? b : a;
-    b = taken ? c : b;
-    c = taken ? d : c;
-    d = taken ? splat(-INFINITY) : d;
+    a = blend(taken, b, a);
+    b = blend(taken, c, b);
+    c = blend(taken, d, c);
+    d = blend(taken, splat(-INFINITY), d);
   }
 }
 

@@ -55,17 +55,16 @@ struct Measure {
 
 // Of the weights that have at least these bits, which must not be 0.
 INLINE Measure measure(const float* weights, int64_t size, uint32_t bits) {
-  typedef float half __attribute__((vector_size(32)));
   typedef double wide __attribute__((vector_size(64)));
   float below_it = weight_of(bits - 1);
   wide sums[2] = {};
   Measure m = {0, 0};
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
-    vf v = load(weights + i), kept = v > below_it ? v : vf{};
+    vf v = load(weights + i), kept = blend(v > below_it, v, vf{});
     m.count += __builtin_popcount(above(v, below_it));
-    half parts[2];
-    memcpy(parts, &kept, sizeof parts);
+    half_vf parts[2];
+    split(kept, parts);
     for (int j = 0; j < 2; j++) sums[j] += __builtin_convertvector(parts[j], wide);
   }
   for (int lane = 0; lane < 8; lane++) m.mass += sums[0][lane] + sums[1][lane];

@@ -63,7 +63,7 @@ INLINE void select_few(const float* raw, int64_t size, int k, float tau, float* 
   int32_t order[FEW];
   for (int64_t i = 0; i < size; i += LANES) {
     vf v = i + LANES <= size ? load(raw + i) : load_some(raw + i, (int)(size - i));
-    store(scores + i, v == v ? vmax(vmin(v, splat(tau)), splat(-tau)) : splat(-INFINITY));
+    store(scores + i, blend(v == v, vmax(vmin(v, splat(tau)), splat(-tau)), splat(-INFINITY)));
   }
   for (int64_t i = 0; i < size; i++) {
     uint64_t before = 0;

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, by the compiler's vector extensions: the same source serves every instruction set.
+// Sixteen numbers at a time: the same source serves every instruction set.
 // Included once per instruction set, inside an unnamed namespace (instruction_set.h), and free of the standard library,
 // whose inline functions the linker could take from the wrong translation unit.
 #pragma once
@@ -11,31 +11,20 @@
 #endif
 
 #include "namespace.h"
+#include "wide.h"
 
 DSC_KERNELS_BEGIN
 
-#define INLINE inline __attribute__((always_inline))
-
-constexpr int LANES = 16;
-
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint16_t bf16;
 
 INLINE vf splat(float x) { return x - vf{}; }  // with + the compiler has to add: −0 would become 0
 
-INLINE vf load(const float* p) {
-  vf v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
+INLINE vf load(const float* p) { return load_bits<vf>(p); }
 
 INLINE vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen(h) << 16);
 }
 
 // Sixteen numbers of 8 bits, and the low bytes of sixteen; gcc takes such conversions of vectors apart, byte by byte.
@@ -43,16 +32,13 @@ INLINE vf load_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
   __m128i bytes = _mm_loadu_si128((const __m128i*)(const void*)p);
   return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)(p + 8))))};
 #else
-  vi whole;
-#if defined(__AVX2__)
-  __m256i halves[2] = {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)p)),
-                       _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(const void*)(p + 8)))};
-  memcpy(&whole, halves, sizeof whole);
-#else
-  for (int i = 0; i < LANES; i++) whole[i] = p[i];
-#endif
-  return __builtin_convertvector(whole, vf);
+  vi whole = {};
+  for (int i = 0; i < LANES; i++) set_lane(whole, i, p[i]);
+  return to_floats(whole);
 #endif
 }
 
@@ -66,31 +52,29 @@ INLINE void store_bytes(void* p, vi v) {
 #endif
 }
 
-INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE void store(float* p, vf v) { store_bits(p, v); }
 
 // The bits of bfloat16: to nearest even; a NaN stays one.
 INLINE vu to_bf16_bits(vf v) {
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vu nan = (bits >> 16) | 0x40;
-  return v != v ? nan : rounded;
+  return blend(v != v, nan, rounded);
 }
 
 INLINE void store(bf16* p, vf v) {
-  vh h = __builtin_convertvector(to_bf16_bits(v), vh);
+  vh h = narrow(to_bf16_bits(v));
   memcpy(p, &h, sizeof h);
 }
 
 // 32 numbers in turn from two vectors.
 INLINE void load_pairs(const bf16* p, vf& even, vf& odd) {
-  vu pairs;
-  memcpy(&pairs, p, sizeof pairs);
+  vu pairs = load_bits<vu>(p);
   even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
 }
 
 INLINE void store_pairs(bf16* p, vf even, vf odd) {
-  vu pairs = to_bf16_bits(even) | to_bf16_bits(odd) << 16;
-  memcpy(p, &pairs, sizeof pairs);
+  store_bits(p, to_bf16_bits(even) | to_bf16_bits(odd) << 16);
 }
 
 INLINE float to_float(float x) { return x; }
@@ -113,21 +97,22 @@ INLINE void put(bf16* p, float x) {
 // The first `count` < 16 lanes; the others are 0.
 template <typename T>
 INLINE vf load_some(const T* p, int count) {
-  vf v = {};
-  for (int i = 0; i < count; i++) v[i] = to_float(p[i]);
-  return v;
+  float some[LANES] = {};
+  for (int i = 0; i < count; i++) some[i] = to_float(p[i]);
+  return load(some);
 }
 
 template <typename T>
 INLINE void store_some(T* p, vf v, int count) {
-  for (int i = 0; i < count; i++) put(p + i, v[i]);
+  float some[LANES];
+  store(some, v);
+  for (int i = 0; i < count; i++) put(p + i, some[i]);
 }
 
 INLINE float sum(vf v) {
-  typedef float half __attribute__((vector_size(32)));
   typedef float quarter __attribute__((vector_size(16)));
-  half h[2];
-  memcpy(h, &v, sizeof h);
+  half_vf h[2];
+  split(v, h);
   h[0] += h[1];
   quarter q[2];
   memcpy(q, h, sizeof q);
@@ -137,10 +122,9 @@ INLINE float sum(vf v) {
 
 // The largest lane; not for a NaN.
 INLINE float max_lane(vf v) {
-  typedef float half __attribute__((vector_size(32)));
   typedef float quarter __attribute__((vector_size(16)));
-  half h[2];
-  memcpy(h, &v, sizeof h);
+  half_vf h[2];
+  split(v, h);
   h[0] = h[0] > h[1] ? h[0] : h[1];
   quarter q[2];
   memcpy(q, h, sizeof q);
@@ -149,7 +133,9 @@ INLINE float max_lane(vf v) {
   return a > b ? a : b;
 }
 
-// The sums of 16 vectors, in order: neighbours are added in four rounds that halve the vectors.
+// The sums of 16 vectors, in order.
+#if defined(__AVX512F__)
+// Neighbours are added in four rounds that halve the vectors.
 INLINE vf sums(vf (&rows)[LANES]) {
   const vi even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   const vi odd = even + 1;
@@ -159,9 +145,29 @@ INLINE vf sums(vf (&rows)[LANES]) {
           __builtin_shuffle(rows[2 * i], rows[2 * i + 1], even) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd);
   return rows[0];
 }
+#elif defined(__AVX2__)
+INLINE __m256 sums_of_8(const vf* rows) {
+  __m256 four[2];
+  for (int i = 0; i < 2; i++) {
+    const vf* own = rows + 4 * i;
+    __m256 one = _mm256_hadd_ps(own[0].first + own[0].last, own[1].first + own[1].last);
+    __m256 other = _mm256_hadd_ps(own[2].first + own[2].last, own[3].first + own[3].last);
+    four[i] = _mm256_hadd_ps(one, other);
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
+}
 
-INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf sums(vf (&rows)[LANES]) { return {sums_of_8(rows), sums_of_8(rows + LANES / 2)}; }
+#else
+INLINE vf sums(vf (&rows)[LANES]) {
+  float all[LANES];
+  for (int i = 0; i < LANES; i++) all[i] = sum(rows[i]);
+  return load(all);
+}
+#endif
+
+INLINE vf vmin(vf a, vf b) { return blend(a < b, a, b); }
+INLINE vf vmax(vf a, vf b) { return blend(a > b, a, b); }
 
 // e^x to about 2 units in the last place; 0 below −87.3, the largest finite value's neighbourhood above 88.3.
 INLINE vf vexp(vf x) {
@@ -177,7 +183,7 @@ INLINE vf vexp(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   vf scale = (vf)(((vi)shifted << 23) + 0x3f800000);
-  return x < -87.3f ? splat(0.0f) : (x != x ? x : p * scale);
+  return blend(x < -87.3f, splat(0.0f), blend(x != x, x, p * scale));
 }
 
 // 2^x for x ≤ 0 to about 2 units in the last place; 0 below −126.
@@ -198,7 +204,7 @@ INLINE vf vexp2(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
-  return x < -126.0f ? splat(0.0f) : p * (vf)(((vi)shifted << 23) + 0x3f800000);
+  return blend(x < -126.0f, splat(0.0f), p * (vf)(((vi)shifted << 23) + 0x3f800000));
 #endif
 }
 
@@ -211,7 +217,7 @@ INLINE vf vlog1p(vf y) {
 }
 
 INLINE vf softplus(vf x) {
-  vf low = vexp(x > 0.0f ? -x : x);
+  vf low = vexp(blend(x > 0.0f, -x, x));
   return vmax(x, splat(0.0f)) + vlog1p(low);
 }
 
@@ -231,7 +237,7 @@ INLINE vf verf(vf x) {
   b = b * q - 1.68282697438203e-03f;
   b = b * q - 7.37332916720468e-03f;
   b = b * q - 1.42647390514189e-02f;
-  return x != x ? x : c * a / b;
+  return blend(x != x, x, c * a / b);
 }
 
 INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + verf(x * 0.70710678f)); }
@@ -250,7 +256,7 @@ INLINE vf vtanh(vf x) {
   p = p * q + 1.3333333333333333e-1f;
   p = p * q - 3.333333333333333e-1f;
   vf near = x + x * q * p, far = 1.0f - 2.0f / (1.0f + vexp(x + x));
-  return q < 0.09f ? near : far;
+  return blend(q < 0.09f, near, far);
 }
 
 // One bit per lane that is greater, or less, than the bound; none for a NaN.
@@ -258,10 +264,9 @@ INLINE uint32_t above(vf v, float bound) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  __m256 half[2], b = _mm256_set1_ps(bound);
-  memcpy(half, &v, sizeof half);
-  return _mm256_movemask_ps(_mm256_cmp_ps(half[0], b, _CMP_GT_OQ)) |
-         _mm256_movemask_ps(_mm256_cmp_ps(half[1], b, _CMP_GT_OQ)) << 8;
+  __m256 b = _mm256_set1_ps(bound);
+  return _mm256_movemask_ps(_mm256_cmp_ps(v.first, b, _CMP_GT_OQ)) |
+         _mm256_movemask_ps(_mm256_cmp_ps(v.last, b, _CMP_GT_OQ)) << 8;
 #else
   uint32_t bits = 0;
   for (int i = 0; i < LANES; i++) bits |= (uint32_t)(v[i] > bound) << i;

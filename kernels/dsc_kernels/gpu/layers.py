@@ -27,6 +27,7 @@ from dsc_kernels.plain import norm as norm
 from dsc_kernels.weights import WHOLE, AtomBank, ChunkPlace, KvCache, QkNorm, Scope, Slots
 
 name = NAME
+dequantises: tuple[str, ...] = ("router", "bank", "experts")
 Head = Linear
 
 

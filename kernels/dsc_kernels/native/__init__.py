@@ -32,6 +32,7 @@ from dsc_kernels.native.tokens import min_hash_order, sample, tile_unions
 from dsc_kernels.picking import compose_rows
 
 name = NAME
+dequantises: tuple[str, ...] = ()
 
 __all__ = [
     "HEAD_PRECISIONS",
@@ -52,6 +53,7 @@ __all__ = [
     "chunks_attention",
     "compose_rows",
     "decode_attention",
+    "dequantises",
     "head_precision",
     "kernels",
     "min_hash_order",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dsc_kernels import ops
 from dsc_kernels.memory import trim
 from dsc_kernels.quantised import ActivationBits
 from dsc_serve.config import DTYPES
@@ -74,8 +75,14 @@ def open_source(path: Path) -> ModelSource:
     raise CheckpointError(f"{path}: no such file or folder")
 
 
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware (a CPU: AVX512-BF16 or AMX); without it float32 is faster."""
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there than float32.
+
+    It is where the device multiplies it in hardware (a CPU: AVX512-BF16 or AMX), and where native kernels widen it in
+    registers: they read half the bytes. Plain torch is slower in it without that hardware.
+    """
+    if ops.widens_bfloat16(device):
+        return True
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
@@ -90,7 +97,7 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[DTYPES[name]]
     if stored == torch.float32:
         return torch.float32
-    if not has_native_bfloat16(device):
+    if not is_fast_in_bfloat16(device):
         return torch.float32
     if stored == torch.float16:
         log.warning("the float16 weights are rounded to bfloat16; with dtype float32 they are computed with as stored")

@@ -144,6 +144,11 @@ def ffn(mlp: MlpWeights, options: FfnOptions, router: Router | None = None, bank
     return chosen.Ffn(mlp, options, router, bank)
 
 
+def widens_bfloat16(device: torch.device) -> bool:
+    """Whether kernels in use read bfloat16 as fast as their instruction set allows, be it without its products."""
+    return native.active() in native.WIDENING_SETS and device.type == "cpu" and _choice != "triton"
+
+
 def moe(router: Router, experts: Sequence[MlpWeights], options: MoeOptions, shared: SharedExpert | None = None) -> Moe:
     """A mixture of experts. The router may come in any wider dtype."""
     dtype = experts[0].up.dtype

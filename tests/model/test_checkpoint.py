@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.small_models import DATA, small_config, wide_tensors
 from torch import Tensor
 
+from dsc_kernels import native, ops
 from dsc_serve import LLM
 from dsc_serve.model import checkpoint
 from dsc_serve.model.checkpoint import load_model, save_checkpoint
@@ -225,11 +226,25 @@ def test_a_gpu_without_bfloat16_computes_in_float32(
     assert checkpoint.choose_dtype("auto", torch.bfloat16, torch.device("cuda")) == dtype
 
 
+@pytest.mark.parametrize("kernels", ["plain", "baseline", "avx2", "avx512", "avx512bf16"])
+def test_without_products_of_bfloat16_native_kernels_compute_in_it_and_torch_does_not(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native kernels widen it in registers, and read half of float32's bytes."""
+    if kernels not in ("plain", *native.available()):
+        pytest.skip(f"{kernels}: not on this machine")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    ops.use(kernels)
+    expected = torch.float32 if kernels in ("plain", "baseline") else torch.bfloat16
+    assert checkpoint.choose_dtype("auto", torch.bfloat16, CPU) == expected
+    assert checkpoint.choose_dtype("auto", torch.float32, CPU) == torch.float32
+
+
 @pytest.mark.parametrize(("fast", "dtype", "told"), [(True, torch.bfloat16, 1), (False, torch.float32, 0)])
 def test_it_is_told_where_float16_is_rounded(
     fast: bool, dtype: torch.dtype, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint, "has_native_bfloat16", lambda device: fast)
+    monkeypatch.setattr(checkpoint, "is_fast_in_bfloat16", lambda device: fast)
     assert checkpoint.choose_dtype("auto", torch.float16, CPU) == dtype
     assert checkpoint.choose_dtype("float32", torch.float16, CPU) == torch.float32
     checkpoint.choose_dtype("auto", torch.bfloat16, CPU)

@@ -11,6 +11,7 @@ from dsc_kernels.native.attention import chunk_attention, chunks_attention, deco
 from dsc_kernels.native.dispatch import (
     ROUTER_PRECISIONS,
     SCREENING_SETS,
+    WIDENING_SETS,
     RouterPrecision,
     active,
     available,
@@ -38,6 +39,7 @@ __all__ = [
     "HEAD_PRECISIONS",
     "ROUTER_PRECISIONS",
     "SCREENING_SETS",
+    "WIDENING_SETS",
     "Ffn",
     "Head",
     "HeadPrecision",

@@ -88,7 +88,7 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
     architecture = architecture_of(settings)
     refuse_quantised(content, path)
     fields = architecture.fields(settings)
-    size = content.get("vocab_size")
+    size = fields["vocab_size"].value
     ends = known_tokens(generation_end(folder / "generation_config.json"), size)
     ends = ends or known_tokens(content.get("eos_token_id"), size)
     if tokenizer_eos not in ends:

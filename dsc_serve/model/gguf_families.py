@@ -97,7 +97,7 @@ class GgufFamily:
 
     def tensors(self, stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
         """The tensors as they are served, from those under the names of `serving_name`. Raises CheckpointError."""
-        found = unstacked(stored, s, config, EXPERTS)
+        found, s = unstacked(stored, s, config, EXPERTS), s.over(self.family.defaults)
         if self.interleaved:
             for name, own in found.items():
                 if ".q_proj." in name or ".k_proj." in name:

@@ -66,7 +66,8 @@ class ModelSource:
 
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
     origin: the family's form that the tensors were brought from; None: they were made in the serving form.
-    exact_in_float32: whether nothing is held in few bits under `weights` "auto" where float32 is asked for.
+    exact_in_float32: whether nothing is held in few bits under `weights` "auto" where float32 is asked for. assumed: of
+    sizes that were not given, for errors about tensors.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ModelSource:
     texts: Callable[[], dict[str, str]]
     origin: Origin | None = None
     exact_in_float32: bool = False
+    assumed: str = ""
 
     def auto_weights(self, dtype: str) -> str:
         """What the setting `weights` "auto" is under the setting `dtype`."""
@@ -83,9 +85,12 @@ class ModelSource:
 
     def check(self) -> None:
         """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""
-        check_count(self.config, len(self.tensors), self.path)
         found = {name: (stored.shape, stored.dtype) for name, stored in self.tensors.items()}
-        check_stored(found, tensor_shapes(self.config), self.path)
+        try:
+            check_count(self.config, len(self.tensors), self.path)
+            check_stored(found, tensor_shapes(self.config), self.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self.assumed}") from None
 
     def weights(self, progress: Callable[[int], None] = lambda size: None) -> Weights:
         """The tensors, to be read; progress hears of the elements that were."""

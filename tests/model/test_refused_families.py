@@ -100,6 +100,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek2", {"kv_lora_rank": 23}, "kv_a_proj_with_mqa.weight has shape [32, 48], expected [31, 48]"),
     ("deepseek3", {"n_group": 3}, "n_routed_experts is 8, which n_group, 3, does not divide"),
     ("deepseek3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; supported: 'sigmoid'"),
+    (
+        "mixtral",
+        {"num_local_experts": None},
+        "tensors in all; num_local_experts is not given, and taken to be 8",
+    ),
     ("mixtral", {"num_local_experts": "5"}, "num_local_experts is '5', expected a whole number above 0"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, more than num_local_experts, 5"),
     ("mixtral", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),

@@ -68,6 +68,8 @@ V3_DEFAULTS = sizes(129280, 7168, 18432, 61, 128, 4096) | {
     "n_group": 8,
     "topk_group": 4,
     "norm_topk_prob": True,
+    "num_key_value_heads": 128,
+    "num_mtp_layers": 1,
 }
 
 

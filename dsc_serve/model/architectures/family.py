@@ -67,8 +67,13 @@ class Architecture:
         return self.conversion(stored, s.over(self.defaults), config)
 
 
-def sizes(vocabulary: int, width: int, inner: int, layers: int, heads: int, context: int) -> Fields:
-    """What all configurations of gated MLPs and RMSNorm have, with the commonest of their other defaults."""
+def sizes(*of: int, eps: float = 1e-6, norm: str = "rms_norm_eps", act: str = "hidden_act") -> Fields:
+    """Defaults that all families of gated MLPs have.
+
+    of: vocabulary, width, that of an MLP, layers, heads, positions. norm, act: the fields of a norm's number and of
+    the activation.
+    """
+    vocabulary, width, inner, layers, heads, context = of
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -76,8 +81,8 @@ def sizes(vocabulary: int, width: int, inner: int, layers: int, heads: int, cont
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": context,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
+        act: "silu",
+        norm: eps,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }

@@ -31,8 +31,10 @@ BOTH = {
     "tie_word_embeddings": True,
 }
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-GEMMA2_DEFAULTS = sizes(256000, 2304, 9216, 26, 8, 8192) | BOTH | CAPS
-GEMMA3_DEFAULTS = sizes(262208, 2304, 9216, 26, 8, 131072) | BOTH | {"rope_theta": 1e6, LOCAL: LOCAL_THETA}
+GEMMA2_DEFAULTS = sizes(256000, 2304, 9216, 26, 8, 8192, act="hidden_activation") | BOTH | CAPS
+GEMMA3_DEFAULTS = (
+    sizes(262208, 2304, 9216, 26, 8, 131072, act="hidden_activation") | BOTH | {"rope_theta": 1e6, LOCAL: LOCAL_THETA}
+)
 # Of layers of Gemma 3 that see all, and of those that see a window: their name, and the field that gives their base.
 TURNINGS = {"full_attention": Positions(), "sliding_attention": Positions(LOCAL)}
 

@@ -19,11 +19,10 @@ NAMES = {
 }
 
 
-DEFAULTS = sizes(32000, 4096, 14336, 32, 32, 131072) | {
+DEFAULTS = sizes(32000, 4096, 14336, 32, 32, 131072, eps=1e-5) | {
     "num_key_value_heads": 8,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
 

@@ -6,9 +6,8 @@ from dsc_serve.model.architectures.experts import expert_tensors, mixture
 from dsc_serve.model.architectures.family import Architecture, as_stored, dense, frame, sizes
 from dsc_serve.model.architectures.settings import Fields, Settings
 
-OLMO2_DEFAULTS = sizes(50304, 4096, 11008, 32, 32, 2048) | {"rms_norm_eps": 1e-5}
-OLMOE_DEFAULTS = sizes(50304, 2048, 2048, 16, 16, 4096) | {
-    "rms_norm_eps": 1e-5,
+OLMO2_DEFAULTS = sizes(50304, 4096, 11008, 32, 32, 2048, eps=1e-5)
+OLMOE_DEFAULTS = sizes(50304, 2048, 2048, 16, 16, 4096, eps=1e-5) | {
     "num_experts": 64,
     "num_experts_per_tok": 8,
 }

@@ -15,7 +15,7 @@ from dsc_serve.model.architectures.family import (
     sizes,
     windowed,
 )
-from dsc_serve.model.architectures.positions import ORIGINAL, Positions
+from dsc_serve.model.architectures.positions import ORIGINAL, PARTIAL, Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
 from dsc_serve.model.config import ModelConfig
@@ -28,7 +28,7 @@ MODULES = {
 }
 # What the family's first files call su or yarn is longrope.
 POSITIONS = Positions(partial=True, older={"su": "longrope", "yarn": "longrope"})
-DEFAULTS = sizes(32064, 3072, 8192, 32, 32, 4096) | {"rms_norm_eps": 1e-5, ORIGINAL: 4096}
+DEFAULTS = sizes(32064, 3072, 8192, 32, 32, 4096, eps=1e-5) | {ORIGINAL: 4096, PARTIAL: 1.0}
 
 
 def fields(s: Settings) -> Fields:

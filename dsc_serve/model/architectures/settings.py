@@ -28,7 +28,7 @@ class Settings:
 
     defaults: what the fields are that it leaves out. names: what the file calls fields whose names are others, those
     within an object behind its name and a dot; what has none there is called by its own behind `prefix`. complete:
-    nothing has a default that is there, were it null.
+    nothing has a default that is there, were it null. assumed: the sizes that were asked for and had a default.
     """
 
     content: Mapping[str, Any]
@@ -37,6 +37,7 @@ class Settings:
     prefix: str = ""
     complete: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    assumed: dict[str, int] = field(default_factory=dict)
 
     def over(self, defaults: Mapping[str, Any]) -> Settings:
         """The same with a family's defaults."""
@@ -68,7 +69,12 @@ class Settings:
         name = next((name for name in names if self.content.get(name) is not None), None)
         if name is not None:
             return self.held(name, self.content[name])
-        return next((self.defaults[name] for name in names if self.defaults.get(name) is not None), default)
+        name = next((name for name in names if self.defaults.get(name) is not None), None)
+        if name is None:
+            return default
+        if type(self.defaults[name]) is int:
+            self.assumed[name] = self.defaults[name]
+        return self.defaults[name]
 
     def read(self, *names: str, default: Any = None) -> Named:
         """As `get`, with the name by which the file calls it: for what is checked where all fields are."""

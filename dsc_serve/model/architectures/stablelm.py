@@ -7,9 +7,8 @@ from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 
 POSITIONS = Positions(partial=True)
-DEFAULTS = sizes(50304, 2560, 6912, 32, 32, 4096) | {
+DEFAULTS = sizes(50304, 2560, 6912, 32, 32, 4096, eps=1e-5, norm="layer_norm_eps") | {
     "num_key_value_heads": 32,
-    "layer_norm_eps": 1e-5,
     "partial_rotary_factor": 0.25,
 }
 

@@ -281,8 +281,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# pydantic puts the kind of an FFN or of a scaling into the path
+# pydantic puts the kind of an FFN or of a scaling into the path, and the type of what may have two
 TAGS = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors", "longrope"}
+TAGS |= {"int", "tuple[int, ...]"}
 
 
 def one_line(error: ValidationError, names: Mapping[Place, str] | None = None) -> str:

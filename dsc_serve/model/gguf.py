@@ -87,6 +87,10 @@ def text_files(content: GgufFile) -> dict[str, str]:
 
 def gguf_settings(metadata: Metadata, family: GgufFamily, tensors: Mapping[str, Stored]) -> Settings:
     """The metadata as a config of the family, but for positions, which are of llama.cpp's own kinds."""
+    for field in ("embedding_length", "block_count", "attention.head_count"):
+        metadata.need(metadata.name(field), int)
+    if metadata.own("attention.key_length") is not None:
+        metadata.need(metadata.name("attention.key_length"), int)
     embedding, width = tensors.get(EMBEDDING), metadata.read("feed_forward_length")
     content = {
         "vocab_size": Named(words(embedding) or None, "rows of token_embd.weight"),

@@ -58,7 +58,7 @@ def fields(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
         "norm_topk_prob": metadata.read("expert_weights_norm", False),
         "rope_scaling": yarn(metadata),
     }
-    if type(groups[0].value) is int and groups[0].value > 1:
+    if groups[0].value not in (0, 1):
         found |= {"n_group": groups[0], "topk_group": groups[1]}
         found |= {} if is_v3(metadata) else {"topk_method": "group_limited_greedy"}
     else:

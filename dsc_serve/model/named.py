@@ -51,4 +51,4 @@ def reworded(message: str, below: Place, names: Mapping[Place, str]) -> str:
     if not known:
         return message
     longest_first = "|".join(re.escape(own) for own in sorted(known, key=len, reverse=True))
-    return re.sub(rf"(?<![\w.'])({longest_first})(?![\w'])", lambda found: known[found[1]], message)
+    return re.sub(rf"(?<![\w.'])({longest_first})(?!\.?\w|')", lambda found: known[found[1]], message)

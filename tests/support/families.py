@@ -172,7 +172,7 @@ CASES: dict[str, Case] = {
         [
             {"rope_theta": 10000.0},
             {"rope_scaling": LINEAR},
-            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8}},
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8},  # which goes before the one within
             {"partial_rotary_factor": 0.5},
         ],
         seed=1,

@@ -20,7 +20,7 @@ from dsc_serve.model.ffn_config import MoeConfig as MoeConfig
 from dsc_serve.model.ffn_config import MoloraConfig as MoloraConfig
 from dsc_serve.model.ffn_config import SharedExpertConfig as SharedExpertConfig
 from dsc_serve.model.ffn_config import is_plain
-from dsc_serve.model.named import Place, plain, reworded, told
+from dsc_serve.model.field_value import Place, plain, reworded, told
 from dsc_serve.model.quantised_config import QuantisedTensors
 from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling, YarnRope
 from dsc_serve.model.schema import Layers, Size, Strict
@@ -329,7 +329,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def checked_config(content: dict[str, Any], source: str) -> ModelConfig:
-    """The fields of a configuration as they stand in JSON, some of them `Named`, checked.
+    """The fields of a configuration as they stand in JSON, some of them `FieldValue`, checked.
 
     Raises CheckpointError naming `source` and the fields as they were read.
     """

@@ -18,11 +18,11 @@ from dsc_serve.model.architectures import Settings
 from dsc_serve.model.architectures.family import HEAD
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.dequantise import FLOATS, UnknownKindError, dequantised, kind_of, stored_bytes
+from dsc_serve.model.field_value import FieldValue, plain
 from dsc_serve.model.folder import EMBEDDING, write_source
 from dsc_serve.model.gguf_blocks import FORMS, quantised
 from dsc_serve.model.gguf_families import OUTER, GgufFamily, family_of
 from dsc_serve.model.gguf_metadata import FACTORS, Metadata, positions
-from dsc_serve.model.named import Named, plain
 from dsc_serve.model.origin import Origin
 from dsc_serve.model.quantised_tensor import QuantisedTensor
 from dsc_serve.model.rounding import OutOfRangeError
@@ -93,7 +93,7 @@ def gguf_settings(metadata: Metadata, family: GgufFamily, tensors: Mapping[str, 
         metadata.need(metadata.name("attention.key_length"), int)
     embedding, width = tensors.get(EMBEDDING), metadata.read("feed_forward_length")
     content = {
-        "vocab_size": Named(words(embedding) or None, "rows of token_embd.weight"),
+        "vocab_size": FieldValue(words(embedding) or None, "rows of token_embd.weight"),
         "hidden_size": metadata.read("embedding_length"),
         "num_hidden_layers": metadata.read("block_count"),
         "num_attention_heads": metadata.read("attention.head_count"),

@@ -13,8 +13,8 @@ from dsc_serve.model.architectures.deepseek import LARGEST_MAGNITUDE, Sizes, abs
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.gguf_metadata import Metadata
-from dsc_serve.model.named import Named
 from dsc_serve.model.source import Stored
 
 SOFTMAX, SIGMOID = 1, 2  # what a file calls its scores
@@ -47,14 +47,14 @@ def fields(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
         "q_lora_rank": metadata.read("attention.q_lora_rank"),
         "kv_lora_rank": metadata.read("attention.kv_lora_rank"),
         "qk_rope_head_dim": metadata.read("rope.dimension_count"),
-        "qk_nope_head_dim": Named(still, f"{key.name} - {metadata.name('rope.dimension_count')}"),
+        "qk_nope_head_dim": FieldValue(still, f"{key.name} - {metadata.name('rope.dimension_count')}"),
         "v_head_dim": value,
         "n_routed_experts": metadata.read("expert_count"),
         "num_experts_per_tok": metadata.read("expert_used_count"),
         "moe_intermediate_size": metadata.read("expert_feed_forward_length"),
         "n_shared_experts": metadata.read("expert_shared_count", 0),
         "first_k_dense_replace": metadata.read("leading_dense_block_count", 0),
-        "routed_scaling_factor": Named(scale.value or 1.0, scale.name),
+        "routed_scaling_factor": FieldValue(scale.value or 1.0, scale.name),
         "norm_topk_prob": metadata.read("expert_weights_norm", False),
         "rope_scaling": yarn(metadata),
     }
@@ -82,7 +82,7 @@ def yarn(metadata: Metadata) -> Fields | None:
             "rope.scaling.original_context_length", metadata.own("context_length")
         ),
     }
-    both = {"mscale": Named(magnitude, name), "mscale_all_dim": Named(magnitude, name)}
+    both = {"mscale": FieldValue(magnitude, name), "mscale_all_dim": FieldValue(magnitude, name)}
     return found | (both if magnitude else {"attention_factor": 1.0})
 
 

@@ -19,8 +19,8 @@ from dsc_serve.model.architectures.experts import unstacked
 from dsc_serve.model.architectures.settings import Fields
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
 from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.gguf_metadata import Metadata
-from dsc_serve.model.named import Named
 from dsc_serve.model.source import Stored
 
 OUTER = {
@@ -129,7 +129,11 @@ def mixture(
     size, whole = metadata.read("expert_feed_forward_length"), metadata.read("feed_forward_length")
     if not size.value:
         shared = by_shares and type(whole.value) is int and used > 0
-        size = Named(whole.value // used, f"{whole.name} // {metadata.name('expert_used_count')}") if shared else whole
+        size = (
+            FieldValue(whole.value // used, f"{whole.name} // {metadata.name('expert_used_count')}")
+            if shared
+            else whole
+        )
     return {
         "num_experts": experts,
         "num_local_experts": experts,
@@ -150,7 +154,7 @@ def granite(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
     found = {ours: metadata.read(theirs) for ours, theirs in names.items()}
     if not found["attention_multiplier"].value:  # as llama.cpp takes it, 1 over the root of a head's size
         size = metadata.head_dim
-        found["attention_multiplier"] = Named(
+        found["attention_multiplier"] = FieldValue(
             size**-0.5 if type(size) is int and size > 0 else 1.0, found["attention_multiplier"].name
         )
     return {ours: own for ours, own in found.items() if own.value not in (None, 0)}

@@ -10,8 +10,8 @@ from dsc_serve.model.architectures.gemma import EVERY, LOCAL, LOCAL_THETA, WINDO
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.gguf_metadata import Metadata
-from dsc_serve.model.named import Named
 from dsc_serve.model.source import Stored
 
 WIDE_SCALE = {"gemma2": 46, "gemma3": 62}  # layers of those whose scores are scaled by the width over the heads
@@ -42,8 +42,8 @@ def shared(metadata: Metadata) -> Fields:
     width, heads = metadata.own("embedding_length"), metadata.own("attention.head_count")
     if layers == WIDE_SCALE[metadata.architecture] and isinstance(width, int) and isinstance(heads, int) and heads:
         names = metadata.name("embedding_length"), metadata.name("attention.head_count")
-        before = Named(width // heads, " // ".join(names))
-    window = Named(window_of(metadata) or WINDOW, metadata.name("attention.sliding_window"))
+        before = FieldValue(width // heads, " // ".join(names))
+    window = FieldValue(window_of(metadata) or WINDOW, metadata.name("attention.sliding_window"))
     return {"sliding_window": window, "query_pre_attn_scalar": before, **caps(metadata)}
 
 
@@ -63,7 +63,7 @@ def window_of(metadata: Metadata) -> Any:
 
 
 def windowed(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
-    return {"sliding_window": Named(window_of(metadata), metadata.name("attention.sliding_window"))}
+    return {"sliding_window": FieldValue(window_of(metadata), metadata.name("attention.sliding_window"))}
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsc_serve.files import CheckpointError
 from dsc_serve.gguf_file import GgufFile
 from dsc_serve.model.config import shortened
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.rope import lengthened
 
 log = logging.getLogger(__name__)
@@ -46,18 +46,18 @@ class Metadata:
         value = self.get(self.name(field))
         return default if value is None else value
 
-    def read(self, field: str, default: Any = None) -> Named:
+    def read(self, field: str, default: Any = None) -> FieldValue:
         """As `own`, with the field's whole name."""
-        return Named(self.own(field, default), self.name(field))
+        return FieldValue(self.own(field, default), self.name(field))
 
     @property
-    def head_size(self) -> Named:
+    def head_size(self) -> FieldValue:
         """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
         size, width, heads = (
             self.read(name) for name in ("attention.key_length", "embedding_length", "attention.head_count")
         )
         if size.value is None and isinstance(width.value, int) and isinstance(heads.value, int) and heads.value > 0:
-            return Named(width.value // heads.value, f"{width.name} // {heads.name}")
+            return FieldValue(width.value // heads.value, f"{width.name} // {heads.name}")
         return size
 
     @property
@@ -114,8 +114,8 @@ def stretched_by_length(metadata: Metadata, long: Tensor, short: Tensor) -> dict
     original = metadata.read("rope.scaling.original_context_length", context.value)
     scaling = {
         "rope_type": "longrope",
-        "short_factor": Named(short.tolist(), SHORT),
-        "long_factor": Named(long.tolist(), LONG),
+        "short_factor": FieldValue(short.tolist(), SHORT),
+        "long_factor": FieldValue(long.tolist(), LONG),
         "original_max_position_embeddings": original,
         "max_position_embeddings": context,
         "attention_factor": metadata.read("rope.scaling.attn_factor", 1.0),
@@ -126,8 +126,8 @@ def stretched_by_length(metadata: Metadata, long: Tensor, short: Tensor) -> dict
 
 
 def rope_scaling(
-    metadata: Metadata, architecture: str, divisors: Tensor | None, context: Named
-) -> tuple[dict[str, Any] | None, Named]:
+    metadata: Metadata, architecture: str, divisors: Tensor | None, context: FieldValue
+) -> tuple[dict[str, Any] | None, FieldValue]:
     """The scaling of positions as llama.cpp computes it, and the context that linear scaling and YaRN give.
 
     Linear where no type is named, by the factor or by what older files call it. `attn_factor` multiplies cosines and
@@ -154,28 +154,28 @@ def rope_scaling(
         if factor != 1:
             metadata.refuse(name, 1, "1 in a file with rope_freqs")
         own_factor = metadata.read("rope.scaling.attn_factor", 1.0)
-        listed = Named(divisors.tolist(), DIVISORS)
+        listed = FieldValue(divisors.tolist(), DIVISORS)
         return {"rope_type": "divisors", "divisors": listed, "attention_factor": own_factor}, context
     if factor == attention == 1:
         return None, context
     scaling = {
         "rope_type": "linear",
-        "factor": Named(factor, name),
+        "factor": FieldValue(factor, name),
         "attention_factor": metadata.read("rope.scaling.attn_factor", 1.0),
     }
     return scaling, longer(context, factor, name)
 
 
-def longer(context: Named, factor: float, name: str) -> Named:
+def longer(context: FieldValue, factor: float, name: str) -> FieldValue:
     """A context times a factor, which a field of this name gives."""
     if type(context.value) is not int:
         return context
-    return Named(lengthened(context.value, factor), f"{context.name} by {name}")
+    return FieldValue(lengthened(context.value, factor), f"{context.name} by {name}")
 
 
 def yarn(
-    metadata: Metadata, rope: str, context: Named, factor: float, attention: float
-) -> tuple[dict[str, Any], Named]:
+    metadata: Metadata, rope: str, context: FieldValue, factor: float, attention: float
+) -> tuple[dict[str, Any], FieldValue]:
     scaling = f"{rope}scaling."
     unused = [name for name in metadata.names if name.startswith(f"{scaling}yarn_")]
     if unused:
@@ -186,9 +186,9 @@ def yarn(
     magnitude = attention * (1 + 0.1 * math.log(max(factor, 1)))
     fields = {
         "rope_type": "yarn",
-        "factor": Named(factor, name),
+        "factor": FieldValue(factor, name),
         "original_max_position_embeddings": trained,
-        "attention_factor": Named(magnitude, f"{scaling}attn_factor"),
+        "attention_factor": FieldValue(magnitude, f"{scaling}attn_factor"),
     }
     if type(trained.value) is not int or type(context.value) is not int:
         return fields, context

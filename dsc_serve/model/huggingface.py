@@ -37,16 +37,23 @@ def huggingface_source(folder: Path) -> ModelSource:
     path = folder / "config.json"
     settings = Settings(read_json(path), path)
     config = described(settings, None if tokenizer is None else tokenizer.eos_token_id)
-    assumed = "".join(f"; {name} is not given, and taken to be {value}" for name, value in settings.assumed.items())
+    assumed = assumption(settings)
     try:
         tensors, dtype = mapped_tensors(folder, config)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{assumed}") from None
+        raise CheckpointError(f"{assumed}{error}") from None
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
     texts = lambda: {} if tokenizer is None else text_files(folder, FILES)  # noqa: E731
     origin = Origin(read_json(folder / "config.json"), folder / "config.json")
     return ModelSource(folder, config, tensors, dtype, texts, origin, assumed=assumed)
+
+
+def assumption(settings: Settings) -> str:
+    """What a fault of the tensors may come from, to stand before it: sizes that the config leaves out."""
+    expected = "expected a whole number above 0"
+    each = [f"{name} is None, {expected}; {value} is the family's" for name, value in settings.assumed.items()]
+    return f"{settings.path}: {', '.join(each)}: " if each else ""
 
 
 def mapped_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:

@@ -67,7 +67,7 @@ class ModelSource:
     dtype: what the weights are taken to be stored in. texts: the tokenizer's files, by name, when they are asked for.
     origin: the family's form that the tensors were brought from; None: they were made in the serving form.
     exact_in_float32: whether nothing is held in few bits under `weights` "auto" where float32 is asked for. assumed: of
-    sizes that were not given, for errors about tensors.
+    sizes that were not given, to stand before errors about tensors.
     """
 
     path: Path
@@ -90,7 +90,7 @@ class ModelSource:
             check_count(self.config, len(self.tensors), self.path)
             check_stored(found, tensor_shapes(self.config), self.path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self.assumed}") from None
+            raise CheckpointError(f"{self.assumed}{error}") from None
 
     def weights(self, progress: Callable[[int], None] = lambda size: None) -> Weights:
         """The tensors, to be read; progress hears of the elements that were."""

@@ -13,7 +13,7 @@ from support.family_files import FILES, family_file
 
 from dsc_serve.model.checkpoint import open_source
 from dsc_serve.model.config import CheckpointError
-from dsc_serve.model.named import Named, plain, reworded, told
+from dsc_serve.model.field_value import FieldValue, plain, reworded, told
 
 EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}
 # What is read of no family's config, or of none of those that have it.
@@ -107,6 +107,8 @@ BOUNDS: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"no_rope_layers": []}, "no_rope_layers is []; supported: a list of 3 numbers"),
     ("llama with biases", {"attention_bias": False}, "self_attn.k_proj.bias does not belong to this architecture"),
     ("llama with biases", {"mlp_bias": False}, "mlp.down_proj.bias does not belong to this architecture"),
+    ("mixtral", {"num_local_experts": None}, "whole number above 0; 8 is the family's: "),
+    ("granite", {"intermediate_size": None}, "intermediate_size is None, expected a whole number above 0; 11008 is "),
     ("qwen3", {"attention_bias": True}, "self_attn.k_proj.bias is missing"),
     ("qwen2moe", {"qkv_bias": False}, "self_attn.k_proj.bias does not belong to this architecture"),
     ("stablelm", {"use_qkv_bias": False}, "self_attn.k_proj.bias does not belong to this architecture"),
@@ -166,7 +168,7 @@ def test_a_file_that_says_no_score_means_a_softmax(name: str, tmp_path: Path) ->
 
 
 def test_names_go_with_values_and_into_sentences() -> None:
-    content, names = plain({"a": Named({"b": Named([1, 2], "x.y")}, "x"), "c": [Named(3, "z")], "d": 4})
+    content, names = plain({"a": FieldValue({"b": FieldValue([1, 2], "x.y")}, "x"), "c": [FieldValue(3, "z")], "d": 4})
     assert content == {"a": {"b": [1, 2]}, "c": [3], "d": 4}
     assert told(("a", "b", 1), names) == "x.y.1"
     assert told(("a", "e"), names) == "x.e"

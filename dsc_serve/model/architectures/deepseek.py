@@ -22,7 +22,7 @@ from dsc_serve.model.architectures.positions import kind_name, kind_of, written
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, without
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 NAMES = {
@@ -100,7 +100,7 @@ def attention(s: Settings) -> Fields:
         magnified(written(s))
         score_scale(s)
     return fields | {
-        "head_dim": Named(whole, f"{s.told('kv_lora_rank')} + {s.told('qk_rope_head_dim')}"),
+        "head_dim": FieldValue(whole, f"{s.told('kv_lora_rank')} + {s.told('qk_rope_head_dim')}"),
         "rotary_dim": s.read("qk_rope_head_dim"),
         "num_key_value_heads": 1,
         "latent_size": s.read("kv_lora_rank"),
@@ -136,7 +136,7 @@ def layered(s: Settings, routing: Fields) -> Fields:
     shared, size = s.whole("n_shared_experts"), s.read_size("moe_intermediate_size")
     if shared:
         name = f"{s.told('n_shared_experts')} * {size.name}"
-        experts["shared_expert"] = {"size": Named(shared * size.value, name), "gated": False}
+        experts["shared_expert"] = {"size": FieldValue(shared * size.value, name), "gated": False}
     s.only("moe_layer_freq", 1)
     first, layers = s.whole("first_k_dense_replace"), s.layers()
     s.number("routed_scaling_factor")

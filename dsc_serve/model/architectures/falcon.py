@@ -9,7 +9,7 @@ from dsc_serve.model.architectures.heads import split_heads
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 NAMES = {
@@ -47,9 +47,9 @@ DEFAULTS = {
 }
 
 
-def key_value_heads(s: Settings) -> Named:
+def key_value_heads(s: Settings) -> FieldValue:
     if not s.flag("new_decoder_architecture") and s.flag("multi_query"):
-        return Named(1, "multi_query")
+        return FieldValue(1, "multi_query")
     given = s.flag("new_decoder_architecture") and s.get("num_kv_heads") is not None
     return s.read_size("num_kv_heads" if given else "num_attention_heads")
 
@@ -79,7 +79,7 @@ def fields(s: Settings) -> Fields:
         "mlp_gated": False,
         "ffn": {
             "kind": "dense",
-            "size": inner if inner.value is not None else Named(4 * width.value, f"4 * {width.name}"),
+            "size": inner if inner.value is not None else FieldValue(4 * width.value, f"4 * {width.name}"),
             "bias": bias,
         },
     }

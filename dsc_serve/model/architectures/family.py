@@ -10,7 +10,7 @@ from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 ACTIVATIONS = {
@@ -112,20 +112,20 @@ def frame(s: Settings, positions: Positions = ROTARY, eps: str = "rms_norm_eps",
     }
 
 
-def head_size(s: Settings) -> Named:
+def head_size(s: Settings) -> FieldValue:
     """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
     size = s.read("head_dim")
     return size if size.value is not None else share_of_width(s)
 
 
-def share_of_width(s: Settings) -> Named:
+def share_of_width(s: Settings) -> FieldValue:
     """The size of a head where the width is all heads'. Raises CheckpointError where `head_dim` is another."""
     width, heads = s.get("hidden_size"), s.get("num_attention_heads")
     name = f"{s.told('hidden_size')} // {s.told('num_attention_heads')}"
     if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
-        return Named(None, name)
+        return FieldValue(None, name)
     s.only("head_dim", width // heads, supported=f"{width // heads}, {name}")
-    return Named(width // heads, name)
+    return FieldValue(width // heads, name)
 
 
 def dense(s: Settings, size: str = "intermediate_size", bias: bool = False) -> Fields:

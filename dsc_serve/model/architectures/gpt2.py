@@ -10,7 +10,7 @@ from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architect
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, scaled, split_rows, transposed, without
 from dsc_serve.model.config import ModelConfig
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 BUFFERS = r"\.attn\.(bias|masked_bias)$"
@@ -59,7 +59,7 @@ def fields(s: Settings) -> Fields:
         "num_hidden_layers": s.read_size("num_hidden_layers", "n_layer"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "head_dim": Named(width.value // heads.value, f"{width.name} // {heads.name}"),
+        "head_dim": FieldValue(width.value // heads.value, f"{width.name} // {heads.name}"),
         "max_position_embeddings": s.read_size("max_position_embeddings", "n_positions"),
         "position_embedding_type": "learned",
         "norm_type": "layernorm",
@@ -72,8 +72,8 @@ def fields(s: Settings) -> Fields:
     }
 
 
-def times_four(width: Named) -> Named:
-    return Named(4 * width.value, f"4 * {width.name}")
+def times_four(width: FieldValue) -> FieldValue:
+    return FieldValue(4 * width.value, f"4 * {width.name}")
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsc_serve.model.architectures.settings import Fields, Settings
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.rope import lengthened
 
 SCALINGS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ class Positions:
             "rotary_dim": self._turned(s, rope, head_dim),
         }
 
-    def _turned(self, s: Settings, rope: Settings, head_dim: Any) -> Named | None:
+    def _turned(self, s: Settings, rope: Settings, head_dim: Any) -> FieldValue | None:
         where, name = (s, self.share) if rope.get(PARTIAL) is None else (rope, PARTIAL)
         share = where.get(name)
         if share is None or (share == 1 and not isinstance(share, bool)):
@@ -69,7 +69,7 @@ class Positions:
             where.refuse(name, share, "1.0, all dimensions")
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             where.refuse(name, share, "above 0, at most 1")
-        return Named(int(head_dim * share), where.told(name)) if type(head_dim) is int else None
+        return FieldValue(int(head_dim * share), where.told(name)) if type(head_dim) is int else None
 
 
 def written(s: Settings) -> Settings:
@@ -93,7 +93,7 @@ def kind_name(rope: Settings) -> str:
     return "type" if rope.get("rope_type") is None else "rope_type"
 
 
-def scaled(s: Settings, rope: Settings, kind: str) -> tuple[Named | None, Named]:
+def scaled(s: Settings, rope: Settings, kind: str) -> tuple[FieldValue | None, FieldValue]:
     """The scaling of this kind, and the context that it gives."""
     context = s.read(CONTEXT)
     if kind == "default":
@@ -107,14 +107,14 @@ def scaled(s: Settings, rope: Settings, kind: str) -> tuple[Named | None, Named]
         return longrope(rope, scaling, context)
     trained = scaling[ORIGINAL] if kind == "yarn" else context
     if kind == "yarn" and "factor" not in scaling and is_size(context.value) and is_size(trained.value):
-        scaling["factor"] = Named(context.value / trained.value, f"{context.name} / {trained.name}")
+        scaling["factor"] = FieldValue(context.value / trained.value, f"{context.name} / {trained.name}")
     factor = scaling.get("factor")
     if kind in ("linear", "yarn") and is_size(trained.value) and factor is not None and is_number(factor.value):
-        context = Named(lengthened(trained.value, factor.value), f"{trained.name} by {factor.name}")
+        context = FieldValue(lengthened(trained.value, factor.value), f"{trained.name} by {factor.name}")
     return named_scaling(rope, kind, scaling), context
 
 
-def longrope(rope: Settings, scaling: dict[str, Named], context: Named) -> tuple[Named, Named]:
+def longrope(rope: Settings, scaling: dict[str, FieldValue], context: FieldValue) -> tuple[FieldValue, FieldValue]:
     """A `factor` stands for the quotient of both contexts where attention's own factor is left out."""
     original, factor = scaling[ORIGINAL], rope.get("factor")
     if factor is not None and "attention_factor" not in scaling:
@@ -122,14 +122,14 @@ def longrope(rope: Settings, scaling: dict[str, Named], context: Named) -> tuple
             rope.refuse("factor", factor, "a finite number above 0")
         if is_size(original.value) and original.value > 1:
             grown = 1 + math.log(max(factor, 1)) / math.log(original.value)
-            scaling = {**scaling, "attention_factor": Named(math.sqrt(grown), rope.told("factor"))}
+            scaling = {**scaling, "attention_factor": FieldValue(math.sqrt(grown), rope.told("factor"))}
     whole, first = context.value, original.value
-    served = Named(first, original.name) if is_size(whole) and is_size(first) and first < whole else context
+    served = FieldValue(first, original.name) if is_size(whole) and is_size(first) and first < whole else context
     return named_scaling(rope, "longrope", {**scaling, CONTEXT: context}), served
 
 
-def named_scaling(rope: Settings, kind: str, scaling: Mapping[str, Named]) -> Named:
-    return Named({"rope_type": kind, **scaling}, rope.prefix.removesuffix("."))
+def named_scaling(rope: Settings, kind: str, scaling: Mapping[str, FieldValue]) -> FieldValue:
+    return FieldValue({"rope_type": kind, **scaling}, rope.prefix.removesuffix("."))
 
 
 def is_size(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.config import shortened
-from dsc_serve.model.named import Named
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.schema import MOST_LAYERS
 
 Fields = dict[str, Any]
@@ -76,9 +76,9 @@ class Settings:
             self.assumed[name] = self.defaults[name]
         return self.defaults[name]
 
-    def read(self, *names: str, default: Any = None) -> Named:
+    def read(self, *names: str, default: Any = None) -> FieldValue:
         """As `get`, with the name by which the file calls it: for what is checked where all fields are."""
-        return Named(self.get(*names, default=default), self.told(*names))
+        return FieldValue(self.get(*names, default=default), self.told(*names))
 
     def held(self, name: str, value: Any) -> Any:
         """A value, unless it is a whole number, or an object with one, that no computation takes: CheckpointError."""
@@ -124,9 +124,9 @@ class Settings:
             self.refuse(name, value, "a whole number " + ("of at least 0" if most is None else f"from 0 to {most}"))
         return value
 
-    def read_size(self, *names: str) -> Named:
+    def read_size(self, *names: str) -> FieldValue:
         """As `size`, with the name by which the file calls it."""
-        return Named(self.size(*names), self.told(*names))
+        return FieldValue(self.size(*names), self.told(*names))
 
     def layers(self, *names: str) -> int:
         """The number of layers, small enough for a list of all of them. Raises CheckpointError."""

@@ -11,7 +11,7 @@ Place = tuple[str | int, ...]  # of a value in a configuration: keys and indices
 
 
 @dataclass(frozen=True)
-class Named:
+class FieldValue:
     """A value, and what the file that it comes from calls it."""
 
     value: Any
@@ -23,7 +23,7 @@ def plain(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Place, str]]
     names: dict[Place, str] = {}
 
     def value_of(own: Any, place: Place) -> Any:
-        if isinstance(own, Named):
+        if isinstance(own, FieldValue):
             names[place] = own.name
             return value_of(own.value, place)
         if isinstance(own, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from dsc_serve.model.ffn_config import MoeConfig as MoeConfig
 from dsc_serve.model.ffn_config import MoloraConfig as MoloraConfig
 from dsc_serve.model.ffn_config import SharedExpertConfig as SharedExpertConfig
 from dsc_serve.model.ffn_config import is_plain
+from dsc_serve.model.field_value import Place, plain, reworded, told
 from dsc_serve.model.quantised_config import QuantisedTensors
 from dsc_serve.model.rope import DynamicRope, LinearRope, LongRope, RopeScaling, YarnRope
 from dsc_serve.model.schema import Layers, Size, Strict
@@ -273,16 +275,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def one_line(error: ValidationError) -> str:
-    """A pydantic error as one line: field, what is wrong, the value."""
-    parts = []
+# pydantic puts the kind of an FFN or of a scaling into the path, and the type of what may have two
+TAGS = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors", "longrope"}
+TAGS |= {"int", "tuple[int, ...]"}
+
+
+def one_line(error: ValidationError, names: Mapping[Place, str] | None = None) -> str:
+    """A pydantic error as one line: field, what is wrong, the value. names: of the fields that have others."""
+    parts, names = [], names or {}
     for item in error.errors()[:MOST_SHOWN]:
-        # pydantic puts the kind of an FFN or of a scaling into the path
-        tags = {"dsc", "moe", "molora", "dense", "linear", "dynamic", "llama3", "yarn", "divisors", "longrope"}
-        where = ".".join(str(p) for p in item["loc"] if p not in tags) or "config"
+        place = tuple(p for p in item["loc"] if p not in TAGS)
         value = item.get("input")
         shown = "" if isinstance(value, dict) or item["type"] == "missing" else f" (got {shortened(value)})"
-        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+        message = reworded(item["msg"].removeprefix("Value error, "), place, names)
+        about_several = item["type"] == "value_error" and names and place not in names
+        parts.append(message if about_several else f"{told(place, names) or 'config'}: {message}{shown}")
     more = error.error_count() - MOST_SHOWN
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
@@ -316,13 +323,17 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def checked_config(content: dict[str, Any], source: str) -> ModelConfig:
-    """The fields of a configuration as they stand in JSON, checked. Raises CheckpointError naming `source`."""
+    """The fields of a configuration as they stand in JSON, some of them `FieldValue`, checked.
+
+    Raises CheckpointError naming `source` and the fields as they were read.
+    """
+    content, names = plain(content)
     if isinstance(content.get("eos_token_id"), list):
         content = {**content, "eos_token_id": tuple(content["eos_token_id"])}
     try:
         return ModelConfig.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{source}: {one_line(error)}") from None
+        raise CheckpointError(f"{source}: {one_line(error, names)}") from None
 
 
 def generation_eos(path: Path) -> list[int] | None:

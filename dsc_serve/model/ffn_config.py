@@ -78,7 +78,7 @@ class MoeConfig(Strict):
         if self.groups_used > self.groups:
             raise ValueError(f"groups_used is {self.groups_used}, more than groups, {self.groups}")
         if self.group_picks > size or self.experts_per_token > self.groups_used * size:
-            what = f"{self.groups_used} of {self.groups} groups have {self.groups_used * size} experts"
+            what = f"{self.groups_used} of {self.groups} parts have {self.groups_used * size} experts"
             raise ValueError(f"experts_per_token is {self.experts_per_token}, group_picks {self.group_picks}; {what}")
         return self
 

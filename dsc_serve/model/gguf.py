@@ -18,6 +18,7 @@ from dsc_serve.model.architectures import Settings
 from dsc_serve.model.architectures.family import HEAD
 from dsc_serve.model.config import CheckpointError, ModelConfig, checked_config
 from dsc_serve.model.dequantise import FLOATS, UnknownKindError, dequantised, kind_of, stored_bytes
+from dsc_serve.model.field_value import FieldValue, plain
 from dsc_serve.model.folder import EMBEDDING, write_source
 from dsc_serve.model.gguf_blocks import FORMS, quantised
 from dsc_serve.model.gguf_families import OUTER, GgufFamily, family_of
@@ -86,25 +87,31 @@ def text_files(content: GgufFile) -> dict[str, str]:
 
 def gguf_settings(metadata: Metadata, family: GgufFamily, tensors: Mapping[str, Stored]) -> Settings:
     """The metadata as a config of the family, but for positions, which are of llama.cpp's own kinds."""
-    embedding, width = tensors.get(EMBEDDING), metadata.own("feed_forward_length")
+    for field in ("embedding_length", "block_count", "attention.head_count"):
+        metadata.need(metadata.name(field), int)
+    if metadata.own("attention.key_length") is not None:
+        metadata.need(metadata.name("attention.key_length"), int)
+    embedding, width = tensors.get(EMBEDDING), metadata.read("feed_forward_length")
     content = {
-        "vocab_size": words(embedding) or None,
-        "hidden_size": metadata.own("embedding_length"),
-        "num_hidden_layers": metadata.own("block_count"),
-        "num_attention_heads": metadata.own("attention.head_count"),
-        "num_key_value_heads": metadata.own("attention.head_count_kv", metadata.own("attention.head_count")),
-        "head_dim": metadata.head_dim,
+        "vocab_size": FieldValue(words(embedding) or None, "rows of token_embd.weight"),
+        "hidden_size": metadata.read("embedding_length"),
+        "num_hidden_layers": metadata.read("block_count"),
+        "num_attention_heads": metadata.read("attention.head_count"),
+        "num_key_value_heads": metadata.read("attention.head_count_kv", metadata.own("attention.head_count")),
+        "head_dim": metadata.head_size,
         "intermediate_size": width,
         "n_inner": width,
-        "max_position_embeddings": metadata.own("context_length"),
-        "rope_theta": metadata.own("rope.freq_base", 10000.0),
-        "rotary_emb_base": metadata.own("rope.freq_base", 10000.0),
+        "max_position_embeddings": metadata.read("context_length"),
+        "rope_theta": metadata.read("rope.freq_base", 10000.0),
+        "rotary_emb_base": metadata.read("rope.freq_base", 10000.0),
         "attention_bias": any(BIAS.format(f"self_attn.{part}") in tensors for part in ("q_proj", "qkv")),
         "bias": BIAS.format("self_attn.qkv") in tensors,
         "mlp_bias": BIAS.format("mlp.up_proj") in tensors,
         "tie_word_embeddings": HEAD not in tensors,
     }
-    return Settings({**content, **family.settings(metadata, tensors)}, metadata.file)
+    found, names = plain({**content, **family.settings(metadata, tensors)})
+    told = {".".join(map(str, place)): name for place, name in names.items()}
+    return Settings(found, metadata.file, told, complete=True)
 
 
 def words(embedding: Stored | None) -> int:
@@ -140,14 +147,14 @@ def gguf_config(
     fields = family.family.fields(settings)
     if fields.get("position_embedding_type") != "learned" and "rope" not in family.knows:
         fields |= positions(metadata, factors, family.longrope)
-        turned = metadata.own("rope.dimension_count", head_dim)
+        turned = metadata.read("rope.dimension_count", head_dim)
         if not family.partial:
             name = metadata.name("rope.dimension_count")
             metadata.refuse(name, head_dim, "rotary positions in all dimensions of a head")
-        fields["rotary_dim"] = None if turned == head_dim else turned
+        fields["rotary_dim"] = None if turned.value == head_dim else turned
     rms = fields["norm_type"] == "rmsnorm"
     fields |= {
-        "norm_eps": metadata.own("attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"),
+        "norm_eps": metadata.read("attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"),
         "bos_token_id": bos,
         "eos_token_id": eos or None,
     }

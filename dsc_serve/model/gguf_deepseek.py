@@ -13,6 +13,7 @@ from dsc_serve.model.architectures.deepseek import LARGEST_MAGNITUDE, Sizes, abs
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.gguf_metadata import Metadata
 from dsc_serve.model.source import Stored
 
@@ -37,27 +38,27 @@ def is_v3(metadata: Metadata) -> bool:
 
 def fields(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
     newer = metadata.own("attention.key_length_mla") is not None
-    key, value = (metadata.own(f"attention.{part}_length{'_mla' * newer}") for part in ("key", "value"))
+    key, value = (metadata.read(f"attention.{part}_length{'_mla' * newer}") for part in ("key", "value"))
     turned = metadata.need(metadata.name("rope.dimension_count"), int)
-    shared = metadata.own("expert_shared_count", 0)
-    groups = metadata.own("expert_group_count", 0), metadata.own("expert_group_used_count", 0)
-    found = {
-        "q_lora_rank": metadata.own("attention.q_lora_rank"),
-        "kv_lora_rank": metadata.own("attention.kv_lora_rank"),
-        "qk_rope_head_dim": turned,
-        "qk_nope_head_dim": key - turned if type(key) is int else key,
+    still = key.value - turned if type(key.value) is int else key.value
+    groups = metadata.read("expert_group_count", 0), metadata.read("expert_group_used_count", 0)
+    scale = metadata.read("expert_weights_scale")
+    found: Fields = {
+        "q_lora_rank": metadata.read("attention.q_lora_rank"),
+        "kv_lora_rank": metadata.read("attention.kv_lora_rank"),
+        "qk_rope_head_dim": metadata.read("rope.dimension_count"),
+        "qk_nope_head_dim": FieldValue(still, f"{key.name} - {metadata.name('rope.dimension_count')}"),
         "v_head_dim": value,
-        "n_routed_experts": metadata.own("expert_count"),
-        "num_experts_per_tok": metadata.own("expert_used_count"),
-        "moe_intermediate_size": metadata.own("expert_feed_forward_length"),
-        "n_shared_experts": shared,
-        "first_k_dense_replace": metadata.own("leading_dense_block_count", 0),
-        "routed_scaling_factor": metadata.own("expert_weights_scale") or 1.0,
-        "norm_topk_prob": bool(metadata.own("expert_weights_norm", False)),
+        "n_routed_experts": metadata.read("expert_count"),
+        "num_experts_per_tok": metadata.read("expert_used_count"),
+        "moe_intermediate_size": metadata.read("expert_feed_forward_length"),
+        "n_shared_experts": metadata.read("expert_shared_count", 0),
+        "first_k_dense_replace": metadata.read("leading_dense_block_count", 0),
+        "routed_scaling_factor": FieldValue(scale.value or 1.0, scale.name),
+        "norm_topk_prob": metadata.read("expert_weights_norm", False),
         "rope_scaling": yarn(metadata),
-        "max_position_embeddings": metadata.own("context_length"),
     }
-    if type(groups[0]) is int and groups[0] > 1:
+    if groups[0].value not in (0, 1):
         found |= {"n_group": groups[0], "topk_group": groups[1]}
         found |= {} if is_v3(metadata) else {"topk_method": "group_limited_greedy"}
     else:
@@ -74,14 +75,14 @@ def yarn(metadata: Metadata) -> Fields | None:
         metadata.refuse(kind, "none", "none, yarn")
     name = metadata.name("rope.scaling.yarn_log_multiplier")
     magnitude = 10 * metadata.number(name, 0.0, LARGEST_MAGNITUDE / 10)
-    found = {
+    found: Fields = {
         "rope_type": "yarn",
-        "factor": metadata.own("rope.scaling.factor", 1.0),
-        "original_max_position_embeddings": metadata.own(
+        "factor": metadata.read("rope.scaling.factor", 1.0),
+        "original_max_position_embeddings": metadata.read(
             "rope.scaling.original_context_length", metadata.own("context_length")
         ),
     }
-    both = {"mscale": magnitude, "mscale_all_dim": magnitude}
+    both = {"mscale": FieldValue(magnitude, name), "mscale_all_dim": FieldValue(magnitude, name)}
     return found | (both if magnitude else {"attention_factor": 1.0})
 
 

@@ -19,6 +19,7 @@ from dsc_serve.model.architectures.experts import unstacked
 from dsc_serve.model.architectures.settings import Fields
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
 from dsc_serve.model.config import CheckpointError, ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.gguf_metadata import Metadata
 from dsc_serve.model.source import Stored
 
@@ -96,7 +97,7 @@ class GgufFamily:
 
     def tensors(self, stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
         """The tensors as they are served, from those under the names of `serving_name`. Raises CheckpointError."""
-        found = unstacked(stored, s, config, EXPERTS)
+        found, s = unstacked(stored, s, config, EXPERTS), s.over(self.family.defaults)
         if self.interleaved:
             for name, own in found.items():
                 if ".q_proj." in name or ".k_proj." in name:
@@ -118,19 +119,25 @@ def mixture(
 
     by_shares: whether, where the file does not give an expert's size, feed_forward_length is that of all picked ones.
     """
-    experts = metadata.need(metadata.name("expert_count"), int)
-    used = metadata.need(metadata.name("expert_used_count"), int)
+    metadata.need(metadata.name("expert_count"), int)
+    experts, used = metadata.read("expert_count"), metadata.need(metadata.name("expert_used_count"), int)
     for name in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
         metadata.refuse(metadata.name(name), 1, "1")
-    metadata.refuse(metadata.name("expert_gating_func"), 1, "1, softmax")
+    if metadata.own("expert_gating_func") != 0:  # none is said, which llama.cpp takes for a softmax
+        metadata.refuse(metadata.name("expert_gating_func"), 1, "0 and 1, softmax")
     metadata.refuse(metadata.name("expert_weights_norm"), normalize, f"{normalize}, for this architecture")
-    size, whole = metadata.own("expert_feed_forward_length"), metadata.own("feed_forward_length")
-    if not size:
-        size = whole // used if by_shares and type(whole) is int and used > 0 else whole
+    size, whole = metadata.read("expert_feed_forward_length"), metadata.read("feed_forward_length")
+    if not size.value:
+        shared = by_shares and type(whole.value) is int and used > 0
+        size = (
+            FieldValue(whole.value // used, f"{whole.name} // {metadata.name('expert_used_count')}")
+            if shared
+            else whole
+        )
     return {
         "num_experts": experts,
         "num_local_experts": experts,
-        "num_experts_per_tok": used,
+        "num_experts_per_tok": metadata.read("expert_used_count"),
         "norm_topk_prob": normalize,
         "moe_intermediate_size": size,
         "intermediate_size": size,
@@ -144,11 +151,13 @@ def granite(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
         "logits_scaling": "logit_scale",
         "attention_multiplier": "attention.scale",
     }
-    found = {ours: metadata.own(theirs) for ours, theirs in names.items()}
-    if not found["attention_multiplier"]:  # as llama.cpp takes it, 1 over the root of a head's size
+    found = {ours: metadata.read(theirs) for ours, theirs in names.items()}
+    if not found["attention_multiplier"].value:  # as llama.cpp takes it, 1 over the root of a head's size
         size = metadata.head_dim
-        found["attention_multiplier"] = size**-0.5 if type(size) is int and size > 0 else 1.0
-    return {ours: value for ours, value in found.items() if value not in (None, 0)}
+        found["attention_multiplier"] = FieldValue(
+            size**-0.5 if type(size) is int and size > 0 else 1.0, found["attention_multiplier"].name
+        )
+    return {ours: own for ours, own in found.items() if own.value not in (None, 0)}
 
 
 def granite_moe(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
@@ -157,7 +166,8 @@ def granite_moe(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
 
 
 def qwen2_moe(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
-    shared = metadata.own("expert_shared_feed_forward_length") or metadata.own("feed_forward_length")
+    shared = metadata.read("expert_shared_feed_forward_length")
+    shared = shared if shared.value else metadata.read("feed_forward_length")
     return mixture(metadata, tensors, by_shares=True) | {"shared_expert_intermediate_size": shared}
 
 
@@ -175,8 +185,7 @@ def one_row(own: Stored) -> Tensor:
 
 
 def gpt_neox(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
-    parallel = metadata.own("use_parallel_residual", True)
-    return {"use_parallel_residual": parallel}
+    return {"use_parallel_residual": metadata.read("use_parallel_residual", True)}
 
 
 def stablelm(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
@@ -190,12 +199,12 @@ def stablelm(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
 
 def falcon(metadata: Metadata, tensors: Mapping[str, Stored]) -> Fields:
     """The newer architecture by its two norms, or by its heads of keys and values."""
-    kv, norms = metadata.own("attention.head_count_kv", 1), "model.layers.0.attn_norm_2.weight" in tensors
+    kv, norms = metadata.read("attention.head_count_kv", 1), "model.layers.0.attn_norm_2.weight" in tensors
     return {
-        "new_decoder_architecture": norms or kv != 1,
+        "new_decoder_architecture": norms or kv.value != 1,
         "num_ln_in_parallel_attn": 2 if norms else 1,
         "num_kv_heads": kv,
-        "ffn_hidden_size": metadata.own("feed_forward_length"),
+        "ffn_hidden_size": metadata.read("feed_forward_length"),
     }
 
 

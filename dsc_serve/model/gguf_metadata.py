@@ -12,6 +12,7 @@ from torch import Tensor
 from dsc_serve.files import CheckpointError
 from dsc_serve.gguf_file import GgufFile
 from dsc_serve.model.config import shortened
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.rope import lengthened
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,23 @@ class Metadata:
         value = self.get(self.name(field))
         return default if value is None else value
 
+    def read(self, field: str, default: Any = None) -> FieldValue:
+        """As `own`, with the field's whole name."""
+        return FieldValue(self.own(field, default), self.name(field))
+
+    @property
+    def head_size(self) -> FieldValue:
+        """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
+        size, width, heads = (
+            self.read(name) for name in ("attention.key_length", "embedding_length", "attention.head_count")
+        )
+        if size.value is None and isinstance(width.value, int) and isinstance(heads.value, int) and heads.value > 0:
+            return FieldValue(width.value // heads.value, f"{width.name} // {heads.name}")
+        return size
+
     @property
     def head_dim(self) -> Any:
-        """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
-        size = self.own("attention.key_length")
-        width, heads = self.own("embedding_length"), self.own("attention.head_count")
-        if size is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
-            return width // heads
-        return size
+        return self.head_size.value
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """A field's value. Raises CheckpointError when it is missing or of another kind."""
@@ -91,33 +101,33 @@ def positions(metadata: Metadata, factors: Mapping[str, Tensor], longrope: bool)
         if found is not None:
             where = "in a pair, in architecture phi3"
             raise CheckpointError(f"{metadata.file}: tensor {name} does not belong to this architecture; {where}")
-    scaling, context = rope_scaling(
-        metadata, metadata.architecture, factors.get(DIVISORS), metadata.own("context_length")
-    )
+    context = metadata.read("context_length")
+    scaling, context = rope_scaling(metadata, metadata.architecture, factors.get(DIVISORS), context)
     return {"rope_scaling": scaling, "max_position_embeddings": context}
 
 
 def stretched_by_length(metadata: Metadata, long: Tensor, short: Tensor) -> dict[str, Any]:
     """Longrope. Its context is that of the first training until a longer one is asked for."""
-    kind, context = metadata.name("rope.scaling.type"), metadata.own("context_length")
+    kind, context = metadata.name("rope.scaling.type"), metadata.read("context_length")
     if metadata.get(kind) != "longrope":
         metadata.refuse(kind, "none", "none and longrope in a file with rope_factors_long")
-    original = metadata.own("rope.scaling.original_context_length", context)
+    original = metadata.read("rope.scaling.original_context_length", context.value)
     scaling = {
         "rope_type": "longrope",
-        "short_factor": short.tolist(),
-        "long_factor": long.tolist(),
+        "short_factor": FieldValue(short.tolist(), SHORT),
+        "long_factor": FieldValue(long.tolist(), LONG),
         "original_max_position_embeddings": original,
         "max_position_embeddings": context,
-        "attention_factor": metadata.own("rope.scaling.attn_factor", 1.0),
+        "attention_factor": metadata.read("rope.scaling.attn_factor", 1.0),
     }
-    served = min(context, original) if type(context) is int and type(original) is int else context
+    first = type(context.value) is int and type(original.value) is int and original.value < context.value
+    served = original if first else context
     return {"rope_scaling": scaling, "max_position_embeddings": served}
 
 
 def rope_scaling(
-    metadata: Metadata, architecture: str, divisors: Tensor | None, context: Any
-) -> tuple[dict[str, Any] | None, Any]:
+    metadata: Metadata, architecture: str, divisors: Tensor | None, context: FieldValue
+) -> tuple[dict[str, Any] | None, FieldValue]:
     """The scaling of positions as llama.cpp computes it, and the context that linear scaling and YaRN give.
 
     Linear where no type is named, by the factor or by what older files call it. `attn_factor` multiplies cosines and
@@ -143,25 +153,44 @@ def rope_scaling(
     if divisors is not None:
         if factor != 1:
             metadata.refuse(name, 1, "1 in a file with rope_freqs")
-        return {"rope_type": "divisors", "divisors": divisors.tolist(), "attention_factor": attention}, context
+        own_factor = metadata.read("rope.scaling.attn_factor", 1.0)
+        listed = FieldValue(divisors.tolist(), DIVISORS)
+        return {"rope_type": "divisors", "divisors": listed, "attention_factor": own_factor}, context
     if factor == attention == 1:
         return None, context
-    scaling = {"rope_type": "linear", "factor": factor, "attention_factor": attention}
-    return scaling, lengthened(context, factor) if type(context) is int else context
+    scaling = {
+        "rope_type": "linear",
+        "factor": FieldValue(factor, name),
+        "attention_factor": metadata.read("rope.scaling.attn_factor", 1.0),
+    }
+    return scaling, longer(context, factor, name)
 
 
-def yarn(metadata: Metadata, rope: str, context: Any, factor: float, attention: float) -> tuple[dict[str, Any], Any]:
+def longer(context: FieldValue, factor: float, name: str) -> FieldValue:
+    """A context times a factor, which a field of this name gives."""
+    if type(context.value) is not int:
+        return context
+    return FieldValue(lengthened(context.value, factor), f"{context.name} by {name}")
+
+
+def yarn(
+    metadata: Metadata, rope: str, context: FieldValue, factor: float, attention: float
+) -> tuple[dict[str, Any], FieldValue]:
     scaling = f"{rope}scaling."
     unused = [name for name in metadata.names if name.startswith(f"{scaling}yarn_")]
     if unused:
         log.warning("%s is not used, as llama.cpp does not use it for this architecture", ", ".join(unused))
-    trained = metadata.get(f"{scaling}original_context_length") or context
+    name = f"{scaling}factor"
+    trained = metadata.read("rope.scaling.original_context_length")
+    trained = trained if trained.value else context
+    magnitude = attention * (1 + 0.1 * math.log(max(factor, 1)))
     fields = {
         "rope_type": "yarn",
-        "factor": factor,
+        "factor": FieldValue(factor, name),
         "original_max_position_embeddings": trained,
-        "attention_factor": attention * (1 + 0.1 * math.log(max(factor, 1))),
+        "attention_factor": FieldValue(magnitude, f"{scaling}attn_factor"),
     }
-    if type(trained) is not int or type(context) is not int:
+    if type(trained.value) is not int or type(context.value) is not int:
         return fields, context
-    return fields, max(context, lengthened(trained, factor))
+    grown = longer(trained, factor, name)
+    return fields, grown if grown.value > context.value else context

@@ -34,13 +34,26 @@ def huggingface_source(folder: Path) -> ModelSource:
     """A folder of `config.json`, safetensors and tokenizer files as it is. Raises CheckpointError, TokenizerError."""
     config_file(folder)
     tokenizer = Tokenizer.load(folder)
-    config = huggingface_config(folder, None if tokenizer is None else tokenizer.eos_token_id)
-    tensors, dtype = mapped_tensors(folder, config)
+    path = folder / "config.json"
+    settings = Settings(read_json(path), path)
+    config = described(settings, None if tokenizer is None else tokenizer.eos_token_id)
+    assumed = assumption(settings)
+    try:
+        tensors, dtype = mapped_tensors(folder, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{assumed}{error}") from None
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
     texts = lambda: {} if tokenizer is None else text_files(folder, FILES)  # noqa: E731
     origin = Origin(read_json(folder / "config.json"), folder / "config.json")
-    return ModelSource(folder, config, tensors, dtype, texts, origin)
+    return ModelSource(folder, config, tensors, dtype, texts, origin, assumed=assumed)
+
+
+def assumption(settings: Settings) -> str:
+    """What a fault of the tensors may come from, to stand before it: sizes that the config leaves out."""
+    expected = "expected a whole number above 0"
+    each = [f"{name} is None, {expected}; {value} is the family's" for name, value in settings.assumed.items()]
+    return f"{settings.path}: {', '.join(each)}: " if each else ""
 
 
 def mapped_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:
@@ -83,13 +96,17 @@ def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelC
     from. Raises CheckpointError naming the field that does not fit and what is supported.
     """
     path = folder / "config.json"
-    content = read_json(path)
-    settings = Settings(content, path)
+    return described(Settings(read_json(path), path), tokenizer_eos)
+
+
+def described(settings: Settings, tokenizer_eos: int | None) -> ModelConfig:
+    """As `huggingface_config`, of a `config.json` that was read."""
+    content, path = settings.content, settings.path
     architecture = architecture_of(settings)
     refuse_quantised(content, path)
     fields = architecture.fields(settings)
-    size = content.get("vocab_size")
-    ends = known_tokens(generation_end(folder / "generation_config.json"), size)
+    size = fields["vocab_size"].value
+    ends = known_tokens(generation_end(path.parent / "generation_config.json"), size)
     ends = ends or known_tokens(content.get("eos_token_id"), size)
     if tokenizer_eos not in ends:
         ends += known_tokens(tokenizer_eos, size)

@@ -71,6 +71,7 @@ class ModelSource:
     origin: Origin | None = None
     # Whether nothing is held in few bits under `weights` "auto" where float32 is asked for
     exact_in_float32: bool = False
+    assumed: str = ""  # of sizes that were not given, to stand before errors about tensors
 
     def auto_weights(self, dtype: str) -> str:
         """What the setting `weights` "auto" is under the setting `dtype`."""
@@ -78,9 +79,12 @@ class ModelSource:
 
     def check(self) -> None:
         """Every tensor of the configuration is there with its shape, floating, and no other. Raises CheckpointError."""
-        check_count(self.config, len(self.tensors), self.path)
         found = {name: (stored.shape, stored.dtype) for name, stored in self.tensors.items()}
-        check_stored(found, tensor_shapes(self.config), self.path)
+        try:
+            check_count(self.config, len(self.tensors), self.path)
+            check_stored(found, tensor_shapes(self.config), self.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.assumed}{error}") from None
 
     def weights(self, progress: Callable[[int], None] = lambda size: None) -> Weights:
         """The tensors, to be read; progress hears of the elements that were."""

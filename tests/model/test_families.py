@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 from support.families import CASES, LENGTHS, NEW_TOKENS, PROMPTS, chosen, expected, family_folder
+from support.family_case import LINEAR
 from support.family_files import FILES, family_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -67,10 +68,11 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         room = [min(NEW_TOKENS, (context or 64) - len(prompt)) for prompt in prompts]
         params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in room]
         greedy = [output.token_ids for output in llm.generate(prompts, params)]
+        each = [llm.generate([prompt], [own])[0].token_ids for prompt, own in zip(prompts, params, strict=True)]
     for found in (together, alone):
         for i, logits in zip(own, found, strict=True):
             assert error(logits[chosen(len(PROMPTS[i]))], want.logits[i]) < exact(name)
-    assert greedy == [want.greedy[i][:count] for i, count in zip(own, room, strict=True)]
+    assert greedy == each == [want.greedy[i][:count] for i, count in zip(own, room, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "change"), FEATURES)
@@ -86,6 +88,37 @@ def test_a_field_that_is_read_acts(name: str, change: dict[str, Any], tmp_path: 
     assert error(logits, want.logits[i]) > 1e3 * EXACT
 
 
+EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}  # the first of each family
+EVERYWHERE: dict[str, Any] = {  # fields that many families have, each with a value that no case has
+    "rms_norm_eps": 0.3,
+    "layer_norm_eps": 0.3,
+    "layer_norm_epsilon": 0.3,
+    "rope_theta": 7.0,
+    "rotary_emb_base": 7.0,
+    "hidden_act": "gelu",
+    "hidden_activation": "silu",
+    "activation": "silu",
+    "activation_function": "silu",
+    "num_experts_per_tok": 1,
+}
+COMMON = [
+    *((name, field) for name in EACH.values() for field in EVERYWHERE if field in CASES[name].config),
+    *((name, "rope_scaling") for name in EACH.values() if CASES[name].config["model_type"] != "gpt2"),
+]
+
+
+@pytest.mark.parametrize(("name", "field"), COMMON)
+def test_what_many_families_have_acts_in_each(name: str, field: str, tmp_path: Path) -> None:
+    want, own = expected(name), CASES[name].config.get(field)
+    other = {**LINEAR, "factor": 16.0} if field == "rope_scaling" else EVERYWHERE[field]
+    if other == own:
+        other = "silu"
+    folder = family_folder(name, tmp_path / "m", **{field: other})
+    with LLM(str(folder), dtype="float32", context=SHORT if name in LONGROPE else 0, threads=1) as llm:
+        logits = llm.logits([PROMPTS[1]])[0][chosen(LENGTHS[1])]
+    assert error(logits, want.logits[1]) > 1e2 * EXACT
+
+
 @pytest.mark.skipif(native.active() is None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("name", CASES)
 def test_the_native_stack_serves_every_family(name: str, folders: dict[str, Path]) -> None:
@@ -95,8 +128,7 @@ def test_the_native_stack_serves_every_family(name: str, folders: dict[str, Path
 
 
 def test_there_is_a_case_for_every_family() -> None:
-    older = {"LlamaForCausalLM"}  # which test_foreign.py holds
-    assert {case.config["architectures"][0] for case in CASES.values()} == ARCHITECTURES.keys() - older
+    assert {case.config["architectures"][0] for case in CASES.values()} == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(("name", "one_by_one"), [*((name, False) for name in FILES), ("mixtral", True)])
@@ -144,7 +176,6 @@ def test_the_bounds_of_a_file_are_what_it_names_or_the_familys(
     assert (config.attention_cap, config.logits_cap) == want
 
 
-EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}  # the first of each family
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
 SAID = [{"role": "user", "content": "w3"}]
 

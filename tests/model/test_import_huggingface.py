@@ -188,13 +188,16 @@ def test_end_of_text_of_generation_config_or_config_and_of_the_tokenizer(
             "'GemmaForCausalLM' is not supported; supported: DeepseekV2ForCausalLM",
         ),
         ({"architectures": None}, "architecture None is not supported"),
-        ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported; supported: default"),
+        ({"rope_scaling": {"rope_type": "ntk"}}, "rope_scaling.rope_type is 'ntk'; supported: default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: Field required"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_fast, gelu_new"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config); supp"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1, expected a whole"),
-        ({"intermediate_size": None}, "ffn.size: Input should be a valid integer (got None)"),
+        (
+            {"intermediate_size": None},
+            "intermediate_size is None, expected a whole number above 0; 11008 is the family's",
+        ),
         ({"num_hidden_layers": 1}, "tensor model.layers.1.input_layernorm.weight does not belong"),
     ],
 )

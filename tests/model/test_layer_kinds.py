@@ -65,7 +65,7 @@ def test_a_pattern_is_repeated_over_the_layers() -> None:
         ({"latent_size": 8, "num_key_value_heads": 1, "qk_norm": "latent"}, "rotary_dim is 16; only 8 are not latent"),
         ({"ffn": {**MOE, "groups": 4}}, "num_experts is 6, which groups, 4, does not divide"),
         ({"ffn": {**MOE, "groups": 3, "groups_used": 4}}, "groups_used is 4, more than groups, 3"),
-        ({"ffn": {**MOE, "groups": 3}}, "experts_per_token is 3, group_picks 1; 1 of 3 groups have 2 experts"),
+        ({"ffn": {**MOE, "groups": 3}}, "experts_per_token is 3, group_picks 1; 1 of 3 parts have 2 experts"),
         (
             {"layer_kinds": [{"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}], "layer_pattern": [0]},
             "layer_kinds.0.rope_scaling",

@@ -104,7 +104,7 @@ MISTAKES: list[tuple[Callable[[Path], Path], str]] = [
     ),
     (beside, "m/quantize_config.json: the weights are quantised, as this file says; supported: float32"),
     (eight_bits, "m: tensor model.layers.0.mlp.up_proj.weight is stored as float8_e4m3fn, expected float32"),
-    (quantised(rope_scaling={"rope_type": []}), "m/config.json: rope_type [] is not supported; supported: default"),
+    (quantised(rope_scaling={"rope_type": []}), "m/config.json: rope_scaling.rope_type is []; supported: default"),
     (nothing, "m/config.json: no such file"),
 ]
 

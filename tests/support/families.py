@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.family_case import VOCABULARY, Case, decoder
+from support.family_case import LINEAR, LLAMA3, VOCABULARY, Case, decoder
 from support.family_tensors import SHAPES, Shapes
+from support.reading_families import READING_CASES
 from support.small_models import DATA
 from support.window_families import LATENT_CASES, WINDOW_CASES
 
@@ -166,7 +167,16 @@ CASES: dict[str, Case] = {
     "qwen2moe with dense layers": Case(
         decoder("Qwen2MoeForCausalLM", "qwen2_moe", **{**QWEN2_MOE, "norm_topk_prob": True}, mlp_only_layers=[0])
     ),
-    "phi3": Case(decoder(*PHI3), [{"rope_theta": 10000.0}], seed=1),
+    "phi3": Case(
+        decoder(*PHI3),
+        [
+            {"rope_theta": 10000.0},
+            {"rope_scaling": LINEAR},
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8},  # which goes before the one within
+            {"partial_rotary_factor": 0.5},
+        ],
+        seed=1,
+    ),
     "phi3 longrope": Case(
         decoder(*PHI3, rope_scaling=LONGROPE, **ORIGINAL),
         [{"rope_scaling": {**LONGROPE, "short_factor": LONG}}, {"rope_scaling": {**LONGROPE, "long_factor": SHORT}}],
@@ -198,6 +208,11 @@ CASES: dict[str, Case] = {
         [{"no_rope_layer_interval": 3}],
     ),
     "gpt2": Case(GPT2),
+    "gpt2 by layers": Case(
+        {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+        [{"scale_attn_by_inverse_layer_idx": False}, {"scale_attn_weights": False}, {"activation_function": "silu"}],
+    ),
+    "gpt2 unscaled": Case({**GPT2, "scale_attn_weights": False}, [{"scale_attn_weights": True}]),
     "gpt2 with older names": Case({**GPT2, "n_inner": 80}, older_names=True),
     "stablelm": Case(decoder("StableLmForCausalLM", "stablelm", **STABLELM)),
     "stablelm in parallel": Case(
@@ -223,6 +238,7 @@ CASES: dict[str, Case] = {
     ),
     **WINDOW_CASES,
     **LATENT_CASES,
+    **READING_CASES,
 }
 
 
@@ -263,6 +279,7 @@ def family_folder(name: str, out: Path, **changes: Any) -> Path:
     """A case's checkpoint as a folder; changes: of its config, None leaves a field out."""
     out.mkdir(parents=True, exist_ok=True)
     dropped = {key for key, value in changes.items() if value is None}
+    dropped |= set(CASES[name].left_out) - changes.keys()
     content = {key: value for key, value in {**CASES[name].config, **changes}.items() if key not in dropped}
     (out / "config.json").write_text(json.dumps(content))
     save_file(stored_tensors(name), out / "model.safetensors", metadata={"format": "pt"})

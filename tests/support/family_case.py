@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VOCABULARY = 67
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,8 @@ class Case:
     features: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0  # one more where two tokens were too near to each other
     older_names: bool = False  # as the first files of GPT-2 have them
+    # Fields of its config that the checkpoint does not write, since they are what the family has without them
+    left_out: tuple[str, ...] = ()
 
 
 def decoder(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:

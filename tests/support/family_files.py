@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from support.families import CASES, VOCABULARY, tensors_of
+from support.reading_families import READING_CASES
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,13 +49,14 @@ WITHOUT = {  # what llama.cpp has no field for
     "smollm3",  # whose pattern is another than its code's
     "falcon one after the other",
     "gpt2 with older names",
+    *("gpt2 by layers", "gpt2 unscaled"),
     *(f"qwen2 with {what}" for what in ("windows", "layer types")),
     *(f"{name} with {what}" for name, what in (("qwen3", "windows"), ("qwen3moe", "a window"))),
     *("qwen2moe with windows", "smollm3 with windows"),
     *("gemma2", "gemma3", "gemma3 with layer types"),  # scores scaled otherwise than its code does
     "deepseek3 with halves",
 }
-FILES = [name for name in CASES if name not in WITHOUT]
+FILES = [name for name in CASES if name not in WITHOUT and name not in READING_CASES]
 NAMES = {
     "model.embed_tokens": "token_embd",
     "transformer.wte": "token_embd",

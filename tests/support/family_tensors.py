@@ -24,11 +24,13 @@ def heads_of(c: Config) -> tuple[int, int, int]:
     return heads, c.get("num_key_value_heads", heads), c.get("head_dim") or c["hidden_size"] // heads
 
 
-def attention(at: str, c: Config, qkv_bias: bool = False, out_bias: bool = False) -> Shapes:
+def attention(at: str, c: Config, qkv_bias: bool = False) -> Shapes:
+    """With biases of all projections where `attention_bias` asks for them."""
     (heads, kv, size), d = heads_of(c), c["hidden_size"]
+    out_bias = c.get("attention_bias", False)
     shapes: Shapes = {}
     for part, rows in (("q", heads), ("k", kv), ("v", kv)):
-        shapes |= linear(f"{at}self_attn.{part}_proj", rows * size, d, qkv_bias)
+        shapes |= linear(f"{at}self_attn.{part}_proj", rows * size, d, qkv_bias or out_bias)
     return shapes | linear(f"{at}self_attn.o_proj", d, heads * size, out_bias)
 
 
@@ -66,10 +68,9 @@ def two_norms(at: str, c: Config, bias: bool = False) -> Shapes:
 
 def llama(c: Config) -> Shapes:
     """Granite, SmolLM3 and Qwen3 too, but for the norms of its heads."""
-    bias = c.get("attention_bias", False)
 
     def layer(at: str, i: int) -> Shapes:
-        return two_norms(at, c) | attention(at, c, bias, bias) | gated_mlp(f"{at}mlp.", c, c["intermediate_size"])
+        return two_norms(at, c) | attention(at, c) | gated_mlp(f"{at}mlp.", c, c["intermediate_size"])
 
     return around(c, each_layer(c, layer))
 
@@ -106,8 +107,6 @@ def mixtral(c: Config) -> Shapes:
 
 
 def granite_moe(c: Config) -> Shapes:
-    bias = c.get("attention_bias", False)
-
     def layer(at: str, i: int) -> Shapes:
         experts, d, size = c["num_local_experts"], c["hidden_size"], c["intermediate_size"]
         moe: Shapes = {
@@ -115,7 +114,7 @@ def granite_moe(c: Config) -> Shapes:
             f"{at}block_sparse_moe.output_linear.weight": (experts, d, size),
             f"{at}block_sparse_moe.router.layer.weight": (experts, d),
         }
-        return two_norms(at, c) | attention(at, c, bias, bias) | moe
+        return two_norms(at, c) | attention(at, c) | moe
 
     return around(c, each_layer(c, layer))
 
@@ -296,6 +295,7 @@ def deepseek3(c: Config) -> Shapes:
 
 
 SHAPES: dict[str, Callable[[Config], Shapes]] = {
+    "LlamaForCausalLM": llama,
     "MistralForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
     "Gemma2ForCausalLM": gemma2,

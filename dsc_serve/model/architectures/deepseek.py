@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.experts import STACKED, mixture, unstacked
-from dsc_serve.model.architectures.family import LLAMA_MODULES, Architecture, by_layer, dense, frame
-from dsc_serve.model.architectures.positions import written
+from dsc_serve.model.architectures.family import LLAMA_MODULES, Architecture, by_layer, dense, frame, sizes
+from dsc_serve.model.architectures.positions import kind_name, kind_of, written
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed, without
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 NAMES = {
@@ -40,6 +41,36 @@ MODULES = {
 METHODS = {"greedy": False, "group_limited_greedy": True}
 MOST_PREDICTING = 64  # layers behind the last
 LARGEST_MAGNITUDE = 1000.0
+LATENT = {
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "rope_interleave": True,
+}
+V2_DEFAULTS = sizes(102400, 4096, 11008, 32, 32, 2048) | {
+    **LATENT,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1407,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+}
+V3_DEFAULTS = sizes(129280, 7168, 18432, 61, 128, 4096) | {
+    **LATENT,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 128,
+    "num_mtp_layers": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -53,76 +84,75 @@ class Sizes:
 
     @classmethod
     def of(cls, s: Settings) -> Sizes:
-        names = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
-        return cls(*(s.size(name, default=default) for name, default in names.items()))
+        names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+        return cls(*(s.size(name) for name in names))
 
 
 def attention(s: Settings) -> Fields:
     """Raises CheckpointError."""
-    if s.content.get("q_lora_rank", 1536) is not None:
-        s.refuse("q_lora_rank", s.content.get("q_lora_rank", 1536), "null: queries projected at once, as in V2-Lite")
+    s.only("q_lora_rank", supported="null: queries projected at once, as in V2-Lite")
     s.only("attention_bias", False)
     s.only("mlp_bias", False)
     size = Sizes.of(s)
-    named = {**s.content, "head_dim": size.latent + size.turned, "num_key_value_heads": 1}
-    fields = frame(Settings(named, s.path))
+    whole = size.latent + size.turned
+    fields = frame(s.changed(head_dim=whole, num_key_value_heads=1))
     if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = magnified(s, fields["rope_scaling"])
+        magnified(written(s))
         score_scale(s)
     return fields | {
-        "head_dim": size.latent + size.turned,
-        "rotary_dim": size.turned,
+        "head_dim": FieldValue(whole, f"{s.told('kv_lora_rank')} + {s.told('qk_rope_head_dim')}"),
+        "rotary_dim": s.read("qk_rope_head_dim"),
         "num_key_value_heads": 1,
-        "latent_size": size.latent,
+        "latent_size": s.read("kv_lora_rank"),
         "qk_norm": "latent",
     }
 
 
-def magnified(s: Settings, scaling: Fields) -> Fields:
-    if scaling["rope_type"] not in ("yarn", "linear", "llama3"):
-        s.refuse("rope_type", scaling["rope_type"], "default, linear, llama3, yarn")
-    return scaling
+def magnified(rope: Settings) -> None:
+    """Raises CheckpointError for a scaling whose magnitude scores are not scaled by."""
+    kind = kind_of(rope)
+    if kind not in ("yarn", "linear", "llama3"):
+        rope.refuse(kind_name(rope), kind, "default, linear, llama3, yarn")
 
 
 def score_scale(s: Settings) -> float:
     """What scores are multiplied by beside 1 / √(head size): YaRN's magnitude, squared. Raises CheckpointError."""
     rope = written(s)
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+    if kind_of(rope) == "default":
         return 1.0
     all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor")
     if all_dim is None or not isinstance(factor, int | float) or factor <= 1:
         return 1.0
     if isinstance(all_dim, bool) or not isinstance(all_dim, int | float) or not 0 <= all_dim <= LARGEST_MAGNITUDE:
-        s.refuse("mscale_all_dim", all_dim, f"a number from 0 to {LARGEST_MAGNITUDE:g}")
+        rope.refuse("mscale_all_dim", all_dim, f"a number from 0 to {LARGEST_MAGNITUDE:g}")
     return float((0.1 * all_dim * math.log(factor) + 1) ** 2)
 
 
 def layered(s: Settings, routing: Fields) -> Fields:
     """Attention and mixtures behind `first_k_dense_replace` dense layers."""
     normalize = bool(routing.pop("normalize"))
-    experts = mixture(s, ("n_routed_experts", "num_experts"), "moe_intermediate_size", normalize)
-    shared, size = s.get("n_shared_experts", default=0), s.size("moe_intermediate_size")
-    if type(shared) is not int or shared < 0:
-        s.refuse("n_shared_experts", shared, "a whole number of at least 0")
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = mixture(s, names, "moe_intermediate_size", normalize)
+    shared, size = s.whole("n_shared_experts"), s.read_size("moe_intermediate_size")
     if shared:
-        experts["shared_expert"] = {"size": shared * size, "gated": False}
+        name = f"{s.told('n_shared_experts')} * {size.name}"
+        experts["shared_expert"] = {"size": FieldValue(shared * size.value, name), "gated": False}
     s.only("moe_layer_freq", 1)
-    first, layers = s.get("first_k_dense_replace", default=0), s.layers()
-    if type(first) is not int or first < 0:
-        s.refuse("first_k_dense_replace", first, "a whole number of at least 0")
-    fields = attention(s) | {"ffn": {**experts, **routing, "weight_scale": s.number("routed_scaling_factor", 1.0)}}
+    first, layers = s.whole("first_k_dense_replace"), s.layers()
+    s.number("routed_scaling_factor")
+    fields = attention(s) | {"ffn": {**experts, **routing, "weight_scale": s.read("routed_scaling_factor")}}
     return by_layer(fields, {"ffn": dense(s)}, [layer < first for layer in range(layers)])
 
 
-def groups(s: Settings, picks: int, count: int | None = None, used: int | None = None) -> Fields:
-    count, used = s.size("n_group", default=count), s.size("topk_group", default=used)
-    return {"groups": count, "groups_used": used, "group_picks": picks} if count > 1 else {}
+def groups(s: Settings, picks: int) -> Fields:
+    count, used = s.read_size("n_group"), s.read_size("topk_group")
+    return {"groups": count, "groups_used": used, "group_picks": picks} if count.value > 1 else {}
 
 
 def v2(s: Settings) -> Fields:
     s.only("norm_topk_prob", False)
     s.only("scoring_func", "softmax")
-    method = s.get("topk_method", default="greedy")
+    method = s.get("topk_method")
     if not isinstance(method, str) or method not in METHODS:
         s.refuse("topk_method", method, ", ".join(METHODS))
     return layered(s, {"normalize": False, **(groups(s, 1) if METHODS[method] else {})})
@@ -132,9 +162,8 @@ def v3(s: Settings) -> Fields:
     s.only("scoring_func", "sigmoid")
     s.only("topk_method", "noaux_tc")
     predicting(s)
-    s = Settings({"first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "n_shared_experts": 1, **s.content}, s.path)
-    routing = {"scoring": "sigmoid", "choice_bias": True, "normalize": s.flag("norm_topk_prob", default=True)}
-    return layered(s, routing | groups(s, 2, 8, 4))
+    routing = {"scoring": "sigmoid", "choice_bias": True, "normalize": s.flag("norm_topk_prob")}
+    return layered(s, routing | groups(s, 2))
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
@@ -157,12 +186,7 @@ def v3_tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -
 
 def predicting(s: Settings) -> int:
     """How many layers behind the last predict further tokens. Raises CheckpointError."""
-    names = ("num_nextn_predict_layers", "num_mtp_layers")
-    count = s.get(*names, default=0)
-    if type(count) is not int or not 0 <= count <= MOST_PREDICTING:
-        name = next(name for name in names if s.get(name) is not None)
-        s.refuse(name, count, f"a whole number from 0 to {MOST_PREDICTING}")
-    return count
+    return s.whole("num_nextn_predict_layers", "num_mtp_layers", most=MOST_PREDICTING)
 
 
 def absorb(tensors: Tensors, at: str, s: Settings, config: ModelConfig) -> None:
@@ -185,7 +209,7 @@ def absorb(tensors: Tensors, at: str, s: Settings, config: ModelConfig) -> None:
                 f"{s.path}: tensor {at}{name}.weight has shape {list(own.shape)}, expected {list(shape)}"
             )
         parts[name] = own
-    interleaved = s.flag("rope_interleave", default=True)
+    interleaved = s.flag("rope_interleave")
     scale = math.sqrt((size.latent + size.turned) / whole) * score_scale(s)
     norm = tensors.pop(f"{at}kv_a_layernorm.weight", None)
     if norm is not None:
@@ -230,4 +254,7 @@ def outputs(size: Sizes, heads: int, out: Tensor, kv: Tensor) -> Tensor:
     return torch.einsum("dhv,hvl->dhl", own.double(), up.double()).float().flatten(1)
 
 
-DEEPSEEK_V2, DEEPSEEK_V3 = Architecture(v2, tensors, MODULES), Architecture(v3, v3_tensors, MODULES)
+DEEPSEEK_V2, DEEPSEEK_V3 = (
+    Architecture(v2, tensors, V2_DEFAULTS, MODULES),
+    Architecture(v3, v3_tensors, V3_DEFAULTS, MODULES),
+)

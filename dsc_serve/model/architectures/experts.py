@@ -19,12 +19,15 @@ STACKED = {".mlp.experts.gate_up_proj": "gate_proj+up_proj", ".mlp.experts.down_
 
 
 def mixture(s: Settings, experts: tuple[str, ...], size: str, normalize: bool) -> Fields:
-    """An FFN of experts that have no norm before their router; normalize: the picked weights sum to 1."""
+    """An FFN of experts that have no norm before their router; normalize: the picked weights sum to 1.
+
+    experts: the fields that may give their number; of two the first goes before the other, as in transformers.
+    """
     return {
         "kind": "moe",
-        "num_experts": s.size(*experts),
-        "experts_per_token": s.size("num_experts_per_tok"),
-        "expert_size": s.get(size),
+        "num_experts": s.read_size(*experts),
+        "experts_per_token": s.read_size("num_experts_per_tok"),
+        "expert_size": s.read(size),
         "router_norm": False,
         "normalize_weights": normalize,
     }

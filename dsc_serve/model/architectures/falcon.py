@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architecture, activation, frame
+from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architecture, frame, share_of_width
 from dsc_serve.model.architectures.heads import split_heads
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, renamed
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 NAMES = {
@@ -31,37 +32,56 @@ MODULES = {
 }
 
 
-def key_value_heads(s: Settings) -> int:
-    if s.flag("new_decoder_architecture"):
-        return s.size("num_kv_heads", "num_attention_heads")
-    return 1 if s.flag("multi_query", default=True) else s.size("num_attention_heads")
+DEFAULTS = {
+    "vocab_size": 65024,
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "max_position_embeddings": 2048,
+    "activation": "gelu",
+    "layer_norm_epsilon": 1e-5,
+    "rope_theta": 10000.0,
+    "multi_query": True,
+    "parallel_attn": True,
+    "tie_word_embeddings": True,
+}
+
+
+def key_value_heads(s: Settings) -> FieldValue:
+    if not s.flag("new_decoder_architecture") and s.flag("multi_query"):
+        return FieldValue(1, "multi_query")
+    given = s.flag("new_decoder_architecture") and s.get("num_kv_heads") is not None
+    return s.read_size("num_kv_heads" if given else "num_attention_heads")
 
 
 def norms(s: Settings) -> str:
     """Where they stand: the newer architecture has its branches beside each other, mostly with a norm for each."""
-    newer, parallel = s.flag("new_decoder_architecture"), s.flag("parallel_attn", default=True)
+    newer, parallel = s.flag("new_decoder_architecture"), s.flag("parallel_attn")
     if not newer:
         return "shared" if parallel else "before"
-    return "shared" if s.size("num_ln_in_parallel_attn", default=2) == 1 else "parallel"
+    s.only("num_ln_in_parallel_attn", 1, 2)
+    return "shared" if s.get("num_ln_in_parallel_attn") == 1 else "parallel"
 
 
 def fields(s: Settings) -> Fields:
     s.only("alibi", False, supported="False: rotary positions")
-    bias, width = s.flag("bias"), s.size("hidden_size")
-    context = s.size("max_position_embeddings", default=2048)
-    inner = Settings({**s.content, "max_position_embeddings": context}, s.path)
-    return frame(inner) | {
-        "head_dim": width // s.size("num_attention_heads"),
+    bias, width = s.flag("bias"), s.read_size("n_embed", "hidden_size")  # the first is the older name
+    s.size("num_attention_heads")
+    s, inner = s.changed(hidden_size=width.value), s.read("ffn_hidden_size")
+    return frame(s, eps="layer_norm_epsilon", act="activation") | {
+        "hidden_size": width,
+        "head_dim": share_of_width(s),
         "num_key_value_heads": key_value_heads(s),
         "norm_type": "layernorm",
-        "norm_eps": s.get("layer_norm_epsilon", default=1e-5),
         "norms": norms(s),
         "attention_bias": bias,
         "attention_output_bias": bias,
-        "hidden_act": activation(s, "activation", "gelu"),
         "mlp_gated": False,
-        "tie_word_embeddings": s.get("tie_word_embeddings", default=True),
-        "ffn": {"kind": "dense", "size": s.get("ffn_hidden_size", default=4 * width), "bias": bias},
+        "ffn": {
+            "kind": "dense",
+            "size": inner if inner.value is not None else FieldValue(4 * width.value, f"4 * {width.name}"),
+            "bias": bias,
+        },
     }
 
 
@@ -72,4 +92,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-FALCON = Architecture(fields, tensors, MODULES)
+FALCON = Architecture(fields, tensors, DEFAULTS, MODULES)

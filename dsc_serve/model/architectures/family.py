@@ -10,6 +10,7 @@ from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 ACTIVATIONS = {
@@ -44,64 +45,101 @@ def as_stored(tensors: Mapping[str, Stored], settings: Settings, config: ModelCo
 class Architecture:
     """One family.
 
-    fields: those of a ModelConfig, but for `bos_token_id` and `eos_token_id`. Raises CheckpointError naming the field
-    that is not supported, its value, and what is.
-    tensors: the stored ones under the names and in the shapes of `tensor_shapes`; what is missing or left over is found
-    later. Both know Hugging Face's names alone: what reads another form of file translates to these first.
+    mapping: the fields of a ModelConfig, but for `bos_token_id` and `eos_token_id`; those that are read as they stand
+    with their names there. Raises CheckpointError naming the field that is not supported, its value, and what is.
+    conversion: the stored tensors under the names and in the shapes of `tensor_shapes`; what is missing or left over is
+    found later. Both know Hugging Face's names alone: what reads another form of file translates to these first.
+    defaults: what the family's configuration in transformers has where a field is left out.
     modules: those linear ones that adapters may change, {} for the layer's number. transposed: whether their matrices
     are stored the other way round.
     """
 
-    fields: Callable[[Settings], Fields]
-    tensors: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
+    mapping: Callable[[Settings], Fields]
+    conversion: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     modules: Modules = field(default_factory=lambda: LLAMA_MODULES)
     transposed: bool = False
 
+    def fields(self, s: Settings) -> Fields:
+        return self.mapping(s.over(self.defaults))
 
-def activation(s: Settings, field: str, default: str) -> str:
+    def tensors(self, stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
+        return self.conversion(stored, s.over(self.defaults), config)
+
+
+def sizes(*of: int, eps: float = 1e-6, norm: str = "rms_norm_eps", act: str = "hidden_act") -> Fields:
+    """Defaults that all families of gated MLPs have.
+
+    of: vocabulary, width, that of an MLP, layers, heads, positions. norm, act: the fields of a norm's number and of
+    the activation.
+    """
+    vocabulary, width, inner, layers, heads, context = of
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        act: "silu",
+        norm: eps,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def activation(s: Settings, field: str = "hidden_act") -> str:
     """The activation that a field names. Raises CheckpointError."""
-    name = s.get(field, default=default)
+    name = s.get(field)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         s.refuse(field, name, ", ".join(ACTIVATIONS))
     return ACTIVATIONS[name]
 
 
-def frame(s: Settings, positions: Positions = ROTARY, act: str = "silu") -> Fields:
-    """What decoders of gated MLPs and RMSNorm share, Llama above all. act: the activation where the config has none."""
-    heads, width = s.get("num_attention_heads"), s.get("hidden_size")
-    head_dim = s.get("head_dim")
-    if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
-        head_dim = width // heads
+def frame(s: Settings, positions: Positions = ROTARY, eps: str = "rms_norm_eps", act: str = "hidden_act") -> Fields:
+    """What most decoders share, Llama above all. eps, act: the fields that give a norm's number and the activation."""
+    size = head_size(s)
     return {
-        **{name: s.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-        "num_key_value_heads": s.get("num_key_value_heads", default=heads),
-        "head_dim": head_dim,
+        **{name: s.read(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+        "num_key_value_heads": s.read("num_key_value_heads", default=s.get("num_attention_heads")),
+        "head_dim": size,
         "norm_type": "rmsnorm",
-        "norm_eps": s.get("rms_norm_eps", default=1e-6),
-        "hidden_act": activation(s, "hidden_act", act),
+        "norm_eps": s.read(eps),
+        "hidden_act": activation(s, act),
         "mlp_gated": True,
-        "tie_word_embeddings": s.get("tie_word_embeddings", default=False),
-        "ffn": dense(s),
-        **positions.fields(s, head_dim),
+        "tie_word_embeddings": s.flag("tie_word_embeddings"),
+        **positions.fields(s, size.value),
     }
 
 
-def dense(s: Settings, size: str = "intermediate_size", bias: Any = False) -> Fields:
-    return {"kind": "dense", "size": s.get(size), "bias": bias}
+def head_size(s: Settings) -> FieldValue:
+    """The size of a head: as it is said, or the width over the heads; None where neither is a number."""
+    size = s.read("head_dim")
+    return size if size.value is not None else share_of_width(s)
+
+
+def share_of_width(s: Settings) -> FieldValue:
+    """The size of a head where the width is all heads'. Raises CheckpointError where `head_dim` is another."""
+    width, heads = s.get("hidden_size"), s.get("num_attention_heads")
+    name = f"{s.told('hidden_size')} // {s.told('num_attention_heads')}"
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        return FieldValue(None, name)
+    s.only("head_dim", width // heads, supported=f"{width // heads}, {name}")
+    return FieldValue(width // heads, name)
+
+
+def dense(s: Settings, size: str = "intermediate_size", bias: bool = False) -> Fields:
+    return {"kind": "dense", "size": s.read(size), "bias": bias}
 
 
 WINDOW, KINDS = "sliding_window", ("full_attention", "sliding_attention")
 
 
-def windowed(s: Settings, fields: Fields, sliding: list[bool], default: int | None = None) -> Fields:
-    """Fields of a model whose layers see a window only where `sliding` says so. Raises CheckpointError.
-
-    default: the window where the config does not name the field; null is none.
-    """
-    value = s.content.get(WINDOW, default)
-    if value is None or not any(sliding):
+def windowed(s: Settings, fields: Fields, sliding: list[bool]) -> Fields:
+    """Fields of a model whose layers see a window only where `sliding` says so. Raises CheckpointError."""
+    if s.get(WINDOW) is None or not any(sliding):
         return fields
-    return by_layer(fields, {"window": s.size(WINDOW, default=default)}, sliding)
+    return by_layer(fields, {"window": s.read_size(WINDOW)}, sliding)
 
 
 def sliding_layers(s: Settings, otherwise: Callable[[int], bool]) -> list[bool]:
@@ -118,9 +156,7 @@ def later_layers(s: Settings) -> list[bool]:
     """Those of Qwen: from `max_window_layers` on, where `use_sliding_window` is set."""
     if not s.flag("use_sliding_window"):
         return []
-    first = s.get("max_window_layers", default=28)
-    if type(first) is not int or first < 0:
-        s.refuse("max_window_layers", first, "a whole number of at least 0")
+    first = s.whole("max_window_layers")
     return sliding_layers(s, lambda layer: layer >= first)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, Architecture, activation
 from dsc_serve.model.architectures.settings import Fields, Settings
-from dsc_serve.model.architectures.tensors import Tensors, renamed, split_rows, transposed, without
+from dsc_serve.model.architectures.tensors import Tensors, renamed, scaled, split_rows, transposed, without
 from dsc_serve.model.config import ModelConfig
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.source import Stored
 
 BUFFERS = r"\.attn\.(bias|masked_bias)$"
@@ -32,28 +34,46 @@ MODULES = {
 MATRICES = re.compile(r"\.(qkv|o_proj|up_proj|down_proj)\.weight$")
 
 
+DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+}
+WIDTH, HEADS = ("hidden_size", "n_embd"), ("num_attention_heads", "n_head")
+
+
 def fields(s: Settings) -> Fields:
-    s.only("scale_attn_weights", True)
-    s.only("scale_attn_by_inverse_layer_idx", False)
     s.only("add_cross_attention", False)
-    width, heads = s.size("n_embd", "hidden_size"), s.size("n_head", "num_attention_heads")
+    width, heads = s.read_size(*WIDTH), s.read_size(*HEADS)
+    inner = s.read("n_inner")
+    s.layers("num_hidden_layers", "n_layer")
     return {
-        "vocab_size": s.get("vocab_size"),
+        "vocab_size": s.read("vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": s.layers("n_layer", "num_hidden_layers"),
+        "num_hidden_layers": s.read_size("num_hidden_layers", "n_layer"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "head_dim": width // heads,
-        "max_position_embeddings": s.size("n_positions", "max_position_embeddings"),
+        "head_dim": FieldValue(width.value // heads.value, f"{width.name} // {heads.name}"),
+        "max_position_embeddings": s.read_size("max_position_embeddings", "n_positions"),
         "position_embedding_type": "learned",
         "norm_type": "layernorm",
-        "norm_eps": s.get("layer_norm_epsilon", default=1e-5),
+        "norm_eps": s.read("layer_norm_epsilon"),
         "attention_bias": True,
         "attention_output_bias": True,
-        "hidden_act": activation(s, "activation_function", "gelu_new"),
-        "tie_word_embeddings": s.get("tie_word_embeddings", default=True),
-        "ffn": {"kind": "dense", "size": s.get("n_inner", default=4 * width), "bias": True},
+        "hidden_act": activation(s, "activation_function"),
+        "tie_word_embeddings": s.flag("tie_word_embeddings"),
+        "ffn": {"kind": "dense", "size": inner if inner.value is not None else times_four(width), "bias": True},
     }
+
+
+def times_four(width: FieldValue) -> FieldValue:
+    return FieldValue(4 * width.value, f"4 * {width.name}")
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
@@ -64,7 +84,14 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
         for part in ("weight", "bias"):
             rows = {f"{attention}{name}_proj.{part}": config.query_size for name in "qkv"}
             split_rows(found, f"{attention}qkv.{part}", rows, s.path)
+            scaled(found, f"{attention}q_proj.{part}", query_scale(s, i, config))
     return found
 
 
-GPT2 = Architecture(fields, tensors, MODULES, transposed=True)
+def query_scale(s: Settings, layer: int, config: ModelConfig) -> float:
+    """What a layer's scores are multiplied by beside 1 / √(head size), which goes into its queries."""
+    whole = 1.0 if s.flag("scale_attn_weights") else math.sqrt(config.head_dim)
+    return whole / (layer + 1) if s.flag("scale_attn_by_inverse_layer_idx") else whole
+
+
+GPT2 = Architecture(fields, tensors, DEFAULTS, MODULES, transposed=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, HEAD, Architecture, frame
+from dsc_serve.model.architectures.family import ATTENTION, EMBEDDING, HEAD, Architecture, frame, share_of_width
 from dsc_serve.model.architectures.heads import split_heads
 from dsc_serve.model.architectures.positions import Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
@@ -12,7 +12,22 @@ from dsc_serve.model.architectures.tensors import Tensors, renamed, without
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.source import Stored
 
-POSITIONS = Positions("rotary_emb_base", share="rotary_pct", default_share=0.25)
+POSITIONS = Positions("rotary_emb_base", share="rotary_pct", partial=True)
+DEFAULTS = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rotary_emb_base": 10000.0,
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
 BUFFERS = r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"
 NAMES = {
     r"^gpt_neox\.embed_in\.weight$": EMBEDDING,
@@ -34,15 +49,16 @@ MODULES = {
 
 
 def fields(s: Settings) -> Fields:
-    bias = s.flag("attention_bias", default=True)
-    return frame(s, POSITIONS, act="gelu") | {
+    bias = s.flag("attention_bias")
+    return frame(s, POSITIONS, "layer_norm_eps") | {
+        "num_key_value_heads": s.read("num_attention_heads"),
+        "head_dim": share_of_width(s),
         "norm_type": "layernorm",
-        "norm_eps": s.get("layer_norm_eps", default=1e-5),
-        "norms": "parallel" if s.flag("use_parallel_residual", default=True) else "before",
+        "norms": "parallel" if s.flag("use_parallel_residual") else "before",
         "attention_bias": bias,
         "attention_output_bias": bias,
         "mlp_gated": False,
-        "ffn": {"kind": "dense", "size": s.get("intermediate_size"), "bias": True},
+        "ffn": {"kind": "dense", "size": s.read("intermediate_size"), "bias": True},
     }
 
 
@@ -53,4 +69,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-GPT_NEOX = Architecture(fields, tensors, MODULES)
+GPT_NEOX = Architecture(fields, tensors, DEFAULTS, MODULES)

@@ -9,11 +9,13 @@ from dsc_serve.model.architectures.family import (
     ATTENTION,
     LLAMA_MODULES,
     Architecture,
+    dense,
     every_layer,
     frame,
+    sizes,
     windowed,
 )
-from dsc_serve.model.architectures.positions import Positions
+from dsc_serve.model.architectures.positions import ORIGINAL, PARTIAL, Positions
 from dsc_serve.model.architectures.settings import Fields, Settings
 from dsc_serve.model.architectures.tensors import Tensors, split_rows
 from dsc_serve.model.config import ModelConfig
@@ -24,12 +26,13 @@ MODULES = {
     "model.layers.{}.mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     **{name: LLAMA_MODULES[name] for name in ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")},
 }
-POSITIONS = Positions(default_share=1.0)
+# What the family's first files call su or yarn is longrope.
+POSITIONS = Positions(partial=True, older={"su": "longrope", "yarn": "longrope"})
+DEFAULTS = sizes(32064, 3072, 8192, 32, 32, 4096, eps=1e-5) | {ORIGINAL: 4096, PARTIAL: 1.0}
 
 
 def fields(s: Settings) -> Fields:
-    own = frame(s, POSITIONS) | {"norm_eps": s.get("rms_norm_eps", default=1e-5)}
-    return windowed(s, own, every_layer(s))
+    return windowed(s, frame(s, POSITIONS) | {"ffn": dense(s)}, every_layer(s))
 
 
 def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> Tensors:
@@ -44,4 +47,4 @@ def tensors(stored: Mapping[str, Stored], s: Settings, config: ModelConfig) -> T
     return found
 
 
-PHI3 = Architecture(fields, tensors, MODULES)
+PHI3 = Architecture(fields, tensors, DEFAULTS, MODULES)

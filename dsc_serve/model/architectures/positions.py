@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dsc_serve.files import CheckpointError
 from dsc_serve.model.architectures.settings import Fields, Settings
-from dsc_serve.model.config import shortened
+from dsc_serve.model.field_value import FieldValue
 from dsc_serve.model.rope import lengthened
 
 SCALINGS: dict[str, tuple[str, ...]] = {
@@ -28,84 +28,113 @@ CONTEXT, ORIGINAL, PARTIAL = "max_position_embeddings", "original_max_position_e
 
 @dataclass(frozen=True)
 class Positions:
-    """How a family writes its rotary positions; partial: the share of a head that is turned, None: always all of it."""
+    """How a family writes its rotary positions.
+
+    theta, share: the fields that say the base, and the share of a head that is turned; partial: whether that may be
+    another than all of it. older: names of scalings that stand for others.
+    """
 
     theta: str = "rope_theta"
-    default_theta: float = 10000.0
     share: str = PARTIAL
-    default_share: float | None = None
+    partial: bool = False
+    older: Mapping[str, str] = field(default_factory=lambda: OLDER)
 
     def fields(self, s: Settings, head_dim: Any) -> Fields:
-        """rope_theta, the scaling, the context that it gives and rotary_dim. Raises CheckpointError.
+        """rope_theta, the scaling, the context that it gives and rotary_dim. Raises CheckpointError."""
+        return self.of(s, written(s), head_dim)
+
+    def of(self, s: Settings, rope: Settings, head_dim: Any) -> Fields:
+        """The same of what stands in `rope`.
 
         As transformers reads them: `rope_scaling` goes before `rope_parameters`, what stands in it before what stands
         beside it, and only an `original_max_position_embeddings` beside it before the one within. As in vLLM, linear
         scaling and YaRN multiply the context that the model was trained with. Longrope's context is that of its first
         training until a longer one is asked for, since the angles of short texts change with it.
         """
-        rope = written(s)
-        theta = rope.get("rope_theta", s.get(self.theta, default=self.default_theta))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        kind = OLDER.get(kind, kind) if isinstance(kind, str) else kind
-        if not isinstance(kind, str) or kind not in SCALINGS:
-            raise CheckpointError(f"{s.path}: rope_type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
-        scaling, context = scaled(s, rope, kind)
+        scaling, context = scaled(s, rope, kind_of(rope, self.older))
+        within = rope.get("rope_theta") is not None
         return {
-            "rope_theta": theta,
+            "rope_theta": rope.read("rope_theta") if within else s.read(self.theta),
             "rope_scaling": scaling,
             CONTEXT: context,
             "rotary_dim": self._turned(s, rope, head_dim),
         }
 
-    def _turned(self, s: Settings, rope: Mapping[str, Any], head_dim: Any) -> int | None:
-        share = rope.get(PARTIAL, s.get(self.share, default=self.default_share))
-        if share in (None, 1.0):
+    def _turned(self, s: Settings, rope: Settings, head_dim: Any) -> FieldValue | None:
+        where, name = (s, self.share) if rope.get(PARTIAL) is None else (rope, PARTIAL)
+        share = where.get(name)
+        if share is None or (share == 1 and not isinstance(share, bool)):
             return None
-        if self.default_share is None:
-            s.refuse(PARTIAL, share, "1.0, all dimensions")
+        if not self.partial:
+            where.refuse(name, share, "1.0, all dimensions")
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            s.refuse(self.share, share, "above 0, at most 1")
-        return int(head_dim * share) if type(head_dim) is int else None
+            where.refuse(name, share, "above 0, at most 1")
+        return FieldValue(int(head_dim * share), where.told(name)) if type(head_dim) is int else None
 
 
-def written(s: Settings) -> Mapping[str, Any]:
+def written(s: Settings) -> Settings:
     """The object that says how positions are scaled; empty where there is none. Raises CheckpointError."""
-    rope = s.get("rope_scaling") or s.get("rope_parameters") or {}
-    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
-        rope = rope["full_attention"]  # by the layers' kinds, of which one is served
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{s.path}: rope_scaling is {shortened(rope)}, expected an object")
-    return rope
+    rope = s.below("rope_scaling" if s.get("rope_scaling") else "rope_parameters")
+    nested = isinstance(rope.get("full_attention"), dict)  # by the layers' kinds, of which one is served
+    return rope.below("full_attention") if nested else rope
 
 
-def scaled(s: Settings, rope: Mapping[str, Any], kind: str) -> tuple[Fields | None, Any]:
+def kind_of(rope: Settings, older: Mapping[str, str] = OLDER) -> str:
+    """Which of SCALINGS an object asks for. Raises CheckpointError."""
+    kind = rope.get("rope_type", "type", default="default")
+    kind = older.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        rope.refuse(kind_name(rope), kind, ", ".join(SCALINGS))
+    return kind
+
+
+def kind_name(rope: Settings) -> str:
+    """The field that says the kind."""
+    return "type" if rope.get("rope_type") is None else "rope_type"
+
+
+def scaled(s: Settings, rope: Settings, kind: str) -> tuple[FieldValue | None, FieldValue]:
     """The scaling of this kind, and the context that it gives."""
-    context = s.get(CONTEXT)
+    context = s.read(CONTEXT)
     if kind == "default":
         return None, context
-    scaling = {name: rope[name] for name in SCALINGS[kind] if rope.get(name) is not None}
+    scaling = {name: rope.read(name) for name in SCALINGS[kind] if rope.get(name) is not None}
     if ORIGINAL in SCALINGS[kind]:
-        original = s.get(ORIGINAL)
-        if original is not None:
-            scaling[ORIGINAL] = original
+        if s.get(ORIGINAL) is not None:
+            scaling[ORIGINAL] = s.read(ORIGINAL)
         scaling.setdefault(ORIGINAL, context)
-    trained: Any = context
     if kind == "longrope":
-        scaling[CONTEXT] = context
-        return {"rope_type": kind, **scaling}, shorter(context, scaling[ORIGINAL])
-    if kind == "yarn":
-        trained = scaling[ORIGINAL]
-        if "factor" not in scaling and is_size(context) and is_size(trained):
-            scaling["factor"] = context / trained
+        return longrope(rope, scaling, context)
+    trained = scaling[ORIGINAL] if kind == "yarn" else context
+    if kind == "yarn" and "factor" not in scaling and is_size(context.value) and is_size(trained.value):
+        scaling["factor"] = FieldValue(context.value / trained.value, f"{context.name} / {trained.name}")
     factor = scaling.get("factor")
-    if kind in ("linear", "yarn") and is_size(trained) and isinstance(factor, int | float):
-        context = lengthened(trained, factor)
-    return {"rope_type": kind, **scaling}, context
+    if kind in ("linear", "yarn") and is_size(trained.value) and factor is not None and is_number(factor.value):
+        context = FieldValue(lengthened(trained.value, factor.value), f"{trained.name} by {factor.name}")
+    return named_scaling(rope, kind, scaling), context
 
 
-def shorter(context: Any, original: Any) -> Any:
-    return min(context, original) if is_size(context) and is_size(original) else context
+def longrope(rope: Settings, scaling: dict[str, FieldValue], context: FieldValue) -> tuple[FieldValue, FieldValue]:
+    """A `factor` stands for the quotient of both contexts where attention's own factor is left out."""
+    original, factor = scaling[ORIGINAL], rope.get("factor")
+    if factor is not None and "attention_factor" not in scaling:
+        if not is_number(factor) or not math.isfinite(factor) or factor <= 0:
+            rope.refuse("factor", factor, "a finite number above 0")
+        if is_size(original.value) and original.value > 1:
+            grown = 1 + math.log(max(factor, 1)) / math.log(original.value)
+            scaling = {**scaling, "attention_factor": FieldValue(math.sqrt(grown), rope.told("factor"))}
+    whole, first = context.value, original.value
+    served = FieldValue(first, original.name) if is_size(whole) and is_size(first) and first < whole else context
+    return named_scaling(rope, "longrope", {**scaling, CONTEXT: context}), served
+
+
+def named_scaling(rope: Settings, kind: str, scaling: Mapping[str, FieldValue]) -> FieldValue:
+    return FieldValue({"rope_type": kind, **scaling}, rope.prefix.removesuffix("."))
 
 
 def is_size(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

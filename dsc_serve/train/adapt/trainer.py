@@ -336,7 +336,7 @@ def check_base(source: ModelSource, length: int) -> None:
     origin = source.origin
     if origin is not None:
         family = architecture_of(Settings(origin.content, origin.path))
-        if family.tensors is not as_stored:
+        if family.conversion is not as_stored:
             names = origin.content.get("architectures")
             raise TrainError(
                 f"{source.path}: the base is of the family {names!r}, whose weights are brought into another form; "

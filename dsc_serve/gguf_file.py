@@ -30,14 +30,14 @@ class _BrokenError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: [shape] in the quantisation numbered `kind`, from byte `offset` of `file`. big: its byte order."""
+    """One tensor: [shape] in the quantisation numbered `kind`, from byte `offset` of `file`."""
 
     name: str
     shape: tuple[int, ...]
     kind: int
     file: Path
     offset: int
-    big: bool
+    big: bool  # whether its bytes come in big-endian order
 
     def read(self, size: int) -> bytearray:
         """The first `size` bytes, in memory of their own. Raises CheckpointError when the file ends before."""

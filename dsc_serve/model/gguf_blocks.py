@@ -29,12 +29,12 @@ Parts = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Form:
-    """What holds a kind's blocks; exact: whether with all their bits."""
+    """What holds a kind's blocks."""
 
     bits: Bits
     group: int
     minimum: bool
-    exact: bool
+    exact: bool  # whether with all their bits
     split: Callable[[Tensor], Parts]
 
 

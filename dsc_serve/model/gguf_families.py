@@ -62,23 +62,18 @@ Convert = Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors]
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """What an architecture of GGUF files is.
+    """What an architecture of GGUF files is."""
 
-    architecture: the family's. settings: fields of its config besides those of all, from the metadata and the tensors.
-    interleaved: whether rows of q and k lie so, as rotary positions by neighbouring pairs want them. partial: whether
-    only a part of a head may be turned. longrope: whether there may be factors of two kinds for short and long texts.
-    knows: fields of the metadata that `settings` reads, which others are refused for; with "rope" all of positions.
-    names: of a layer's tensors where they are others than INNER's. convert: from there on, None as the family has it.
-    """
-
-    architecture: str
+    architecture: str  # the family's
+    # Fields of its config besides those of all, from the metadata and the tensors
     settings: Callable[[Metadata, Mapping[str, Stored]], Fields] = lambda metadata, tensors: {}
-    interleaved: bool = False
-    partial: bool = False
-    longrope: bool = False
+    interleaved: bool = False  # whether rows of q and k lie as rotary positions by neighbouring pairs want them
+    partial: bool = False  # whether only a part of a head may be turned
+    longrope: bool = False  # whether there may be factors of two kinds for short and long texts
+    # Fields of the metadata that `settings` reads, which others are refused for; with "rope" all of positions
     knows: frozenset[str] = frozenset()
-    names: Mapping[str, str] = field(default_factory=dict)
-    convert: Convert | None = None
+    names: Mapping[str, str] = field(default_factory=dict)  # of a layer's tensors where they are others than INNER's
+    convert: Convert | None = None  # from there on; None: as the family has it
 
     @property
     def family(self) -> Architecture:

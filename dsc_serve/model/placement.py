@@ -25,18 +25,15 @@ BITS: dict[Form, Bits] = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Placement:
-    """dtype: what layers compute in. forms: of the parts of the model; int8 is of at most 8 bits, int4 of at most 4.
+    """How and where the weights of a model are held."""
 
-    activation_bits: of inputs of products with quantised weights. exchange: with the ranks that share the model. held:
-    bytes of weights by their form, as they were placed.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # what layers compute in
     device: torch.device
+    # Of the parts of the model; int8 is of at most 8 bits, int4 of at most 4
     forms: Forms = field(default_factory=lambda: AS_STORED)
-    activation_bits: ActivationBits = 16
-    exchange: RankExchange = ALONE
-    held: Counter[str] = field(default_factory=Counter)
+    activation_bits: ActivationBits = 16  # of inputs of products with quantised weights
+    exchange: RankExchange = ALONE  # with the ranks that share the model
+    held: Counter[str] = field(default_factory=Counter)  # bytes of weights by their form, as they were placed
 
     def tensor(self, stored: Weight, dtype: torch.dtype | None = None) -> Tensor:
         """What is no weight of a product, in the layers' dtype or another one."""

@@ -43,22 +43,18 @@ def as_stored(tensors: Mapping[str, Stored], settings: Settings, config: ModelCo
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family.
+    """One family. It knows Hugging Face's names alone: what reads another form of file translates to these."""
 
-    mapping: the fields of a ModelConfig, but for `bos_token_id` and `eos_token_id`; those that are read as they stand
-    with their names there. Raises CheckpointError naming the field that is not supported, its value, and what is.
-    conversion: the stored tensors under the names and in the shapes of `tensor_shapes`; what is missing or left over is
-    found later. Both know Hugging Face's names alone: what reads another form of file translates to these first.
-    defaults: what the family's configuration in transformers has where a field is left out.
-    modules: those linear ones that adapters may change, {} for the layer's number. transposed: whether their matrices
-    are stored the other way round.
-    """
-
+    # The fields of a ModelConfig, but for `bos_token_id` and `eos_token_id`; those that are read as they stand with
+    # their names there. Raises CheckpointError naming the field that is not supported, its value, and what is.
     mapping: Callable[[Settings], Fields]
+    # The stored tensors under the names and in the shapes of `tensor_shapes`; what is missing or left is found later
     conversion: Callable[[Mapping[str, Stored], Settings, ModelConfig], Tensors] = as_stored
+    # What the family's configuration in transformers has where a field is left out
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Those linear ones that adapters may change, {} for the layer's number
     modules: Modules = field(default_factory=lambda: LLAMA_MODULES)
-    transposed: bool = False
+    transposed: bool = False  # whether their matrices are stored the other way round
 
     def fields(self, s: Settings) -> Fields:
         return self.mapping(s.over(self.defaults))

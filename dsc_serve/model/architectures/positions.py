@@ -28,16 +28,12 @@ CONTEXT, ORIGINAL, PARTIAL = "max_position_embeddings", "original_max_position_e
 
 @dataclass(frozen=True)
 class Positions:
-    """How a family writes its rotary positions.
+    """How a family writes its rotary positions."""
 
-    theta, share: the fields that say the base, and the share of a head that is turned; partial: whether that may be
-    another than all of it. older: names of scalings that stand for others.
-    """
-
-    theta: str = "rope_theta"
-    share: str = PARTIAL
-    partial: bool = False
-    older: Mapping[str, str] = field(default_factory=lambda: OLDER)
+    theta: str = "rope_theta"  # the field that says the base
+    share: str = PARTIAL  # the field that says which share of a head is turned
+    partial: bool = False  # whether that may be another than all of it
+    older: Mapping[str, str] = field(default_factory=lambda: OLDER)  # names of scalings that stand for others
 
     def fields(self, s: Settings, head_dim: Any) -> Fields:
         """rope_theta, the scaling, the context that it gives and rotary_dim. Raises CheckpointError."""

@@ -24,20 +24,16 @@ NULLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A configuration under Hugging Face's field names; path: the file that it stands in, for errors.
-
-    defaults: what the fields are that it leaves out. names: what the file calls fields whose names are others, those
-    within an object behind its name and a dot; what has none there is called by its own behind `prefix`. complete:
-    nothing has a default that is there, were it null. assumed: the sizes that were asked for and had a default.
-    """
+    """A configuration under Hugging Face's field names."""
 
     content: Mapping[str, Any]
-    path: Path
+    path: Path  # the file that it stands in, for errors
+    # What the file calls fields whose names are others, those within an object behind its name and a dot
     names: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = ""
-    complete: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    assumed: dict[str, int] = field(default_factory=dict)
+    prefix: str = ""  # behind which other fields have their own names in the file
+    complete: bool = False  # nothing has a default that is there, were it null
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what the fields are that it leaves out
+    assumed: dict[str, int] = field(default_factory=dict)  # the sizes that were asked for and had a default
 
     def over(self, defaults: Mapping[str, Any]) -> Settings:
         """The same with a family's defaults."""

@@ -21,8 +21,14 @@ def test_there_are_headers() -> None:
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: f"{header.parent.name}/{header.name}")
-def test_a_header_compiles_alone(header: Path) -> None:
+@pytest.mark.parametrize("level", ["", "x86-64-v3"])
+def test_a_header_compiles_alone(header: Path, level: str) -> None:
+    """Vectors of sixteen are others where the processor has none (`wide.h`)."""
+    if level and header.parent.name != "cpu":
+        pytest.skip("knows no vectors")
     flags = (header.parent / "compile_flags.txt").read_text().split()
+    if level:
+        flags = [*(flag for flag in flags if not flag.startswith("-m")), f"-march={level}"]
     if header.parent.name == "bindings":
         if not (PYTHON / "Python.h").exists():
             pytest.skip("no headers of Python here")

@@ -36,16 +36,16 @@ def huggingface_source(folder: Path) -> ModelSource:
     tokenizer = Tokenizer.load(folder)
     path = folder / "config.json"
     settings = Settings(read_json(path), path)
-    config = described(settings, None if tokenizer is None else tokenizer.eos_token_id)
+    config = huggingface_config(settings, None if tokenizer is None else tokenizer.eos_token_id)
     assumed = assumption(settings)
     try:
-        tensors, dtype = mapped_tensors(folder, config)
+        tensors, dtype = mapped_tensors(folder, settings, config)
     except CheckpointError as error:
         raise CheckpointError(f"{assumed}{error}") from None
     tied = config.tie_word_embeddings and tie(tensors, folder)
     config = config.model_copy(update={"tie_word_embeddings": tied})
     texts = lambda: {} if tokenizer is None else text_files(folder, FILES)  # noqa: E731
-    origin = Origin(read_json(folder / "config.json"), folder / "config.json")
+    origin = Origin(settings.content, path)
     return ModelSource(folder, config, tensors, dtype, texts, origin, assumed=assumed)
 
 
@@ -56,14 +56,13 @@ def assumption(settings: Settings) -> str:
     return f"{settings.path}: {', '.join(each)}: " if each else ""
 
 
-def mapped_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:
+def mapped_tensors(folder: Path, settings: Settings, config: ModelConfig) -> tuple[dict[str, Stored], torch.dtype]:
     """The tensors of a folder as its family has them in the serving form, and the dtype that most of it is stored in.
 
     What a family multiplies becomes float32, whatever that dtype is. Raises CheckpointError.
     """
     stored = stored_tensors(weight_files(folder))
     stored = {name: own for name, own in stored.items() if not name.endswith(BUFFERS)}
-    settings = Settings(read_json(folder / "config.json"), folder / "config.json")
     return architecture_of(settings).tensors(stored, settings, config), commonest_dtype(stored)
 
 
@@ -89,18 +88,12 @@ def tie(tensors: dict[str, Stored], folder: Path) -> bool:
     return True
 
 
-def huggingface_config(folder: Path, tokenizer_eos: int | None = None) -> ModelConfig:
-    """A folder's `config.json` and `generation_config.json` as a ModelConfig.
+def huggingface_config(settings: Settings, tokenizer_eos: int | None = None) -> ModelConfig:
+    """A `config.json`, and the `generation_config.json` beside it, as a ModelConfig.
 
     tokenizer_eos: an end of text, too: models tuned for chats often inherit the other ends from what they were tuned
     from. Raises CheckpointError naming the field that does not fit and what is supported.
     """
-    path = folder / "config.json"
-    return described(Settings(read_json(path), path), tokenizer_eos)
-
-
-def described(settings: Settings, tokenizer_eos: int | None) -> ModelConfig:
-    """As `huggingface_config`, of a `config.json` that was read."""
     content, path = settings.content, settings.path
     architecture = architecture_of(settings)
     refuse_quantised(content, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def test_of_two_names_the_one_that_stands_for_the_other_counts(first: str, secon
     ffn = config_of(name, **{first: 24, second: 16}).ffn
     assert ffn.kind == "moe" and ffn.num_experts == 24
     assert config_of(name, **{second: 16}).ffn.model_dump()["num_experts"] == 16
+
+
+def test_falcons_older_name_of_the_width_counts() -> None:
+    config = config_of("FalconForCausalLM", n_embed=1024, num_attention_heads=8)
+    assert (config.hidden_size, config.head_dim, config.ffn.model_dump()["size"]) == (1024, 128, 4096)
+
+
+def test_longrope_takes_its_factor_for_the_quotient_of_both_contexts() -> None:
+    lists = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    found = [
+        config_of("Phi3ForCausalLM", rope_scaling={**lists, **given}, **beside).rope_scaling
+        for given, beside in (
+            ({"factor": 32.0}, {}),
+            ({}, {"max_position_embeddings": 32 * 4096}),
+            ({"factor": 32.0, "original_max_position_embeddings": 16}, {"max_position_embeddings": 64}),
+            ({"factor": 0.5}, {"max_position_embeddings": 32 * 4096}),
+            ({"factor": 32.0, "attention_factor": 1.5}, {}),
+        )
+    ]
+    grown = (1 + math.log(32) / math.log(4096)) ** 0.5
+    assert [own.magnitude for own in found if own is not None] == pytest.approx([grown, grown, grown, 1.0, 1.5])
 
 
 def test_every_family_has_a_case_that_leaves_fields_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -45,11 +46,10 @@ def on_ranks(size: int, folder: Path, run: Callable[[RankGroup], T]) -> list[T]:
 
 def followers(parent: int) -> list[int]:
     """The processes of other ranks that a process has started."""
-    children = [
-        int(child)
-        for task in Path(f"/proc/{parent}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    children: list[int] = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            children += map(int, (task / "children").read_text().split())
     return [child for child in children if FOLLOWER in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 

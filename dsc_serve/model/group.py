@@ -63,8 +63,9 @@ class RankGroup:
     def abort(self) -> None:
         """From another thread: another rank has ended. Who waits for a GPU's exchange with it then waits no longer, and
         goes on with what is none; on CPUs the broken connection is an error by itself."""
-        if self._backend is not None and self._device.type == "cuda":
-            self._backend.abort()
+        backend = self._backend  # which `close` may take away meanwhile
+        if backend is not None and self._device.type == "cuda":
+            backend.abort()
 
     @property
     def sent(self) -> float:

@@ -237,8 +237,8 @@ class Ranks:
         with self._lock:
             first, self._lost = not self._lost, self._lost or reason
         if first:
-            self.group.abort()
             self._on_lost(reason)
+            self.group.abort()  # may wait for the device
 
 
 def hang_up(connections: Mapping[int, socket.socket]) -> None:

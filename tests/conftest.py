@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from dsc_serve.model.reference import import_reference
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Ten thousand collected tests are millions of objects: a full collection of garbage walked them all, and held a
+    client of a running server for half a second in the middle of what it measured.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

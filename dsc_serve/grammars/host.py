@@ -276,7 +276,8 @@ def first(connection: socket.socket) -> Begin | None:
 
 
 def main(descriptor: int) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # who made this process ends it, by hanging up
+    # Who made this process ends it, by hanging up; it may write to a terminal from the background.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     begin = first(connection)

@@ -171,12 +171,15 @@ class Link:
 
     def _start(self, theirs: int) -> None:
         begin = frame(self._begin())
+        # A group of its own, so that a terminal's signals pass it by, but no session of its own: where Linux shares
+        # processors between sessions (autogroup), niceness counts within one alone, and grammars got a third of a
+        # processor beside an engine in another, however far down they were put.
         self._process = subprocess.Popen(
             (*HOST, str(theirs)),
             pass_fds=(theirs,),
             stdin=subprocess.DEVNULL,
             env=grammar_environment(),
-            start_new_session=True,
+            process_group=0,
         )
         self._connection.sendall(begin)
 

@@ -81,7 +81,7 @@ class Renderer:
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     env=child_environment(),
-                    start_new_session=True,
+                    process_group=0,
                 )
         except OSError:
             ours.close()

@@ -267,8 +267,10 @@ class EngineProcess:
 
 
 def main(descriptor: int) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # service managers send it to both processes at once
-        signal.signal(number, signal.SIG_IGN)  # the API process decides when to stop; it closes the connection
+    # Service managers send the first two to both processes at once: the API process decides when to stop, and closes
+    # the connection. The last is of terminals that stop who writes to them from the background.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     start = receive(connection)
     if not isinstance(start, Start):

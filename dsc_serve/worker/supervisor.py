@@ -106,7 +106,7 @@ class EngineSupervisor:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=engine_environment(self.config.threads),
-                start_new_session=True,
+                preexec_fn=os.setpgrp,  # own group, no own session: see `grammars.link`
             )
         return await asyncio.open_connection(sock=ours)
 

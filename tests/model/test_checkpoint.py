@@ -226,7 +226,7 @@ def test_a_gpu_without_bfloat16_computes_in_float32(
     assert checkpoint.choose_dtype("auto", torch.bfloat16, torch.device("cuda")) == dtype
 
 
-@pytest.mark.parametrize("kernels", ["plain", "baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("kernels", ["plain", "baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_without_products_of_bfloat16_native_kernels_compute_in_it_and_torch_does_not(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

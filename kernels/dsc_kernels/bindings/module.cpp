@@ -11,7 +11,7 @@ const InstructionSet* active = nullptr;
 
 namespace {
 
-const InstructionSet* const sets[] = {&avx512bf16_set, &avx512_set, &avx2_set, &baseline_set};
+const InstructionSet* const sets[] = {&amx_set, &avx512bf16_set, &avx512_set, &avx2_set, &baseline_set};
 
 PyObject* supported(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
@@ -24,12 +24,17 @@ PyObject* supported(PyObject*, PyObject*) {
   return names;
 }
 
+void choose(const InstructionSet* set) {
+  active = set;
+  if (set->begin) set->begin();
+}
+
 PyObject* use(PyObject*, PyObject* name) {
   const char* wanted = PyUnicode_AsUTF8(name);
   if (!wanted) return nullptr;
   for (const InstructionSet* set : sets)
     if (!std::strcmp(set->name, wanted) && set->supported()) {
-      active = set;
+      choose(set);
       Py_RETURN_NONE;
     }
   return PyErr_Format(PyExc_ValueError, "instruction set %R is not supported here", name);
@@ -77,7 +82,7 @@ int add_names(PyObject* module, const char* name, std::initializer_list<const ch
 PyMODINIT_FUNC PyInit__native() {
   using namespace dsc;
   for (const InstructionSet* set : sets)
-    if (!active && set->supported()) active = set;
+    if (!active && set->supported()) choose(set);
   PyObject* module = PyModule_Create(&definition);
   for (PyMethodDef* part : {layer_methods, step_methods, token_methods})
     if (module && PyModule_AddFunctions(module, part) < 0) Py_CLEAR(module);

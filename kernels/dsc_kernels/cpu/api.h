@@ -316,8 +316,9 @@ struct InstructionSet {
   bool (*supported)();  // by this machine
   Kernels float32, bfloat16;
   void (*sample)(const Sampling&);
+  void (*begin)() = nullptr;  // called when it is chosen
 };
 
-extern const InstructionSet avx512bf16_set, avx512_set, avx2_set, baseline_set;
+extern const InstructionSet amx_set, avx512bf16_set, avx512_set, avx2_set, baseline_set;
 
 }  // namespace dsc

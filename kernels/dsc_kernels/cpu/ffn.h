@@ -113,7 +113,7 @@ INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64
 
 template <typename T>
 void ffn(const Ffn& a) {
-  if (a.batch <= SMALL_BATCH) {
+  if (is_small<T>(a.batch)) {
     FfnBuffers<T> b(a, a.batch, a.threads);
     b.bind(a, 0, a.batch);
     const Inputs<T> x = {pack_inputs<T>(a.x, 0, a.batch, a.d, b.x), row_stride<T>(a.d), b.x_bytes};

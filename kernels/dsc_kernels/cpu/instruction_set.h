@@ -25,8 +25,8 @@ constexpr Kernels kernels() {
           store_kv<T>, norm<T>};
 }
 
-constexpr InstructionSet instruction_set(const char* name, bool (*supported)()) {
-  return {name, supported, kernels<float>(), kernels<bf16>(), sample};
+constexpr InstructionSet instruction_set(const char* name, bool (*supported)(), void (*begin)() = nullptr) {
+  return {name, supported, kernels<float>(), kernels<bf16>(), sample, begin};
 }
 
 DSC_KERNELS_END

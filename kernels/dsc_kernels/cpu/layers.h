@@ -1,7 +1,7 @@
 // What layers share, and the short ones. One call is one parallel region, with a barrier only where threads need each
 // other's results.
 //
-// Up to SMALL_BATCH tokens the threads share each product by its outputs, so that every weight is streamed once. Beyond, they
+// In small batches the threads share each product by its outputs, so that every weight is streamed once. In larger ones they
 // share the tokens: each takes chunks through all phases by itself, with intermediate results that stay in its cache.
 #pragma once
 
@@ -18,7 +18,8 @@
 
 DSC_KERNELS_BEGIN
 
-constexpr int64_t SMALL_BATCH = 24;       // tokens up to which weights are shared
+constexpr int64_t SMALL_BATCH = 24;       // tokens up to which threads share weights …
+constexpr int64_t SMALL_TILED_BATCH = 32;  // … that tiles multiply: reading them is all that takes time
 constexpr int64_t CHUNK_TOKENS = 96;      // that a thread takes at a time beyond: their logits stay in its cache
 constexpr int64_t READ_ALONE = 4;         // tokens that one thread reads in less time than waiting for another takes
 constexpr int64_t TASKS_PER_THREAD = 16;  // of attention, so that the threads end together
@@ -28,7 +29,15 @@ INLINE int64_t round_up_2(int64_t d) { return (d + 1) / 2 * 2; }
 // Where share i of n of `size` things begins.
 INLINE int64_t split_point(int64_t size, int64_t i, int64_t n) { return size * i / n; }
 
-// Tokens that one thread takes at a time beyond SMALL_BATCH: as even as the threads allow.
+template <typename T>
+INLINE bool is_small(int64_t batch) {
+#if defined(__AVX512BF16__)
+  if (sizeof(T) == 2 && tiles_in_use) return batch <= SMALL_TILED_BATCH;
+#endif
+  return batch <= SMALL_BATCH;
+}
+
+// Tokens that one thread takes at a time of a batch that is not small: as even as the threads allow.
 INLINE int64_t chunk_of(int64_t batch, int threads) {
   int64_t share = (batch + threads - 1) / threads;
   int64_t rounds = (share + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
@@ -95,7 +104,7 @@ INLINE void linear_as(const Linear& a) {
   bool alone = a.batch <= READ_ALONE;
   if (a.w_format && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
   int64_t panels = panel_count(a.n);
-  bool by_tokens = a.batch > SMALL_BATCH;
+  bool by_tokens = !is_small<T>(a.batch);
   int64_t chunk = by_tokens ? chunk_of(a.batch, a.threads) : a.batch;
   const Branch branch(a.adapted, a.module, a.modules, sizeof(T) == 2, a.batch, *a.scratch);
   const Matrix w(a.w, a.w_format);

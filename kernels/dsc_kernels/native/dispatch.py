@@ -14,8 +14,8 @@ from dsc_kernels.quantised import Weight
 RouterPrecision = Literal["auto", "exact", "int8-certified"]
 ROUTER_PRECISIONS: tuple[RouterPrecision, ...] = get_args(RouterPrecision)
 SCREENED_ATOMS = 128  # for each that is picked, from which on it is faster
-WIDENING_SETS = ("avx2", "avx512", "avx512bf16")  # that make float32 of bfloat16 in registers
-SCREENING_SETS = ("avx512bf16",)  # whose int8 products are faster than the others
+WIDENING_SETS = ("avx2", "avx512", "avx512bf16", "amx")  # that make float32 of bfloat16 in registers
+SCREENING_SETS = ("avx512bf16", "amx")  # whose int8 products are faster than the others
 
 _active: str | None = None
 _router: RouterPrecision = "auto"

@@ -41,19 +41,39 @@ struct KvCursor {
   }
 };
 
-// Rows needed soon are asked for ahead of time: blocks are too short for the processor to guess the next.
+// The keys and values that come next, which are asked for a few rows at a time while those at hand are computed: blocks
+// are too short for the processor to guess the next, and of too many lines at once it waits for the first.
 template <typename T>
-INLINE void prefetch_kv(const T* pool, const int64_t* rows_at, int64_t count, int64_t size) {
-  if (size * sizeof(T) == 128) {
-    for (int64_t i = 0; i < count; i++) {
-      __builtin_prefetch(pool + rows_at[i], 0, 2);
-      __builtin_prefetch(pool + rows_at[i] + size / 2, 0, 2);
+struct KvAhead {
+  const T* keys;
+  const T* values;  // null: they lie within the keys
+  const int64_t* rows_at;
+  int64_t count, size;
+  int64_t asked = 0;
+
+  INLINE void ask(int64_t rows) {
+    int64_t last = asked + rows < count ? asked + rows : count;
+    for (; asked < last; asked++) {
+      ask_for(keys + rows_at[asked]);
+      if (values) ask_for(values + rows_at[asked]);
     }
-    return;
   }
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(pool + rows_at[i] + c, 0, 2);
-}
+
+ private:
+  INLINE void ask_for(const T* row) const {
+    constexpr int64_t LINE = 64 / (int64_t)sizeof(T);
+    if (size == 2 * LINE) {
+      __builtin_prefetch(row, 0, 3);
+      __builtin_prefetch(row + LINE, 0, 3);
+      return;
+    }
+    for (int64_t c = 0; c < size; c += LINE) __builtin_prefetch(row + c, 0, 3);
+  }
+};
+
+// Rows that are asked for while one head scores LANES keys, divided by the heads of a group; scoring takes longer than
+// gathering does, where one is asked for with every second value.
+constexpr int64_t ASKED_IN_SCORES = 8;
 
 // What one query head has gathered so far: its sums are over values weighted by e^(score − highest).
 struct SoftmaxState {
@@ -80,10 +100,12 @@ INLINE void store_up_to(T* p, vf v, int64_t count) {
   count >= LANES ? store(p, v) : store_some(p, v, (int)count);
 }
 
-template <typename T>
+// ahead: of which so many rows are asked for with every LANES keys.
+template <typename T, typename S>
 INLINE void score(const T* q, const T* keys, const int64_t* rows_at, int64_t count, int64_t size, float scale,
-                  float* scores) {
+                  float* scores, KvAhead<S>& ahead, int64_t asks) {
   for (int64_t n = 0; n < count; n += LANES) {
+    ahead.ask(asks);
     vf products[LANES] = {};
     if (count - n >= LANES) {
       for (int i = 0; i < LANES; i++) products[i] = partial_dot(q, keys + rows_at[n + i], size);
@@ -134,62 +156,38 @@ INLINE bool paired(int64_t size) {
   return sizeof(T) == 2 && size % (4 * LANES) == 0;
 }
 
-INLINE void gather_pairs(const float*, const int64_t*, const float*, int64_t, int64_t, float, float*) {}
-
-INLINE void gather_pairs(const bf16* values, const int64_t* rows_at, const float* weights, int64_t count, int64_t size,
-                         float rescale, float* sums) {
-  for (int64_t c = 0; c < size; c += 4 * LANES) {
-    vf acc[4];
-    for (int p = 0; p < 4; p++) acc[p] = rescale * load(sums + c + p * LANES);
-    for (int64_t i = 0; i < count; i++)
-      for (int p = 0; p < 4; p += 2) {
-        vf even, odd;
-        load_pairs(values + rows_at[i] + c + p * LANES, even, odd);
-        acc[p] += weights[i] * even;
-        acc[p + 1] += weights[i] * odd;
-      }
-    for (int p = 0; p < 4; p++) store(sums + c + p * LANES, acc[p]);
-  }
-}
-
-template <typename T>
-INLINE void gather(const T* values, const int64_t* rows_at, const float* weights, int64_t count, int64_t size,
-                   float rescale, float* sums) {
-  int64_t c = 0;
-  for (; c + 4 * LANES <= size; c += 4 * LANES) {
-    vf acc[4];
-    for (int p = 0; p < 4; p++) acc[p] = rescale * load(sums + c + p * LANES);
-    for (int64_t i = 0; i < count; i++)
-      for (int p = 0; p < 4; p++) acc[p] += weights[i] * load(values + rows_at[i] + c + p * LANES);
-    for (int p = 0; p < 4; p++) store(sums + c + p * LANES, acc[p]);
-  }
-  for (; c < size; c += LANES) {
-    vf acc = rescale * load_up_to(sums + c, size - c);
-    for (int64_t i = 0; i < count; i++) acc += weights[i] * load_up_to(values + rows_at[i] + c, size - c);
-    store_up_to(sums + c, acc, size - c);
-  }
-}
-
-// Query heads whose sums are gathered at a time from values in int8, and vectors of each that lie in registers.
-constexpr int HEADS = 4;
+// Query heads whose sums are gathered at a time, so that a value is widened once for all of them, and vectors of each
+// that lie in registers.
 #if defined(__AVX512F__)
-constexpr int GATHERED = 4;
+constexpr int HEADS = 4, GATHERED = 4;
 #else
-constexpr int GATHERED = 1;
+constexpr int HEADS = 2, GATHERED = 2;
 #endif
 
-// The sums of H heads over values in int8; weights count what 1 is worth in their rows.
-template <int H>
-INLINE void gather_bytes(const int8_t* values, const int64_t* rows_at, const float (*weights)[KEYS], int64_t count,
-                         int64_t size, const float* rescale, float* const* sums) {
+template <typename V>
+INLINE vf load_value(const V* p, int64_t count) {
+  return load_up_to(p, count);
+}
+
+INLINE vf load_value(const int8_t* p, int64_t count) { return count >= LANES ? load_bytes(p) : some_bytes(p, count); }
+
+// The sums of H heads over values; weights of values in int8 count what 1 is worth in their rows.
+template <int H, bool PAIRS, typename V, typename S>
+INLINE void gather(const V* values, const int64_t* rows_at, const float (*weights)[KEYS], int64_t count, int64_t size,
+                   const float* rescale, float* const* sums, KvAhead<S>& ahead) {
   int64_t c = 0;
   for (; c + GATHERED * LANES <= size; c += GATHERED * LANES) {
     vf acc[H][GATHERED];
     for (int h = 0; h < H; h++)
       for (int p = 0; p < GATHERED; p++) acc[h][p] = rescale[h] * load(sums[h] + c + p * LANES);
     for (int64_t i = 0; i < count; i++) {
+      if (i % 2 == 0) ahead.ask(1);
       vf row[GATHERED];
-      for (int p = 0; p < GATHERED; p++) row[p] = load_bytes(values + rows_at[i] + c + p * LANES);
+      const V* from = values + rows_at[i] + c;
+      for (int p = 0; p < GATHERED; p += PAIRS ? 2 : 1) {
+        if constexpr (PAIRS) load_pairs(from + p * LANES, row[p], row[p + 1]);
+        else row[p] = load_value(from + p * LANES, LANES);
+      }
       for (int h = 0; h < H; h++)
         for (int p = 0; p < GATHERED; p++) acc[h][p] += weights[h][i] * row[p];
     }
@@ -201,11 +199,27 @@ INLINE void gather_bytes(const int8_t* values, const int64_t* rows_at, const flo
     vf acc[H];
     for (int h = 0; h < H; h++) acc[h] = rescale[h] * load_up_to(sums[h] + c, left);
     for (int64_t i = 0; i < count; i++) {
-      const int8_t* from = values + rows_at[i] + c;
-      vf row = left >= LANES ? load_bytes(from) : some_bytes(from, left);
+      vf row = load_value(values + rows_at[i] + c, left);
       for (int h = 0; h < H; h++) acc[h] += weights[h][i] * row;
     }
     for (int h = 0; h < H; h++) store_up_to(sums[h] + c, acc[h], left);
+  }
+}
+
+template <bool PAIRS, typename V, typename S>
+INLINE void gather(const V* values, const int64_t* rows_at, const float (*weights)[KEYS], int64_t count, int64_t size,
+                   int64_t heads, const float* rescale, float* const* sums, KvAhead<S>& ahead) {
+  auto of = [&]<int H>() __attribute__((always_inline)) {
+    if (size == 64) gather<H, PAIRS>(values, rows_at, weights, count, 64, rescale, sums, ahead);
+    else gather<H, PAIRS>(values, rows_at, weights, count, size, rescale, sums, ahead);
+  };
+  switch (heads) {
+    case 1: return of.template operator()<1>();
+    case 2: return of.template operator()<2>();
+#if defined(__AVX512F__)
+    case 3: return of.template operator()<3>();
+    case 4: return of.template operator()<4>();
+#endif
   }
 }
 
@@ -238,7 +252,7 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
     int64_t from = first_seen(a.contexts[s] - 1, a.window);
     return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, row, from, a.contexts[s]);
   };
-  float key_scales[INT8 ? KEYS : 1], value_scales[INT8 ? KEYS : 1], weights[INT8 ? HEADS : 1][KEYS];
+  float key_scales[INT8 ? KEYS : 1], value_scales[INT8 ? KEYS : 1], weights[HEADS][KEYS];
   int64_t rows_at[2][KEYS], held = 0, wide_at[INT8 ? KEYS : 1];
   T* wide_keys = (T*)(room + a.group * softmax_state_bytes(a.value_size));
   const bool apart = a.value_size == a.size;  // values from keys
@@ -248,7 +262,11 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
                       __attribute__((always_inline)) { return (SoftmaxState*)(room + g * softmax_state_bytes(a.value_size)); };
   KvCursor at = walk(first);
   int64_t rows = at.next(rows_at[0]), next;
-  prefetch_kv(keys, rows_at[0], rows, row);
+  const int64_t asks = (ASKED_IN_SCORES + a.group - 1) / a.group;
+  auto ahead = [&](int64_t held, int64_t rows) __attribute__((always_inline)) {
+    return KvAhead<S>{keys, apart ? values : nullptr, rows_at[held], rows, row};
+  };
+  ahead(0, rows).ask(rows);
   for (int64_t i = first; i < first + count; i++) {
     const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
     for (int64_t g = 0; g < a.group; g++) {
@@ -256,55 +274,43 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
       memset(gathered(g)->sums, 0, a.value_size * sizeof(float));
     }
     for (bool more = true; more; rows = next, held ^= 1) {
-      prefetch_kv(values, rows_at[held], rows, INT8 ? row : a.value_size);
       more = at.at < at.seen;
       if (!more && i + 1 < first + count) at = walk(i + 1);
       next = at.next(rows_at[held ^ 1]);
-      prefetch_kv(keys, rows_at[held ^ 1], next, row);
+      KvAhead<S> later = ahead(held ^ 1, next);
       const T *own_keys, *own_values;
       const int64_t* own_at;
       if constexpr (INT8) {
         widen_levels(keys, rows_at[held], rows, a.size == 64 ? 64 : a.size, wide_keys);
         scales_of(keys, rows_at[held], rows, a.size, key_scales);
+        if (apart) scales_of(values, rows_at[held], rows, a.size, value_scales);
         own_keys = wide_keys, own_at = wide_at, own_values = wide_keys + (a.size - a.value_size);
       } else {
         own_keys = keys, own_values = values, own_at = rows_at[held];
       }
       auto weigh = [&](int64_t g, float* scores) __attribute__((always_inline)) {
-        if (a.size == 64) score(q + g * 64, own_keys, own_at, rows, 64, a.scale, scores);
-        else score(q + g * a.size, own_keys, own_at, rows, a.size, a.scale, scores);
+        if (a.size == 64) score(q + g * 64, own_keys, own_at, rows, 64, a.scale, scores, later, asks);
+        else score(q + g * a.size, own_keys, own_at, rows, a.size, a.scale, scores, later, asks);
         if constexpr (INT8) scale_each(scores, key_scales, rows);
         if (a.cap > 0) cap_scores(scores, rows, a.cap);
         float rescale = softmax_step(scores, rows, *gathered(g));
         if constexpr (INT8) scale_each(scores, apart ? value_scales : key_scales, rows);
         return rescale;
       };
-      if constexpr (INT8) {
-        if (apart) {
-          scales_of(values, rows_at[held], rows, a.size, value_scales);
-          for (int64_t g = 0, heads; g < a.group; g += heads) {
-            float rescale[HEADS], *sums[HEADS];
-            heads = a.group - g < HEADS ? a.group - g : HEADS;
-            for (int64_t h = 0; h < heads; h++) rescale[h] = weigh(g + h, weights[h]), sums[h] = gathered(g + h)->sums;
-            const int8_t* pool = values;
-            switch (heads) {
-              case 1: gather_bytes<1>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
-              case 2: gather_bytes<2>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
-              case 3: gather_bytes<3>(pool, rows_at[held], weights, rows, a.size, rescale, sums); break;
-              default: gather_bytes<4>(pool, rows_at[held], weights, rows, a.size, rescale, sums);
-            }
+      for (int64_t g = 0, heads; g < a.group; g += heads) {
+        float rescale[HEADS], *sums[HEADS];
+        heads = a.group - g < HEADS ? a.group - g : HEADS;
+        for (int64_t h = 0; h < heads; h++) rescale[h] = weigh(g + h, weights[h]), sums[h] = gathered(g + h)->sums;
+        if constexpr (INT8) {
+          if (apart) {
+            gather<false>((const int8_t*)values, rows_at[held], weights, rows, a.size, heads, rescale, sums, later);
+            continue;
           }
-          continue;
         }
+        if (pairs) gather<sizeof(T) == 2>(own_values, own_at, weights, rows, a.value_size, heads, rescale, sums, later);
+        else gather<false>(own_values, own_at, weights, rows, a.value_size, heads, rescale, sums, later);
       }
-      float* scores = weights[0];
-      for (int64_t g = 0; g < a.group; g++) {
-        float rescale = weigh(g, scores);
-        int64_t width = a.value_size;
-        if (pairs)
-          gather_pairs(own_values, own_at, scores, rows, width == 64 ? 64 : width, rescale, gathered(g)->sums);
-        else gather(own_values, own_at, scores, rows, width, rescale, gathered(g)->sums);
-      }
+      later.ask(next);
     }
     T* out = (T*)a.out + i * a.group * a.value_size;
     for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.value_size, pairs, out + g * a.value_size);

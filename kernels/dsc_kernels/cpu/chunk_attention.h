@@ -245,18 +245,18 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
   memset(b.sums, 0, panels * LANES * b.width * sizeof(float));
   KvCursor walk(a.table, a.kv_heads, head, a.block, row, start, seen);
   int64_t count = walk.next(rows_at[0]), next, held = 0;
-  prefetch_kv(keys, rows_at[0], count, row);
+  const S* apart = a.value_size == a.size ? values : nullptr;
+  KvAhead<S>{keys, apart, rows_at[0], count, row}.ask(count);
   for (; count > 0; count = next, held ^= 1) {
-    prefetch_kv(values, rows_at[held], count, INT8 ? row : a.value_size);
     next = walk.next(rows_at[held ^ 1]);
-    prefetch_kv(keys, rows_at[held ^ 1], next, row);
+    KvAhead<S>{keys, apart, rows_at[held ^ 1], next, row}.ask(next);
     const T *own_keys, *own_values;
     const int64_t* own_at;
     if constexpr (INT8) {
       widen_rows(keys, rows_at[held], count, a.size, b.wide_keys);
-      if (a.value_size == a.size) widen_rows(values, rows_at[held], count, a.size, b.wide_values);
+      if (apart) widen_rows(values, rows_at[held], count, a.size, b.wide_values);
       own_keys = b.wide_keys, own_at = wide_at;
-      own_values = a.value_size == a.size ? b.wide_values : b.wide_keys + (a.size - a.value_size);
+      own_values = apart ? b.wide_values : b.wide_keys + (a.size - a.value_size);
     } else {
       own_keys = keys, own_values = values, own_at = rows_at[held];
     }

@@ -64,9 +64,9 @@ def run_speculation(
 
     threads = torch.get_num_threads()
     try:
-        DraftedRun(asked, work.resolve(), results, report).measure(done)
-        if text_model is not None:
+        if text_model is not None:  # first: it takes minutes, and the systems hours
             measure_texts(asked, text_model, tasks, results, report, done)
+        DraftedRun(asked, work.resolve(), results, report).measure(done)
     except OutOfTimeError:
         whole = False
     finally:

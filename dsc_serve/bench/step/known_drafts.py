@@ -12,20 +12,19 @@ from dsc_serve.engine.sampler import uniform
 class KnownSource(DraftSource):
     """Knows the output, and errs: a draft is right with the chance `rate`, whatever is drafted with it.
 
-    answer: the output, which begins at `start` of the request's tokens. vocabulary: a wrong token is the next one.
+    answer: the output, which begins at `start` of the request's tokens. vocabulary: a wrong token is the next one. All
+    is drawn beforehand: what the bench's own source takes is no part of what it measures.
     """
 
     def __init__(self, answer: Sequence[int], start: int, rate: float, vocabulary: int) -> None:
-        self._answer, self._start, self._rate, self._vocabulary = answer, start, rate, vocabulary
+        self._start = start
+        self._drafts = [
+            token if uniform(token, start + i) < rate else (token + 1) % vocabulary for i, token in enumerate(answer)
+        ]
 
     def draft(self, tokens: Sequence[int], most: int) -> tuple[Sequence[int], int]:
         first = len(tokens) - self._start
-        known = self._answer[first : first + most]
-        return [self._drafted(token, first + i) for i, token in enumerate(known)], 0
-
-    def _drafted(self, token: int, place: int) -> int:
-        right = uniform(token, self._start + place) < self._rate
-        return token if right else (token + 1) % self._vocabulary
+        return self._drafts[first : first + most], 0
 
 
 def known_kinds(rate: float, vocabulary: int) -> dict[str, SourceKind]:

@@ -96,7 +96,8 @@ class Drafter:
             for request_id, count in plan.tokens.items()
             if count == 1 and (request := running.get(request_id)) is not None
         ]
-        least = cost.token * drawn / step_ms  # no draft that is less likely right can pay
+        # no draft that is less likely right can pay, with as many others as there may be
+        least = (cost.token + cost.request / max(self.most, 1)) * drawn / step_ms
         hopeful = [(request, drafting) for request, drafting in able if drafting.chance > least]
         if not hopeful and self._without >= PROBE:
             return self._probe(able)

@@ -56,13 +56,13 @@ class AdaptedNetwork(Network):
     def _linear(self, updates: Updates, layer: int, module: str, tenants: int, x: Tensor) -> Tensor:
         """x [N · rows, T, in] → [N · rows, T, out], with the tenants' updates where there are any."""
         name = f"model.layers.{layer}.{NAMES[module]}"
-        y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        own = x.view(tenants, -1, x.shape[-1])
+        y = F.linear(own, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         update = updates.get((layer, module))
-        if update is None:
-            return y
-        down, up = update
-        latent = torch.bmm(x.view(tenants, -1, x.shape[-1]), down.transpose(1, 2))
-        return y + self.scale * torch.bmm(latent, up.transpose(1, 2)).view_as(y)
+        if update is not None:
+            down, up = (matrix.transpose(1, 2) for matrix in update)
+            y = y.baddbmm_(torch.bmm(own, down), up, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
 
     def _attended(self, updates: Updates, layer: int, tenants: int, x: Tensor) -> Tensor:
         c = self.config

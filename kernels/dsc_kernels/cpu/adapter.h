@@ -52,10 +52,9 @@ INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* laten
 constexpr int64_t PANELS_AHEAD = 4;
 
 template <typename T>
-INLINE void ask_ahead(const T* up, int64_t panel, int64_t panels, int64_t rank) {
-  if (panel + PANELS_AHEAD >= panels) return;
+INLINE void ask_for(const T* up, int64_t panel, int64_t rank) {
   int64_t size = (sizeof(T) == 2 ? (rank + 1) / 2 * 2 : rank) * LANES;
-  const T* next = up + (panel + PANELS_AHEAD) * size;
+  const T* next = up + panel * size;
   for (int64_t i = 0; i < size; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(next + i, 0, 3);
 }
 
@@ -128,6 +127,23 @@ struct Branch {
     }
   }
 
+  INLINE void ask_for_panel(const LowRank& update, int64_t panel) const {
+    if (panel < update.first || panel >= update.end) return;
+    if (is_bf16) ask_for((const bf16*)update.up, panel - update.first, update.rank);
+    else ask_for((const float*)update.up, panel - update.first, update.rank);
+  }
+
+  // The panels that `add` comes to first, of tokens before `count`: of those after them it asks itself.
+  void ask_for_first(int64_t count, int64_t panel) const {
+    for (int64_t run = 0; run < adapted->run_count; run++) {
+      const AdapterRun& own = adapted->runs[run];
+      if (own.first >= base + count || own.first + own.count <= base) continue;
+      const LowRank* update = adapted->updates(run, module);
+      for (int64_t i = 0; i < modules * own.parts; i++, update++)
+        for (int64_t p = 0; p < PANELS_AHEAD; p++) ask_for_panel(*update, panel + p);
+    }
+  }
+
   // Not inlined: sums are stored from many places, and there is more to do here than a call costs.
   __attribute__((noinline)) vf add(vf v, int64_t t, int64_t n) const {
     int32_t run = adapted->run_of[base + t];
@@ -137,16 +153,12 @@ struct Branch {
     const LowRank* update = adapted->updates(run, module);
     const float* latents = rows + t * width;
     for (int64_t i = 0; i < count; i++, update++) {
+      if (asks) ask_for_panel(*update, panel + PANELS_AHEAD);
       if (update->rank && panel >= update->first && panel < update->end) {
-        int64_t own = panel - update->first, panels = update->end - update->first, rank = update->rank;
+        int64_t own = panel - update->first;
         const float* given = update->core ? latents + to_lanes(update->inner) : latents;
-        if (is_bf16) {
-          if (asks) ask_ahead((const bf16*)update->up, own, panels, rank);
-          v += expand((const bf16*)update->up, own, rank, given);
-        } else {
-          if (asks) ask_ahead((const float*)update->up, own, panels, rank);
-          v += expand((const float*)update->up, own, rank, given);
-        }
+        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, given)
+                     : expand((const float*)update->up, own, update->rank, given);
       }
       latents += latent_width(*update);
     }

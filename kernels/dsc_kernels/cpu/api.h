@@ -240,7 +240,8 @@ struct ChunkAttention {
   void* out;             // [count, kv_heads · group, value_size]
   int64_t count, q_stride, context, kv_heads, group, size, value_size, block, window;  // as in Attention
   float scale, cap;
-  int int8_kv;  // whether the cache is in int8
+  int int8_kv;     // whether the cache is in int8
+  int64_t others;  // chunks that lie behind this one in memory, which differ in their sequences alone
   int threads;
   Scratch* scratch;
 };

@@ -290,23 +290,47 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
   }
 }
 
+// How a chunk's query rows are cut into tiles.
+struct ChunkCut {
+  int64_t rows, panels, tiles;
+
+  INLINE explicit ChunkCut(const ChunkAttention& a)
+      : rows(a.count * a.group), panels(panel_count(rows)), tiles((rows + ROWS - 1) / ROWS) {}
+
+  // The first row of a tile.
+  INLINE int64_t start(int64_t tile) const {
+    int64_t first = LANES * split_point(panels, tile, tiles);
+    return first < rows ? first : rows;
+  }
+};
+
+// A chunk and those behind it, whose tiles the threads share.
 template <typename T>
 void chunk_attention(const ChunkAttention& a) {
-  int64_t rows = a.count * a.group, panels = panel_count(rows), tiles = (rows + ROWS - 1) / ROWS;
-  int64_t wanted = (2 * a.threads + a.kv_heads - 1) / a.kv_heads;  // so that the threads end together
-  if (tiles < wanted) tiles = wanted < panels ? wanted : panels;
+  int64_t chunks = 1 + a.others, tiles = 0;
+  auto* cuts = a.scratch->take<ChunkCut>(chunks);
+  for (int64_t j = 0; j < chunks; j++) tiles += (cuts[j] = ChunkCut(*(&a + j))).tiles;
+  // tiles of each, so that the threads end together
+  int64_t wanted = ((2 * a.threads + a.kv_heads - 1) / a.kv_heads + chunks - 1) / chunks;
+  if (tiles < wanted * chunks)
+    for (int64_t j = 0; j < chunks; j++)
+      if (cuts[j].tiles < wanted) cuts[j].tiles = wanted < cuts[j].panels ? wanted : cuts[j].panels;
+  tiles = 0;
+  for (int64_t j = 0; j < chunks; j++) tiles += cuts[j].tiles;
   auto* buffers = a.scratch->take<ChunkBuffers<T>>(a.threads);
   for (int i = 0; i < a.threads; i++) buffers[i] = ChunkBuffers<T>(a.size, a.value_size, a.int8_kv, *a.scratch);
 #pragma omp parallel num_threads(a.threads)
   {
     const ChunkBuffers<T> own = buffers[omp_get_thread_num()];
+    int64_t j = 0, before = 0;  // the chunk of the tile at hand, and the tiles of those before it
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {
-      int64_t tile = tiles - 1 - i / a.kv_heads, first = LANES * split_point(panels, tile, tiles);  // the longest first
-      int64_t end = LANES * split_point(panels, tile + 1, tiles);
-      int64_t count = (end < rows ? end : rows) - first;
-      if (a.int8_kv) attend_tile<T, true>(a, i % a.kv_heads, first, count, own);
-      else attend_tile<T, false>(a, i % a.kv_heads, first, count, own);
+      while (i >= (before + cuts[j].tiles) * a.kv_heads) before += cuts[j++].tiles;
+      int64_t unit = i - before * a.kv_heads, tile = cuts[j].tiles - 1 - unit / a.kv_heads;  // the longest first
+      int64_t first = cuts[j].start(tile), count = cuts[j].start(tile + 1) - first;
+      const ChunkAttention& chunk = *(&a + j);
+      if (a.int8_kv) attend_tile<T, true>(chunk, unit % a.kv_heads, first, count, own);
+      else attend_tile<T, false>(chunk, unit % a.kv_heads, first, count, own);
     }
   }
 }

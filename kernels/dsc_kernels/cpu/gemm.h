@@ -145,8 +145,12 @@ INLINE void multiply(const T* w, const typename Input<T>::type* x, int64_t strid
 template <typename T, typename O>
 void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows, int64_t count, int64_t d,
           int64_t size, const Epilogue& e, O* out, int64_t first, int64_t last) {
-  if (e.branch) multiply<T>(w, x, stride, rows, count, d, AdaptedOutput<O>{e, out, size}, first, last);
-  else multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
+  if (e.branch) {
+    e.branch->ask_for_first(count, first);
+    multiply<T>(w, x, stride, rows, count, d, AdaptedOutput<O>{e, out, size}, first, last);
+    return;
+  }
+  multiply<T>(w, x, stride, rows, count, d, Output<O>{e, out, size}, first, last);
 }
 
 DSC_KERNELS_END

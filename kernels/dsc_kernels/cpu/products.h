@@ -74,8 +74,12 @@ __attribute__((noinline)) void gemm_quantised(const Matrix& w, const Inputs<T>& 
     multiply_quantised<T>((const uint8_t*)w.packed, w.format, x.rows, x.stride, x.bytes, rows, count, d, sink, first,
                           last);
   };
-  if (e.branch) to(AdaptedOutput<O>{e, out, size});
-  else to(Output<O>{e, out, size});
+  if (e.branch) {
+    e.branch->ask_for_first(count, first);
+    to(AdaptedOutput<O>{e, out, size});
+    return;
+  }
+  to(Output<O>{e, out, size});
 }
 
 // Panels first … last − 1 of out [count, size] = x[rows] · wᵀ.

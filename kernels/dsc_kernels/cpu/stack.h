@@ -125,14 +125,7 @@ class Stack {
       end_phase(KV_WRITES);
       c.single.keys = c.chunk.keys = (void*)cache.keys, c.single.values = c.chunk.values = (void*)cache.values;
       if (s.decodes) launch(k.attention, c.single);
-      for (int64_t j = 0; j < s.chunk_count; j++) {
-        const Chunk& chunk = s.chunks[j];
-        c.chunk.q = buffers.qkv + chunk.start * buffers.qkv_bytes;
-        c.chunk.out = buffers.heads + chunk.start * buffers.heads_bytes;
-        c.chunk.table = c.single.tables + chunk.row * s.width;
-        c.chunk.count = chunk.length, c.chunk.context = chunk.context;
-        launch(k.chunk_attention, c.chunk);
-      }
+      if (s.chunk_count) launch(k.chunk_attention, *c.chunks_of(s, buffers));
       end_phase(ATTENDING);
       launch(k.linear, c.out);
       end_phase(PROJECTIONS);
@@ -206,6 +199,7 @@ class Stack {
     char* qkv;            // queries, keys and values
     char* heads;          // attended heads
     char* middle;         // between attention and the FFN
+    ChunkAttention* chunks;
     Buffers(const DecoderLayer& layer, const Step& s, int is_bf16, Scratch& own) {
       int64_t element = is_bf16 ? 2 : 4;
       qkv_bytes = layer.qkv.n * element, heads_bytes = layer.out.d * element;
@@ -213,6 +207,7 @@ class Stack {
       qkv = own.take<char>(s.tokens * qkv_bytes);
       heads = own.take<char>(s.tokens * heads_bytes);
       middle = own.take<char>(s.tokens * layer.out.n * element);
+      chunks = own.take<ChunkAttention>(s.chunk_count);
     }
   };
 
@@ -226,9 +221,21 @@ class Stack {
     Linear out;              // from the attended heads
     StoreKv store{};         // keys and values into their blocks
     Attention single{};      // of sequences of one token
-    ChunkAttention chunk{};  // of several tokens of a prompt
+    ChunkAttention chunk{};  // of several tokens of one, but for what it is
     Ffn ffn{};               // the layer's, where it is no mixture
     Moe moe{};               // the layer's, where it is one
+
+    // All of a step's, one behind the other.
+    const ChunkAttention* chunks_of(const Step& s, const Buffers& to) const {
+      for (int64_t j = 0; j < s.chunk_count; j++) {
+        const Chunk& own = s.chunks[j];
+        ChunkAttention& call = to.chunks[j] = chunk;
+        call.q = to.qkv + own.start * to.qkv_bytes, call.out = to.heads + own.start * to.heads_bytes;
+        call.table = single.tables + own.row * s.width;
+        call.count = own.length, call.context = own.context, call.others = s.chunk_count - 1 - j;
+      }
+      return to.chunks;
+    }
 
     void bind_outputs(const LayerOutputs& outputs) {
       ffn.grouped = (int)outputs.grouped, ffn.picks = (int32_t*)outputs.picks;

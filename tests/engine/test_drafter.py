@@ -11,7 +11,7 @@ from support.fake_runner import EOS, alone, fake_engine
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.draft_time import DraftCost, DraftTime
 from dsc_serve.engine.drafts import SourceKind
-from dsc_serve.engine.drafts.drafter import PROBE, REFRESH, Drafter
+from dsc_serve.engine.drafts.drafter import PAUSE, PROBE, REFRESH, Drafter
 from dsc_serve.engine.drafts.drafting import DraftSource
 from dsc_serve.engine.drafts.widths import Option, widths
 from dsc_serve.engine.engine import Engine
@@ -135,6 +135,21 @@ def test_drafts_that_are_never_right_are_given_up_and_tried_now_and_then() -> No
     assert engine.counters.steps == 300
     assert 300 // PROBE - 1 <= engine.drafter.report.drafted["wrong"] <= 12
     assert engine.drafter.report.accepted["wrong"] == 0
+
+
+def test_drafts_that_cannot_pay_are_asked_for_less_often_until_the_streams_change() -> None:
+    source = Wrong()
+    engine = drafting_engine({"wrong": SourceKind(lambda request: source, (0.9,))}, Estimate(2.0, 0.5))
+    engine.drafter._choose = lambda options, *_: [0] * len(options)
+    engine.add("a", [1, 2], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    for _ in range(50):
+        engine.step()
+    assert 50 // (PAUSE + 1) <= source.asked <= 50 // (PAUSE + 1) + PAUSE + 1
+    engine.add("b", [1, 2], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, max_drafts=0))
+    engine.step()  # the prompt
+    before = source.asked
+    engine.step()
+    assert source.asked == before + 1
 
 
 def test_one_step_of_some_is_always_without() -> None:

@@ -21,6 +21,7 @@ from dsc_serve.engine.step_time import SHORTEST_MS, StepTime
 REFRESH = 64  # of so many steps with drafts one goes without, so that what steps take without stays known
 MOST_ADAPTERS = 256  # whose drafts are told apart, beside the model's own
 PROBE = 64  # after so many steps without drafts one is tried: answers change
+PAUSE = 4  # steps at most that pass before drafts are asked for again which could not pay
 
 Choose = Callable[[Sequence[Option], float, float, DraftCost, int], Sequence[int]]
 
@@ -46,6 +47,8 @@ class Drafter:
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
         self._turn = 0
+        self._refused = self._pause = 0  # times in a row that no draft could pay; steps before the next are made
+        self._singles = 0  # tokens that steps draw without drafts, as long as that has been so
         self._patience = Patience()
         self.making_s = 0.0  # that the last step's drafts took to be made
 
@@ -55,7 +58,8 @@ class Drafter:
             return plan
         self._asked.clear()
         self.making_s = 0.0
-        drafts = {} if self._with >= REFRESH else self._drafts(plan, running, times)
+        rests = self._with >= REFRESH or self._pauses(plan.load.singles)
+        drafts = {} if rests else self._drafts(plan, running, times)
         self._with, self._without = (self._with + 1, 0) if drafts else (0, self._without + 1)
         plan.drafts = drafts
         plan.load.drafted, plan.load.drafts = len(drafts), sum(len(own.tokens) for own in drafts.values())
@@ -65,6 +69,13 @@ class Drafter:
             if running[request_id].constraint is not None
         )
         return plan
+
+    def _pauses(self, singles: int) -> bool:
+        """Whether drafts were of late not worth it in such steps: with many streams to ask for them takes its time."""
+        if singles != self._singles:
+            self._singles, self._refused, self._pause = singles, 0, 0
+        self._pause -= 1
+        return self._pause >= 0
 
     def may_draft(self, request: Request) -> bool:
         """Whether a request may want drafts, which are made of all its tokens."""
@@ -120,6 +131,8 @@ class Drafter:
             for request, (drafted, chances) in offers
         ]
         chosen = self._choose(options, drawn, step_ms, cost, room)
+        self._refused = 0 if any(chosen) else min(self._refused + 1, PAUSE)
+        self._pause = self._refused
         if not any(chosen) and self._without >= PROBE:
             return self._probe(able)
         return self._planned([(request, drafted) for request, (drafted, _) in offers], chosen)

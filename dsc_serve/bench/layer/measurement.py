@@ -13,7 +13,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ from dsc_serve.bench.layer.systems import (
 )
 from dsc_serve.bench.layer.timing import GraphTimer, Timed, Timer, timer_for
 from dsc_serve.bench.machine import IDLE_LOAD, describe_machine, last_level_cache, load_average, usable_cores
+from dsc_serve.machine import available_memory
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.ffn.dsc import DscFfn
 from dsc_serve.model.mixtures import MIXTURES
@@ -50,6 +51,7 @@ SAMPLE_SECONDS = 3e-3  # one sample of one system lasts at least this long, or o
 RATE_SECONDS = 0.3
 MIN_REPEATS = 3
 MIN_LAYERS, MAX_LAYERS = 8, 64
+COPIES = 5  # of a layer's weights: the bench's own, and those that native systems pack
 FEWEST = 2  # layers of a mixture of many experts, each of which is as large as many others
 CHECKED_TOKENS = 64  # compared with the oracle at least, over as many of the first 8 layers as that takes
 IMPOSSIBLE_SHARE = 1.1  # of the overlapped roofline; beyond it, the ceilings were measured too low
@@ -152,6 +154,12 @@ def rotation_layers(touched: float, device: torch.device, least: int = MIN_LAYER
     return min(MAX_LAYERS, max(least, math.ceil(2 * last_level_cache_of(device) / touched)))
 
 
+def layers_in_memory(configs: Iterable[ModelConfig], bench: LayerBench) -> int:
+    """Layers of all kinds that half of the host's memory holds, with the copies that systems make of their weights."""
+    one = sum(stored_bytes([random_weights(config, bench.seed, bench.torch_dtype)]) for config in configs)
+    return max(1, available_memory() // (2 * COPIES * one))
+
+
 def last_level_cache_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -232,7 +240,8 @@ def build_groups(bench: LayerBench, notes: list[str]) -> list[Group]:
     kinds = [kind for kind in kinds_of(bench.config) if kind in dict(wanted)]
     configs = {kind: layer_config(bench.config, kind) for kind in kinds}
     touched = min(sum(p.bytes for p in phases(c, 1, picks_of_one(c), dtype.itemsize)) for c in configs.values())
-    layers = bench.layers or rotation_layers(touched, device, FEWEST if bench.config in MIXTURES else MIN_LAYERS)
+    least = FEWEST if bench.config in MIXTURES else MIN_LAYERS
+    layers = bench.layers or min(rotation_layers(touched, device, least), layers_in_memory(configs.values(), bench))
     if layers * touched < last_level_cache_of(device):
         notes.append(f"{layers} layers of a system can fit the last-level cache: small batches look faster than served")
     groups = []

@@ -38,6 +38,7 @@ def opened(config: EngineConfig) -> LLM:
         activations=config.activations,
         kv_dtype=config.kv_dtype,
         threads=config.threads,
+        kernels=config.kernels,
     )
 
 

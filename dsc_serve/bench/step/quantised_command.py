@@ -34,6 +34,7 @@ FORMS = ("stored", "bfloat16", "int8", "int4")
 @click.option("--rounds", type=click.IntRange(1), default=9, help="Of which medians are taken.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="As in serve.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="As in serve, for llama.cpp as well.")
+@click.option("--kernels", default="auto", help="As in serve, such as avx512bf16 where there are tiles, too.")
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Also write them here.")
 def quantised_command(
     model: str,
@@ -48,6 +49,7 @@ def quantised_command(
     rounds: int,
     dtype: str,
     threads: int,
+    kernels: str,
     json_file: Path | None,
 ) -> None:
     """Measure MODEL with its weights held in several forms, step by step and prompt by prompt in turn.
@@ -67,7 +69,8 @@ def quantised_command(
     systems = []
     for form in dict.fromkeys(forms):
         for activations in dict.fromkeys(("int16",) if form == "bfloat16" else inputs):  # none of it is quantised
-            config = EngineConfig(model=model, threads=threads, dtype=dtype, weights=form, activations=activations)  # type: ignore[arg-type]
+            chosen = {"dtype": dtype, "weights": form, "activations": activations, "kernels": kernels}
+            config = EngineConfig(model=model, threads=threads, **chosen)  # type: ignore[arg-type]
             name = form if activations == "int16" else f"{form}, {activations} activations"
             systems.append(quantised.HeldForm(name, prepare_model(config), config))
     context = systems[0].model.config.max_position_embeddings

@@ -145,6 +145,17 @@ def test_rotation_exceeds_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) 
     assert rotation_layers(1000, cpu) == 64
 
 
+def test_no_more_layers_rotate_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of hundreds of megabytes asks for more layers of a large mixture than fit beside each other."""
+    bench = LayerBench(config="tiny", dtype="float32", batches=(1,), repeats=1, threads=1, seconds=0.0)
+    plenty: list[str] = []
+    layers = len(measurement.build_groups(bench, plenty)[0].systems[0].layers)
+    one = sum(group.rotated for group in measurement.build_groups(bench, [])) // layers
+    monkeypatch.setattr(measurement, "available_memory", lambda: 3 * 2 * measurement.COPIES * one)
+    assert layers > 3
+    assert {len(system.layers) for group in measurement.build_groups(bench, []) for system in group.systems} == {3}
+
+
 def test_layers_are_run_in_rotation() -> None:
     seen: list[int] = []
 

@@ -323,7 +323,7 @@ void chunk_attention(const ChunkAttention& a) {
   {
     const ChunkBuffers<T> own = buffers[omp_get_thread_num()];
     int64_t j = 0, before = 0;  // the chunk of the tile at hand, and the tiles of those before it
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(monotonic : dynamic, 1)
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {
       while (i >= (before + cuts[j].tiles) * a.kv_heads) before += cuts[j++].tiles;
       int64_t unit = i - before * a.kv_heads, tile = cuts[j].tiles - 1 - unit / a.kv_heads;  // the longest first

@@ -1,4 +1,4 @@
-"""Where requests with adapters stand in a step: neighbours have the same one."""
+"""Where requests stand in a step: by what is computed of them, and such of one adapter beside each other."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from dsc_kernels.weights import AdapterRun
 from dsc_serve.engine.request import Request
 
 
-def chunks_last(pair: tuple[Request, int]) -> bool:
-    """Where nobody has an adapter: single tokens come first."""
-    return pair[1] > 1
+SINGLE, DRAFTED, PROMPT = range(3)  # what a step computes of a request, in this order
+
+
+def kind_of(request: Request, count: int) -> int:
+    """A single token, one with drafts behind it, or some of a prompt."""
+    if count == 1:
+        return SINGLE
+    return DRAFTED if request.num_uncomputed == 1 else PROMPT
+
+
+def by_kind(pair: tuple[Request, int]) -> int:
+    """Where nobody has an adapter."""
+    return kind_of(*pair)
 
 
 def no_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:
     return ()
 
 
-def place_in_step(pair: tuple[Request, int]) -> tuple[bool, int, int]:
-    """Single tokens come first, those of one basis beside each other, and of these those of one adapter; of others the
+def by_kind_and_adapter(pair: tuple[Request, int]) -> tuple[int, int, int]:
+    """Those of a kind that have one basis stand beside each other, and of these those of one adapter; of others the
     order stays.
     """
-    request, count = pair
-    adapter = request.adapter
-    return (count > 1, 0, 0) if adapter is None else (count > 1, adapter.basis, id(adapter))
+    kind, adapter = kind_of(*pair), pair[0].adapter
+    return (kind, 0, 0) if adapter is None else (kind, adapter.basis, id(adapter))
 
 
 def adapter_runs(ordered: Sequence[tuple[Request, int]]) -> tuple[AdapterRun, ...]:

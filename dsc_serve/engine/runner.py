@@ -14,7 +14,7 @@ from dsc_kernels import ops
 from dsc_kernels.plan import Planner
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine import sampler
-from dsc_serve.engine.adapter_runs import adapter_runs, chunks_last, no_runs, place_in_step
+from dsc_serve.engine.adapter_runs import DRAFTED, SINGLE, adapter_runs, by_kind, by_kind_and_adapter, kind_of, no_runs
 from dsc_serve.engine.captured import CapturedSteps
 from dsc_serve.engine.constraints import answered, answered_ahead, constrain
 from dsc_serve.engine.draft_rows import single_rows
@@ -22,6 +22,7 @@ from dsc_serve.engine.graph_budget import USUAL, GraphBudget
 from dsc_serve.engine.graph_forms import StepOutput
 from dsc_serve.engine.graphs import Capture, capture_for
 from dsc_serve.engine.inputs import Inputs
+from dsc_serve.engine.pack import Work, pack
 from dsc_serve.engine.output import TokenLogprobs
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.position import Position, PositionAhead, agreed
@@ -38,8 +39,6 @@ from dsc_serve.sampling_params import EngineCapacity
 
 HEAD_ROWS = 64  # most prompt rows whose logits exist at a time
 TILED = (1, 16, 32, 64, 128, 256)  # tokens up to which Triton's products have tiles of their own
-
-Work = Sequence[tuple[Request, int]]
 
 
 class Runner:
@@ -74,7 +73,7 @@ class Runner:
         has_spare = spare or capture is not None
         self.kv_caches = model.kv_caches(capacity.num_blocks + has_spare, capacity.block_size, int8_kv)
         self._most_tokens = min(step_tokens, max_running * self._max_context_len)
-        self._place = place_in_step if adapted else chunks_last
+        self._place = by_kind_and_adapter if adapted else by_kind
         self._adapter_runs = adapter_runs if adapted else no_runs
         self.sampler = Sampler(model.config.eos_token_ids)
         width = blocks_for(capacity.max_tokens, capacity.block_size)
@@ -265,9 +264,10 @@ class Runner:
         """What a step gave, replayed where one like it was captured."""
         if self.graphs is not None and picks is None:
             ordered = single_rows(ordered, self.graphs.most)
-        size, decodes = len(ordered), sum(count == 1 for _, count in ordered)
+        size, kinds = len(ordered), [kind_of(*pair) for pair in ordered]
+        decodes, drafted = kinds.count(SINGLE), kinds.count(DRAFTED)
         self._inputs.wait()
-        chunks = self.pack(ordered, decodes)
+        chunks = pack(self._inputs, ordered, decodes, drafted, self.block_size)
         runs = self._adapter_runs(ordered)
         if self.graphs is not None and picks is None and not runs:
             replayed = self.graphs.step(ordered, chunks)
@@ -278,41 +278,12 @@ class Runner:
         max_context_len = self._max_context_len
         if self.graphs is None:
             max_context_len = max((request.num_computed + 1 for request, _ in ordered[:decodes]), default=0)
-        return StepOutput(self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs), picks))
+        return StepOutput(self._layers_of(StepBatch(*inputs, decodes, max_context_len, chunks, runs, drafted), picks))
 
     def _layers_of(self, batch: StepBatch, picks: list[Picks] | None = None) -> Tensor:
         if self._feed is not None:
             batch = batch._replace(token_ids=self._feed.resolve(batch.token_ids))
         return self.model.hidden(batch, self.kv_caches, picks)
-
-    def pack(self, ordered: Work, decodes: int) -> tuple[Chunk, ...]:
-        """Write a step's inputs to the buffers: the single tokens at once, the chunks one by one."""
-        token_ids, positions, slot_offsets, *slot_blocks = self._inputs.columns
-        contexts, size = self._inputs.rows, self.block_size
-        single = [request for request, _ in ordered[:decodes]]
-        num_computed = [request.num_computed for request in single]
-        token_ids[:decodes] = [request.tokens[request.num_computed] for request in single]
-        positions[:decodes] = num_computed
-        for group, blocks in enumerate(slot_blocks):
-            blocks[:decodes] = [request.rows[group][request.num_computed // size] for request in single]
-        slot_offsets[:decodes] = [position % size for position in num_computed]
-        contexts[:decodes] = [position + 1 for position in num_computed]
-        for row, (request, _) in enumerate(ordered):
-            self._inputs.hold(row, request.table)
-        chunks, start = [], decodes
-        for row, (request, count) in enumerate(ordered[decodes:], decodes):
-            first, end = request.num_computed, request.num_computed + count
-            new = slice(start, start + count)
-            token_ids[new] = request.span(first, end)
-            positions[new] = np.arange(first, end)
-            pages = positions[new] // size
-            for blocks, table in zip(slot_blocks, request.table, strict=True):
-                blocks[new] = table[pages]
-            slot_offsets[new] = positions[new] % size
-            contexts[row] = end
-            chunks.append(Chunk(row, start, count, end))
-            start += count
-        return tuple(chunks)
 
     def _sample(
         self, logits: Tensor, positions: list[Position], result: StepResult

@@ -36,6 +36,7 @@ class StepBatch(NamedTuple):
     decode_context: int  # the largest context of the one-token sequences
     chunks: tuple[Chunk, ...] | PlacedChunks  # the sequences with several new tokens
     runs: tuple[AdapterRun, ...] = ()  # of the tokens whose requests have adapters, in their order
+    drafted: int = 0  # of the first chunks, which are a token and its drafts: each row is computed as it is alone
 
     @property
     def max_context_len(self) -> int:

@@ -169,7 +169,7 @@ class Decoder:
             reporting = picks is not None
             outputs = [OUTPUT_ONLY if ffn is None else ffn.outputs(tokens, reporting) for ffn in self._picking]
         contexts = b.context_lens, b.decodes, b.decode_context, b.chunks
-        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs, b.runs)
+        x = stack(b.token_ids, b.slots, b.block_tables, *contexts, kv_caches, outputs, b.runs, b.drafted)
         if picks is not None and outputs is not None:
             both = zip(self._picking, outputs, strict=True)
             picks += [ffn.record(own.picked) for ffn, own in both if ffn is not None]

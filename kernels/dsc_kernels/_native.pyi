@@ -321,6 +321,7 @@ def run_stack(
     decodes: int,
     max_context_len: int,
     chunk_count: int,
+    drafted_count: int,
     runs: int,
     run_count: int,
     int8_kv: int,

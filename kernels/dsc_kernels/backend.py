@@ -182,7 +182,13 @@ class Stack(Protocol):
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
         runs: Sequence[AdapterRun] = (),
-    ) -> Tensor: ...
+        drafted: int = 0,
+    ) -> Tensor:
+        """The last layer's output [T, d] of single tokens, the first `decodes`, and of chunks.
+
+        drafted: of the first chunks, which are a token and its drafts. Where it costs nothing each of their tokens
+        attends as a single one, to the same bits.
+        """
 
 
 @runtime_checkable

@@ -161,7 +161,7 @@ def test_where_there_are_no_adapters_steps_do_not_ask_for_them(tmp_path: Path, m
     def asked(*what: object) -> Never:
         raise AssertionError("somebody pays for what nobody uses")
 
-    monkeypatch.setattr(runner, "place_in_step", asked)
+    monkeypatch.setattr(runner, "by_kind_and_adapter", asked)
     monkeypatch.setattr(runner, "adapter_runs", asked)
     monkeypatch.setattr(Scheduler, "_give_back", asked)
     base = family_folder(CASES[QWEN[0]].base, tmp_path / "base")

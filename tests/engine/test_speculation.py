@@ -12,7 +12,7 @@ import torch
 from support.captures import Capture
 from support.drafts import draft_from, guess
 
-from dsc_kernels import ops
+from dsc_kernels import native, ops
 from dsc_serve import LLM, RequestOutput, SamplingParams
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.drafts import SOURCES
@@ -72,6 +72,21 @@ def test_a_model_says_the_same(small_model: Callable[..., Path], kind: str, kern
             assert llm.engine.counters.steps < 2 * before
     finally:
         ops.use("auto")
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_the_same_to_the_bit(small_model: Callable[..., Path], kind: str, dtype: str) -> None:
+    """Native kernels attend to each drafted row as to a single token; all else takes each row by itself anyway."""
+    asked = [SamplingParams(temperature=0.7, seed=i, max_tokens=30, logprobs=2) for i in range(len(PROMPTS))]
+    with LLM(str(small_model(kind)), threads=2, block_size=4, dtype=dtype, prefix_cache=False) as llm:
+        alone = generated(llm, PROMPTS, asked)
+        guess(llm.engine, 5, 0.8, 3, known=True)
+        drafted = generated(llm, PROMPTS, predicting(asked, alone))
+        assert llm.engine.drafter.report.accepted["known"] > 0
+        for ours, theirs in zip(drafted, alone, strict=True):
+            assert ours.token_ids == theirs.token_ids and ours.logprobs == theirs.logprobs
 
 
 def test_routing_is_told_of_kept_tokens_alone(small_model: Callable[..., Path]) -> None:

@@ -70,7 +70,7 @@ class FollowingRunner(Runner):
         for row, table in step.tables:
             inputs.hold(row, np.frombuffer(table, np.int64).reshape(groups, -1))
         held = inputs.on_device(tokens, requests)
-        return StepBatch(*held, step.decodes, step.decode_context, step.chunks)
+        return StepBatch(*held, step.decodes, step.decode_context, step.chunks, (), step.drafted)
 
 
 def follow(connection: socket.socket, start: RankStart) -> int:

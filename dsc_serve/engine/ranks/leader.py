@@ -276,6 +276,7 @@ class LeadingInputs(Inputs):
             batch.decodes,
             batch.decode_context,
             batch.chunks,
+            batch.drafted,
         )
 
 

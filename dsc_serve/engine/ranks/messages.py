@@ -57,6 +57,7 @@ class StepInputs(msgspec.Struct, tag=True, array_like=True):
     decodes: int
     decode_context: int
     chunks: tuple[Chunk, ...]
+    drafted: int
 
 
 class BlockCopies(msgspec.Struct, tag=True, array_like=True):

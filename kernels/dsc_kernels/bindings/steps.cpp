@@ -146,6 +146,11 @@ PyObject* new_stack(PyObject*, PyObject* const* values, Py_ssize_t given, PyObje
 }
 
 bool chunks_fit(const Step& s) {
+  if (s.drafted_count < 0 || s.drafted_count > s.chunk_count) {
+    PyErr_Format(PyExc_ValueError, "%lld chunks with drafts among %lld", (long long)s.drafted_count,
+                 (long long)s.chunk_count);
+    return false;
+  }
   int64_t next = s.decodes;
   for (int64_t j = 0; j < s.chunk_count; j++) {
     const Chunk& c = s.chunks[j];
@@ -213,6 +218,7 @@ Signature step_signature("run_stack", {F(out),      F(ids),        F(positions),
                                        F(phase_ns), F(tokens),     F(sequences), F(pages),           F(width),
                                        F(table_count), F(table_stride), F(slot_stride),
                                        F(block),    F(num_blocks), F(decodes),   F(max_context_len), F(chunk_count),
+                                       F(drafted_count),
                                        F(runs),     F(run_count),  F(int8_kv),  F(threads)});
 #undef F
 

@@ -210,15 +210,26 @@ struct Moe {
   Scratch* scratch;
 };
 
-// One new token per sequence.
+// Several new tokens of a sequence.
+struct Chunk {
+  int64_t row;      // the sequence's of the tables
+  int64_t start;    // its first token of the step
+  int64_t length;   // tokens
+  int64_t context;  // positions up to the last of them
+};
+
+// One new token per sequence, and behind them sequences of a few, each of which gives what it gives alone.
 struct Attention {
-  const void* q;            // [batch, kv_heads · group, size], row stride q_stride
+  const void* q;            // [tokens, kv_heads · group, size], row stride q_stride
   const void* keys;         // KV cache [blocks, kv_heads, block, size]
   const void* values;       // the same
-  const int64_t* tables;    // [batch, width]
+  const int64_t* tables;    // [sequences, width]
   const int64_t* contexts;  // [batch]
-  void* out;                // [batch, kv_heads · group, value_size]
-  int64_t batch, q_stride, width, kv_heads;
+  const Chunk* drafted;     // [drafted_count]: the sequences of a few tokens
+  void* out;                // [tokens, kv_heads · group, value_size]
+  int64_t batch;            // sequences of one token, the first ones
+  int64_t drafted_count;
+  int64_t q_stride, width, kv_heads;
   int64_t group;       // query heads of a key-value head
   int64_t size;        // of a query and a key
   int64_t value_size;  // of a value; values lie as far apart as keys, and may lie within them

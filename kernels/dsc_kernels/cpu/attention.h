@@ -1,4 +1,4 @@
-// Attention of one new token per sequence over its paged keys and values, which are read where they lie.
+// Attention of one new token per sequence, or of a few, over its paged keys and values, which are read where they lie.
 #pragma once
 
 #include <math.h>
@@ -115,6 +115,11 @@ INLINE void score(const T* q, const T* keys, const int64_t* rows_at, int64_t cou
         scores[i] = i < count ? scale * dot(q, keys + rows_at[i], size) : -INFINITY;
     }
   }
+}
+
+// What lies behind the first `count` numbers, to a whole vector.
+INLINE void fill_vector(float* x, int64_t count, float value) {
+  for (int64_t i = count; i % LANES; i++) x[i] = value;
 }
 
 // Scores bounded by ±cap; those of no key stay what they are.
@@ -240,21 +245,70 @@ INLINE void write(const SoftmaxState& g, int64_t size, bool pairs, T* out) {
   }
 }
 
-// `count` (sequence, key-value head) pairs from `first` on, one after the other, each for the query heads of its group.
-// room: for a group's states and, INT8, for the keys at hand as they are computed with.
+constexpr int64_t MEMBERS = 64;  // at most, of a unit of several tokens: their sums stay in a thread's cache
+
+// Neighbouring tokens of a sequence that attend together: each of its key-value heads is read once for all of them.
+struct AttendUnit {
+  int64_t token;    // the first of them in the step
+  int64_t count;
+  int64_t context;  // positions up to the first of them
+  const int64_t* table;
+
+  INLINE int64_t seen() const { return context + count - 1; }
+};
+
+// The units of a call: one of each sequence of one token, and those that sequences of a few tokens are cut into.
+struct AttendUnits {
+  const Attention& a;
+  AttendUnit* few = nullptr;
+  int64_t count, most = 1;  // units, and tokens of the longest
+
+  INLINE AttendUnits(const Attention& a) : a(a), count(a.batch) {
+    if (!a.drafted_count) return;
+    // With a window each token begins elsewhere, and walks by itself.
+    int64_t tokens = 0, rows = a.window || a.group >= MEMBERS ? 1 : MEMBERS / a.group;
+    for (int64_t j = 0; j < a.drafted_count; j++) tokens += a.drafted[j].length;
+    few = a.scratch->take<AttendUnit>(tokens);
+    if (cut(rows); count * a.kv_heads < 2 * a.threads && most > 1) cut((most + 1) / 2);
+  }
+
+  INLINE AttendUnit operator[](int64_t i) const {
+    if (i >= a.batch) return few[i - a.batch];
+    return {i, 1, a.contexts[i], a.tables + i * a.width};
+  }
+
+ private:
+  // Into units of at most so many tokens.
+  INLINE void cut(int64_t rows) {
+    count = a.batch, most = 1;
+    for (int64_t j = 0; j < a.drafted_count; j++) {
+      const Chunk& c = a.drafted[j];
+      for (int64_t first = 0; first < c.length; first += rows) {
+        int64_t own = c.length - first < rows ? c.length - first : rows;
+        few[count++ - a.batch] = {c.start + first, own, c.context - c.length + first + 1, a.tables + c.row * a.width};
+        if (own > most) most = own;
+      }
+    }
+  }
+};
+
+// `count` (unit, key-value head) pairs from `first` on, one after the other, each for its members: the query heads of
+// its group, of each of its tokens. What a member gathers does not depend on the others: of keys that it does not see its
+// weights are 0.
+// room: for the members' states and, INT8, for the keys at hand as they are computed with.
 template <typename T, bool INT8>
-INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room) {
+INLINE void attend(const AttendUnits& units, int64_t first, int64_t count, char* room) {
   typedef typename Stored<T, INT8>::type S;
+  const Attention& a = units.a;
   const S *keys = (const S*)a.keys, *values = (const S*)a.values;
   const int64_t row = INT8 ? a.size + SCALE_BYTES : a.size;
   auto walk = [&](int64_t i) __attribute__((always_inline)) {
-    int64_t s = i / a.kv_heads;
-    int64_t from = first_seen(a.contexts[s] - 1, a.window);
-    return KvCursor(a.tables + s * a.width, a.kv_heads, i % a.kv_heads, a.block, row, from, a.contexts[s]);
+    AttendUnit u = units[i / a.kv_heads];
+    return KvCursor(u.table, a.kv_heads, i % a.kv_heads, a.block, row, first_seen(u.context - 1, a.window), u.seen());
   };
   float key_scales[INT8 ? KEYS : 1], value_scales[INT8 ? KEYS : 1], weights[HEADS][KEYS];
   int64_t rows_at[2][KEYS], held = 0, wide_at[INT8 ? KEYS : 1];
-  T* wide_keys = (T*)(room + a.group * softmax_state_bytes(a.value_size));
+  T* wide_keys = (T*)(room + units.most * a.group * softmax_state_bytes(a.value_size));
   const bool apart = a.value_size == a.size;  // values from keys
   const bool pairs = !(INT8 && apart) && paired<T>(a.value_size);
   if constexpr (INT8) in_order(wide_at, KEYS, a.size);
@@ -262,18 +316,20 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
                       __attribute__((always_inline)) { return (SoftmaxState*)(room + g * softmax_state_bytes(a.value_size)); };
   KvCursor at = walk(first);
   int64_t rows = at.next(rows_at[0]), next;
-  const int64_t asks = (ASKED_IN_SCORES + a.group - 1) / a.group;
   auto ahead = [&](int64_t held, int64_t rows) __attribute__((always_inline)) {
     return KvAhead<S>{keys, apart ? values : nullptr, rows_at[held], rows, row};
   };
   ahead(0, rows).ask(rows);
   for (int64_t i = first; i < first + count; i++) {
-    const T* q = (const T*)a.q + i / a.kv_heads * a.q_stride + i % a.kv_heads * a.group * a.size;
-    for (int64_t g = 0; g < a.group; g++) {
+    const AttendUnit u = units[i / a.kv_heads];
+    const int64_t head = i % a.kv_heads, members = u.count * a.group, asks = (ASKED_IN_SCORES + members - 1) / members;
+    const T* q = (const T*)a.q + u.token * a.q_stride + head * a.group * a.size;
+    for (int64_t g = 0; g < members; g++) {
       gathered(g)->highest = -INFINITY, gathered(g)->total = 0;
       memset(gathered(g)->sums, 0, a.value_size * sizeof(float));
     }
-    for (bool more = true; more; rows = next, held ^= 1) {
+    int64_t left = u.context - at.at + rows;  // positions from those at hand on, up to the first token
+    for (bool more = true; more; rows = next, held ^= 1, left -= KEYS) {
       more = at.at < at.seen;
       if (!more && i + 1 < first + count) at = walk(i + 1);
       next = at.next(rows_at[held ^ 1]);
@@ -289,17 +345,27 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
         own_keys = keys, own_values = values, own_at = rows_at[held];
       }
       auto weigh = [&](int64_t g, float* scores) __attribute__((always_inline)) {
-        if (a.size == 64) score(q + g * 64, own_keys, own_at, rows, 64, a.scale, scores, later, asks);
-        else score(q + g * a.size, own_keys, own_at, rows, a.size, a.scale, scores, later, asks);
-        if constexpr (INT8) scale_each(scores, key_scales, rows);
-        if (a.cap > 0) cap_scores(scores, rows, a.cap);
-        float rescale = softmax_step(scores, rows, *gathered(g));
-        if constexpr (INT8) scale_each(scores, apart ? value_scales : key_scales, rows);
+        int64_t token = g / a.group, seen = left + token < rows ? left + token : rows;
+        const T* own = q + token * a.q_stride + (g - token * a.group) * a.size;
+        if (seen < rows) memset(scores, 0, KEYS * sizeof(float));
+        if (seen <= 0) return 1.0f;
+        if (a.size == 64) score(own, own_keys, own_at, seen, 64, a.scale, scores, later, asks);
+        else score(own, own_keys, own_at, seen, a.size, a.scale, scores, later, asks);
+        if constexpr (INT8) {
+          scale_each(scores, key_scales, seen);
+          if (seen < rows) fill_vector(scores, seen, -INFINITY);
+        }
+        if (a.cap > 0) cap_scores(scores, seen, a.cap);
+        float rescale = softmax_step(scores, seen, *gathered(g));
+        if constexpr (INT8) {
+          scale_each(scores, apart ? value_scales : key_scales, seen);
+          if (seen < rows) fill_vector(scores, seen, 0);
+        }
         return rescale;
       };
-      for (int64_t g = 0, heads; g < a.group; g += heads) {
+      for (int64_t g = 0, heads; g < members; g += heads) {
         float rescale[HEADS], *sums[HEADS];
-        heads = a.group - g < HEADS ? a.group - g : HEADS;
+        heads = members - g < HEADS ? members - g : HEADS;
         for (int64_t h = 0; h < heads; h++) rescale[h] = weigh(g + h, weights[h]), sums[h] = gathered(g + h)->sums;
         if constexpr (INT8) {
           if (apart) {
@@ -312,8 +378,10 @@ INLINE void attend(const Attention& a, int64_t first, int64_t count, char* room)
       }
       later.ask(next);
     }
-    T* out = (T*)a.out + i * a.group * a.value_size;
-    for (int64_t g = 0; g < a.group; g++) write(*gathered(g), a.value_size, pairs, out + g * a.value_size);
+    for (int64_t g = 0; g < members; g++) {
+      int64_t token = g / a.group, of = ((u.token + token) * a.kv_heads + head) * a.group + g - token * a.group;
+      write(*gathered(g), a.value_size, pairs, (T*)a.out + of * a.value_size);
+    }
   }
 }
 

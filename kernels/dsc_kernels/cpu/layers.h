@@ -148,9 +148,11 @@ void linear(const Linear& a) {
 
 template <typename T>
 void attention(const Attention& a) {
-  int64_t pairs = a.batch * a.kv_heads,
+  const AttendUnits units(a);
+  int64_t pairs = units.count * a.kv_heads,
           runs = TASKS_PER_THREAD * a.threads < pairs ? TASKS_PER_THREAD * a.threads : pairs;
-  int64_t own_bytes = a.group * softmax_state_bytes(a.value_size) + (a.int8_kv ? wide_bytes<T>(a.size) : 0);
+  int64_t states = units.most * a.group * softmax_state_bytes(a.value_size);
+  int64_t own_bytes = states + (a.int8_kv ? wide_bytes<T>(a.size) : 0);
   char* room = a.scratch->take<char>(a.threads * own_bytes);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -159,8 +161,8 @@ void attention(const Attention& a) {
     for (int64_t i = 0; i < runs; i++) {
       int64_t first = split_point(pairs, i, runs);
       int64_t count = split_point(pairs, i + 1, runs) - first;
-      if (a.int8_kv) attend<T, true>(a, first, count, own);
-      else attend<T, false>(a, first, count, own);
+      if (a.int8_kv) attend<T, true>(units, first, count, own);
+      else attend<T, false>(units, first, count, own);
     }
   }
 }

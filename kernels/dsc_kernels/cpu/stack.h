@@ -36,14 +36,6 @@ struct DecoderLayer {
   const Moe* moe = nullptr;
 };
 
-// Several new tokens of a sequence.
-struct Chunk {
-  int64_t row;      // the sequence's of the tables
-  int64_t start;    // its first token of the step
-  int64_t length;   // tokens
-  int64_t context;  // positions up to the last of them
-};
-
 // What an FFN layer gives besides its output, as in Ffn and Moe; addresses.
 struct LayerOutputs {
   int64_t grouped, picks, weights, signal;
@@ -76,6 +68,7 @@ struct Step {
   int64_t decodes;
   int64_t max_context_len;  // of the single tokens' sequences
   int64_t chunk_count;
+  int64_t drafted_count;        // of the first chunks, whose tokens each give what they give alone
   int64_t run_count;
   int int8_kv;  // whether the caches are in int8
   int threads;
@@ -124,8 +117,8 @@ class Stack {
       k.store_kv(c.store);
       end_phase(KV_WRITES);
       c.single.keys = c.chunk.keys = (void*)cache.keys, c.single.values = c.chunk.values = (void*)cache.values;
-      if (s.decodes) launch(k.attention, c.single);
-      if (s.chunk_count) launch(k.chunk_attention, *c.chunks_of(s, buffers));
+      if (s.decodes + s.drafted_count) launch(k.attention, c.single);
+      if (s.chunk_count > s.drafted_count) launch(k.chunk_attention, *c.chunks_of(s, buffers));
       end_phase(ATTENDING);
       launch(k.linear, c.out);
       end_phase(PROJECTIONS);
@@ -220,21 +213,21 @@ class Stack {
     Linear qkv;              // to queries, keys and values
     Linear out;              // from the attended heads
     StoreKv store{};         // keys and values into their blocks
-    Attention single{};      // of sequences of one token
+    Attention single{};      // of sequences of one token and of a few
     ChunkAttention chunk{};  // of several tokens of one, but for what it is
     Ffn ffn{};               // the layer's, where it is no mixture
     Moe moe{};               // the layer's, where it is one
 
-    // All of a step's, one behind the other.
+    // All of a step's that are not of a few tokens, one behind the other.
     const ChunkAttention* chunks_of(const Step& s, const Buffers& to) const {
-      for (int64_t j = 0; j < s.chunk_count; j++) {
+      for (int64_t j = s.drafted_count; j < s.chunk_count; j++) {
         const Chunk& own = s.chunks[j];
         ChunkAttention& call = to.chunks[j] = chunk;
         call.q = to.qkv + own.start * to.qkv_bytes, call.out = to.heads + own.start * to.heads_bytes;
         call.table = single.tables + own.row * s.width;
         call.count = own.length, call.context = own.context, call.others = s.chunk_count - 1 - j;
       }
-      return to.chunks;
+      return to.chunks + s.drafted_count;
     }
 
     void bind_outputs(const LayerOutputs& outputs) {
@@ -285,6 +278,7 @@ class Stack {
       store.heads = layer.heads, store.kv_heads = layer.kv_heads, store.size = layer.size, store.block = s.block;
       single.q = to.qkv, single.tables = s.tables + layer.table * s.table_stride;
       single.contexts = s.contexts, single.out = to.heads;
+      single.drafted = s.chunks, single.drafted_count = s.drafted_count;
       single.batch = s.decodes, single.q_stride = qkv.n, single.width = s.width, single.kv_heads = layer.kv_heads;
       single.group = layer.heads / layer.kv_heads, single.size = layer.size, single.block = s.block;
       single.scale = layer.scale;

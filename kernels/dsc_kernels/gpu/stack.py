@@ -127,8 +127,9 @@ class Stack:
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
         runs: Sequence[AdapterRun] = (),
+        drafted: int = 0,
     ) -> Tensor:
-        """As `backend.Stack` says."""
+        """As `backend.Stack` says; drafts attend as chunks do, but for steps that are captured, which have none."""
         x = F.embedding(ids, self.token_embedding)
         if self.embedding_scale != 1:
             x = x * self.embedding_scale

@@ -208,13 +208,15 @@ class Stack:
         kv_caches: Sequence[KvCache],
         outputs: Sequence[LayerOutputs] | None = None,
         runs: Sequence[AdapterRun] = (),
+        drafted: int = 0,
     ) -> Tensor:
         """The last layer's output [T, d] for token ids int64 [T]; keys and values are written to the caches.
 
         tables int64 [tables, S, W], and the slots' blocks [tables, T], or of one table [S, W] and [T]; contexts
         int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
         contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
-        kv_caches and outputs: one per layer. runs: of tokens with adapters, in their order.
+        kv_caches and outputs: one per layer. runs: of tokens with adapters, in their order. Tokens of the first `drafted`
+        chunks attend as single tokens do, to the same bits; they are few, or it takes longer than a chunk of a prompt.
         Raises ValueError for what does not fit.
         """
         tokens, sequences = ids.shape[0], contexts.shape[0]
@@ -257,6 +259,7 @@ class Stack:
                 decodes=decodes,
                 max_context_len=max_context_len,
                 chunk_count=len(flat) // 4,
+                drafted_count=drafted,
                 runs=adapted.buffer_info()[0] if runs else 0,
                 run_count=len(runs),
                 int8_kv=self._int8_kv,

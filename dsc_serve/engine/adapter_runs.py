@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dsc_kernels.weights import AdapterRun
 from dsc_serve.engine.request import Request
 
-
 SINGLE, DRAFTED, PROMPT = range(3)  # what a step computes of a request, in this order
 
 

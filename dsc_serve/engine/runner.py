@@ -22,8 +22,8 @@ from dsc_serve.engine.graph_budget import USUAL, GraphBudget
 from dsc_serve.engine.graph_forms import StepOutput
 from dsc_serve.engine.graphs import Capture, capture_for
 from dsc_serve.engine.inputs import Inputs
-from dsc_serve.engine.pack import Work, pack
 from dsc_serve.engine.output import TokenLogprobs
+from dsc_serve.engine.pack import Work, pack
 from dsc_serve.engine.picks import StepPicks
 from dsc_serve.engine.position import Position, PositionAhead, agreed
 from dsc_serve.engine.request import Request

@@ -1,4 +1,4 @@
-"""A step's requests as the inputs of a model: single tokens first, then such with drafts, then parts of prompts."""
+"""A step's requests as the inputs of a model: single tokens, such with drafts, parts of prompts."""
 
 from __future__ import annotations
 

@@ -17,24 +17,32 @@ DSC_KERNELS_BEGIN
 
 INLINE int64_t to_lanes(int64_t n) { return (n + LANES - 1) & -(int64_t)LANES; }
 
+// Panels after the one at hand that is asked for: of many adapters at once the processor follows no stream by itself.
+constexpr int64_t PANELS_AHEAD = 4;
+
 // Rows of up, of which `panel` is one of its own, times an update's latents. Each sum has a name, so that it is a register.
-INLINE vf expand(const float* up, int64_t panel, int64_t rank, const float* latents) {
+// asks: whether a later panel's lines are asked for, one with each that is taken: of many at once the processor waits.
+template <bool ASKS>
+INLINE vf expand_panel(const float* up, int64_t panel, int64_t rank, const float* latents) {
   const float* w = up + panel * rank * LANES;
   vf first = {}, second = {};
+  auto add = [&](int64_t j, vf& sum) __attribute__((always_inline)) {
+    if constexpr (ASKS) __builtin_prefetch(w + (PANELS_AHEAD * rank + j) * LANES, 0, 3);
+    sum += load(w + j * LANES) * latents[j];
+  };
   int64_t j = 0;
-  for (; j + 2 <= rank; j += 2) {
-    first += load(w + j * LANES) * latents[j];
-    second += load(w + (j + 1) * LANES) * latents[j + 1];
-  }
-  if (j < rank) first += load(w + j * LANES) * latents[j];
+  for (; j + 2 <= rank; j += 2) add(j, first), add(j + 1, second);
+  if (j < rank) add(j, first);
   return first + second;
 }
 
-INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* latents) {
+template <bool ASKS>
+INLINE vf expand_panel(const bf16* up, int64_t panel, int64_t rank, const float* latents) {
   int64_t groups = (rank + 1) / 2, j = 0;
   const bf16* w = up + panel * groups * 2 * LANES;
   vf even = {}, odd = {}, next_even = {}, next_odd = {};
-  auto add = [&](int64_t group, vf& evens, vf& odds) {
+  auto add = [&](int64_t group, vf& evens, vf& odds) __attribute__((always_inline)) {
+    if constexpr (ASKS) __builtin_prefetch(w + (PANELS_AHEAD * groups + group) * 2 * LANES, 0, 3);
     vf own_even, own_odd;
     load_pairs(w + group * 2 * LANES, own_even, own_odd);
     evens += own_even * latents[2 * group];
@@ -46,16 +54,6 @@ INLINE vf expand(const bf16* up, int64_t panel, int64_t rank, const float* laten
   }
   if (j < groups) add(j, even, odd);
   return even + next_even + (odd + next_odd);
-}
-
-// Panels that are asked for before they are needed: of many adapters at once the processor follows no stream by itself.
-constexpr int64_t PANELS_AHEAD = 4;
-
-template <typename T>
-INLINE void ask_for(const T* up, int64_t panel, int64_t rank) {
-  int64_t size = (sizeof(T) == 2 ? (rank + 1) / 2 * 2 : rank) * LANES;
-  const T* next = up + panel * size;
-  for (int64_t i = 0; i < size; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(next + i, 0, 3);
 }
 
 // What an update takes of a row of latents: what its inputs are contracted to, and behind it what a core makes of that.
@@ -118,29 +116,12 @@ struct Branch {
       for (int64_t i = 0; i < modules * adapted->runs[run].parts; i++, update++) {
         float* mixed = latents + to_lanes(update->inner);
         for (int64_t p = 0; update->core && p < to_lanes(update->rank) / LANES; p++) {
-          vf v = is_bf16 ? expand((const bf16*)update->core, p, update->inner, latents)
-                         : expand((const float*)update->core, p, update->inner, latents);
+          vf v = is_bf16 ? expand_panel<false>((const bf16*)update->core, p, update->inner, latents)
+                         : expand_panel<false>((const float*)update->core, p, update->inner, latents);
           store(mixed + p * LANES, v * load(update->scale + p * LANES));
         }
         latents += latent_width(*update);
       }
-    }
-  }
-
-  INLINE void ask_for_panel(const LowRank& update, int64_t panel) const {
-    if (panel < update.first || panel >= update.end) return;
-    if (is_bf16) ask_for((const bf16*)update.up, panel - update.first, update.rank);
-    else ask_for((const float*)update.up, panel - update.first, update.rank);
-  }
-
-  // The panels that `add` comes to first, of tokens before `count`: of those after them it asks itself.
-  void ask_for_first(int64_t count, int64_t panel) const {
-    for (int64_t run = 0; run < adapted->run_count; run++) {
-      const AdapterRun& own = adapted->runs[run];
-      if (own.first >= base + count || own.first + own.count <= base) continue;
-      const LowRank* update = adapted->updates(run, module);
-      for (int64_t i = 0; i < modules * own.parts; i++, update++)
-        for (int64_t p = 0; p < PANELS_AHEAD; p++) ask_for_panel(*update, panel + p);
     }
   }
 
@@ -149,20 +130,25 @@ struct Branch {
     int32_t run = adapted->run_of[base + t];
     if (run < 0) return v;
     int64_t panel = n / LANES, count = modules * adapted->runs[run].parts;
-    bool asks = base + t == adapted->runs[run].first;
+    bool asks = base + t == adapted->runs[run].first;  // for all tokens of its run
     const LowRank* update = adapted->updates(run, module);
     const float* latents = rows + t * width;
     for (int64_t i = 0; i < count; i++, update++) {
-      if (asks) ask_for_panel(*update, panel + PANELS_AHEAD);
       if (update->rank && panel >= update->first && panel < update->end) {
         int64_t own = panel - update->first;
         const float* given = update->core ? latents + to_lanes(update->inner) : latents;
-        v += is_bf16 ? expand((const bf16*)update->up, own, update->rank, given)
-                     : expand((const float*)update->up, own, update->rank, given);
+        v += asks ? expand<true>(*update, own, given) : expand<false>(*update, own, given);
       }
       latents += latent_width(*update);
     }
     return v;
+  }
+
+ private:
+  template <bool ASKS>
+  INLINE vf expand(const LowRank& u, int64_t panel, const float* latents) const {
+    return is_bf16 ? expand_panel<ASKS>((const bf16*)u.up, panel, u.rank, latents)
+                   : expand_panel<ASKS>((const float*)u.up, panel, u.rank, latents);
   }
 };
 

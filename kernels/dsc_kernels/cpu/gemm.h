@@ -146,7 +146,6 @@ template <typename T, typename O>
 void gemm(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows, int64_t count, int64_t d,
           int64_t size, const Epilogue& e, O* out, int64_t first, int64_t last) {
   if (e.branch) {
-    e.branch->ask_for_first(count, first);
     multiply<T>(w, x, stride, rows, count, d, AdaptedOutput<O>{e, out, size}, first, last);
     return;
   }

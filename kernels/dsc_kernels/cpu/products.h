@@ -75,7 +75,6 @@ __attribute__((noinline)) void gemm_quantised(const Matrix& w, const Inputs<T>& 
                           last);
   };
   if (e.branch) {
-    e.branch->ask_for_first(count, first);
     to(AdaptedOutput<O>{e, out, size});
     return;
   }

@@ -215,8 +215,8 @@ class Stack:
         tables int64 [tables, S, W], and the slots' blocks [tables, T], or of one table [S, W] and [T]; contexts
         int64 [S]. The first `decodes` tokens are one of each of as many sequences, with
         contexts of at most `max_context_len`; chunks (row of the tables, first token, tokens, context) hold the others.
-        kv_caches and outputs: one per layer. runs: of tokens with adapters, in their order. Tokens of the first `drafted`
-        chunks attend as single tokens do, to the same bits; they are few, or it takes longer than a chunk of a prompt.
+        kv_caches and outputs: one per layer. runs: of tokens with adapters, in their order. Tokens of the first
+        `drafted` chunks attend as single tokens do, to the same bits.
         Raises ValueError for what does not fit.
         """
         tokens, sequences = ids.shape[0], contexts.shape[0]

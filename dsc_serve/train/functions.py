@@ -118,7 +118,7 @@ class _HeadLoss(torch.autograd.Function):
             p = F.linear(rows, head).softmax(-1)
             total -= p.gather(1, ids).to(wide).clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
             if dx is not None:
-                p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype))
+                p.scatter_(1, ids, p.gather(1, ids) - 1)  # in bfloat16 scatter_add_ takes a tenth of a step
                 dx[start : start + HEAD_ROWS] = p @ head
                 if dhead is not None:
                     dhead += p.T @ rows

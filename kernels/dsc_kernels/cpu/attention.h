@@ -269,7 +269,8 @@ struct AttendUnits {
     int64_t tokens = 0, rows = a.window || a.group >= MEMBERS ? 1 : MEMBERS / a.group;
     for (int64_t j = 0; j < a.drafted_count; j++) tokens += a.drafted[j].length;
     few = a.scratch->take<AttendUnit>(tokens);
-    if (cut(rows); count * a.kv_heads < 2 * a.threads && most > 1) cut((most + 1) / 2);
+    cut(rows);
+    if (count * a.kv_heads < 2 * a.threads) cut((most + 1) / 2);  // so that no thread waits for the longest
   }
 
   INLINE AttendUnit operator[](int64_t i) const {

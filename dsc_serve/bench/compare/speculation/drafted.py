@@ -101,16 +101,16 @@ class DraftedRun:
     ) -> None:
         systems = [s for s in self.asked.systems_at(preset) if any(s == left[-1] for left in (*rounds, *widths))]
         configs = {system: self._config(preset, system) for system in systems}
-        distinct = {}
-        for system in systems:  # before the others are there: it is computed by other kernels
-            tasks = [self._task(streams) for streams, own in widths if own == system]
-            self.report(f"{preset}, {system}: what its steps read")
-            distinct[system] = distinct_rows(configs[system], tasks, self.asked.max_drafts) if tasks else {}
         models = {}
         for system in systems:
             self.report(f"{preset}, {system}: loading")
             models[system] = prepare_model(configs[system])
             self.results.parameters.setdefault(preset, {})[system] = parameter_counts(models[system].config)
+        distinct = {}
+        for system in dict.fromkeys(system for _, system in widths):
+            self.report(f"{preset}, {system}: what its steps read")
+            tasks = [self._task(streams) for streams, own in widths if own == system]
+            distinct[system] = distinct_rows(models[system], configs[system], tasks, self.asked.max_drafts)
         for streams, system in widths:
             self.report(f"{preset}, {streams} streams, {system}: steps by width")
             task, model = self._task(streams), models[system]

@@ -234,11 +234,12 @@ def test_threads_that_came_later_are_counted_too() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize(("token", "spoilt"), [(2, [2]), (6, [6, 7]), (16, list(range(16, 25)))])
 def test_a_token_that_is_no_number_spoils_only_what_sees_it(
-    kind: str, dtype: torch.dtype, token: int, spoilt: list[int]
+    kind: str, dtype: torch.dtype, size: int, token: int, spoilt: list[int]
 ) -> None:
-    made = Made(kind, dtype, 5, [3, 17], 48, 16)
+    made = Made(kind, dtype, 5, [3, 17], 48, size)
     made.ids = torch.randperm(50, generator=made.generator)[:25]
     stack = made.stack()
     clean = made.in_one_call(stack)

@@ -10,105 +10,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "chunk_words.h"
-#include "layers.h"
+#include "chunk_products.h"
 #include "namespace.h"
 
 DSC_KERNELS_BEGIN
 
-constexpr int64_t ROWS = 48;
 constexpr float LOG2_E = 1.44269504f;
-
-#if defined(__AVX512F__)
-constexpr int WIDE = 4, HIGH = 6;         // of a tile of the second product: panels of values, query rows
-constexpr int FEWER = 4;                  // rows where those waste less
-constexpr int KEYS_OF[] = {0, 16, 8, 8};  // keys of a tile of the first, by panels of query rows
-#else
-constexpr int WIDE = 1, HIGH = 4, FEWER = 4;
-constexpr int KEYS_OF[] = {0, 4, 2, 1};
-#endif
-
-// One thread's buffers for a tile. Keys [16] and own rows are copies where they cannot be read as they lie.
-template <typename T>
-struct ChunkBuffers {
-  typedef typename Input<T>::type C;  // what both products are of
-  int64_t stride;                     // of a row of queries or keys
-  int64_t width;                      // of a row of sums
-  C* q;                               // panels of 16 query rows [words of a row][16]
-  C* keys;                            // [16, stride]
-  C* values;                          // [panels][KEYS][16], neighbours of a word together
-  C* weights;                         // [KEYS][ROWS], neighbours of a word together
-  float* scores;                      // [KEYS][ROWS]
-  float* sums;                        // [ROWS, width]
-  float* highest;                     // [ROWS]: the largest score so far
-  float* totals;                      // [ROWS]: of the weights
-  float* rescale;                     // [ROWS]: what the sums so far count yet
-  int32_t* begins;                    // [ROWS]: the first of the keys at hand that each query row sees
-  int32_t* ends;                      // [ROWS]: the one after its last
-  T *wide_keys, *wide_values;         // [KEYS, size]: what is at hand of a cache in int8; null without one
-
-  INLINE ChunkBuffers(int64_t size, int64_t value_size, bool int8_kv, Scratch& scratch)
-      : stride(sizeof(C) == 2 ? round_up_2(size) : size), width(panel_count(value_size) * LANES) {
-    q = scratch.take<C>(ROWS * stride);
-    keys = scratch.take<C>(LANES * stride);
-    values = scratch.take<C>(KEYS * width);
-    weights = scratch.take<C>(KEYS * ROWS);
-    scores = scratch.take<float>(KEYS * ROWS);
-    sums = scratch.take<float>(ROWS * width);
-    highest = scratch.take<float>(ROWS);
-    totals = scratch.take<float>(ROWS);
-    rescale = scratch.take<float>(ROWS);
-    begins = scratch.take<int32_t>(ROWS);
-    ends = scratch.take<int32_t>(ROWS);
-    wide_keys = int8_kv ? scratch.take<T>(KEYS * size) : nullptr;
-    wide_values = int8_kv ? scratch.take<T>(KEYS * size) : nullptr;
-  }
-};
-
-// Scores of P panels of query rows and N keys that lie `stride` apart.
-template <int P, int N, typename C>
-INLINE void score_tile(const C* q, int64_t stride, const C* keys, float* scores) {
-  vf acc[P][N];
-  clear(acc);
-  for (int64_t w = 0; w < stride; w += GROUP<C>) {
-    vi row[P];
-    for (int p = 0; p < P; p++) row[p] = load_bits<vi>(q + p * stride * LANES + w * LANES);
-    for (int n = 0; n < N; n++) {
-      int32_t word;
-      memcpy(&word, keys + n * stride + w, sizeof word);
-      for (int p = 0; p < P; p++) acc[p][n] = plus_product(acc[p][n], row[p], word, C{});
-    }
-  }
-  for (int n = 0; n < N; n++)
-    for (int p = 0; p < P; p++) store(scores + n * ROWS + p * LANES, acc[p][n]);
-}
-
-// Whether rows lie one behind the other in a pool: blocks may follow each other in another order.
-template <int N>
-INLINE bool adjoin(const int64_t* rows_at, int64_t size) {
-  bool all = true;
-  for (int i = 1; i < N; i++) all &= rows_at[i] == rows_at[0] + i * size;
-  return all;
-}
-
-template <int P, typename T>
-INLINE void score_panels(const T* pool, const int64_t* rows_at, int64_t count, int64_t size, int64_t panel,
-                         const ChunkBuffers<T>& b) {
-  typedef typename Input<T>::type C;
-  constexpr int N = KEYS_OF[P];
-  const C* q = b.q + panel * b.stride * LANES;
-  for (int64_t n = 0; n < count; n += N) {
-    int64_t last = (count - n < N ? count - n : N) - 1;
-    const C* keys = b.keys;
-    if (sizeof(T) == sizeof(C) && size == b.stride && last == N - 1 && adjoin<N>(rows_at + n, size))
-      keys = (const C*)(const void*)(pool + rows_at[n]);
-    else
-      for (int64_t i = 0; i <= last; i++) copy_row(pool + rows_at[n + i], size, b.keys + i * b.stride);
-    float* scores = b.scores + n * ROWS + panel * LANES;
-    if (size == 64) score_tile<P, N>(q, 64, keys, scores);
-    else score_tile<P, N>(q, b.stride, keys, scores);
-  }
-}
 
 // Products of one panel bounded so that, once scaled, they are scores within ±cap.
 template <typename T>
@@ -157,73 +64,12 @@ INLINE void softmax_panel(const ChunkBuffers<T>& b, int64_t panel, int64_t count
   store(b.totals + panel * LANES, load(b.totals + panel * LANES) * rescale + total);
 }
 
-// Which keys of the word from n on a row sees, of those from `begin` to before `end`, as bits of the word.
-template <typename C>
-INLINE int32_t seen_of(int64_t n, int32_t begin, int32_t end) {
-  int32_t before = n + GROUP<C> <= end ? -1 : (n < end ? 0xffff : 0);
-  return before & (n >= begin ? -1 : (n + GROUP<C> > begin ? -0x10000 : 0));
-}
-
-// Products of the words of keys from … to − 1. On the diagonal, and where windows begin, rows see different keys, and
-// what one does not see is taken out of its values: a weight of 0 would not silence a NaN.
-template <bool DIAGONAL, int P, int R, typename C>
-INLINE void gather_words(const C* values, const C* weights, int64_t from, int64_t to, const int32_t* begins,
-                         const int32_t* ends, vf (&acc)[P][R]) {
-  for (int64_t n = from; n < to; n += GROUP<C>) {
-    vi row[P];
-    for (int p = 0; p < P; p++) row[p] = load_bits<vi>(values + (p * KEYS + n) * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      int32_t word, seen = DIAGONAL ? seen_of<C>(n, begins[r], ends[r]) : -1;
-      memcpy(&word, weights + n * ROWS + r * GROUP<C>, sizeof word);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; p++) acc[p][r] = plus_product(acc[p][r], DIAGONAL ? row[p] & seen : row[p], word, C{});
-    }
-  }
-}
-
-// sums [R, P panels] = faded sums + weights · values, of the keys that each row sees; later rows begin and end no sooner.
-template <int P, int R, typename C>
-INLINE void gather_tile(const C* values, const C* weights, const int32_t* begins, const int32_t* ends,
-                        const float* rescale, int64_t width, float* sums) {
-  vf acc[P][R];
-  clear(acc);
-  constexpr int64_t G = GROUP<C>;
-  int64_t from = begins[0] / G * G, together = (begins[R - 1] + G - 1) / G * G, apart = ends[0] / G * G;
-  if (together > apart) together = apart = ends[R - 1];
-  gather_words<true>(values, weights, from, together, begins, ends, acc);
-  gather_words<false>(values, weights, together, apart, begins, ends, acc);
-  gather_words<true>(values, weights, apart, ends[R - 1], begins, ends, acc);
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) {
-      float* s = sums + r * width + p * LANES;
-      store(s, load(s) * rescale[r] + acc[p][r]);
-    }
-}
-
-template <int P, typename C>
-INLINE void gather_panels(const C* values, const C* weights, int64_t rows, const int32_t* begins, const int32_t* ends,
-                          const float* rescale, int64_t width, float* sums) {
-  for (int64_t r = 0; r < rows;) {
-    int64_t left = rows - r;
-    if (left <= FEWER || left == FEWER + 3 || left == 2 * FEWER) {
-      gather_tile<P, FEWER>(values, weights + r * GROUP<C>, begins + r, ends + r, rescale + r, width,
-                            sums + r * width);
-      r += FEWER;
-    } else {
-      gather_tile<P, HIGH>(values, weights + r * GROUP<C>, begins + r, ends + r, rescale + r, width,
-                           sums + r * width);
-      r += HIGH;
-    }
-  }
-}
-
 // Query rows first … first + rows − 1 of one key-value head; row r is query head r % group of token r / group.
 template <typename T, bool INT8>
 INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, int64_t rows, const ChunkBuffers<T>& b) {
   typedef typename Input<T>::type C;
   int64_t before = a.context - a.count, seen = before + (first + rows - 1) / a.group + 1;
-  int64_t offset = head * a.group * a.size, panels = panel_count(rows), columns = panel_count(a.value_size);
+  int64_t offset = head * a.group * a.size, panels = panel_count(rows);
   // Keys are taken in the same steps whichever rows a tile has: their sums do not change with how a prompt is cut.
   int64_t start = first_seen(before + first / a.group, a.window) / KEYS * KEYS;
   float scale = a.scale * LOG2_E;
@@ -261,11 +107,7 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
       own_keys = keys, own_values = values, own_at = rows_at[held];
     }
     int64_t words = (count + GROUP<C> - 1) / GROUP<C> * GROUP<C>;
-    switch (panels) {
-      case 1: score_panels<1>(own_keys, own_at, count, a.size, 0, b); break;
-      case 2: score_panels<2>(own_keys, own_at, count, a.size, 0, b); break;
-      default: score_panels<3>(own_keys, own_at, count, a.size, 0, b);
-    }
+    score_rows(own_keys, own_at, count, a.size, panels, b);
     for (int64_t p = 0; p < panels; p++) {
       if (a.cap > 0) cap_panel(b, p, words, a.scale, a.cap);
       softmax_panel(b, p, words, begin[p], last[p], scale);
@@ -273,13 +115,7 @@ INLINE void attend_tile(const ChunkAttention& a, int64_t head, int64_t first, in
     }
     if (a.value_size == 64) pack_values(own_values, own_at, count, 64, b.values);
     else pack_values(own_values, own_at, count, a.value_size, b.values);
-    int64_t c = 0;
-    for (; c + WIDE <= columns; c += WIDE)
-      gather_panels<WIDE>(b.values + c * KEYS * LANES, b.weights, rows, b.begins, b.ends, b.rescale, b.width,
-                          b.sums + c * LANES);
-    for (; c < columns; c++)
-      gather_panels<1>(b.values + c * KEYS * LANES, b.weights, rows, b.begins, b.ends, b.rescale, b.width,
-                       b.sums + c * LANES);
+    gather_rows(b, rows, words);
   }
   for (int64_t r = 0; r < rows; r++) {
     int64_t token = (first + r) / a.group, member = (first + r) % a.group;
@@ -322,6 +158,9 @@ void chunk_attention(const ChunkAttention& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     const ChunkBuffers<T> own = buffers[omp_get_thread_num()];
+#if defined(__AVX512BF16__)
+    const WholeTiles tiles_at_hand(own.tiled);
+#endif
     int64_t j = 0, before = 0;  // the chunk of the tile at hand, and the tiles of those before it
 #pragma omp for schedule(monotonic : dynamic, 1)
     for (int64_t i = 0; i < tiles * a.kv_heads; i++) {

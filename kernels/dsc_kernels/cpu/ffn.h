@@ -113,7 +113,7 @@ INLINE void ffn_second(const Ffn& a, const FfnBuffers<T>& b, int64_t base, int64
 
 template <typename T>
 void ffn(const Ffn& a) {
-  if (is_small<T>(a.batch)) {
+  if (is_small<T>(a.batch, a.threads)) {
     FfnBuffers<T> b(a, a.batch, a.threads);
     b.bind(a, 0, a.batch);
     const Inputs<T> x = {pack_inputs<T>(a.x, 0, a.batch, a.d, b.x), row_stride<T>(a.d), b.x_bytes};
@@ -160,7 +160,7 @@ void ffn(const Ffn& a) {
     }
     return;
   }
-  int64_t chunk = chunk_of(a.batch, a.threads);
+  int64_t chunk = chunk_of<T>(a.batch, a.threads);
   auto* buffers = a.scratch->take<FfnBuffers<T>>(a.threads);
   for (int i = 0; i < a.threads; i++) buffers[i] = FfnBuffers<T>(a, chunk, 1);
 #pragma omp parallel num_threads(a.threads)

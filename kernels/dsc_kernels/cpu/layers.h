@@ -18,9 +18,10 @@
 
 DSC_KERNELS_BEGIN
 
-constexpr int64_t SMALL_BATCH = 24;       // tokens up to which threads share weights …
-constexpr int64_t SMALL_TILED_BATCH = 32;  // … that tiles multiply: reading them is all that takes time
-constexpr int64_t CHUNK_TOKENS = 96;      // that a thread takes at a time beyond: their logits stay in its cache
+constexpr int64_t SMALL_SHARE = 12;        // tokens for each of at least two threads up to which they share weights …
+constexpr int64_t SMALL_TILED_SHARE = 64;  // … that tiles multiply: reading them is most of what takes time
+constexpr int64_t CHUNK_TOKENS = 96;      // that a thread takes at a time beyond: their logits stay in its cache …
+constexpr int64_t TILED_CHUNK_TOKENS = 192;  // … and that tiles multiply: in less time than weights take to be read
 constexpr int64_t READ_ALONE = 4;         // tokens that one thread reads in less time than waiting for another takes
 constexpr int64_t TASKS_PER_THREAD = 16;  // of attention, so that the threads end together
 
@@ -30,17 +31,23 @@ INLINE int64_t round_up_2(int64_t d) { return (d + 1) / 2 * 2; }
 INLINE int64_t split_point(int64_t size, int64_t i, int64_t n) { return size * i / n; }
 
 template <typename T>
-INLINE bool is_small(int64_t batch) {
+INLINE bool in_tiles() {
 #if defined(__AVX512BF16__)
-  if (sizeof(T) == 2 && tiles_in_use) return batch <= SMALL_TILED_BATCH;
+  return sizeof(T) == 2 && tiles_in_use;
 #endif
-  return batch <= SMALL_BATCH;
+  return false;
+}
+
+template <typename T>
+INLINE bool is_small(int64_t batch, int threads) {
+  return batch <= (in_tiles<T>() ? SMALL_TILED_SHARE : SMALL_SHARE) * (threads > 2 ? threads : 2);
 }
 
 // Tokens that one thread takes at a time of a batch that is not small: as even as the threads allow.
+template <typename T>
 INLINE int64_t chunk_of(int64_t batch, int threads) {
-  int64_t share = (batch + threads - 1) / threads;
-  int64_t rounds = (share + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
+  int64_t most = in_tiles<T>() ? TILED_CHUNK_TOKENS : CHUNK_TOKENS;
+  int64_t share = (batch + threads - 1) / threads, rounds = (share + most - 1) / most;
   return (share + rounds - 1) / rounds;
 }
 
@@ -104,8 +111,8 @@ INLINE void linear_as(const Linear& a) {
   bool alone = a.batch <= READ_ALONE;
   if (a.w_format && alone) x.bytes.round_tokens((const T*)a.x, a.d, 0, a.batch, a.d);
   int64_t panels = panel_count(a.n);
-  bool by_tokens = !is_small<T>(a.batch);
-  int64_t chunk = by_tokens ? chunk_of(a.batch, a.threads) : a.batch;
+  bool by_tokens = !is_small<T>(a.batch, a.threads);
+  int64_t chunk = by_tokens ? chunk_of<T>(a.batch, a.threads) : a.batch;
   const Branch branch(a.adapted, a.module, a.modules, sizeof(T) == 2, a.batch, *a.scratch);
   const Matrix w(a.w, a.w_format);
 #pragma omp parallel num_threads(a.threads)

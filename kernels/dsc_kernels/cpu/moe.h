@@ -334,7 +334,7 @@ void moe(const Moe& a) {
 #pragma omp single
     moe_group<T>(a, b);
     shared_second<T>(a, b, id, n);
-    if (is_small<T>(a.batch)) {
+    if (is_small<T>(a.batch, a.threads)) {
       share_panels(b, a.experts, panel_count(a.hidden), id, n, first_of);
 #pragma omp barrier
       if (b.hidden_bytes.values) {

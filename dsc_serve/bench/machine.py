@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 SECRET = "--api-key"  # and what follows it
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY")  # where set, they change figures
 IDLE_LOAD = 0.5  # load average up to which a machine counts as idle
 
 
@@ -58,7 +59,13 @@ def describe_machine() -> dict[str, object]:
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        **openmp(),
     }
+
+
+def openmp() -> dict[str, str]:
+    """How threads are told to wait, where somebody has."""
+    return {name: os.environ[name] for name in OPENMP if name in os.environ}
 
 
 def dated_machine() -> dict[str, object]:

@@ -9,7 +9,6 @@ gets no time.
 from __future__ import annotations
 
 import math
-import os
 import random
 import statistics
 import time
@@ -55,7 +54,6 @@ COPIES = 5  # of a layer's weights: the bench's own, and those that native syste
 FEWEST = 2  # layers of a mixture of many experts, each of which is as large as many others
 CHECKED_TOKENS = 64  # compared with the oracle at least, over as many of the first 8 layers as that takes
 IMPOSSIBLE_SHARE = 1.1  # of the overlapped roofline; beyond it, the ceilings were measured too low
-OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY")  # where set, they change figures
 
 
 class LayerBenchError(ValueError):
@@ -289,7 +287,6 @@ def begin(command: str, device: torch.device) -> LayerResult[Any]:
         "kernels": ops.description(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache_of(device),
-        "openmp": {name: os.environ[name] for name in OPENMP if name in os.environ},
         "load_before": load,
     }
     result = LayerResult[Any](machine, command, datetime.now(UTC).isoformat(timespec="seconds"))

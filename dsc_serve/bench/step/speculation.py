@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from dsc_serve.bench.step.known_drafts import known_kinds
 from dsc_serve.bench.step.scripted import ScriptedRunner
+from dsc_serve.bench.step.turns import in_turns
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.draft_time import DraftCost
 from dsc_serve.engine.drafts import SOURCES
@@ -55,8 +56,8 @@ class Task:
 class Run(msgspec.Struct):
     """One system's run of a task."""
 
-    tokens_per_s: float  # of all streams, from when all have begun
-    token_ms: float  # wall time for each output token of one stream, from then on, on average
+    tokens_per_s: float  # of all streams, from when all have begun, in a second of its own steps
+    token_ms: float  # of its own steps for each output token of one stream, from then on, on average
     step_ms: float  # median of these steps
     answers: list[list[int]]
 
@@ -108,32 +109,41 @@ def engine_for(
     return engine
 
 
-def run(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> Run:
-    """answers: what the requests predict; None: nothing."""
+def stepped(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> Generator[float, None, Run]:
+    """A run whose steps are taken as they are asked for; yields the seconds of each.
+
+    answers: what the requests predict; None: nothing.
+    """
     found: list[list[int]] = [[] for _ in range(task.streams)]
     for i, prompt in enumerate(task.prompts(engine.capacity.vocab_size)):
         engine.add(str(i), prompt, task.params(i, answers[i] if answers is not None else ()))
-    counted, began, times = 0, 0.0, []
+    counted, begun, own_s, times = 0, False, 0.0, []
     after: dict[str, list[float]] = {}  # tokens and seconds of each stream
     while engine.has_work:
         started = time.perf_counter()
         deltas = engine.step()
-        ended = time.perf_counter()
+        taken = time.perf_counter() - started
         for delta in deltas:
             if delta.error:
                 raise RuntimeError(delta.error)
             found[int(delta.request_id)] += delta.token_ids
-        if began:
+        if begun:
+            own_s += taken
             counted += sum(len(delta.token_ids) for delta in deltas)
-            times.append(1e3 * (ended - started))
+            times.append(1e3 * taken)
             for delta in deltas:
                 own = after.setdefault(delta.request_id, [0.0, 0.0])
-                own[0], own[1] = own[0] + len(delta.token_ids), ended - began
-        elif all(found):
-            began = ended
+                own[0], own[1] = own[0] + len(delta.token_ids), own_s
+        begun = begun or all(found)
+        yield taken
     token_ms = statistics.fmean(1e3 * seconds / max(count, 1.0) for count, seconds in after.values() or [(1.0, 0.0)])
-    per_s = counted / max(time.perf_counter() - began, 1e-9)
-    return Run(per_s, token_ms, statistics.median(times or [0.0]), found)
+    return Run(counted / max(own_s, 1e-9), token_ms, statistics.median(times or [0.0]), found)
+
+
+def run(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> Run:
+    """The same, all at once."""
+    (found,) = in_turns([stepped(engine, task, answers)])
+    return found
 
 
 def compare(model: Decoder, config: EngineConfig, task: Task, rates: Sequence[float], rounds: int) -> list[Row]:
@@ -151,9 +161,11 @@ def compare(model: Decoder, config: EngineConfig, task: Task, rates: Sequence[fl
     plain: list[Run] = []
     runs: dict[str, list[Run]] = {name: [] for name in systems}
     for _ in range(rounds):
-        plain.append(run(without, task, None))
-        for name, engine in systems.items():
-            runs[name].append(run(engine, task, None if name == "ngram" else answers))
+        drafting = [stepped(engine, task, None if name == "ngram" else answers) for name, engine in systems.items()]
+        base, *others = in_turns([stepped(without, task, None), *drafting])
+        plain.append(base)
+        for own, one in zip(runs.values(), others, strict=True):
+            own.append(one)
     rows = [
         Row("none", task.streams, statistics.median(one.tokens_per_s for one in plain), 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
     ]
@@ -204,11 +216,9 @@ def step_times(
 ) -> list[WidthRow]:
     """How long steps take by width, with drafts that are all right."""
     answers = scripts or run(engine_for(model, config, task, None), task, None).answers
-    rows = []
-    for width in range(most + 1):
-        engine = fixed_engine(model, config, task, width, scripts)
-        rows.append(WidthRow(task.streams, width, run(engine, task, answers).step_ms))
-    return rows
+    engines = [fixed_engine(model, config, task, width, scripts) for width in range(most + 1)]
+    found = in_turns([stepped(engine, task, answers) for engine in engines])
+    return [WidthRow(task.streams, width, own.step_ms) for width, own in enumerate(found)]
 
 
 def format_rows(rows: Sequence[Row]) -> str:

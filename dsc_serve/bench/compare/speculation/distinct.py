@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
+from dsc_kernels.weights import KvCache
 from dsc_serve.bench.step.speculation import Task, fixed_engine
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
+from dsc_serve.model.batch import StepBatch
 from dsc_serve.model.decoder import Decoder
 from dsc_serve.model.ffn.picks import Picks, picking_layers
 
@@ -38,7 +39,7 @@ def _distinct(model: Decoder, config: EngineConfig, task: Task, width: int) -> f
     with _picks_of(model) as steps:
         _run(engine, short, scripts)
     rows = task.streams * (width + 1)
-    counts = [len(own.atoms.unique()) for step in steps for own in step if own.atoms.shape[0] == rows]
+    counts = [len(set(own.atoms.flatten().tolist())) for step in steps for own in step if own.atoms.shape[0] == rows]
     return sum(counts) / len(counts) if counts else None
 
 
@@ -47,9 +48,9 @@ def _picks_of(model: Decoder) -> Iterator[list[list[Picks]]]:
     """Of each step that the model computes meanwhile, what its layers pick."""
     steps: list[list[Picks]] = []
 
-    def hidden(*step: Any) -> Tensor:
+    def hidden(batch: StepBatch, kv_caches: Sequence[KvCache], _: object = None) -> Tensor:
         own: list[Picks] = []
-        out = type(model).hidden(model, *step[:2], own)
+        out = type(model).hidden(model, batch, kv_caches, own)
         steps.append([Picks(*(part.clone() for part in one)) for one in own])
         return out
 

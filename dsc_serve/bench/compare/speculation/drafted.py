@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,8 @@ from dsc_serve.bench.compare.speculation.asked import SpeculationComparison
 from dsc_serve.bench.compare.speculation.distinct import distinct_rows
 from dsc_serve.bench.compare.speculation.found import DraftedRow, SpeculationResults, StepWidthRow
 from dsc_serve.bench.step.known_drafts import known_kinds
-from dsc_serve.bench.step.speculation import Task, engine_for, run, step_times
+from dsc_serve.bench.step.speculation import Run, Task, engine_for, step_times, stepped
+from dsc_serve.bench.step.turns import in_turns
 from dsc_serve.config import EngineConfig
 from dsc_serve.engine.drafts.drafter import Drafter
 from dsc_serve.engine.engine import Engine
@@ -29,37 +32,39 @@ class SystemRuns:
     def __init__(self, model: Decoder, config: EngineConfig, task: Task, rates: Sequence[float]) -> None:
         vocabulary = model.config.vocab_size
         self._task, self._scripts = task, task.scripts(vocabulary)
-        self._engines: dict[float | None, Engine] = {None: engine_for(model, config, task, None, self._scripts)}
+        self.engines: dict[float | None, Engine] = {None: engine_for(model, config, task, None, self._scripts)}
         for rate in rates:
             drafter = Drafter(config.max_drafts, config.step_tokens, (), known_kinds(rate, vocabulary))
-            self._engines[rate] = engine_for(model, config, task, drafter, self._scripts)
-        for each in self._engines:
-            self._run(each)
+            self.engines[rate] = engine_for(model, config, task, drafter, self._scripts)
+        for each in self.engines:
+            in_turns([self.stepped(each)])
 
-    def measured(self, preset: str, system: str, number: int) -> list[DraftedRow]:
-        """One round, every second one backwards."""
-        rates = list(self._engines)
-        return [self._row(preset, system, number, rate) for rate in (reversed(rates) if number % 2 else rates)]
+    def stepped(self, rate: float | None) -> Generator[float, None, Run]:
+        return stepped(self.engines[rate], self._task, None if rate is None else self._scripts)
 
-    def _run(self, rate: float | None) -> float:
-        return run(self._engines[rate], self._task, None if rate is None else self._scripts).token_ms
 
-    def _row(self, preset: str, system: str, number: int, rate: float | None) -> DraftedRow:
-        report = self._engines[rate].drafter.report
-        drafted, accepted = sum(report.drafted.values()), sum(report.accepted.values())
-        ms = self._run(rate)
-        drafted, accepted = sum(report.drafted.values()) - drafted, sum(report.accepted.values()) - accepted
-        steps = self._task.streams * self._task.tokens - accepted
-        return DraftedRow(
-            preset=preset,
-            system=system,
-            streams=self._task.streams,
-            round=number,
-            rate=rate,
-            ms=ms,
-            drafts=drafted / steps,
-            right=accepted / max(drafted, 1),
+def measured(ready: Mapping[str, SystemRuns], task: Task, preset: str, number: int) -> list[DraftedRow]:
+    """One round: the engines of all systems take turns."""
+    places = [(system, rate) for system, own in ready.items() for rate in own.engines]
+    reports = [ready[system].engines[rate].drafter.report for system, rate in places]
+    before = [(sum(report.drafted.values()), sum(report.accepted.values())) for report in reports]
+    found = in_turns([ready[system].stepped(rate) for system, rate in places])
+    rows = []
+    for (system, rate), one, report, then in zip(places, found, reports, before, strict=True):
+        drafted, accepted = sum(report.drafted.values()) - then[0], sum(report.accepted.values()) - then[1]
+        rows.append(
+            DraftedRow(
+                preset=preset,
+                system=system,
+                streams=task.streams,
+                round=number,
+                rate=rate,
+                ms=one.token_ms,
+                drafts=drafted / (task.streams * task.tokens - accepted),
+                right=accepted / max(drafted, 1),
+            )
         )
+    return rows
 
 
 class DraftedRun:
@@ -127,16 +132,20 @@ class DraftedRun:
                     )
                 )
             done()
-        ready: dict[str, SystemRuns] = {}
-        now = 0
-        for streams, number, system in rounds:
-            if streams != now:
-                ready, now = {}, streams
-            self.report(f"{preset}, {streams} streams, round {number + 1} of {self.asked.rounds}: {system}")
-            if system not in ready:
-                ready[system] = SystemRuns(models[system], configs[system], self._task(streams), self.asked.rates)
-            self.results.drafted += ready[system].measured(preset, system, number)
-            done()
+        for streams, some in groupby(rounds, key=itemgetter(0)):
+            ready: dict[str, SystemRuns] = {}
+            for number, those in groupby(some, key=itemgetter(1)):
+                own = [system for _, _, system in those]
+                self.report(f"{preset}, {streams} streams, round {number + 1} of {self.asked.rounds}")
+                for system in own:
+                    if system not in ready:
+                        ready[system] = SystemRuns(
+                            models[system], configs[system], self._task(streams), self.asked.rates
+                        )
+                self.results.drafted += measured(
+                    {system: ready[system] for system in own}, self._task(streams), preset, number
+                )
+                done()
 
     def _task(self, streams: int) -> Task:
         return Task(streams, self.asked.prompt_tokens, self.asked.tokens, 0.0)

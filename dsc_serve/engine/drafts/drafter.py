@@ -21,6 +21,7 @@ from dsc_serve.engine.step_time import SHORTEST_MS, StepTime
 REFRESH = 64  # of so many steps with drafts one goes without, so that what steps take without stays known
 MOST_ADAPTERS = 256  # whose drafts are told apart, beside the model's own
 PROBE = 64  # after so many steps without drafts one is tried: answers change
+FEW = 4  # requests whose chances are looked at in no time
 PAUSE = 4  # steps at most that pass before drafts are asked for again which could not pay
 
 Choose = Callable[[Sequence[Option], float, float, DraftCost, int], Sequence[int]]
@@ -77,6 +78,11 @@ class Drafter:
         self._pause -= 1
         return self._pause >= 0
 
+    def _rest(self, refused: bool) -> None:
+        """Once more no draft could pay, so the next steps go without asking; or some could."""
+        self._refused = min(self._refused + 1, PAUSE) if refused else 0
+        self._pause = self._refused
+
     def may_draft(self, request: Request) -> bool:
         """Whether a request may want drafts, which are made of all its tokens."""
         return self.most > 0 and request.params.max_drafts != 0
@@ -110,8 +116,9 @@ class Drafter:
         # no draft that is less likely right can pay, with as many others as there may be
         least = (cost.token + cost.request / max(self.most, 1)) * drawn / step_ms
         hopeful = [(request, drafting) for request, drafting in able if drafting.chance > least]
-        if not hopeful and self._without >= PROBE:
-            return self._probe(able)
+        if not hopeful:
+            self._rest(len(able) > FEW)
+            return self._probe(able) if self._without >= PROBE else {}
         if len(plan.tokens) == 1:  # with company nobody waits before a step
             for request, _ in hopeful:
                 if request.constraint is not None:
@@ -131,8 +138,7 @@ class Drafter:
             for request, (drafted, chances) in offers
         ]
         chosen = self._choose(options, drawn, step_ms, cost, room)
-        self._refused = 0 if any(chosen) else min(self._refused + 1, PAUSE)
-        self._pause = self._refused
+        self._rest(not any(chosen))
         if not any(chosen) and self._without >= PROBE:
             return self._probe(able)
         return self._planned([(request, drafted) for request, (drafted, _) in offers], chosen)

@@ -267,7 +267,7 @@ class Runner:
         size, kinds = len(ordered), [kind_of(*pair) for pair in ordered]
         decodes, drafted = kinds.count(SINGLE), kinds.count(DRAFTED)
         self._inputs.wait()
-        chunks = pack(self._inputs, ordered, decodes, drafted, self.block_size)
+        chunks = self.pack(ordered, decodes, drafted)
         runs = self._adapter_runs(ordered)
         if self.graphs is not None and picks is None and not runs:
             replayed = self.graphs.step(ordered, chunks)
@@ -284,6 +284,10 @@ class Runner:
         if self._feed is not None:
             batch = batch._replace(token_ids=self._feed.resolve(batch.token_ids))
         return self.model.hidden(batch, self.kv_caches, picks)
+
+    def pack(self, ordered: Work, decodes: int, drafted: int) -> tuple[Chunk, ...]:
+        """Write a step's inputs to the buffers."""
+        return pack(self._inputs, ordered, decodes, drafted, self.block_size)
 
     def _sample(
         self, logits: Tensor, positions: list[Position], result: StepResult

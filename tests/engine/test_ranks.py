@@ -244,7 +244,8 @@ def test_a_step_that_fails_here_ends_the_others_too(shared: LLM, monkeypatch: py
 def test_a_step_that_fails_before_it_is_told_ends_its_request_alone(
     shared: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsc_serve.engine.runner.pack", lambda *arguments: [][0])
+    runner = shared.engine.runner
+    monkeypatch.setattr(runner, "pack", lambda *arguments: [][0])
     with pytest.raises(GenerationError, match="the first for: the step failed: IndexError"):
         shared.generate([[1, 2]], SamplingParams(max_tokens=2))
     monkeypatch.undo()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 
 from dsc_serve.engine.draft_time import DraftTime
@@ -11,6 +13,7 @@ FORGET = 0.98  # weight of an observation that is one step older than another
 OUTLIER = 4.0  # a step that took this many times its estimate counts as one that took so many times
 TRUST = 16  # observations before outliers are told from steps
 FIT_EVERY = 8  # steps without a chunk
+LATEST = 5  # steps of single tokens alone that say how far the estimate is off just now
 SWEEPS = 6
 SHORTEST_MS = 0.01
 FORGOTTEN = 1e-200  # weight of observations, below which products of them underflow
@@ -87,13 +90,24 @@ class StepTime:
         self._squares = [[0.0] * 4 for _ in range(4)]
         self._products = [0.0] * 4
         self._seen = 0
+        self._off = deque[float](maxlen=LATEST)  # what the latest steps took, to what had been expected of them
+
+    def without_drafts(self, load: Load) -> float | None:
+        """Milliseconds of a step with a load but without its drafts, as the latest such steps correct the estimate: while
+        most steps have drafts, the few that have none are too few to fit.
+        """
+        if self.estimate is None:
+            return None
+        return max(self.estimate.ms(load) * (statistics.median(self._off) if self._off else 1.0), SHORTEST_MS)
 
     def observe(self, load: Load, ms: float) -> None:
         """Learn from a step that took so long; from one with drafts, what these take."""
         if load.drafts:
-            expected = self.estimate.ms(load) if self.estimate is not None else ms
+            expected = self.without_drafts(load) or ms
             self.drafts.observe(load.drafted, load.drafts, min(ms, OUTLIER * expected) - expected)
             return
+        if self.estimate is not None and not load.tokens:
+            self._off.append(min(ms / max(self.estimate.ms(load), SHORTEST_MS), OUTLIER))
         units = (1.0, load.singles, load.tokens, load.pairs)
         if self._seen >= TRUST:
             expected = sum(cost * unit for cost, unit in zip(self._costs, units, strict=True))

@@ -153,7 +153,7 @@ def test_drafts_that_cannot_pay_are_asked_for_less_often_until_the_streams_chang
 
 
 def test_one_step_of_some_is_always_without() -> None:
-    """What steps take without drafts is to stay known."""
+    """What steps take without drafts is to stay known: it is looked at soon, and then ever more seldom."""
     engine = fake_engine(blocks=200, context=700, step_tokens=16)
     guess(engine, 1, 1.0, 0)
     engine.drafter._choose = lambda options, *_: [1] * len(options)
@@ -161,7 +161,12 @@ def test_one_step_of_some_is_always_without() -> None:
     while engine.has_work:
         engine.step()
     sizes = engine.runner.step_sizes[1:-1]
-    assert [i for i, size in enumerate(sizes) if size == 1] == list(range(REFRESH, len(sizes), REFRESH + 1))
+    first, last = REFRESH
+    expected, place, after = [], 0, first
+    while place + after < len(sizes):
+        expected.append(place + after)
+        place, after = place + after + 1, min(2 * after, last)
+    assert [i for i, size in enumerate(sizes) if size == 1] == expected
 
 
 def test_a_request_may_have_fewer_or_none() -> None:

@@ -18,7 +18,7 @@ from dsc_serve.engine.position import Further
 from dsc_serve.engine.request import Request
 from dsc_serve.engine.step_time import SHORTEST_MS, StepTime
 
-REFRESH = 64  # of so many steps with drafts one goes without, so that what steps take without stays known
+REFRESH = 4, 64  # steps with drafts before one goes without, first and at last: what those take is to stay known
 MOST_ADAPTERS = 256  # whose drafts are told apart, beside the model's own
 PROBE = 64  # after so many steps without drafts one is tried: answers change
 FEW = 4  # requests whose chances are looked at in no time
@@ -47,7 +47,7 @@ class Drafter:
         self._seen: OrderedDict[str, dict[Strength, Acceptance]] = OrderedDict()  # by adapter, the latest last
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
-        self._turn = 0
+        self._turn, self._refresh = 0, REFRESH[0]
         self._refused = self._pause = 0  # times in a row that no draft could pay; steps before the next are made
         self._singles = 0  # tokens that steps draw without drafts, as long as that has been so
         self._patience = Patience()
@@ -59,7 +59,7 @@ class Drafter:
             return plan
         self._asked.clear()
         self.making_s = 0.0
-        rests = self._with >= REFRESH or self._pauses(plan.load.singles)
+        rests = self._pauses(plan.load.singles) or self._refreshes()
         drafts = {} if rests else self._drafts(plan, running, times)
         self._with, self._without = (self._with + 1, 0) if drafts else (0, self._without + 1)
         plan.drafts = drafts
@@ -74,9 +74,16 @@ class Drafter:
     def _pauses(self, singles: int) -> bool:
         """Whether drafts were of late not worth it in such steps: with many streams to ask for them takes its time."""
         if singles != self._singles:
-            self._singles, self._refused, self._pause = singles, 0, 0
+            self._singles, self._refused, self._pause, self._refresh = singles, 0, 0, REFRESH[0]
         self._pause -= 1
         return self._pause >= 0
+
+    def _refreshes(self) -> bool:
+        """Whether this step goes without: soon after there are more or fewer streams, later seldom."""
+        if self._with < self._refresh:
+            return False
+        self._refresh = min(2 * self._refresh, REFRESH[1])
+        return True
 
     def _rest(self, refused: bool) -> None:
         """Once more no draft could pay, so the next steps go without asking; or some could."""
@@ -106,7 +113,7 @@ class Drafter:
         room = self._step_tokens - sum(plan.tokens.values())
         if room <= 0 or estimate is None:
             return {}
-        step_ms, cost = max(estimate.ms(load), SHORTEST_MS), times.drafts.cost(estimate.single)
+        step_ms, cost = times.without_drafts(load) or SHORTEST_MS, times.drafts.cost(estimate.single)
         drawn = max(load.singles, 1)
         able = [
             (request, request.drafting or self._begin(request))

@@ -93,8 +93,8 @@ class StepTime:
         self._off = deque[float](maxlen=LATEST)  # what the latest steps took, to what had been expected of them
 
     def without_drafts(self, load: Load) -> float | None:
-        """Milliseconds of a step with a load but without its drafts, as the latest such steps correct the estimate: while
-        most steps have drafts, the few that have none are too few to fit.
+        """Milliseconds of a step with a load but without its drafts. The latest such steps correct the estimate: while
+        most steps have drafts they are too few to fit.
         """
         if self.estimate is None:
             return None

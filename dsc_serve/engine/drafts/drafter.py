@@ -47,7 +47,8 @@ class Drafter:
         self._seen: OrderedDict[str, dict[Strength, Acceptance]] = OrderedDict()  # by adapter, the latest last
         self._asked: dict[str, Drafting] = {}
         self._with = self._without = 0  # steps in a row
-        self._turn, self._refresh = 0, REFRESH[0]
+        self._turn = 0
+        self._refresh: dict[int, int] = {}  # by the bits of the number of streams: steps with drafts before one without
         self._refused = self._pause = 0  # times in a row that no draft could pay; steps before the next are made
         self._singles = 0  # tokens that steps draw without drafts, as long as that has been so
         self._patience = Patience()
@@ -59,7 +60,7 @@ class Drafter:
             return plan
         self._asked.clear()
         self.making_s = 0.0
-        rests = self._pauses(plan.load.singles) or self._refreshes()
+        rests = self._pauses(plan.load.singles) or self._refreshes(plan.load.singles)
         drafts = {} if rests else self._drafts(plan, running, times)
         self._with, self._without = (self._with + 1, 0) if drafts else (0, self._without + 1)
         plan.drafts = drafts
@@ -74,15 +75,17 @@ class Drafter:
     def _pauses(self, singles: int) -> bool:
         """Whether drafts were of late not worth it in such steps: with many streams to ask for them takes its time."""
         if singles != self._singles:
-            self._singles, self._refused, self._pause, self._refresh = singles, 0, 0, REFRESH[0]
+            self._singles, self._refused, self._pause = singles, 0, 0
         self._pause -= 1
         return self._pause >= 0
 
-    def _refreshes(self) -> bool:
-        """Whether this step goes without: soon after there are more or fewer streams, later seldom."""
-        if self._with < self._refresh:
+    def _refreshes(self, singles: int) -> bool:
+        """Whether this step goes without: often as long as about so many streams are new, later seldom."""
+        level = singles.bit_length()
+        interval = self._refresh.get(level, REFRESH[0])
+        if self._with < interval:
             return False
-        self._refresh = min(2 * self._refresh, REFRESH[1])
+        self._refresh[level] = min(2 * interval, REFRESH[1])
         return True
 
     def _rest(self, refused: bool) -> None:

@@ -179,8 +179,8 @@ INLINE void score_tiled(const T* pool, const int64_t* rows_at, int64_t count, in
     if (count - n >= LANES && adjoin<LANES>(rows_at + n, size)) keys = pool + rows_at[n];
     else
       for (int64_t i = n; i < n + LANES && i < count; i++) memcpy(b.keys + (i - n) * size, pool + rows_at[i], size * 2);
-    score_by_tiles({(const char*)keys, (const char*)b.q, size * 2, size * LANES * 2, size * 2 / TILE_STEP, (int)panels,
-                    (char*)(b.scores + n * ROWS), ROWS * 4});
+    sum_one_tile<bf16>({(const char*)b.q, (const char*)keys, size * LANES * 2, size * 2, size * 2 / TILE_STEP,
+                        (int)panels, TILE_ROWS, (char*)(b.scores + n * ROWS), ROWS * 4});
   }
 }
 
@@ -195,8 +195,8 @@ INLINE void gather_tiled(const ChunkBuffers<T>& b, int64_t rows, int64_t count) 
   auto gather = [&](const bf16* values, int64_t first, int64_t from, int64_t to) __attribute__((always_inline)) {
     for (int64_t c = 0; c < columns; c += TILED_PANELS) {
       int panels = (int)(columns - c < TILED_PANELS ? columns - c : TILED_PANELS);
-      gather_by_tiles({(const char*)weights, (const char*)(values + c * KEYS * LANES), KEYS * 2, KEYS * LANES * 2, steps,
-                       panels, (char*)sums});
+      sum_one_tile<bf16>({(const char*)(values + c * KEYS * LANES), (const char*)weights, KEYS * LANES * 2, KEYS * 2, steps,
+                          panels, TILE_ROWS, (char*)sums});
       for (int64_t r = from; r < to; r++)
         for (int p = 0; p < panels; p++) {
           float* s = b.sums + (first + r) * b.width + (c + p) * LANES;

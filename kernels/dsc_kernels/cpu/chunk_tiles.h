@@ -25,7 +25,6 @@ INLINE bool takes_tiles([[maybe_unused]] int64_t size, [[maybe_unused]] int64_t 
 
 #if defined(__AVX512BF16__)
 
-constexpr int MOST_PANELS = 3;    // of query rows
 constexpr int64_t TILED_KEYS = TILE_STEP / (int64_t)sizeof(bf16);  // that a tile of weights holds
 
 // While one lives, this thread's tiles are whole ones.
@@ -38,76 +37,6 @@ struct WholeTiles {
     if (used) release_tiles();
   }
 };
-
-// 16 keys, and panels of query rows.
-struct TiledScores {
-  const char *keys, *q;
-  int64_t key_stride, panel;  // bytes from key to key, and of a panel
-  int64_t steps;
-  int panels;
-  char* scores;  // [16, stride]
-  int64_t stride;
-};
-
-#define TILED __attribute__((noinline, target("amx-tile,amx-bf16")))
-
-TILED void score_by_tiles(const TiledScores& c) {
-  clear_sums();
-  const char *keys = c.keys, *q = c.q;
-  for (int64_t k = 0; k < c.steps; k++, keys += TILE_STEP, q += TILE_BYTES) {
-    _tile_loadd(4, keys, c.key_stride);
-    _tile_loadd(5, q, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (c.panels > 1) {
-      _tile_loadd(6, q + c.panel, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (c.panels > 2) {
-      _tile_loadd(7, q + 2 * c.panel, 64);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-  }
-  _tile_stored(0, c.scores, c.stride);
-  if (c.panels > 1) _tile_stored(1, c.scores + 64, c.stride);
-  if (c.panels > 2) _tile_stored(2, c.scores + 128, c.stride);
-}
-
-// The weights of 16 query rows, and up to four panels of values.
-struct TiledValues {
-  const char *weights, *values;
-  int64_t weight_stride, panel;  // bytes from row to row, and from panel to panel
-  int64_t steps;
-  int panels;
-  char* sums;  // [16, SUMS_STRIDE]
-};
-
-TILED void gather_by_tiles(const TiledValues& c) {
-  clear_sums();
-  const char *weights = c.weights, *values = c.values;
-  for (int64_t k = 0; k < c.steps; k++, weights += TILE_STEP, values += TILE_BYTES) {
-    _tile_loadd(4, weights, c.weight_stride);
-    _tile_loadd(5, values, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (c.panels > 1) {
-      _tile_loadd(6, values + c.panel, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (c.panels > 2) {
-      _tile_loadd(7, values + 2 * c.panel, 64);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if (c.panels > 3) {
-      _tile_loadd(5, values + 3 * c.panel, 64);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  _tile_stored(0, c.sums, SUMS_STRIDE * 4);
-  if (c.panels > 1) _tile_stored(1, c.sums + 64, SUMS_STRIDE * 4);
-  if (c.panels > 2) _tile_stored(2, c.sums + 128, SUMS_STRIDE * 4);
-  if (c.panels > 3) _tile_stored(3, c.sums + 192, SUMS_STRIDE * 4);
-}
-
-#undef TILED
 
 // Words [pairs of keys][stride] of 16 query rows become the rows [16, KEYS] of a tile; what is missing of its keys is 0.
 INLINE void turn_weights(const bf16* weights, int64_t stride, int64_t count, int64_t keys, bf16* rows) {

@@ -70,7 +70,8 @@ struct TiledCall {
   int64_t panel, stride;  // bytes of a panel, and of a token's inputs
   int64_t steps;
   int panels, tokens;
-  char* sums;  // [tokens, SUMS_STRIDE]
+  char* sums;  // [tokens, sums_stride]
+  int64_t sums_stride = SUMS_STRIDE * 4;  // bytes from token to token
 };
 
 #define TILED __attribute__((noinline, target("amx-tile,amx-bf16,amx-int8")))
@@ -133,10 +134,10 @@ TILED void sum_one_tile(const TiledCall& c) {
       DSC_TILE_PRODUCT(3, 4, 5);
     }
   }
-  _tile_stored(0, c.sums, SUMS_STRIDE * 4);
-  if (c.panels > 1) _tile_stored(1, c.sums + 64, SUMS_STRIDE * 4);
-  if (c.panels > 2) _tile_stored(2, c.sums + 128, SUMS_STRIDE * 4);
-  if (c.panels > 3) _tile_stored(3, c.sums + 192, SUMS_STRIDE * 4);
+  _tile_stored(0, c.sums, c.sums_stride);
+  if (c.panels > 1) _tile_stored(1, c.sums + 64, c.sums_stride);
+  if (c.panels > 2) _tile_stored(2, c.sums + 128, c.sums_stride);
+  if (c.panels > 3) _tile_stored(3, c.sums + 192, c.sums_stride);
 }
 
 // For 17 to 32 tokens: two panels at once.

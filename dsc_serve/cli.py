@@ -258,6 +258,7 @@ def _report_import(config: Any, out: Path) -> None:
 @click.option("--context", type=click.IntRange(1), default=None, help="Positions [default: the preset's].")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--balanced", is_flag=True, help="Routers without preferences, as training leaves them.")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Any field of config.json, e.g. ffn.num_atoms=512."
 )
@@ -269,6 +270,7 @@ def init(
     context: int | None,
     dtype: str,
     seed: int,
+    balanced: bool,
     changes: tuple[str, ...],
 ) -> None:
     """Write a model of random weights without a tokenizer: a preset's sizes, changed by any number of --set.
@@ -301,6 +303,10 @@ def init(
     ) as bar:
         for name, tensor in bar:
             tensors[name] = tensor
+    if balanced:
+        from dsc_serve.train.balance import balanced_routers
+
+        tensors |= balanced_routers(config, tensors, seed)
     save_checkpoint(config, tensors, out)
     total, active = parameter_counts(config)
     click.echo(f"{out}: {ffn}, {total:,} parameters, {active:,} active per token")

@@ -19,5 +19,5 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # none: what a step of gigabytes leaves free would be fetched again in the next
         mallopt(M_TOP_PAD, 64 << 20)

@@ -6,6 +6,7 @@ All of them work in any floating dtype and leave the mathematics unchanged.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,93 @@ QUERY_BLOCK = 128  # rows of scores computed at a time; keys after them are skip
 HEAD_ROWS = 2048  # tokens whose logits exist at a time
 
 
+class _Rotated(torch.autograd.Function):
+    """Writes where the result lies, backwards by the opposite angle: nothing is joined, and nothing is kept of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (a, b), (first, second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    return y
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., T, head] with each pair (i, i + head / 2) turned by its position's angle; cos, sin [T, head / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    y: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    """torch's is a dozen operations for autograd, each of which keeps what it made in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        rstd = (length.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        y: Tensor = (x * rstd).mul_(weight)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (dy,) = grads
+        x, weight, rstd = ctx.saved_tensors
+        normed, dweight = x * rstd, None
+        if ctx.needs_input_grad[1]:  # a frozen norm takes none
+            dweight = (normed * dy).flatten(0, -2).sum(0).to(weight.dtype)
+        dx = dy.to(normed.dtype) * weight
+        shared = (dx * normed).mean(-1, keepdim=True)
+        return dx.addcmul_(normed, shared, value=-1).mul_(rstd).to(x.dtype), dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d] over its root mean square, times weight [d]; statistics in float32 at least."""
+    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its input alone, and writes both halves' gradients where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.activation = activation
+        gate, up = x.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,), (x,) = grads, ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, dim=-1)
+        torch.mul(dy, ACTIVATIONS[ctx.activation](gate), out=dup)
+        backward = torch.ops.aten.silu_backward if ctx.activation == "silu" else torch.ops.aten.gelu_backward
+        backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dx, None
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """activation(gate) · up [..., n] of x [..., 2n], gate beside up; activation: of ACTIVATIONS."""
+    y: Tensor = _Gated.apply(x, activation)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -114,14 +198,14 @@ class _HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(head.dtype, torch.float32)
         dhead = torch.zeros_like(head, dtype=wide) if head.requires_grad else None  # a frozen head takes none
         for start in range(0, x.shape[0], HEAD_ROWS):
-            rows, ids = x[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS, None]
+            rows, ids = x[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS]
             p = F.linear(rows, head).softmax(-1)
-            total -= p.gather(1, ids).to(wide).clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
-            if dx is not None:
-                p.scatter_(1, ids, p.gather(1, ids) - 1)  # in bfloat16 scatter_add_ takes a tenth of a step
-                dx[start : start + HEAD_ROWS] = p @ head
+            total -= p.gather(1, ids[:, None]).to(wide).clamp_min(torch.finfo(wide).tiny).log().sum(dtype=torch.float64)
+            if dx is not None:  # of the targets' own logits apart: to write into p costs as much as to multiply it
+                dx[start : start + HEAD_ROWS] = (p @ head).sub_(head[ids])
                 if dhead is not None:
                     dhead += p.T @ rows
+                    dhead.index_add_(0, ids, rows.to(wide), alpha=-1)
         if dx is not None:
             ctx.save_for_backward(dx, *(() if dhead is None else (dhead.to(head.dtype),)))
         return (total / x.shape[0]).to(wide)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsc_serve.model.config import ModelConfig
 from dsc_serve.model.rope import rope_table
 from dsc_serve.train.ffn import TRAINED, FfnTrace, Pass, Weights
-from dsc_serve.train.functions import causal_attention, head_loss, rotated
+from dsc_serve.train.functions import causal_attention, head_loss, rms_norm, rotated
 from dsc_serve.train.settings import check_trained
 
 SEEDS = 2**63  # beyond which torch takes none
@@ -66,7 +66,7 @@ class Network:
     def _norm(self, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
         scale, shape = weights[f"{name}.weight"], x.shape[-1:]
         if self.config.norm_type == "rmsnorm":
-            return torch.rms_norm(x, shape, scale, self.config.norm_eps)
+            return rms_norm(x, scale, self.config.norm_eps)
         return F.layer_norm(x, shape, scale, weights[f"{name}.bias"], self.config.norm_eps)
 
     def _attention(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from support.small_models import small_config, wide_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsc_serve.train.ffn import Pass
-from dsc_serve.train.functions import causal_attention, compose, head_loss
+from dsc_serve.train.functions import ACTIVATIONS, causal_attention, compose, gated, head_loss, rms_norm, rotated
 from dsc_serve.train.network import Network
 from dsc_serve.train.settings import LossSettings
 
@@ -30,6 +30,44 @@ def test_attention(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> 
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     torch.testing.assert_close(causal_attention(q, k, v), want)
     assert torch.autograd.gradcheck(causal_attention, (q, k, v))
+
+
+def test_rotation() -> None:
+    x, angles = wide(2, 3, 5, 8).transpose(1, 2), wide(3, 4, seed=1).detach()
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * torch.polar(sin**2 + cos**2, angles)
+    want = torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(rotated(x, cos, sin), want)
+    assert torch.autograd.gradcheck(lambda one: rotated(one, cos, sin), (x,))
+
+
+def test_rms_norm() -> None:
+    x, weight = wide(2, 3, 6), wide(6, seed=1)
+    torch.testing.assert_close(rms_norm(x, weight, 0.1), torch.rms_norm(x, (6,), weight, 0.1))
+    assert torch.autograd.gradcheck(lambda *args: rms_norm(*args, 0.1), (x, weight))
+    assert torch.autograd.gradcheck(lambda one: rms_norm(one, weight.detach(), 0.1), (x,))
+
+
+def test_rms_norms_of_bfloat16_round_once() -> None:
+    x = (30 * wide(4, 576)).detach().bfloat16().requires_grad_()
+    weight, grads = wide(576, seed=1).detach().bfloat16(), wide(4, 576, seed=2).detach().bfloat16()
+    y = rms_norm(x, weight, 1e-5)
+    y.backward(grads)
+    exact = x.detach().double().requires_grad_()
+    want = torch.rms_norm(exact, (576,), weight.double(), 1e-5)
+    want.backward(grads.double())
+    assert x.grad is not None and exact.grad is not None
+    for own, other in ((y, want), (x.grad, exact.grad)):
+        assert (own.double() - other).abs().max() <= 2**-8 * other.abs().max()
+        assert torch.equal(own, other.to(own.dtype)) or (own != other.to(own.dtype)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated(activation: str) -> None:
+    x = wide(2, 3, 10)
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(gated(x, activation), ACTIVATIONS[activation](gate) * up)
+    assert torch.autograd.gradcheck(lambda one: gated(one, activation), (x,))
 
 
 def test_composition() -> None:

@@ -74,7 +74,7 @@ def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> 
             options = ("--form", system.form, "--preset", comparison.preset)
             run_tool([*CLI, "bench", "peer-model", str(unfinished), *options])
         else:
-            command = [*CLI, "init", "--ffn", str(form), "--preset", comparison.preset, *equal]
+            command = [*CLI, "init", "--balanced", "--ffn", str(form), "--preset", comparison.preset, *equal]
             run_tool([*command, "--out", str(unfinished)])
             content = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
             save_tokenizer(content["vocab_size"], unfinished)

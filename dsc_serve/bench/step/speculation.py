@@ -109,15 +109,15 @@ def engine_for(
     return engine
 
 
-def stepped(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> Generator[float, None, Run]:
-    """A run whose steps are taken as they are asked for; yields the seconds of each.
+def stepped(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None) -> Generator[float, bool | None, Run]:
+    """A run whose steps are taken as they are asked for; yields the seconds of each, see `in_turns`.
 
     answers: what the requests predict; None: nothing.
     """
     found: list[list[int]] = [[] for _ in range(task.streams)]
     for i, prompt in enumerate(task.prompts(engine.capacity.vocab_size)):
         engine.add(str(i), prompt, task.params(i, answers[i] if answers is not None else ()))
-    counted, begun, own_s, times = 0, False, 0.0, []
+    counted, begun, cold, own_s, times = 0, False, False, 0.0, []
     after: dict[str, list[float]] = {}  # tokens and seconds of each stream
     while engine.has_work:
         started = time.perf_counter()
@@ -127,7 +127,7 @@ def stepped(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None)
             if delta.error:
                 raise RuntimeError(delta.error)
             found[int(delta.request_id)] += delta.token_ids
-        if begun:
+        if begun and not cold:
             own_s += taken
             counted += sum(len(delta.token_ids) for delta in deltas)
             times.append(1e3 * taken)
@@ -135,7 +135,7 @@ def stepped(engine: Engine, task: Task, answers: Sequence[Sequence[int]] | None)
                 own = after.setdefault(delta.request_id, [0.0, 0.0])
                 own[0], own[1] = own[0] + len(delta.token_ids), own_s
         begun = begun or all(found)
-        yield taken
+        cold = bool((yield taken))
     token_ms = statistics.fmean(1e3 * seconds / max(count, 1.0) for count, seconds in after.values() or [(1.0, 0.0)])
     return Run(counted / max(own_s, 1e-9), token_ms, statistics.median(times or [0.0]), found)
 

@@ -6,21 +6,31 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
-SLICE_S = 0.1  # of a turn, at least: long beside a first step, whose weights others have driven out of the cache
+SLICE_S = 0.1  # of a turn, at least
+SLICE_STEPS = 8  # likewise, so that most are counted
 
 Found = TypeVar("Found")
 
 
-def in_turns(runs: Sequence[Generator[float, None, Found]], slice_s: float = SLICE_S) -> list[Found]:
-    """What the runs return, each of which yields the seconds of every step."""
+def in_turns(
+    runs: Sequence[Generator[float, bool | None, Found]], slice_s: float = SLICE_S, slice_steps: int = SLICE_STEPS
+) -> list[Found]:
+    """What the runs return, each of which yields the seconds of every step.
+
+    A run is sent whether its next step begins a turn after somebody else's: its weights are out of the cache then, as
+    those of a server of its own are not, and it leaves that step out.
+    """
     found: dict[int, Found] = {}
-    waiting = deque(enumerate(runs))
+    waiting, begun, last = deque(enumerate(runs)), set[int](), None
     while waiting:
         place, steps = waiting.popleft()
-        spent = 0.0
+        spent, taken = 0.0, 0
         try:
-            while spent < slice_s:
-                spent += next(steps)
+            while spent < slice_s or taken < slice_steps:
+                spent += steps.send(last != place) if place in begun else next(steps)
+                begun.add(place)
+                last = place
+                taken += 1
         except StopIteration as end:
             found[place] = end.value
         else:

@@ -22,16 +22,15 @@ INPUTS_OF = {"k": "q", "v": "q", "up": "gate"}  # modules that take what another
 
 
 class WatchedNetwork(AdaptedNetwork):
-    """Adds up x xᵀ of what its modules take in, by layer and module."""
+    """Adds up x xᵀ of what its modules take in, by layer and the first of those that take it."""
 
     seen: dict[tuple[int, str], Tensor]
 
-    def _linear(self, updates: Updates, layer: int, module: str, tenants: int, x: Tensor) -> Tensor:
-        if module not in INPUTS_OF or (module == "up" and not self.config.mlp_gated):
-            rows = x.flatten(0, -2)
-            moment = (rows.T @ rows).double()
-            self.seen[layer, module] = self.seen.get((layer, module), 0.0) + moment
-        return super()._linear(updates, layer, module, tenants, x)
+    def _linear(self, updates: Updates, layer: int, modules: tuple[str, ...], tenants: int, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        moment = (rows.T @ rows).double()
+        self.seen[layer, modules[0]] = self.seen.get((layer, modules[0]), 0.0) + moment
+        return super()._linear(updates, layer, modules, tenants, x)
 
 
 def second_moments(base: Path, text: Path) -> Mapping[str, Tensor]:

@@ -6,8 +6,12 @@
 // Nothing is rounded in between, and there is no buffer of what is added. A product without adapters knows nothing of this.
 #pragma once
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <atomic>
+#include <new>
 
 #include "api.h"
 #include "namespace.h"
@@ -56,6 +60,29 @@ INLINE vf expand_panel(const bf16* up, int64_t panel, int64_t rank, const float*
   return even + next_even + (odd + next_odd);
 }
 
+// Threads that share a contraction and then need all of it. None waits before it adds the first latents to a sum: what the
+// others have left of theirs is then mostly done.
+struct Meeting {
+  static constexpr int PATIENCE = 1 << 12;  // looks at who has come, before the core is given to somebody else in between
+  std::atomic<int64_t> expected{0}, come{0};
+
+  INLINE void arrive(int64_t threads) {
+    expected.store(threads, std::memory_order_relaxed);
+    come.fetch_add(1, std::memory_order_release);
+  }
+  INLINE bool complete() const {
+    return come.load(std::memory_order_acquire) >= expected.load(std::memory_order_relaxed);
+  }
+  // Where nobody has arrived nobody is waited for.
+  INLINE void wait() const {
+    if (complete()) return;
+    for (int looks = 0; !complete(); looks++) {
+      if (looks < PATIENCE) __builtin_ia32_pause();
+      else sched_yield();
+    }
+  }
+};
+
 // What an update takes of a row of latents: what its inputs are contracted to, and behind it what a core makes of that.
 INLINE int64_t latent_width(const LowRank& u) { return to_lanes(u.inner) + (u.core ? to_lanes(u.rank) : 0); }
 
@@ -68,6 +95,7 @@ struct Branch {
   int64_t width = 0;                 // of a row of latents: those of all updates, each in whole panels
   int64_t base = 0;
   float* rows = nullptr;  // [tokens, width]
+  Meeting* meeting = nullptr;
 
   // Room for so many tokens.
   INLINE Branch() = default;
@@ -83,7 +111,7 @@ struct Branch {
       if (own > width) width = own;
     }
     if (!width) adapted = nullptr;  // tenants of a bank alone
-    else rows = scratch.take<float>(tokens * width);
+    else rows = scratch.take<float>(tokens * width), meeting = new (scratch.take<Meeting>(1)) Meeting;
   }
 
   // The same for the tokens from the t-th on.
@@ -129,6 +157,7 @@ struct Branch {
   __attribute__((noinline)) vf add(vf v, int64_t t, int64_t n) const {
     int32_t run = adapted->run_of[base + t];
     if (run < 0) return v;
+    meeting->wait();
     int64_t panel = n / LANES, count = modules * adapted->runs[run].parts;
     bool asks = base + t == adapted->runs[run].first;  // for all tokens of its run
     const LowRank* update = adapted->updates(run, module);

@@ -99,7 +99,7 @@ void contract_panels(const Branch& b, const typename Input<T>::type* x, int64_t 
 }
 
 // The same, cores included, of branches that have the same inputs. Where n threads share it, all of them must come here:
-// with cores they wait for each other once.
+// with cores they wait for each other once. Who adds what a branch gives waits for its contraction by itself.
 template <typename T, typename... Branches>
 void contract(const typename Input<T>::type* x, int64_t stride, int64_t count, int64_t d, int64_t id, int64_t n,
               const Branches&... branches) {
@@ -107,15 +107,20 @@ void contract(const typename Input<T>::type* x, int64_t stride, int64_t count, i
   Contraction<T> panels = {stride, d};
   (contract_panels<T>(branches, x, count, turn++ % n, n, panels), ...);
   panels.multiply(nullptr);
-  if (!(branches.cored || ...)) return;
-  if (n > 1) {
+  if ((branches.cored || ...)) {
+    if (n > 1) {
 #pragma omp barrier
+    }
+    int64_t first = count * id / n, last = count * (id + 1) / n;
+    auto mix = [&](const Branch& b) {
+      if (b.cored) b.mix(first, last);
+    };
+    (mix(branches), ...);
   }
-  int64_t first = count * id / n, last = count * (id + 1) / n;
-  auto mix = [&](const Branch& b) {
-    if (b.cored) b.mix(first, last);
+  auto arrive = [&](const Branch& b) {
+    if (b.adapted) b.meeting->arrive(n);
   };
-  (mix(branches), ...);
+  if (n > 1) (arrive(branches), ...);
 }
 
 DSC_KERNELS_END

@@ -134,7 +134,7 @@ void ffn(const Ffn& a) {
         ffn_contract<T>(a, b, x.rows, a.batch, id, n);
         timer.end(STATIC);
       }
-      if ((reads && !alone) || adapted) {
+      if (reads && !alone) {
 #pragma omp barrier
         timer.end(WAITING);
       }
@@ -151,7 +151,7 @@ void ffn(const Ffn& a) {
         if (routes) ffn_route<T>(a, b, 0, split_point(b.routed, id, n), split_point(b.routed, id + 1, n), id, (int)n);
         timer.end(routes ? COMPOSE : STATIC);
       }
-      if (routes || rounds || adapted) {
+      if (routes || rounds) {
 #pragma omp barrier
         timer.end(WAITING);
       }

@@ -69,6 +69,12 @@ struct AdaptedOutput {
   INLINE void operator()(vf v, int64_t t, int64_t n) const { finish(e.branch->add(v, t, n), e, out, t, n, size); }
 };
 
+#if defined(__AVX512BF16__)
+// An adapter's panels lie one behind the other: memory gives some kilobytes of one sooner than a little of many.
+template <typename O>
+constexpr int64_t SUMMED_TOGETHER<AdaptedOutput<O>> = 4;
+#endif
+
 template <typename T, int P, int TT, typename Sink>
 INLINE void block(const T* w, int64_t panel, const typename Input<T>::type* const* x, int64_t d, const Sink& sink,
                   int64_t t, int64_t n, Ahead& ahead) {

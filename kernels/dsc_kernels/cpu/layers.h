@@ -127,7 +127,6 @@ INLINE void linear_as(const Linear& a) {
       if (branch.adapted) {
         e.branch = &branch;
         contract<T>(x.rows, x.stride, a.batch, a.d, id, n, branch);
-#pragma omp barrier
       }
       gemm<T, O>(w, x, nullptr, a.batch, a.d, a.n, e, (O*)a.out, split_point(panels, id, n),
                  split_point(panels, id + 1, n));

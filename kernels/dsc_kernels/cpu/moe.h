@@ -319,10 +319,8 @@ void moe(const Moe& a) {
     };
     bool rounds = x.bytes.values && !alone;
     if (rounds) x.bytes.round_tokens((const T*)a.x, a.d, first, last, a.d);
-    if (b.up.adapted) {
-      contract<T>(x.rows, x.stride, a.batch, a.d, id, n, b.gate, b.up);
-    }
-    if (rounds || b.up.adapted) {
+    if (b.up.adapted) contract<T>(x.rows, x.stride, a.batch, a.d, id, n, b.gate, b.up);
+    if (rounds) {
 #pragma omp barrier
     }
     moe_route<T>(a, b, x, first, last);

@@ -21,6 +21,10 @@ constexpr int TILE_ROWS = 16, TILED_TOKENS = 2 * TILE_ROWS, TILED_PANELS = 4;
 constexpr int64_t SUMS_STRIDE = TILED_PANELS * LANES;  // of a token's sums
 constexpr int64_t FEWEST_TILED = 4;                    // tokens
 
+// Times TILED_PANELS panels whose sums go to a sink together, token by token.
+template <typename Sink>
+constexpr int64_t SUMMED_TOGETHER = 1;
+
 bool tiles_in_use = false;  // the set "amx" is chosen
 
 // While one lives, numbers below 2⁻¹²⁶ are 0, as they are to tiles.
@@ -159,12 +163,12 @@ TILED void sum_two_tiles(const TiledCall& c) {
         DSC_TILE_PRODUCT(3, 5, 7);
       }
     }
-    char *sums = c.sums + p * 64, *below = sums + TILE_ROWS * SUMS_STRIDE * 4;
-    _tile_stored(0, sums, SUMS_STRIDE * 4);
-    _tile_stored(2, below, SUMS_STRIDE * 4);
+    char *sums = c.sums + p * 64, *below = sums + TILE_ROWS * c.sums_stride;
+    _tile_stored(0, sums, c.sums_stride);
+    _tile_stored(2, below, c.sums_stride);
     if (both) {
-      _tile_stored(1, sums + 64, SUMS_STRIDE * 4);
-      _tile_stored(3, below + 64, SUMS_STRIDE * 4);
+      _tile_stored(1, sums + 64, c.sums_stride);
+      _tile_stored(3, below + 64, c.sums_stride);
     }
   }
 }
@@ -191,15 +195,16 @@ struct ThreadRoom {
 
 thread_local ThreadRoom gathered_inputs;
 
-// Inputs of some tokens, one row after the other, that meet panels.
-template <typename T>
+// Inputs of some tokens, one row after the other, that meet up to TOGETHER · TILED_PANELS panels at a time.
+template <typename T, int64_t TOGETHER>
 struct TiledInputs {
+  static constexpr int64_t MOST_PANELS = TOGETHER * TILED_PANELS, ROW = TOGETHER * SUMS_STRIDE;
   typedef typename Input<T>::type I;
   typedef typename Input<T>::sum Sum;
   const I* x;
   int64_t stride, count, d;
   int shaped = 0;  // tokens that tiles are shaped for
-  alignas(64) char sums[TILED_TOKENS * SUMS_STRIDE * 4];
+  alignas(64) char sums[TILED_TOKENS * ROW * 4];
 
   INLINE TiledInputs(const I* inputs, int64_t x_stride, const int32_t* rows, int64_t tokens, int64_t width)
       : x(inputs), stride(x_stride), count(tokens), d(width) {
@@ -212,7 +217,7 @@ struct TiledInputs {
   }
   INLINE ~TiledInputs() { release_tiles(); }
 
-  // The sums with up to four panels, of which p is the first, go to the sink.
+  // The sums with up to MOST_PANELS panels, of which p is the first, go to the sink.
   template <typename Sink>
   INLINE void multiply(const T* w, int panels, const Sink& sink, int64_t p) {
     constexpr int64_t STEP = TILE_STEP / (int64_t)sizeof(I);
@@ -220,15 +225,18 @@ struct TiledInputs {
     for (int64_t t = 0; t < count; t += TILED_TOKENS) {
       int some = (int)(count - t < TILED_TOKENS ? count - t : TILED_TOKENS);
       if (some != shaped) shape_tiles(shaped = some);
-      TiledCall call = {(const char*)w, (const char*)(x + t * stride), panel * (int64_t)sizeof(T),
-                        stride * (int64_t)sizeof(I), d / STEP, panels, some, sums};
-      if (some > TILE_ROWS) sum_two_tiles<T>(call);
-      else sum_one_tile<T>(call);
+      for (int j = 0; j < panels; j += TILED_PANELS) {
+        TiledCall call = {(const char*)(w + j * panel), (const char*)(x + t * stride), panel * (int64_t)sizeof(T),
+                          stride * (int64_t)sizeof(I), d / STEP, panels - j < TILED_PANELS ? panels - j : TILED_PANELS,
+                          some, sums + j * LANES * 4, ROW * 4};
+        if (some > TILE_ROWS) sum_two_tiles<T>(call);
+        else sum_one_tile<T>(call);
+      }
       for (int i = 0; i < some; i++)
         for (int j = 0; j < panels; j++) {
           Sum acc[1][1] = {}, tiled;
           start(sink, w + j * panel, panel, t + i, acc);
-          memcpy(&tiled, sums + (i * SUMS_STRIDE + j * LANES) * 4, sizeof tiled);
+          memcpy(&tiled, sums + (i * ROW + j * LANES) * 4, sizeof tiled);
           acc[0][0] += tiled;
           const I* rest = x + (t + i) * stride + whole;
           Ahead none = {nullptr, nullptr, 0};
@@ -243,9 +251,10 @@ struct TiledInputs {
 template <typename T, typename Sink>
 INLINE void multiply_by_tiles(const T* w, const typename Input<T>::type* x, int64_t stride, const int32_t* rows,
                               int64_t count, int64_t d, const Sink& sink, int64_t first, int64_t last) {
-  TiledInputs<T> inputs(x, stride, rows, count, d);
-  for (int64_t p = first; p < last; p += TILED_PANELS)
-    inputs.multiply(w + p * Packed<T>::panel_size(d), (int)(last - p < TILED_PANELS ? last - p : TILED_PANELS), sink, p);
+  TiledInputs<T, SUMMED_TOGETHER<Sink>> inputs(x, stride, rows, count, d);
+  constexpr int64_t MOST = decltype(inputs)::MOST_PANELS;
+  for (int64_t p = first; p < last; p += MOST)
+    inputs.multiply(w + p * Packed<T>::panel_size(d), (int)(last - p < MOST ? last - p : MOST), sink, p);
 }
 
 #endif

@@ -39,13 +39,14 @@ class SystemRuns:
         for each in self.engines:
             in_turns([self.stepped(each)])
 
-    def stepped(self, rate: float | None) -> Generator[float, None, Run]:
+    def stepped(self, rate: float | None) -> Generator[float, bool | None, Run]:
         return stepped(self.engines[rate], self._task, None if rate is None else self._scripts)
 
 
 def measured(ready: Mapping[str, SystemRuns], task: Task, preset: str, number: int) -> list[DraftedRow]:
     """One round: the engines of all systems take turns."""
-    places = [(system, rate) for system, own in ready.items() for rate in own.engines]
+    rates = next(iter(ready.values())).engines
+    places = [(system, rate) for rate in rates for system in ready]  # after another system's turn each
     reports = [ready[system].engines[rate].drafter.report for system, rate in places]
     before = [(sum(report.drafted.values()), sum(report.accepted.values())) for report in reports]
     found = in_turns([ready[system].stepped(rate) for system, rate in places])

@@ -21,7 +21,7 @@ from dsc_serve.engine.tenant_report import TenantsReport
 from dsc_serve.engine.tenants import TenantWatch
 from dsc_serve.model.ffn.dsc import DscFfn
 
-WATCHED = 8  # of so many steps one is watched
+WATCHED = 16  # of so many steps one is watched
 
 
 class RoutingWatch:

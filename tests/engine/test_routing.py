@@ -21,7 +21,7 @@ from dsc_serve.config import EngineConfig
 from dsc_serve.engine.engine import Engine
 from dsc_serve.engine.preparation import prepare_model
 from dsc_serve.engine.request import Request
-from dsc_serve.engine.routing import RoutingWatch
+from dsc_serve.engine.routing import WATCHED, RoutingWatch
 from dsc_serve.model.checkpoint import save_checkpoint
 from dsc_serve.model.decoder import dsc_layers
 from dsc_serve.worker.messages import Stats, frame, from_engine_decoder
@@ -134,9 +134,9 @@ def test_steps_are_watched_now_and_then_and_the_sums_say_how_often(
     with LLM(str(small_model()), policy=policy) as llm:
         routing = llm.engine.routing
         assert routing is not None
-        llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=41, ignore_eos=True))
+        llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1 + 3 * WATCHED, ignore_eos=True))
         report = routing.report()
-        assert (report.steps, report.tokens) == (1 + 40 // 8, 3 + 40 // 8)
+        assert (report.steps, report.tokens) == (1 + 3, 3 + 3)
         llm.generate([[4, 5, 6, 7]], SamplingParams(temperature=0, max_tokens=1))
         again = routing.report()
         asked = policy == "affinity"

@@ -26,7 +26,7 @@ from dsc_serve.worker.messages import Delta, Stats, frame
 from dsc_serve.worker.process import stats_of
 
 pytestmark = pytest.mark.alone
-RUNNING, ROUNDS, STEPS = 64, 5, 32  # a round holds a close look at a layer's routing, which every 32nd step has
+RUNNING, ROUNDS, STEPS = 64, 5, 64  # a round holds a close look at a layer's routing, which every 64th step has
 OUTPUT_TOKENS = 64  # so that in a step of 64 requests one ends
 SCRAPE_S = 15.0
 LIMIT = 0.03

@@ -258,7 +258,7 @@ def _report_import(config: Any, out: Path) -> None:
 @click.option("--context", type=click.IntRange(1), default=None, help="Positions [default: the preset's].")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--balanced", is_flag=True, help="Routers without preferences, as training leaves them.")
+@click.option("--balanced", is_flag=True, help="Routers prefer nothing for all tokens, as load losses see to.")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Any field of config.json, e.g. ffn.num_atoms=512."
 )
@@ -289,7 +289,10 @@ def init(
     from dsc_serve.model.checkpoint import save_checkpoint
     from dsc_serve.model.decoder import parameter_counts, tensor_shapes
     from dsc_serve.model.initial import changed_config, initial_tensors, preset_config
+    from dsc_serve.train.balance import balanced_routers
 
+    if balanced and ffn == "dense":
+        raise click.ClickException("--balanced: --ffn dense has no router; expected one of dsc, moe, molora")
     try:
         config = preset_config(preset, ffn, context, equal)
     except ValueError as error:
@@ -304,8 +307,6 @@ def init(
         for name, tensor in bar:
             tensors[name] = tensor
     if balanced:
-        from dsc_serve.train.balance import balanced_routers
-
         tensors |= balanced_routers(config, tensors, seed)
     save_checkpoint(config, tensors, out)
     total, active = parameter_counts(config)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from support.small_models import DATA
 
 from dsc_serve.cli import main
@@ -103,6 +105,18 @@ def test_init_makes_a_model_that_serves(kind: str, tmp_path: Path) -> None:
     assert len(generated.output.split()) == 3
 
 
+def test_balanced_models_differ_in_their_routers_alone(tmp_path: Path) -> None:
+    sizes = ["vocab_size=100", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "head_dim=16"]
+    sets = [part for size in [*sizes, "num_key_value_heads=2"] for part in ("--set", size)]
+    written = {}
+    for name, more in (("random", []), ("balanced", ["--balanced"])):
+        result = run("init", "--ffn", "moe", "--out", str(tmp_path / name), "--context", "40", *sets, *more)
+        assert result.exit_code == 0, result.output
+        written[name] = load_file(tmp_path / name / "model.safetensors")
+    other = {key for key, tensor in written["random"].items() if not torch.equal(tensor, written["balanced"][key])}
+    assert other == {f"model.layers.{i}.mlp.router.weight" for i in range(2)}
+
+
 def test_import_reference_writes_a_checkpoint(tmp_path: Path) -> None:
     files = ["--weights", str(DATA / "dense.weights.safetensors"), "--config", str(DATA / "dense.config.json")]
     result = run("import-reference", *files, "--out", str(tmp_path / "out"))
@@ -116,6 +130,10 @@ def test_import_reference_writes_a_checkpoint(tmp_path: Path) -> None:
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or above"),
         (["generate", "x", "--step-tokens", "8"], "step_tokens is 8 but max_running is 64"),
         (["init", "--ffn", "dsc", "--out", "x", "--set", "hiden_size=3"], "--set hiden_size=3"),
+        (
+            ["init", "--ffn", "dense", "--out", "x", "--balanced"],
+            "--balanced: --ffn dense has no router; expected one of",
+        ),
         (["serve", "nowhere"], "neither a folder, a file nor an embedded model"),
     ],
 )

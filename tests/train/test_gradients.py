@@ -10,6 +10,7 @@ from support.naive_decoder import logits as naive_logits
 from support.small_models import small_config, wide_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsc_serve.train.adapt.network import AdaptedNetwork
 from dsc_serve.train.ffn import Pass
 from dsc_serve.train.functions import ACTIVATIONS, causal_attention, compose, gated, head_loss, rms_norm, rotated
 from dsc_serve.train.network import Network
@@ -35,7 +36,9 @@ def test_attention(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rotation() -> None:
     x, angles = wide(2, 3, 5, 8).transpose(1, 2), wide(3, 4, seed=1).detach()
     cos, sin = angles.cos(), angles.sin()
-    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * torch.polar(sin**2 + cos**2, angles)
+    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * torch.polar(
+        torch.ones_like(angles), angles
+    )
     want = torch.cat((turned.real, turned.imag), -1)
     torch.testing.assert_close(rotated(x, cos, sin), want)
     assert torch.autograd.gradcheck(lambda one: rotated(one, cos, sin), (x,))
@@ -59,7 +62,7 @@ def test_rms_norms_of_bfloat16_round_once() -> None:
     assert x.grad is not None and exact.grad is not None
     for own, other in ((y, want), (x.grad, exact.grad)):
         assert (own.double() - other).abs().max() <= 2**-8 * other.abs().max()
-        assert torch.equal(own, other.to(own.dtype)) or (own != other.to(own.dtype)).float().mean() < 0.01
+        assert (own != other.to(own.dtype)).float().mean() < 0.01  # float32's own error, at halves
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -90,6 +93,33 @@ def test_a_look_at_the_loss_computes_no_gradient() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head_loss(x, head, targets)
     assert counter.get_total_flops() == 2 * x.numel() * len(head)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True, "attention_output_bias": True, "num_key_value_heads": 1},
+        {"mlp_gated": True, "hidden_act": "silu", "norm_type": "rmsnorm"},
+        {"mlp_gated": True, "hidden_act": "gelu", "position_embedding_type": "learned"},
+    ],
+)
+def test_a_frozen_networks_losses(changes: dict[str, Any]) -> None:
+    """Of a base alone, and of updates of some of the modules that are multiplied at once."""
+    config = small_config("dense", **changes)
+    tensors = {name: tensor.double() for name, tensor in wide_tensors(config, seed=3).items()}
+    network = AdaptedNetwork(config, tensors, 2.0, torch.float64, CPU)
+    windows = torch.randint(0, config.vocab_size, (1, 1, 9), generator=torch.Generator().manual_seed(0))
+    ids = windows.flatten().tolist()
+
+    def expected(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(naive_logits(config, weights, ids[:-1]), windows[0, 0, 1:])
+
+    torch.testing.assert_close(network.losses({}, windows)[0], expected(tensors))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    out, into = tensors[name].shape
+    down, up = wide(1, 2, into, seed=4).detach(), wide(1, out, 2, seed=5).detach()
+    merged = {**tensors, name: tensors[name] + 2.0 * up[0] @ down[0]}
+    torch.testing.assert_close(network.losses({(1, "k"): (down, up)}, windows)[0], expected(merged))
 
 
 @pytest.mark.parametrize("kind", ["dsc", "moe", "molora", "dense"])

@@ -66,7 +66,8 @@ def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> 
         return Path(system.folder)
     form = system.form or system.ffn
     equal = () if system.equal is None else ("--equal", system.equal)
-    folder = work / "-".join((comparison.preset, str(form), *equal[1:]))
+    balanced = system.form is None and system.ffn != "dense"
+    folder = work / "-".join((comparison.preset, str(form), *equal[1:], *(["balanced"] if balanced else [])))
     if not (folder / "config.json").is_file():
         unfinished = folder.with_name(f"{folder.name}-unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -74,8 +75,8 @@ def model_folder(system: ComparedSystem, comparison: Comparison, work: Path) -> 
             options = ("--form", system.form, "--preset", comparison.preset)
             run_tool([*CLI, "bench", "peer-model", str(unfinished), *options])
         else:
-            command = [*CLI, "init", "--balanced", "--ffn", str(form), "--preset", comparison.preset, *equal]
-            run_tool([*command, "--out", str(unfinished)])
+            command = [*CLI, "init", "--ffn", str(form), "--preset", comparison.preset, *equal]
+            run_tool([*command, *(["--balanced"] if balanced else []), "--out", str(unfinished)])
             content = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
             save_tokenizer(content["vocab_size"], unfinished)
         unfinished.rename(folder)

@@ -78,6 +78,20 @@ def test_each_sequence_is_as_with_a_model_of_its_own(kernels: str, name: str, le
             assert torch.equal(got, base) == (not own), "a token without an adapter has the bits of a step without any"
 
 
+@pytest.mark.parametrize("name", ["dense", "moe", "moe, latent", "dsc"])
+def test_an_adapter_of_one_module_acts_where_no_other_is_adapted(kernels: str, name: str) -> None:
+    kind, ffn, changes = MODELS[name]
+    config = small_config(kind, ffn, **changes)
+    tensors = wide_tensors(config)
+    model, prompts = decoder(config, tensors), prompts_of((1, 1, 6, 30))
+    whole = random_adapter("a", config, (3,), 1)
+    for module in {place[1] for place in whole.modules}:
+        one = Adapter("a", "", "lora", {p: own for p, own in whole.modules.items() if p[1] == module}, 0, 0)
+        for prompt, got in zip(prompts, step(model, prompts, [bound(model, one)] * 4), strict=True):
+            want = naive_decoder.logits(config, merged(config, tensors, [(one, 1.0)]), prompt)
+            assert float((got.double() - want).abs().max()) < 2e-3 * float(want.abs().max()), module
+
+
 @pytest.mark.parametrize("name", ["dense", "dense, odd", "moe"])
 def test_bfloat16_is_as_near_as_without_adapters(kernels: str, name: str) -> None:
     kind, ffn, changes = MODELS[name]

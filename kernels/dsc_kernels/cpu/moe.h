@@ -319,7 +319,7 @@ void moe(const Moe& a) {
     };
     bool rounds = x.bytes.values && !alone;
     if (rounds) x.bytes.round_tokens((const T*)a.x, a.d, first, last, a.d);
-    if (b.up.adapted) contract<T>(x.rows, x.stride, a.batch, a.d, id, n, b.gate, b.up);
+    contract<T>(x.rows, x.stride, a.batch, a.d, id, n, b.gate, b.up);
     if (rounds) {
 #pragma omp barrier
     }
